@@ -1,0 +1,1 @@
+"""Why gradients are sick, and what helps."""

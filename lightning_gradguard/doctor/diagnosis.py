@@ -1,0 +1,75 @@
+"""What a person in trouble is told: what happened, where, since when, why, and what to do, best first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lightning_gradguard.verdicts.faults import Fault
+
+
+class Cause(str, Enum):
+    """Why gradients fall sick."""
+
+    SATURATING_ACTIVATION = "saturating_activation"
+    BAD_INITIALIZATION = "bad_initialization"
+    LEARNING_RATE_TOO_HIGH = "learning_rate_too_high"
+    LEARNING_RATE_TOO_LOW = "learning_rate_too_low"
+    UNNORMALIZED_INPUT = "unnormalized_input"
+    TARGET_SCALE = "target_scale"
+    TOO_DEEP = "too_deep"
+    RECURRENCE = "recurrence"
+    DEAD_ACTIVATION = "dead_activation"
+    DETACHED_GRAPH = "detached_graph"
+    BAD_DATA = "bad_data"
+    LOSS_FUNCTION = "loss_function"
+    LOW_PRECISION = "low_precision"
+    OPTIMIZER_EPSILON = "optimizer_epsilon"
+    MOMENTUM = "momentum"
+    OUTLIER_BATCH = "outlier_batch"
+    UNKNOWN = "unknown"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to do about it.
+
+    Attributes:
+        name: What, in a few words.
+        how: A line of code that does it.
+        tried: Whether it was tried on the live model.
+        before: Depth tilt before, in decades from input to output; None if it was not tried.
+        after: Depth tilt with the remedy; None if it was not tried.
+    """
+
+    name: str
+    how: str
+    tried: bool = False
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a critical finding came about.
+
+    Attributes:
+        fault: What is wrong.
+        step: Where the condition began.
+        parameters: Tensors concerned, worst first.
+        signs: What was measured, a sentence each.
+        causes: Most likely first; never empty.
+        evidence: For each cause, the numbers that speak for it.
+        remedies: Best first.
+    """
+
+    fault: Fault
+    step: int
+    parameters: tuple[str, ...]
+    signs: tuple[str, ...]
+    causes: tuple[Cause, ...]
+    evidence: dict[Cause, str] = field(default_factory=dict)
+    remedies: tuple[Remedy, ...] = ()

@@ -1,0 +1,203 @@
+"""The one pass over the gradients: `measure` turns them into `GradStats`, vectors of P numbers on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_gradguard.signals.trends import Trends
+
+#: Elements of each tensor that stand for it where a full read would cost too much.
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the watched tensors before any gradient: built once, and again when they change.
+
+    Attributes:
+        names: P names, as in ``named_parameters``.
+        parameters: The P parameters.
+        order: Indices [P], from input to output: the order of their first use in the forward pass.
+        matrices: Bool [P]: weights of a layer (two dimensions or more, no embedding), which carry the depth profile.
+        numel: float32 [P], number of elements.
+        floors: float32 [P], smallest weight norm that counts as such: a tenth of what a usual
+            initialisation gives, so that a zero-initialised tensor has a finite gradient-to-weight ratio.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    order: Tensor
+    matrices: Tensor
+    numel: Tensor
+    floors: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Mapping[str, Tensor],
+        *,
+        order: Sequence[int] | None = None,
+        embeddings: frozenset[str] = frozenset(),
+    ) -> Layout:
+        """Describes named parameters.
+
+        Args:
+            parameters: Name to parameter, at least one.
+            order: Indices from input to output; the order of the mapping if None.
+            embeddings: Names of look-up tables, whose gradient says nothing of depth.
+        """
+        names, tensors = tuple(parameters), tuple(parameters.values())
+        device = tensors[0].device
+        matrices = [p.ndim >= 2 and n not in embeddings for n, p in zip(names, tensors, strict=True)]
+        floors = [0.1 * math.sqrt(p.numel() / max(_fan_in(p), 1)) for p in tensors]
+        return cls(
+            names=names,
+            parameters=tensors,
+            order=torch.tensor(range(len(names)) if order is None else list(order), device=device),
+            matrices=torch.tensor(matrices, device=device),
+            numel=torch.tensor([float(p.numel()) for p in tensors], device=device),
+            floors=torch.tensor(floors, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class GradStats:
+    """One step's gradients of P tensors, reduced to vectors; everything lies on the device of the first tensor.
+
+    Attributes:
+        layout: The static facts.
+        gradients: The P gradients, None where there is none.
+        norms: float32 [P], L2 norm of each gradient; 0 where there is none.
+        present: Bool [P], whether there is a gradient.
+        weights: float32 [P], L2 norm of each parameter at its last refresh, at least ``layout.floors``.
+        updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
+        total: float32 [], global norm.
+        loss: float32 [], NaN when none was given.
+        finite: Bool [], whether the global norm, and the loss if given, are finite.
+        has_loss: Whether a loss was given.
+        trends: Running statistics up to this step, which detectors share; set by the guard.
+    """
+
+    layout: Layout
+    gradients: tuple[Tensor | None, ...]
+    norms: Tensor
+    present: Tensor
+    weights: Tensor
+    updates: Tensor
+    total: Tensor
+    loss: Tensor
+    finite: Tensor
+    has_loss: bool
+    trends: Trends | None = None
+
+
+def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
+    """Measures the gradients that lie on the parameters now, with one read of each.
+
+    Args:
+        layout: The watched tensors.
+        weights: float32 [P] weight norms, from `weight_norms`.
+        updates: float32 [P] applied update ratios.
+        loss: Scalar loss of this step, or None.
+    """
+    gradients = tuple(p.grad for p in layout.parameters)
+    present = torch.tensor([g is not None for g in gradients], device=layout.numel.device)
+    norms = _norms(gradients, layout.numel.device)
+    total = torch.linalg.vector_norm(norms)
+    finite = torch.isfinite(total)
+    value = torch.full_like(total, torch.nan)
+    if loss is not None:
+        value = loss.detach().to(total.device, torch.float32).reshape(())
+        finite = finite & torch.isfinite(value)
+    return GradStats(
+        layout=layout,
+        gradients=gradients,
+        norms=norms,
+        present=present,
+        weights=torch.maximum(weights, layout.floors),
+        updates=updates,
+        total=total,
+        loss=value,
+        finite=finite,
+        has_loss=loss is not None,
+    )
+
+
+def weight_norms(layout: Layout) -> Tensor:
+    """L2 norm of each parameter, float32 [P]: one read of the weights, so refreshed only every few steps."""
+    return _norms(tuple(p.detach() for p in layout.parameters), layout.numel.device)
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """L2 norm per output unit, broadcastable to ``tensor``: over all but the first dimension.
+
+    Vectors and scalars are one unit. float32, or float64 for float64 input.
+
+    Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
+    """
+    dense = _dense(tensor)
+    dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+    dims = list(range(1, dense.ndim)) if dense.ndim > 1 else None
+    return torch.linalg.vector_norm(dense, dim=dims, keepdim=dims is not None, dtype=dtype)
+
+
+def sample(layout: Layout) -> Tensor:
+    """A copy of up to `SAMPLES` evenly strided elements of each parameter, float32 [P, SAMPLES], padded with zeros."""
+    rows = torch.zeros(len(layout.parameters), SAMPLES, device=layout.numel.device)
+    for row, parameter in zip(rows, layout.parameters, strict=True):
+        flat = _real(parameter.detach()).reshape(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        row[: picked.numel()] = picked
+    return rows
+
+
+def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
+    """Applied update ratio ‖Δw‖/‖w‖ of each tensor, float32 [P], from two results of `sample`.
+
+    Works for every optimizer, since it looks at the weights alone. Source: CS231n notes, "ratio of weights:updates".
+    """
+    share = torch.sqrt(torch.clamp(SAMPLES / layout.numel, max=1.0))
+    base = torch.maximum(torch.linalg.vector_norm(before, dim=1), layout.floors * share)
+    return torch.linalg.vector_norm(after - before, dim=1) / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
+
+
+def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
+    """L2 norm of each tensor in float32, 0 for None, on ``device``: one foreach call per device and kind of dtype."""
+    buckets: dict[tuple[torch.device, bool], list[int]] = {}
+    dense = [None if t is None else _real(_dense(t)) for t in tensors]
+    for index, tensor in enumerate(dense):
+        if tensor is not None:
+            buckets.setdefault((tensor.device, tensor.dtype == torch.float64), []).append(index)
+    pieces: list[Tensor] = []
+    where: list[int] = []
+    for (_, double), indices in buckets.items():
+        group = [t for i in indices if (t := dense[i]) is not None]
+        # float64 refuses a narrower dtype argument; half precision would overflow in its own.
+        norms = torch._foreach_norm(group, 2) if double else torch._foreach_norm(group, 2, dtype=torch.float32)
+        pieces.append(torch.stack(norms).to(device, torch.float32))
+        where += indices
+    if not pieces:
+        return torch.zeros(len(tensors), device=device)
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if where == list(range(len(tensors))):
+        return joined
+    return torch.zeros(len(tensors), device=device).index_copy_(0, torch.tensor(where, device=device), joined)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _fan_in(parameter: Tensor) -> int:
+    return parameter[0].numel() if parameter.ndim >= 2 and len(parameter) else 1

@@ -1,0 +1,1 @@
+"""Where findings and statistics are shown: TensorBoard, and any logger."""
