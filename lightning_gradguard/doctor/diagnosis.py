@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lightning_gradguard.doctor import rendering
 from lightning_gradguard.verdicts.faults import Fault
 
 
@@ -73,3 +74,15 @@ class Diagnosis:
     causes: tuple[Cause, ...]
     evidence: dict[Cause, str] = field(default_factory=dict)
     remedies: tuple[Remedy, ...] = ()
+
+    def __str__(self) -> str:
+        """What happened, where, since when; then signs, causes with their evidence, remedies: plain text."""
+        return rendering.to_text(self)
+
+    def to_markdown(self) -> str:
+        """The same in Markdown, for TensorBoard's text tab and the like."""
+        return rendering.to_markdown(self)
+
+    def to_html(self) -> str:
+        """The same as one self-contained HTML page."""
+        return rendering.to_html(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_gradguard.signals.trends import Trends
 
+#: Most pairs of layers that a slope over depth is taken from.
+MAX_PAIRS = 4096
 #: Elements of each tensor that stand for it where a full read would cost too much.
 SAMPLES = 64
 
@@ -24,8 +26,12 @@ class Layout:
     Attributes:
         names: P names, as in ``named_parameters``.
         parameters: The P parameters.
-        order: Indices [P], from input to output: the order of their first use in the forward pass.
-        matrices: Bool [P]: weights of a layer (two dimensions or more, no embedding), which carry the depth profile.
+        order: P indices from input to output: the order of their first use in the forward pass.
+        depth: float32 [P], place of each tensor in that order.
+        layers: Indices [L], in that order, of the tensors that carry the depth profile: weights of two
+            dimensions or more, embeddings left out.
+        layer_indices: The same indices, for the host.
+        pairs: Indices [2, K] into ``layers``, upper one first: all pairs, or 4,096 of them evenly strided.
         numel: float32 [P], number of elements.
         floors: float32 [P], smallest weight norm that counts as such: a tenth of what a usual
             initialisation gives, so that a zero-initialised tensor has a finite gradient-to-weight ratio.
@@ -33,10 +39,14 @@ class Layout:
 
     names: tuple[str, ...]
     parameters: tuple[Tensor, ...]
-    order: Tensor
-    matrices: Tensor
+    order: tuple[int, ...]
+    depth: Tensor
+    layers: Tensor
+    layer_indices: frozenset[int]
+    pairs: Tensor
     numel: Tensor
     floors: Tensor
+    _presence: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -55,16 +65,30 @@ class Layout:
         """
         names, tensors = tuple(parameters), tuple(parameters.values())
         device = tensors[0].device
-        matrices = [p.ndim >= 2 and n not in embeddings for n, p in zip(names, tensors, strict=True)]
+        places = tuple(range(len(names)) if order is None else order)
+        layers = [i for i in places if tensors[i].ndim >= 2 and names[i] not in embeddings]
+        pairs = torch.triu_indices(len(layers), len(layers), 1)
         floors = [0.1 * math.sqrt(p.numel() / max(_fan_in(p), 1)) for p in tensors]
         return cls(
             names=names,
             parameters=tensors,
-            order=torch.tensor(range(len(names)) if order is None else list(order), device=device),
-            matrices=torch.tensor(matrices, device=device),
+            order=places,
+            depth=torch.tensor([float(i) for i in places], device=device).argsort().float(),
+            layers=torch.tensor(layers, dtype=torch.long, device=device),
+            layer_indices=frozenset(layers),
+            pairs=pairs[:, :: max(1, pairs.shape[1] // MAX_PAIRS)].to(device),
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device),
             floors=torch.tensor(floors, device=device),
         )
+
+    def presence(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Bool [P], where there is a gradient; built once for each pattern, of which there are few."""
+        pattern = tuple(g is not None for g in gradients)
+        if pattern not in self._presence:
+            if len(self._presence) >= 64:
+                self._presence.clear()
+            self._presence[pattern] = torch.tensor(pattern, device=self.numel.device)
+        return self._presence[pattern]
 
 
 @dataclass(frozen=True)
@@ -108,7 +132,6 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         loss: Scalar loss of this step, or None.
     """
     gradients = tuple(p.grad for p in layout.parameters)
-    present = torch.tensor([g is not None for g in gradients], device=layout.numel.device)
     norms = _norms(gradients, layout.numel.device)
     total = torch.linalg.vector_norm(norms)
     finite = torch.isfinite(total)
@@ -120,7 +143,7 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         layout=layout,
         gradients=gradients,
         norms=norms,
-        present=present,
+        present=layout.presence(gradients),
         weights=torch.maximum(weights, layout.floors),
         updates=updates,
         total=total,
@@ -128,6 +151,18 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         finite=finite,
         has_loss=loss is not None,
     )
+
+
+def mean_over_ranks(loss: Tensor) -> Tensor:
+    """The loss averaged over all ranks, so that all come to the same verdict; one scalar all-reduce.
+
+    Every rank has to call it. Without a process group it is the loss itself.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss
+    mean = loss.detach().to(torch.float32).clone()
+    torch.distributed.all_reduce(mean)
+    return mean / torch.distributed.get_world_size()
 
 
 def weight_norms(layout: Layout) -> Tensor:
@@ -145,7 +180,8 @@ def unit_norms(tensor: Tensor) -> Tensor:
     dense = _dense(tensor)
     dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
     dims = list(range(1, dense.ndim)) if dense.ndim > 1 else None
-    return torch.linalg.vector_norm(dense, dim=dims, keepdim=dims is not None, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(dense, dim=dims, keepdim=dims is not None, dtype=dtype)
+    return norms
 
 
 def sample(layout: Layout) -> Tensor:
@@ -165,7 +201,8 @@ def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
     """
     share = torch.sqrt(torch.clamp(SAMPLES / layout.numel, max=1.0))
     base = torch.maximum(torch.linalg.vector_norm(before, dim=1), layout.floors * share)
-    return torch.linalg.vector_norm(after - before, dim=1) / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
+    moved: Tensor = torch.linalg.vector_norm(after - before, dim=1)
+    return moved / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
 
 
 def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
@@ -180,7 +217,9 @@ def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
     for (_, double), indices in buckets.items():
         group = [t for i in indices if (t := dense[i]) is not None]
         # float64 refuses a narrower dtype argument; half precision would overflow in its own.
-        norms = torch._foreach_norm(group, 2) if double else torch._foreach_norm(group, 2, dtype=torch.float32)
+        norms = (
+            torch._foreach_norm(group, 2) if double else torch._foreach_norm(group, 2, dtype=torch.float32)
+        )
         pieces.append(torch.stack(norms).to(device, torch.float32))
         where += indices
     if not pieces:

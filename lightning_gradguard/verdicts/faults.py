@@ -104,6 +104,10 @@ class Report:
     norms: Mapping[str, float] = field(default_factory=dict, repr=False)
 
 
+class GradientWarning(UserWarning):
+    """What the guard has to say while training goes on; the category to filter its messages by."""
+
+
 class GradientHalt(RuntimeError):
     """Training cannot go on; raised before the bad step is taken.
 

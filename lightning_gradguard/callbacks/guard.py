@@ -1,0 +1,225 @@
+"""`GradGuard`: judges every optimizer step of a Trainer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.callbacks.base import Callback
+from lightning_gradguard.callbacks.display import Display
+from lightning_gradguard.callbacks.trainer import (
+    Losses,
+    logging_step,
+    optimizer_index,
+    refuse_double_clipping,
+    scaler_of,
+    warn,
+)
+from lightning_gradguard.guard import KEPT_FINDINGS, Guard
+from lightning_gradguard.lag import validate_lag
+from lightning_gradguard.parts import validate
+from lightning_gradguard.signals.clipping import Clipper
+from lightning_gradguard.signals.reading import Detector
+from lightning_gradguard.verdicts.faults import Finding, GradientHalt, Report
+from lightning_gradguard.verdicts.policy import Policy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_gradguard.doctor.diagnosis import Diagnosis
+
+
+class GradGuard(Callback):
+    """Judges every optimizer step, clips, skips what is not finite, and halts what cannot be saved.
+
+    With no argument it watches: it warns, skips a step whose gradients, norm or loss are not finite, halts when that
+    goes on, and never changes a gradient whose norm is finite.
+
+    Example:
+        >>> from lightning_gradguard import GradGuard, Policy, SpikeClip
+        >>> guard = GradGuard(clipper=SpikeClip(), policy=Policy.protect())
+
+    Args:
+        detectors: What is judged; all with their defaults when None.
+        clipper: How gradients are clipped, such as ``SpikeClip()``; not at all when None.
+        policy: What is done about a fault; ``Policy.watch()`` when None.
+        monitor: Name of a logged metric, such as "val_acc", whose course the diagnosis cites.
+        trials: Reserved; must be False.
+        recorder: Reserved; must be None.
+        per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/NNN_name``.
+        lag: 0, 1, or None for the cheapest that still skips exactly; see `Guard`.
+
+    Attributes:
+        findings: What was found, oldest first; the newest 1,000.
+        report: Report of the newest judged step, or None.
+        diagnosis: After a critical finding: what, where, why, and what to do.
+        stop_reason: After a halt, the fault's value, such as "nonfinite".
+
+    Raises:
+        ValueError: For a wrong value.
+        TypeError: For a detector, clipper or policy of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        detectors: Sequence[Detector] | None = None,
+        clipper: Clipper | None = None,
+        policy: Policy | None = None,
+        monitor: str | None = None,
+        trials: bool = False,
+        recorder: None = None,
+        per_layer: bool = False,
+        lag: int | None = None,
+    ) -> None:
+        validate(detectors, clipper, policy)
+        validate_lag(lag)
+        if monitor is not None and (not isinstance(monitor, str) or not monitor):
+            raise ValueError(
+                f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}"
+            )
+        for name, value, only in (("trials", trials, False), ("recorder", recorder, None)):
+            if value is not only:
+                raise ValueError(f"{name} must be {only} in this version, got {value!r}")
+        self.detectors, self.clipper, self.policy = detectors, clipper, policy
+        self.monitor, self.per_layer, self.lag = monitor, per_layer, lag
+        self.report: Report | None = None
+        self.diagnosis: Diagnosis | None = None
+        self.stop_reason: str | None = None
+        self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
+        self._guards: dict[int, Guard] = {}
+        self._restored: dict[str, Any] = {}
+        self._losses = Losses()
+        self._display: Display | None = None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was found, oldest first; the newest 1,000."""
+        return tuple(self._findings)
+
+    @property
+    def state_key(self) -> str:
+        """Equal for equal configuration, so that a resumed run finds its state."""
+        names = ("detectors", "clipper", "policy", "monitor", "per_layer", "lag")
+        return self._generate_state_key(**{name: getattr(self, name) for name in names})
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Steps so far: how many were judged, clipped, skipped, and not finite."""
+        names = ("judged", "clipped", "skipped", "nonfinite")
+        return {name: sum(guard.counts[name] for guard in self._guards.values()) for name in names}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot work together."""
+        if stage == "fit" and self.clipper is not None:
+            refuse_double_clipping(trainer, pl_module, self.clipper)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts afresh."""
+        self._guards, self._losses, self.stop_reason = {}, Losses(), None
+        self._display = Display(trainer, self.per_layer)
+        if not any(p.requires_grad for p in pl_module.parameters()):
+            warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Forgets the last batch."""
+        self._losses.forget_last()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keeps the loss for the judgement."""
+        self._losses.add(trainer, pl_module, loss)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Judges the step that is about to be taken.
+
+        Raises:
+            GradientHalt: If training cannot go on; the step is not taken.
+        """
+        index = optimizer_index(trainer, optimizer)
+        guard = self._guard(trainer, pl_module, optimizer, index)
+        before, graph = guard.report, self._losses.graph
+        try:
+            guard.step(self._losses.take(), scaler=scaler_of(trainer), graph=graph, step=trainer.global_step)
+        except GradientHalt as halt:
+            self.stop_reason = halt.diagnosis.fault.value
+            raise
+        finally:
+            if guard.report is not before:
+                self._take_over(guard, index)
+                if trainer._logger_connector.should_update_logs and self._display is not None:
+                    self._display.write(guard, index, logging_step(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judges what is still under way, and finishes the pictures."""
+        try:
+            for index, guard in self._guards.items():
+                before = guard.report
+                guard.close()
+                if guard.report is not before:
+                    self._take_over(guard, index)
+        finally:
+            self._finish(trainer)
+        if not self._guards and trainer.global_step > 0:
+            warn(
+                trainer,
+                "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
+                "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Finishes the pictures: after an exception Lightning calls no other hook."""
+        self._finish(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, so that it loads under ``weights_only=True``."""
+        return {**self._restored, **{str(i): guard.state_dict() for i, guard in self._guards.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until the optimizers are known."""
+        self._restored = dict(state_dict)
+
+    def _guard(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
+    ) -> Guard:
+        """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one."""
+        if index in self._guards:
+            return self._guards[index]
+        guard = self._guards[index] = Guard(
+            module.named_parameters(),
+            optimizer=optimizer,
+            detectors=self.detectors,
+            clipper=self.clipper,
+            policy=self.policy,
+            lag=self.lag,
+            index=index,
+        )
+        state = self._restored.pop(str(index), None)
+        if state is not None:
+            try:
+                guard.load_state_dict(state)
+            except (ValueError, KeyError, TypeError) as error:
+                warn(trainer, f"GradGuard starts afresh, since the checkpoint does not fit: {error}")
+        return guard
+
+    def _take_over(self, guard: Guard, index: int) -> None:
+        """Makes the guard's newest step the callback's own."""
+        self.report = guard.report
+        self._findings.extend(guard.report.findings if guard.report is not None else ())
+        news = guard.diagnosis if guard.diagnosis is not self.diagnosis else None
+        self.diagnosis = news or self.diagnosis
+        if self._display is not None:
+            self._display.observe(guard, index, news)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Writes the last pictures and lets the sinks go."""
+        if self._display is not None:
+            for index, guard in self._guards.items():
+                self._display.write(guard, index, logging_step(trainer), final=True)
+            self._display.close()
+        self._display = None

@@ -1,0 +1,98 @@
+"""What a Trainer tells of the step that is being prepared: its loss, its scaler, and who else clips."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.callbacks.base import PACKAGES
+from lightning_gradguard.verdicts.faults import GradientWarning
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class Losses:
+    """The loss of the step that is being prepared, from the losses of its micro-batches.
+
+    Attributes:
+        graph: The newest loss with its autograd graph, until the step.
+    """
+
+    def __init__(self) -> None:
+        self.graph: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def add(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        """Takes a loss as it goes into backward: scaled, and divided by the number of micro-batches."""
+        self.graph = loss
+        scaler = scaler_of(trainer)
+        plain = loss.detach().float()
+        if scaler is not None and scaler._scale is not None:
+            plain = plain / scaler._scale.to(plain.device)
+        if module.automatic_optimization:
+            self._losses.append(plain * trainer.accumulate_grad_batches)
+        else:
+            # By hand, one backward need not belong to the same optimizer as the next.
+            self._losses = [plain]
+
+    def take(self) -> Tensor | None:
+        """Mean over the micro-batches since the last step; where there are none, that of this batch's last step."""
+        self.graph = None
+        if self._losses:
+            self._last = torch.stack(self._losses).mean()
+        self._losses = []
+        return self._last
+
+    def forget_last(self) -> None:
+        """A new batch begins, whose steps have nothing to do with the last one's loss."""
+        self._last = None
+
+
+def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """The gradient scaler in use, or None."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() else None
+
+
+def optimizer_index(trainer: Trainer, optimizer: torch.optim.Optimizer) -> int:
+    """Number of an optimizer among the trainer's."""
+    return next((i for i, own in enumerate(trainer.optimizers) if own is optimizer), 0)
+
+
+def logging_step(trainer: Trainer) -> int:
+    """Where Lightning's own logging stands on the x axis: steps, however many optimizers there are."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: object) -> None:
+    """Raises where Lightning would clip after us, warns where the module may.
+
+    Raises:
+        MisconfigurationException: Lightning's, if ``gradient_clip_val`` is set.
+    """
+    package = next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
+    if trainer.gradient_clip_val:
+        exceptions = importlib.import_module(f"{package}.utilities.exceptions")
+        raise exceptions.MisconfigurationException(
+            f"GradGuard(clipper={clipper!r}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
+            "clip; leave out one of them"
+        )
+    original = importlib.import_module(package).LightningModule.configure_gradient_clipping
+    if type(module).configure_gradient_clipping is not original:
+        warn(
+            trainer,
+            f"{type(module).__name__}.configure_gradient_clipping runs after GradGuard(clipper={clipper!r}): what is "
+            "logged as the norm after clipping is what GradGuard left",
+        )
+
+
+def warn(trainer: Trainer, message: str) -> None:
+    """Warns, on one rank."""
+    if trainer.is_global_zero:
+        warnings.warn(message, GradientWarning, stacklevel=3)

@@ -1,0 +1,51 @@
+"""Why: from the facts of a case to its causes, most likely first, and to the whole diagnosis."""
+
+from __future__ import annotations
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.clues import Clue
+from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis
+from lightning_gradguard.doctor.model_rules import MODEL_RULES
+from lightning_gradguard.doctor.remedies import find_remedies
+from lightning_gradguard.doctor.signs import find_signs
+from lightning_gradguard.doctor.training_rules import TRAINING_RULES
+
+#: Decades that a cause must account for to be named, and causes that are named at most.
+_LEAST_WEIGHT, _MOST_CAUSES = 0.5, 4
+
+
+def find_causes(case: Case) -> list[tuple[Cause, str]]:
+    """Weighs all clues; each cause counts with its strongest.
+
+    Args:
+        case: What is known.
+
+    Returns:
+        Causes with the numbers that speak for them, most likely first; never empty, at most four. Their
+        rank is by weight, which `clues.Clue` explains.
+    """
+    clues = [clue for rule in (*MODEL_RULES, *TRAINING_RULES) for clue in rule(case)]
+    best: dict[Cause, Clue] = {}
+    for clue in sorted(clues, key=lambda clue: -clue.weight):
+        if clue.weight >= _LEAST_WEIGHT:
+            best.setdefault(clue.cause, clue)
+    named = [(clue.cause, clue.evidence) for clue in list(best.values())[:_MOST_CAUSES]]
+    return named or [(Cause.UNKNOWN, "None of the causes that are known here shows in what was measured.")]
+
+
+def diagnose(case: Case) -> Diagnosis:
+    """The whole answer to a critical finding: signs, causes with their evidence, remedies.
+
+    Args:
+        case: What is known.
+    """
+    causes = find_causes(case)
+    return Diagnosis(
+        fault=case.finding.fault,
+        step=case.finding.step,
+        parameters=case.finding.parameters,
+        signs=find_signs(case),
+        causes=tuple(cause for cause, _ in causes),
+        evidence=dict(causes),
+        remedies=find_remedies(case, [cause for cause, _ in causes]),
+    )

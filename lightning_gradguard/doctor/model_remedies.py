@@ -1,0 +1,126 @@
+"""Remedies in the model: other activations, weights, blocks; best first, each with a line of code."""
+
+from __future__ import annotations
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.diagnosis import Remedy
+from lightning_gradguard.doctor.training_remedies import CLIP, lower_learning_rate
+from lightning_gradguard.doctor.training_rules import LARGEST_UPDATE
+from lightning_gradguard.verdicts.faults import Fault
+
+
+def saturating_activation(case: Case) -> list[Remedy]:
+    """In the order of what they did to 12 sigmoid layers of width 64 on scikit-learn's digits.
+
+    Validation accuracy in % after 10 epochs, mean of three seeds, at the worst and the best of five settings
+    of SGD and Adam: as it is 8 to 11; residual blocks 96 to 98; ReLU and BatchNorm 96 to 97; sigmoid and
+    BatchNorm 94 to 97; ReLU with He initialisation 27 to 96. ReLU alone: 8 to 87.
+    """
+    he = _he("ReLU with He initialisation", "; activation = nn.ReLU()")
+    return [_residual_blocks(case), _relu_and_norm(case), _normalisation(case), he]
+
+
+def bad_initialization(case: Case) -> list[Remedy]:
+    """What fits the activation; sigmoids need more than other weights."""
+    if case.usual_gain > 1:
+        return [_he(), _normalisation(case), _residual_blocks(case)]
+    gain = ', gain=nn.init.calculate_gain("tanh")' if "tanh" in case.saturating else ""
+    how = f"nn.init.xavier_normal_(layer.weight{gain}); nn.init.zeros_(layer.bias)"
+    xavier = Remedy("Xavier initialisation", how)
+    others = [_residual_blocks(case), _relu_and_norm(case), _normalisation(case)]
+    return [*others, xavier] if "sigmoid" in case.saturating else [xavier, *others[::-1]]
+
+
+def too_deep(case: Case) -> list[Remedy]:
+    """A way around the layers, first of all."""
+    fewer = Remedy("Fewer layers", "layers = layers[: len(layers) // 2]")
+    return [_residual_blocks(case), _normalisation(case), fewer]
+
+
+def recurrence(case: Case) -> list[Remedy]:
+    """Gates, which carry a gradient through time; clipping first where it explodes."""
+    remedies = [
+        Remedy("Orthogonal recurrent weights", "nn.init.orthogonal_(rnn.weight_hh_l0)"),
+        Remedy("Truncated backpropagation through time", "state = state.detach()  # every 20 steps or so"),
+    ]
+    if not _is_gated(case):
+        how = "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN"
+        remedies.insert(0, Remedy("LSTM, or GRU", how))
+    return [CLIP, *remedies] if case.fault == Fault.EXPLODING else remedies
+
+
+def dead_activation(case: Case) -> list[Remedy]:
+    """What makes units active again, then what cannot die."""
+    leaky = Remedy("An activation that cannot die", "activation = nn.LeakyReLU(0.1)  # in place of nn.ReLU()")
+    zero = Remedy("Zero biases", "nn.init.zeros_(layer.bias)")
+    large = any(len(case.shapes[i]) == 1 and case.weight_rms(i) > 3 for i in range(len(case.names)))
+    lower = lower_learning_rate(case)[:1] if case.largest_update[0] > LARGEST_UPDATE else []
+    return [*([zero] if large else []), *lower, leaky, _he(), _normalisation(case)]
+
+
+def detached_graph(case: Case) -> list[Remedy]:
+    """What cuts a graph, or an optimizer of another model."""
+    missing = case.anatomy.missing if case.anatomy else frozenset()
+    if missing and missing.issuperset(case.names):
+        how = "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from"
+        return [Remedy("Give the optimizer the parameters that the loss depends on", how)]
+    cut = "h = layer(h)  # and no .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()"
+    return [
+        Remedy("Take out what cuts the graph", cut),
+        Remedy("Freeze the layers, if they are not to be trained", "layer.requires_grad_(False)"),
+    ]
+
+
+def unnormalized_input(case: Case) -> list[Remedy]:
+    """Standardising, outside or inside of the model."""
+    norm = _batch_norm(case).replace("width", "features")
+    return [
+        Remedy("Standardise the inputs", "x = (x - mean) / std  # mean and std of the training set"),
+        Remedy("Normalise the inputs in the model", f"model = nn.Sequential({norm}, model)"),
+    ]
+
+
+def _residual_blocks(case: Case) -> Remedy:
+    # Not without the normalisation: residual blocks of He-initialised layers reach 8 to 94 % there.
+    layer, norm = ("conv", _batch_norm(case)) if _rank(case) > 2 else ("linear", "nn.LayerNorm(width)")
+    how = f"h = h + torch.relu({layer}(norm(h)))  # norm = {norm}"
+    return Remedy("ReLU in residual blocks with normalisation", how)
+
+
+def _relu_and_norm(case: Case) -> Remedy:
+    return Remedy("ReLU and normalisation", f"block = nn.Sequential(layer, {_norm(case)}, nn.ReLU())")
+
+
+def _normalisation(case: Case) -> Remedy:
+    return Remedy(
+        "Normalisation after each layer", f"block = nn.Sequential(layer, {_norm(case)}, activation)"
+    )
+
+
+def _he(name: str = "He initialisation", more: str = "") -> Remedy:
+    how = 'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"); nn.init.zeros_(layer.bias)'
+    return Remedy(name, how + more)
+
+
+def _norm(case: Case) -> str:
+    """Over the width where a batch's statistics mean little: in sequences."""
+    sequential = case.path.get("attention") or (case.anatomy is not None and case.anatomy.recurrent)
+    return "nn.LayerNorm(width)" if sequential else _batch_norm(case)
+
+
+def _batch_norm(case: Case) -> str:
+    rank = _rank(case)
+    return f"nn.BatchNorm{max(1, rank - 2)}d({'width' if rank == 2 else 'channels'})"
+
+
+def _rank(case: Case) -> int:
+    """Dimensions of most weights: 2 for linear layers, 3 to 5 for convolutions."""
+    ranks = [len(case.shapes[i]) for i in case.layers]
+    return max(set(ranks), key=ranks.count, default=2)
+
+
+def _is_gated(case: Case) -> bool:
+    """Whether recurrent weights have the three or four blocks of a GRU or an LSTM."""
+    recurrent = case.anatomy.recurrent if case.anatomy else frozenset()
+    shapes = [case.shapes[i] for i in case.layers if case.names[i] in recurrent]
+    return any(shape[0] in (3 * shape[-1], 4 * shape[-1]) for shape in shapes)

@@ -1,0 +1,173 @@
+"""Rules that look for the cause in the model: its activations, weights, depth, and the graph itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.clues import CERTAIN, FADING, GROWING, Clue
+from lightning_gradguard.doctor.diagnosis import Cause
+from lightning_gradguard.doctor.operations import SATURATING
+from lightning_gradguard.doctor.wording import count, listing, number, quote
+from lightning_gradguard.verdicts.faults import Fault
+
+#: Gain of a layer, in decades from the usual one, that is worth a word: 1.4 times.
+_NOTABLE_GAIN = 0.15
+#: Layers in a row without a short cut or normalisation that count as deep, and the decades that one is blamed
+#: for: He-initialised ReLU nets of 30 layers tilt by one or two decades by chance alone.
+_DEEP, _DECADES_OF_DEPTH = 10, 0.05
+
+
+def saturating_activation(case: Case) -> Iterator[Clue]:
+    """Activations that pass only a part: what their steepest slope loses, and what nothing else explains."""
+    if case.fault not in FADING or not case.saturating:
+        return
+    normalised = case.path.get("normalisation", 0)
+    bounded = sum(-math.log10(min(SATURATING[kind], 1.0)) * n for kind, n in case.saturating.items())
+    total = sum(case.saturating.values())
+    bounded *= max(0, total - normalised) / total
+    rest = max(0.0, case.lost_decades - bounded - max(0.0, -case.excess_gain) * case.bare_layers)
+    kinds = " and ".join(count(n, f"{kind} activation") for kind, n in case.saturating.items())
+    evidence = f"{kinds} on the shortest path from the loss to the first layer"
+    if bounded:
+        evidence += f"; even at their steepest they pass on 1e-{bounded:.1f} of a gradient"
+        evidence += f", of {case.lost_decades:.1f} decades lost in all" if case.lost_decades else ""
+    elif rest:
+        evidence += (
+            f", and {rest:.1f} decades are lost that the weights do not explain: their slopes are near zero"
+        )
+    yield Clue(bounded + rest, Cause.SATURATING_ACTIVATION, evidence + ".")
+
+
+def bad_initialization(case: Case) -> Iterator[Clue]:
+    """Weights that shrink or blow up what passes through them, layer after layer."""
+    ruined = [n for n, norm in zip(case.names, case.weight_norms, strict=True) if not math.isfinite(norm)]
+    if ruined:
+        yield Clue(
+            CERTAIN, Cause.BAD_INITIALIZATION, f"The weights of {listing(ruined)} are not finite themselves."
+        )
+        return
+    excess, layers = case.excess_gain, case.bare_layers
+    wrong = (
+        excess < -_NOTABLE_GAIN if case.fault in FADING else excess > _NOTABLE_GAIN and case.fault in GROWING
+    )
+    if not wrong or not layers:
+        return
+    scheme = "He" if case.usual_gain > 1 else "Xavier"
+    when = "at the start" if case.initial_weight_norms else "now"
+    weights = f"The median layer's weights are {10**excess:.2g} the size that {scheme} initialisation gives"
+    if excess <= -3:
+        weights = "The median layer's weights are zero or nearly so"
+    way = "lost" if excess < 0 else "gained"
+    evidence = f"{weights} ({when}): {abs(excess) * layers:.1f} decades {way} in {count(layers, 'layer')}."
+    yield Clue(abs(excess) * layers, Cause.BAD_INITIALIZATION, evidence)
+
+
+def too_deep(case: Case) -> Iterator[Clue]:
+    """Many layers in a row with no way around them."""
+    anatomy = case.anatomy
+    if anatomy is None or anatomy.skips or anatomy.recurrent or case.fault not in FADING + GROWING:
+        return
+    if not case.path or case.bare_layers < _DEEP:
+        return
+    loss = f", {case.lost_decades / case.bare_layers:.1f} decades lost in each" if case.lost_decades else ""
+    evidence = (
+        f"{count(case.bare_layers, 'layer')} in a row without a skip connection or normalisation{loss}."
+    )
+    yield Clue(_DECADES_OF_DEPTH * case.bare_layers, Cause.TOO_DEEP, evidence)
+
+
+def recurrence(case: Case) -> Iterator[Clue]:
+    """The same weights applied at every step of a sequence."""
+    tilt = case.finding.value if case.fault == Fault.VANISHING_IN_TIME else case.time_tilt
+    if tilt is not None and abs(tilt) >= 1:
+        way = "smaller" if tilt > 0 else "larger"
+        gradient = f"a gradient {abs(tilt):.1f} decades {way} than the last tenth"
+        evidence = f"The first tenth of the sequence gets {gradient}."
+        yield Clue(abs(tilt), Cause.RECURRENCE, evidence)
+        return
+    anatomy = case.anatomy
+    if anatomy is None or not anatomy.recurrent or case.fault not in FADING + GROWING:
+        return
+    growing = case.fault in GROWING
+    for i in (i for i in case.layers if case.names[i] in anatomy.recurrent):
+        gain = case.weight_rms(i) * math.sqrt(case.shapes[i][-1])
+        square = len(set(case.shapes[i])) == 1
+        if not (anatomy.recurrences and square and gain > 0):
+            # Gates, or a fused layer: the norm of the weights does not tell what one step does.
+            yield Clue(
+                1.0, Cause.RECURRENCE, f"{quote(case.names[i])} is applied at each step of a sequence."
+            )
+        elif (gain > 1) == growing:
+            decades = abs(math.log10(gain)) * anatomy.recurrences
+            evidence = (
+                f"{quote(case.names[i])}, of gain {number(gain)}, is applied {anatomy.recurrences} times "
+                f"in a row: {decades:.1f} decades {'gained' if growing else 'lost'} over the sequence."
+            )
+            yield Clue(decades, Cause.RECURRENCE, evidence)
+
+
+def dead_activation(case: Case) -> Iterator[Clue]:
+    """Units that no input reaches: ReLUs whose inputs are all negative."""
+    zero = [case.names[i] for i in case.layers if case.gradients_log10[i] == -math.inf]
+    rectifying = case.path.get("relu", 0) + case.path.get("hardtanh", 0)
+    opaque = not case.path
+    if case.fault == Fault.DEAD:
+        yield from _dead_units(case)
+    elif case.fault in (Fault.STALLED, Fault.DISCONNECTED) and zero and (rectifying or opaque):
+        evidence = (
+            f"The gradient of {listing(zero)} is exactly zero, though a path leads there: no unit is active."
+        )
+        missing = case.anatomy.missing if case.anatomy else frozenset()
+        if not missing.intersection(zero):
+            yield Clue(1.5, Cause.DEAD_ACTIVATION, evidence)
+
+
+def _dead_units(case: Case) -> Iterator[Clue]:
+    where = f" in {listing(case.finding.parameters)}" if case.finding.parameters else ""
+    evidence = f"{100 * case.finding.value:.0f} % of the units get a gradient of exactly zero{where}"
+    biases = [(case.weight_rms(i), i) for i in range(len(case.names)) if len(case.shapes[i]) == 1]
+    size, i = max(biases, default=(0.0, -1))
+    # Standardised inputs make sums of about the layer's gain, at most a few times that.
+    if size > 3:
+        evidence += (
+            f"; {quote(case.names[i])} has an RMS of {number(size)}, far more than the sums it is added to"
+        )
+    yield Clue(2.5 if size > 3 else 2.0, Cause.DEAD_ACTIVATION, evidence + ".")
+
+
+def detached_graph(case: Case) -> Iterator[Clue]:
+    """Parameters to which no path leads; says between which two the graph is cut."""
+    missing = case.anatomy.missing if case.anatomy else frozenset()
+    cut = [n for n in case.names if n in missing]
+    if not cut or not (case.fault == Fault.DISCONNECTED or missing.intersection(case.finding.parameters)):
+        return
+    evidence = f"No path leads from the loss to {listing(cut)}"
+    reached = [n for n in case.names if n not in missing]
+    after = next((n for n in case.names[case.names.index(cut[-1]) :] if n not in missing), None)
+    if not reached:
+        evidence += ", nor to any other tensor of this optimizer: the loss is of another model"
+    elif after is not None:
+        evidence += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
+    yield Clue(CERTAIN, Cause.DETACHED_GRAPH, evidence + ".")
+
+
+def unnormalized_input(case: Case) -> Iterator[Clue]:
+    """Inputs far from unit scale: a gradient grows with them, the curvature with their square."""
+    rms = case.input_rms
+    if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < 0.7:
+        return
+    evidence = f"The batch's inputs have an RMS of {number(rms)}; layers are made for about 1."
+    yield Clue(2 * abs(math.log10(rms)), Cause.UNNORMALIZED_INPUT, evidence)
+
+
+MODEL_RULES = (
+    saturating_activation,
+    bad_initialization,
+    too_deep,
+    recurrence,
+    dead_activation,
+    detached_graph,
+    unnormalized_input,
+)

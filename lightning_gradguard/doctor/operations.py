@@ -1,0 +1,140 @@
+"""Names of autograd nodes and the kinds of operation that they stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+#: Activations whose slope goes to zero at a side or at both, and the largest slope that each has.
+SATURATING = {
+    "sigmoid": 0.25,
+    "hardsigmoid": 1 / 6,
+    "tanh": 1.0,
+    "hardtanh": 1.0,
+    "softsign": 1.0,
+    "logsigmoid": 1.0,
+    "erf": 1.128,
+    "atan": 1.0,
+}
+#: Operations that read rows of a table, ones that add or join, ones that leave the numbers as they are.
+LOOKUPS = frozenset({"Embedding", "EmbeddingBag", "IndexSelect", "Index", "Gather", "Take"})
+MERGES = frozenset({"Add", "Cat"})
+VIEWS = frozenset(
+    {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "AsStrided", "Alias", "Clone"}
+)
+VIEWS |= {
+    "Slice",
+    "Select",
+    "Narrow",
+    "Unsqueeze",
+    "Squeeze",
+    "Expand",
+    "Repeat",
+    "Split",
+    "UnsafeSplit",
+    "Unbind",
+}
+VIEWS |= {"ToCopy"}
+#: Operations that give NaN or Inf, or an infinite slope, for some finite inputs: what to look for in a loss.
+RISKY = {
+    "Log": "log(x) is -Inf at 0",
+    "Log2": "log2(x) is -Inf at 0",
+    "Log10": "log10(x) is -Inf at 0",
+    "Log1P": "log1p(x) is -Inf at -1",
+    "Div": "x / y is Inf or NaN at y = 0",
+    "Reciprocal": "1 / x is Inf at 0",
+    "Sqrt": "sqrt(x) has an infinite slope at 0",
+    "Rsqrt": "1 / sqrt(x) is Inf at 0",
+    "Pow": "x ** p has an infinite slope at 0 for p < 1, and overflows",
+    "Exp": "exp(x) overflows above 88 in float32",
+    "LinalgVectorNorm": "a norm has no slope at 0",
+    "Std": "std has an infinite slope where all values are equal",
+    "Acos": "acos(x) has an infinite slope at 1",
+    "Asin": "asin(x) has an infinite slope at 1",
+    "Atanh": "atanh(x) is Inf at 1",
+}
+_KINDS = {
+    "Sigmoid": "sigmoid",
+    "Hardsigmoid": "hardsigmoid",
+    "Tanh": "tanh",
+    "Hardtanh": "hardtanh",  # relu6 too
+    "Clamp": "hardtanh",
+    "LogSigmoid": "logsigmoid",
+    "Erf": "erf",
+    "Atan": "atan",
+    "Relu": "relu",
+    "Threshold": "relu",
+    "ClampMin": "relu",
+    "LeakyRelu": "soft relu",
+    "PreluKernel": "soft relu",
+    "RreluWithNoise": "soft relu",
+    "Gelu": "soft relu",
+    "Silu": "soft relu",
+    "Elu": "soft relu",
+    "Celu": "soft relu",
+    "Mish": "soft relu",
+    "Softplus": "soft relu",
+    "Hardswish": "soft relu",
+    "Softmax": "attention",
+    "SafeSoftmax": "attention",
+}
+_PATTERNS = (
+    (re.compile(r"(Batch|Layer|Group|Instance|Rms|RMS)_?Norm"), "normalisation"),
+    (re.compile(r"Rnn|Lstm|Gru"), "recurrent"),
+    (re.compile(r"ScaledDotProduct|FlashAttention|EfficientAttention"), "attention"),
+    (
+        re.compile(
+            r"^(Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|MkldnnLinear)$|Conv(olution|_|\d|Transpose|Depthwise)"
+        ),
+        "product",
+    ),
+)
+#: Kinds composed of elementary operations: (operation, one that it uses, one which that uses in turn).
+_COMPOSED = {
+    ("Div", "Add", "Abs"): "softsign",
+    ("Reciprocal", "Add", "Exp"): "sigmoid",
+    ("Mul", "Rsqrt", "Add"): "normalisation",
+    ("Div", "Add", "Std"): "normalisation",
+    ("Div", "Sqrt", "Add"): "normalisation",
+    ("Div", "Add", "Sqrt"): "normalisation",
+    ("Div", "ClampMin", "LinalgVectorNorm"): "normalisation",
+}
+
+
+@cache
+def operation_of(node_name: str) -> str:
+    """The operation that a backward node belongs to: its name without decoration.
+
+    >>> operation_of("AddmmBackward0"), operation_of("torch::autograd::AccumulateGrad")
+    ('Addmm', 'AccumulateGrad')
+    """
+    return re.sub(r"Backward\d*$", "", node_name.rsplit("::", 1)[-1])
+
+
+@cache
+def kind_of(operation: str) -> str | None:
+    """The kind of an operation, where it is one that matters for gradients.
+
+    Returns:
+        A key of `SATURATING`, or "relu" (can die), "soft relu" (cannot), "normalisation", "attention",
+        "recurrent" (a fused layer), "product" (of matrices, convolution), or None.
+    """
+    if operation in _KINDS:
+        return _KINDS[operation]
+    return next((kind for pattern, kind in _PATTERNS if pattern.search(operation)), None)
+
+
+def composed_kind(operation: str, below: Sequence[tuple[str, Sequence[str]]]) -> str | None:
+    """The kind of an operation together with what it uses.
+
+    Args:
+        operation: The operation.
+        below: The operations that it uses, each with the ones which that uses in turn.
+    """
+    for used, deeper in below:
+        for last in deeper:
+            kind = _COMPOSED.get((operation, used, last))
+            if kind is not None:
+                return kind
+    return None

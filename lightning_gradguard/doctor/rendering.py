@@ -1,0 +1,216 @@
+"""A diagnosis as plain text, Markdown, HTML, and on a terminal.
+
+Sentences are plain text in which names stand in backticks; whatever else they hold is escaped for each form.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+from lightning_gradguard.doctor.wording import listing
+from lightning_gradguard.verdicts.faults import Fault
+
+if TYPE_CHECKING:
+    from lightning_gradguard.doctor.diagnosis import Diagnosis, Remedy
+
+#: Columns of the plain text; short enough for a traceback, a log file and a terminal.
+WIDTH = 100
+
+HEADLINES = {
+    Fault.NONFINITE: "The gradients or the loss are NaN or infinite",
+    Fault.UNDERFLOW: "Gradients are too small for the precision they are held in",
+    Fault.DISCONNECTED: "Layers that are in use get no gradient",
+    Fault.DEAD: "Most units of a layer are dead: their gradient is exactly zero",
+    Fault.VANISHING: "Gradients vanish on their way from the output to the input",
+    Fault.VANISHING_IN_TIME: "Gradients vanish on their way back through the sequence",
+    Fault.EXPLODING: "Gradients explode",
+    Fault.SPIKE: "The gradient of this step is far above the usual",
+    Fault.OVERSIZED_UPDATE: "Steps are too large for the weights",
+    Fault.STALLED: "The weights hardly move, and the loss stands still",
+}
+
+_STYLE = """\
+.gradguard{font:15px/1.5 system-ui,sans-serif;color:#1f2933;background:#fff;max-width:60em;\
+margin:1.5em auto;padding:0 1em}
+.gradguard header{border-left:.4em solid #c62828;padding:.2em 0 .2em 1em}
+.gradguard h1{font-size:1.4em;margin:0}.gradguard h2{font-size:1.05em;margin:1.6em 0 .4em}
+.gradguard header p{margin:.2em 0;color:#52606d}
+.gradguard code{font:.87em/1.5 ui-monospace,monospace;background:#eef1f4;border-radius:.25em;\
+padding:.1em .3em;overflow-wrap:anywhere}
+.gradguard li{margin:.3em 0}.gradguard b{font-weight:600}
+.gradguard table{border-collapse:collapse;width:100%}
+.gradguard th{font-weight:600;text-align:left;color:#52606d}
+.gradguard th,.gradguard td{padding:.45em .8em .45em 0;border-bottom:1px solid #e4e7eb;vertical-align:top}
+.gradguard td code{display:block;padding:.4em .6em}
+.gradguard .n{text-align:right;white-space:nowrap}"""
+
+
+def to_text(diagnosis: Diagnosis) -> str:
+    """Plain text of at most `WIDTH` columns, save for names and code that are longer."""
+    lines = _wrapped(f"{HEADLINES[diagnosis.fault]}, {_since(diagnosis)}.", "", "")
+    lines += ["", "Signs"]
+    for sign in diagnosis.signs:
+        lines += _wrapped(sign, "  - ", "    ")
+    lines += ["", "Causes, most likely first"]
+    for rank, (cause, evidence) in enumerate(_causes(diagnosis), 1):
+        lines += _wrapped(f"{cause}. {evidence}", f"  {rank}. ", "     ")
+    if diagnosis.remedies:
+        lines += ["", *_remedy_table(diagnosis.remedies)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def to_markdown(diagnosis: Diagnosis) -> str:
+    """Markdown with a table, as TensorBoard's text tab and GitHub show it."""
+    md = _markdown
+    lines = [f"### {md(HEADLINES[diagnosis.fault])}", "", f"**{md(_capital(_since(diagnosis)))}.**", ""]
+    lines += ["#### Signs", "", *(f"- {md(sign)}" for sign in diagnosis.signs), ""]
+    lines += ["#### Causes, most likely first", ""]
+    lines += [f"{i}. **{md(cause)}.** {md(text)}" for i, (cause, text) in enumerate(_causes(diagnosis), 1)]
+    if diagnosis.remedies:
+        tried = _any_tried(diagnosis.remedies)
+        head = ["", "Remedy", "How", *(["Tilt before", "Tilt after"] if tried else [])]
+        lines += ["", "#### Remedies, best first", "", _row(head), _row(["---"] * len(head))]
+        for rank, remedy in enumerate(diagnosis.remedies, 1):
+            tilts = [_tilt(remedy.before), _tilt(remedy.after)] if tried else []
+            lines.append(_row([str(rank), md(remedy.name), _markdown_code(remedy.how), *tilts]))
+    return "\n".join(lines) + "\n"
+
+
+def to_html(diagnosis: Diagnosis) -> str:
+    """One self-contained HTML page; nothing is fetched and no script runs."""
+    signs = "".join(f"<li>{_html(sign)}</li>" for sign in diagnosis.signs)
+    causes = "".join(f"<li><b>{_html(cause)}.</b> {_html(text)}</li>" for cause, text in _causes(diagnosis))
+    body = (
+        f"<header><h1>{_html(HEADLINES[diagnosis.fault])}</h1><p>{_html(_capital(_since(diagnosis)))}.</p></header>"
+        f"<h2>Signs</h2><ul>{signs}</ul><h2>Causes, most likely first</h2><ol>{causes}</ol>"
+    )
+    if diagnosis.remedies:
+        tried = _any_tried(diagnosis.remedies)
+        tilts = '<th class="n">Tilt before</th><th class="n">Tilt after</th>' if tried else ""
+        body += f"<h2>Remedies, best first</h2><table><tr><th></th><th>Remedy and how</th>{tilts}</tr>"
+        for rank, remedy in enumerate(diagnosis.remedies, 1):
+            tilts = (
+                f'<td class="n">{_tilt(remedy.before)}</td><td class="n">{_tilt(remedy.after)}</td>'
+                if tried
+                else ""
+            )
+            how = f"<code>{html.escape(remedy.how)}</code>"
+            body += f'<tr><td class="n">{rank}</td><td>{_html(remedy.name)}{how}</td>{tilts}</tr>'
+        body += "</table>"
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>gradguard: {html.escape(diagnosis.fault.value)}</title><style>{_STYLE}</style></head>"
+        f'<body><main class="gradguard">{body}</main></body></html>\n'
+    )
+
+
+def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
+    """Prints in colour where ``file`` is a terminal and rich is there, else as plain text.
+
+    Args:
+        diagnosis: What to print.
+        file: Where to; standard output if None.
+    """
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        print(diagnosis, file=file)
+        return
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        print(diagnosis, file=file)
+        return
+    # Built as a Text, so that a name such as "[red]" is not read as markup.
+    text = Text(to_text(diagnosis))
+    text.highlight_regex(r"\A[^\n]*(\n[^\n]+)*", "bold red")
+    text.highlight_regex(r"(?m)^(Signs|Causes, most likely first|Remedies, best first)\b", "bold")
+    text.highlight_regex(r"`[^`]*`", "cyan")
+    text.highlight_regex(r"(?m)^ {7}.*$", "green")
+    console.print(text)
+
+
+def _remedy_table(remedies: tuple[Remedy, ...]) -> list[str]:
+    """Name and, where any was tried, its tilts in columns; the code below each."""
+    tried = _any_tried(remedies)
+    title = "Remedies, best first"
+    width = max(len(title), *(len(_line(r.name)) + 5 for r in remedies))
+    lines = [f"{title:{width}}  {'tilt before':>11}  {'after':>6}" if tried else title]
+    for rank, remedy in enumerate(remedies, 1):
+        tilts = f"  {_tilt(remedy.before):>11}  {_tilt(remedy.after):>6}" if tried else ""
+        lines.append(f"{f'  {rank}. {_line(remedy.name)}':{width}}{tilts}")
+        lines += [f"       {line}" for line in remedy.how.splitlines()]
+    return lines
+
+
+def _since(diagnosis: Diagnosis) -> str:
+    where = f", worst in {listing(diagnosis.parameters)}" if diagnosis.parameters else ""
+    return f"since step {diagnosis.step}{where}"
+
+
+def _causes(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    return [(_capital(c.value.replace("_", " ")), diagnosis.evidence.get(c, "")) for c in diagnosis.causes]
+
+
+def _any_tried(remedies: tuple[Remedy, ...]) -> bool:
+    return any(remedy.tried for remedy in remedies)
+
+
+def _tilt(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _wrapped(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(
+        _line(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spans(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
+    """Text with its backticked parts through ``code`` and the others through ``plain``."""
+    parts = re.split(r"`([^`]*)`", _line(text))
+    return "".join(code(part) if i % 2 else plain(part) for i, part in enumerate(parts))
+
+
+def _markdown(text: str) -> str:
+    return _spans(text, _markdown_plain, _markdown_code)
+
+
+def _markdown_plain(text: str) -> str:
+    escaped = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"^(\s*)([-+>]|\d+[.)])(?=\s)", r"\1\\\2", escaped)
+
+
+def _markdown_code(code: str) -> str:
+    """A code span; text where it holds a bar, which GitHub and TensorBoard escape differently in code."""
+    code = _line(code)
+    if "|" in code or not code:
+        return _markdown_plain(code)
+    fence = "``" if "`" in code else "`"
+    pad = " " if code.startswith("`") or code.endswith("`") else ""
+    return f"{fence}{pad}{code}{pad}{fence}"
+
+
+def _html(text: str) -> str:
+    return _spans(text, html.escape, lambda code: f"<code>{html.escape(code)}</code>")

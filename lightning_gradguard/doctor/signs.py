@@ -1,0 +1,92 @@
+"""What was measured: the classic signs of sick gradients, a sentence each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.training_rules import LARGEST_UPDATE, USUAL_UPDATE
+from lightning_gradguard.doctor.wording import count, listing, number, power, quote
+
+#: Decades between the first and the last layer's gradients that are worth a word; healthy: below 2.3.
+_NOTABLE_FALL = 2.0
+#: Update ratio below which weights count as unchanged.
+_UNCHANGED = 1e-6
+
+
+def find_signs(case: Case) -> tuple[str, ...]:
+    """The signs that the case shows; the number that the verdict rests on leads."""
+    rules = (_verdict, _loss, _nonfinite, _gradients_over_depth, _zero_gradients, _weights, _earlier)
+    return tuple(sentence for rule in rules for sentence in rule(case))
+
+
+def _verdict(case: Case) -> Iterator[str]:
+    finding = case.finding
+    what = finding.measure or finding.detector
+    yield f"{what[:1].upper()}{what[1:]}: {number(finding.value)}; the limit is {number(finding.limit)}."
+
+
+def _loss(case: Case) -> Iterator[str]:
+    start, now, steps = case.loss_start, case.loss_now, count(case.steps, "step")
+    known = math.isfinite(start) and math.isfinite(now)
+    if case.has_loss and not math.isfinite(case.loss_last):
+        yield "The loss is not finite" + (
+            f"; it had run from {number(start)} to {number(now)}." if known else "."
+        )
+    elif known and now > start + 0.2 * abs(start):
+        yield f"The loss rises: from {number(start)} to {number(now)} in {steps}."
+    elif known and now > start - 0.1 * abs(start):
+        yield f"The loss stands still: from {number(start)} to {number(now)} in {steps}."
+    elif known:
+        yield f"The loss still falls: from {number(start)} to {number(now)} in {steps}."
+
+
+def _nonfinite(case: Case) -> Iterator[str]:
+    bad = [n for n, g in zip(case.names, case.gradients_log10, strict=True) if math.isnan(g) or g == math.inf]
+    if bad:
+        # Backward goes from the output to the input, so the last layer's gradient went bad first.
+        of = f"{len(bad)} of {len(case.names)} gradients are not finite"
+        yield f"{of}; in the order of the backward pass {quote(bad[-1])} is the first."
+
+
+def _gradients_over_depth(case: Case) -> Iterator[str]:
+    finite = [i for i in case.layers if math.isfinite(case.gradients_log10[i])]
+    if len(finite) < 2:
+        return
+    first, last = finite[0], finite[-1]
+    fall = case.gradients_log10[last] - case.gradients_log10[first]
+    if abs(fall) >= _NOTABLE_FALL:
+        way = "below" if fall > 0 else "above"
+        early = f"norm {power(case.gradients_log10[first])} in {quote(case.names[first])}"
+        late = f"{power(case.gradients_log10[last])} in {quote(case.names[last])}"
+        yield f"Early layers' gradients are {abs(fall):.1f} decades {way} late ones': {early} against {late}."
+
+
+def _zero_gradients(case: Case) -> Iterator[str]:
+    zero = [case.names[i] for i in case.layers if case.gradients_log10[i] == -math.inf]
+    if zero:
+        of = f"{len(zero)} of {count(len(case.layers), 'layer')}"
+        yield f"{of} got no gradient, or one of zero: {listing(zero)}."
+
+
+def _weights(case: Case) -> Iterator[str]:
+    typical, (largest, name) = case.typical_update, case.largest_update
+    if typical < _UNCHANGED:
+        yield f"The weights hardly change: update ratio {number(typical)}, where {USUAL_UPDATE} is usual."
+    elif largest > LARGEST_UPDATE:
+        change = f"by up to {number(100 * largest)} % of their size a step ({quote(name)})"
+        yield f"The weights change {change}, where {100 * USUAL_UPDATE:g} % is usual."
+    ruined = [n for n, w in zip(case.names, case.weight_norms, strict=True) if not math.isfinite(w)]
+    if ruined:
+        yield f"The weights of {listing(ruined)} are not finite."
+
+
+def _earlier(case: Case) -> Iterator[str]:
+    """What else was found, each fault once."""
+    others: dict[str, int] = {}
+    for finding in case.findings:
+        if finding.fault != case.fault:
+            others.setdefault(finding.fault.value.replace("_", " "), finding.step)
+    if others:
+        yield "Also found: " + ", ".join(f"{fault} (step {step})" for fault, step in others.items()) + "."

@@ -1,0 +1,144 @@
+"""Remedies in the training: learning rate, optimizer, loss, data; each with a line of code."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.diagnosis import Remedy
+from lightning_gradguard.doctor.operations import RISKY
+from lightning_gradguard.doctor.training_rules import LARGEST_UPDATE, USUAL_UPDATE, usual_learning_rate
+from lightning_gradguard.doctor.wording import number
+
+CLIP = Remedy("Clip spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
+ANOMALY = Remedy("Find the operation", "torch.autograd.set_detect_anomaly(True)")
+_STABLE = {
+    "Log": Remedy("Keep the logarithm's argument above 0", "log_p = torch.log(p.clamp_min(1e-8))"),
+    "Sqrt": Remedy("Keep the root's argument above 0", "root = torch.sqrt(x + 1e-12)"),
+    "Rsqrt": Remedy("Keep the root's argument above 0", "root = torch.rsqrt(x + 1e-12)"),
+    "Div": Remedy("Keep the denominator away from 0", "ratio = x / (y + 1e-8)"),
+    "Reciprocal": Remedy("Keep the denominator away from 0", "ratio = 1 / (y + 1e-8)"),
+    "Exp": Remedy("Bound the exponent", "e = torch.exp(x.clamp_max(30))"),
+    "LinalgVectorNorm": Remedy("A norm with a slope at 0", "norm = (x.square().sum(-1) + 1e-12).sqrt()"),
+    "Std": Remedy("A deviation with a slope at 0", "std = (x.var(0) + 1e-12).sqrt()"),
+    "Acos": Remedy("Stay inside the arc cosine's range", "angle = torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))"),
+}
+
+
+def round_down(value: float) -> float:
+    """One digit, at most ``value``.
+
+    >>> round_down(0.0417), round_down(1.0)
+    (0.04, 1.0)
+    """
+    if not (math.isfinite(value) and value > 0):
+        return value
+    unit = 10.0 ** math.floor(math.log10(value))
+    return float(f"{math.floor(value / unit + 1e-9) * unit:.0e}")
+
+
+def target_scale(case: Case) -> list[Remedy]:
+    """Standardising, or a loss that does not square."""
+    return [
+        Remedy("Standardise the targets", "y = (y - mean) / std  # and prediction * std + mean to go back"),
+        Remedy("A loss that grows linearly", "loss = nn.functional.huber_loss(prediction, y)"),
+        *lower_learning_rate(case),
+    ]
+
+
+def lower_learning_rate(case: Case) -> list[Remedy]:
+    """By the measured factor, and what bears with a high one."""
+    rate, (ratio, _) = case.learning_rate, case.largest_update
+    factor = ratio / LARGEST_UPDATE if ratio > LARGEST_UPDATE else 10.0
+    lower = round_down(rate / factor)
+    why = f"update ratio {number(ratio)} is {number(factor)} x the limit {LARGEST_UPDATE}"
+    note = f"  # was {number(rate)}; {why if ratio > LARGEST_UPDATE else 'a tenth'}"
+    warm_up = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)"
+    lowering = Remedy(
+        f"Lower the learning rate from {number(rate)} to {number(lower)}", f"lr = {number(lower)}{note}"
+    )
+    return [*([lowering] if math.isfinite(rate) else []), Remedy("Warm up the learning rate", warm_up), CLIP]
+
+
+def learning_rate_too_low(case: Case) -> list[Remedy]:
+    """By the measured factor, within reason."""
+    rate, update = case.learning_rate, case.typical_update
+    higher = usual_learning_rate(case)
+    note = f"was {number(rate)}"
+    if update > 0 and rate > 0:
+        factor = USUAL_UPDATE / update
+        # Not so far beyond the usual rate that a gradient which is small for a while would be made up for.
+        higher = round_down(min(rate * factor, 100 * higher))
+        note += f"; update ratio {number(update)}, where {USUAL_UPDATE} is usual"
+    return [
+        Remedy(
+            f"Raise the learning rate from {number(rate)} to {number(higher)}",
+            f"lr = {number(higher)}  # {note}",
+        )
+    ]
+
+
+def optimizer_epsilon(case: Case) -> list[Remedy]:
+    """Two decades below the smallest gradient."""
+    was = case.setting("eps")
+    rms = min(
+        (case.gradient_rms_log10(i) for i in case.layers if math.isfinite(case.gradients_log10[i])),
+        default=0.0,
+    )
+    # Not below what float32 can hold.
+    eps = 10.0 ** max(-30, min(-8, math.floor(rms) - 2))
+    name = case.optimizer or "Adam"
+    rate = number(case.learning_rate)
+    how = f"optimizer = torch.optim.{name}(model.parameters(), lr={rate}, eps={number(eps)})"
+    return [Remedy(f"Lower the optimizer's eps from {number(was)} to {number(eps)}", how)]
+
+
+def momentum(case: Case) -> list[Remedy]:
+    """The usual one."""
+    was = number(case.setting("momentum"))
+    return [
+        Remedy(f"Lower the momentum from {was} to 0.9", f"momentum = 0.9  # was {was}"),
+        *lower_learning_rate(case),
+    ]
+
+
+def bad_data(case: Case) -> list[Remedy]:
+    """Look, leave out, fill in."""
+    rows = list(case.bad_rows or ())[:8]
+    keep = "keep = torch.isfinite(x).flatten(1).all(1); x, y = x[keep], y[keep]"
+    return [
+        Remedy("Look at the rows", f"print(x[{rows}], y[{rows}])"),
+        Remedy("Leave out rows that are not finite", keep),
+        Remedy("Fill in what is missing", "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)"),
+    ]
+
+
+def loss_function(case: Case) -> list[Remedy]:
+    """The stable form of what the loss computes."""
+    operations = case.anatomy.loss_ops if case.anatomy else {}
+    found = [_STABLE[op] for op in RISKY if op in operations and op in _STABLE]
+    if "Log" in operations and "Softmax" in operations:
+        how = "loss = nn.functional.cross_entropy(logits, y)  # in place of log(softmax(logits))"
+        found.insert(0, Remedy("Cross-entropy of the logits", how))
+    elif "Log" in operations and "Sigmoid" in operations:
+        how = "loss = nn.functional.binary_cross_entropy_with_logits(logits, y)  # not log(sigmoid(logits))"
+        found.insert(0, Remedy("Cross-entropy of the logits", how))
+    return [*found[:3], ANOMALY]
+
+
+def low_precision(case: Case) -> list[Remedy]:
+    """A wider range, or a loss scaled into the range."""
+    return [
+        Remedy("bfloat16, which has the range of float32", 'trainer = Trainer(precision="bf16-mixed")'),
+        Remedy(
+            "Scale the loss, as Trainer does by itself in this mode",
+            'trainer = Trainer(precision="16-mixed")',
+        ),
+        Remedy("Compute the loss in float32", "loss = loss_fn(logits.float(), y)"),
+    ]
+
+
+def outlier_batch(case: Case) -> list[Remedy]:
+    """What bounds the influence of one batch."""
+    robust = Remedy("A loss that grows linearly", "loss = nn.functional.huber_loss(prediction, y)")
+    return [CLIP, Remedy("Look at the batch", "print(x.abs().amax(), y)"), robust]

@@ -1,0 +1,188 @@
+"""Rules that look for the cause in the training: optimizer, loss function, data and precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradguard.doctor.case import Case, middle_of
+from lightning_gradguard.doctor.clues import CERTAIN, GROWING, Clue
+from lightning_gradguard.doctor.diagnosis import Cause
+from lightning_gradguard.doctor.operations import RISKY
+from lightning_gradguard.doctor.wording import listing, number, power, quote
+from lightning_gradguard.verdicts.faults import Fault
+
+#: Applied update ratios: the usual one (CS231n notes), and the largest healthy one.
+USUAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
+#: Momentum that is usual; it enlarges a steady step by 1 / (1 - momentum).
+_USUAL_MOMENTUM = 0.9
+_LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
+_SQUARED_LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss")
+
+
+def usual_learning_rate(case: Case) -> float:
+    """What one would begin with: 1e-3 for optimizers that normalise the gradient, 1e-2 for the others."""
+    return 1e-3 if _normalises(case) else 1e-2
+
+
+def learning_rate_too_high(case: Case) -> Iterator[Clue]:
+    """Steps too large for the weights. The momentum's part of it is left to `momentum`."""
+    ratio, name = case.largest_update
+    if case.fault not in (*GROWING, Fault.DEAD) or ratio <= LARGEST_UPDATE:
+        return
+    evidence = (
+        f"At a learning rate of {number(case.learning_rate)} the update ratio is {number(ratio)} in "
+        f"{quote(name)}, {number(ratio / LARGEST_UPDATE)} times the limit {LARGEST_UPDATE}."
+    )
+    weight = math.log10(ratio / (0.1 * LARGEST_UPDATE)) - _excess_momentum(case)
+    # A step this wild is what makes the next loss overflow, if that was on its way.
+    grown = case.loss_start > 0 and case.loss_now > 3 * case.loss_start
+    if case.fault == Fault.NONFINITE and (
+        grown or case.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
+    ):
+        weight += 10
+    yield Clue(weight, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+
+
+def learning_rate_too_low(case: Case) -> Iterator[Clue]:
+    """Steps too small for the weights, at a learning rate below the usual."""
+    if case.fault not in (Fault.STALLED, Fault.VANISHING) or not case.learning_rates:
+        return
+    rate, usual = case.learning_rate, usual_learning_rate(case)
+    if rate == 0:
+        yield Clue(CERTAIN, Cause.LEARNING_RATE_TOO_LOW, "The learning rate is 0.")
+        return
+    below = math.log10(usual / rate)
+    update = case.typical_update
+    if update > 0:
+        below = min(below, math.log10(USUAL_UPDATE / update))
+    if case.fault == Fault.STALLED and not _normalises(case):
+        # Its step is proportional to the gradient, so where that is small for no other reason, a larger
+        # rate is what helps.
+        below = max(below, 0.6)
+    evidence = f"The learning rate is {number(rate)}"
+    if not math.isnan(update):
+        evidence += f", and the median update ratio {number(update)}, where {USUAL_UPDATE} is usual"
+    yield Clue(below, Cause.LEARNING_RATE_TOO_LOW, evidence + ".")
+
+
+def optimizer_epsilon(case: Case) -> Iterator[Clue]:
+    """An epsilon that outweighs the gradient in the optimizer's denominator."""
+    eps = case.setting("eps")
+    if case.fault not in (Fault.STALLED, Fault.VANISHING, Fault.UNDERFLOW) or not (
+        _normalises(case) and eps > 0
+    ):
+        return
+    sick = [i for i in case.layers if case.names[i] in case.finding.parameters] or case.layers
+    rms = middle_of(case.gradient_rms_log10(i) for i in sick)
+    if rms >= math.log10(eps) or math.isnan(rms):
+        return
+    decades = math.log10(eps) - rms
+    evidence = (
+        f"{case.optimizer} divides by the gradient's size plus eps = {number(eps)}, but the RMS of the "
+        f"gradients is {power(rms)}: steps are {decades:.1f} decades smaller than the learning rate says."
+    )
+    # Where the gradient vanished on its way, that is the cause; eps only keeps it from being made up for.
+    yield Clue(
+        decades if case.fault == Fault.STALLED else min(decades, 1.0), Cause.OPTIMIZER_EPSILON, evidence
+    )
+
+
+def momentum(case: Case) -> Iterator[Clue]:
+    """A velocity that goes on growing while gradients do not."""
+    value = case.setting("momentum")
+    if case.fault not in GROWING or not 0.95 <= value < 1:
+        return
+    factor = 1 / (1 - value)
+    evidence = (
+        f"Momentum {number(value)} lets a steady gradient add up to {number(factor)} times the learning rate."
+    )
+    yield Clue(math.log10(factor), Cause.MOMENTUM, evidence)
+
+
+def target_scale(case: Case) -> Iterator[Clue]:
+    """Targets of thousands under a squared loss: the loss is their square."""
+    operations = case.anatomy.loss_ops if case.anatomy else {}
+    squared = any(op in operations for op in (*_SQUARED_LOSSES, "Pow"))
+    if case.fault not in GROWING or not squared or not case.loss_start > 100:
+        return
+    decades = math.log10(case.loss_start) / 2
+    evidence = (
+        f"The loss began at {number(case.loss_start)}: outputs and targets are about {power(decades)} apart."
+    )
+    yield Clue(decades, Cause.TARGET_SCALE, evidence)
+
+
+def bad_data(case: Case) -> Iterator[Clue]:
+    """NaN or Inf in the batch itself."""
+    if case.fault == Fault.NONFINITE and case.bad_rows:
+        rows = ", ".join(str(row) for row in case.bad_rows[:8]) + (", ..." if len(case.bad_rows) > 8 else "")
+        evidence = f"The batch holds NaN or Inf in row{'' if len(case.bad_rows) == 1 else 's'} {rows}."
+        yield Clue(CERTAIN, Cause.BAD_DATA, evidence)
+
+
+def loss_function(case: Case) -> Iterator[Clue]:
+    """An operation in the loss that is not finite, or has no finite slope, for some finite inputs."""
+    if case.fault != Fault.NONFINITE or case.anatomy is None or case.bad_rows:
+        return
+    risky = [op for op in RISKY if op in case.anatomy.loss_ops]
+    if not risky:
+        return
+    batch = ", and the batch is finite" if case.bad_rows is not None else ""
+    what = (
+        "loss is not finite"
+        if not math.isfinite(case.loss_last)
+        else "loss is finite but its gradient is not"
+    )
+    reasons = "; ".join(RISKY[op] for op in risky[:2])
+    yield Clue(6.0, Cause.LOSS_FUNCTION, f"The {what}{batch}, and the loss function computes {reasons}.")
+
+
+def low_precision(case: Case) -> Iterator[Clue]:
+    """Numbers below, or above, what the dtype can hold."""
+    low = [dtype for dtype in case.dtypes if dtype in _LOW_PRECISION]
+    if case.fault == Fault.UNDERFLOW:
+        dtype = low[0] if low else next(iter(case.dtypes), "this dtype")
+        evidence = f"{100 * case.finding.value:.0f} % of the gradient's elements are too small for {dtype}."
+        yield Clue(10.0, Cause.LOW_PRECISION, evidence)
+    elif low and case.fault in (Fault.NONFINITE, Fault.VANISHING):
+        evidence = (
+            f"Gradients pass through {listing(low)}, which holds nothing above 65504 and little below 6e-8."
+        )
+        yield Clue(4.0 if case.fault == Fault.NONFINITE else 1.0, Cause.LOW_PRECISION, evidence)
+
+
+def outlier_batch(case: Case) -> Iterator[Clue]:
+    """One batch unlike the others, after calm."""
+    if case.fault == Fault.SPIKE and case.finding.value > 0:
+        evidence = (
+            f"The {case.finding.measure or 'gradient'} is {number(case.finding.value)} at this step alone."
+        )
+        yield Clue(1 + math.log10(case.finding.value), Cause.OUTLIER_BATCH, evidence)
+    calm = case.loss_now <= 1.5 * case.loss_start and not case.found_before(*Fault)
+    if case.fault == Fault.NONFINITE and calm and case.steps > 5 and not case.bad_rows:
+        evidence = f"All was calm until step {case.finding.step}, at a mean loss of {number(case.loss_now)}."
+        yield Clue(2.0, Cause.OUTLIER_BATCH, evidence)
+
+
+TRAINING_RULES = (
+    learning_rate_too_high,
+    learning_rate_too_low,
+    optimizer_epsilon,
+    momentum,
+    target_scale,
+    bad_data,
+    loss_function,
+    low_precision,
+    outlier_batch,
+)
+
+
+def _normalises(case: Case) -> bool:
+    return any(part in case.optimizer.lower() for part in ("ada", "rms", "adam", "lion", "rprop", "lamb"))
+
+
+def _excess_momentum(case: Case) -> float:
+    """Decades by which momentum enlarges a step beyond the usual momentum of 0.9."""
+    value = case.setting("momentum")
+    return math.log10((1 - _USUAL_MOMENTUM) / (1 - value)) if _USUAL_MOMENTUM < value < 1 else 0.0

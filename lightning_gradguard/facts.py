@@ -1,0 +1,77 @@
+"""Gathers what the doctor needs to know; read from the device at once, since it happens once in a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.mailbox import read
+from lightning_gradguard.signals.stats import GradStats, weight_norms
+from lightning_gradguard.verdicts.faults import Finding
+from lightning_gradguard.watch import Watch
+
+if TYPE_CHECKING:
+    from lightning_gradguard.guard import Guard
+
+
+def gather(guard: Guard, stats: GradStats, finding: Finding) -> Case:
+    """The facts of the step of a critical finding, tensors from input to output.
+
+    Args:
+        guard: What judged it.
+        stats: The step's statistics.
+        finding: What is critical.
+    """
+    watch, letter = guard.watch, guard.letter
+    assert letter is not None
+    layout, order = watch.layout, watch.layout.order
+    settings = _settings(watch)
+    return Case(
+        finding=finding,
+        names=tuple(layout.names[i] for i in order),
+        shapes=tuple(tuple(layout.parameters[i].shape) for i in order),
+        gradients_log10=tuple(_log10(v) for v in _pick(stats.norms, order)),
+        weight_norms=_pick(weight_norms(layout), order),
+        update_ratios=_pick(stats.updates, order),
+        findings=guard.findings,
+        initial_weight_norms=_pick(watch.initial_weights, order),
+        anatomy=watch.anatomy,
+        tilt=None if math.isnan(letter.tilt) else letter.tilt,
+        loss_start=letter.loss_start,
+        loss_now=letter.loss_mean,
+        loss_last=letter.loss,
+        optimizer="" if watch.optimizer is None else type(watch.optimizer).__name__,
+        learning_rates=tuple(float(group["lr"]) for group in settings if "lr" in group),
+        defaults=settings[0] if settings else {},
+        dtypes=tuple(sorted({str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None})),
+        steps=guard.counts["judged"],
+        clipper="" if guard.clipper is None else repr(guard.clipper),
+        policy=repr(guard.policy),
+    )
+
+
+def _pick(vector: Tensor, order: Sequence[int]) -> tuple[float, ...]:
+    numbers = read(vector)
+    return tuple(numbers[i] for i in order)
+
+
+def _settings(watch: Watch) -> list[dict[str, Any]]:
+    """The optimizer's groups without their parameters, plain numbers only."""
+    groups = watch.optimizer.param_groups if watch.optimizer is not None else []
+    plain = []
+    for group in groups:
+        kept = {
+            k: read(v.reshape(1))[0] if isinstance(v, Tensor) else v
+            for k, v in group.items()
+            if k != "params"
+        }
+        plain.append({k: v for k, v in kept.items() if isinstance(v, (int, float, str, tuple, type(None)))})
+    return plain
+
+
+def _log10(norm: float) -> float:
+    return math.log10(norm) if 0 < norm < math.inf else (-math.inf if norm == 0 else norm)

@@ -1,0 +1,270 @@
+"""`Guard`: one optimizer step from gradients to verdict, in any training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard import facts
+from lightning_gradguard import lag as lagging
+from lightning_gradguard.doctor.causes import diagnose
+from lightning_gradguard.doctor.diagnosis import Diagnosis
+from lightning_gradguard.letter import pack, unpack
+from lightning_gradguard.mailbox import Mailbox
+from lightning_gradguard.parts import default_detectors, validate
+from lightning_gradguard.signals import pipeline
+from lightning_gradguard.signals.clipping import Clipper, apply_
+from lightning_gradguard.signals.reading import Detector
+from lightning_gradguard.signals.stats import measure
+from lightning_gradguard.verdicts.faults import Finding, GradientHalt, GradientWarning, Report, Severity
+from lightning_gradguard.verdicts.judge import Judge
+from lightning_gradguard.verdicts.letter import Letter
+from lightning_gradguard.verdicts.policy import Policy
+from lightning_gradguard.watch import Watch
+
+#: Findings that are kept.
+KEPT_FINDINGS = 1000
+
+_STATE_VERSION = 1
+
+
+class Posted(NamedTuple):
+    """What the host remembers of a step whose letter is under way."""
+
+    step: int
+    has_loss: bool
+    scaled: bool
+    outcome: pipeline.Outcome
+
+
+class Guard:
+    """Judges, clips, skips and halts; call `step` after backward and before ``optimizer.step()``.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> guard = Guard(model.named_parameters(), optimizer=optimizer)
+        >>> loss = model(torch.ones(4, 2)).square().mean()
+        >>> loss.backward()
+        >>> report = guard.step(loss=loss)
+        >>> if not report.skip:
+        ...     optimizer.step()
+
+    Args:
+        named_parameters: Pairs of name and parameter, as ``model.named_parameters()`` gives them.
+        optimizer: The optimizer whose parameters are judged; all named parameters when None.
+        detectors: What is judged; `default_detectors` when None.
+        clipper: How gradients are clipped; not at all when None.
+        policy: What is done about a finding; ``Policy.watch()`` when None.
+        lag: 0 to read each step's verdict at once; 1 to read it one step later, so that the device is never
+            waited for; None for the cheapest that still skips exactly.
+        index: Number of the optimizer, for findings.
+
+    Raises:
+        ValueError: If there is no parameter, or ``lag`` is none of the three.
+        TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is none.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        detectors: Sequence[Detector] | None = None,
+        clipper: Clipper | None = None,
+        policy: Policy | None = None,
+        lag: int | None = None,
+        index: int = 0,
+    ) -> None:
+        validate(detectors, clipper, policy)
+        self.detectors = default_detectors() if detectors is None else tuple(detectors)
+        self.clipper = clipper
+        self.policy = Policy.watch() if policy is None else policy
+        self.watch = Watch(named_parameters, optimizer)
+        self.report: Report | None = None
+        self.letter: Letter | None = None
+        self.diagnosis: Diagnosis | None = None
+        self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
+        self._judge = Judge(self.policy, index)
+        self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
+        self._steps = 0
+        self._lag = lagging.choose(lag, optimizer, self.watch.layout.numel.device, self.policy)
+        self._mailbox: Mailbox[Posted] = Mailbox(self._lag)
+        self._states: pipeline.States | None = None
+        self._halt: Finding | None = None
+        self._said_no_loss = False
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was found so far, oldest first; the newest 1,000."""
+        return tuple(self._findings)
+
+    def step(
+        self,
+        loss: Tensor | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        graph: Tensor | None = None,
+        step: int | None = None,
+    ) -> Report:
+        """Judges the gradients that lie on the parameters, clips them, or removes them where the step is bad.
+
+        In a distributed program every rank has to call it.
+
+        Args:
+            loss: Scalar loss of this step, not scaled. Without it the rules that ask for progress are off.
+            scaler: The gradient scaler in use; gradients are unscaled if that has not been done.
+            graph: Tensor whose autograd graph shows the order of layers; ``loss`` when None.
+            step: Number of this step in reports; steps judged so far when None.
+
+        Returns:
+            The report of this step; ``skip`` says that ``optimizer.step()`` must not be called. The gradients have
+            been removed then, so that even a call would change nothing. With ``lag=1`` the report is of the
+            step before, and ``skip`` is false, since what had to be skipped is skipped on the device.
+
+        Raises:
+            GradientHalt: If training cannot go on.
+        """
+        if self.watch.follow_groups():
+            self._states = None
+        self.watch.unscale(scaler)
+        number = self._steps if step is None else step
+        self._steps += 1
+        if all(gradient is None for gradient in self.watch.gradients()):
+            return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
+        self._say_without_loss(loss)
+        stats = self.watch.look(loss, graph if graph is not None or loss is None else loss)
+        if self._states is None:
+            self._states = pipeline.init(stats, self.detectors, self.clipper)
+        outcome, states = pipeline.advance(stats, self._states, self.detectors, self.clipper)
+        posted = Posted(number, loss is not None, scaler is not None, outcome)
+        answer = self._mailbox.exchange(pack(outcome, None if scaler is None else scaler._scale), posted)
+        if self._lag:
+            return self._late(outcome, states, answer)
+        assert answer is not None
+        report = self._report(*answer)
+        if report.skip:
+            self.watch.drop()
+        else:
+            self._states = states
+            if outcome.clip is not None and report.scale < 1:
+                apply_(stats.gradients, outcome.clip.multipliers)
+        self.watch.settle(not report.skip)
+        self._raise_if_halted(number)
+        return report
+
+    def close(self) -> None:
+        """Judges what is still under way; call it when training ends.
+
+        Raises:
+            GradientHalt: If the last step was one to halt on.
+        """
+        while (answer := self._mailbox.take()) is not None:
+            self._report(*answer)
+            self._raise_if_halted(answer[1].step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to judge and clip as this one would; plain types and tensors."""
+        return {
+            "version": _STATE_VERSION,
+            "steps": self._steps,
+            "counts": dict(self.counts),
+            "watch": self.watch.state_dict(),
+            "judge": self._judge.state_dict(),
+            "kinds": self._kinds(),
+            "states": None if self._states is None else pipeline.to_plain(self._states),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is of another version, other parameters, or other detectors or clipper; nothing
+                is changed then.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"state must be of version {_STATE_VERSION}, got {state.get('version')!r}")
+        if state["kinds"] != self._kinds():
+            raise ValueError(
+                f"state must be of the same detectors and clipper, {self._kinds()}, got {state['kinds']}; "
+                "construct the guard as in the run that saved it"
+            )
+        self.watch.load_state_dict(state["watch"])
+        self._judge.load_state_dict(state["judge"])
+        self._steps, self.counts = state["steps"], dict(state["counts"])
+        self._states = None
+        if state["states"] is not None:
+            stats = measure(self.watch.layout, self.watch.weights, self.watch.updates)
+            blank = pipeline.init(stats, self.detectors, self.clipper)
+            self._states = pipeline.from_plain(state["states"], blank)
+
+    def _late(
+        self, outcome: pipeline.Outcome, states: pipeline.States, answer: tuple[list[float], Posted] | None
+    ) -> Report:
+        """The way with lag: what must be done is done on the device, and the report is of the step before."""
+        assert self._states is not None
+        lagging.defuse(outcome, self.watch.optimizer)
+        self._states = pipeline.choose(outcome.stats.finite, states, self._states)
+        self.watch.settle(True)
+        if self.report is None:
+            # The first step is awaited: a fused optimizer cannot skip on the device before it has a state.
+            answer = self._mailbox.take()
+        if answer is not None:
+            first = self.report is None
+            if self._report(*answer).skip and first:
+                self.watch.drop()
+            self._raise_if_halted(answer[1].step)
+        assert self.report is not None
+        return dataclasses.replace(self.report, skip=False)
+
+    def _report(self, numbers: list[float], posted: Posted) -> Report:
+        """From a step's numbers to its report, findings, messages and diagnosis."""
+        self.letter = unpack(numbers, posted.outcome, self.detectors)
+        verdict = self._judge.judge(
+            posted.step,
+            self.letter,
+            has_loss=posted.has_loss,
+            scaled=posted.scaled,
+            clipping=self.clipper is not None,
+        )
+        self.report, self._halt = verdict.report, verdict.halt
+        self.counts["judged"] += 1
+        self.counts["clipped"] += 0 < self.report.scale < 1
+        self.counts["skipped"] += self.report.skip
+        self.counts["nonfinite"] += not self.letter.finite
+        self._findings.extend(self.report.findings)
+        for finding in verdict.messages:
+            if finding is not verdict.halt:
+                _say(str(finding))
+        grave = [f for f in self.report.findings if f.severity == Severity.CRITICAL]
+        if grave:
+            self.diagnosis = diagnose(facts.gather(self, posted.outcome.stats, verdict.halt or grave[0]))
+        return self.report
+
+    def _raise_if_halted(self, step: int) -> None:
+        if self._halt is not None:
+            assert self.diagnosis is not None
+            raise GradientHalt(self.diagnosis, self.findings, step)
+
+    def _kinds(self) -> list[str]:
+        parts = [*self.detectors, *([] if self.clipper is None else [self.clipper])]
+        return [type(part).__name__ for part in parts]
+
+    def _say_without_loss(self, loss: Tensor | None) -> None:
+        silent = [type(d).__name__ for d in self.detectors if getattr(d, "needs_loss", False)]
+        if loss is None and silent and not self._said_no_loss:
+            self._said_no_loss = True
+            _say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")
+
+
+def _say(message: str) -> None:
+    """Warns, on one rank."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        warnings.warn(message, GradientWarning, stacklevel=4)

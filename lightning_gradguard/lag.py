@@ -1,0 +1,83 @@
+"""Judging one step late, so that the device is never waited for, and what then happens on the device alone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.signals.clipping import apply_
+from lightning_gradguard.signals.pipeline import Outcome
+from lightning_gradguard.verdicts.faults import Fault, GradientWarning
+from lightning_gradguard.verdicts.policy import Policy
+
+#: Optimizers whose fused form skips on the device when ``found_inf`` is set; others ignore or refuse it.
+_HONOUR = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+def choose(
+    lag: int | None, optimizer: torch.optim.Optimizer | None, device: torch.device, policy: Policy
+) -> int:
+    """The lag to use.
+
+    Raises:
+        ValueError: If ``lag`` is not None, 0 or 1, or is 1 with a policy that skips finite steps, which takes
+            a verdict before the step.
+    """
+    validate_lag(lag)
+    late = [f.value for f in Fault if f != Fault.NONFINITE and policy.response(f) == "skip"]
+    if lag is None:
+        return int(device.type != "cpu" and honours_found_inf(optimizer) and not late)
+    if lag and late:
+        raise ValueError(f"lag must be 0 with a policy that skips on {', '.join(late)}, got 1")
+    if lag and not honours_found_inf(optimizer):
+        warnings.warn(
+            "lag=1 with an optimizer that does not honour found_inf: a non-finite gradient is set to zero, which is "
+            "no exact skip, since moments decay and weight decay acts; use fused=True, or lag=0",
+            GradientWarning,
+            stacklevel=4,
+        )
+    return lag
+
+
+def validate_lag(lag: object) -> None:
+    """Raises ValueError unless ``lag`` is None, 0 or 1."""
+    if isinstance(lag, bool) or lag not in (None, 0, 1):
+        raise ValueError(f"lag must be None, 0 or 1, got {lag!r}")
+
+
+def honours_found_inf(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether the optimizer skips its step on the device when its ``found_inf`` is 1."""
+    return (
+        optimizer is not None
+        and type(optimizer) in _HONOUR
+        and all(group.get("fused") for group in optimizer.param_groups)
+    )
+
+
+def defuse(outcome: Outcome, optimizer: torch.optim.Optimizer | None) -> None:
+    """Clips, and makes a non-finite step harmless, without asking the device whether it is one."""
+    stats, _, clip = outcome
+    if clip is not None:
+        apply_(stats.gradients, clip.multipliers)
+    if optimizer is not None and honours_found_inf(optimizer):
+        _skip_on_device(optimizer, stats.finite)
+        return
+    for gradient in stats.gradients:
+        if gradient is not None:
+            # Multiplying by zero would keep a NaN.
+            values = gradient._values() if gradient.layout == torch.sparse_coo else gradient
+            values.masked_fill_(~stats.finite.to(values.device), 0.0)
+
+
+def _skip_on_device(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Sets ``found_inf`` for the coming step alone."""
+    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+
+    def forget(done: torch.optim.Optimizer, *_: Any) -> None:
+        done.__dict__.pop("found_inf", None)
+        handle.remove()
+
+    handle = optimizer.register_step_post_hook(forget)

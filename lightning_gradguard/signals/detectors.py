@@ -1,0 +1,203 @@
+"""Detectors: each turns one step's statistics into a `Reading`; pure `init` and `update`, no host read.
+
+A detector is a frozen dataclass with a ``fault``, ``measures``, ``init(stats) -> state`` and
+``update(stats, state) -> (Reading, state)``, where the state is a NamedTuple of tensors, possibly empty.
+Nothing else is needed to write one: no registry, no base class. `reading` fills in what is left out.
+
+Severity, patience and silence are not decided here but in ``verdicts``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.signals.reading import Detector as Detector
+from lightning_gradguard.signals.reading import (
+    Nothing,
+    Reading,
+    above,
+    hot,
+    norm_score,
+    positive,
+    profile_score,
+    reading,
+)
+from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.signals.trends import ALARM_Z, WARM_UP, trends_of
+from lightning_gradguard.verdicts.faults import Fault
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Flags a step whose gradients, global norm or loss are not finite.
+
+    A global norm that overflows float32 counts as non-finite. Names the tensors in backward order, so the
+    first is the one nearest to where it began.
+    """
+
+    fault: ClassVar[Fault] = Fault.NONFINITE
+    measures: ClassVar[tuple[str, ...]] = ("tensors with a non-finite gradient norm",)
+
+    def init(self, stats: GradStats) -> Nothing:
+        """Remembers nothing."""
+        return Nothing()
+
+    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+        """Judges one step."""
+        bad = ~torch.isfinite(stats.norms)
+        score = torch.where(bad, stats.layout.depth, -torch.inf)
+        return reading(stats, ~stats.finite, bad.sum(), 0.0, score=score), state
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Flags a single step whose global norm is far above what is usual.
+
+    Raised when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its geometric mean, after
+    25 steps. An event: it is counted, and clipped where a clipper is set; it never halts.
+
+    Args:
+        z: Alarm level of the z-score, dimensionless. Default 6.
+        ratio: Smallest multiple of the usual norm, so that a nearly deterministic run does not alarm at a wiggle.
+    """
+
+    z: float = ALARM_Z
+    ratio: float = 3.0
+    fault: ClassVar[Fault] = Fault.SPIKE
+    measures: ClassVar[tuple[str, ...]] = ("global norm over its usual value",)
+    event: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive("z", self.z)
+        above("ratio", self.ratio, 1.0)
+
+    def init(self, stats: GradStats) -> Nothing:
+        """Remembers nothing; the baseline is in the shared trends."""
+        return Nothing()
+
+    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+        """Judges one step."""
+        trends = trends_of(stats)
+        return reading(
+            stats, hot(trends, self.z, self.ratio), trends.jump, self.ratio, score=norm_score(stats)
+        ), state
+
+
+class HotState(NamedTuple):
+    """Leaky count of hot steps, float32 []."""
+
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class Exploding:
+    """Flags gradients that grow without bound, towards the input or from step to step.
+
+    Raised when the depth tilt is at or below ``tilt`` decades without progress of the loss, or when the leaky
+    count of hot steps (+1 for a step that `Spike` would flag, -1 for any other) reaches ``hot_steps``, or
+    when the running mean of the loss exceeds ``loss_ratio`` times its start.
+
+    Args:
+        tilt: Depth tilt in decades from input to output, negative. Default -2.
+        hot_steps: Leaky count of hot steps. Default 5.
+        loss_ratio: Multiple of the starting loss. Default 3.
+    """
+
+    tilt: float = -2.0
+    hot_steps: int = 5
+    loss_ratio: float = 3.0
+    fault: ClassVar[Fault] = Fault.EXPLODING
+    measures: ClassVar[tuple[str, ...]] = (
+        "depth tilt in decades (negative: growing towards the input)",
+        "steps in a row with a norm far above the usual",
+        "running mean of the loss over its start",
+    )
+
+    def __post_init__(self) -> None:
+        positive("-tilt", -self.tilt)
+        above("hot_steps", self.hot_steps, 0)
+        above("loss_ratio", self.loss_ratio, 1.0)
+
+    def init(self, stats: GradStats) -> HotState:
+        """No hot step yet."""
+        return HotState(torch.zeros_like(stats.total))
+
+    def update(self, stats: GradStats, state: HotState) -> tuple[Reading, HotState]:
+        """Judges one step."""
+        trends = trends_of(stats)
+        change = torch.where(hot(trends, ALARM_Z, 3.0), 1.0, -1.0)
+        count = torch.clamp(state.steps + change, 0.0, 2.0 * self.hot_steps)
+        growth = torch.where(trends.loss_start > 0, trends.loss / trends.loss_start, torch.nan)
+        tilted = (trends.tilt <= self.tilt) & trends.stuck & (trends.steps >= WARM_UP + 5)
+        heated, grown = count >= self.hot_steps, growth > self.loss_ratio
+        measure = torch.where(heated, 1.0, torch.where(grown, 2.0, 0.0))
+        value = torch.where(heated, count, torch.where(grown, growth, trends.tilt))
+        limit = torch.where(heated, float(self.hot_steps), torch.where(grown, self.loss_ratio, self.tilt))
+        # The profile says which layers when it is what raised; else the largest gradients.
+        score = torch.where(
+            tilted & ~heated & ~grown, profile_score(stats, worst_low=False), norm_score(stats)
+        )
+        raised = tilted | heated | grown
+        cleared = (
+            ~raised & (count == 0) & ~(growth > 0.8 * self.loss_ratio) & ~(trends.tilt <= self.tilt + 0.5)
+        )
+        return (
+            reading(stats, raised, value, limit, score=score, cleared=cleared, measure=measure),
+            HotState(count),
+        )
+
+
+@dataclass(frozen=True)
+class DepthTilt:
+    """Flags gradients that vanish from output to input.
+
+    Raised when the depth tilt (`lightning_gradguard.signals.trends.depth_tilt`) is at or above ``limit`` without
+    progress of the loss, from step 30 on. Convergence lowers all layers together and leaves the tilt alone.
+    Only a warning while the applied update ratio of the sick layers stays above ``moving``: an adaptive
+    optimizer still moves them.
+
+    Args:
+        limit: Depth tilt in decades. Default 3: healthy runs stay below 2.3 even when converged.
+        clear: Tilt below which the condition is over. Default 2.5.
+        moving: Update ratio above which a layer still learns, dimensionless. Default 1e-6.
+    """
+
+    limit: float = 3.0
+    clear: float = 2.5
+    moving: float = 1e-6
+    fault: ClassVar[Fault] = Fault.VANISHING
+    measures: ClassVar[tuple[str, ...]] = ("depth tilt in decades from input to output",)
+    needs_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive("clear", self.clear)
+        above("limit", self.limit, self.clear)
+        positive("moving", self.moving)
+
+    def init(self, stats: GradStats) -> Nothing:
+        """Remembers nothing; the profile is in the shared trends."""
+        return Nothing()
+
+    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+        """Judges one step."""
+        trends = trends_of(stats)
+        score = profile_score(stats, worst_low=True)
+        raised = (trends.tilt >= self.limit) & trends.stuck & (trends.steps >= WARM_UP + 5)
+        # Not by indexing, which would read the index on the host.
+        sickest = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
+        return (
+            reading(
+                stats,
+                raised,
+                trends.tilt,
+                self.limit,
+                score=score,
+                cleared=~(trends.tilt >= self.clear) | ~trends.stuck,
+                mild=sickest > self.moving,
+            ),
+            state,
+        )

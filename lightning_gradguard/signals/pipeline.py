@@ -1,0 +1,71 @@
+"""One step on the device: trends, then detectors, then clipper, and the state that all of them carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.signals import trends
+from lightning_gradguard.signals.clipping import Clip, Clipper
+from lightning_gradguard.signals.reading import Detector, Reading
+from lightning_gradguard.signals.stats import GradStats
+
+#: States of the trends, of each detector, and of the clipper if there is one: NamedTuples of tensors.
+States = tuple[Any, ...]
+
+
+class Outcome(NamedTuple):
+    """What one step gives: its statistics with trends, one reading per detector, and the clip or None."""
+
+    stats: GradStats
+    readings: tuple[Reading, ...]
+    clip: Clip | None
+
+
+def init(stats: GradStats, detectors: Sequence[Detector], clipper: Clipper | None) -> States:
+    """States that know nothing yet."""
+    own = [clipper.init(stats)] if clipper is not None else []
+    return (trends.init(stats), *(detector.init(stats) for detector in detectors), *own)
+
+
+def advance(
+    stats: GradStats, states: States, detectors: Sequence[Detector], clipper: Clipper | None
+) -> tuple[Outcome, States]:
+    """Judges one step; the new states are valid only if ``stats.finite``."""
+    trend, trend_state = trends.update(stats, states[0])
+    stats = replace(stats, trends=trend)
+    readings, new = [], [trend_state]
+    for detector, state in zip(detectors, states[1:], strict=False):
+        seen, after = detector.update(stats, state)
+        readings.append(seen)
+        new.append(after)
+    clip = None
+    if clipper is not None:
+        clip, after = clipper.update(stats, states[-1])
+        new.append(after)
+    return Outcome(stats, tuple(readings), clip), tuple(new)
+
+
+def choose(good: Tensor, new: States, old: States) -> States:
+    """New states where the step was good, else the old ones, decided on the device."""
+    return tuple(
+        type(after)(*(torch.where(good, a, b) for a, b in zip(after, before, strict=True)))
+        for after, before in zip(new, old, strict=True)
+    )
+
+
+def to_plain(states: States) -> list[dict[str, Tensor]]:
+    """The states as dicts of tensors, which load under ``weights_only=True``."""
+    return [{field: getattr(state, field).clone() for field in state._fields} for state in states]
+
+
+def from_plain(plain: Sequence[dict[str, Tensor]], blank: States) -> States:
+    """The states that `to_plain` wrote, on the devices and of the types of ``blank``."""
+    return tuple(
+        type(b)(**{field: p[field].to(getattr(b, field).device) for field in b._fields})
+        for p, b in zip(plain, blank, strict=True)
+    )

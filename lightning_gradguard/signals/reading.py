@@ -1,0 +1,116 @@
+"""What a detector gives, the interface of all of them, and the scores by which they name tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.signals.trends import Trends, trends_of
+from lightning_gradguard.verdicts.faults import Fault
+
+
+class Reading(NamedTuple):
+    """What a detector sees at one step.
+
+    Attributes:
+        raised: Bool [], the condition holds.
+        cleared: Bool [], the condition is over; neither raised nor cleared leaves things as they are (hysteresis).
+        value: float32 [], the number the verdict rests on.
+        limit: float32 [], where the verdict begins, same unit.
+        score: float32 [P], how sick each tensor is, larger is worse; -inf for those not concerned.
+        mild: Bool [], never more than a warning.
+        measure: float32 [], index into the detector's ``measures``: what ``value`` is.
+    """
+
+    raised: Tensor
+    cleared: Tensor
+    value: Tensor
+    limit: Tensor
+    score: Tensor
+    mild: Tensor
+    measure: Tensor
+
+
+class Detector(Protocol):
+    """The interface of all detectors.
+
+    Attributes:
+        fault: What a raised reading means.
+        measures: What ``value`` is, in words with a unit.
+        event: True if each raised reading stands for itself and never becomes critical; optional, default False.
+        needs_loss: True if the detector is silent unless the loss is given; optional, default False.
+    """
+
+    fault: ClassVar[Fault]
+    measures: ClassVar[tuple[str, ...]]
+
+    def init(self, stats: GradStats) -> Any:
+        """A state that knows nothing yet."""
+
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
+        """Judges one step."""
+
+
+class Nothing(NamedTuple):
+    """The state of a detector that remembers nothing."""
+
+
+def reading(
+    stats: GradStats,
+    raised: Tensor,
+    value: Tensor,
+    limit: float | Tensor,
+    *,
+    score: Tensor | None = None,
+    cleared: Tensor | None = None,
+    mild: Tensor | None = None,
+    measure: Tensor | None = None,
+) -> Reading:
+    """A `Reading` with the usual defaults.
+
+    Cleared as soon as it is not raised, no tensor named, may become critical, first measure.
+    """
+    return Reading(
+        raised=raised,
+        cleared=~raised if cleared is None else cleared,
+        value=value.to(torch.float32),
+        limit=limit if isinstance(limit, Tensor) else torch.full_like(stats.total, limit),
+        score=torch.full_like(stats.norms, -torch.inf) if score is None else score,
+        mild=torch.zeros_like(raised) if mild is None else mild,
+        measure=torch.zeros_like(stats.total) if measure is None else measure,
+    )
+
+
+def hot(trends: Trends, z: float, ratio: float) -> Tensor:
+    """Whether the step's norm is far above the usual one, bool []."""
+    return (trends.spike_score > z) & (trends.jump > ratio)
+
+
+def norm_score(stats: GradStats) -> Tensor:
+    """Largest gradient in relation to its weight first, float32 [P]."""
+    return torch.where(stats.norms > 0, torch.log10(stats.norms / stats.weights), -torch.inf)
+
+
+def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
+    """Distance of each layer's profile from the middle one, float32 [P]; only layers that carry the profile."""
+    trends = trends_of(stats)
+    carries = torch.zeros_like(trends.live).index_fill_(0, stats.layout.layers, True) & trends.live
+    middle = torch.nanmedian(torch.where(carries, trends.profile, torch.nan))
+    offset = trends.profile - middle
+    return torch.where(carries, -offset if worst_low else offset, -torch.inf)
+
+
+def positive(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a positive finite number."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def above(name: str, value: float, bound: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number above ``bound``."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > bound):
+        raise ValueError(f"{name} must be a finite number above {bound:g}, got {value!r}")

@@ -1,0 +1,78 @@
+"""What is shown of one step, a `Panel`: numbers, histograms, texts, pictures. Who shows it: a `Sink`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+#: Errors in a row after which an output is given up.
+PATIENCE = 5
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is shown of one step. All keys are tags, ``group/name``.
+
+    Attributes:
+        scalars: Numbers; NaN is shown as a gap with a mark, infinity as NaN.
+        histograms: 30 counts each, on the axis `lightning_gradguard.signals.histogram.EDGES`.
+        texts: Markdown, each standing for the whole run so far.
+        images: Functions that draw a PNG; called later and on another thread, so they own their data.
+        notes: How to read a tag, in Markdown; shown beside it.
+    """
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Shows panels. It never raises: what cannot be shown is said once, and training goes on."""
+
+    def write(self, step: int, panel: Panel) -> None:
+        """Shows a panel, at this step on the x axis."""
+
+    def close(self) -> None:
+        """Finishes what is pending; the sink may be written to again."""
+
+
+class Fuse:
+    """Keeps errors of an output away from the training.
+
+    The first is warned of, the later ones are silent; after `PATIENCE` in a row nothing more is tried.
+
+    Args:
+        name: The output, for the warning.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._failures = 0
+        self._warned = False
+
+    @property
+    def blown(self) -> bool:
+        """Whether the output has been given up."""
+        return self._failures >= PATIENCE
+
+    def run(self, action: Callable[[], object]) -> None:
+        """Calls ``action``, unless blown; what it raises goes no further."""
+        if self.blown:
+            return
+        try:
+            action()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self._name} failed ({type(error).__name__}: {error}). Training goes on. Later errors "
+                    f"are not reported; after {PATIENCE} in a row nothing more is written there.",
+                    UserWarning,
+                    stacklevel=3,
+                )

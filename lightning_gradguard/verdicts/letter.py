@@ -1,0 +1,71 @@
+"""One step in plain numbers, as it comes out of the mailbox."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lightning_gradguard.verdicts.faults import Fault
+
+
+class Sight(NamedTuple):
+    """A detector's reading of one step.
+
+    Attributes:
+        detector: Its class name.
+        fault: What it means when raised.
+        event: Each raised sight stands for itself, and never becomes critical.
+        needs_loss: It says nothing unless the loss is given.
+        raised: The condition holds.
+        cleared: The condition is over; neither leaves things as they are.
+        mild: Never more than a warning.
+        value: The number the verdict rests on.
+        limit: Where the verdict begins.
+        measure: What ``value`` is.
+        parameters: Tensors concerned, worst first.
+    """
+
+    detector: str
+    fault: Fault
+    event: bool
+    needs_loss: bool
+    raised: bool
+    cleared: bool
+    mild: bool
+    value: float
+    limit: float
+    measure: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One step; NaN stands for what is not known.
+
+    Attributes:
+        total_norm: Global norm before clipping.
+        clipped_norm: Global norm after clipping.
+        threshold: Largest global norm the clipper allows.
+        finite: Whether the gradients, their norm, and the loss are.
+        loss: Of this step.
+        loss_start: Median of the first five losses.
+        loss_mean: Running mean of the loss.
+        loss_scale: Of a gradient scaler.
+        tilt: Depth tilt in decades.
+        update_ratio: Median applied update ratio of the layers.
+        norms: Name of each tensor with a gradient to its norm before clipping, from input to output.
+        sights: One for each detector.
+    """
+
+    total_norm: float
+    clipped_norm: float
+    threshold: float
+    finite: bool
+    loss: float
+    loss_start: float
+    loss_mean: float
+    loss_scale: float
+    tilt: float
+    update_ratio: float
+    norms: dict[str, float]
+    sights: list[Sight]

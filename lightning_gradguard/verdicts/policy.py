@@ -1,0 +1,80 @@
+"""What is done about a finding: go on, skip the step, or halt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lightning_gradguard.verdicts.faults import Fault
+
+Response = Literal["ignore", "warn", "skip", "halt"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Response to each fault.
+
+    - ``"ignore"``: say nothing.
+    - ``"warn"``: say it once, and go on.
+    - ``"skip"``: as warn, and do not take a step at which the fault is present; when
+      ``max_consecutive_skips`` in a row have been skipped, the next one halts.
+    - ``"halt"``: as warn, and halt once the finding is critical.
+
+    Faults that are not named in ``respond`` are warned of; only ``"nonfinite"`` is skipped. A step with a
+    non-finite gradient, norm or loss is never taken, whatever the response: "ignore" and "warn" never halt,
+    "skip" halts after ``max_consecutive_skips``, "halt" on the first. A spike is an event and never
+    becomes critical, so "halt" does not halt on it.
+
+    Args:
+        respond: Fault's value to response.
+        patience: Further steps that a fault must hold after its warning to become critical.
+        max_consecutive_skips: Steps in a row that may be skipped; the next one halts.
+
+    Raises:
+        ValueError: For an unknown fault or response, or a negative number.
+    """
+
+    respond: Mapping[str, Response] = field(default_factory=dict)
+    patience: int = 50
+    max_consecutive_skips: int = 5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.respond, Mapping):
+            raise TypeError(f"respond must map faults to responses, got {self.respond!r}")
+        for fault, response in self.respond.items():
+            _one_of("respond: fault", fault, [f.value for f in Fault])
+            _one_of(f"respond[{str(fault)!r}]", response, list(get_args(Response)))
+        for name in ("patience", "max_consecutive_skips"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
+
+    def response(self, fault: str) -> Response:
+        """The response to a fault, given by its value."""
+        default: Response = "skip" if fault == Fault.NONFINITE else "warn"
+        return {str(k): v for k, v in self.respond.items()}.get(str(fault), default)
+
+    @classmethod
+    def watch(cls) -> Policy:
+        """Warns of everything, skips non-finite steps, and halts only when those go on. The default."""
+        return cls()
+
+    @classmethod
+    def protect(cls) -> Policy:
+        """For unattended runs: as `watch`, and halts when gradients explode, before the weights are ruined."""
+        return cls(respond={Fault.EXPLODING.value: "halt"})
+
+    @classmethod
+    def strict(cls) -> Policy:
+        """Halts on every critical fault, and on the first non-finite step."""
+        return cls(respond={fault.value: "halt" for fault in Fault})
+
+
+def _one_of(name: str, value: object, choices: list[str]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")

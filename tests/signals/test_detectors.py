@@ -1,0 +1,194 @@
+"""Laws that hold for every detector, and what each alone is for."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.signals import pipeline
+from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike
+from lightning_gradguard.signals.stats import Layout, measure, weight_norms
+from lightning_gradguard.verdicts.faults import Fault
+
+DETECTORS = [NonFinite(), DepthTilt(), Exploding(), Spike()]
+
+
+class Stream:
+    """Gradients set by hand, judged by some detectors."""
+
+    def __init__(self, *detectors, layers=6, device="cpu"):
+        self.detectors = detectors
+        self.weights = {f"w{i}": nn.Parameter(torch.ones(4, 4, device=device)) for i in range(layers)}
+        self.layout = Layout.of(self.weights)
+        self.updates = torch.full((layers,), 1e-9, device=device)
+        self.states = None
+
+    def feed(self, norms, loss=1.0):
+        for weight, norm in zip(self.weights.values(), norms, strict=True):
+            weight.grad = None if norm is None else torch.full_like(weight, norm / 4)
+        loss = None if loss is None else torch.tensor(float(loss))
+        stats = measure(self.layout, weight_norms(self.layout), self.updates, loss)
+        if self.states is None:
+            self.states = pipeline.init(stats, self.detectors, None)
+        outcome, new = pipeline.advance(stats, self.states, self.detectors, None)
+        if stats.finite:
+            self.states = new
+        return outcome.readings
+
+
+def healthy(rng, layers=6):
+    return [math.exp(rng.normal(0, 0.2)) for _ in range(layers)]
+
+
+@pytest.mark.parametrize("detector", DETECTORS, ids=repr)
+class TestEveryDetector:
+    def test_is_frozen_configuration_with_a_fault_and_measures(self, detector):
+        assert dataclasses.is_dataclass(detector)
+        assert detector == dataclasses.replace(detector)
+        assert isinstance(detector.fault, Fault)
+        assert all(detector.measures)
+
+    def test_is_silent_on_a_healthy_stream(self, detector):
+        rng, stream = np.random.default_rng(0), Stream(detector)
+        assert not any(stream.feed(healthy(rng), 2 / (1 + s / 50))[0].raised for s in range(500))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_bad_step_leaves_no_trace(self, detector, bad):
+        rng_a, rng_b = np.random.default_rng(1), np.random.default_rng(1)
+        clean, hit = Stream(detector), Stream(detector)
+        for step in range(60):
+            if step == 40:
+                hit.feed([1.0, bad, 1.0, 1.0, 1.0, 1.0])
+            a, b = clean.feed(healthy(rng_a)), hit.feed(healthy(rng_b))
+            for x, y in zip(a[0], b[0], strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+    def test_reading_has_the_shapes_it_promises(self, detector):
+        seen = Stream(detector).feed([1.0] * 6)[0]
+        assert seen.score.shape == (6,)
+        assert all(getattr(seen, field).shape == () for field in seen._fields if field != "score")
+        assert not (seen.raised & seen.cleared)
+
+    def test_reads_nothing_on_the_host(self, detector):
+        weights = {f"w{i}": nn.Parameter(torch.ones(4, 4, device="meta")) for i in range(6)}
+        for weight in weights.values():
+            weight.grad = torch.ones(4, 4, device="meta")
+        layout = Layout.of(weights)
+        updates = torch.full((6,), 1.0, device="meta")
+        stats = measure(layout, weight_norms(layout), updates, torch.tensor(1.0, device="meta"))
+        states = pipeline.init(stats, (detector,), None)
+        for _ in range(2):
+            _, states = pipeline.advance(stats, states, (detector,), None)
+
+    @pytest.mark.parametrize("norms", [[0.0] * 6, [None, 1.0, None, 2.0, 1.0, 1.0], [1e-30] * 6, [1e18] * 6])
+    def test_odd_gradients_raise_no_alarm(self, detector, norms):
+        stream = Stream(detector)
+        assert not any(stream.feed(norms)[0].raised for _ in range(60))
+
+    def test_few_layers_do_not_matter(self, detector):
+        stream = Stream(detector, layers=1)
+        assert not any(stream.feed([1.0])[0].raised for _ in range(60))
+
+
+def test_nonfinite_names_the_tensors_in_backward_order():
+    seen = Stream(NonFinite()).feed([1.0, math.nan, 1.0, math.inf, 1.0, 1.0])[0]
+    assert seen.raised
+    assert seen.value == 2
+    assert torch.topk(seen.score, 2).indices.tolist() == [3, 1]
+    assert torch.isneginf(seen.score).sum() == 4
+
+
+def vanishing(decades, layers=6):
+    return [10 ** (-decades * (1 - i / (layers - 1))) for i in range(layers)]
+
+
+def test_tilt_raises_from_step_thirty_on_without_progress():
+    stream = Stream(DepthTilt())
+    raised = [bool(stream.feed(vanishing(8))[0].raised) for _ in range(60)]
+    assert raised.index(True) == 29
+    assert all(raised[29:])
+
+
+def test_tilt_names_the_first_layers_and_its_decades():
+    stream = Stream(DepthTilt())
+    seen = [stream.feed(vanishing(8))[0] for _ in range(40)][-1]
+    assert torch.topk(seen.score, 3).indices.tolist() == [0, 1, 2]
+    assert seen.value.item() == pytest.approx(8, abs=0.3)
+
+
+def test_tilt_is_silent_while_the_loss_falls():
+    stream = Stream(DepthTilt())
+    assert not any(stream.feed(vanishing(8), loss=2 * 0.98**s)[0].raised for s in range(100))
+
+
+def test_tilt_is_mild_while_the_layers_still_move():
+    stream = Stream(DepthTilt())
+    stream.updates = torch.full((6,), 1e-3)
+    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].mild
+    stream.updates = torch.full((6,), 1e-8)
+    assert not stream.feed(vanishing(8))[0].mild
+
+
+def test_exploding_by_tilt():
+    stream = Stream(Exploding())
+    seen = [stream.feed(vanishing(-6))[0] for _ in range(40)][-1]
+    assert seen.raised
+    assert seen.measure == 0
+    assert torch.argmax(seen.score) == 0
+
+
+def test_exploding_by_hot_steps():
+    rng, stream = np.random.default_rng(2), Stream(Exploding())
+    raised = [
+        bool(stream.feed([n * (1000 if s >= 100 else 1) for n in healthy(rng)])[0].raised) for s in range(110)
+    ]
+    assert raised.index(True) == 104
+
+
+def test_exploding_by_loss():
+    stream = Stream(Exploding())
+    losses = [1.0] * 50 + [1.05**s for s in range(80)]
+    seen = [stream.feed([1.0] * 6, loss)[0] for loss in losses]
+    first = next(i for i, r in enumerate(seen) if r.raised)
+    assert seen[first].measure == 2
+    assert seen[first].value > 3
+
+
+def test_single_spikes_do_not_add_up_to_an_explosion():
+    rng, stream = np.random.default_rng(3), Stream(Exploding(), Spike())
+    spikes = explosions = 0
+    for step in range(400):
+        exploding, spike = stream.feed(
+            [n * (100 if step > 30 and step % 20 == 0 else 1) for n in healthy(rng)]
+        )
+        spikes += bool(spike.raised)
+        explosions += bool(exploding.raised)
+    assert spikes == 18
+    assert explosions == 0
+
+
+def test_a_wiggle_of_a_deterministic_run_is_no_spike():
+    stream = Stream(Spike())
+    assert not any(stream.feed([2.0 if s == 80 else 1.0] * 6)[0].raised for s in range(100))
+    assert stream.feed([10.0] * 6)[0].raised
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        (Spike, {"z": 0}, "z must be positive and finite, got 0"),
+        (Spike, {"ratio": 1.0}, "ratio must be a finite number above 1, got 1.0"),
+        (Exploding, {"tilt": 2.0}, "-tilt must be positive"),
+        (Exploding, {"hot_steps": 0}, "hot_steps must be a finite number above 0"),
+        (Exploding, {"loss_ratio": math.nan}, "loss_ratio must be"),
+        (DepthTilt, {"limit": 2.0}, "limit must be a finite number above 2.5, got 2.0"),
+        (DepthTilt, {"clear": -1.0}, "clear must be positive"),
+        (DepthTilt, {"moving": math.inf}, "moving must be positive"),
+    ],
+)
+def test_wrong_arguments(kind, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**arguments)

@@ -1,0 +1,159 @@
+"""The table of rooms, as data, held against the real imports: a room may import only what stands beside it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_gradguard
+
+PACKAGE = Path(lightning_gradguard.__file__).parent
+NAME = "lightning_gradguard"
+STDLIB = frozenset(sys.stdlib_module_names)
+
+#: Room to what it may import beyond the standard library. A folder's name covers its files.
+ROOMS = {
+    "_version": set(),
+    "signals.stats": {"torch"},
+    "signals.trends": {"torch", "signals.stats"},
+    "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
+    "signals.detectors": {"torch", "signals.stats", "signals.trends", "signals.reading", "verdicts.faults"},
+    "signals.clipping": {"torch", "signals.stats"},
+    "signals.clippers": {"torch", "signals.stats", "signals.clipping"},
+    "signals.adaptive_clippers": {"torch", "signals.stats", "signals.clipping"},
+    "signals.spike_clip": {"torch", "signals.stats", "signals.clipping"},
+    "signals.histogram": {"torch"},
+    "signals.pipeline": {"torch", "signals"},
+    "signals": set(),
+    "mailbox": {"torch"},
+    "verdicts": {"verdicts"},
+    "doctor": {"torch", "rich", "doctor", "verdicts"},
+    "sinks": {
+        "torch",
+        "numpy",
+        "matplotlib",
+        "tensorboard",
+        "tensorboardX",
+        "sinks",
+        "verdicts",
+        "signals.histogram",
+    },
+    "metrics": {"torch", "torchmetrics"},
+    "letter": {"torch", "signals", "verdicts"},
+    "lag": {"torch", "signals", "verdicts"},
+    "watch": {"torch", "signals.stats", "doctor.anatomy"},
+    "facts": {"torch", "signals.stats", "verdicts", "doctor.case", "watch", "mailbox"},
+    "parts": {"signals", "verdicts"},
+    "guard": {
+        "torch",
+        "signals",
+        "verdicts",
+        "doctor",
+        "mailbox",
+        "letter",
+        "lag",
+        "watch",
+        "facts",
+        "parts",
+    },
+    "callbacks": {
+        "torch",
+        "lightning",
+        "pytorch_lightning",
+        "guard",
+        "sinks",
+        "verdicts",
+        "signals",
+        "doctor",
+        "mailbox",
+        "lag",
+        "parts",
+        "watch",
+        "callbacks",
+    },
+    # The demo is a user of the product, kept in the package so that an installed one can show itself.
+    "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},
+    "cli": {"rich", "torch", "*"},
+    "": {"*"},
+}
+
+
+def room_of(module: str) -> str:
+    """The nearest room: the module itself, else the folder it lies in."""
+    while module not in ROOMS:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imports(source: str) -> set[str]:
+    """Modules imported at run time, dotted; ours without the package's name."""
+    found: set[str] = set()
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node: ast.If) -> None:
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                self.generic_visit(node)
+
+        def visit_Import(self, node: ast.Import) -> None:
+            found.update(alias.name for alias in node.names)
+
+        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+            assert node.level == 0, "relative imports hide the room"
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                path = PACKAGE.parent / deeper.replace(".", "/")
+                is_module = path.with_suffix(".py").exists() or path.is_dir()
+                found.add(deeper if is_module else str(node.module))
+
+    Visitor().visit(ast.parse(source))
+    return {f.removeprefix(f"{NAME}.") for f in found}
+
+
+def trespasses(module: str, source: str) -> set[str]:
+    """Imports that the table does not allow."""
+    allowed = ROOMS[room_of(module)]
+    if "*" in allowed:
+        allowed = allowed | set(ROOMS) - {""}
+
+    def is_allowed(name: str) -> bool:
+        root = name.partition(".")[0]
+        return root in STDLIB or name == NAME or any(name == a or name.startswith(f"{a}.") for a in allowed)
+
+    return {name for name in imports(source) if not is_allowed(name)}
+
+
+MODULES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts)
+    .removesuffix(".__init__")
+    .replace("__init__", ""): p
+    for p in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_table(module):
+    assert trespasses(module, MODULES[module].read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("signals.stats", "import lightning"),
+        ("signals.detectors", "from lightning_gradguard.guard import Guard"),
+        ("verdicts.judge", "import torch"),
+        ("guard", "from lightning.pytorch import Callback"),
+        ("doctor.anatomy", "from lightning_gradguard import sinks"),
+    ],
+)
+def test_the_table_can_be_broken(module, source):
+    assert trespasses(module, source)
+
+
+def test_type_checking_imports_do_not_count():
+    assert trespasses("verdicts.faults", "if TYPE_CHECKING:\n    import torch\n") == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_fit_in_the_head(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 260
