@@ -267,4 +267,4 @@ def _say(message: str) -> None:
     """Warns, on one rank."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
-        warnings.warn(message, GradientWarning, stacklevel=4)
+        warnings.warn(f"GradGuard: {message}", GradientWarning, stacklevel=4)

@@ -94,6 +94,7 @@ class GradGuard(Callback):
         self._guards: dict[int, Guard] = {}
         self._restored: dict[str, Any] = {}
         self._losses = Losses()
+        self._batches = 0
         self._display: Display | None = None
 
     @property
@@ -120,7 +121,7 @@ class GradGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts afresh."""
-        self._guards, self._losses, self.stop_reason = {}, Losses(), None
+        self._guards, self._losses, self._batches, self.stop_reason = {}, Losses(), 0, None
         self._display = Display(trainer, self.per_layer)
         if not any(p.requires_grad for p in pl_module.parameters()):
             warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
@@ -128,6 +129,7 @@ class GradGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Forgets the last batch."""
         self._losses.forget_last()
+        self._batches += 1
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the judgement."""
@@ -141,6 +143,8 @@ class GradGuard(Callback):
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
+        if not any(group["params"] for group in optimizer.param_groups):
+            return  # Lightning's stand-in where configure_optimizers returns nothing
         index = optimizer_index(trainer, optimizer)
         guard = self._guard(trainer, pl_module, optimizer, index)
         before, graph = guard.report, self._losses.graph
@@ -165,7 +169,7 @@ class GradGuard(Callback):
                     self._take_over(guard, index)
         finally:
             self._finish(trainer)
-        if not self._guards and trainer.global_step > 0:
+        if not self._guards and self._batches and any(p.requires_grad for p in pl_module.parameters()):
             warn(
                 trainer,
                 "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "

@@ -114,7 +114,7 @@ class GradHistogram(Callback):
         """Counts and writes, every so many steps."""
         graph, self._losses.graph = self._losses.graph, None
         step = trainer.global_step // max(1, len(trainer.optimizers))
-        if not self._sinks or step % self.every_n_steps:
+        if not self._sinks or step % self.every_n_steps or not any(g["params"] for g in optimizer.param_groups):
             return
         index = optimizer_index(trainer, optimizer)
         if index not in self._watches:
@@ -127,7 +127,7 @@ class GradHistogram(Callback):
         counts = self._count(watch, self._worst[index])
         if counts:
             titles = dict(zip(watch.ordered_names, tag_names(watch.ordered_names), strict=True))
-            panel = histogram_panel(counts, titles)
+            panel = histogram_panel(counts, titles, group=f"gradguard_{index}" if index else "gradguard")
             for sink in self._sinks:
                 sink.write(logging_step(trainer), panel)
 

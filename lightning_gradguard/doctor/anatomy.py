@@ -88,9 +88,7 @@ def dissect(loss: Tensor, parameters: Mapping[str, Tensor]) -> Anatomy:
         recurrences = max(unrolled.values(), default=0)
     return Anatomy(
         names=names,
-        order=_order(
-            names, {n: min(graph.sequence[i] for i in graph.parents[leaf]) for n, leaf in leaves.items()}
-        ),
+        order=_order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes}),
         missing=frozenset() if graph.hides_leaves else _missing(parameters, leaves),
         embeddings=tables,
         shortest={name: graph.shortest[leaf] for name, leaf in leaves.items()},

@@ -27,8 +27,8 @@ class Case:
         weight_norms: L2 norm of each tensor as it is, without a floor.
         update_ratios: Applied update ratio ‖Δw‖/‖w‖ of each tensor, newest sample; NaN if unknown.
         findings: All findings of the run so far, oldest first; may hold ``finding`` too.
-        initial_weight_norms: L2 norms before the first step, if known: they judge the initialisation better
-            than weights which a wild step has changed.
+        initial_weight_norms: L2 norms before the first step. Without them weights that a wild step has blown
+            up are taken for a bad initialisation.
         anatomy: What the autograd graph says, if it was read.
         tilt: Depth tilt, decades from input to output; None if unknown.
         time_tilt: Gradient with respect to the last tenth of a sequence over the first tenth, decades.
@@ -84,6 +84,11 @@ class Case:
     def fault(self) -> Fault:
         """What was found."""
         return self.finding.fault
+
+    @property
+    def nonfinite_loss(self) -> bool:
+        """Whether the loss itself is NaN or infinite."""
+        return self.has_loss and not math.isfinite(self.loss_last)
 
     @property
     def layers(self) -> list[int]:
@@ -146,6 +151,15 @@ class Case:
     def typical_update(self) -> float:
         """Median applied update ratio of the layers; NaN if unknown."""
         return middle_of(self.update_ratios[i] for i in self.layers)
+
+    @property
+    def typical_gradient(self) -> float:
+        """Median of ‖g‖/‖w‖ over the layers: the update ratio of a plain step of rate 1; NaN if unknown."""
+        ratios = []
+        for i in self.layers:
+            if math.isfinite(self.gradients_log10[i]) and self.weight_norms[i] > 0:
+                ratios.append(10.0 ** min(self.gradients_log10[i], 300.0) / self.weight_norms[i])
+        return middle_of(ratios)
 
     @property
     def largest_update(self) -> tuple[float, str]:

@@ -10,8 +10,10 @@ from lightning_gradguard.doctor.remedies import find_remedies
 from lightning_gradguard.doctor.signs import find_signs
 from lightning_gradguard.doctor.training_rules import TRAINING_RULES
 
-#: Decades that a cause must account for to be named, and causes that are named at most.
-_LEAST_WEIGHT, _MOST_CAUSES = 0.5, 4
+#: Decades that a cause must account for to be named, and at least this part of the likeliest's.
+_LEAST_WEIGHT, _LEAST_PART = 0.5, 0.2
+#: Causes that are named at most.
+_MOST_CAUSES = 4
 
 
 def find_causes(case: Case) -> list[tuple[Cause, str]]:
@@ -25,9 +27,10 @@ def find_causes(case: Case) -> list[tuple[Cause, str]]:
         rank is by weight, which `clues.Clue` explains.
     """
     clues = [clue for rule in (*MODEL_RULES, *TRAINING_RULES) for clue in rule(case)]
+    least = max(_LEAST_WEIGHT, _LEAST_PART * max((clue.weight for clue in clues), default=0.0))
     best: dict[Cause, Clue] = {}
     for clue in sorted(clues, key=lambda clue: -clue.weight):
-        if clue.weight >= _LEAST_WEIGHT:
+        if clue.weight >= least:
             best.setdefault(clue.cause, clue)
     named = [(clue.cause, clue.evidence) for clue in list(best.values())[:_MOST_CAUSES]]
     return named or [(Cause.UNKNOWN, "None of the causes that are known here shows in what was measured.")]

@@ -12,11 +12,11 @@ from lightning_gradguard.doctor.operations import SATURATING
 from lightning_gradguard.doctor.wording import count, listing, number, quote
 from lightning_gradguard.verdicts.faults import Fault
 
-#: Gain of a layer, in decades from the usual one, that is worth a word: 1.4 times.
-_NOTABLE_GAIN = 0.15
+#: Gain of a layer, in decades from the usual one, that is worth a word: 1.4 times; and what cripples: 4 times.
+_NOTABLE_GAIN, _CRIPPLING_GAIN = 0.15, 0.6
 #: Layers in a row without a short cut or normalisation that count as deep, and the decades that one is blamed
 #: for: He-initialised ReLU nets of 30 layers tilt by one or two decades by chance alone.
-_DEEP, _DECADES_OF_DEPTH = 10, 0.05
+DEEP, _DECADES_OF_DEPTH = 10, 0.05
 
 
 def saturating_activation(case: Case) -> Iterator[Clue]:
@@ -30,37 +30,40 @@ def saturating_activation(case: Case) -> Iterator[Clue]:
     rest = max(0.0, case.lost_decades - bounded - max(0.0, -case.excess_gain) * case.bare_layers)
     kinds = " and ".join(count(n, f"{kind} activation") for kind, n in case.saturating.items())
     evidence = f"{kinds} on the shortest path from the loss to the first layer"
-    if bounded:
-        evidence += f"; even at their steepest they pass on 1e-{bounded:.1f} of a gradient"
-        evidence += f", of {case.lost_decades:.1f} decades lost in all" if case.lost_decades else ""
-    elif rest:
-        evidence += (
-            f", and {rest:.1f} decades are lost that the weights do not explain: their slopes are near zero"
-        )
+    if bounded >= 0.1:
+        of = f" of the {case.lost_decades:.1f}" if case.lost_decades > bounded else ""
+        evidence += f": even at their steepest they cost {bounded:.1f}{of} decades"
+    if rest >= 0.5:
+        evidence += f", and {rest:.1f} decades are lost that the weights do not explain: slopes near zero"
     yield Clue(bounded + rest, Cause.SATURATING_ACTIVATION, evidence + ".")
 
 
 def bad_initialization(case: Case) -> Iterator[Clue]:
     """Weights that shrink or blow up what passes through them, layer after layer."""
-    ruined = [n for n, norm in zip(case.names, case.weight_norms, strict=True) if not math.isfinite(norm)]
+    norms = case.initial_weight_norms or case.weight_norms
+    ruined = [n for n, norm in zip(case.names, norms, strict=True) if not math.isfinite(norm)]
     if ruined:
         yield Clue(
             CERTAIN, Cause.BAD_INITIALIZATION, f"The weights of {listing(ruined)} are not finite themselves."
         )
         return
+    # PyTorch's default, 0.4 to 0.6 of the usual, adds up over depth, but stalls or kills nothing by itself.
+    notable = _NOTABLE_GAIN if case.fault in (Fault.VANISHING, *GROWING) else _CRIPPLING_GAIN
     excess, layers = case.excess_gain, case.bare_layers
-    wrong = (
-        excess < -_NOTABLE_GAIN if case.fault in FADING else excess > _NOTABLE_GAIN and case.fault in GROWING
-    )
-    if not wrong or not layers:
+    excess = max(excess, 0.0) if case.fault in GROWING else min(excess, 0.0)
+    if abs(excess) <= notable or not layers or case.fault not in FADING + GROWING:
         return
     scheme = "He" if case.usual_gain > 1 else "Xavier"
-    when = "at the start" if case.initial_weight_norms else "now"
-    weights = f"The median layer's weights are {10**excess:.2g} the size that {scheme} initialisation gives"
-    if excess <= -3:
-        weights = "The median layer's weights are zero or nearly so"
-    way = "lost" if excess < 0 else "gained"
-    evidence = f"{weights} ({when}): {abs(excess) * layers:.1f} decades {way} in {count(layers, 'layer')}."
+    verb = "were at the start" if case.initial_weight_norms else "are"
+    size = (
+        f"{10**excess:.2g} times the size that {scheme} initialization gives"
+        if excess > -3
+        else "all but zero"
+    )
+    lost = (
+        f"{abs(excess) * layers:.1f} decades {'lost' if excess < 0 else 'gained'} in {count(layers, 'layer')}"
+    )
+    evidence = f"The median layer's weights {verb} {size}: {lost}."
     yield Clue(abs(excess) * layers, Cause.BAD_INITIALIZATION, evidence)
 
 
@@ -69,11 +72,11 @@ def too_deep(case: Case) -> Iterator[Clue]:
     anatomy = case.anatomy
     if anatomy is None or anatomy.skips or anatomy.recurrent or case.fault not in FADING + GROWING:
         return
-    if not case.path or case.bare_layers < _DEEP:
+    if not case.path or case.bare_layers < DEEP:
         return
     loss = f", {case.lost_decades / case.bare_layers:.1f} decades lost in each" if case.lost_decades else ""
     evidence = (
-        f"{count(case.bare_layers, 'layer')} in a row without a skip connection or normalisation{loss}."
+        f"{count(case.bare_layers, 'layer')} in a row without a skip connection or normalization{loss}."
     )
     yield Clue(_DECADES_OF_DEPTH * case.bare_layers, Cause.TOO_DEEP, evidence)
 

@@ -45,8 +45,14 @@ padding:.1em .3em;overflow-wrap:anywhere}
 .gradguard table{border-collapse:collapse;width:100%}
 .gradguard th{font-weight:600;text-align:left;color:#52606d}
 .gradguard th,.gradguard td{padding:.45em .8em .45em 0;border-bottom:1px solid #e4e7eb;vertical-align:top}
-.gradguard td code{display:block;padding:.4em .6em}
-.gradguard .n{text-align:right;white-space:nowrap}"""
+.gradguard td code{display:block;white-space:pre-wrap;padding:.4em .6em}
+.gradguard th:nth-child(n+3),.gradguard td:nth-child(n+3){text-align:right;white-space:nowrap}"""
+
+
+#: What the numbers of tried remedies mean.
+_TRIED = (
+    "Each with a tilt was tried on this model: decades from input to output, of which -1 to 2.3 are healthy."
+)
 
 
 def to_text(diagnosis: Diagnosis) -> str:
@@ -77,6 +83,7 @@ def to_markdown(diagnosis: Diagnosis) -> str:
         for rank, remedy in enumerate(diagnosis.remedies, 1):
             tilts = [_tilt(remedy.before), _tilt(remedy.after)] if tried else []
             lines.append(_row([str(rank), md(remedy.name), _markdown_code(remedy.how), *tilts]))
+        lines += ["", md(_TRIED)] if tried else []
     return "\n".join(lines) + "\n"
 
 
@@ -89,18 +96,7 @@ def to_html(diagnosis: Diagnosis) -> str:
         f"<h2>Signs</h2><ul>{signs}</ul><h2>Causes, most likely first</h2><ol>{causes}</ol>"
     )
     if diagnosis.remedies:
-        tried = _any_tried(diagnosis.remedies)
-        tilts = '<th class="n">Tilt before</th><th class="n">Tilt after</th>' if tried else ""
-        body += f"<h2>Remedies, best first</h2><table><tr><th></th><th>Remedy and how</th>{tilts}</tr>"
-        for rank, remedy in enumerate(diagnosis.remedies, 1):
-            tilts = (
-                f'<td class="n">{_tilt(remedy.before)}</td><td class="n">{_tilt(remedy.after)}</td>'
-                if tried
-                else ""
-            )
-            how = f"<code>{html.escape(remedy.how)}</code>"
-            body += f'<tr><td class="n">{rank}</td><td>{_html(remedy.name)}{how}</td>{tilts}</tr>'
-        body += "</table>"
+        body += f"<h2>Remedies, best first</h2>{_html_remedies(diagnosis.remedies)}"
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f"<title>gradguard: {html.escape(diagnosis.fault.value)}</title><style>{_STYLE}</style></head>"
@@ -144,7 +140,19 @@ def _remedy_table(remedies: tuple[Remedy, ...]) -> list[str]:
         tilts = f"  {_tilt(remedy.before):>11}  {_tilt(remedy.after):>6}" if tried else ""
         lines.append(f"{f'  {rank}. {_line(remedy.name)}':{width}}{tilts}")
         lines += [f"       {line}" for line in remedy.how.splitlines()]
-    return lines
+    return [*lines, *(_wrapped(_TRIED, "  ", "  ") if tried else [])]
+
+
+def _html_remedies(remedies: tuple[Remedy, ...]) -> str:
+    tried = _any_tried(remedies)
+    head = ["", "Remedy and how", *(["Tilt before", "Tilt after"] if tried else [])]
+    rows = ["".join(f"<th>{title}</th>" for title in head)]
+    for rank, remedy in enumerate(remedies, 1):
+        cells = [str(rank), f"{_html(remedy.name)}<code>{html.escape(remedy.how)}</code>"]
+        cells += [_tilt(remedy.before), _tilt(remedy.after)] if tried else []
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    table = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table>{table}</table>" + (f"<p>{_TRIED}</p>" if tried else "")
 
 
 def _since(diagnosis: Diagnosis) -> str:
@@ -198,13 +206,18 @@ def _markdown(text: str) -> str:
 
 
 def _markdown_plain(text: str) -> str:
-    escaped = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
+    escaped = (
+        re.sub(r"([\\`*_\[\]#|])", r"\\\1", text)
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace("~", "&#126;")
+    )
     return re.sub(r"^(\s*)([-+>]|\d+[.)])(?=\s)", r"\1\\\2", escaped)
 
 
 def _markdown_code(code: str) -> str:
     """A code span; text where it holds a bar, which GitHub and TensorBoard escape differently in code."""
-    code = _line(code)
+    code = " ".join(line.strip() for line in code.splitlines())
     if "|" in code or not code:
         return _markdown_plain(code)
     fence = "``" if "`" in code else "`"

@@ -30,7 +30,7 @@ def _verdict(case: Case) -> Iterator[str]:
 def _loss(case: Case) -> Iterator[str]:
     start, now, steps = case.loss_start, case.loss_now, count(case.steps, "step")
     known = math.isfinite(start) and math.isfinite(now)
-    if case.has_loss and not math.isfinite(case.loss_last):
+    if case.nonfinite_loss:
         yield "The loss is not finite" + (
             f"; it had run from {number(start)} to {number(now)}." if known else "."
         )
@@ -60,7 +60,8 @@ def _gradients_over_depth(case: Case) -> Iterator[str]:
         way = "below" if fall > 0 else "above"
         early = f"norm {power(case.gradients_log10[first])} in {quote(case.names[first])}"
         late = f"{power(case.gradients_log10[last])} in {quote(case.names[last])}"
-        yield f"Early layers' gradients are {abs(fall):.1f} decades {way} late ones': {early} against {late}."
+        decades = f"{abs(fall):.1f} decades (powers of ten)"
+        yield f"Early layers' gradients are {decades} {way} late ones': {early} against {late}."
 
 
 def _zero_gradients(case: Case) -> Iterator[str]:

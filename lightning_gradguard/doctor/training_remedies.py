@@ -7,7 +7,12 @@ import math
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.diagnosis import Remedy
 from lightning_gradguard.doctor.operations import RISKY
-from lightning_gradguard.doctor.training_rules import LARGEST_UPDATE, USUAL_UPDATE, usual_learning_rate
+from lightning_gradguard.doctor.training_rules import (
+    LARGEST_UPDATE,
+    USUAL_UPDATE,
+    normalises,
+    usual_learning_rate,
+)
 from lightning_gradguard.doctor.wording import number
 
 CLIP = Remedy("Clip spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
@@ -40,7 +45,7 @@ def round_down(value: float) -> float:
 def target_scale(case: Case) -> list[Remedy]:
     """Standardising, or a loss that does not square."""
     return [
-        Remedy("Standardise the targets", "y = (y - mean) / std  # and prediction * std + mean to go back"),
+        Remedy("Standardize the targets", "y = (y - mean) / std  # and prediction * std + mean to go back"),
         Remedy("A loss that grows linearly", "loss = nn.functional.huber_loss(prediction, y)"),
         *lower_learning_rate(case),
     ]
@@ -61,15 +66,16 @@ def lower_learning_rate(case: Case) -> list[Remedy]:
 
 
 def learning_rate_too_low(case: Case) -> list[Remedy]:
-    """By the measured factor, within reason."""
-    rate, update = case.learning_rate, case.typical_update
-    higher = usual_learning_rate(case)
-    note = f"was {number(rate)}"
-    if update > 0 and rate > 0:
-        factor = USUAL_UPDATE / update
-        # Not so far beyond the usual rate that a gradient which is small for a while would be made up for.
-        higher = round_down(min(rate * factor, 100 * higher))
-        note += f"; update ratio {number(update)}, where {USUAL_UPDATE} is usual"
+    """To where the update ratio is the usual one, within reason."""
+    rate, usual = case.learning_rate, usual_learning_rate(case)
+    higher, note = usual, f"was {number(rate)}"
+    # An update may be too small for the weights' precision; the gradient tells then what a plain step would do.
+    ratio = case.typical_update / rate if rate > 0 and case.typical_update > 0 else math.nan
+    if math.isnan(ratio) and not normalises(case):
+        ratio = case.typical_gradient
+    if ratio > 0:
+        higher = round_down(min(max(USUAL_UPDATE / ratio, usual), 100 * usual))
+        note += f"; gives an update ratio of about {number(higher * ratio)}"
     return [
         Remedy(
             f"Raise the learning rate from {number(rate)} to {number(higher)}",

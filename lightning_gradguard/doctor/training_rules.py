@@ -20,9 +20,14 @@ _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
 _SQUARED_LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss")
 
 
+def normalises(case: Case) -> bool:
+    """Whether the optimizer divides the gradient by its own size."""
+    return any(part in case.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
+
+
 def usual_learning_rate(case: Case) -> float:
     """What one would begin with: 1e-3 for optimizers that normalise the gradient, 1e-2 for the others."""
-    return 1e-3 if _normalises(case) else 1e-2
+    return 1e-3 if normalises(case) else 1e-2
 
 
 def learning_rate_too_high(case: Case) -> Iterator[Clue]:
@@ -56,7 +61,7 @@ def learning_rate_too_low(case: Case) -> Iterator[Clue]:
     update = case.typical_update
     if update > 0:
         below = min(below, math.log10(USUAL_UPDATE / update))
-    if case.fault == Fault.STALLED and not _normalises(case):
+    if case.fault == Fault.STALLED and not normalises(case):
         # Its step is proportional to the gradient, so where that is small for no other reason, a larger
         # rate is what helps.
         below = max(below, 0.6)
@@ -70,7 +75,7 @@ def optimizer_epsilon(case: Case) -> Iterator[Clue]:
     """An epsilon that outweighs the gradient in the optimizer's denominator."""
     eps = case.setting("eps")
     if case.fault not in (Fault.STALLED, Fault.VANISHING, Fault.UNDERFLOW) or not (
-        _normalises(case) and eps > 0
+        normalises(case) and eps > 0
     ):
         return
     sick = [i for i in case.layers if case.names[i] in case.finding.parameters] or case.layers
@@ -128,14 +133,14 @@ def loss_function(case: Case) -> Iterator[Clue]:
     risky = [op for op in RISKY if op in case.anatomy.loss_ops]
     if not risky:
         return
-    batch = ", and the batch is finite" if case.bad_rows is not None else ""
     what = (
-        "loss is not finite"
-        if not math.isfinite(case.loss_last)
-        else "loss is finite but its gradient is not"
+        "The loss is not finite" if case.nonfinite_loss else "The gradient is not finite, though the loss is"
     )
+    batch = "; the batch is" if case.bad_rows is not None else ""
     reasons = "; ".join(RISKY[op] for op in risky[:2])
-    yield Clue(6.0, Cause.LOSS_FUNCTION, f"The {what}{batch}, and the loss function computes {reasons}.")
+    yield Clue(
+        6.0, Cause.LOSS_FUNCTION, f"{what}{batch}. Among what is computed after the last layer: {reasons}."
+    )
 
 
 def low_precision(case: Case) -> Iterator[Clue]:
@@ -176,10 +181,6 @@ TRAINING_RULES = (
     low_precision,
     outlier_batch,
 )
-
-
-def _normalises(case: Case) -> bool:
-    return any(part in case.optimizer.lower() for part in ("ada", "rms", "adam", "lion", "rprop", "lamb"))
 
 
 def _excess_momentum(case: Case) -> float:

@@ -92,14 +92,15 @@ class AutoClip:
 
     def _threshold(self, state: AutoClipState) -> Tensor:
         last = torch.clamp(state.seen - 1, min=0)
-        rank = last * (self.percentile / 100)
-        low = rank.floor().to(torch.int64)
+        # In whole numbers, since float32 loses the fraction of a large rank, and not every device has float64.
+        rank = last * round(self.percentile * 10**7)
+        low, fraction = rank // 10**9, (rank % 10**9).to(torch.float32) / 10**9
         ranks = torch.stack([low, torch.minimum(low + 1, last)])
         exact = state.first.sort().values[torch.clamp(ranks, max=EXACT - 1)]
         numbers = torch.searchsorted(state.bins.cumsum(0), ranks, right=True).clamp(max=BINS - 1)
         rounded = numbers.to(torch.int16).view(torch.bfloat16).to(torch.float32)
         below, above = torch.where(state.seen <= EXACT, exact, rounded).unbind()
-        return torch.where(state.seen > 0, below + (rank - low) * (above - below), math.inf)
+        return torch.where(state.seen > 0, below + fraction * (above - below), math.inf)
 
 
 def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipState:

@@ -14,7 +14,7 @@ from torch import Tensor
 EDGES: tuple[float, ...] = tuple(-12 + k / 2 for k in range(31))
 
 _BINS = len(EDGES) - 1
-_WIDTH = _BINS + 1
+_NONFINITE = 1000.0  # beyond the place of any double, which is 640
 
 
 class Counts(NamedTuple):
@@ -60,12 +60,13 @@ def count(gradients: Sequence[Tensor | None], *, max_samples: int | None = 4096)
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, or None to read all, got {max_samples}")
+    if not gradients:
+        return Counts(torch.zeros(0, _BINS), torch.zeros(0))
     device = next((g.device for g in gradients if g is not None), torch.device("cpu"))
     stored = [torch.empty(0, device=device) if g is None else _stored(g) for g in gradients]
     if max_samples is None:
         # One tensor after the other: a joint pass would need several times the memory of all gradients.
-        tables = [_tally([s.reshape(-1)], device) for s in stored]
-        table = torch.cat([torch.zeros(0, _WIDTH, device=device), *tables])
+        table = torch.cat([_tally([s.reshape(-1)], device) for s in stored])
     else:
         samples = [_sample(s, max_samples) for s in stored]
         scale = [s.numel() / max(part.numel(), 1) for s, part in zip(stored, samples, strict=True)]
@@ -79,21 +80,23 @@ def count(gradients: Sequence[Tensor | None], *, max_samples: int | None = 4096)
 
 def _tally(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Counts of each one-dimensional piece, float32 [len(pieces), 31]; the last column is non-finite."""
+    lengths = [p.numel() for p in pieces]
     # float64 stays: its range would overflow float32. Everything narrower is exact in float32.
-    kept = [p.to(device, p.dtype if p.dtype == torch.float64 else torch.float32) for p in pieces]
-    values = torch.cat([torch.empty(0, device=device), *kept])
-    # In place, for fresh memory costs more than the arithmetic. A zero has gone from -inf to the first bin.
-    position = values.abs().log10_().sub_(EDGES[0]).mul_(2).clamp_(min=0)
-    # Infinity and NaN are not below any limit; the largest double is at 640.
-    bins = torch.where(position < 1000, position.clamp(max=_BINS - 1), _BINS).long()
-    lengths = torch.tensor([p.numel() for p in pieces], dtype=torch.int64, device=device)
-    first = torch.arange(0, len(pieces) * _WIDTH, _WIDTH, device=device)
-    # output_size spares the host read of the sum of the lengths.
-    bins += first.repeat_interleave(lengths, output_size=values.numel())
+    wide = any(p.dtype == torch.float64 for p in pieces)
+    dtype = torch.float64 if wide else torch.float32
+    values = torch.full((len(pieces), max(lengths)), torch.nan, dtype=dtype, device=device)
+    for row, piece in zip(values.unbind(), pieces, strict=True):
+        row[: piece.numel()].copy_(piece)
+    # In place, since touching fresh memory costs more than the arithmetic. A zero goes from -inf to the first bin.
+    values.abs_().log10_().sub_(EDGES[0]).mul_(2).clamp_(min=0)
+    values.nan_to_num_(nan=_NONFINITE, posinf=_NONFINITE)
+    is_nonfinite = values >= _NONFINITE
+    bins = values.clamp_(max=_BINS - 1).add_(is_nonfinite).long()
     # Integers, since float32 stops counting at 2**24.
-    table = torch.zeros(len(pieces) * _WIDTH, dtype=torch.int64, device=device)
-    table.scatter_add_(0, bins, table.new_ones(1).expand_as(bins))
-    return table.view(len(pieces), _WIDTH).float()
+    table = torch.zeros(len(pieces), _BINS + 1, dtype=torch.int64, device=device)
+    table.scatter_add_(1, bins, table.new_ones(1, 1).expand_as(bins))
+    table[:, _BINS] -= torch.tensor([max(lengths) - n for n in lengths], device=device)  # the padding
+    return table.float()
 
 
 def _stored(gradient: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ class SpikeClip:
         """Compares each norm with the tensor's own past."""
         included = included_tensors(stats, self.exclude)
         counts = stats.finite & included & (stats.norms > 0)
-        x = torch.where(counts, stats.norms, 1.0).log()
+        # A norm that does not count is taken for the typical one.
+        norms = torch.where(counts, stats.norms, state.mean.exp())
+        x = torch.where(counts, norms.log(), state.mean)
         reach = self.z_threshold * state.var.sqrt().clamp(min=SIGMA_FLOOR)
         distance = x - state.mean
         outlier = distance.abs() > reach
@@ -109,7 +111,7 @@ class SpikeClip:
         # z_threshold²/z · sigma is reach²/distance. Taken relative to the norm itself, so that no rounding in
         # log or exp puts the limit of an ordinary norm below it.
         excess = reach.square() / torch.maximum(distance, reach) - distance
-        limits = torch.where(fresh, math.inf, stats.norms * excess.exp())
+        limits = torch.where(fresh, math.inf, norms * excess.exp())
 
         influence = torch.where(outlier, reach.square() / distance, distance)
         new = self._learn(state, influence, x, fresh, torch.where(fresh, 0.0, streak))

@@ -93,8 +93,9 @@ def _draw_cells(
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
     shown = range(0, len(labels), math.ceil(len(labels) / _LABELS))
     axes.set_yticks([i + 0.5 for i in shown])
-    # parse_math: a dollar sign in a name begins no formula.
-    axes.set_yticklabels([shorten(labels[i], _LABEL_ROOM) for i in shown], parse_math=False)
+    # ASCII, since the font lacks many other letters; no math, since a dollar sign begins no formula here.
+    short = [shorten(labels[i], _LABEL_ROOM).encode("ascii", "replace").decode() for i in shown]
+    axes.set_yticklabels(short, parse_math=False)
     steps = [x for x in MaxNLocator(5, integer=True).tick_values(*span) if span[0] <= x <= span[1]]
     axes.set_xticks(steps, [f"{x:,.0f}" for x in steps])
     axes.tick_params(labelsize=_FONT, length=2)

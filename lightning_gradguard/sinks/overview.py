@@ -1,4 +1,4 @@
-"""The overview of a run: five scalars, the heat map, and all that was found, fed with one report a step."""
+"""The overview of a run: six scalars, the heat map, and all that was found, fed with one report a step."""
 
 from __future__ import annotations
 

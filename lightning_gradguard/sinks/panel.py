@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 #: Errors in a row after which an output is given up.
 PATIENCE = 5
@@ -59,20 +61,25 @@ class Fuse:
         """Whether the output has been given up."""
         return self._failures >= PATIENCE
 
-    def run(self, action: Callable[[], object]) -> None:
-        """Calls ``action``, unless blown; what it raises goes no further."""
+    def run(self, action: Callable[[], T]) -> T | None:
+        """What ``action`` returns; None if it raises, which goes no further, or if all is given up."""
         if self.blown:
-            return
+            return None
         try:
-            action()
-            self._failures = 0
+            result = action()
         except Exception as error:
             self._failures += 1
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{self._name} failed ({type(error).__name__}: {error}). Training goes on. Later errors "
-                    f"are not reported; after {PATIENCE} in a row nothing more is written there.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+            self._warn(error)
+            return None
+        self._failures = 0
+        return result
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._name} failed ({type(error).__name__}: {error}). Training goes on. Later errors "
+                f"are not reported; after {PATIENCE} in a row nothing more is tried.",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -32,11 +32,10 @@ NOTES = {
 }
 RMS_NOTE = "log10 of the root mean square of the gradient of `{name}`, before clipping."
 
-_HISTOGRAMS = "gradguard_hist_log10"
 _HISTOGRAM_NOTE = (
-    "**log10 of the gradient's magnitude**, all elements of `{name}`, before clipping. One unit is a factor "
-    "of ten. Drift to the left, over time or from late layers to early ones: vanishing. Drift to the right: "
-    "exploding. A wall at the left edge: exact zeros (dead units, underflow). NaN and infinity do not count."
+    "**log10 of the gradient's magnitude**, all elements of `{name}`. One unit is a factor of ten. Drift to "
+    "the left, over time or from late layers to early ones: vanishing. Drift to the right: exploding. A wall "
+    "at the left edge: exact zeros (dead units, underflow). NaN and infinity do not count."
 )
 
 
@@ -52,7 +51,7 @@ def tag_names(names: Sequence[str]) -> list[str]:
     ['000_11.s.in_proj_weight', '001_head.bias']
     """
     digits = max(3, len(str(len(names) - 1)))
-    room = TITLE - len(f"{_HISTOGRAMS}/") - digits - 1
+    room = TITLE - len("gradguard_hist_log10/") - digits - 1
     return [f"{i:0{digits}}_{shorten(n, room)}" for i, n in enumerate(without_prefix(names))]
 
 
@@ -87,14 +86,18 @@ def shorten(name: str, room: int) -> str:
     return ".".join(parts)[-room:]
 
 
-def histogram_panel(counts: Mapping[str, Sequence[float]], titles: Mapping[str, str]) -> Panel:
+def histogram_panel(
+    counts: Mapping[str, Sequence[float]], titles: Mapping[str, str], *, group: str = "gradguard"
+) -> Panel:
     """A panel of gradient histograms.
 
     Args:
         counts: 30 counts for each parameter that is to be shown.
         titles: Parameter name to its `tag_names`.
+        group: Beginning of the tag group, for a second optimizer say ``"gradguard_1"``: its titles would
+            otherwise meet those of the first.
     """
-    tags = {name: f"{_HISTOGRAMS}/{titles[name]}" for name in counts}
+    tags = {name: f"{group}_hist_log10/{titles[name]}" for name in counts}
     return Panel(
         histograms={tags[name]: column for name, column in counts.items()},
         notes={tags[name]: _HISTOGRAM_NOTE.format(name=name) for name in counts},

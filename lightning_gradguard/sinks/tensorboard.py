@@ -6,7 +6,7 @@ import importlib
 import math
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class TensorBoardSink:
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
-        self._fuse = Fuse("TensorBoard output")
+        self._file_fuse, self._drawing_fuse = Fuse("TensorBoard output"), Fuse("Drawing for TensorBoard")
         self._described: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._drawings: list[_Drawing] = []
@@ -55,8 +55,10 @@ class TensorBoardSink:
             step: Position on the x axis.
             panel: What to show.
         """
-        self._fuse.run(lambda: self._write_values(step, panel))
-        self._fuse.run(lambda: self._start_drawings(step, panel))
+        if panel.scalars or panel.histograms or panel.texts:
+            self._file_fuse.run(lambda: self._write_values(step, panel))
+        if panel.images and not self._file_fuse.blown:
+            self._drawing_fuse.run(lambda: self._start_drawings(step, panel))
         self._write_drawings(wait=False)
 
     def close(self) -> None:
@@ -65,7 +67,7 @@ class TensorBoardSink:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        self._fuse.run(self._writer.flush)
+        self._file_fuse.run(self._writer.flush)
 
     def _write_values(self, step: int, panel: Panel) -> None:
         notes = panel.notes
@@ -74,25 +76,23 @@ class TensorBoardSink:
             self._value(t, notes, "histograms", tensor=_buckets(c)) for t, c in panel.histograms.items()
         ]
         values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in panel.texts.items()]
-        if values:
-            self._add(values, step)
+        self._add(values, step)
 
     def _start_drawings(self, step: int, panel: Panel) -> None:
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="gradguard-draw")
         for tag, draw in panel.images.items():
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="gradguard-draw")
-            self._drawings.append(_Drawing(step, tag, panel.notes, self._pool.submit(draw)))
+            self._drawings.append(_Drawing(step, tag, panel.notes, self._pool.submit(_image, draw)))
 
     def _write_drawings(self, wait: bool) -> None:
-        # One thread, so they are done in order.
-        while self._drawings and (wait or self._drawings[0].png.done()):
-            drawing = self._drawings.pop(0)
-            self._fuse.run(lambda d=drawing: self._write_drawing(d))  # type: ignore[misc]
+        # One thread draws, so they are done in order.
+        while self._drawings and (wait or self._drawings[0].image.done()):
+            self._write_drawing(self._drawings.pop(0))
 
     def _write_drawing(self, drawing: _Drawing) -> None:
-        png = drawing.png.result()
-        width, height = struct.unpack(">II", png[16:24])  # of the header chunk, which comes first
-        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
-        self._add([self._value(drawing.tag, drawing.notes, "images", image=image)], drawing.step)
+        image = self._drawing_fuse.run(drawing.image.result)
+        if image is not None:
+            value = self._value(drawing.tag, drawing.notes, "images", image=image)
+            self._file_fuse.run(lambda: self._add([value], drawing.step))
 
     def _value(self, tag: str, notes: Mapping[str, str], plugin: str, **content: Any) -> Summary.Value:
         value = Summary.Value(tag=tag, **content)
@@ -120,7 +120,7 @@ class _Drawing(NamedTuple):
     step: int
     tag: str
     notes: Mapping[str, str]
-    png: Future[bytes]
+    image: Future[Summary.Image]
 
 
 _DATA_CLASS = {
@@ -139,6 +139,12 @@ def _number(value: float) -> float:
 def _buckets(counts: Sequence[float]) -> TensorProto:
     rows = array("f", (x for row in zip(EDGES[:-1], EDGES[1:], counts, strict=True) for x in row))
     return TensorProto(dtype=DT_FLOAT, tensor_shape=_MATRIX, tensor_content=rows.tobytes())
+
+
+def _image(draw: Callable[[], bytes]) -> Summary.Image:
+    png = draw()
+    width, height = struct.unpack(">II", png[16:24])  # of the header chunk, which comes first
+    return Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
 
 
 def _text(markdown: str) -> TensorProto:

@@ -69,11 +69,13 @@ class Finding:
     measure: str = ""
 
     def __str__(self) -> str:
-        where = f" in {', '.join(self.parameters[:3])}" if self.parameters else ""
-        more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
+        named, more = ", ".join(self.parameters[:3]), len(self.parameters) - 3
+        where = f", worst in {named}" if named else ""
+        others = f" and {more} more" if more > 0 else ""
+        measure = self.measure or self.detector
         return (
-            f"{self.fault.value}{where}{more} since step {self.step}: "
-            f"{self.measure or self.detector} {self.value:.3g}, limit {self.limit:.3g}"
+            f"{self.fault.value} since step {self.step}{where}{others} "
+            f"({measure}: {self.value:.3g}, limit {self.limit:.3g})"
         )
 
 

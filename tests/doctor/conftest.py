@@ -1,5 +1,6 @@
 """Real trainings, and what a guard would know of them when something is found."""
 
+import dataclasses
 import math
 from statistics import median
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from lightning_gradguard.doctor.anatomy import dissect
 from lightning_gradguard.doctor.case import Case
-from lightning_gradguard.verdicts.faults import Fault, Finding, Severity
+from lightning_gradguard.verdicts.faults import Finding, Severity
 
 
 def make_finding(fault, *, value=1.0, limit=1.0, step=30, parameters=(), measure="", detector="Detector"):
@@ -35,7 +36,9 @@ def case_of(model, loss, fault, *, before=None, losses=(), optimizer=None, value
     weights = [t.norm().item() for t in tensors]
     ratios = [math.nan] * len(names)
     if before is not None:
-        ratios = [((t - before[n]).norm() / before[n].norm()).item() for n, t in zip(names, tensors, strict=True)]
+        ratios = [
+            ((t - before[n]).norm() / before[n].norm()).item() for n, t in zip(names, tensors, strict=True)
+        ]
     layers = [i for i, n in enumerate(names) if tensors[i].ndim >= 2 and n not in anatomy.embeddings]
     tilt = theil_sen_tilt([logs[i] - math.log10(max(weights[i], 1e-30)) for i in layers])
     group = optimizer.param_groups[0] if optimizer else {}
@@ -67,15 +70,17 @@ def case_of(model, loss, fault, *, before=None, losses=(), optimizer=None, value
 def train(model, loss_of, optimizer, steps, fault, *, value=None, **known):
     """Trains, and tells what is known at the last step; weights are taken before the step before it."""
     losses, before = [], None
+    initial = {n: p.detach().norm().item() for n, p in model.named_parameters()}
     for step in range(steps):
         optimizer.zero_grad()
         loss = loss_of(model, step)
         loss.backward()
         losses.append(loss.item())
         if step == steps - 1:
-            return case_of(
+            case = case_of(
                 model, loss, fault, before=before, losses=losses, optimizer=optimizer, value=value, **known
             )
+            return dataclasses.replace(case, initial_weight_norms=tuple(initial[n] for n in case.names))
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         optimizer.step()
     raise AssertionError("steps must be positive")

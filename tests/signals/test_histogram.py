@@ -69,7 +69,9 @@ def test_equals_brute_force(dtype, numbers):
 @pytest.mark.parametrize("dtype", REAL)
 def test_equals_brute_force_on_many(dtype):
     torch.manual_seed(0)
-    gradients = [(torch.randn(n) * 10.0 ** torch.empty(n).uniform_(-6, 3)).to(dtype) for n in (1, 17, 3000, 4096)]
+    gradients = [
+        (torch.randn(n) * 10.0 ** torch.empty(n).uniform_(-6, 3)).to(dtype) for n in (1, 17, 3000, 4096)
+    ]
     counts = count(gradients)
     for row, gradient in zip(counts.bins, gradients, strict=True):
         low, high = bounds(flat(gradient))
@@ -86,7 +88,17 @@ def test_ten_times_larger_is_two_bins_to_the_right(places):
 
 @pytest.mark.parametrize(
     ("value", "place"),
-    [(0.0, 0), (1e-45, 0), (1e-13, 0), (2e-12, 0), (5e-12, 1), (2e-3, 18), (-2e-3, 18), (900.0, 29), (1e38, 29)],
+    [
+        (0.0, 0),
+        (1e-45, 0),
+        (1e-13, 0),
+        (2e-12, 0),
+        (5e-12, 1),
+        (2e-3, 18),
+        (-2e-3, 18),
+        (900.0, 29),
+        (1e38, 29),
+    ],
 )
 def test_place_of_a_value(value, place):
     assert count([torch.tensor(value)]).bins[0].nonzero().tolist() == [[place]]
@@ -99,7 +111,9 @@ def test_double_beyond_the_range_of_float_is_finite():
     assert counts.nonfinite[0] == 1
 
 
-@pytest.mark.parametrize("shape", [(1024, 1024), (5000, 3), (90, 91), (3000, 8), (8192,), (64, 32, 3, 3), (2, 3, 7000)])
+@pytest.mark.parametrize(
+    "shape", [(1024, 1024), (5000, 3), (90, 91), (3000, 8), (8192,), (64, 32, 3, 3), (2, 3, 7000)]
+)
 def test_sample_stays_within_its_bound(shape):
     torch.manual_seed(0)
     # Each column has a magnitude of its own: a stride in step with the rows would see few of them.
@@ -152,7 +166,14 @@ def test_conjugate_counts_like_its_original():
 
 def test_together_as_one_by_one():
     torch.manual_seed(0)
-    gradients = [torch.randn(5, 3), None, torch.randn(9000), torch.empty(0), torch.tensor(1e-3), torch.ones(0, 4)]
+    gradients = [
+        torch.randn(5, 3),
+        None,
+        torch.randn(9000),
+        torch.empty(0),
+        torch.tensor(1e-3),
+        torch.ones(0, 4),
+    ]
     together = count(gradients)
     for i, gradient in enumerate(gradients):
         alone = count([gradient])
@@ -190,5 +211,7 @@ def test_leaves_gradients_as_they_are():
 
 @pytest.mark.parametrize("max_samples", [0, -1])
 def test_refuses_no_samples(max_samples):
-    with pytest.raises(ValueError, match=f"max_samples must be at least 1, or None to read all, got {max_samples}"):
+    with pytest.raises(
+        ValueError, match=f"max_samples must be at least 1, or None to read all, got {max_samples}"
+    ):
         count([torch.ones(1)], max_samples=max_samples)

@@ -1,0 +1,237 @@
+"""What people read: complete, in order, narrow enough, and safe whatever a tensor is called."""
+
+import dataclasses
+import html.parser
+import io
+import pickle
+import re
+import sys
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis, Remedy
+from lightning_gradguard.doctor.rendering import HEADLINES, WIDTH, print_diagnosis
+from lightning_gradguard.doctor.wording import quote
+from lightning_gradguard.verdicts.faults import Fault, GradientHalt
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the HTML sanitizer that TensorBoard carries along
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+DIAGNOSIS = Diagnosis(
+    fault=Fault.VANISHING,
+    step=30,
+    parameters=("net.0.weight", "net.2.weight", "net.4.weight"),
+    signs=("The loss stands still: from 2.31 to 2.3 in 80 steps.", "The weights hardly change."),
+    causes=(Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION),
+    evidence={
+        Cause.SATURATING_ACTIVATION: "11 sigmoid activations on the path to `net.0.weight`.",
+        Cause.BAD_INITIALIZATION: "The weights are 0.58 times as large as Xavier's.",
+    },
+    remedies=(Remedy("ReLU", "x = torch.relu(x)  # not sigmoid"), Remedy("He", "nn.init.kaiming_normal_(w)")),
+)
+TRIED = dataclasses.replace(
+    DIAGNOSIS, remedies=(Remedy("ReLU", "f()", tried=True, before=9.5, after=0.42), DIAGNOSIS.remedies[1])
+)
+FORMS = (str, Diagnosis.to_markdown, Diagnosis.to_html)
+NASTY = [
+    "a<b>|c",
+    "``x``",
+    "*bold*",
+    "_under_ __init__",
+    "line\nbreak",
+    "[red]x[/red]",
+    "\x1b[31m",
+    "<script>",
+    "a\\`b",
+    "&lt;",
+]
+
+
+class Reader(html.parser.HTMLParser):
+    """The text and the tags of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def shown(page):
+    return " ".join("".join(Reader(page).texts).split())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_everything_is_said_in_order(form):
+    text = form(DIAGNOSIS)
+    parts = [
+        HEADLINES[Fault.VANISHING],
+        "ince step 30",
+        "net.0.weight",
+        "and 1 more",
+        "from 2.31 to 2.3 in 80",
+    ]
+    parts += [
+        "Saturating activation",
+        "11 sigmoid",
+        "Bad initialization",
+        "0.58 times",
+        "x = torch.relu(x)  # not",
+        "kaiming",
+    ]
+    places = [text.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tilts_are_shown_only_where_something_was_tried(form):
+    assert "ilt" not in form(DIAGNOSIS)
+    assert "Tilt before" in form(TRIED) or "tilt before" in form(TRIED)
+    assert "9.5" in form(TRIED)
+    assert "0.4" in form(TRIED)
+    assert "None" not in form(TRIED)
+
+
+def test_the_text_is_narrow_and_small():
+    long = dataclasses.replace(DIAGNOSIS, signs=("word " * 60,) * 6)
+    lines = str(long).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert len(str(DIAGNOSIS).splitlines()) <= 24
+    assert lines == [line.rstrip() for line in lines]
+
+
+def test_the_exception_carries_the_text():
+    halt = GradientHalt(DIAGNOSIS, (), 81)
+    assert str(halt) == str(DIAGNOSIS)
+    assert pickle.loads(pickle.dumps(halt)).diagnosis == DIAGNOSIS
+
+
+def named(name):
+    return dataclasses.replace(
+        DIAGNOSIS,
+        parameters=(name,),
+        signs=(f"Norm 1 in {quote(name)}.", name),
+        evidence={Cause.SATURATING_ACTIVATION: f"In {quote(name)}.", Cause.BAD_INITIALIZATION: name},
+        remedies=(Remedy(name, f"layer = model[{name!r}]  # | a | b"), Remedy("other", "f()")),
+    )
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_break_out_of_no_form(name):
+    diagnosis = named(name)
+    head = str(diagnosis).split("\n\n")[0]
+    assert quote(name) in " ".join(head.split("\n"))
+
+    page = Reader(diagnosis.to_html())
+    plain = Reader(DIAGNOSIS.to_html())
+    assert [t for t, _ in page.tags if t not in ("code",)] == [t for t, _ in plain.tags if t not in ("code",)]
+
+    rendered = markdown_to_safe_html(diagnosis.to_markdown())
+    assert {t for t, _ in Reader(rendered).tags} <= {"h3", "h4", "p", "strong", "code", "ul", "li", "ol"} | {
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
+    assert rendered.count("<td") == 2 * 3
+    assert rendered.count("<li") == 2 + 2
+
+
+@given(name=st.text(min_size=1, max_size=20))
+def test_any_name_is_shown_whole_on_one_line(name):
+    quoted = quote(name)
+    assert re.fullmatch(r"`[^`\n]+`", quoted)
+    assert quoted[1:-1].isprintable()
+    sentence = dataclasses.replace(DIAGNOSIS, signs=(f"Norm 1 in {quoted}.",))
+    inside = " ".join(quoted[1:-1].split())
+    assert f"Norm 1 in {inside}." in shown(sentence.to_html())
+    assert f"Norm 1 in {inside}." in shown(markdown_to_safe_html(sentence.to_markdown()))
+
+
+def test_different_names_stay_different():
+    names = ["a`b", "a\\x60b", "a\nb", "a\\nb", "ab"]
+    assert len({quote(name) for name in names}) == len(names)
+
+
+@given(text=st.text(max_size=60))
+def test_any_sentence_is_safe_in_html(text):
+    diagnosis = dataclasses.replace(DIAGNOSIS, signs=(text,))
+    tags = [tag for tag, _ in Reader(diagnosis.to_html()).tags if tag != "code"]
+    assert tags == [
+        tag for tag, _ in Reader(dataclasses.replace(DIAGNOSIS, signs=("x",)).to_html()).tags if tag != "code"
+    ]
+
+
+@given(text=st.text(st.sampled_from("ab `*_#|<>[]()!-+.1~\\&\n"), max_size=30))
+def test_sentences_say_the_same_in_markdown(text):
+    """What TensorBoard shows is the sentence, without its backticks."""
+    marked = dataclasses.replace(DIAGNOSIS, signs=(f"x {text} y",)).to_markdown()
+    item = re.search(r"<li>(.*?)</li>", markdown_to_safe_html(marked), re.DOTALL).group(1)
+    expected = " ".join(re.sub(r"`([^`]*)`", r"\1", " ".join(f"x {text} y".split())).split())
+    assert shown(item) == expected
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    page = Reader(DIAGNOSIS.to_html())
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert not [
+        a for _, attributes in page.tags for a in attributes if a in ("src", "href") or a.startswith("on")
+    ]
+    assert "url(" not in DIAGNOSIS.to_html()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def colour(monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def test_a_file_gets_plain_text(colour):
+    file = io.StringIO()
+    print_diagnosis(DIAGNOSIS, file)
+    assert file.getvalue() == f"{DIAGNOSIS}\n"
+
+
+def test_standard_output_is_the_default(capsys):
+    print_diagnosis(DIAGNOSIS)
+    assert capsys.readouterr().out == f"{DIAGNOSIS}\n"
+
+
+@pytest.mark.parametrize("name", ["plain", "[red]x[/red]", "[/]"])
+def test_a_terminal_gets_the_same_text_in_colour(colour, name):
+    file = Terminal()
+    print_diagnosis(named(name), file)
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    assert bare != file.getvalue()
+    assert bare == f"{named(name)}\n"
+
+
+def test_without_rich_a_terminal_gets_plain_text(colour, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    file = Terminal()
+    print_diagnosis(DIAGNOSIS, file)
+    assert file.getvalue() == f"{DIAGNOSIS}\n"
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_each_fault_has_a_headline(fault):
+    assert str(dataclasses.replace(DIAGNOSIS, fault=fault)).startswith(HEADLINES[fault])

@@ -1,0 +1,172 @@
+"""What a real TensorBoard says of our files over HTTP, with both of its loaders."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradguard.signals.histogram import EDGES, count
+from lightning_gradguard.sinks.overview import Overview
+from lightning_gradguard.sinks.tags import histogram_panel, tag_names
+from lightning_gradguard.sinks.tensorboard import TensorBoardSink
+from lightning_gradguard.verdicts.faults import Fault, Finding, Report, Severity
+
+LOADERS = ["true", "false"]
+NAMES = [f"net.{i}.weight" for i in range(3)]
+GRADIENTS = [torch.full((4,), 2.0 * 10.0**-i) for i in range(3)]
+STEPS, CLOSED_AFTER = 60, 30
+RUN = "run"
+
+
+@pytest.fixture(scope="module")
+def logdir(tmp_path_factory):
+    """A run of 60 steps, NaN at step 40, whose writer was closed half way, so that there are two files."""
+    folder = tmp_path_factory.mktemp("logs")
+    writer = SummaryWriter(folder / RUN)
+    sink = TensorBoardSink(writer)
+    overview = Overview(NAMES, [4, 4, 4])
+    titles = dict(zip(NAMES, tag_names(NAMES), strict=True))
+    counts = dict(zip(NAMES, count(GRADIENTS).bins.tolist(), strict=True))
+    for step in range(STEPS):
+        report = report_of(step)
+        overview.observe(report)
+        sink.write(step, overview.panel(report, tilt=1.0, update_ratio=1e-3, final=step == STEPS - 1))
+        sink.write(step, histogram_panel(counts, titles))
+        if step == CLOSED_AFTER:
+            sink.close()
+            writer.close()
+    sink.close()
+    writer.close()
+    return folder
+
+
+def report_of(step: int) -> Report:
+    norms = {name: float(g.norm()) for name, g in zip(NAMES, GRADIENTS, strict=True)}
+    if step != 40:
+        return Report(step, 1.0, 10.0**-step, 10.0**-step, None, 1.0, skip=False, norms=norms)
+    norms[NAMES[0]] = math.nan
+    found = Finding(Fault.NONFINITE, Severity.WARNING, step, (NAMES[0],), math.nan, 0.0, "NonFinite")
+    return Report(step, 1.0, math.nan, 0.0, None, 0.0, skip=True, findings=(found,), norms=norms)
+
+
+@pytest.fixture(scope="module")
+def servers(logdir):
+    """The address of a TensorBoard for each loader; both start at the same time."""
+    with contextlib.ExitStack() as stack:
+        processes = {loader: stack.enter_context(tensorboard(logdir, loader)) for loader in LOADERS}
+        yield {loader: address_of(process) for loader, process in processes.items()}
+
+
+@contextlib.contextmanager
+def tensorboard(logdir, loader):
+    command = (
+        f"-m tensorboard.main --host 127.0.0.1 --port 0 --reload_interval 1 --load_fast={loader}".split()
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *command, f"--logdir={logdir}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+        process.stderr.close()
+
+
+def address_of(process) -> str:
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if found := re.search(r"at (http://127\.0\.0\.1:\d+)", line):
+            return found[1]
+    raise AssertionError(f"TensorBoard did not start: {''.join(said)}")
+
+
+@pytest.fixture(params=LOADERS)
+def ask(request, servers):
+    """Asks the server for a plugin's data, once it has read all of the run."""
+
+    def get(path, **query):
+        url = f"{servers[request.param]}/data/plugin/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url) as response:
+            body = response.read()
+            return json.loads(body) if "json" in response.headers["Content-Type"] else body
+
+    for _ in range(300):
+        with contextlib.suppress(urllib.error.HTTPError):  # a run or tag that is not known yet
+            values = get("scalars/scalars", run=RUN, tag="gradguard/clip_scale")
+            images = get("images/images", run=RUN, tag="gradguard/heatmap", sample=0)
+            if values[-1][1] == images[-1]["step"] == STEPS - 1:
+                return get
+        time.sleep(0.1)
+    raise AssertionError("TensorBoard did not read the last step")
+
+
+def test_tags(ask):
+    group = {"total_norm_log10", "worst_layer_rms_log10", "depth_tilt_decades", "update_ratio_log10"}
+    scalars = {f"gradguard/{name}" for name in group | {"clip_scale", "nonfinite_total"}}
+    assert ask("scalars/tags")[RUN].keys() == scalars
+    titles = ["000_0.weight", "001_1.weight", "002_2.weight"]
+    assert sorted(ask("histograms/tags")[RUN]) == [f"gradguard_hist_log10/{title}" for title in titles]
+    assert ask("images/tags")[RUN].keys() == {"gradguard/heatmap"}
+    assert "gradguard/diagnosis" in ask("text/tags")[RUN]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "tag", "words"),
+    [
+        ("scalars", "gradguard/depth_tilt_decades", "vanishing"),
+        ("histograms", "gradguard_hist_log10/001_1.weight", "net.1.weight"),
+        ("images", "gradguard/heatmap", "Magenta"),
+    ],
+)
+def test_descriptions(ask, plugin, tag, words):
+    assert words in ask(f"{plugin}/tags")[RUN][tag]["description"]
+
+
+def test_scalars(ask):
+    values = ask("scalars/scalars", run=RUN, tag="gradguard/total_norm_log10")
+    assert [step for _, step, _ in values] == list(range(STEPS))
+    expected = [float("nan") if step == 40 else -min(step, 38) for step in range(STEPS)]
+    got = [float("nan") if x in ("NaN", None) else x for _, _, x in values]
+    assert got == pytest.approx(expected, nan_ok=True, abs=0.1)
+    total = ask("scalars/scalars", run=RUN, tag="gradguard/nonfinite_total")
+    assert [x for _, _, x in total] == [float(step >= 40) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_histograms_have_all_buckets_in_each_step(ask, index):
+    tag = f"gradguard_hist_log10/{tag_names(NAMES)[index]}"
+    for _, _, buckets in ask("histograms/histograms", run=RUN, tag=tag):
+        place = next(k for k in range(30) if EDGES[k] <= math.log10(2) - index < EDGES[k + 1])
+        expected = [[EDGES[k], EDGES[k + 1], 4.0 * (k == place)] for k in range(30)]
+        assert buckets == expected
+
+
+def test_heatmap_is_a_picture(ask):
+    newest = ask("images/images", run=RUN, tag="gradguard/heatmap", sample=0)[-1]
+    png = ask(f"images/individualImage?{newest['query']}&ts=0")
+    assert png.startswith(b"\x89PNG")
+    assert struct.unpack(">II", png[16:24]) == (720, 480)
+
+
+def test_diagnosis_is_markdown(ask):
+    (entry,) = ask("text/text", run=RUN, tag="gradguard/diagnosis")
+    assert entry["step"] == 40
+    assert "<strong>nonfinite</strong>" in entry["text"]
+    assert "<code>net.0.weight</code>" in entry["text"]

@@ -1,0 +1,235 @@
+import errno
+import math
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_ndarray
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradguard.signals.histogram import EDGES
+from lightning_gradguard.sinks.panel import PATIENCE, Panel
+from lightning_gradguard.sinks.tags import histogram_panel, tag_names
+from lightning_gradguard.sinks.tensorboard import TensorBoardSink
+
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (7).to_bytes(4, "big") + (5).to_bytes(4, "big")
+
+
+def events(folder) -> list[Event]:
+    """Events that hold a summary, as they lie in the files."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        found += [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
+    return [event for event in found if event.HasField("summary")]
+
+
+def write(folder, *steps: tuple[int, Panel]) -> None:
+    with SummaryWriter(folder) as writer:
+        sink = TensorBoardSink(writer)
+        for step, panel in steps:
+            sink.write(step, panel)
+        sink.close()
+
+
+def write_fifty(sink: TensorBoardSink) -> None:
+    for step in range(50):
+        sink.write(step, Panel(scalars={"a/b": 1.0}, images={"a/map": lambda: PNG}))
+    sink.close()
+
+
+def read(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0}).Reload()
+
+
+@pytest.mark.parametrize("value", [0.0, -3.25, 1e-30, math.nan])
+def test_scalars(tmp_path, value):
+    write(tmp_path, (3, Panel(scalars={"group/name": value})))
+    (seen,) = read(tmp_path).Scalars("group/name")
+    assert seen.step == 3
+    assert seen.value == pytest.approx(value, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e300])
+def test_infinity_is_shown_as_nan(tmp_path, value):
+    write(tmp_path, (0, Panel(scalars={"group/name": value})))
+    assert math.isnan(read(tmp_path).Scalars("group/name")[0].value)
+
+
+def test_histograms_keep_every_bucket(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 5, (3, 30)).astype(np.float32)
+    counts[:, :3] = counts[:, -3:] = 0  # empty ones at the ends too
+    write(tmp_path, *((step, Panel(histograms={"group/a": row.tolist()})) for step, row in enumerate(counts)))
+    seen = read(tmp_path).Tensors("group/a")
+    assert [event.step for event in seen] == [0, 1, 2]
+    for event, row in zip(seen, counts, strict=True):
+        buckets = make_ndarray(event.tensor_proto)
+        assert buckets.dtype == np.float32
+        assert np.array_equal(buckets, np.stack([EDGES[:-1], EDGES[1:], row], axis=1).astype(np.float32))
+
+
+def test_texts(tmp_path):
+    write(tmp_path, (5, Panel(texts={"group/why": "**é** | 層"})))
+    (seen,) = read(tmp_path).Tensors("group/why")
+    assert make_ndarray(seen.tensor_proto).item().decode() == "**é** | 層"
+
+
+def test_images(tmp_path):
+    write(tmp_path, (5, Panel(images={"group/map": lambda: PNG})))
+    (image,) = [value.image for event in events(tmp_path) for value in event.summary.value]
+    assert (image.width, image.height, image.encoded_image_string) == (7, 5, PNG)
+
+
+def test_one_event_for_a_step(tmp_path):
+    panel = Panel(
+        scalars={"a/b": 1.0, "a/c": 2.0},
+        histograms={"a/d": [1.0] * 30, "a/e": [2.0] * 30},
+        texts={"a/f": "x"},
+    )
+    write(tmp_path, (0, panel), (1, panel), (2, Panel()))
+    assert [event.step for event in events(tmp_path)] == [0, 1]
+    assert [len(event.summary.value) for event in events(tmp_path)] == [5, 5]
+
+
+def test_a_tag_is_described_once(tmp_path):
+    tags = ["a/scalar", "a/histogram", "a/text", "a/image"]
+    notes = {tag: f"how to read {tag}" for tag in tags}
+    panel = Panel({tags[0]: 1.0}, {tags[1]: [1.0] * 30}, {tags[2]: "x"}, {tags[3]: lambda: PNG}, notes)
+    write(tmp_path, (0, panel), (1, panel))
+    seen = {tag: [v for e in events(tmp_path) for v in e.summary.value if v.tag == tag] for tag in tags}
+    for tag, plugin in zip(tags, ["scalars", "histograms", "text", "images"], strict=True):
+        first, second = seen[tag]
+        assert first.metadata.summary_description == notes[tag]
+        assert first.metadata.plugin_data.plugin_name == plugin
+        assert not second.HasField("metadata")
+
+
+def test_a_step_of_a_hundred_histograms_is_small(tmp_path):
+    names = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(100)]
+    titles = dict(zip(names, tag_names(names), strict=True))
+    panel = histogram_panel({name: [1e6 + i for i in range(30)] for name in names}, titles)
+    write(tmp_path, (0, panel), (100_000, panel))
+    # 30 x 3 numbers of 4 bytes, a tag of at most 45, and 23 of framing.
+    assert len(events(tmp_path)[-1].SerializeToString()) <= 42 * 1024
+
+
+def test_a_writer_closed_in_between_is_opened_anew(tmp_path):
+    writer = SummaryWriter(tmp_path)
+    sink = TensorBoardSink(writer)
+    for step in range(3):
+        sink.write(step, Panel(scalars={"a/b": float(step)}, histograms={"a/c": [float(step)] * 30}))
+        sink.close()
+        writer.close()
+    assert [event.value for event in read(tmp_path).Scalars("a/b")] == [0, 1, 2]
+    assert len(read(tmp_path).Tensors("a/c")) == 3
+
+
+def test_drawing_does_not_hold_up_writing(tmp_path):
+    may_go_on, threads = threading.Event(), []
+
+    def draw():
+        assert may_go_on.wait(60)
+        threads.append(threading.current_thread())
+        return PNG
+
+    with SummaryWriter(tmp_path) as writer:
+        sink = TensorBoardSink(writer)
+        sink.write(1, Panel(images={"a/map": draw}))
+        sink.write(2, Panel(scalars={"a/b": 1.0}, images={"a/map": draw}))
+        assert not threads
+        may_go_on.set()
+        sink.close()
+    assert threads[0] is not threading.main_thread()
+    seen = [(event.step, value.tag) for event in events(tmp_path) for value in event.summary.value]
+    assert seen == [(2, "a/b"), (1, "a/map"), (2, "a/map")]
+
+
+def test_no_thread_is_left(tmp_path):
+    before = threading.active_count()
+    write(tmp_path, (0, Panel(images={"a/map": lambda: PNG})))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("broken", [lambda: 1 / 0, lambda: b"", lambda: None])
+def test_a_failed_drawing_is_warned_of_and_the_rest_is_written(tmp_path, broken):
+    with pytest.warns(UserWarning, match="Drawing for TensorBoard failed") as caught:
+        write(tmp_path, *((step, Panel({"a/b": 1.0}, images={"a/map": broken})) for step in range(20)))
+    assert len(caught) == 1
+    assert len(read(tmp_path).Scalars("a/b")) == 20
+
+
+def test_disk_full_is_warned_of_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the writer's own thread dies of it
+    writer = SummaryWriter(tmp_path, max_queue=1)
+    sink = TensorBoardSink(writer)
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        write_fifty(sink)
+    assert len(caught) == 1
+
+
+def test_a_dead_writer_is_not_tried_for_ever():
+    class Dead:
+        calls = 0
+
+        def _get_file_writer(self):
+            self.calls += 1
+            raise OSError("Writer is closed")
+
+        flush = _get_file_writer
+
+    dead = Dead()
+    sink = TensorBoardSink(dead)
+    with pytest.warns(UserWarning, match="Writer is closed") as caught:
+        write_fifty(sink)
+    assert len(caught) == 1
+    assert dead.calls == PATIENCE
+
+
+def test_a_folder_that_cannot_be_made_is_warned_of(tmp_path):
+    writer = SummaryWriter(tmp_path / "run")
+    writer.close()
+    (tmp_path / "run").rename(tmp_path / "gone")
+    (tmp_path / "run").write_text("a file is in the way")
+    sink = TensorBoardSink(writer)
+    with pytest.warns(UserWarning, match="TensorBoard output failed"):
+        sink.write(0, Panel(scalars={"a/b": 1.0}))
+
+
+def test_tensorboardx_gets_the_same_bytes_in_its_own_class(monkeypatch, tmp_path):
+    class OtherSummary:
+        def __init__(self, data):
+            self.data = data
+
+        @classmethod
+        def FromString(cls, data):
+            return cls(data)
+
+    class FileWriter:
+        written = ()
+
+        def add_summary(self, summary, step):
+            assert isinstance(summary, OtherSummary)
+            self.written = (*self.written, (step, Summary.FromString(summary.data)))
+
+    FileWriter.__module__ = "tensorboardX.writer"
+    module = types.ModuleType("tensorboardX.proto.summary_pb2")
+    module.Summary = OtherSummary
+    for name in ("tensorboardX", "tensorboardX.proto"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    file = FileWriter()
+    panel = Panel(scalars={"a/b": 1.0}, histograms={"a/c": [1.0] * 30})
+    TensorBoardSink(types.SimpleNamespace(_get_file_writer=lambda: file)).write(4, panel)
+    write(tmp_path, (4, panel))
+    assert file.written == ((4, events(tmp_path)[0].summary),)

@@ -1,0 +1,511 @@
+"""`Guard` in plain loops: exact skips, halts, clipping, resume, lag, odd gradients."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_gradguard import Fault, GradientHalt, GradientWarning, Guard, NormClip, Policy, Severity, SpikeClip
+from lightning_gradguard.signals.detectors import DepthTilt, NonFinite
+
+SILENT = Policy(respond={fault.value: "ignore" for fault in Fault})
+
+
+def network(seed=0, depth=3):
+    torch.manual_seed(seed)
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(8, 2))
+
+
+def batch(step, size=16):
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(size, 8, generator=generator)
+    return x, (x.sum(1) > 0).long()
+
+
+def backward(model, step, factor=1.0):
+    x, y = batch(step)
+    loss = nn.functional.cross_entropy(model(x * factor), y)
+    model.zero_grad()
+    loss.backward()
+    return loss
+
+
+def poison(model, value=math.nan):
+    next(model.parameters()).grad[0, 0] = value
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "SGD-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "AdamW-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_a_skip_is_exact_even_if_the_step_is_called(name, first):
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    for step in range(0 if first else 3):
+        guard.step(loss=backward(model, step))
+        optimizer.step()
+    before = snapshot(model, optimizer)
+    loss = backward(model, 50)
+    poison(model)
+    report = guard.step(loss=loss)
+    assert report.skip
+    optimizer.step()
+    assert_same(snapshot(model, optimizer), before)
+    guard.step(loss=backward(model, 51))
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_watching_changes_nothing(name):
+    bare, watched = network(), network()
+    own, other = OPTIMIZERS[name](bare.parameters()), OPTIMIZERS[name](watched.parameters())
+    guard = Guard(watched.named_parameters(), optimizer=other)
+    for step in range(40):
+        backward(bare, step)
+        own.step()
+        guard.step(loss=backward(watched, step))
+        other.step()
+    assert_same(snapshot(bare, own), snapshot(watched, other))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", [Policy(), SILENT, Policy(respond={"nonfinite": "warn"})], ids=repr)
+@pytest.mark.parametrize("detectors", [None, (), (DepthTilt(),)], ids=repr)
+@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_nothing_nonfinite_reaches_a_weight(value, policy, detectors, clipper):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=policy, detectors=detectors, clipper=clipper)
+    for step in range(12):
+        loss = backward(model, step)
+        if step in (0, 5, 6, 11):
+            poison(model, value)
+        guard.step(loss=loss)
+        optimizer.step()
+    tensors = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+    assert all(t.isfinite().all() for t in tensors)
+
+
+def test_a_nonfinite_loss_skips_too():
+    model = network()
+    guard = Guard(model.named_parameters())
+    loss = backward(model, 0)
+    with pytest.warns(GradientWarning, match="nonfinite"):
+        report = guard.step(loss=loss.detach() * math.nan)
+    assert report.skip
+    assert report.findings[0].parameters == ()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_report_of_a_healthy_step():
+    model = network()
+    guard = Guard(model.named_parameters())
+    loss = backward(model, 0)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    report = guard.step(loss=loss)
+    total = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])).item()
+    assert report.step == 0
+    assert report.loss == pytest.approx(loss.item())
+    assert report.total_norm == report.clipped_norm == pytest.approx(total)
+    assert report.threshold is None
+    assert report.scale == 1.0
+    assert not report.skip
+    assert report.norms == pytest.approx({n: p.grad.norm().item() for n, p in model.named_parameters()})
+    assert_same(gradients, [p.grad for p in model.parameters()])
+    assert guard.report is report
+
+
+def test_clipping_is_torchs_own():
+    model, reference = network(), network()
+    guard = Guard(model.named_parameters(), clipper=NormClip(0.01))
+    loss = backward(model, 0)
+    backward(reference, 0)
+    report = guard.step(loss=loss)
+    total = nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
+    assert report.total_norm == pytest.approx(total.item())
+    assert report.threshold == pytest.approx(0.01)
+    assert report.clipped_norm <= 0.01 * (1 + 1e-5)
+    assert report.scale == pytest.approx(0.01 / total.item(), rel=1e-4)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=0)
+
+
+def test_a_step_below_the_threshold_is_not_written_to():
+    model = network()
+    guard = Guard(model.named_parameters(), clipper=NormClip(1e6))
+    loss = backward(model, 0)
+    versions = [p.grad._version for p in model.parameters()]
+    guard.step(loss=loss)
+    assert versions == [p.grad._version for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_five_are_skipped_in_a_row_and_the_sixth_halts():
+    model = network()
+    guard = Guard(model.named_parameters())
+    guard.step(loss=backward(model, 0))
+    reports = []
+    with pytest.raises(GradientHalt) as caught:
+        for step in range(1, 20):
+            loss = backward(model, step)
+            poison(model)
+            reports.append(guard.step(loss=loss))
+    assert [r.skip for r in reports] == [True] * 5
+    halt = caught.value
+    assert halt.step == 6
+    assert halt.diagnosis is guard.diagnosis
+    assert halt.diagnosis.fault == Fault.NONFINITE
+    assert halt.diagnosis.step == 1
+    assert halt.findings == guard.findings
+    assert halt.findings[-1].severity == Severity.CRITICAL
+    assert all(p.grad is None for p in model.parameters())
+    assert str(halt) == str(halt.diagnosis)
+
+
+def test_strict_halts_on_the_first_nonfinite_step_and_survives_pickling():
+    model = network()
+    guard = Guard(model.named_parameters(), policy=Policy.strict())
+    loss = backward(model, 0)
+    poison(model)
+    with pytest.raises(GradientHalt, match=r"0\.weight") as caught:
+        guard.step(loss=loss)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.step, again.findings) == (str(caught.value), 0, caught.value.findings)
+
+
+def test_vanishing_halts_after_patience_and_names_the_first_layers():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.Sigmoid())]
+    model = nn.Sequential(*layers, nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy.strict())
+    with pytest.warns(GradientWarning, match="vanishing since step 29"), pytest.raises(GradientHalt) as caught:
+        for step in range(200):
+            guard.step(loss=backward(model, step))
+            optimizer.step()
+    assert caught.value.step == 79
+    assert caught.value.diagnosis.step == 29
+    assert "0.weight" in caught.value.diagnosis.parameters[:3]
+    assert [f.severity for f in guard.findings] == [Severity.WARNING, Severity.CRITICAL]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@pytest.mark.parametrize("clipper", [None, SpikeClip()], ids=repr)
+def test_a_resumed_run_judges_and_clips_exactly_as_the_uninterrupted_one(clipper):
+    def run(steps, model, optimizer, guard):
+        reports = []
+        for step in steps:
+            loss = backward(model, step, factor=100.0 if step in (35, 60) else 1.0)
+            if step == 45:
+                poison(model)
+            reports.append(guard.step(loss=loss))
+            optimizer.step()
+        return reports
+
+    def fresh():
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters())
+        return model, optimizer, Guard(model.named_parameters(), optimizer=optimizer, clipper=clipper)
+
+    whole = fresh()
+    expected = run(range(90), *whole)
+    first = fresh()
+    run(range(33), *first)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    second = fresh()
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    # NaN norms are equal to themselves here, so reports are compared as text.
+    assert [repr(r) for r in run(range(33, 90), *second)] == [repr(r) for r in expected[33:]]
+    assert_same(snapshot(*whole[:2]), snapshot(*second[:2]))
+    assert repr(second[2].state_dict()) == repr(whole[2].state_dict())
+
+
+def test_a_state_of_another_model_is_refused_and_changes_nothing():
+    guard, other = Guard(network().named_parameters()), Guard(network(depth=4).named_parameters())
+    before = repr(guard.state_dict())
+    with pytest.raises(ValueError, match="same parameters.*start the guard afresh"):
+        guard.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="same detectors and clipper"):
+        guard.load_state_dict(Guard(network().named_parameters(), clipper=SpikeClip()).state_dict())
+    with pytest.raises(ValueError, match="version"):
+        guard.load_state_dict({"version": 99})
+    assert repr(guard.state_dict()) == before
+
+
+def test_parameter_groups_may_be_added():
+    model, extra = network(), nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    for step in range(40):
+        if step == 20:
+            optimizer.add_param_group({"params": extra.parameters()})
+        x, y = batch(step)
+        loss = nn.functional.cross_entropy(model(extra(x)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        report = guard.step(loss=loss)
+        optimizer.step()
+    assert "group1.0" in report.norms
+    assert guard.findings == ()
+
+
+def test_only_the_optimizers_own_parameters_are_judged_and_dropped():
+    first, second = network(0), network(1)
+    both = nn.ModuleDict({"a": first, "b": second})
+    guard = Guard(both.named_parameters(), optimizer=torch.optim.SGD(first.parameters(), lr=0.1))
+    backward(second, 0)
+    loss = backward(first, 0)
+    poison(first)
+    poison(second)
+    with pytest.warns(GradientWarning):
+        report = guard.step(loss=loss)
+    assert all(name.startswith("a.") for name in report.norms)
+    assert all(p.grad is None for p in first.parameters())
+    assert all(p.grad is not None for p in second.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_with_a_gradient_scaler_norms_are_true_and_overflow_is_routine(fused, unscale):
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    for step in range(12):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        true = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())) / scaler.get_scale()
+        if step >= 4:
+            poison(model, math.inf)
+        if unscale or not fused:
+            scaler.unscale_(optimizer)
+        before = copy.deepcopy(model.state_dict())
+        report = guard.step(loss=loss, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        if step < 4:
+            assert report.total_norm == pytest.approx(true, rel=1e-4)
+        else:
+            assert report.skip
+            assert [f.severity for f in report.findings] == [Severity.INFO]
+            assert_same(before, model.state_dict())
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for the device: reads of a single number, or a copy to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
+def test_a_quiet_step_reads_no_single_number(clipper):
+    model = network()
+    guard = Guard(model.named_parameters(), clipper=clipper)
+    for step in range(40):
+        loss = backward(model, step)
+        with Reads() as reads:
+            guard.step(loss=loss)
+        assert reads.count == 0
+
+
+class TestLag:
+    def loop(self, optimizer_name, bad=(), **kwargs):
+        model = network()
+        optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+        guard = Guard(model.named_parameters(), optimizer=optimizer, lag=1, **kwargs)
+        reports = []
+        for step in range(12):
+            loss = backward(model, step)
+            if step in bad:
+                poison(model)
+            before = snapshot(model, optimizer)
+            reports.append(guard.step(loss=loss))
+            optimizer.step()
+            if step in bad:
+                assert_same(snapshot(model, optimizer), before)
+        guard.close()
+        return reports, guard
+
+    @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+    @pytest.mark.parametrize("name", ["SGD-fused", "AdamW-fused"])
+    @pytest.mark.parametrize("bad", [(0,), (5, 6), (11,)])
+    def test_a_fused_optimizer_skips_exactly_on_the_device(self, name, bad):
+        reports, guard = self.loop(name, bad)
+        assert not any(r.skip for r in reports)
+        assert [f.step for f in guard.findings if f.fault == Fault.NONFINITE] == [bad[0]] * len(bad)
+        assert guard.counts["skipped"] == len(bad)
+        assert guard.report.step == 11
+
+    def test_reports_come_one_step_late_and_all_come(self):
+        reports, guard = self.loop("AdamW-fused")
+        assert [r.step for r in reports] == [0, *range(11)]
+        assert guard.counts["judged"] == 12
+
+    @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+    def test_a_halt_comes_one_step_late(self):
+        with pytest.raises(GradientHalt) as caught:
+            self.loop("AdamW-fused", bad=(4,), policy=Policy.strict())
+        assert caught.value.step == 4
+
+    def test_clips_as_without_lag(self):
+        reports, _ = self.loop("SGD-fused", clipper=NormClip(0.05))
+        assert all(r.clipped_norm <= 0.05 * (1 + 1e-5) for r in reports)
+
+    def test_another_optimizer_is_warned_of_and_its_bad_gradients_are_zeroed(self):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.warns(GradientWarning, match="does not honour found_inf"):
+            guard = Guard(model.named_parameters(), optimizer=optimizer, lag=1)
+        with pytest.warns(GradientWarning, match="nonfinite"):
+            for step in range(3):
+                loss = backward(model, step)
+                if step == 1:
+                    poison(model)
+                guard.step(loss=loss)
+                optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+    def test_a_policy_that_skips_finite_steps_needs_a_verdict_before_the_step(self):
+        with pytest.raises(ValueError, match="lag must be 0 with a policy that skips on spike"):
+            self.loop("AdamW-fused", policy=Policy(respond={"spike": "skip"}))
+
+
+def odd_parameters():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 1, 4])).sum().backward()
+    kinds = {
+        "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.0), "double": torch.ones(2, 2, dtype=torch.float64),
+        "half": torch.ones(2, 2, dtype=torch.float16), "bfloat": torch.ones(3, dtype=torch.bfloat16),
+        "complex": torch.ones(2, 2, dtype=torch.complex64),
+    }  # fmt: skip
+    parameters = {name: nn.Parameter(value.clone()) for name, value in kinds.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = torch.ones_like(kinds[name])
+    return {**parameters, "none": nn.Parameter(torch.ones(2)), "sparse": embedding.weight}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
+def test_odd_gradients_are_judged_and_clipped(clipper):
+    parameters = odd_parameters()
+    guard = Guard(parameters.items(), clipper=clipper)
+    for _ in range(3):
+        report = guard.step(loss=torch.tensor(1.0))
+    assert report.total_norm > 0
+    assert "none" not in report.norms
+    if isinstance(clipper, NormClip):
+        assert report.clipped_norm == pytest.approx(1.0, rel=1e-4)
+
+
+def test_five_thousand_tensors():
+    parameters = {f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(5000)}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2, 2)
+    guard = Guard(parameters.items(), clipper=SpikeClip())
+    assert guard.step(loss=torch.tensor(1.0)).total_norm == pytest.approx(math.sqrt(20000))
+
+
+def test_no_gradient_at_all_is_nothing_to_judge():
+    guard = Guard(network().named_parameters())
+    report = guard.step(loss=torch.tensor(1.0))
+    assert (report.total_norm, report.skip, report.findings, report.norms) == (0.0, False, (), {})
+    assert guard.counts["judged"] == 0
+
+
+def test_without_a_loss_it_says_once_which_rules_are_off():
+    model = network()
+    guard = Guard(model.named_parameters())
+    with pytest.warns(GradientWarning, match="DepthTilt cannot tell progress") as caught:
+        for step in range(40):
+            backward(model, step)
+            guard.step()
+    assert len(caught) == 1
+
+
+def test_wrappers_are_stripped_from_names_and_tied_weights_count_once():
+    model = network()
+    model[2].weight = model[0].weight
+    guard = Guard((f"_orig_mod.{n}", p) for n, p in model.named_parameters())
+    report = guard.step(loss=backward(model, 0))
+    assert list(report.norms)[0] == "0.weight"
+    assert "2.weight" not in report.norms
+
+
+def test_findings_are_bounded():
+    model = network()
+    guard = Guard(model.named_parameters(), policy=Policy(respond={"nonfinite": "warn"}))
+    with pytest.warns(GradientWarning):
+        for _ in range(1100):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.nan)
+            guard.step(loss=torch.tensor(1.0))
+    assert len(guard.findings) == 1000
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"lag": 2}, ValueError, "lag must be None, 0 or 1, got 2"),
+        ({"lag": True}, ValueError, "lag must be None, 0 or 1, got True"),
+        ({"policy": "strict"}, TypeError, "policy must be a Policy.*got 'strict'"),
+        ({"clipper": 1.0}, TypeError, "clipper must be an instance with init and update.*got 1.0"),
+        ({"clipper": SpikeClip}, TypeError, "clipper must be an instance"),
+        ({"detectors": [NonFinite]}, TypeError, "detectors must be an instance"),
+        ({"detectors": 3}, TypeError, "detectors must be a sequence"),
+    ],
+)
+def test_wrong_arguments(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        Guard(network().named_parameters(), **kwargs)
+
+
+def test_nothing_to_watch():
+    with pytest.raises(ValueError, match=r"must hold a parameter, got none; pass model\.named_parameters\(\)"):
+        Guard([])
