@@ -34,15 +34,15 @@ WIDTH, LAYERS, BATCH = 64, 12, 32
 
 Block = Callable[[nn.Module, nn.Module, nn.Module, Tensor], Tensor]
 
-#: What a layer does with its linear map, the two kinds of normalisation, and the activations of the layer before.
+#: What a layer does with its linear map, the two kinds of normalization, and the activations of the layer before.
 BLOCKS: dict[str, Block] = {
     "relu": lambda linear, layer_norm, batch_norm, h: torch.relu(linear(h)),
     "sigmoid": lambda linear, layer_norm, batch_norm, h: torch.sigmoid(linear(h)),
-    "ReLU in residual blocks with normalisation": lambda linear, layer_norm, batch_norm, h: (
+    "ReLU in residual blocks with normalization": lambda linear, layer_norm, batch_norm, h: (
         h + torch.relu(linear(layer_norm(h)))
     ),
-    "ReLU and normalisation": lambda linear, layer_norm, batch_norm, h: torch.relu(batch_norm(linear(h))),
-    "Normalisation after each layer": lambda linear, layer_norm, batch_norm, h: torch.sigmoid(
+    "ReLU and normalization": lambda linear, layer_norm, batch_norm, h: torch.relu(batch_norm(linear(h))),
+    "Normalization after each layer": lambda linear, layer_norm, batch_norm, h: torch.sigmoid(
         batch_norm(linear(h))
     ),
 }

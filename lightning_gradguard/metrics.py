@@ -49,9 +49,9 @@ class GradientNorm(Metric):
         Args:
             norm: Norm of one step, or of several in any shape, such as ``report.total_norm``.
         """
-        values = torch.as_tensor(norm, device=self.device).detach()
+        values = torch.as_tensor(norm, device=self.device).detach().to(self.total.dtype)
         finite = torch.isfinite(values)
-        self.total = self.total + torch.where(finite, values, 0).sum(dtype=self.total.dtype)
+        self.total = self.total + torch.where(finite, values, 0).sum()
         self.steps = self.steps + finite.sum()
 
     def compute(self) -> Tensor:
@@ -124,7 +124,7 @@ class SpikeScore(Metric):
     Raises:
         ValueError: If ``window`` is no whole number of 2 or more, or ``sigma`` not positive and finite.
 
-    Source: OLMo 2 (2025), arXiv:2501.00656, section 3.1: "spike score", with window 1000 and 7 sigma.
+    Source: "spike score" of the OLMo 2 report (2025), arXiv:2501.00656, with a window of 1000 and 7 sigma.
     """
 
     is_differentiable = False
@@ -170,7 +170,7 @@ class SpikeScore(Metric):
         std = (torch.where(known, self.recent - mean, 0).square().sum() / held).sqrt()
         distance = (value - mean).abs()
         finite = torch.isfinite(value)
-        # In a constant series no distance is 7 sigma, and any other value is.
+        # In a constant series any other value is a spike, the same value is none.
         spike = (distance >= self.sigma * std) & (distance > 0) & (self.seen >= min(MIN_HISTORY, self.window))
         self.recent = torch.where(finite & (place == self.seen % self.window), value, self.recent)
         self.seen = self.seen + finite

@@ -175,6 +175,36 @@ class Case:
         return max(known, default=(0.0, ""))
 
     @property
+    def first_update(self) -> float:
+        """Update ratio of the median layer's first steps, where the optimizer makes a step of any gradient; else 0.
+
+        Such an optimizer moves each element by about the learning rate, whatever the gradient.
+        """
+        sizes = self.initial_weight_norms or self.weight_norms
+        middle = middle_of(
+            size / math.sqrt(math.prod(self.shapes[i])) for i in self.layers if (size := sizes[i]) > 0
+        )
+        return (
+            self.learning_rate / middle if self.normalises and self.learning_rate > 0 and middle > 0 else 0.0
+        )
+
+    @property
+    def growth(self) -> tuple[float, str]:
+        """How many times as large as at the start a layer's weights are, the most grown, and its name; 1 if unknown."""
+        known = [(1.0, "")]
+        for i in self.layers if self.initial_weight_norms else []:
+            now, start = self.weight_norms[i], (self.initial_weight_norms or self.weight_norms)[i]
+            # What began near zero has to grow.
+            if math.isfinite(now) and start > 0.1 * math.sqrt(self.shapes[i][0]):
+                known.append((now / start, self.names[i]))
+        return max(known)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the optimizer divides a gradient by its own size, as Adam and its kin do."""
+        return any(part in self.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
+
+    @property
     def learning_rate(self) -> float:
         """The largest of the groups' learning rates; NaN if unknown."""
         return max(self.learning_rates, default=math.nan)

@@ -14,6 +14,8 @@ from lightning_gradguard.verdicts.faults import Fault
 
 #: Gain of a layer, in decades from the usual one, that is worth a word: 1.4 times; and what cripples: 4 times.
 _NOTABLE_GAIN, _CRIPPLING_GAIN = 0.15, 0.6
+#: Decades of the inputs' RMS from 1 that are worth a word: a factor of five.
+_NOTABLE_SCALE = 0.7
 #: Layers in a row without a short cut or normalisation that count as deep, and the decades that one is blamed
 #: for: He-initialised ReLU nets of 30 layers tilt by one or two decades by chance alone.
 DEEP, _DECADES_OF_DEPTH = 10, 0.05
@@ -23,11 +25,7 @@ def saturating_activation(case: Case) -> Iterator[Clue]:
     """Activations that pass only a part: what their steepest slope loses, and what nothing else explains."""
     if case.fault not in FADING or not case.saturating:
         return
-    normalised = case.path.get("normalisation", 0)
-    bounded = sum(-math.log10(min(SATURATING[kind], 1.0)) * n for kind, n in case.saturating.items())
-    total = sum(case.saturating.values())
-    bounded *= max(0, total - normalised) / total
-    rest = max(0.0, case.lost_decades - bounded - max(0.0, -case.excess_gain) * case.bare_layers)
+    bounded, rest = _bounded_slopes(case), _unexplained(case)
     kinds = " and ".join(count(n, f"{kind} activation") for kind, n in case.saturating.items())
     evidence = f"{kinds} on the shortest path from the loss to the first layer"
     if bounded >= 0.1:
@@ -94,7 +92,8 @@ def recurrence(case: Case) -> Iterator[Clue]:
     if anatomy is None or not anatomy.recurrent or case.fault not in FADING + GROWING:
         return
     growing = case.fault in GROWING
-    for i in (i for i in case.layers if case.names[i] in anatomy.recurrent):
+    matrices = [i for i in case.layers if case.names[i] in anatomy.recurrent]
+    for i in sorted(matrices, key=lambda i: "hh" not in case.names[i]):
         gain = case.weight_rms(i) * math.sqrt(case.shapes[i][-1])
         square = len(set(case.shapes[i])) == 1
         if not (anatomy.recurrences and square and gain > 0):
@@ -157,12 +156,14 @@ def detached_graph(case: Case) -> Iterator[Clue]:
 
 
 def unnormalized_input(case: Case) -> Iterator[Clue]:
-    """Inputs far from unit scale: a gradient grows with them, the curvature with their square."""
+    """Inputs far from unit scale: they saturate the first layer, and the curvature grows with their square."""
     rms = case.input_rms
-    if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < 0.7:
+    if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < _NOTABLE_SCALE:
         return
+    decades = abs(math.log10(rms))
+    weight = 2 * decades if case.fault in GROWING else max(_unexplained(case), 0.5 * decades)
     evidence = f"The batch's inputs have an RMS of {number(rms)}; layers are made for about 1."
-    yield Clue(2 * abs(math.log10(rms)), Cause.UNNORMALIZED_INPUT, evidence)
+    yield Clue(weight, Cause.UNNORMALIZED_INPUT, evidence)
 
 
 MODEL_RULES = (
@@ -174,3 +175,17 @@ MODEL_RULES = (
     detached_graph,
     unnormalized_input,
 )
+
+
+def _bounded_slopes(case: Case) -> float:
+    """Decades that the activations cost even where they are steepest; a normalisation makes up for its own."""
+    total = sum(case.saturating.values())
+    decades = sum(-math.log10(min(SATURATING[kind], 1.0)) * n for kind, n in case.saturating.items())
+    return decades * max(0, total - case.path.get("normalisation", 0)) / max(total, 1)
+
+
+def _unexplained(case: Case) -> float:
+    """Decades lost that neither bounded slopes nor small weights account for."""
+    return max(
+        0.0, case.lost_decades - _bounded_slopes(case) - max(0.0, -case.excess_gain) * case.bare_layers
+    )

@@ -48,8 +48,6 @@ RISKY = {
     "Rsqrt": "1 / sqrt(x) is Inf at 0",
     "Pow": "x ** p has an infinite slope at 0 for p < 1, and overflows",
     "Exp": "exp(x) overflows above 88 in float32",
-    "LinalgVectorNorm": "a norm has no slope at 0",
-    "Std": "std has an infinite slope where all values are equal",
     "Acos": "acos(x) has an infinite slope at 1",
     "Asin": "asin(x) has an infinite slope at 1",
     "Atanh": "atanh(x) is Inf at 1",
@@ -98,7 +96,7 @@ _COMPOSED = {
     ("Div", "Add", "Std"): "normalisation",
     ("Div", "Sqrt", "Add"): "normalisation",
     ("Div", "Add", "Sqrt"): "normalisation",
-    ("Div", "ClampMin", "LinalgVectorNorm"): "normalisation",
+    ("Div", "Expand", "ClampMin"): "normalisation",
 }
 
 

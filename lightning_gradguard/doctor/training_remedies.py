@@ -10,7 +10,6 @@ from lightning_gradguard.doctor.operations import RISKY
 from lightning_gradguard.doctor.training_rules import (
     LARGEST_UPDATE,
     USUAL_UPDATE,
-    normalises,
     usual_learning_rate,
 )
 from lightning_gradguard.doctor.wording import number
@@ -24,8 +23,6 @@ _STABLE = {
     "Div": Remedy("Keep the denominator away from 0", "ratio = x / (y + 1e-8)"),
     "Reciprocal": Remedy("Keep the denominator away from 0", "ratio = 1 / (y + 1e-8)"),
     "Exp": Remedy("Bound the exponent", "e = torch.exp(x.clamp_max(30))"),
-    "LinalgVectorNorm": Remedy("A norm with a slope at 0", "norm = (x.square().sum(-1) + 1e-12).sqrt()"),
-    "Std": Remedy("A deviation with a slope at 0", "std = (x.var(0) + 1e-12).sqrt()"),
     "Acos": Remedy("Stay inside the arc cosine's range", "angle = torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))"),
 }
 
@@ -53,16 +50,19 @@ def target_scale(case: Case) -> list[Remedy]:
 
 def lower_learning_rate(case: Case) -> list[Remedy]:
     """By the measured factor, and what bears with a high one."""
-    rate, (ratio, _) = case.learning_rate, case.largest_update
-    factor = ratio / LARGEST_UPDATE if ratio > LARGEST_UPDATE else 10.0
+    rate, ratio = case.learning_rate, max(case.largest_update[0], case.first_update)
+    factor, why = 10.0, "a tenth"
+    if ratio > LARGEST_UPDATE:
+        factor = ratio / LARGEST_UPDATE
+        why = f"update ratio {number(ratio)} is {number(factor)} x the limit {LARGEST_UPDATE}"
     lower = round_down(rate / factor)
-    why = f"update ratio {number(ratio)} is {number(factor)} x the limit {LARGEST_UPDATE}"
-    note = f"  # was {number(rate)}; {why if ratio > LARGEST_UPDATE else 'a tenth'}"
+    name = f"Lower the learning rate from {number(rate)} to {number(lower)}"
     warm_up = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)"
-    lowering = Remedy(
-        f"Lower the learning rate from {number(rate)} to {number(lower)}", f"lr = {number(lower)}{note}"
-    )
-    return [*([lowering] if math.isfinite(rate) else []), Remedy("Warm up the learning rate", warm_up), CLIP]
+    return [
+        *([Remedy(name, f"lr = {number(lower)}  # was {number(rate)}; {why}")] if rate > 0 else []),
+        Remedy("Warm up the learning rate", warm_up),
+        CLIP,
+    ]
 
 
 def learning_rate_too_low(case: Case) -> list[Remedy]:
@@ -71,7 +71,7 @@ def learning_rate_too_low(case: Case) -> list[Remedy]:
     higher, note = usual, f"was {number(rate)}"
     # An update may be too small for the weights' precision; the gradient tells then what a plain step would do.
     ratio = case.typical_update / rate if rate > 0 and case.typical_update > 0 else math.nan
-    if math.isnan(ratio) and not normalises(case):
+    if math.isnan(ratio) and not case.normalises:
         ratio = case.typical_gradient
     if ratio > 0:
         higher = round_down(min(max(USUAL_UPDATE / ratio, usual), 100 * usual))

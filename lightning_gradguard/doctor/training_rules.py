@@ -14,39 +14,46 @@ from lightning_gradguard.verdicts.faults import Fault
 
 #: Applied update ratios: the usual one (CS231n notes), and the largest healthy one.
 USUAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
+#: Growth of a layer's weights since the start that healthy training does not show in so few steps.
+_NOTABLE_GROWTH = 3.0
 #: Momentum that is usual; it enlarges a steady step by 1 / (1 - momentum).
 _USUAL_MOMENTUM = 0.9
 _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
 _SQUARED_LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss")
 
 
-def normalises(case: Case) -> bool:
-    """Whether the optimizer divides the gradient by its own size."""
-    return any(part in case.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
-
-
 def usual_learning_rate(case: Case) -> float:
     """What one would begin with: 1e-3 for optimizers that normalise the gradient, 1e-2 for the others."""
-    return 1e-3 if normalises(case) else 1e-2
+    return 1e-3 if case.normalises else 1e-2
 
 
 def learning_rate_too_high(case: Case) -> Iterator[Clue]:
-    """Steps too large for the weights. The momentum's part of it is left to `momentum`."""
-    ratio, name = case.largest_update
-    if case.fault not in (*GROWING, Fault.DEAD) or ratio <= LARGEST_UPDATE:
+    """Steps too large for the weights, now or in the beginning, or weights that have grown from them.
+
+    The momentum's part of it is left to `momentum`.
+    """
+    if case.fault not in (*GROWING, Fault.DEAD):
         return
-    evidence = (
-        f"At a learning rate of {number(case.learning_rate)} the update ratio is {number(ratio)} in "
-        f"{quote(name)}, {number(ratio / LARGEST_UPDATE)} times the limit {LARGEST_UPDATE}."
-    )
-    weight = math.log10(ratio / (0.1 * LARGEST_UPDATE)) - _excess_momentum(case)
     # A step this wild is what makes the next loss overflow, if that was on its way.
     grown = case.loss_start > 0 and case.loss_now > 3 * case.loss_start
-    if case.fault == Fault.NONFINITE and (
-        grown or case.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
-    ):
-        weight += 10
-    yield Clue(weight, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+    before = case.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
+    more = (10.0 if case.fault == Fault.NONFINITE and (grown or before) else 0.0) - _excess_momentum(case)
+    rate = f"At a learning rate of {number(case.learning_rate)}"
+    ratio, name = case.largest_update
+    if ratio > LARGEST_UPDATE:
+        times = f"{number(ratio / LARGEST_UPDATE)} times the limit {LARGEST_UPDATE}"
+        evidence = f"{rate} the update ratio is {number(ratio)} in {quote(name)}, {times}."
+        yield Clue(math.log10(10 * ratio / LARGEST_UPDATE) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+    first = case.first_update
+    if first > LARGEST_UPDATE and case.fault != Fault.DEAD:
+        times = f"{number(first / LARGEST_UPDATE)} times the limit {LARGEST_UPDATE}"
+        size = f"by {number(first)} of its size, {times}"
+        evidence = f"{rate} the first steps of {case.optimizer} change the median layer {size}."
+        yield Clue(math.log10(10 * first / LARGEST_UPDATE) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+    growth, name = case.growth
+    if growth > _NOTABLE_GROWTH:
+        evidence = f"{rate} the weights of {quote(name)} have grown {number(growth)}-fold."
+        yield Clue(math.log10(growth) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
 
 
 def learning_rate_too_low(case: Case) -> Iterator[Clue]:
@@ -61,7 +68,7 @@ def learning_rate_too_low(case: Case) -> Iterator[Clue]:
     update = case.typical_update
     if update > 0:
         below = min(below, math.log10(USUAL_UPDATE / update))
-    if case.fault == Fault.STALLED and not normalises(case):
+    if case.fault == Fault.STALLED and not case.normalises:
         # Its step is proportional to the gradient, so where that is small for no other reason, a larger
         # rate is what helps.
         below = max(below, 0.6)
@@ -75,7 +82,7 @@ def optimizer_epsilon(case: Case) -> Iterator[Clue]:
     """An epsilon that outweighs the gradient in the optimizer's denominator."""
     eps = case.setting("eps")
     if case.fault not in (Fault.STALLED, Fault.VANISHING, Fault.UNDERFLOW) or not (
-        normalises(case) and eps > 0
+        case.normalises and eps > 0
     ):
         return
     sick = [i for i in case.layers if case.names[i] in case.finding.parameters] or case.layers
