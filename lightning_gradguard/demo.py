@@ -72,7 +72,8 @@ class Digits(pl.LightningModule):
             layer_norm = self.layer_norms[i] if self.layer_norms else idle
             batch_norm = self.batch_norms[i] if self.batch_norms else idle
             h = BLOCKS[self.block](linear, layer_norm, batch_norm, h)
-        return self.head(h)
+        scores: Tensor = self.head(h)
+        return scores
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Cross entropy."""

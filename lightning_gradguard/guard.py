@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard import facts
+from lightning_gradguard import checkpoint, facts
 from lightning_gradguard import lag as lagging
 from lightning_gradguard.doctor.causes import diagnose
 from lightning_gradguard.doctor.diagnosis import Diagnosis
@@ -21,7 +21,8 @@ from lightning_gradguard.parts import default_detectors, validate
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper, apply_
 from lightning_gradguard.signals.reading import Detector
-from lightning_gradguard.signals.stats import measure
+from lightning_gradguard.signals.trends import WARM_UP
+from lightning_gradguard.spy import Usage
 from lightning_gradguard.verdicts.faults import Finding, GradientHalt, GradientWarning, Report, Severity
 from lightning_gradguard.verdicts.judge import Judge
 from lightning_gradguard.verdicts.letter import Letter
@@ -30,8 +31,6 @@ from lightning_gradguard.watch import Watch
 
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
-
-_STATE_VERSION = 1
 
 
 class Posted(NamedTuple):
@@ -65,6 +64,7 @@ class Guard:
         lag: 0 to read each step's verdict at once; 1 to read it one step later, so that the device is never
             waited for; None for the cheapest that still skips exactly.
         index: Number of the optimizer, for findings.
+        usage: What is known of the forward passes so far; None to look at those that come.
 
     Raises:
         ValueError: If there is no parameter, or ``lag`` is none of the three.
@@ -81,22 +81,23 @@ class Guard:
         policy: Policy | None = None,
         lag: int | None = None,
         index: int = 0,
+        usage: Usage | None = None,
     ) -> None:
         validate(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
         self.clipper = clipper
         self.policy = Policy.watch() if policy is None else policy
-        self.watch = Watch(named_parameters, optimizer)
+        self.watch = Watch(named_parameters, optimizer, usage)
         self.report: Report | None = None
         self.letter: Letter | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
-        self._judge = Judge(self.policy, index)
+        self.judge = Judge(self.policy, index)
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
-        self._steps = 0
+        self.steps = 0
         self._lag = lagging.choose(lag, optimizer, self.watch.layout.numel.device, self.policy)
         self._mailbox: Mailbox[Posted] = Mailbox(self._lag)
-        self._states: pipeline.States | None = None
+        self.states: pipeline.States | None = None
         self._halt: Finding | None = None
         self._said_no_loss = False
 
@@ -132,17 +133,17 @@ class Guard:
             GradientHalt: If training cannot go on.
         """
         if self.watch.follow_groups():
-            self._states = None
+            self.states = None
         self.watch.unscale(scaler)
-        number = self._steps if step is None else step
-        self._steps += 1
+        number = self.steps if step is None else step
+        self.steps += 1
         if all(gradient is None for gradient in self.watch.gradients()):
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
         self._say_without_loss(loss)
         stats = self.watch.look(loss, graph if graph is not None or loss is None else loss)
-        if self._states is None:
-            self._states = pipeline.init(stats, self.detectors, self.clipper)
-        outcome, states = pipeline.advance(stats, self._states, self.detectors, self.clipper)
+        if self.states is None:
+            self.states = pipeline.init(stats, self.detectors, self.clipper)
+        outcome, states = pipeline.advance(stats, self.states, self.detectors, self.clipper)
         posted = Posted(number, loss is not None, scaler is not None, outcome)
         answer = self._mailbox.exchange(pack(outcome, None if scaler is None else scaler._scale), posted)
         if self._lag:
@@ -152,10 +153,11 @@ class Guard:
         if report.skip:
             self.watch.drop()
         else:
-            self._states = states
+            self.states = states
             if outcome.clip is not None and report.scale < 1:
                 apply_(stats.gradients, outcome.clip.multipliers)
         self.watch.settle(not report.skip)
+        self._ask()
         self._raise_if_halted(number)
         return report
 
@@ -171,15 +173,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to judge and clip as this one would; plain types and tensors."""
-        return {
-            "version": _STATE_VERSION,
-            "steps": self._steps,
-            "counts": dict(self.counts),
-            "watch": self.watch.state_dict(),
-            "judge": self._judge.state_dict(),
-            "kinds": self._kinds(),
-            "states": None if self._states is None else pipeline.to_plain(self._states),
-        }
+        return checkpoint.save(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave.
@@ -188,30 +182,17 @@ class Guard:
             ValueError: If it is of another version, other parameters, or other detectors or clipper; nothing
                 is changed then.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"state must be of version {_STATE_VERSION}, got {state.get('version')!r}")
-        if state["kinds"] != self._kinds():
-            raise ValueError(
-                f"state must be of the same detectors and clipper, {self._kinds()}, got {state['kinds']}; "
-                "construct the guard as in the run that saved it"
-            )
-        self.watch.load_state_dict(state["watch"])
-        self._judge.load_state_dict(state["judge"])
-        self._steps, self.counts = state["steps"], dict(state["counts"])
-        self._states = None
-        if state["states"] is not None:
-            stats = measure(self.watch.layout, self.watch.weights, self.watch.updates)
-            blank = pipeline.init(stats, self.detectors, self.clipper)
-            self._states = pipeline.from_plain(state["states"], blank)
+        checkpoint.load(self, state)
 
     def _late(
         self, outcome: pipeline.Outcome, states: pipeline.States, answer: tuple[list[float], Posted] | None
     ) -> Report:
         """The way with lag: what must be done is done on the device, and the report is of the step before."""
-        assert self._states is not None
+        assert self.states is not None
         lagging.defuse(outcome, self.watch.optimizer)
-        self._states = pipeline.choose(outcome.stats.finite, states, self._states)
+        self.states = pipeline.choose(outcome.stats.finite, states, self.states)
         self.watch.settle(True)
+        self._ask()
         if self.report is None:
             # The first step is awaited: a fused optimizer cannot skip on the device before it has a state.
             answer = self._mailbox.take()
@@ -226,7 +207,7 @@ class Guard:
     def _report(self, numbers: list[float], posted: Posted) -> Report:
         """From a step's numbers to its report, findings, messages and diagnosis."""
         self.letter = unpack(numbers, posted.outcome, self.detectors)
-        verdict = self._judge.judge(
+        verdict = self.judge.judge(
             posted.step,
             self.letter,
             has_loss=posted.has_loss,
@@ -252,9 +233,11 @@ class Guard:
             assert self.diagnosis is not None
             raise GradientHalt(self.diagnosis, self.findings, step)
 
-    def _kinds(self) -> list[str]:
-        parts = [*self.detectors, *([] if self.clipper is None else [self.clipper])]
-        return [type(part).__name__ for part in parts]
+    def _ask(self) -> None:
+        """Asks how gradients fall over time, where the loss makes no progress."""
+        letter = self.letter
+        if letter is not None and self.watch.good > WARM_UP and letter.loss_mean > 0.9 * letter.loss_start:
+            self.watch.ask_for_time()
 
     def _say_without_loss(self, loss: Tensor | None) -> None:
         silent = [type(d).__name__ for d in self.detectors if getattr(d, "needs_loss", False)]

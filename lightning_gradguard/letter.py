@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_gradguard.signals.pipeline import Outcome
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.trends import trends_of
+from lightning_gradguard.verdicts.faults import Severity
 from lightning_gradguard.verdicts.letter import Letter, Sight
 
 #: Tensors named in a finding.
@@ -38,7 +39,7 @@ def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
         torch.nanmedian(stats.updates[layers]) if layers.numel() else unknown,
     ]
     for r in readings:
-        head += [r.raised, r.cleared, r.mild, r.value, r.limit, r.measure]
+        head += [r.raised, r.cleared, r.ceiling, r.value, r.limit, r.measure]
     parts = [torch.stack([number.to(torch.float32) for number in head]), stats.norms]
     if readings:
         worst = torch.topk(torch.stack([r.score for r in readings]), min(NAMED, stats.norms.numel()))
@@ -67,7 +68,7 @@ def unpack(numbers: list[float], outcome: Outcome, detectors: Sequence[Detector]
 
 
 def _sight(detector: Detector, numbers: list[float], named: tuple[str, ...]) -> Sight:
-    raised, cleared, mild, value, limit, measure = numbers
+    raised, cleared, ceiling, value, limit, measure = numbers
     return Sight(
         detector=type(detector).__name__,
         fault=detector.fault,
@@ -75,7 +76,7 @@ def _sight(detector: Detector, numbers: list[float], named: tuple[str, ...]) -> 
         needs_loss=getattr(detector, "needs_loss", False),
         raised=bool(raised),
         cleared=bool(cleared),
-        mild=bool(mild),
+        ceiling=Severity(int(ceiling)),
         value=value,
         limit=limit,
         measure=detector.measures[int(measure)],

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike
+from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike, TimeTilt
 from lightning_gradguard.signals.reading import Detector
+from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
+from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
 from lightning_gradguard.verdicts.policy import Policy
 
 
 def default_detectors() -> tuple[Detector, ...]:
     """All detectors, with their default limits."""
-    return (NonFinite(), DepthTilt(), Exploding(), Spike())
+    return (
+        NonFinite(),
+        Underflow(),
+        Disconnected(),
+        DeadUnits(),
+        DepthTilt(),
+        TimeTilt(),
+        Exploding(),
+        Spike(),
+        UpdateRatio(),
+        Stalled(),
+    )
 
 
 def validate(detectors: object, clipper: object, policy: object) -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy, dissect
-from lightning_gradguard.signals.stats import (
-    GradStats,
-    Layout,
-    mean_over_ranks,
-    measure,
-    sample,
-    update_ratios,
-    weight_norms,
-)
+from lightning_gradguard.signals.samples import dead_shares, lost_shares, sample, update_ratios
+from lightning_gradguard.signals.stats import GradStats, Layout, mean_over_ranks, measure, weight_norms
+from lightning_gradguard.spy import TimeSpy, Usage
 
-#: Good steps between two refreshes of weight norms and update ratios.
-REFRESH = 16
+#: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
+REFRESH = 8
+#: Share of its peak below which a learning rate is so low that small updates are meant.
+RESTING = 0.1
 #: Most walks over the autograd graph; a model whose parts come and go keeps its order after that.
 MAX_WALKS = 8
 
+#: What is saved of the tensors that are refreshed now and then: name in the state, attribute.
+_TENSORS = {
+    "weights": "weights",
+    "initial_weights": "initial_weights",
+    "updates": "updates",
+    "before": "_before",
+    "dead": "_dead",
+    "lost": "_lost",
+}
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -33,22 +39,37 @@ class Watch:
     Args:
         named_parameters: Pairs of name and parameter.
         optimizer: Restricts the watch to its parameter groups, which are read again at every step.
+        usage: What has been seen of the first forward passes; looked at from now on when None.
 
     Raises:
         ValueError: If there is nothing to watch.
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        optimizer: torch.optim.Optimizer | None,
+        usage: Usage | None = None,
     ) -> None:
         self.optimizer = optimizer
+        self._usage = Usage() if usage is None else usage
+        self._used: frozenset[int] | None = None
+        self._time_spy: TimeSpy | None = None
+        self._peak_rate = 0.0
+        self._fresh = self._sampled_last = False
         self.anatomy: Anatomy | None = None
         self._embeddings: frozenset[str] = frozenset()
         self._named = {id(p): (_plain(name), p) for name, p in reversed(list(named_parameters))}
         self._patterns: set[tuple[bool, ...]] = set()
         self._groups = self._group_sizes()
-        self._good = 0
+        self.good = 0
         self.layout: Layout
+        self.weights: Tensor
+        self.updates: Tensor
+        self._before: Tensor
+        self._cut: Tensor
+        self._unused: Tensor
+        self._recurrent: Tensor
         self._start(self._select())
 
     def follow_groups(self) -> bool:
@@ -77,14 +98,42 @@ class Watch:
             graph: Tensor whose autograd graph shows the order of the layers, or None.
         """
         self.arrange(graph)
-        phase = self._good % REFRESH
-        if phase == 0:
-            self.weights, self._before = weight_norms(self.layout), sample(self.layout)
-        elif phase == 1:
-            self.updates = update_ratios(self._before, sample(self.layout), self.layout)
-        return measure(
+        self._used = self._usage.close() if self._used is None else self._used
+        fresh = self.good < REFRESH or self.good % REFRESH == 0
+        updated = self._sampled_last
+        if updated:
+            after = sample(self.layout)
+            self.updates = update_ratios(self._before, after, self.layout)
+        if fresh:
+            self.weights = weight_norms(self.layout)
+            self._before = after if updated else sample(self.layout)
+        stats = measure(
             self.layout, self.weights, self.updates, None if loss is None else mean_over_ranks(loss)
         )
+        if fresh:
+            self._dead = dead_shares(stats.gradients, self.layout)
+            self._lost = lost_shares(stats.gradients, self.layout)
+        tilt = self._time_spy.close() if self._time_spy is not None else None
+        self._time_spy = None
+        self._fresh = fresh
+        return replace(
+            stats,
+            dead=self._dead,
+            lost=self._lost,
+            cut=self._cut,
+            unused=self._unused,
+            time_tilt=stats.time_tilt if tilt is None else tilt.to(stats.total.device),
+            recurrent=self._recurrent,
+            updated=updated,
+            resting=self._is_resting(),
+        )
+
+    def ask_for_time(self) -> None:
+        """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
+        recurrent = self.anatomy.recurrent if self.anatomy is not None else frozenset()
+        if recurrent and self._time_spy is None and self.good % REFRESH == 0:
+            parameters = zip(self.layout.names, self.layout.parameters, strict=True)
+            self._time_spy = TimeSpy(frozenset(id(p) for name, p in parameters if name in recurrent))
 
     def arrange(self, graph: Tensor | None) -> None:
         """Takes the order of the layers from an autograd graph, when tensors have gradients that had none before."""
@@ -96,6 +145,8 @@ class Watch:
         self.anatomy = dissect(graph, parameters)
         self._embeddings = self.anatomy.embeddings
         self.layout = Layout.of(parameters, order=self.anatomy.order, embeddings=self._embeddings)
+        self._used = self._usage.close() if self._used is None else self._used
+        self._mark_paths(self.anatomy)
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
@@ -106,7 +157,8 @@ class Watch:
 
     def settle(self, good: bool) -> None:
         """Counts a step that was good: bad ones do not move the schedule."""
-        self._good += good
+        self.good += good
+        self._sampled_last = good and self._fresh
 
     def drop(self) -> None:
         """Removes all gradients of the optimizer, which is an exact skip for every optimizer."""
@@ -116,14 +168,14 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""
-        tensors = {"weights": self.weights, "initial_weights": self.initial_weights, "updates": self.updates}
         return {
             "names": list(self.layout.names),
             "order": list(self.layout.order),
             "embeddings": sorted(self._embeddings),
-            "good": self._good,
-            "before": self._before.clone(),
-            **{name: tensor.clone() for name, tensor in tensors.items()},
+            "good": self.good,
+            "sampled_last": self._sampled_last,
+            "peak_rate": self._peak_rate,
+            **{name: getattr(self, attribute).clone() for name, attribute in _TENSORS.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,9 +198,10 @@ class Watch:
             order=state["order"],
             embeddings=self._embeddings,
         )
-        self._good = state["good"]
-        self.weights, self.initial_weights = state["weights"].to(device), state["initial_weights"].to(device)
-        self.updates, self._before = state["updates"].to(device), state["before"].to(device)
+        self.good, self._sampled_last = state["good"], state["sampled_last"]
+        self._peak_rate = state["peak_rate"]
+        for name, attribute in _TENSORS.items():
+            setattr(self, attribute, state[name].to(device))
 
     def _group_sizes(self) -> tuple[int, ...]:
         groups = self.optimizer.param_groups if self.optimizer is not None else []
@@ -174,11 +227,31 @@ class Watch:
         """Begins to watch these tensors, of which nothing is known yet."""
         self._embeddings = frozenset()
         self._patterns.clear()
-        self._good = 0
+        self.good, self._fresh, self._sampled_last = 0, False, False
         self.layout = Layout.of(parameters)
         self.weights = self.initial_weights = weight_norms(self.layout)
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = sample(self.layout)
+        self._dead = self._lost = torch.zeros_like(self.weights)
+        self._cut = self._unused = self._recurrent = self.weights < 0
+
+    def _mark_paths(self, anatomy: Anatomy) -> None:
+        """Marks trainable tensors without a path from the loss: those that took part in the pass, and the others."""
+        pairs = list(zip(self.layout.names, self.layout.parameters, strict=True))
+        lost = [name in anatomy.missing and p.requires_grad and bool(self._used) for name, p in pairs]
+        ran = [id(p) in (self._used or ()) for _, p in pairs]
+        device = self.layout.numel.device
+        self._recurrent = torch.tensor([name in anatomy.recurrent for name, _ in pairs], device=device)
+        self._cut = torch.tensor([a and b for a, b in zip(lost, ran, strict=True)], device=device)
+        self._unused = torch.tensor([a and not b for a, b in zip(lost, ran, strict=True)], device=device)
+
+    def _is_resting(self) -> bool:
+        """Whether the learning rate is far below its peak. One that lies on the device is not asked."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        rates = [group["lr"] for group in groups if isinstance(group.get("lr"), (int, float))]
+        rate = max(rates, default=0.0)
+        self._peak_rate = max(self._peak_rate, rate)
+        return bool(rates) and rate < RESTING * self._peak_rate
 
 
 def _plain(name: str) -> str:

@@ -10,9 +10,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradguard import Fault, GradientHalt, GradientWarning, Guard, NormClip, Policy, Severity, SpikeClip
+from lightning_gradguard import (
+    Fault,
+    GradientHalt,
+    GradientWarning,
+    Guard,
+    NormClip,
+    Policy,
+    Severity,
+    SpikeClip,
+)
 from lightning_gradguard.signals.detectors import DepthTilt, NonFinite
 
+quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SILENT = Policy(respond={fault.value: "ignore" for fault in Fault})
 
 
@@ -69,7 +79,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@quiet
 def test_a_skip_is_exact_even_if_the_step_is_called(name, first):
     model = network()
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -89,6 +99,7 @@ def test_a_skip_is_exact_even_if_the_step_is_called(name, first):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@quiet
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_watching_changes_nothing(name):
     bare, watched = network(), network()
@@ -106,11 +117,13 @@ def test_watching_changes_nothing(name):
 @pytest.mark.parametrize("policy", [Policy(), SILENT, Policy(respond={"nonfinite": "warn"})], ids=repr)
 @pytest.mark.parametrize("detectors", [None, (), (DepthTilt(),)], ids=repr)
 @pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
-@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@quiet
 def test_nothing_nonfinite_reaches_a_weight(value, policy, detectors, clipper):
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())
-    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=policy, detectors=detectors, clipper=clipper)
+    guard = Guard(
+        model.named_parameters(), optimizer=optimizer, policy=policy, detectors=detectors, clipper=clipper
+    )
     for step in range(12):
         loss = backward(model, step)
         if step in (0, 5, 6, 11):
@@ -174,7 +187,7 @@ def test_a_step_below_the_threshold_is_not_written_to():
     assert versions == [p.grad._version for p in model.parameters()]
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@quiet
 def test_five_are_skipped_in_a_row_and_the_sixth_halts():
     model = network()
     guard = Guard(model.named_parameters())
@@ -214,7 +227,10 @@ def test_vanishing_halts_after_patience_and_names_the_first_layers():
     model = nn.Sequential(*layers, nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy.strict())
-    with pytest.warns(GradientWarning, match="vanishing since step 29"), pytest.raises(GradientHalt) as caught:
+    with (
+        pytest.warns(GradientWarning, match="vanishing since step 29"),
+        pytest.raises(GradientHalt) as caught,
+    ):
         for step in range(200):
             guard.step(loss=backward(model, step))
             optimizer.step()
@@ -224,7 +240,7 @@ def test_vanishing_halts_after_patience_and_names_the_first_layers():
     assert [f.severity for f in guard.findings] == [Severity.WARNING, Severity.CRITICAL]
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@quiet
 @pytest.mark.parametrize("clipper", [None, SpikeClip()], ids=repr)
 def test_a_resumed_run_judges_and_clips_exactly_as_the_uninterrupted_one(clipper):
     def run(steps, model, optimizer, guard):
@@ -302,7 +318,7 @@ def test_only_the_optimizers_own_parameters_are_judged_and_dropped():
     assert all(p.grad is not None for p in second.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@quiet
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_with_a_gradient_scaler_norms_are_true_and_overflow_is_routine(fused, unscale):
@@ -347,11 +363,13 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
 def test_a_quiet_step_reads_no_single_number(clipper):
     model = network()
-    guard = Guard(model.named_parameters(), clipper=clipper)
+    optimizer = torch.optim.Adam(model.parameters())
+    guard = Guard(model.named_parameters(), optimizer=optimizer, clipper=clipper)
     for step in range(40):
         loss = backward(model, step)
         with Reads() as reads:
             guard.step(loss=loss)
+        optimizer.step()
         assert reads.count == 0
 
 
@@ -373,7 +391,7 @@ class TestLag:
         guard.close()
         return reports, guard
 
-    @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+    @quiet
     @pytest.mark.parametrize("name", ["SGD-fused", "AdamW-fused"])
     @pytest.mark.parametrize("bad", [(0,), (5, 6), (11,)])
     def test_a_fused_optimizer_skips_exactly_on_the_device(self, name, bad):
@@ -388,7 +406,7 @@ class TestLag:
         assert [r.step for r in reports] == [0, *range(11)]
         assert guard.counts["judged"] == 12
 
-    @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+    @quiet
     def test_a_halt_comes_one_step_late(self):
         with pytest.raises(GradientHalt) as caught:
             self.loop("AdamW-fused", bad=(4,), policy=Policy.strict())
@@ -462,7 +480,7 @@ def test_no_gradient_at_all_is_nothing_to_judge():
 def test_without_a_loss_it_says_once_which_rules_are_off():
     model = network()
     guard = Guard(model.named_parameters())
-    with pytest.warns(GradientWarning, match="DepthTilt cannot tell progress") as caught:
+    with pytest.warns(GradientWarning, match="DepthTilt.* cannot tell progress") as caught:
         for step in range(40):
             backward(model, step)
             guard.step()
@@ -507,5 +525,7 @@ def test_wrong_arguments(kwargs, error, words):
 
 
 def test_nothing_to_watch():
-    with pytest.raises(ValueError, match=r"must hold a parameter, got none; pass model\.named_parameters\(\)"):
+    with pytest.raises(
+        ValueError, match=r"must hold a parameter, got none; pass model\.named_parameters\(\)"
+    ):
         Guard([])

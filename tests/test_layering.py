@@ -12,71 +12,48 @@ PACKAGE = Path(lightning_gradguard.__file__).parent
 NAME = "lightning_gradguard"
 STDLIB = frozenset(sys.stdlib_module_names)
 
+_READINGS = {"torch", "signals.stats", "signals.trends", "signals.reading", "verdicts.faults"}
+_CLIPPING = {"torch", "signals.stats", "signals.clipping"}
+
 #: Room to what it may import beyond the standard library. A folder's name covers its files.
 ROOMS = {
     "_version": set(),
     "signals.stats": {"torch"},
+    "signals.samples": {"torch", "signals.stats"},
     "signals.trends": {"torch", "signals.stats"},
     "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
-    "signals.detectors": {"torch", "signals.stats", "signals.trends", "signals.reading", "verdicts.faults"},
+    "signals.detectors": _READINGS,
+    "signals.starvation_detectors": _READINGS,
+    "signals.update_detectors": _READINGS,
     "signals.clipping": {"torch", "signals.stats"},
-    "signals.clippers": {"torch", "signals.stats", "signals.clipping"},
-    "signals.adaptive_clippers": {"torch", "signals.stats", "signals.clipping"},
-    "signals.spike_clip": {"torch", "signals.stats", "signals.clipping"},
+    "signals.clippers": _CLIPPING,
+    "signals.adaptive_clippers": _CLIPPING,
+    "signals.spike_clip": _CLIPPING,
     "signals.histogram": {"torch"},
     "signals.pipeline": {"torch", "signals"},
     "signals": set(),
     "mailbox": {"torch"},
     "verdicts": {"verdicts"},
     "doctor": {"torch", "rich", "doctor", "verdicts"},
-    "sinks": {
-        "torch",
-        "numpy",
-        "matplotlib",
-        "tensorboard",
-        "tensorboardX",
-        "sinks",
-        "verdicts",
-        "signals.histogram",
-    },
+    "sinks": {"torch", "numpy", "matplotlib", "tensorboard", "tensorboardX", "sinks", "verdicts", "signals.histogram"},
     "metrics": {"torch", "torchmetrics"},
     "letter": {"torch", "signals", "verdicts"},
     "lag": {"torch", "signals", "verdicts"},
-    "watch": {"torch", "signals.stats", "doctor.anatomy"},
+    "spy": {"torch"},
+    "watch": {"torch", "signals.stats", "signals.samples", "doctor.anatomy", "spy"},
     "facts": {"torch", "signals.stats", "verdicts", "doctor.case", "watch", "mailbox"},
     "parts": {"signals", "verdicts"},
-    "guard": {
-        "torch",
-        "signals",
-        "verdicts",
-        "doctor",
-        "mailbox",
-        "letter",
-        "lag",
-        "watch",
-        "facts",
-        "parts",
-    },
+    "checkpoint": {"signals"},
+    "guard": {"torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts", "checkpoint"},
     "callbacks": {
-        "torch",
-        "lightning",
-        "pytorch_lightning",
-        "guard",
-        "sinks",
-        "verdicts",
-        "signals",
-        "doctor",
-        "mailbox",
-        "lag",
-        "parts",
-        "watch",
-        "callbacks",
+        "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",
+        "mailbox", "lag", "parts", "spy", "watch",
     },
     # The demo is a user of the product, kept in the package so that an installed one can show itself.
     "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},
     "cli": {"rich", "torch", "*"},
     "": {"*"},
-}
+}  # fmt: skip
 
 
 def room_of(module: str) -> str:

@@ -24,6 +24,7 @@ from lightning_gradguard.lag import validate_lag
 from lightning_gradguard.parts import validate
 from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.reading import Detector
+from lightning_gradguard.spy import Usage
 from lightning_gradguard.verdicts.faults import Finding, GradientHalt, Report
 from lightning_gradguard.verdicts.policy import Policy
 
@@ -95,6 +96,7 @@ class GradGuard(Callback):
         self._restored: dict[str, Any] = {}
         self._losses = Losses()
         self._batches = 0
+        self._usage: Usage | None = None
         self._display: Display | None = None
 
     @property
@@ -125,6 +127,10 @@ class GradGuard(Callback):
         self._display = Display(trainer, self.per_layer)
         if not any(p.requires_grad for p in pl_module.parameters()):
             warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to look at which parameters are used, after the sanity check of the validation."""
+        self._usage = Usage()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Forgets the last batch."""
@@ -202,6 +208,7 @@ class GradGuard(Callback):
             policy=self.policy,
             lag=self.lag,
             index=index,
+            usage=self._usage,
         )
         state = self._restored.pop(str(index), None)
         if state is not None:
@@ -222,6 +229,8 @@ class GradGuard(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Writes the last pictures and lets the sinks go."""
+        if self._usage is not None:
+            self._usage.close()
         if self._display is not None:
             for index, guard in self._guards.items():
                 self._display.write(guard, index, logging_step(trainer), final=True)

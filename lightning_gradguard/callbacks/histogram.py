@@ -114,7 +114,11 @@ class GradHistogram(Callback):
         """Counts and writes, every so many steps."""
         graph, self._losses.graph = self._losses.graph, None
         step = trainer.global_step // max(1, len(trainer.optimizers))
-        if not self._sinks or step % self.every_n_steps or not any(g["params"] for g in optimizer.param_groups):
+        if (
+            not self._sinks
+            or step % self.every_n_steps
+            or not any(g["params"] for g in optimizer.param_groups)
+        ):
             return
         index = optimizer_index(trainer, optimizer)
         if index not in self._watches:

@@ -94,7 +94,7 @@ def dissect(loss: Tensor, parameters: Mapping[str, Tensor]) -> Anatomy:
         shortest={name: graph.shortest[leaf] for name, leaf in leaves.items()},
         longest={name: graph.longest[leaf] for name, leaf in leaves.items()},
         kinds={name: graph.kinds[leaf] for name, leaf in leaves.items()},
-        loss_ops=Counter(op for op, inside in zip(graph.ops, graph.in_loss, strict=True) if inside),
+        loss_ops=graph.loss_ops(),
         products=products,
         recurrent=recurrent,
         recurrences=recurrences,
@@ -134,6 +134,11 @@ class Graph:
                     seen.add(parent)
                     (pending if self.ops[parent] in VIEWS else found).append(parent)
         return found
+
+    def loss_ops(self) -> Counter[str]:
+        """Operations after the last product, without a division of the whole by a constant: trainers do that."""
+        scaled = self.ops[0] == "Div" and len(self.edges[0]) == 1
+        return Counter(op for i, op in enumerate(self.ops) if self.in_loss[i] and not (i == 0 and scaled))
 
     def has_skip(self, budget: int = 20_000, reach: int = 400) -> bool:
         """Whether a sum or a concatenation has two inputs of which one is computed from the other.

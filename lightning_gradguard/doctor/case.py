@@ -163,16 +163,19 @@ class Case:
 
     @property
     def largest_update(self) -> tuple[float, str]:
-        """Largest applied update ratio of a layer, now or when found oversized, and its name; else 0."""
-        known = [
+        """Largest applied update ratio of a layer, and its name: when first found oversized, else now; 0 if unknown.
+
+        Weights that have run away since change by anything.
+        """
+        for finding in (*self.findings, self.finding):
+            if finding.fault == Fault.OVERSIZED_UPDATE and math.isfinite(finding.value):
+                return finding.value, next(iter(finding.parameters), "")
+        ratios = [
             (self.update_ratios[i], self.names[i])
             for i in self.layers
             if math.isfinite(self.update_ratios[i])
         ]
-        for finding in (*self.findings, self.finding):
-            if finding.fault == Fault.OVERSIZED_UPDATE and math.isfinite(finding.value):
-                known.append((finding.value, next(iter(finding.parameters), "")))
-        return max(known, default=(0.0, ""))
+        return max(ratios, default=(0.0, ""))
 
     @property
     def first_update(self) -> float:

@@ -42,16 +42,20 @@ RISKY = {
     "Log2": "log2(x) is -Inf at 0",
     "Log10": "log10(x) is -Inf at 0",
     "Log1P": "log1p(x) is -Inf at -1",
-    "Div": "x / y is Inf or NaN at y = 0",
+    "Xlogy": "x * log(y) has an infinite slope at 0",
+    "Logit": "logit(x) is Inf at 0 and 1",
     "Reciprocal": "1 / x is Inf at 0",
     "Sqrt": "sqrt(x) has an infinite slope at 0",
     "Rsqrt": "1 / sqrt(x) is Inf at 0",
-    "Pow": "x ** p has an infinite slope at 0 for p < 1, and overflows",
-    "Exp": "exp(x) overflows above 88 in float32",
     "Acos": "acos(x) has an infinite slope at 1",
     "Asin": "asin(x) has an infinite slope at 1",
     "Atanh": "atanh(x) is Inf at 1",
+    "Div": "x / y is Inf or NaN at y = 0",
+    "Pow": "x ** p has an infinite slope at 0 for p < 1, and overflows",
+    "Exp": "exp(x) overflows above 88 in float32",
 }
+#: Those of them that many losses contain without harm.
+COMMON = frozenset({"Div", "Pow", "Exp"})
 _KINDS = {
     "Sigmoid": "sigmoid",
     "Hardsigmoid": "hardsigmoid",

@@ -76,8 +76,8 @@ def _weights(case: Case) -> Iterator[str]:
     if typical < _UNCHANGED:
         yield f"The weights hardly change: update ratio {number(typical)}, where {USUAL_UPDATE} is usual."
     elif largest > LARGEST_UPDATE:
-        change = f"by up to {number(100 * largest)} % of their size a step ({quote(name)})"
-        yield f"The weights change {change}, where {100 * USUAL_UPDATE:g} % is usual."
+        size = f"{number(100 * largest)} % of" if largest < 1 else f"{number(largest)} times"
+        yield f"The weights change by up to {size} their size a step ({quote(name)}), where 0.1 % is usual."
     ruined = [n for n, w in zip(case.names, case.weight_norms, strict=True) if not math.isfinite(w)]
     if ruined:
         yield f"The weights of {listing(ruined)} are not finite."

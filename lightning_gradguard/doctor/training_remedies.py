@@ -13,11 +13,14 @@ from lightning_gradguard.doctor.training_rules import (
     usual_learning_rate,
 )
 from lightning_gradguard.doctor.wording import number
+from lightning_gradguard.verdicts.faults import Fault
 
 CLIP = Remedy("Clip spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
 ANOMALY = Remedy("Find the operation", "torch.autograd.set_detect_anomaly(True)")
 _STABLE = {
     "Log": Remedy("Keep the logarithm's argument above 0", "log_p = torch.log(p.clamp_min(1e-8))"),
+    "Xlogy": Remedy("Keep the logarithm's argument above 0", "entropy = torch.xlogy(p, p.clamp_min(1e-8))"),
+    "Logit": Remedy("Keep the argument inside 0 and 1", "logit = torch.logit(p, eps=1e-6)"),
     "Sqrt": Remedy("Keep the root's argument above 0", "root = torch.sqrt(x + 1e-12)"),
     "Rsqrt": Remedy("Keep the root's argument above 0", "root = torch.rsqrt(x + 1e-12)"),
     "Div": Remedy("Keep the denominator away from 0", "ratio = x / (y + 1e-8)"),
@@ -53,8 +56,9 @@ def lower_learning_rate(case: Case) -> list[Remedy]:
     rate, ratio = case.learning_rate, max(case.largest_update[0], case.first_update)
     factor, why = 10.0, "a tenth"
     if ratio > LARGEST_UPDATE:
-        factor = ratio / LARGEST_UPDATE
-        why = f"update ratio {number(ratio)} is {number(factor)} x the limit {LARGEST_UPDATE}"
+        # Once the weights run away the ratio has no bound, and says nothing of the rate that would have held them.
+        factor = min(ratio / LARGEST_UPDATE, 1000.0)
+        why = f"update ratio {number(ratio)} is {number(ratio / LARGEST_UPDATE)} x the limit {LARGEST_UPDATE}"
     lower = round_down(rate / factor)
     name = f"Lower the learning rate from {number(rate)} to {number(lower)}"
     warm_up = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)"
@@ -111,10 +115,11 @@ def momentum(case: Case) -> list[Remedy]:
 def bad_data(case: Case) -> list[Remedy]:
     """Look, leave out, fill in."""
     rows = list(case.bad_rows or ())[:8]
+    look = f"print(x[{rows}], y[{rows}])" if rows else "print((~x.isfinite()).flatten(1).any(1).nonzero())"
     keep = "keep = torch.isfinite(x).flatten(1).all(1); x, y = x[keep], y[keep]"
     return [
-        Remedy("Look at the rows", f"print(x[{rows}], y[{rows}])"),
-        Remedy("Leave out rows that are not finite", keep),
+        Remedy("Look at the rows that are not finite", look),
+        Remedy("Leave them out", keep),
         Remedy("Fill in what is missing", "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)"),
     ]
 
@@ -145,6 +150,7 @@ def low_precision(case: Case) -> list[Remedy]:
 
 
 def outlier_batch(case: Case) -> list[Remedy]:
-    """What bounds the influence of one batch."""
+    """What bounds the influence of one batch; clipping cannot where the gradient is not finite."""
+    look = Remedy("Look at the batch", "print(x.aminmax(), y.aminmax())")
     robust = Remedy("A loss that grows linearly", "loss = nn.functional.huber_loss(prediction, y)")
-    return [CLIP, Remedy("Look at the batch", "print(x.abs().amax(), y)"), robust]
+    return [look, ANOMALY] if case.fault == Fault.NONFINITE else [CLIP, look, robust]

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from lightning_gradguard.doctor.case import Case, middle_of
 from lightning_gradguard.doctor.clues import CERTAIN, GROWING, Clue
 from lightning_gradguard.doctor.diagnosis import Cause
-from lightning_gradguard.doctor.operations import RISKY
+from lightning_gradguard.doctor.model_rules import bad_initialization, unnormalized_input
+from lightning_gradguard.doctor.operations import COMMON, RISKY
 from lightning_gradguard.doctor.wording import listing, number, power, quote
 from lightning_gradguard.verdicts.faults import Fault
 
@@ -30,30 +31,39 @@ def usual_learning_rate(case: Case) -> float:
 def learning_rate_too_high(case: Case) -> Iterator[Clue]:
     """Steps too large for the weights, now or in the beginning, or weights that have grown from them.
 
-    The momentum's part of it is left to `momentum`.
+    What other causes account for is taken off: they made the gradient large, or added it up.
     """
-    if case.fault not in (*GROWING, Fault.DEAD):
+    wild = _wild_steps(case)
+    if case.fault not in (*GROWING, Fault.DEAD) or wild is None:
         return
     # A step this wild is what makes the next loss overflow, if that was on its way.
     grown = case.loss_start > 0 and case.loss_now > 3 * case.loss_start
     before = case.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
-    more = (10.0 if case.fault == Fault.NONFINITE and (grown or before) else 0.0) - _excess_momentum(case)
-    rate = f"At a learning rate of {number(case.learning_rate)}"
+    more = 10.0 if case.fault == Fault.NONFINITE and (grown or before) else 0.0
+    decades, words = wild
+    evidence = f"At a learning rate of {number(case.learning_rate)} {words}."
+    yield Clue(decades - _inherited(case) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+
+
+def _wild_steps(case: Case) -> tuple[float, str] | None:
+    """Decades of a step above a hundredth of the weights, or of the weights' growth, and the words for it."""
+    limit = LARGEST_UPDATE
     ratio, name = case.largest_update
-    if ratio > LARGEST_UPDATE:
-        times = f"{number(ratio / LARGEST_UPDATE)} times the limit {LARGEST_UPDATE}"
-        evidence = f"{rate} the update ratio is {number(ratio)} in {quote(name)}, {times}."
-        yield Clue(math.log10(10 * ratio / LARGEST_UPDATE) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
-    first = case.first_update
-    if first > LARGEST_UPDATE and case.fault != Fault.DEAD:
-        times = f"{number(first / LARGEST_UPDATE)} times the limit {LARGEST_UPDATE}"
-        size = f"by {number(first)} of its size, {times}"
-        evidence = f"{rate} the first steps of {case.optimizer} change the median layer {size}."
-        yield Clue(math.log10(10 * first / LARGEST_UPDATE) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+    if ratio > limit:
+        times = f"{number(ratio / limit)} times the limit {limit}"
+        return math.log10(
+            10 * ratio / limit
+        ), f"the update ratio is {number(ratio)} in {quote(name)}, {times}"
+    ratio = case.first_update
+    if ratio > limit and case.fault != Fault.DEAD:
+        size = f"by {number(ratio)} of its size, {number(ratio / limit)} times the limit {limit}"
+        return math.log10(
+            10 * ratio / limit
+        ), f"the first steps of {case.optimizer} change the median layer {size}"
     growth, name = case.growth
     if growth > _NOTABLE_GROWTH:
-        evidence = f"{rate} the weights of {quote(name)} have grown {number(growth)}-fold."
-        yield Clue(math.log10(growth) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+        return math.log10(growth), f"the weights of {quote(name)} have grown {number(growth)}-fold"
+    return None
 
 
 def learning_rate_too_low(case: Case) -> Iterator[Clue]:
@@ -127,10 +137,18 @@ def target_scale(case: Case) -> Iterator[Clue]:
 
 def bad_data(case: Case) -> Iterator[Clue]:
     """NaN or Inf in the batch itself."""
-    if case.fault == Fault.NONFINITE and case.bad_rows:
-        rows = ", ".join(str(row) for row in case.bad_rows[:8]) + (", ..." if len(case.bad_rows) > 8 else "")
+    if case.fault != Fault.NONFINITE:
+        return
+    if case.bad_rows:
+        more = f" and {len(case.bad_rows) - 8} more" if len(case.bad_rows) > 8 else ""
+        rows = ", ".join(str(row) for row in case.bad_rows[:8]) + more
         evidence = f"The batch holds NaN or Inf in row{'' if len(case.bad_rows) == 1 else 's'} {rows}."
         yield Clue(CERTAIN, Cause.BAD_DATA, evidence)
+    elif case.bad_rows is None and case.nonfinite_loss and _calm(case):
+        evidence = (
+            "The loss stopped being finite from one step to the next; whether the batch is was not looked at."
+        )
+        yield Clue(2.5, Cause.BAD_DATA, evidence)
 
 
 def loss_function(case: Case) -> Iterator[Clue]:
@@ -145,9 +163,9 @@ def loss_function(case: Case) -> Iterator[Clue]:
     )
     batch = "; the batch is" if case.bad_rows is not None else ""
     reasons = "; ".join(RISKY[op] for op in risky[:2])
-    yield Clue(
-        6.0, Cause.LOSS_FUNCTION, f"{what}{batch}. Among what is computed after the last layer: {reasons}."
-    )
+    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if batch else 1.0
+    evidence = f"{what}{batch}. Among what is computed after the last layer: {reasons}."
+    yield Clue(weight, Cause.LOSS_FUNCTION, evidence)
 
 
 def low_precision(case: Case) -> Iterator[Clue]:
@@ -171,9 +189,8 @@ def outlier_batch(case: Case) -> Iterator[Clue]:
             f"The {case.finding.measure or 'gradient'} is {number(case.finding.value)} at this step alone."
         )
         yield Clue(1 + math.log10(case.finding.value), Cause.OUTLIER_BATCH, evidence)
-    calm = case.loss_now <= 1.5 * case.loss_start and not case.found_before(*Fault)
-    if case.fault == Fault.NONFINITE and calm and case.steps > 5 and not case.bad_rows:
-        evidence = f"All was calm until step {case.finding.step}, at a mean loss of {number(case.loss_now)}."
+    if case.fault == Fault.NONFINITE and _calm(case) and not case.bad_rows:
+        evidence = f"All was calm until step {case.finding.step}."
         yield Clue(2.0, Cause.OUTLIER_BATCH, evidence)
 
 
@@ -190,7 +207,19 @@ TRAINING_RULES = (
 )
 
 
-def _excess_momentum(case: Case) -> float:
-    """Decades by which momentum enlarges a step beyond the usual momentum of 0.9."""
-    value = case.setting("momentum")
-    return math.log10((1 - _USUAL_MOMENTUM) / (1 - value)) if _USUAL_MOMENTUM < value < 1 else 0.0
+def _inherited(case: Case) -> float:
+    """Decades by which other causes enlarge a step: the weights at the start, the data, the momentum.
+
+    An optimizer that normalises the gradient does not pass them on.
+    """
+    if case.normalises:
+        return 0.0
+    momentum = case.setting("momentum")
+    excess = math.log10((1 - _USUAL_MOMENTUM) / (1 - momentum)) if _USUAL_MOMENTUM < momentum < 1 else 0.0
+    rules = [target_scale, unnormalized_input, *([bad_initialization] if case.initial_weight_norms else [])]
+    return excess + sum(clue.weight for rule in rules for clue in rule(case))
+
+
+def _calm(case: Case) -> bool:
+    """Whether nothing was out of the ordinary before this step."""
+    return case.steps > 5 and not case.loss_now > 1.5 * abs(case.loss_start) and not case.found_before(*Fault)

@@ -1,4 +1,4 @@
-"""Detectors: each turns one step's statistics into a `Reading`; pure `init` and `update`, no host read.
+"""Detectors of gradients that vanish, explode or are not finite: each turns one step's statistics into a `Reading`; pure `init` and `update`, no host read.
 
 A detector is a frozen dataclass with a ``fault``, ``measures``, ``init(stats) -> state`` and
 ``update(stats, state) -> (Reading, state)``, where the state is a NamedTuple of tensors, possibly empty.
@@ -197,7 +197,43 @@ class DepthTilt:
                 self.limit,
                 score=score,
                 cleared=~(trends.tilt >= self.clear) | ~trends.stuck,
-                mild=sickest > self.moving,
+                ceiling=torch.where(sickest > self.moving, 1.0, 2.0),
             ),
             state,
         )
+
+
+class LastTilt(NamedTuple):
+    """The newest time tilt, decades, float32 []; NaN before the first."""
+
+    decades: Tensor
+
+
+@dataclass(frozen=True)
+class TimeTilt:
+    """Flags recurrent nets whose gradients vanish from the last to the first steps of a sequence.
+
+    Looked at every eight steps while the loss makes no progress, and only where something is applied again and again.
+
+    Args:
+        limit: Decades from the last to the first tenth of the steps. Default 6: healthy LSTM and GRU stay below 3.8.
+    """
+
+    limit: float = 6.0
+    fault: ClassVar[Fault] = Fault.VANISHING_IN_TIME
+    measures: ClassVar[tuple[str, ...]] = ("decades lost from the last to the first steps of the sequence",)
+    needs_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive("limit", self.limit)
+
+    def init(self, stats: GradStats) -> LastTilt:
+        """Nothing asked yet."""
+        return LastTilt(torch.full_like(stats.total, torch.nan))
+
+    def update(self, stats: GradStats, state: LastTilt) -> tuple[Reading, LastTilt]:
+        """Judges one step by the newest answer."""
+        tilt = torch.where(stats.time_tilt.isnan(), state.decades, stats.time_tilt)
+        raised = (tilt >= self.limit) & trends_of(stats).stuck
+        score = torch.where(stats.recurrent, 1.0, -torch.inf)
+        return reading(stats, raised, tilt, self.limit, score=score), LastTilt(tilt)

@@ -22,7 +22,7 @@ class Reading(NamedTuple):
         value: float32 [], the number the verdict rests on.
         limit: float32 [], where the verdict begins, same unit.
         score: float32 [P], how sick each tensor is, larger is worse; -inf for those not concerned.
-        mild: Bool [], never more than a warning.
+        ceiling: float32 [], highest `Severity` that the condition may reach: 0 info, 1 warning, 2 critical.
         measure: float32 [], index into the detector's ``measures``: what ``value`` is.
     """
 
@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     value: Tensor
     limit: Tensor
     score: Tensor
-    mild: Tensor
+    ceiling: Tensor
     measure: Tensor
 
 
@@ -59,6 +59,12 @@ class Nothing(NamedTuple):
     """The state of a detector that remembers nothing."""
 
 
+class Held(NamedTuple):
+    """For how many steps each tensor has met a condition, float32 [P]."""
+
+    steps: Tensor
+
+
 def reading(
     stats: GradStats,
     raised: Tensor,
@@ -67,7 +73,7 @@ def reading(
     *,
     score: Tensor | None = None,
     cleared: Tensor | None = None,
-    mild: Tensor | None = None,
+    ceiling: Tensor | None = None,
     measure: Tensor | None = None,
 ) -> Reading:
     """A `Reading` with the usual defaults.
@@ -80,7 +86,7 @@ def reading(
         value=value.to(torch.float32),
         limit=limit if isinstance(limit, Tensor) else torch.full_like(stats.total, limit),
         score=torch.full_like(stats.norms, -torch.inf) if score is None else score,
-        mild=torch.zeros_like(raised) if mild is None else mild,
+        ceiling=torch.full_like(stats.total, 2.0) if ceiling is None else ceiling,
         measure=torch.zeros_like(stats.total) if measure is None else measure,
     )
 
@@ -98,10 +104,21 @@ def norm_score(stats: GradStats) -> Tensor:
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
     """Distance of each layer's profile from the middle one, float32 [P]; only layers that carry the profile."""
     trends = trends_of(stats)
-    carries = torch.zeros_like(trends.live).index_fill_(0, stats.layout.layers, True) & trends.live
+    carries = layer_mask(stats) & trends.live
     middle = torch.nanmedian(torch.where(carries, trends.profile, torch.nan))
     offset = trends.profile - middle
     return torch.where(carries, -offset if worst_low else offset, -torch.inf)
+
+
+def layer_mask(stats: GradStats) -> Tensor:
+    """Which tensors are weights of layers, bool [P]."""
+    return torch.zeros_like(stats.present).index_fill_(0, stats.layout.layers, True)
+
+
+def share(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a number above 0 and up to 1."""
+    if not (isinstance(value, (int, float)) and 0 < value <= 1):
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
 def positive(name: str, value: float) -> None:

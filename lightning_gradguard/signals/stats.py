@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 #: Most pairs of layers that a slope over depth is taken from.
 MAX_PAIRS = 4096
-#: Elements of each tensor that stand for it where a full read would cost too much.
-SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,15 @@ class GradStats:
         present: Bool [P], whether there is a gradient.
         weights: float32 [P], L2 norm of each parameter at its last refresh, at least ``layout.floors``.
         updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
+        dead: float32 [P], share of output rows with an all-zero gradient at the newest sampled step.
+        lost: float32 [P], share of a half-precision gradient lost to its dtype, likewise.
+        updated: Whether ``updates`` is new at this step.
+        resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant.
+        cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
+        unused: Bool [P], trainable tensors that took no part in the forward pass.
+        recurrent: Bool [P], tensors that are applied again and again in one pass.
+        time_tilt: float32 [], decades by which gradients fall from the last to the first tenth of a sequence;
+            NaN where nobody asked.
         total: float32 [], global norm.
         loss: float32 [], NaN when none was given.
         finite: Bool [], whether the global norm, and the loss if given, are finite.
@@ -119,6 +126,14 @@ class GradStats:
     loss: Tensor
     finite: Tensor
     has_loss: bool
+    dead: Tensor
+    lost: Tensor
+    cut: Tensor
+    unused: Tensor
+    recurrent: Tensor
+    time_tilt: Tensor
+    updated: bool = False
+    resting: bool = False
     trends: Trends | None = None
 
 
@@ -139,6 +154,7 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
     if loss is not None:
         value = loss.detach().to(total.device, torch.float32).reshape(())
         finite = finite & torch.isfinite(value)
+    zeros = torch.zeros_like(norms)
     return GradStats(
         layout=layout,
         gradients=gradients,
@@ -150,6 +166,12 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         loss=value,
         finite=finite,
         has_loss=loss is not None,
+        dead=zeros,
+        lost=zeros,
+        cut=zeros > 0,
+        unused=zeros > 0,
+        recurrent=zeros > 0,
+        time_tilt=torch.full_like(total, torch.nan),
     )
 
 
@@ -177,45 +199,24 @@ def unit_norms(tensor: Tensor) -> Tensor:
 
     Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
     """
-    dense = _dense(tensor)
-    dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
-    dims = list(range(1, dense.ndim)) if dense.ndim > 1 else None
-    norms: Tensor = torch.linalg.vector_norm(dense, dim=dims, keepdim=dims is not None, dtype=dtype)
+    stored = dense(tensor)
+    dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    dims = list(range(1, stored.ndim)) if stored.ndim > 1 else None
+    norms: Tensor = torch.linalg.vector_norm(stored, dim=dims, keepdim=dims is not None, dtype=dtype)
     return norms
-
-
-def sample(layout: Layout) -> Tensor:
-    """A copy of up to `SAMPLES` evenly strided elements of each parameter, float32 [P, SAMPLES], padded with zeros."""
-    rows = torch.zeros(len(layout.parameters), SAMPLES, device=layout.numel.device)
-    for row, parameter in zip(rows, layout.parameters, strict=True):
-        flat = _real(parameter.detach()).reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        row[: picked.numel()] = picked
-    return rows
-
-
-def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
-    """Applied update ratio ‖Δw‖/‖w‖ of each tensor, float32 [P], from two results of `sample`.
-
-    Works for every optimizer, since it looks at the weights alone. Source: CS231n notes, "ratio of weights:updates".
-    """
-    share = torch.sqrt(torch.clamp(SAMPLES / layout.numel, max=1.0))
-    base = torch.maximum(torch.linalg.vector_norm(before, dim=1), layout.floors * share)
-    moved: Tensor = torch.linalg.vector_norm(after - before, dim=1)
-    return moved / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
 
 
 def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
     """L2 norm of each tensor in float32, 0 for None, on ``device``: one foreach call per device and kind of dtype."""
     buckets: dict[tuple[torch.device, bool], list[int]] = {}
-    dense = [None if t is None else _real(_dense(t)) for t in tensors]
-    for index, tensor in enumerate(dense):
+    plain = [None if t is None else real(dense(t)) for t in tensors]
+    for index, tensor in enumerate(plain):
         if tensor is not None:
             buckets.setdefault((tensor.device, tensor.dtype == torch.float64), []).append(index)
     pieces: list[Tensor] = []
     where: list[int] = []
     for (_, double), indices in buckets.items():
-        group = [t for i in indices if (t := dense[i]) is not None]
+        group = [t for i in indices if (t := plain[i]) is not None]
         # float64 refuses a narrower dtype argument; half precision would overflow in its own.
         norms = (
             torch._foreach_norm(group, 2) if double else torch._foreach_norm(group, 2, dtype=torch.float32)
@@ -230,11 +231,13 @@ def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
     return torch.zeros(len(tensors), device=device).index_copy_(0, torch.tensor(where, device=device), joined)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """The values that a sparse tensor stores, each once; any other tensor as it is."""
     return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers; any other tensor as it is."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

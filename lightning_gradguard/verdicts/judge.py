@@ -13,6 +13,8 @@ from lightning_gradguard.verdicts.policy import Policy
 #: Judged steps between two messages of the same fault and tensor.
 SILENCE = 100
 
+_UNSAID = -1
+
 
 class Verdict(NamedTuple):
     """What is found and what is to be done.
@@ -34,7 +36,7 @@ class Episode:
 
     onset: int
     held: int = 0
-    severity: int = int(Severity.INFO)
+    severity: int = _UNSAID
 
 
 class Judge:
@@ -137,9 +139,9 @@ class Judge:
             if response == "ignore" or sight.fault == Fault.NONFINITE:
                 continue
             finding = self._event(sight, step) if sight.event else self._episode(sight, step, explained)
-            if not sight.event and sight.raised and not explained:
+            if sight.raised and not sight.event and sight.fault != Fault.DISCONNECTED:
                 # Of two conditions at once the later one is a consequence; a missing path explains nothing else.
-                explained = sight.fault != Fault.DISCONNECTED
+                explained = True
             if finding is not None:
                 findings.append(finding)
                 if response == "halt" and finding.severity == Severity.CRITICAL:
@@ -168,18 +170,19 @@ class Judge:
             return None
         if explained:
             return None
-        if episode.severity == Severity.INFO:
+        if episode.severity < Severity.WARNING <= sight.ceiling or episode.severity == _UNSAID:
             if not sight.raised:
                 return None
-            episode.severity = int(Severity.WARNING)
-            if self.policy.patience or sight.mild:
-                return self._finding(sight, episode.onset, Severity.WARNING)
+            severity = min(sight.ceiling, Severity.WARNING if self.policy.patience else Severity.CRITICAL)
         else:
             episode.held += sight.raised
-        if episode.severity == Severity.WARNING and episode.held >= self.policy.patience and not sight.mild:
-            episode.severity = int(Severity.CRITICAL)
-            return self._finding(sight, episode.onset, Severity.CRITICAL)
-        return None
+            if episode.severity != Severity.WARNING or episode.held < self.policy.patience:
+                return None
+            severity = sight.ceiling
+        if severity <= episode.severity:
+            return None
+        episode.severity = int(severity)
+        return self._finding(sight, episode.onset, severity)
 
     def _count_skip(self, finding: Finding) -> Finding | None:
         """Counts a skipped step; the finding to halt on when there were too many in a row."""
@@ -218,15 +221,15 @@ def _critical(finding: Finding) -> Finding:
 
 #: Stands in where no detector of non-finite steps is set: such steps are skipped all the same.
 _UNSEEN = Sight(
-    "Guard",
-    Fault.NONFINITE,
-    True,
-    False,
-    True,
-    False,
-    False,
-    1.0,
-    0.0,
-    "steps with a non-finite gradient or loss",
-    (),
+    detector="Guard",
+    fault=Fault.NONFINITE,
+    event=True,
+    needs_loss=False,
+    raised=True,
+    cleared=False,
+    ceiling=Severity.CRITICAL,
+    value=1.0,
+    limit=0.0,
+    measure="steps with a non-finite gradient or loss",
+    parameters=(),
 )

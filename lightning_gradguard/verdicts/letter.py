@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_gradguard.verdicts.faults import Fault
+from lightning_gradguard.verdicts.faults import Fault, Severity
 
 
 class Sight(NamedTuple):
@@ -18,7 +18,7 @@ class Sight(NamedTuple):
         needs_loss: It says nothing unless the loss is given.
         raised: The condition holds.
         cleared: The condition is over; neither leaves things as they are.
-        mild: Never more than a warning.
+        ceiling: Highest severity that the condition may reach.
         value: The number the verdict rests on.
         limit: Where the verdict begins.
         measure: What ``value`` is.
@@ -31,7 +31,7 @@ class Sight(NamedTuple):
     needs_loss: bool
     raised: bool
     cleared: bool
-    mild: bool
+    ceiling: Severity
     value: float
     limit: float
     measure: str

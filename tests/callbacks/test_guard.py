@@ -148,7 +148,10 @@ class Gan(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
-        self.generator, self.critic = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.generator, self.critic = (
+            nn.Linear(8, 8),
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)),
+        )
 
     def training_step(self, batch, batch_idx):
         critic_opt, generator_opt = self.optimizers()

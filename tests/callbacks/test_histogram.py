@@ -18,7 +18,8 @@ def read(folder):
     accumulator.Reload()
     tags = [tag for tag in accumulator.Tags()["tensors"] if tag.startswith(GROUP)]
     return {
-        tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors(tag)] for tag in tags
+        tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors(tag)]
+        for tag in tags
     }
 
 
@@ -32,7 +33,9 @@ def test_every_layer_is_there_on_the_fixed_axis_in_order(fit, classifier, board)
     written = read(board.log_dir)
     assert sorted(written) == [
         f"{GROUP}{i:03d}_{layer}.{kind}"
-        for i, (layer, kind) in enumerate((layer, kind) for layer in (0, 2, 4, 6) for kind in ("weight", "bias"))
+        for i, (layer, kind) in enumerate(
+            (layer, kind) for layer in (0, 2, 4, 6) for kind in ("weight", "bias")
+        )
     ]
     for values in written.values():
         assert [step for step, _ in values] == [0, 10, 20, 30]
@@ -73,19 +76,28 @@ def test_place_in_the_list_decides_between_before_and_after_clipping(fit, classi
 
 
 def test_include_and_exclude(fit, classifier, board):
-    fit(classifier(), GradHistogram(include=["net.*"], exclude=["*.bias", "net.0.*"]), logger=board, batches=2)
+    fit(
+        classifier(), GradHistogram(include=["net.*"], exclude=["*.bias", "net.0.*"]), logger=board, batches=2
+    )
     assert [tag.split("_", 3)[-1] for tag in sorted(read(board.log_dir))] == [
         f"{i}.weight" for i in (2, 4, 6, 8)
     ]  # fmt: skip
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(fit, classifier, board):
-    with pytest.warns(GradientWarning, match=r"pattern 'net.0.wieght' matches no parameter; the nearest is 'net.0.w"):
+    with pytest.warns(
+        GradientWarning, match=r"pattern 'net.0.wieght' matches no parameter; the nearest is 'net.0.w"
+    ):
         fit(classifier(), GradHistogram(exclude=["net.0.wieght"]), logger=board, batches=2)
 
 
 def test_where_there_are_many_the_worst_are_shown(fit, classifier, board):
-    fit(classifier(depth=20, activation=torch.nn.Sigmoid), GradHistogram(max_tensors=6), logger=board, batches=2)
+    fit(
+        classifier(depth=20, activation=torch.nn.Sigmoid),
+        GradHistogram(max_tensors=6),
+        logger=board,
+        batches=2,
+    )
     shown = sorted(read(board.log_dir))
     assert len(shown) == 6
     assert shown[0].startswith(f"{GROUP}000_")

@@ -288,6 +288,13 @@ def test_the_loss_function_is_what_follows_the_last_product():
     assert anatomy.loss_ops == {"Neg": 1, "Mean": 1, "Log": 1, "Softmax": 1}
 
 
+def test_a_loss_that_a_trainer_divides_is_not_made_risky_by_that():
+    model = sigmoids(2)
+    loss = model(torch.randn(3, 4)).square().mean()
+    assert dissect(loss / 4, named(model)).loss_ops == dissect(loss, named(model)).loss_ops
+    assert dissect(loss / loss, named(model)).loss_ops["Div"] == 1
+
+
 def test_compiled_models_keep_the_natural_order():
     model = sigmoids(3)
     compiled = torch.compile(model, backend="aot_eager")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.doctor.case import Case, middle_of
-from lightning_gradguard.verdicts.faults import Fault
+from lightning_gradguard.verdicts.faults import Fault, Finding, Severity
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def test_medians_leave_out_biases_and_what_is_unknown(case):
 
 def test_an_oversized_update_found_before_is_remembered(case, lab):
     finding = lab.finding(Fault.OVERSIZED_UPDATE, value=3.0, parameters=["c.weight"], step=2)
-    assert dataclasses.replace(case, findings=(finding,)).largest_update == (3.0, "c.weight")
+    later = lab.finding(Fault.OVERSIZED_UPDATE, value=1e9, parameters=["a.weight"], step=9)
+    assert dataclasses.replace(case, findings=(finding, later)).largest_update == (3.0, "c.weight")
     assert dataclasses.replace(case, findings=(finding,)).found_before(Fault.OVERSIZED_UPDATE)
     assert not dataclasses.replace(case, findings=(case.finding,)).found_before(*Fault)
 
@@ -75,7 +76,7 @@ def test_gain_is_what_a_layer_does_to_a_signal(gain, fan_in, fan_out, depth):
     names = tuple(str(i) for i in range(2 * depth + 1))
     norms = (norm,) * (depth + 1) + (0.0,) * depth
     nan = (math.nan,) * len(names)
-    finding = __import__("lightning_gradguard").verdicts.faults.Finding(Fault.STALLED, 2, 0, (), 0.0, 0.0, "")
+    finding = Finding(Fault.STALLED, Severity.CRITICAL, 0, (), 0.0, 0.0, "")
     case = Case(finding, names, ((fan_out, fan_in),) * len(names), nan, norms, nan)
     assert case.excess_gain == pytest.approx(math.log10(gain), abs=1e-6)
     zeros = dataclasses.replace(case, initial_weight_norms=(0.0,) * len(names))

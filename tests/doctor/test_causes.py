@@ -231,10 +231,10 @@ def test_an_epsilon_that_outweighs_the_gradient(lab):
     assert final_loss(lab, model, cured) < 0.5
 
 
-@pytest.mark.parametrize("rate", [2.0, 5.0, 30.0])
+@pytest.mark.parametrize("rate", [2.0, 5.0, 8.0])
 def test_a_learning_rate_is_lowered_by_the_measured_factor(lab, rate):
     model = lab.mlp(4)
-    case = lab.train(model, lab.cross_entropy, sgd(model, rate), 4, Fault.OVERSIZED_UPDATE)
+    case = lab.train(model, lab.cross_entropy, sgd(model, rate), 4, Fault.EXPLODING)
     ratio, name = case.largest_update
     diagnosis = diagnose(case)
     assert diagnosis.causes == (Cause.LEARNING_RATE_TOO_HIGH,)

@@ -98,6 +98,8 @@ RISKY_CALLS = {
     "Log2": lambda x: x.log2(),
     "Log10": lambda x: x.log10(),
     "Log1P": lambda x: (x - 1).log1p(),
+    "Xlogy": lambda x: torch.special.xlogy(x, x),
+    "Logit": lambda x: x.logit(),
     "Div": lambda x: x / x,
     "Reciprocal": lambda x: 1 / x,
     "Sqrt": lambda x: x.sqrt(),

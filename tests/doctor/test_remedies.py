@@ -127,15 +127,22 @@ def test_epsilon_is_put_below_every_gradient(log, rate):
     assert settings["lr"] == pytest.approx(rate, rel=1e-2)
 
 
-@given(ratio=st.floats(0.11, 1e4), rate=st.floats(1e-6, 1e3))
+@given(ratio=st.floats(0.11, 100), rate=st.floats(1e-6, 1e3))
 def test_the_learning_rate_is_lowered_at_least_by_the_measured_factor(ratio, rate):
     case = case_with(
-        Fault.EXPLODING, optimizer="SGD", update_ratios=(ratio, 99999.0, 0.0), learning_rates=(rate,)
+        Fault.EXPLODING, optimizer="SGD", update_ratios=(ratio, 999.0, 0.0), learning_rates=(rate,)
     )
     scope = {}
     exec(find_remedies(case, [Cause.LEARNING_RATE_TOO_HIGH])[0].how, scope)
     assert scope["lr"] * ratio / rate <= 0.1 * (1 + 1e-2)
     assert scope["lr"] * ratio / rate >= 0.04
+
+
+def test_a_ratio_without_bound_does_not_take_the_rate_to_nothing():
+    case = case_with(Fault.EXPLODING, optimizer="SGD", update_ratios=(1e12, 0.0, 0.0), learning_rates=(5.0,))
+    scope = {}
+    exec(find_remedies(case, [Cause.LEARNING_RATE_TOO_HIGH])[0].how, scope)
+    assert scope["lr"] == pytest.approx(0.005)
 
 
 @given(value=st.floats(1e-30, 1e30))

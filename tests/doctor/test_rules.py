@@ -194,12 +194,31 @@ def test_a_loss_that_overflows_after_wild_steps_is_the_learning_rates_fault(grow
     assert find_causes(case)[0][0] == first
 
 
+def test_a_learning_rate_is_charged_only_with_what_nothing_else_explains():
+    wild = {"fault": Fault.EXPLODING, "update_ratios": (1e5,) * 6}
+    plain = weights(case_with(**wild))[Cause.LEARNING_RATE_TOO_HIGH]
+    heavy = case_with(**wild, initial_weight_norms=(40.0,) * 6)
+    assert weights(heavy)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain - 6.0)
+    assert find_causes(heavy)[0][0] == Cause.BAD_INITIALIZATION
+    large = case_with(**wild, input_rms=100.0)
+    assert weights(large)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain - 4.0)
+    adam = dataclasses.replace(large, optimizer="Adam", learning_rates=(1e-3,))
+    assert weights(adam)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain)
+
+
+def test_a_sudden_nan_points_at_the_batch_until_it_was_looked_at():
+    unseen = case_with(Fault.NONFINITE, loss_last=math.nan, loss_now=math.nan)
+    assert find_causes(unseen)[0][0] == Cause.BAD_DATA
+    assert Cause.BAD_DATA not in weights(dataclasses.replace(unseen, bad_rows=()))
+    assert Cause.BAD_DATA not in weights(dataclasses.replace(unseen, loss_last=1.0))
+
+
 def test_bad_rows_settle_it():
     case = case_with(
         Fault.NONFINITE, graph={"loss_ops": {"Log": 1}}, loss_last=math.nan, bad_rows=tuple(range(20))
     )
     assert weights(case) == {Cause.BAD_DATA: CERTAIN}
-    assert find_causes(case)[0][1].endswith("rows 0, 1, 2, 3, 4, 5, 6, 7, ....")
+    assert find_causes(case)[0][1].endswith("rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more.")
 
 
 def test_calm_before_a_batch_that_is_not_finite_speaks_of_an_outlier():

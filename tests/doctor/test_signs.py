@@ -104,6 +104,9 @@ def test_weights_that_stand_or_leap():
         "The weights change by up to 50 % of their size a step (`net.1.weight`), where 0.1 % is usual."
         in leaping
     )
+    assert any(
+        "by up to 12 times their size" in s for s in find_signs(case_with(update_ratios=(12.0, 1e-3, 1e-3)))
+    )
     unknown = find_signs(case_with(update_ratios=(math.nan,) * 3))
     assert not any("weights" in sign for sign in unknown)
     assert any(

@@ -127,9 +127,9 @@ def test_tilt_is_silent_while_the_loss_falls():
 def test_tilt_is_mild_while_the_layers_still_move():
     stream = Stream(DepthTilt())
     stream.updates = torch.full((6,), 1e-3)
-    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].mild
+    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 1
     stream.updates = torch.full((6,), 1e-8)
-    assert not stream.feed(vanishing(8))[0].mild
+    assert stream.feed(vanishing(8))[0].ceiling == 2
 
 
 def test_exploding_by_tilt():

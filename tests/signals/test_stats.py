@@ -9,12 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.signals.stats import (
-    SAMPLES,
     Layout,
     measure,
-    sample,
     unit_norms,
-    update_ratios,
     weight_norms,
 )
 
@@ -129,27 +126,3 @@ def test_unit_norms_are_per_output_row():
     )
     assert unit_norms(torch.full((4,), 2.0)).item() == pytest.approx(4.0)
     assert unit_norms(torch.tensor(-3.0)).item() == pytest.approx(3.0)
-
-
-@given(numel=st.integers(0, 5000))
-def test_a_sample_is_bounded_and_covers_small_tensors_whole(numel):
-    layout = Layout.of({"w": torch.arange(1.0, numel + 1)})
-    picked = sample(layout)[0]
-    assert picked.shape == (SAMPLES,)
-    assert (picked > 0).sum() == min(numel, SAMPLES)
-
-
-def test_update_ratio_of_a_sample_is_that_of_the_whole():
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(100, 200))
-    layout = Layout.of({"w": weight})
-    before = sample(layout)
-    with torch.no_grad():
-        weight += 1e-3 * torch.randn_like(weight)
-    ratio = update_ratios(before, sample(layout), layout).item()
-    assert ratio == pytest.approx(1e-3, rel=0.4)
-
-
-def test_update_ratio_of_an_empty_tensor_is_a_number():
-    layout = Layout.of({"w": torch.empty(0)})
-    assert update_ratios(sample(layout), sample(layout), layout).tolist() == [0.0]

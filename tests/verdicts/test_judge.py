@@ -11,11 +11,17 @@ from lightning_gradguard.verdicts.policy import Policy
 
 
 def sight(
-    fault=Fault.VANISHING, raised=True, cleared=None, mild=False, event=False, needs_loss=False, where=("a",)
+    fault=Fault.VANISHING,
+    raised=True,
+    cleared=None,
+    ceiling=Severity.CRITICAL,
+    event=False,
+    needs_loss=False,
+    where=("a",),
 ):
     return Sight(
         detector=fault.value.title(), fault=fault, event=event, needs_loss=needs_loss, raised=raised,
-        cleared=not raised if cleared is None else cleared, mild=mild, value=4.0, limit=3.0, measure="decades",
+        cleared=not raised if cleared is None else cleared, ceiling=ceiling, value=4.0, limit=3.0, measure="decades",
         parameters=where,
     )  # fmt: skip
 
@@ -59,9 +65,23 @@ def test_patience_zero_is_critical_at_once():
     assert severities([run(Judge(Policy(patience=0)), 0, sight())]) == [Severity.CRITICAL]
 
 
-def test_mild_never_becomes_critical():
+def test_a_condition_stays_below_its_ceiling():
     judge = Judge(Policy.strict())
-    assert severities([run(judge, s, sight(mild=True)) for s in range(200)]) == [Severity.WARNING]
+    assert severities([run(judge, s, sight(ceiling=Severity.WARNING)) for s in range(200)]) == [
+        Severity.WARNING
+    ]
+
+    judge = Judge(Policy.strict())
+    assert severities([run(judge, s, sight(ceiling=Severity.INFO)) for s in range(200)]) == [Severity.INFO]
+
+
+def test_a_condition_that_turns_graver_is_said_again():
+    judge = Judge(Policy(patience=3))
+    ceilings = [Severity.INFO] * 5 + [Severity.WARNING] * 5 + [Severity.CRITICAL] * 5
+    verdicts = [run(judge, s, sight(ceiling=c)) for s, c in enumerate(ceilings)]
+    assert [(v.report.step, f.severity) for v in verdicts for f in v.report.findings] == [
+        (0, Severity.INFO), (5, Severity.WARNING), (10, Severity.CRITICAL),
+    ]  # fmt: skip
 
 
 def test_hysteresis_keeps_the_episode():

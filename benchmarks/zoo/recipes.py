@@ -1,0 +1,128 @@
+"""How a training is put together, in one call; the cases differ in what they hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.zoo.models import Chain, ConvNet, Init, Residual, initialise
+from benchmarks.zoo.recurrent import Messages, Recurrent, Transformer
+from benchmarks.zoo.sequences import communities, lookup, recall
+from benchmarks.zoo.tasks import Task, images, templates
+from benchmarks.zoo.training import MakeOptimizer, Training
+
+MakeTask = Callable[[int], Task]
+
+
+def sgd(lr: float, **options: Any) -> MakeOptimizer:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, **options)
+
+
+def adam(lr: float, **options: Any) -> MakeOptimizer:
+    return lambda parameters: torch.optim.Adam(parameters, lr=lr, **options)
+
+
+def adamw(lr: float, **options: Any) -> MakeOptimizer:
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, **options)
+
+
+def rmsprop(lr: float, **options: Any) -> MakeOptimizer:
+    return lambda parameters: torch.optim.RMSprop(parameters, lr=lr, **options)
+
+
+def _split(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of ``options`` what is for `Training`."""
+    names = ("batch_size", "schedule", "spoil", "reshape", "per_epoch", "pool")
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def chain(
+    seed: int, *, task: MakeTask = templates, optimizer: MakeOptimizer | None = None, **options: Any
+) -> Training:
+    """A `Chain` on a task; SGD at 0.1 unless told."""
+    rest, own = _split(options), task(seed)
+    net = Chain(own.inputs, own.outputs, **options)
+    return Training(net, own, optimizer or sgd(0.1), seed=seed, **rest)
+
+
+def residual(
+    seed: int, *, task: MakeTask = templates, optimizer: MakeOptimizer | None = None, **options: Any
+) -> Training:
+    """A `Residual` net on a task; SGD at 0.05 unless told."""
+    rest, own = _split(options), task(seed)
+    return Training(
+        Residual(own.inputs, own.outputs, **options), own, optimizer or sgd(0.05), seed=seed, **rest
+    )
+
+
+def convnet(
+    seed: int, *, task: MakeTask = images, optimizer: MakeOptimizer | None = None, **options: Any
+) -> Training:
+    """A `ConvNet` on pictures; SGD at 0.05 with momentum unless told."""
+    rest, own = _split(options), task(seed)
+    return Training(
+        ConvNet(own.outputs, **options), own, optimizer or sgd(0.05, momentum=0.9), seed=seed, **rest
+    )
+
+
+def recurrent(
+    seed: int,
+    *,
+    kind: type[nn.RNNBase] = nn.RNN,
+    task: MakeTask = recall,
+    optimizer: MakeOptimizer | None = None,
+    **options: Any,
+) -> Training:
+    """A `Recurrent` net on sequences; Adam at 0.01 unless told."""
+    rest, own = _split(options), task(seed)
+    net = Recurrent(kind, own.inputs, own.outputs, **options)
+    return Training(net, own, optimizer or adam(1e-2), seed=seed, **rest)
+
+
+def transformer(
+    seed: int, *, task: MakeTask = lookup, optimizer: MakeOptimizer | None = None, **options: Any
+) -> Training:
+    """A `Transformer` on sequences; Adam at 0.003 unless told."""
+    rest, own = _split(options), task(seed)
+    net = Transformer(own.inputs, own.outputs, **options)
+    return Training(net, own, optimizer or adam(3e-3), seed=seed, **rest)
+
+
+def messages(
+    seed: int, *, task: MakeTask = communities, optimizer: MakeOptimizer | None = None, **options: Any
+) -> Training:
+    """A `Messages` net on graphs; Adam at 0.01 unless told."""
+    rest, own = _split(options), task(seed)
+    net = Messages(own.inputs, own.outputs, **options)
+    return Training(net, own, optimizer or adam(1e-2), seed=seed, batch_size=rest.pop("batch_size", 16), **rest)
+
+
+def touched(make: Callable[..., Training], touch: Callable[[Training], object], **options: Any) -> Any:
+    """A build whose training is changed by ``touch`` before it begins."""
+
+    def build(seed: int) -> Training:
+        training = make(seed, **options)
+        with torch.no_grad():
+            touch(training)
+        return training
+
+    return build
+
+
+def pretrained(training: Training, steps: int, optimizer: MakeOptimizer) -> Training:
+    """The training after some steps in a plain loop, with an optimizer of their own."""
+    own = optimizer([p for p in training.parameters() if p.requires_grad])
+    for number in range(steps):
+        own.zero_grad()
+        training.loss(*training.batch(-1 - number), number).backward()
+        own.step()
+    own.zero_grad()
+    return training
+
+
+def reset(module: nn.Module, weight: Init | None = None, bias: float | None = None) -> None:
+    """Initialises a part anew."""
+    initialise(module, weight, bias)

@@ -1,0 +1,58 @@
+"""What of a guard is saved, and how it comes back: plain types and tensors, all or nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_gradguard.signals import pipeline
+from lightning_gradguard.signals.stats import measure
+
+if TYPE_CHECKING:
+    from lightning_gradguard.guard import Guard
+
+#: Raised when a saved state can no longer be read.
+VERSION = 1
+
+
+def save(guard: Guard) -> dict[str, Any]:
+    """The state of a guard, which loads under ``weights_only=True``."""
+    return {
+        "version": VERSION,
+        "kinds": _kinds(guard),
+        "steps": guard.steps,
+        "counts": dict(guard.counts),
+        "watch": guard.watch.state_dict(),
+        "judge": guard.judge.state_dict(),
+        "states": None if guard.states is None else pipeline.to_plain(guard.states),
+    }
+
+
+def load(guard: Guard, state: dict[str, Any]) -> None:
+    """Puts a saved state into a guard of the same configuration.
+
+    Raises:
+        ValueError: If it is of another version, other parameters, or other detectors or clipper; nothing is changed
+            then.
+    """
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"state must be of version {VERSION}, got {state.get('version')!r}; start the guard afresh"
+        )
+    if state["kinds"] != _kinds(guard):
+        raise ValueError(
+            f"state must be of the same detectors and clipper, {_kinds(guard)}, got {state['kinds']}; "
+            "construct the guard as in the run that saved it"
+        )
+    guard.watch.load_state_dict(state["watch"])
+    guard.judge.load_state_dict(state["judge"])
+    guard.steps, guard.counts = state["steps"], dict(state["counts"])
+    guard.states = None
+    if state["states"] is not None:
+        stats = measure(guard.watch.layout, guard.watch.weights, guard.watch.updates)
+        blank = pipeline.init(stats, guard.detectors, guard.clipper)
+        guard.states = pipeline.from_plain(state["states"], blank)
+
+
+def _kinds(guard: Guard) -> list[str]:
+    parts = [*guard.detectors, *([] if guard.clipper is None else [guard.clipper])]
+    return [type(part).__name__ for part in parts]

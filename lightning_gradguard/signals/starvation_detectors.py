@@ -1,0 +1,141 @@
+"""Detectors of tensors that get no gradient: cut off from the loss, dead, or below their number format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.signals.reading import Held, Reading, above, layer_mask, reading, share
+from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.signals.trends import trends_of
+from lightning_gradguard.verdicts.faults import Fault
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """Flags tensors that take part in the forward pass but get no gradient, since no path leads there from the loss.
+
+    Raised after ``steps`` steps. Trainable tensors that take no part in the forward pass are only mentioned (INFO).
+    Needs an autograd graph that can be read: silent under torch.compile and sharding.
+
+    Args:
+        steps: Steps without a gradient. Default 40: a part that is used only now and then has its turn in them.
+    """
+
+    steps: int = 40
+    fault: ClassVar[Fault] = Fault.DISCONNECTED
+    measures: ClassVar[tuple[str, ...]] = (
+        "tensors without a path from the loss",
+        "trainable tensors that are not used",
+    )
+
+    def __post_init__(self) -> None:
+        above("steps", self.steps, 0)
+
+    def init(self, stats: GradStats) -> Held:
+        """Nothing held yet."""
+        return Held(torch.zeros_like(stats.norms))
+
+    def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
+        """Judges one step."""
+        suspect = (stats.cut | stats.unused) & (stats.norms == 0)
+        held = torch.where(suspect, state.steps + 1, 0.0)
+        found = held >= self.steps
+        cut = found & stats.cut
+        grave = cut.any()
+        named = torch.where(grave, cut, found)
+        # The cut itself lies behind the last tensor that gets nothing.
+        score = torch.where(named, stats.layout.depth, -torch.inf)
+        seen = reading(
+            stats,
+            named.any(),
+            named.sum(),
+            1.0,
+            score=score,
+            ceiling=torch.where(grave, 2.0, 0.0),
+            measure=torch.where(grave, 0.0, 1.0),
+        )
+        return seen, Held(held)
+
+
+@dataclass(frozen=True)
+class DeadUnits:
+    """Flags layers of which nearly all output units have an exactly zero gradient, without progress of the loss.
+
+    Args:
+        limit: Share of dead rows. Default 0.9: healthy layers stay below 0.52.
+        steps: Steps for which it has to hold.
+    """
+
+    limit: float = 0.9
+    steps: int = 20
+    fault: ClassVar[Fault] = Fault.DEAD
+    measures: ClassVar[tuple[str, ...]] = ("share of a layer's units without any gradient",)
+    needs_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        share("limit", self.limit)
+        above("steps", self.steps, 0)
+
+    def init(self, stats: GradStats) -> Held:
+        """Nothing held yet."""
+        return Held(torch.zeros_like(stats.norms))
+
+    def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
+        """Judges one step; the shares are those of the last sampled step."""
+        dead = (stats.dead >= self.limit) & stats.present & layer_mask(stats)
+        held = torch.where(dead, state.steps + 1, 0.0)
+        found = held >= self.steps
+        trends = trends_of(stats)
+        # Of equally dead layers the one nearest to the output: behind it, what is dead follows from it.
+        score = torch.where(
+            found, stats.dead + 1e-3 * stats.layout.depth / stats.layout.depth.numel(), -torch.inf
+        )
+        value = torch.where(found, stats.dead, 0.0).max()
+        raised = found.any() & trends.stuck
+        return reading(stats, raised, value, self.limit, score=score), Held(held)
+
+
+class Steps(NamedTuple):
+    """For how many steps a condition has held, float32 []."""
+
+    held: Tensor
+
+
+@dataclass(frozen=True)
+class Underflow:
+    """Flags half-precision gradients that are lost to their own number format, although there is a loss.
+
+    Raised when the share of the output layer's gradient that is zero or subnormal in float16 or bfloat16 is at or
+    above ``limit`` for ``steps`` steps.
+
+    Args:
+        limit: Share of elements, by count.
+        steps: Steps for which it has to hold.
+    """
+
+    limit: float = 0.98
+    steps: int = 10
+    fault: ClassVar[Fault] = Fault.UNDERFLOW
+    measures: ClassVar[tuple[str, ...]] = ("share of the output layer's gradient below its number format",)
+    needs_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        share("limit", self.limit)
+        above("steps", self.steps, 0)
+
+    def init(self, stats: GradStats) -> Steps:
+        """Nothing held yet."""
+        return Steps(torch.zeros_like(stats.total))
+
+    def update(self, stats: GradStats, state: Steps) -> tuple[Reading, Steps]:
+        """Judges one step; the shares are those of the last sampled step."""
+        layers = stats.layout.layers
+        last = stats.lost[layers[-1:]].sum() if layers.numel() else torch.zeros_like(stats.total)
+        lost = (last >= self.limit) & (stats.loss != 0)
+        held = torch.where(lost, state.held + 1, 0.0)
+        score = torch.where(stats.lost >= self.limit, stats.lost + 1e-3 * stats.layout.depth, -torch.inf)
+        return reading(stats, held >= self.steps, last, self.limit, score=score), Steps(held)

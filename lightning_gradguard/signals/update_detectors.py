@@ -1,0 +1,85 @@
+"""Detectors of updates, as applied: too large a part of the weight, or too small to move anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lightning_gradguard.signals.reading import Held, Nothing, Reading, above, layer_mask, positive, reading
+from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.signals.trends import WARM_UP, trends_of
+from lightning_gradguard.verdicts.faults import Fault
+
+
+@dataclass(frozen=True)
+class UpdateRatio:
+    """Flags layers whose applied update is too large a part of their weight.
+
+    ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
+    eighth; raised when a layer exceeds the limit in ``samples`` of them running.
+
+    Args:
+        limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is usual.
+        samples: Samples in a row.
+
+    Source: CS231n notes, "ratio of weights:updates".
+    """
+
+    limit: float = 0.1
+    samples: int = 3
+    fault: ClassVar[Fault] = Fault.OVERSIZED_UPDATE
+    measures: ClassVar[tuple[str, ...]] = ("applied update over weight",)
+
+    def __post_init__(self) -> None:
+        positive("limit", self.limit)
+        above("samples", self.samples, 0)
+
+    def init(self, stats: GradStats) -> Held:
+        """Nothing held yet."""
+        return Held(torch.zeros_like(stats.norms))
+
+    def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
+        """Judges one step."""
+        large = (stats.updates > self.limit) & layer_mask(stats)
+        held = torch.where(large, state.steps + float(stats.updated), 0.0)
+        found = held >= self.samples
+        score = torch.where(found, stats.updates, -torch.inf)
+        value = torch.where(layer_mask(stats), torch.nan_to_num(stats.updates), 0.0).max()
+        return reading(stats, found.any(), value, self.limit, score=score), Held(held)
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """Flags a training whose weights do not move, although the loss makes no progress.
+
+    Raised when the median applied update ratio of the layers is below ``limit`` from step 30 on. Suspended while the
+    learning rate is below a tenth of its peak. A tilt of the profile, or dead units, explain it better and go before.
+
+    Args:
+        limit: Smallest update ratio that moves anything, dimensionless.
+    """
+
+    limit: float = 1e-6
+    fault: ClassVar[Fault] = Fault.STALLED
+    measures: ClassVar[tuple[str, ...]] = ("median applied update over weight",)
+    needs_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive("limit", self.limit)
+
+    def init(self, stats: GradStats) -> Nothing:
+        """Remembers nothing."""
+        return Nothing()
+
+    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+        """Judges one step."""
+        trends = trends_of(stats)
+        carries = layer_mask(stats) & trends.live
+        ratios = torch.where(carries, stats.updates, torch.nan)
+        median = torch.nanmedian(ratios)
+        still = (median < self.limit) & trends.stuck & (trends.steps >= WARM_UP + 5)
+        raised = still & (not stats.resting)
+        score = torch.where(carries, -stats.updates, -torch.inf)
+        return reading(stats, raised, median, self.limit, score=score), state
