@@ -124,7 +124,7 @@ class Watch:
             unused=self._unused,
             time_tilt=stats.time_tilt if tilt is None else tilt.to(stats.total.device),
             recurrent=self._recurrent,
-            updated=updated,
+            sampled_steps=(1 if self.good <= REFRESH else REFRESH) if updated else 0,
             resting=self._is_resting(),
         )
 

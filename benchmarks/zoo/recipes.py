@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.zoo.models import Chain, ConvNet, Init, Residual, initialise
+from benchmarks.zoo.models import Chain, ConvNet, Residual
 from benchmarks.zoo.recurrent import Messages, Recurrent, Transformer
 from benchmarks.zoo.sequences import communities, lookup, recall
 from benchmarks.zoo.tasks import Task, images, templates
@@ -97,7 +98,16 @@ def messages(
     """A `Messages` net on graphs; Adam at 0.01 unless told."""
     rest, own = _split(options), task(seed)
     net = Messages(own.inputs, own.outputs, **options)
-    return Training(net, own, optimizer or adam(1e-2), seed=seed, batch_size=rest.pop("batch_size", 16), **rest)
+    return Training(
+        net, own, optimizer or adam(1e-2), seed=seed, batch_size=rest.pop("batch_size", 16), **rest
+    )
+
+
+def pair(
+    make: Callable[..., Training], *, sick: dict[str, Any], mended: dict[str, Any], **common: Any
+) -> dict[str, Any]:
+    """A build and its mended twin, which differ in what is named, and in nothing else."""
+    return {"build": partial(make, **common, **sick), "mended": partial(make, **common, **mended)}
 
 
 def touched(make: Callable[..., Training], touch: Callable[[Training], object], **options: Any) -> Any:
@@ -121,8 +131,3 @@ def pretrained(training: Training, steps: int, optimizer: MakeOptimizer) -> Trai
         own.step()
     own.zero_grad()
     return training
-
-
-def reset(module: nn.Module, weight: Init | None = None, bias: float | None = None) -> None:
-    """Initialises a part anew."""
-    initialise(module, weight, bias)

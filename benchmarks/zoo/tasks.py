@@ -84,10 +84,15 @@ def images(seed: int, *, classes: int = 6, side: int = 10, noise: float = 0.5) -
     return Task(draw, inputs=1, outputs=classes)
 
 
-def regression(seed: int, *, features: int = 16, outputs: int = 1, scale: float = 1.0, noise: float = 0.1) -> Task:
+def regression(
+    seed: int, *, features: int = 16, outputs: int = 1, scale: float = 1.0, noise: float = 0.1
+) -> Task:
     """A smooth function of 16 numbers, with unit variance times ``scale``; mean squared error."""
     generator = Generator().manual_seed(seed)
-    first, second = torch.randn(features, 24, generator=generator), torch.randn(24, outputs, generator=generator)
+    first, second = (
+        torch.randn(features, 24, generator=generator),
+        torch.randn(24, outputs, generator=generator),
+    )
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(size, features, generator=generator)

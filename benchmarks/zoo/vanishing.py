@@ -9,14 +9,41 @@ from torch.nn import functional as F
 
 from benchmarks.zoo.case import Case
 from benchmarks.zoo.models import Branches, Chain, he, normal, scaled, xavier
-from benchmarks.zoo.recipes import adam, chain, convnet, sgd, touched, transformer
-from benchmarks.zoo.tasks import Task, accuracy, circles, templates
+from benchmarks.zoo.recipes import adam, chain, convnet, pair, sgd, touched, transformer
+from benchmarks.zoo.tasks import Task, accuracy, circles
 from benchmarks.zoo.training import Training
 from lightning_gradguard import Cause, Fault
 
 V = Fault.VANISHING
 
 _relu_he = {"activation": torch.relu, "weight": he()}
+_momentum = sgd(0.02, momentum=0.9)
+
+_attention = {"tokens": False, "pooled": True, "optimizer": adam(3e-3)}
+_tanh_15 = {"depth": 15, "activation": torch.tanh, "weight": scaled(1.0)}
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _leaky(x: torch.Tensor) -> torch.Tensor:
+    return F.leaky_relu(x, 0.3)
+
+
+def _wide_circles(seed: int) -> Task:
+    return circles(seed, scale=100.0)
+
+
+def _sharpen(training: Training) -> None:
+    for attention in training.net.attention:
+        attention.q.weight.mul_(30.0)
+        attention.k.weight.mul_(30.0)
+
+
+def _weaken(training: Training) -> None:
+    for layer in training.net.layers[:12]:
+        layer.weight.mul_(0.15)
 
 
 def _two_questions(seed: int) -> Task:
@@ -51,118 +78,305 @@ def _branches(seed: int, *, sick: bool) -> Training:
     return Training(_Fused(left, right, 16, 4), task, sgd(0.1), seed=seed)
 
 
-def _shrink(seed: int, *, decay: float) -> Training:
-    return chain(seed, depth=6, width=32, weight=he(), bias=0.0, optimizer=sgd(0.05, weight_decay=decay))
-
-
 CASES = [
     Case(
-        "V01", "sigmoid MLP-10, Xavier, circles", partial(chain, task=circles, depth=10, activation=torch.sigmoid, weight=xavier()),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.layers.[0-4].*",),
-        mended=partial(chain, task=circles, depth=10, optimizer=sgd(0.05, momentum=0.9), **_relu_he), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V02", "tanh-20, N(0, 0.01), circles", partial(chain, task=circles, depth=20, activation=torch.tanh, weight=normal(0.01)),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.layers.[0-9].*",),
-        mended=partial(chain, task=circles, depth=20, activation=torch.tanh, weight=scaled(1.05), optimizer=sgd(0.03, momentum=0.9)),
-        kin=("dense", "sgd"),
-    ),
-    Case(
-        "V03", "ReLU-20, N(0, 0.05), templates", partial(chain, depth=20, width=64, weight=normal(0.05)),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.layers.[0-9].*",),
-        mended=partial(chain, depth=20, width=64, weight=he(), optimizer=adam(1e-3)), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V04", "sigmoid-8, Adam, templates: learns, but slowly",
-        partial(chain, depth=8, width=32, activation=torch.sigmoid, weight=xavier(), optimizer=adam(1e-3)),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.layers.[0-3].*",),
-        mended=partial(chain, depth=8, width=32, optimizer=adam(1e-3), **_relu_he), kin=("dense", "adam"),
-    ),
-    Case(
-        "V05", "tanh-6, all biases 4, templates", partial(chain, depth=6, activation=torch.tanh, weight=xavier(), bias=4.0),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.layers.[0-2].*",),
-        mended=partial(chain, depth=6, activation=torch.tanh, weight=xavier(), bias=0.0), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V06", "sigmoid-6, inputs times 100, circles",
-        partial(chain, task=partial(circles, scale=100.0), depth=6, activation=torch.sigmoid, weight=xavier()),
-        0.9, V, Cause.UNNORMALIZED_INPUT, ("net.layers.[0-2].*",),
-        also=(), mended=partial(chain, task=circles, depth=6, optimizer=sgd(0.1, momentum=0.9), **_relu_he), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V07", "hardtanh-30, N(0, 0.06), templates", partial(chain, depth=30, width=48, activation=F.hardtanh, weight=normal(0.06)),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.layers.[0-9].*", "net.layers.1[0-4].*"),
-        mended=partial(chain, depth=30, width=48, activation=F.hardtanh, weight=scaled(1.05), optimizer=adam(1e-3)),
-        kin=("dense", "sgd"),
-    ),
-    Case(
-        "V10", "10 convolutions, N(0, 0.02)", partial(convnet, depth=10, weight=normal(0.02)),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.convs.[0-4].*",),
-        mended=partial(convnet, depth=10, weight=he(), optimizer=adam(2e-3)), kin=("convolutional", "sgd"),
-    ),
-    Case(
-        "V11", "8 convolutions with sigmoid", partial(convnet, depth=8, activation=torch.sigmoid, weight=xavier()),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.convs.[0-3].*",),
-        mended=partial(convnet, depth=8, weight=he()), kin=("convolutional", "sgd"),
-    ),
-    Case(
-        "V12", "softsign-15 with torch's own initialisation", partial(chain, depth=15, activation=F.softsign),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.layers.[0-6].*",),
-        mended=partial(chain, depth=15, activation=F.softsign, weight=scaled(1.4), optimizer=adam(2e-3)), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V13", "erf-8, biases 2.5", partial(chain, depth=8, activation=torch.erf, weight=xavier(), bias=2.5),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.layers.[0-3].*",),
-        mended=partial(chain, depth=8, activation=torch.erf, weight=xavier(), bias=0.0), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V14", "softplus-8, biases -5", partial(chain, depth=8, activation=F.softplus, weight=xavier(), bias=-5.0),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.layers.[0-3].*",),
-        mended=partial(chain, depth=8, activation=F.softplus, weight=he(), bias=-0.7, optimizer=adam(1e-3)), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V15", "ReLU-20, N(0, 0.05), no biases: every weight starves alike",
-        partial(chain, depth=20, width=64, weight=normal(0.05), bias=0.0),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.*.weight",),
-        also=(Fault.STALLED,), why="homogeneous: the product of weight and gradient is the same in all layers, so none is worse",
-        mended=partial(chain, depth=20, width=64, weight=he(), bias=0.0, optimizer=adam(1e-3)), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V16", "deep linear net, 12 layers, N(0, 0.05)",
-        partial(chain, depth=12, activation=lambda x: x, weight=normal(0.05)),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.layers.[0-5].*",),
-        mended=partial(chain, depth=12, activation=lambda x: x, weight=scaled(1.0), optimizer=sgd(0.01)), kin=("dense", "sgd"),
-    ),
-    Case(
-        "V17", "one of two branches vanishes, the other learns", partial(_branches, sick=True),
-        0.8, V, Cause.SATURATING_ACTIVATION, ("net.left.layers.[0-4].*",),
-        mended=partial(_branches, sick=False), kin=("branches", "sgd"),
-    ),
-    Case(
-        "V18", "attention with huge logits: the softmax is saturated",
-        partial(transformer, tokens=False, pooled=True, sharpness=300.0, optimizer=sgd(0.1)),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.attention.*.q.*", "net.attention.*.k.*"),
-        mended=partial(transformer, tokens=False, pooled=True, optimizer=sgd(0.1)), kin=("transformer", "sgd"),
-    ),
-    Case(
-        "V19", "tanh-12 in front of three healthy layers",
-        touched(
+        "V01",
+        "sigmoid MLP-10, Xavier, circles",
+        **pair(
             chain,
-            lambda t: [layer.weight.mul_(0.15) for layer in list(t.net.layers)[:12]],
-            depth=15, activation=torch.tanh, weight=scaled(1.0),
+            sick={"activation": torch.sigmoid, "weight": xavier()},
+            mended=_relu_he,
+            task=circles,
+            depth=10,
+            optimizer=_momentum,
         ),
-        0.9, V, Cause.BAD_INITIALIZATION, ("net.layers.[0-9].*",),
-        mended=partial(chain, depth=15, activation=torch.tanh, weight=scaled(1.0)), kin=("dense", "sgd"),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.layers.[0-4].*",),
+        kin=("dense", "momentum"),
     ),
     Case(
-        "V20", "weight decay so large that all weights shrink to nothing", partial(_shrink, decay=1.0),
-        0.9, V, Cause.UNKNOWN, ("net.*.weight",), onset=50,
-        mended=partial(_shrink, decay=1e-4), kin=("dense", "sgd"),
+        "V02",
+        "tanh-20, N(0, 0.01), circles",
+        **pair(
+            chain,
+            sick={"weight": normal(0.01)},
+            mended={"weight": scaled(1.05)},
+            task=circles,
+            depth=20,
+            activation=torch.tanh,
+            optimizer=_momentum,
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.layers.[0-9].*",),
+        kin=("dense", "momentum"),
     ),
     Case(
-        "V21", "sigmoid-8 with Nesterov momentum",
-        partial(chain, task=templates, depth=8, activation=torch.sigmoid, weight=xavier(), optimizer=sgd(0.05, momentum=0.9, nesterov=True)),
-        0.9, V, Cause.SATURATING_ACTIVATION, ("net.layers.[0-3].*",),
-        mended=partial(chain, depth=8, optimizer=sgd(0.05, momentum=0.9, nesterov=True), **_relu_he), kin=("dense", "momentum"),
+        "V03",
+        "ReLU-20, N(0, 0.05), templates",
+        **pair(
+            chain,
+            sick={"weight": normal(0.05)},
+            mended={"weight": he()},
+            depth=20,
+            width=64,
+            optimizer=sgd(0.01, momentum=0.9),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.layers.[0-9].*",),
+        kin=("dense", "momentum"),
+    ),
+    Case(
+        "V04",
+        "sigmoid-8, Adam, templates: learns, but slowly",
+        **pair(
+            chain,
+            sick={"activation": torch.sigmoid, "weight": xavier()},
+            mended=_relu_he,
+            depth=8,
+            optimizer=adam(1e-3),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.layers.[0-3].*",),
+        kin=("dense", "adam"),
+    ),
+    Case(
+        "V05",
+        "tanh-6, all biases 4, templates",
+        **pair(
+            chain, sick={"bias": 4.0}, mended={"bias": 0.0}, depth=6, activation=torch.tanh, weight=xavier()
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.layers.[0-2].*",),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "V06",
+        "sigmoid-6, inputs times 100, circles",
+        **pair(
+            chain,
+            sick={"task": _wide_circles, "activation": torch.sigmoid, "weight": xavier()},
+            mended={"task": circles, **_relu_he},
+            depth=6,
+            optimizer=_momentum,
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.UNNORMALIZED_INPUT,
+        culprits=("net.layers.[0-2].*",),
+        kin=("dense", "momentum"),
+    ),
+    Case(
+        "V07",
+        "hardtanh-30, N(0, 0.06), templates",
+        **pair(
+            chain,
+            sick={"weight": normal(0.06)},
+            mended={"weight": scaled(1.05)},
+            depth=30,
+            width=48,
+            activation=F.hardtanh,
+            optimizer=sgd(0.01, momentum=0.9),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.layers.[0-9].*", "net.layers.1[0-4].*"),
+        kin=("dense", "momentum"),
+    ),
+    Case(
+        "V10",
+        "10 convolutions with GELU, N(0, 0.02)",
+        **pair(
+            convnet,
+            sick={"weight": normal(0.02)},
+            mended={"weight": he(1.1)},
+            depth=10,
+            activation=F.gelu,
+            optimizer=adam(2e-3),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.convs.[0-4].*",),
+        kin=("convolutional", "adam"),
+    ),
+    Case(
+        "V11",
+        "6 convolutions with sigmoid",
+        **pair(
+            convnet,
+            sick={"activation": torch.sigmoid, "weight": xavier()},
+            mended=_relu_he,
+            depth=6,
+            optimizer=sgd(0.03, momentum=0.9),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.convs.[0-2].*",),
+        kin=("convolutional", "momentum"),
+    ),
+    Case(
+        "V12",
+        "softsign-15 with torch's own initialisation",
+        **pair(
+            chain,
+            sick={},
+            mended={"weight": scaled(1.4)},
+            depth=15,
+            activation=F.softsign,
+            optimizer=sgd(0.03, momentum=0.9),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.layers.[0-6].*",),
+        kin=("dense", "momentum"),
+    ),
+    Case(
+        "V13",
+        "erf-8, biases 2.5",
+        **pair(
+            chain, sick={"bias": 2.5}, mended={"bias": 0.0}, depth=8, activation=torch.erf, weight=xavier()
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.layers.[0-3].*",),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "V14",
+        "softplus-8, biases -5",
+        **pair(
+            chain,
+            sick={"bias": -5.0, "weight": xavier()},
+            mended={"bias": -0.7, "weight": he()},
+            depth=8,
+            activation=F.softplus,
+            optimizer=adam(1e-3),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.layers.[0-3].*",),
+        kin=("dense", "adam"),
+    ),
+    Case(
+        "V15",
+        "leaky ReLU-12, N(0, 0.03), no biases: every weight starves alike",
+        **pair(
+            chain,
+            sick={"weight": normal(0.03)},
+            mended={"weight": he(0.96)},
+            depth=12,
+            width=64,
+            activation=_leaky,
+            bias=0.0,
+            optimizer=sgd(0.01, momentum=0.9),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.*.weight",),
+        also=(Fault.STALLED,),
+        why="homogeneous: weight times gradient is the same in all layers, so that none is worse than another",
+        kin=("dense", "momentum"),
+    ),
+    Case(
+        "V16",
+        "deep linear net, 12 layers, N(0, 0.05)",
+        **pair(
+            chain,
+            sick={"weight": normal(0.05)},
+            mended={"weight": scaled(1.0)},
+            depth=12,
+            activation=_identity,
+            optimizer=sgd(0.01),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.layers.[0-5].*",),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "V17",
+        "one of two branches vanishes, the other learns",
+        **pair(_branches, sick={"sick": True}, mended={"sick": False}),
+        level=0.8,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.left.layers.[0-4].*",),
+        kin=("branches", "sgd"),
+    ),
+    Case(
+        "V18",
+        "attention whose queries and keys are 30 times too large: the softmax is saturated",
+        build=touched(transformer, _sharpen, **_attention),
+        mended=partial(transformer, **_attention),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.attention.*.q.*", "net.attention.*.k.*"),
+        kin=("transformer", "adam"),
+    ),
+    Case(
+        "V19",
+        "tanh-12 in front of three healthy layers",
+        build=touched(chain, _weaken, **_tanh_15),
+        mended=partial(chain, **_tanh_15),
+        level=0.9,
+        fault=V,
+        cause=Cause.BAD_INITIALIZATION,
+        culprits=("net.layers.[0-9].*",),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "V20",
+        "weight decay so large that all weights shrink to nothing",
+        **pair(
+            chain,
+            sick={"optimizer": sgd(0.05, weight_decay=1.0)},
+            mended={"optimizer": sgd(0.05, weight_decay=1e-4)},
+            depth=6,
+            activation=_leaky,
+            weight=he(),
+            bias=0.0,
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.UNKNOWN,
+        culprits=("net.*.weight",),
+        onset=50,
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "V21",
+        "sigmoid-8 with Nesterov momentum, four in accumulation",
+        **pair(
+            chain,
+            sick={"activation": torch.sigmoid, "weight": xavier()},
+            mended=_relu_he,
+            depth=8,
+            batch_size=16,
+            optimizer=sgd(0.02, momentum=0.9, nesterov=True),
+        ),
+        level=0.9,
+        fault=V,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.layers.[0-3].*",),
+        trainer=partial(dict, accumulate_grad_batches=4),
+        kin=("dense", "momentum", "accumulation"),
     ),
 ]

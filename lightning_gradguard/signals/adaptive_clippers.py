@@ -33,12 +33,9 @@ EXACT, BINS = 2048, 0x7F80
 
 
 class AutoClipState(NamedTuple):
-    """Norms seen.
+    """Norms seen: how many, int64 []; the first of them, float32 [EXACT], inf where there is none yet.
 
-    Attributes:
-        seen: int64 [], how many.
-        first: float32 [EXACT], the first of them; inf where there is none yet.
-        bins: int32 [BINS], how many of them all round to each bfloat16 number.
+    And ``bins``, int32 [BINS]: how many of them all round to each bfloat16 number.
     """
 
     seen: Tensor
@@ -74,12 +71,8 @@ class AutoClip:
     def init(self, stats: GradStats) -> Any:
         """An empty history."""
         included_names(stats.layout.names, self.exclude)
-        device = stats.norms.device
-        return AutoClipState(
-            seen=torch.zeros((), dtype=torch.int64, device=device),
-            first=torch.full((EXACT,), math.inf, device=device),
-            bins=torch.zeros(BINS, dtype=torch.int32, device=device),
-        )
+        bins = torch.zeros(BINS, dtype=torch.int32, device=stats.norms.device)
+        return AutoClipState(bins[0].to(torch.int64), stats.norms.new_full((EXACT,), math.inf), bins)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
         """Adds the norm to the history, then compares it with the percentile."""

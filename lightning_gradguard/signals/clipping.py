@@ -193,7 +193,7 @@ def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
             multiplier = picked.reshape([-1] + [1] * (target.ndim - 1))
         else:
             multiplier = multiplier.reshape(())
-    # A 0-d multiplier would first be rounded to half precision, where a strong clip becomes zero.
+    # An accelerator rounds a 0-d multiplier to half precision first, where a strong clip becomes zero.
     if multiplier.ndim == 0 and target.dtype in (torch.float16, torch.bfloat16):
         multiplier = multiplier.reshape([1] * target.ndim)
     return target, multiplier

@@ -102,7 +102,7 @@ class GradStats:
         updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
         dead: float32 [P], share of output rows with an all-zero gradient at the newest sampled step.
         lost: float32 [P], share of a half-precision gradient lost to its dtype, likewise.
-        updated: Whether ``updates`` is new at this step.
+        sampled_steps: Steps that a new sample of ``updates`` stands for; 0 where it is an old one.
         resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant.
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
         unused: Bool [P], trainable tensors that took no part in the forward pass.
@@ -132,7 +132,7 @@ class GradStats:
     unused: Tensor
     recurrent: Tensor
     time_tilt: Tensor
-    updated: bool = False
+    sampled_steps: int = 0
     resting: bool = False
     trends: Trends | None = None
 

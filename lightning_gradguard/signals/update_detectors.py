@@ -18,23 +18,24 @@ class UpdateRatio:
     """Flags layers whose applied update is too large a part of their weight.
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
-    eighth; raised when a layer exceeds the limit in ``samples`` of them running.
+    eighth; raised when a layer exceeds the limit in all samples of ``steps`` steps, and the loss, if given, makes
+    no progress: a first step or two may be large.
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is usual.
-        samples: Samples in a row.
+        steps: Steps for which it has to hold.
 
     Source: CS231n notes, "ratio of weights:updates".
     """
 
     limit: float = 0.1
-    samples: int = 3
+    steps: int = 8
     fault: ClassVar[Fault] = Fault.OVERSIZED_UPDATE
     measures: ClassVar[tuple[str, ...]] = ("applied update over weight",)
 
     def __post_init__(self) -> None:
         positive("limit", self.limit)
-        above("samples", self.samples, 0)
+        above("steps", self.steps, 0)
 
     def init(self, stats: GradStats) -> Held:
         """Nothing held yet."""
@@ -43,11 +44,13 @@ class UpdateRatio:
     def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
         """Judges one step."""
         large = (stats.updates > self.limit) & layer_mask(stats)
-        held = torch.where(large, state.steps + float(stats.updated), 0.0)
-        found = held >= self.samples
+        held = torch.where(large, state.steps + float(stats.sampled_steps), 0.0)
+        found = held >= self.steps
+        trends = trends_of(stats)
+        still = trends.stuck | trends.loss.isnan()
         score = torch.where(found, stats.updates, -torch.inf)
         value = torch.where(layer_mask(stats), torch.nan_to_num(stats.updates), 0.0).max()
-        return reading(stats, found.any(), value, self.limit, score=score), Held(held)
+        return reading(stats, found.any() & still, value, self.limit, score=score), Held(held)
 
 
 @dataclass(frozen=True)

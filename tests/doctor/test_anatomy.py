@@ -175,6 +175,16 @@ def test_what_counts_as_a_skip_connection(join, skips):
     assert dissect(loss, {"f": first.weight, "l": layer.weight}).skips == skips
 
 
+@pytest.mark.parametrize("join", [lambda a, b: a + b, lambda a, b: b + a])
+def test_the_longest_path_is_found_whichever_way_is_walked_first(join):
+    first = nn.Linear(4, 4)
+    h = first(torch.randn(3, 4))
+    loss = join(h.sin().cos().exp(), h.tanh()).sum()
+    anatomy = dissect(loss, {"w": first.weight})
+    # Sum, addition, tanh, product, transposition, leaf; and three in the place of tanh.
+    assert (anatomy.shortest["w"], anatomy.longest["w"]) == (6, 8)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_unrolled_rnn_is_recurrent(bias):
     model = Recurrent(nn.RNN(3, 8, batch_first=True, bias=bias))
@@ -222,12 +232,13 @@ def test_gated_layers_are_recurrent_on_this_machine_too(layer):
     assert "head.weight" not in anatomy.recurrent
 
 
-def test_one_layer_applied_side_by_side_is_not_recurrent():
-    model = sigmoids(3)
+@pytest.mark.parametrize("depth", [3, 12])
+def test_layers_applied_side_by_side_are_not_recurrent(depth):
+    model = sigmoids(depth)
     loss = sum(model(torch.randn(3, 4)).sum() for _ in range(12))
     anatomy = dissect(loss, named(model))
     assert not anatomy.recurrent
-    assert anatomy.products == 3
+    assert anatomy.products == depth
 
 
 def test_low_rank_adapters_of_a_frozen_model_are_not_recurrent():

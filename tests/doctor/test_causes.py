@@ -69,7 +69,8 @@ def test_sigmoids_and_their_weights_account_for_the_whole_tilt(lab, depth):
     model = lab.mlp(depth, 64, nn.Sigmoid)
     case = lab.train(model, lab.cross_entropy, sgd(model), STEPS, Fault.VANISHING)
     diagnosis = diagnose(case)
-    assert diagnosis.causes[:2] == (Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION)
+    # The depth itself would account for less than a tenth, and is not worth a line.
+    assert diagnosis.causes == (Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION)
     slopes, weights = (depth - 1) * math.log10(4), -case.excess_gain * depth
     assert slopes + weights == pytest.approx(case.tilt, rel=0.15)
     assert f"{depth - 1} sigmoid activations" in diagnosis.evidence[Cause.SATURATING_ACTIVATION]

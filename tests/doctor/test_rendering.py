@@ -184,6 +184,13 @@ def test_sentences_say_the_same_in_markdown(text):
     assert shown(item) == expected
 
 
+def test_markdown_is_safe_where_html_is_not_taken_out():
+    """GitHub keeps some HTML; between code spans no tag and no entity may be left."""
+    sentence = "a <b> c & `<d>` <script>"
+    marked = dataclasses.replace(DIAGNOSIS, signs=(sentence,)).to_markdown()
+    assert "- a &lt;b> c &amp; `<d>` &lt;script>\n" in marked
+
+
 def test_the_page_needs_nothing_from_elsewhere():
     page = Reader(DIAGNOSIS.to_html())
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}

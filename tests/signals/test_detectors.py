@@ -8,29 +8,33 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gradguard.parts import default_detectors
 from lightning_gradguard.signals import pipeline
-from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike
+from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike, TimeTilt
+from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
+from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
 from lightning_gradguard.signals.stats import Layout, measure, weight_norms
 from lightning_gradguard.verdicts.faults import Fault
 
-DETECTORS = [NonFinite(), DepthTilt(), Exploding(), Spike()]
+DETECTORS = default_detectors()
 
 
 class Stream:
-    """Gradients set by hand, judged by some detectors."""
+    """Gradients set by hand, judged by some detectors; ``facts`` overrides what is measured otherwise."""
 
     def __init__(self, *detectors, layers=6, device="cpu"):
         self.detectors = detectors
         self.weights = {f"w{i}": nn.Parameter(torch.ones(4, 4, device=device)) for i in range(layers)}
         self.layout = Layout.of(self.weights)
-        self.updates = torch.full((layers,), 1e-9, device=device)
+        self.updates = torch.full((layers,), 1e-3, device=device)
         self.states = None
 
-    def feed(self, norms, loss=1.0):
+    def feed(self, norms, loss=1.0, **facts):
         for weight, norm in zip(self.weights.values(), norms, strict=True):
             weight.grad = None if norm is None else torch.full_like(weight, norm / 4)
         loss = None if loss is None else torch.tensor(float(loss))
         stats = measure(self.layout, weight_norms(self.layout), self.updates, loss)
+        stats = dataclasses.replace(stats, **facts)
         if self.states is None:
             self.states = pipeline.init(stats, self.detectors, None)
         outcome, new = pipeline.advance(stats, self.states, self.detectors, None)
@@ -126,7 +130,6 @@ def test_tilt_is_silent_while_the_loss_falls():
 
 def test_tilt_is_mild_while_the_layers_still_move():
     stream = Stream(DepthTilt())
-    stream.updates = torch.full((6,), 1e-3)
     assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 1
     stream.updates = torch.full((6,), 1e-8)
     assert stream.feed(vanishing(8))[0].ceiling == 2
@@ -187,8 +190,106 @@ def test_a_wiggle_of_a_deterministic_run_is_no_spike():
         (DepthTilt, {"limit": 2.0}, "limit must be a finite number above 2.5, got 2.0"),
         (DepthTilt, {"clear": -1.0}, "clear must be positive"),
         (DepthTilt, {"moving": math.inf}, "moving must be positive"),
+        (TimeTilt, {"limit": 0}, "limit must be positive"),
+        (DeadUnits, {"limit": 1.5}, "limit must be above 0 and at most 1, got 1.5"),
+        (DeadUnits, {"steps": 0}, "steps must be a finite number above 0"),
+        (Disconnected, {"steps": -1}, "steps must be"),
+        (Underflow, {"limit": 0}, "limit must be above 0"),
+        (UpdateRatio, {"limit": -0.1}, "limit must be positive"),
+        (UpdateRatio, {"steps": 0}, "steps must be"),
+        (Stalled, {"limit": math.nan}, "limit must be positive"),
     ],
 )
 def test_wrong_arguments(kind, arguments, words):
     with pytest.raises(ValueError, match=words):
         kind(**arguments)
+
+
+def mask(*indices, layers=6):
+    return torch.tensor([i in indices for i in range(layers)])
+
+
+def test_disconnected_after_forty_steps_without_a_gradient():
+    stream = Stream(Disconnected())
+    seen = [stream.feed([None, None, 1.0, 1.0, 1.0, 1.0], cut=mask(0, 1))[0] for _ in range(50)]
+    assert [bool(r.raised) for r in seen].index(True) == 39
+    assert seen[-1].value == 2
+    assert seen[-1].ceiling == 2
+    assert torch.topk(seen[-1].score, 2).indices.tolist() == [1, 0]
+
+
+def test_a_part_that_has_its_turn_now_and_then_is_not_disconnected():
+    stream = Stream(Disconnected())
+    for step in range(200):
+        norm = 1.0 if step % 30 == 0 else None
+        assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
+
+
+def test_an_unused_part_is_only_mentioned():
+    stream = Stream(Disconnected())
+    seen = [stream.feed([None, 1.0, 1.0, 1.0, 1.0, 1.0], unused=mask(0))[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 0
+    assert seen.measure == 1
+
+
+def test_dead_units_need_ninety_per_cent_for_twenty_steps_and_no_progress():
+    shares = torch.tensor([0.0, 0.95, 0.95, 0.5, 0.0, 0.0])
+    stream = Stream(DeadUnits())
+    seen = [stream.feed([1.0] * 6, dead=shares)[0] for _ in range(30)]
+    assert [bool(r.raised) for r in seen].index(True) == 19
+    assert torch.topk(seen[-1].score, 2).indices.tolist() == [2, 1]
+    learning = Stream(DeadUnits())
+    assert not any(learning.feed([1.0] * 6, 0.97**s, dead=shares)[0].raised for s in range(60))
+    half = Stream(DeadUnits())
+    assert not any(half.feed([1.0] * 6, dead=shares / 2)[0].raised for s in range(60))
+
+
+def test_underflow_is_judged_by_the_output_layer():
+    early, late = torch.tensor([1.0] * 5 + [0.2]), torch.tensor([0.0] * 5 + [1.0])
+    stream = Stream(Underflow())
+    assert not any(stream.feed([1.0] * 6, lost=early)[0].raised for _ in range(30))
+    raised = [bool(stream.feed([1.0] * 6, lost=late)[0].raised) for _ in range(12)]
+    assert raised.index(True) == 9
+    assert not any(Stream(Underflow()).feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
+
+
+def test_oversized_updates_must_go_on():
+    large = torch.tensor([1e-3] * 5 + [0.5])
+    stream = Stream(UpdateRatio())
+    raised = [bool(stream.feed([1.0] * 6, updates=large, sampled_steps=1)[0].raised) for _ in range(12)]
+    assert raised.index(True) == 7
+    first = Stream(UpdateRatio())
+    for step in range(40):
+        facts = {
+            "updates": large if step < 3 else large / 10,
+            "sampled_steps": 1 if step < 8 else 8 * (step % 8 == 0),
+        }
+        assert not first.feed([1.0] * 6, **facts)[0].raised
+
+
+def test_oversized_updates_are_none_while_the_loss_falls():
+    stream = Stream(UpdateRatio())
+    large = torch.full((6,), 0.5)
+    seen = [stream.feed([1.0] * 6, 0.9**s, updates=large, sampled_steps=1)[0] for s in range(60)]
+    assert not any(r.raised for r in seen[20:])
+
+
+def test_stalled_unless_the_learning_rate_rests():
+    stream = Stream(Stalled())
+    still = torch.full((6,), 1e-9)
+    raised = [bool(stream.feed([1.0] * 6, updates=still)[0].raised) for _ in range(60)]
+    assert raised.index(True) == 29
+    assert not stream.feed([1.0] * 6, updates=still, resting=True)[0].raised
+    assert not stream.feed([1.0] * 6, updates=still * 1e4)[0].raised
+
+
+def test_time_tilt_keeps_the_newest_answer():
+    stream = Stream(TimeTilt())
+    unknown, steep = torch.tensor(math.nan), torch.tensor(16.0)
+    assert not stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
+    seen = stream.feed([1.0] * 6, time_tilt=steep, recurrent=mask(2))[0]
+    assert seen.raised
+    assert seen.score.argmax() == 2
+    assert stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
+    assert not stream.feed([1.0] * 6, time_tilt=torch.tensor(3.0))[0].raised

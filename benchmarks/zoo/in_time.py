@@ -1,0 +1,69 @@
+"""Gradients that vanish over the steps of a sequence: V08 of DETECTION.md, and more."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.models import orthogonal
+from benchmarks.zoo.recipes import pair, recurrent
+from benchmarks.zoo.sequences import recall
+from lightning_gradguard import Cause, Fault
+
+_sixty = partial(recall, length=60)
+
+CASES = [
+    Case(
+        "V08",
+        "tanh RNN, W = 0.5 orthogonal, 60 steps, recall the first token",
+        **pair(
+            recurrent,
+            sick={"recurrent": orthogonal(0.5)},
+            mended={"recurrent": orthogonal()},
+            kind=nn.RNN,
+            task=_sixty,
+            width=32,
+        ),
+        level=0.8,
+        fault=Fault.VANISHING_IN_TIME,
+        cause=Cause.RECURRENCE,
+        culprits=("net.rnn.*",),
+        kin=("recurrent", "adam"),
+    ),
+    Case(
+        "V22",
+        "tanh RNN with torch's own initialisation, 60 steps, recall the first token",
+        **pair(
+            recurrent,
+            sick={},
+            mended={"recurrent": orthogonal()},
+            kind=nn.RNN,
+            task=_sixty,
+            width=32,
+        ),
+        level=0.8,
+        fault=Fault.VANISHING_IN_TIME,
+        cause=Cause.RECURRENCE,
+        culprits=("net.rnn.*",),
+        kin=("recurrent", "adam"),
+    ),
+    Case(
+        "V23",
+        "LSTM that forgets: forget-gate bias -4, 40 steps",
+        **pair(
+            recurrent,
+            sick={"forget": -4.0},
+            mended={"forget": 3.0},
+            kind=nn.LSTM,
+            task=partial(recall, length=40),
+            width=32,
+        ),
+        level=0.8,
+        fault=Fault.VANISHING_IN_TIME,
+        cause=Cause.RECURRENCE,
+        culprits=("net.rnn.*",),
+        kin=("recurrent", "adam"),
+    ),
+]

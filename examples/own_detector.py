@@ -1,0 +1,47 @@
+"""A detector of one's own in under twenty lines: it flags a single tensor that has nearly all of the gradient.
+
+    python examples/own_detector.py
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lightning_gradguard import Fault, GradientWarning, Guard
+from lightning_gradguard.signals.reading import Nothing, reading
+
+
+@dataclass(frozen=True)
+class Lopsided:
+    """Raised when one tensor holds more than ``limit`` of the squared global norm."""
+
+    limit: float = 0.8
+    fault: ClassVar[Fault] = Fault.EXPLODING
+    measures: ClassVar[tuple[str, ...]] = ("share of one tensor in the squared gradient norm",)
+
+    def init(self, stats):
+        return Nothing()
+
+    def update(self, stats, state):
+        shares = (stats.norms / stats.total) ** 2
+        return reading(stats, shares.max() > self.limit, shares.max(), self.limit, score=shares), state
+
+
+def main() -> tuple:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    nn.init.constant_(model[1].weight, 100.0)
+    guard = Guard(model.named_parameters(), detectors=[Lopsided()])
+    loss = model(torch.randn(16, 8)).square().mean()
+    loss.backward()
+    report = guard.step(loss=loss)
+    print(*report.findings)
+    return report.findings
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", GradientWarning)
+    main()
