@@ -1,6 +1,6 @@
 """Image classification with Lightning: histograms, heat map and adaptive clipping from two callbacks.
 
-    python examples/digits.py && tensorboard --logdir runs
+python examples/digits.py && tensorboard --logdir runs
 """
 
 import lightning as L

@@ -1,6 +1,6 @@
 """A detector of one's own in under twenty lines: it flags a single tensor that has nearly all of the gradient.
 
-    python examples/own_detector.py
+python examples/own_detector.py
 """
 
 import warnings

@@ -1,6 +1,6 @@
 """`Guard` in a plain torch loop: one batch in twenty is corrupt, and the training does not notice.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import math

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from lightning_gradguard.signals.detectors import Exploding as Exploding
     from lightning_gradguard.signals.detectors import NonFinite as NonFinite
     from lightning_gradguard.signals.detectors import Spike as Spike
+    from lightning_gradguard.signals.detectors import TimeTilt as TimeTilt
     from lightning_gradguard.signals.spike_clip import SpikeClip as SpikeClip
     from lightning_gradguard.signals.starvation_detectors import DeadUnits as DeadUnits
     from lightning_gradguard.signals.starvation_detectors import Disconnected as Disconnected
-    from lightning_gradguard.signals.update_detectors import Stalled as Stalled
-    from lightning_gradguard.signals.detectors import TimeTilt as TimeTilt
     from lightning_gradguard.signals.starvation_detectors import Underflow as Underflow
+    from lightning_gradguard.signals.update_detectors import Stalled as Stalled
     from lightning_gradguard.signals.update_detectors import UpdateRatio as UpdateRatio
     from lightning_gradguard.verdicts.faults import Fault as Fault
     from lightning_gradguard.verdicts.faults import Finding as Finding

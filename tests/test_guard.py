@@ -277,7 +277,7 @@ def test_a_resumed_run_judges_and_clips_exactly_as_the_uninterrupted_one(clipper
 def test_a_state_of_another_model_is_refused_and_changes_nothing():
     guard, other = Guard(network().named_parameters()), Guard(network(depth=4).named_parameters())
     before = repr(guard.state_dict())
-    with pytest.raises(ValueError, match="same parameters.*start the guard afresh"):
+    with pytest.raises(ValueError, match=r"same parameters.*start the guard afresh"):
         guard.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="same detectors and clipper"):
         guard.load_state_dict(Guard(network().named_parameters(), clipper=SpikeClip()).state_dict())
@@ -492,7 +492,7 @@ def test_wrappers_are_stripped_from_names_and_tied_weights_count_once():
     model[2].weight = model[0].weight
     guard = Guard((f"_orig_mod.{n}", p) for n, p in model.named_parameters())
     report = guard.step(loss=backward(model, 0))
-    assert list(report.norms)[0] == "0.weight"
+    assert next(iter(report.norms)) == "0.weight"
     assert "2.weight" not in report.norms
 
 

@@ -44,7 +44,9 @@ ROOMS = {
     "facts": {"torch", "signals.stats", "verdicts", "doctor.case", "watch", "mailbox"},
     "parts": {"signals", "verdicts"},
     "checkpoint": {"signals"},
-    "guard": {"torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts", "checkpoint"},
+    "guard": {
+        "torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts", "checkpoint",
+    },
     "callbacks": {
         "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",
         "mailbox", "lag", "parts", "spy", "watch",

@@ -91,7 +91,8 @@ class Facts(L.Callback):
         """The facts in numbers, from the onset on unless it says otherwise.
 
         ``gap``: decades by which the culprits' relative gradients lie below those of the best fed layer.
-        ``loss_growth``: largest running mean of the loss over its start. ``jump``: norm at the onset over the median
+        ``loss_growth``: largest running mean of the loss over its start. ``rise``: decades by which the first layer's
+        relative gradient lies above the last one's. ``jump``: norm at the onset over the median
         of the fifty before. ``dead_share``: mean share of zero rows in the culprits, over the last fifty steps.
         """
         onset = self.case.onset
@@ -113,15 +114,20 @@ class Facts(L.Callback):
             "nonfinite_step": self.nonfinite,
             "gap": _decades(max(relative.values(), default=0.0), _middle(culprits)) if culprits else None,
             "relative_gradient": _middle(culprits) if culprits else None,
-            "largest_update": sorted(self.ratios)[-2] if len(self.ratios) > 1 else None,
+            "largest_update": max((r for r in self.ratios if math.isfinite(r)), default=None),
             "usual_update": _middle(self.median_ratios[:WINDOW]) if self.median_ratios else None,
             "dead_share": max(rows, default=0.0),
             "silent": len(silent) / max(1, sum(self.case.is_culprit(n) for n in owned | set(self._relative))),
             "zero_share_at_output": _mean(self._zeros[:WINDOW]) if self._zeros else None,
+            "rise": self._rise(relative),
             "jump": _ratio(self.norms[onset], _middle(before))
             if before and len(self.norms) > onset
             else None,
         }
+
+    def _rise(self, relative: dict[str, float]) -> float | None:
+        layers = [relative[n] for n, p in self._watched if p.ndim >= 2 and relative.get(n, 0.0) > 0]
+        return _decades(layers[0], layers[-1]) if len(layers) > 1 else None
 
     def _growth(self) -> float | None:
         if len(self.losses) < 10:

@@ -99,7 +99,7 @@ class Critic(Training):
 
     def __init__(self, seed: int, *, bounded: bool) -> None:
         task = cloud(seed, far=3.0)
-        super().__init__(nn.Identity(), task, rmsprop(5e-3 if not bounded else 5e-3), seed=seed)
+        super().__init__(nn.Identity(), task, rmsprop(5e-3), seed=seed)
         self.critic = Chain(2, 1, depth=4, weight=he())
         self.bounded = bounded
 

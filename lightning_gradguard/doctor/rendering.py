@@ -117,17 +117,13 @@ def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
     except ImportError:
         print(diagnosis, file=file)
         return
-    console = Console(file=file, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        print(diagnosis, file=file)
-        return
     # Built as a Text, so that a name such as "[red]" is not read as markup.
     text = Text(to_text(diagnosis))
     text.highlight_regex(r"\A[^\n]*(\n[^\n]+)*", "bold red")
     text.highlight_regex(r"(?m)^(Signs|Causes, most likely first|Remedies, best first)\b", "bold")
     text.highlight_regex(r"`[^`]*`", "cyan")
     text.highlight_regex(r"(?m)^ {7}.*$", "green")
-    console.print(text)
+    Console(file=file, highlight=False, soft_wrap=True).print(text)
 
 
 def _remedy_table(remedies: tuple[Remedy, ...]) -> list[str]:

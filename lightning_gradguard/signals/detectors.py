@@ -1,4 +1,6 @@
-"""Detectors of gradients that vanish, explode or are not finite: each turns one step's statistics into a `Reading`; pure `init` and `update`, no host read.
+"""Detectors of gradients that vanish, explode or are not finite.
+
+Each turns one step's statistics into a `Reading`, by pure `init` and `update`, without a host read.
 
 A detector is a frozen dataclass with a ``fault``, ``measures``, ``init(stats) -> state`` and
 ``update(stats, state) -> (Reading, state)``, where the state is a NamedTuple of tensors, possibly empty.

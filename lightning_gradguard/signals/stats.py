@@ -202,6 +202,7 @@ def unit_norms(tensor: Tensor) -> Tensor:
     stored = dense(tensor)
     dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
     dims = list(range(1, stored.ndim)) if stored.ndim > 1 else None
+    stored = stored.abs() if stored.is_complex() else stored  # refuses a real dtype argument
     norms: Tensor = torch.linalg.vector_norm(stored, dim=dims, keepdim=dims is not None, dtype=dtype)
     return norms
 

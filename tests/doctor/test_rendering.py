@@ -148,6 +148,9 @@ def test_names_break_out_of_no_form(name):
     }
     assert rendered.count("<td") == 2 * 3
     assert rendered.count("<li") == 2 + 2
+    # GitHub ends a cell at a bar even inside a code span.
+    rows = [line for line in diagnosis.to_markdown().splitlines() if line.startswith("| ")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4] * 4
 
 
 @given(name=st.text(min_size=1, max_size=20))

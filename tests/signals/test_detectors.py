@@ -12,8 +12,8 @@ from lightning_gradguard.parts import default_detectors
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike, TimeTilt
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
-from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
 from lightning_gradguard.signals.stats import Layout, measure, weight_norms
+from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
 from lightning_gradguard.verdicts.faults import Fault
 
 DETECTORS = default_detectors()
