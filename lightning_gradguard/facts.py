@@ -11,23 +11,26 @@ from torch import Tensor
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.signals.stats import GradStats, weight_norms
-from lightning_gradguard.verdicts.faults import Finding
+from lightning_gradguard.verdicts.faults import Fault, Finding
 from lightning_gradguard.watch import Watch
 
 if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
 
 
-def gather(guard: Guard, stats: GradStats, finding: Finding) -> Case:
+def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = None) -> Case:
     """The facts of the step of a critical finding, tensors from input to output.
 
     Args:
         guard: What judged it.
         stats: The step's statistics.
         finding: What is critical.
+        batch: What the loss was computed from, if known.
     """
     watch, letter = guard.watch, guard.letter
     assert letter is not None
+    calm = guard.calm or letter
+    rms, bad_rows = _look_at(batch)
     layout, order = watch.layout, watch.layout.order
     settings = _settings(watch)
     return Case(
@@ -40,9 +43,13 @@ def gather(guard: Guard, stats: GradStats, finding: Finding) -> Case:
         findings=guard.findings,
         initial_weight_norms=_pick(watch.initial_weights, order),
         anatomy=watch.anatomy,
-        tilt=None if math.isnan(letter.tilt) else letter.tilt,
-        loss_start=letter.loss_start,
-        loss_now=letter.loss_mean,
+        tilt=_known(calm.tilt),
+        time_tilt=_known(
+            next((s.value for s in calm.sights if s.fault == Fault.VANISHING_IN_TIME), math.nan)
+        ),
+        has_loss=stats.has_loss,
+        loss_start=calm.loss_start,
+        loss_now=calm.loss_mean,
         loss_last=letter.loss,
         optimizer="" if watch.optimizer is None else type(watch.optimizer).__name__,
         learning_rates=tuple(float(group["lr"]) for group in settings if "lr" in group),
@@ -51,7 +58,37 @@ def gather(guard: Guard, stats: GradStats, finding: Finding) -> Case:
         steps=guard.counts["judged"],
         clipper="" if guard.clipper is None else repr(guard.clipper),
         policy=repr(guard.policy),
+        input_rms=rms,
+        bad_rows=bad_rows,
     )
+
+
+def _look_at(batch: object) -> tuple[float | None, tuple[int, ...] | None]:
+    """Root mean square of the batch's first floating-point tensor, and rows with a non-finite element in any.
+
+    (None, None) where the batch is unknown or holds no such tensor.
+    """
+    tensors = [t.detach() for t in _tensors(batch) if t.is_floating_point() and t.ndim and t.numel()]
+    if not tensors:
+        return None, None
+    squares = tensors[0].float().square()
+    rms = read(squares[squares.isfinite()].mean().sqrt().reshape(1))[0]
+    bad = {
+        int(i) for t in tensors for i in read((~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten())
+    }
+    return _known(rms), tuple(sorted(bad))
+
+
+def _tensors(batch: object) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _pick(vector: Tensor, order: Sequence[int]) -> tuple[float, ...]:

@@ -40,6 +40,7 @@ class Posted(NamedTuple):
     has_loss: bool
     scaled: bool
     outcome: pipeline.Outcome
+    batch: object
 
 
 class Guard:
@@ -90,6 +91,7 @@ class Guard:
         self.watch = Watch(named_parameters, optimizer, usage)
         self.report: Report | None = None
         self.letter: Letter | None = None
+        self.calm: Letter | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
         self.judge = Judge(self.policy, index)
@@ -113,6 +115,7 @@ class Guard:
         scaler: torch.amp.GradScaler | None = None,
         graph: Tensor | None = None,
         step: int | None = None,
+        batch: object = None,
     ) -> Report:
         """Judges the gradients that lie on the parameters, clips them, or removes them where the step is bad.
 
@@ -123,6 +126,7 @@ class Guard:
             scaler: The gradient scaler in use; gradients are unscaled if that has not been done.
             graph: Tensor whose autograd graph shows the order of layers; ``loss`` when None.
             step: Number of this step in reports; steps judged so far when None.
+            batch: What the loss was computed from; looked at only when something critical is found.
 
         Returns:
             The report of this step; ``skip`` says that ``optimizer.step()`` must not be called. The gradients have
@@ -144,7 +148,7 @@ class Guard:
         if self.states is None:
             self.states = pipeline.init(stats, self.detectors, self.clipper)
         outcome, states = pipeline.advance(stats, self.states, self.detectors, self.clipper)
-        posted = Posted(number, loss is not None, scaler is not None, outcome)
+        posted = Posted(number, loss is not None, scaler is not None, outcome, None if self._lag else batch)
         answer = self._mailbox.exchange(pack(outcome, None if scaler is None else scaler._scale), posted)
         if self._lag:
             return self._late(outcome, states, answer)
@@ -215,6 +219,7 @@ class Guard:
             clipping=self.clipper is not None,
         )
         self.report, self._halt = verdict.report, verdict.halt
+        self.calm = self.letter if self.letter.finite else self.calm
         self.counts["judged"] += 1
         self.counts["clipped"] += 0 < self.report.scale < 1
         self.counts["skipped"] += self.report.skip
@@ -225,7 +230,8 @@ class Guard:
                 _say(str(finding))
         grave = [f for f in self.report.findings if f.severity == Severity.CRITICAL]
         if grave:
-            self.diagnosis = diagnose(facts.gather(self, posted.outcome.stats, verdict.halt or grave[0]))
+            finding = verdict.halt or grave[0]
+            self.diagnosis = diagnose(facts.gather(self, posted.outcome.stats, finding, posted.batch))
         return self.report
 
     def _raise_if_halted(self, step: int) -> None:

@@ -45,7 +45,8 @@ ROOMS = {
     "parts": {"signals", "verdicts"},
     "checkpoint": {"signals"},
     "guard": {
-        "torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts", "checkpoint",
+        "torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts",
+        "checkpoint",
     },
     "callbacks": {
         "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",

@@ -106,12 +106,12 @@ CASES = [
     ),
     Case(
         "D03",
-        "ReLU-5, inputs |x| times 5, learning rate 0.5",
+        "ReLU-2, inputs |x| times 5, learning rate 0.5",
         **pair(
             chain,
             sick={"task": partial(_absolute, factor=5.0), "optimizer": sgd(0.5)},
-            mended={"task": partial(_absolute, factor=1.0), "optimizer": sgd(0.03)},
-            depth=5,
+            mended={"task": partial(_absolute, factor=1.0), "optimizer": sgd(0.1)},
+            depth=2,
         ),
         level=0.8,
         fault=DEAD,

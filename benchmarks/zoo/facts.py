@@ -156,7 +156,7 @@ def bears_out(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:
             facts["nonfinite_step"] is not None
             or _at_least(facts["loss_growth"], 3.0)
             or _at_least(facts["norm_growth"], 10.0)
-            or _at_least(facts.get("rise"), 2.0)
+            or _at_least(facts.get("rise"), 0.9)
         ),
         Fault.SPIKE: lambda: _at_least(facts["jump"], 10.0),
         Fault.OVERSIZED_UPDATE: lambda: _at_least(facts["largest_update"], 0.1),

@@ -39,7 +39,7 @@ class Adversarial(Training):
     Args:
         saturating: The generator minimises log(1 - D), whose gradient vanishes when D is sure.
         detach: The generator's step sees detached samples: the classic mistake.
-        rounds: Steps of the discriminator for one of the generator.
+        head_start: Steps of the discriminator before the generator's first.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Adversarial(Training):
         far: float = 1.5,
         saturating: bool = False,
         detach: bool = False,
-        rounds: int = 1,
+        head_start: int = 0,
         generator_optimizer: MakeOptimizer | None = None,
     ) -> None:
         task = cloud(seed, far=far)
@@ -57,7 +57,7 @@ class Adversarial(Training):
         super().__init__(generator, task, generator_optimizer or adam(2e-3, betas=(0.5, 0.99)), seed=seed)
         self.generator = generator
         self.discriminator = Chain(2, 1, depth=2, weight=he(), activation=lambda x: F.leaky_relu(x, 0.2))
-        self.saturating, self.detach, self.rounds = saturating, detach, rounds
+        self.saturating, self.detach, self.head_start = saturating, detach, head_start
         self.automatic_optimization = False
         del self.net
         self.noise = Generator().manual_seed(seed)
@@ -65,13 +65,13 @@ class Adversarial(Training):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         real, _ = batch
         for_generator, for_discriminator = self.optimizers()
-        for _ in range(self.rounds):
-            fake = self.generator(torch.randn(len(real), 4, generator=self.noise))
-            loss = F.softplus(-self.discriminator(real)).mean()
-            loss = loss + F.softplus(self.discriminator(fake.detach())).mean()
-            for_discriminator.zero_grad()
-            self.manual_backward(loss)
-            for_discriminator.step()
+        fake = self.generator(torch.randn(len(real), 4, generator=self.noise)).detach()
+        loss = F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(fake)).mean()
+        for_discriminator.zero_grad()
+        self.manual_backward(loss)
+        for_discriminator.step()
+        if batch_idx < self.head_start:
+            return
         fake = self.generator(torch.randn(len(real), 4, generator=self.noise))
         self.score = self.task.score(fake.detach(), real)
         verdict = self.discriminator(fake.detach() if self.detach else fake)

@@ -96,6 +96,7 @@ class GradGuard(Callback):
         self._restored: dict[str, Any] = {}
         self._losses = Losses()
         self._batches = 0
+        self._batch: Any = None
         self._usage: Usage | None = None
         self._display: Display | None = None
 
@@ -132,9 +133,13 @@ class GradGuard(Callback):
         """Begins to look at which parameters are used, after the sanity check of the validation."""
         self._usage = Usage()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Forgets the last batch."""
         self._losses.forget_last()
+        # Of several micro-batches any could be the culprit, and only the last is at hand.
+        self._batch = batch if trainer.accumulate_grad_batches == 1 else None
         self._batches += 1
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -155,7 +160,13 @@ class GradGuard(Callback):
         guard = self._guard(trainer, pl_module, optimizer, index)
         before, graph = guard.report, self._losses.graph
         try:
-            guard.step(self._losses.take(), scaler=scaler_of(trainer), graph=graph, step=trainer.global_step)
+            guard.step(
+                self._losses.take(),
+                scaler=scaler_of(trainer),
+                graph=graph,
+                step=trainer.global_step,
+                batch=self._batch,
+            )
         except GradientHalt as halt:
             self.stop_reason = halt.diagnosis.fault.value
             raise
@@ -229,6 +240,7 @@ class GradGuard(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Writes the last pictures and lets the sinks go."""
+        self._batch = None
         if self._usage is not None:
             self._usage.close()
         if self._display is not None:

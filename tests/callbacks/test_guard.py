@@ -386,3 +386,17 @@ def test_a_norm_that_is_not_finite_is_reported_as_it_was(fit, classifier):
         fit(module, guard)
     assert math.isnan(guard.report.total_norm)
     assert (guard.report.scale, guard.report.clipped_norm, guard.report.skip) == (0.0, 0.0, True)
+
+
+@quiet
+def test_a_bad_batch_is_named_with_its_rows(fit, classifier):
+    class Spoil(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 9:
+                batch[0][[2, 5]] = float("nan")
+
+    guard = GradGuard(policy=Policy.strict())
+    with pytest.raises(GradientHalt):
+        fit(classifier(), guard, Spoil())
+    assert guard.diagnosis.causes[0] == "bad_data"
+    assert "2, 5" in guard.diagnosis.evidence[guard.diagnosis.causes[0]].replace(" and ", ", ")

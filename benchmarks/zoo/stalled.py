@@ -1,0 +1,220 @@
+"""Steps that are too small, and gradients that low precision loses: O01, O02 and V09 of DETECTION.md, and more."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.generative import Adversarial
+from benchmarks.zoo.models import Chain, Half, he
+from benchmarks.zoo.recipes import adam, chain, pair, sgd, transformer
+from benchmarks.zoo.tasks import Task, regression, templates
+from benchmarks.zoo.training import Training
+from lightning_gradguard import Cause, Fault
+
+SMALL, LOST = Fault.STALLED, Fault.UNDERFLOW
+
+
+def _slow_warm_up(step: int) -> float:
+    return (step + 1) / 1e9
+
+
+def _usual_warm_up(step: int) -> float:
+    return min(1.0, (step + 1) / 30)
+
+
+def _half(
+    seed: int,
+    *,
+    factor: float = 1.0,
+    lr: float = 0.1,
+    dtype: torch.dtype = torch.float16,
+) -> Training:
+    task = templates(seed)
+    net = Half(Chain(task.inputs, task.outputs, depth=4, weight=he()), dtype)
+    return Training(net, task, sgd(lr), seed=seed, reshape=lambda loss: factor * loss)
+
+
+def _scaler(scale: float) -> dict[str, Any]:
+    """A gradient scaler that has sunk to ``scale`` and will not rise for a long time."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def _sure_of_wrong(seed: int, *, bias: float) -> Training:
+    """Squared error on a sigmoid output that is saturated at the wrong end, in every class."""
+    own = templates(seed)
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        wanted = torch.nn.functional.one_hot(target, 10).float()
+        return (torch.sigmoid(output + bias) - wanted).square().mean()
+
+    task = Task(own.draw, loss, own.score, own.inputs, own.outputs)
+    return Training(Chain(64, 10, depth=2, weight=he()), task, sgd(2.0), seed=seed)
+
+
+CASES = [
+    Case(
+        "O01",
+        "SGD, learning rate 1e-9",
+        **pair(chain, sick={"optimizer": sgd(1e-9)}, mended={"optimizer": sgd(0.1)}, depth=4, weight=he()),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.LEARNING_RATE_TOO_LOW,
+        culprits=("net.*",),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "O02",
+        "Adam with eps 100",
+        **pair(
+            chain,
+            sick={"optimizer": adam(1e-3, eps=100.0)},
+            mended={"optimizer": adam(1e-3)},
+            depth=4,
+            weight=he(),
+        ),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.OPTIMIZER_EPSILON,
+        culprits=("net.*",),
+        kin=("dense", "adam"),
+    ),
+    Case(
+        "O03",
+        "transformer, Adam, learning rate 1e-9",
+        **pair(
+            transformer,
+            sick={"optimizer": adam(1e-9)},
+            mended={"optimizer": adam(3e-3)},
+            tokens=False,
+            pooled=True,
+        ),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.LEARNING_RATE_TOO_LOW,
+        culprits=("net.*",),
+        kin=("transformer", "adam"),
+    ),
+    Case(
+        "O04",
+        "weights in bfloat16 and a small learning rate: every update is rounded away",
+        **pair(_half, sick={"dtype": torch.bfloat16}, mended={"dtype": torch.float32}, lr=2e-3),
+        level=0.6,
+        fault=SMALL,
+        cause=Cause.LOW_PRECISION,
+        culprits=("net.*",),
+        kin=("low precision", "sgd"),
+    ),
+    Case(
+        "O05",
+        "gradients clipped to a norm of 1e-8",
+        build=partial(chain, depth=4, weight=he()),
+        mended=partial(chain, depth=4, weight=he()),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.LEARNING_RATE_TOO_LOW,
+        culprits=("net.*",),
+        trainer=partial(dict, gradient_clip_val=1e-8),
+        mended_trainer=partial(dict, gradient_clip_val=1.0),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "O06",
+        "a warm-up meant to last for a billion steps",
+        **pair(
+            chain,
+            sick={"schedule": _slow_warm_up},
+            mended={"schedule": _usual_warm_up},
+            task=regression,
+            depth=3,
+            weight=he(),
+            optimizer=sgd(0.1),
+        ),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.LEARNING_RATE_TOO_LOW,
+        culprits=("net.*",),
+        kin=("dense", "regression", "sgd", "schedule"),
+    ),
+    Case(
+        "O07",
+        "squared error on a sigmoid output that is sure of the wrong answer",
+        **pair(_sure_of_wrong, sick={"bias": 18.0}, mended={"bias": 0.0}),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.SATURATING_ACTIVATION,
+        culprits=("net.*",),
+        also=(Fault.VANISHING,),
+        why="all layers starve alike, since the gradient is lost behind the last of them",
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "O08",
+        "the loss is the mean over a million outputs of which all but ten are padding",
+        **pair(
+            chain,
+            sick={"reshape": lambda loss: 1e-7 * loss},
+            mended={"reshape": lambda loss: loss},
+            depth=4,
+            weight=he(),
+        ),
+        level=0.8,
+        fault=SMALL,
+        cause=Cause.LEARNING_RATE_TOO_LOW,
+        culprits=("net.*",),
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "V09",
+        "gradients in fp16, loss times 1e-8",
+        **pair(_half, sick={"factor": 1e-8}, mended={"factor": 1.0}),
+        level=0.8,
+        fault=LOST,
+        cause=Cause.LOW_PRECISION,
+        culprits=("net.*",),
+        kin=("low precision", "sgd"),
+    ),
+    Case(
+        "P01",
+        "gradient scaler that has sunk to 1e-7",
+        build=partial(chain, depth=3, weight=he()),
+        mended=partial(chain, depth=3, weight=he()),
+        level=0.8,
+        fault=LOST,
+        cause=Cause.LOW_PRECISION,
+        culprits=("net.*",),
+        trainer=partial(_scaler, 1e-7),
+        mended_trainer=partial(_scaler, 1024.0),
+        kin=("dense", "mixed precision", "sgd"),
+    ),
+    Case(
+        "V24",
+        "generator against a discriminator that is always right: log(1 - D) is flat",
+        **pair(Adversarial, sick={"saturating": True, "far": 30.0, "head_start": 100}, mended={"far": 1.5}),
+        level=0.5,
+        fault=Fault.VANISHING,
+        cause=Cause.LOSS_FUNCTION,
+        culprits=("generator.*",),
+        also=(SMALL,),
+        why="all layers of the generator starve alike",
+        onset=100,
+        steps=600,
+        kin=("generative", "adam"),
+    ),
+    Case(
+        "X07",
+        "the generator's step sees detached samples",
+        **pair(Adversarial, sick={"detach": True}, mended={}),
+        level=0.5,
+        fault=Fault.DISCONNECTED,
+        cause=Cause.DETACHED_GRAPH,
+        culprits=("generator.*",),
+        steps=600,
+        kin=("generative", "adam"),
+    ),
+]

@@ -1,0 +1,186 @@
+"""Steps that are too large: E03, E08 and E09 of DETECTION.md, and more."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.models import he
+from benchmarks.zoo.recipes import adam, adamw, chain, convnet, pair, pretrained, rmsprop, sgd, transformer
+from benchmarks.zoo.sequences import zipf
+from benchmarks.zoo.tasks import Task, templates
+from benchmarks.zoo.training import Training
+from lightning_gradguard import Cause, Fault
+
+BIG = Fault.OVERSIZED_UPDATE
+
+_diverges = "steps that are too large make loss and gradients grow"
+
+
+def _tenfold(seed: int) -> Task:
+    return templates_times(seed, 10.0)
+
+
+def templates_times(seed: int, factor: float) -> Task:
+    task = templates(seed)
+
+    def draw(generator: torch.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = task.draw(generator, size)
+        return factor * x, y
+
+    return Task(draw, inputs=task.inputs, outputs=task.outputs)
+
+
+def _jump(step: int) -> float:
+    """A schedule that mistakes steps for epochs: at step 150 the rate leaps a thousandfold."""
+    return 1.0 if step < 150 else 1000.0
+
+
+def _steady(step: int) -> float:
+    return 1.0
+
+
+def _tuned(seed: int, *, lr: float) -> Training:
+    """Fine-tuning of a net that has been trained already."""
+    return pretrained(chain(seed, depth=4, weight=he(), optimizer=adam(lr)), 150, adam(2e-3))
+
+
+CASES = [
+    Case(
+        "E03",
+        "inputs times 10, learning rate 1",
+        **pair(
+            chain,
+            sick={"task": _tenfold, "optimizer": sgd(1.0)},
+            mended={"task": templates, "optimizer": sgd(0.1)},
+            depth=3,
+        ),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.UNNORMALIZED_INPUT,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        kin=("dense", "sgd"),
+    ),
+    Case(
+        "E08",
+        "transformer, Adam, learning rate 0.3",
+        **pair(
+            transformer,
+            sick={"optimizer": adam(0.3)},
+            mended={"optimizer": adam(3e-3)},
+            task=zipf,
+        ),
+        level=0.4,
+        fault=BIG,
+        cause=Cause.LEARNING_RATE_TOO_HIGH,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        kin=("transformer", "adam"),
+    ),
+    Case(
+        "E09",
+        "momentum 0.99, learning rate 0.5",
+        **pair(
+            chain,
+            sick={"optimizer": sgd(0.5, momentum=0.99)},
+            mended={"optimizer": sgd(0.5, momentum=0.0)},
+            depth=4,
+            weight=he(),
+        ),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.MOMENTUM,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        kin=("dense", "momentum"),
+    ),
+    Case(
+        "U01",
+        "convolutions, RMSprop, learning rate 0.3",
+        **pair(
+            convnet,
+            sick={"optimizer": rmsprop(0.3)},
+            mended={"optimizer": rmsprop(1e-3)},
+            depth=4,
+            weight=he(),
+        ),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.LEARNING_RATE_TOO_HIGH,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        kin=("convolutional", "rmsprop"),
+    ),
+    Case(
+        "U02",
+        "the learning rate leaps a thousandfold at step 150",
+        **pair(
+            chain,
+            sick={"schedule": _jump},
+            mended={"schedule": _steady},
+            depth=4,
+            weight=he(),
+            optimizer=adamw(2e-3),
+        ),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.LEARNING_RATE_TOO_HIGH,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        onset=150,
+        kin=("dense", "adamw", "schedule"),
+    ),
+    Case(
+        "U03",
+        "fine-tuning with a learning rate that destroys what was learned",
+        **pair(_tuned, sick={"lr": 0.5}, mended={"lr": 1e-4}),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.LEARNING_RATE_TOO_HIGH,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        kin=("dense", "fine-tuning", "adam"),
+    ),
+    Case(
+        "U04",
+        "weight decay of 30 in AdamW: weights lose a third at every step",
+        **pair(
+            chain,
+            sick={"optimizer": adamw(0.01, weight_decay=30.0)},
+            mended={"optimizer": adamw(0.01, weight_decay=0.01)},
+            depth=3,
+            weight=he(),
+        ),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.UNKNOWN,
+        culprits=("net.*",),
+        kin=("dense", "adamw"),
+    ),
+    Case(
+        "U05",
+        "batch-normalised convolutions, SGD, learning rate 300",
+        **pair(
+            convnet,
+            sick={"optimizer": sgd(300.0)},
+            mended={"optimizer": sgd(0.1)},
+            depth=4,
+            weight=he(),
+            norm=True,
+        ),
+        level=0.8,
+        fault=BIG,
+        cause=Cause.LEARNING_RATE_TOO_HIGH,
+        culprits=("net.*",),
+        also=(Fault.EXPLODING,),
+        why=_diverges,
+        kin=("convolutional", "normalised", "sgd"),
+    ),
+]

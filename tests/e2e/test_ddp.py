@@ -1,0 +1,50 @@
+"""Two real processes under DDP come to the same verdict at the same step, whoever saw the fault."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "ddp_script.py"
+
+
+def train(folder, bad, policy):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), json.dumps(bad), policy],
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    files = [folder / f"rank{rank}.json" for rank in (0, 1)]
+    assert all(file.exists() for file in files), done.stderr[-3000:]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("ddp"), [5, 6, 20], "protect")
+
+
+def test_ranks_agree_in_everything(protected):
+    first, second = protected
+    assert json.dumps(first) == json.dumps(second)
+
+
+def test_what_one_rank_saw_both_skipped(protected):
+    for rank in protected:
+        assert [r[0] for r in rank["reports"] if r[-1]] == [5, 6, 20]
+        assert rank["summary"]["skipped"] == 3
+        assert all(math.isfinite(w) for tensor in rank["weights"] for w in tensor)
+
+
+def test_the_loss_is_the_mean_over_ranks(protected):
+    losses = [r[1] for r in protected[0]["reports"] if not r[-1]]
+    assert len(losses) == 27
+    assert all(0 < loss < 1.5 for loss in losses)
+
+
+def test_both_halt_before_the_same_step(tmp_path):
+    first, second = train(tmp_path, [7], "strict")
+    assert first["halted"] == second["halted"] == 7
+    assert first["findings"] == second["findings"]
