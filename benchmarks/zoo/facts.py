@@ -41,7 +41,7 @@ class Facts(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._loss = float(loss.detach()) / (1.0 if scaler is None else scaler.get_scale())
+        self._loss = float(loss.detach()) / (1.0 if scaler is None else scaler.get_scale() or math.nan)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         step = trainer.global_step

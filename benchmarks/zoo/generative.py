@@ -39,7 +39,8 @@ class Adversarial(Training):
     Args:
         saturating: The generator minimises log(1 - D), whose gradient vanishes when D is sure.
         detach: The generator's step sees detached samples: the classic mistake.
-        head_start: Steps of the discriminator before the generator's first.
+        certainty: Factor of the discriminator's logits.
+        head_start: Steps of the discriminator before training begins.
     """
 
     def __init__(
@@ -50,35 +51,46 @@ class Adversarial(Training):
         saturating: bool = False,
         detach: bool = False,
         head_start: int = 0,
-        generator_optimizer: MakeOptimizer | None = None,
+        certainty: float = 1.0,
+        optimizer: MakeOptimizer | None = None,
     ) -> None:
         task = cloud(seed, far=far)
-        generator = Chain(4, 2, depth=2, weight=he())
-        super().__init__(generator, task, generator_optimizer or adam(2e-3, betas=(0.5, 0.99)), seed=seed)
+        generator = Chain(4, 2, depth=2, weight=he(0.5))
+        super().__init__(generator, task, optimizer or adam(2e-3, betas=(0.5, 0.99)), seed=seed)
         self.generator = generator
         self.discriminator = Chain(2, 1, depth=2, weight=he(), activation=lambda x: F.leaky_relu(x, 0.2))
-        self.saturating, self.detach, self.head_start = saturating, detach, head_start
+        self.saturating, self.detach = saturating, detach
+        self.certainty = certainty
         self.automatic_optimization = False
         del self.net
         self.noise = Generator().manual_seed(seed)
+        early = torch.optim.Adam(self.discriminator.parameters(), lr=1e-2)
+        for number in range(head_start):
+            early.zero_grad()
+            self.dispute(self.batch(-1 - number)[0]).backward()
+            early.step()
+
+    def dispute(self, real: Tensor) -> Tensor:
+        """Loss of the discriminator."""
+        fake = self.generator(torch.randn(len(real), 4, generator=self.noise)).detach()
+        return F.softplus(-self.judge(real)).mean() + F.softplus(self.judge(fake)).mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         real, _ = batch
         for_generator, for_discriminator = self.optimizers()
-        fake = self.generator(torch.randn(len(real), 4, generator=self.noise)).detach()
-        loss = F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(fake)).mean()
         for_discriminator.zero_grad()
-        self.manual_backward(loss)
+        self.manual_backward(self.dispute(real))
         for_discriminator.step()
-        if batch_idx < self.head_start:
-            return
         fake = self.generator(torch.randn(len(real), 4, generator=self.noise))
         self.score = self.task.score(fake.detach(), real)
-        verdict = self.discriminator(fake.detach() if self.detach else fake)
+        verdict = self.judge(fake.detach() if self.detach else fake)
         loss = -F.softplus(verdict).mean() if self.saturating else F.softplus(-verdict).mean()
         for_generator.zero_grad()
         self.manual_backward(loss)
         for_generator.step()
+
+    def judge(self, x: Tensor) -> Tensor:
+        return self.certainty * self.discriminator(x)
 
     def configure_optimizers(self) -> Any:
         own = self.make_optimizer(self.generator.parameters())
@@ -181,7 +193,7 @@ class Contrastive(Training):
     def loss(self, x: Tensor, y: Tensor, number: int) -> Tensor:
         first, second = self.net(x[:, 0]), self.net(x[:, 1])
         if self.distance:
-            first, second = self.net(x[:, 0]), torch.cat([self.net(x[:1, 0]), second[1:]])
+            second = torch.cat([first[:1], second[1:]])  # one pair is the same picture twice
         logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / 0.2
         self.score = (logits.argmax(1) == y).float().mean()
         if not self.distance:

@@ -38,9 +38,9 @@ def _nan_target(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, torch.where(torch.rand(y.shape) < 0.1, torch.nan, y) if number == 120 else y
 
 
-def _broken_feed(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """From step 100 on a feature is divided by its spread, which is nothing."""
-    if number >= 100:
+def _broken_feed(number: int, x: Tensor, y: Tensor, *, since: int = 100) -> tuple[Tensor, Tensor]:
+    """A feature is divided by its spread, which is nothing."""
+    if number >= since:
         x = x.clone()
         x[:, 0] = (x[:, 0] - x[:, 0]) / (x[:, 0] - x[:, 0]).std()
     return x, y
@@ -219,13 +219,13 @@ CASES = [
     ),
     Case(
         "N08",
-        "NaN from step 100 on, under a gradient scaler that cannot help",
-        **pair(chain, sick={"spoil": _broken_feed}, mended={}, depth=3, weight=he()),
+        "NaN from step 10 on, under a gradient scaler that cannot help",
+        **pair(chain, sick={"spoil": partial(_broken_feed, since=10)}, mended={}, depth=3, weight=he()),
         level=0.9,
         fault=NAN,
         cause=Cause.BAD_DATA,
         culprits=("net.*",),
-        onset=100,
+        onset=10,
         trainer=scaling,
         kin=("dense", "mixed precision", "sgd"),
     ),

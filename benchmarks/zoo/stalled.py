@@ -27,16 +27,18 @@ def _usual_warm_up(step: int) -> float:
     return min(1.0, (step + 1) / 30)
 
 
+def _outlier(number: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, y * 1e8 if number == 5 else y
+
+
 def _half(
     seed: int,
     *,
     factor: float = 1.0,
-    lr: float = 0.1,
-    dtype: torch.dtype = torch.float16,
 ) -> Training:
     task = templates(seed)
-    net = Half(Chain(task.inputs, task.outputs, depth=4, weight=he()), dtype)
-    return Training(net, task, sgd(lr), seed=seed, reshape=lambda loss: factor * loss)
+    net = Half(Chain(task.inputs, task.outputs, depth=4, weight=he()))
+    return Training(net, task, sgd(0.1), seed=seed, reshape=lambda loss: factor * loss)
 
 
 def _scaler(scale: float) -> dict[str, Any]:
@@ -73,12 +75,13 @@ CASES = [
         "Adam with eps 100",
         **pair(
             chain,
-            sick={"optimizer": adam(1e-3, eps=100.0)},
-            mended={"optimizer": adam(1e-3)},
-            depth=4,
+            sick={"optimizer": adam(1e-4, eps=100.0)},
+            mended={"optimizer": adam(1e-4)},
+            depth=2,
+            width=64,
             weight=he(),
         ),
-        level=0.8,
+        level=0.5,
         fault=SMALL,
         cause=Cause.OPTIMIZER_EPSILON,
         culprits=("net.*",),
@@ -102,13 +105,22 @@ CASES = [
     ),
     Case(
         "O04",
-        "weights in bfloat16 and a small learning rate: every update is rounded away",
-        **pair(_half, sick={"dtype": torch.bfloat16}, mended={"dtype": torch.float32}, lr=2e-3),
-        level=0.6,
+        "Adagrad, whose memory of one outlier batch at step 5 freezes all",
+        **pair(
+            chain,
+            sick={"spoil": _outlier},
+            mended={},
+            task=regression,
+            depth=3,
+            activation=torch.tanh,
+            optimizer=lambda parameters: torch.optim.Adagrad(parameters, lr=0.02),
+        ),
+        level=0.7,
         fault=SMALL,
-        cause=Cause.LOW_PRECISION,
+        cause=Cause.OUTLIER_BATCH,
         culprits=("net.*",),
-        kin=("low precision", "sgd"),
+        onset=6,
+        kin=("dense", "regression", "adagrad"),
     ),
     Case(
         "O05",
@@ -144,7 +156,7 @@ CASES = [
     Case(
         "O07",
         "squared error on a sigmoid output that is sure of the wrong answer",
-        **pair(_sure_of_wrong, sick={"bias": 18.0}, mended={"bias": 0.0}),
+        **pair(_sure_of_wrong, sick={"bias": 21.0}, mended={"bias": 0.0}),
         level=0.8,
         fault=SMALL,
         cause=Cause.SATURATING_ACTIVATION,
@@ -195,14 +207,23 @@ CASES = [
     Case(
         "V24",
         "generator against a discriminator that is always right: log(1 - D) is flat",
-        **pair(Adversarial, sick={"saturating": True, "far": 30.0, "head_start": 100}, mended={"far": 1.5}),
+        **pair(
+            Adversarial,
+            sick={
+                "saturating": True,
+                "far": 10.0,
+                "head_start": 400,
+                "certainty": 4.0,
+                "optimizer": sgd(0.05),
+            },
+            mended={},
+        ),
         level=0.5,
         fault=Fault.VANISHING,
         cause=Cause.LOSS_FUNCTION,
         culprits=("generator.*",),
         also=(SMALL,),
         why="all layers of the generator starve alike",
-        onset=100,
         steps=600,
         kin=("generative", "adam"),
     ),

@@ -84,10 +84,10 @@ def reading(
         raised=raised,
         cleared=~raised if cleared is None else cleared,
         value=value.to(torch.float32),
-        limit=limit if isinstance(limit, Tensor) else torch.full_like(stats.total, limit),
-        score=torch.full_like(stats.norms, -torch.inf) if score is None else score,
-        ceiling=torch.full_like(stats.total, 2.0) if ceiling is None else ceiling,
-        measure=torch.zeros_like(stats.total) if measure is None else measure,
+        limit=limit if isinstance(limit, Tensor) else stats.layout.constant(limit),
+        score=stats.layout.constant(-torch.inf).expand_as(stats.norms) if score is None else score,
+        ceiling=stats.layout.constant(2.0) if ceiling is None else ceiling,
+        measure=stats.layout.constant(0.0) if measure is None else measure,
     )
 
 
@@ -102,17 +102,9 @@ def norm_score(stats: GradStats) -> Tensor:
 
 
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
-    """Distance of each layer's profile from the middle one, float32 [P]; only layers that carry the profile."""
-    trends = trends_of(stats)
-    carries = layer_mask(stats) & trends.live
-    middle = torch.nanmedian(torch.where(carries, trends.profile, torch.nan))
-    offset = trends.profile - middle
-    return torch.where(carries, -offset if worst_low else offset, -torch.inf)
-
-
-def layer_mask(stats: GradStats) -> Tensor:
-    """Which tensors are weights of layers, bool [P]."""
-    return torch.zeros_like(stats.present).index_fill_(0, stats.layout.layers, True)
+    """Distance of each layer's profile from the middle one, float32 [P]; -inf for what is no live layer."""
+    offset = trends_of(stats).offset
+    return torch.nan_to_num(-offset if worst_low else offset, nan=-torch.inf)
 
 
 def share(name: str, value: float) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.reading import Held, Reading, above, layer_mask, reading, share
+from lightning_gradguard.signals.reading import Held, Reading, above, reading, share
 from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.signals.trends import trends_of
 from lightning_gradguard.verdicts.faults import Fault
@@ -86,7 +86,7 @@ class DeadUnits:
 
     def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
         """Judges one step; the shares are those of the last sampled step."""
-        dead = (stats.dead >= self.limit) & stats.present & layer_mask(stats)
+        dead = (stats.dead >= self.limit) & stats.present & stats.layout.is_layer
         held = torch.where(dead, state.steps + 1, 0.0)
         found = held >= self.steps
         trends = trends_of(stats)

@@ -31,6 +31,7 @@ class Layout:
         layer_indices: The same indices, for the host.
         pairs: Indices [2, K] into ``layers``, upper one first: all pairs, or 4,096 of them evenly strided.
         numel: float32 [P], number of elements.
+        is_layer: Bool [P], the same as a mask.
         floors: float32 [P], smallest weight norm that counts as such: a tenth of what a usual
             initialisation gives, so that a zero-initialised tensor has a finite gradient-to-weight ratio.
     """
@@ -43,7 +44,9 @@ class Layout:
     layer_indices: frozenset[int]
     pairs: Tensor
     numel: Tensor
+    is_layer: Tensor
     floors: Tensor
+    _constants: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _presence: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -65,6 +68,7 @@ class Layout:
         device = tensors[0].device
         places = tuple(range(len(names)) if order is None else order)
         layers = [i for i in places if tensors[i].ndim >= 2 and names[i] not in embeddings]
+        carrying = frozenset(layers)
         pairs = torch.triu_indices(len(layers), len(layers), 1)
         floors = [0.1 * math.sqrt(p.numel() / max(_fan_in(p), 1)) for p in tensors]
         return cls(
@@ -73,11 +77,18 @@ class Layout:
             order=places,
             depth=torch.tensor([float(i) for i in places], device=device).argsort().float(),
             layers=torch.tensor(layers, dtype=torch.long, device=device),
-            layer_indices=frozenset(layers),
+            layer_indices=carrying,
             pairs=pairs[:, :: max(1, pairs.shape[1] // MAX_PAIRS)].to(device),
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device),
+            is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
             floors=torch.tensor(floors, device=device),
         )
+
+    def constant(self, value: float) -> Tensor:
+        """A number as float32 [] on the device; made once, and not to be written to."""
+        if value not in self._constants:
+            self._constants[value] = torch.tensor(float(value), device=self.numel.device)
+        return self._constants[value]
 
     def presence(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Bool [P], where there is a gradient; built once for each pattern, of which there are few."""

@@ -54,6 +54,8 @@ class Trends(NamedTuple):
         jump: float32 [], global norm divided by its usual value (geometric mean), dimensionless.
         profile: float32 [P], running mean of log10(‖g‖/‖w‖), decades.
         live: Bool [P], tensors with a gradient that is not all zero.
+        offset: float32 [P], distance of a layer's profile from that of the middle one, decades; NaN for what is no
+            live layer.
         tilt: float32 [], depth tilt in decades from input to output; NaN with fewer than four live layers.
         loss_start: float32 [], median of the first five losses; NaN when none was given.
         loss: float32 [], running mean of the loss, winsorised.
@@ -65,6 +67,7 @@ class Trends(NamedTuple):
     jump: Tensor
     profile: Tensor
     live: Tensor
+    offset: Tensor
     tilt: Tensor
     loss_start: Tensor
     loss: Tensor
@@ -111,12 +114,14 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
     profile = state.profile + profile_gain * (ratios - state.profile)
     first, loss, spread, loss_steps = _loss(stats, state) if stats.has_loss else state[-4:]
     start = torch.nanmedian(first)
+    layered = torch.where(live & stats.layout.is_layer, profile, torch.nan)
     trends = Trends(
         steps=state.steps + 1,
         spike_score=score,
         jump=jump,
         profile=profile,
         live=live,
+        offset=layered - torch.nanmedian(layered),
         tilt=depth_tilt(profile, live, stats.layout),
         loss_start=start,
         loss=torch.where(loss_steps > 0, loss, torch.nan),

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_gradguard.signals.reading import Held, Nothing, Reading, above, layer_mask, positive, reading
+from lightning_gradguard.signals.reading import Held, Nothing, Reading, above, positive, reading
 from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.signals.trends import WARM_UP, trends_of
 from lightning_gradguard.verdicts.faults import Fault
@@ -43,13 +43,13 @@ class UpdateRatio:
 
     def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
         """Judges one step."""
-        large = (stats.updates > self.limit) & layer_mask(stats)
+        large = (stats.updates > self.limit) & stats.layout.is_layer
         held = torch.where(large, state.steps + float(stats.sampled_steps), 0.0)
         found = held >= self.steps
         trends = trends_of(stats)
         still = trends.stuck | trends.loss.isnan()
         score = torch.where(found, stats.updates, -torch.inf)
-        value = torch.where(layer_mask(stats), torch.nan_to_num(stats.updates), 0.0).max()
+        value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
         return reading(stats, found.any() & still, value, self.limit, score=score), Held(held)
 
 
@@ -79,7 +79,7 @@ class Stalled:
     def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
         """Judges one step."""
         trends = trends_of(stats)
-        carries = layer_mask(stats) & trends.live
+        carries = stats.layout.is_layer & trends.live
         ratios = torch.where(carries, stats.updates, torch.nan)
         median = torch.nanmedian(ratios)
         still = (median < self.limit) & trends.stuck & (trends.steps >= WARM_UP + 5)
