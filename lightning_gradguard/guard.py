@@ -23,7 +23,14 @@ from lightning_gradguard.signals.clipping import Clipper, apply_
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.trends import WARM_UP
 from lightning_gradguard.spy import Usage
-from lightning_gradguard.verdicts.faults import Finding, GradientHalt, GradientWarning, Report, Severity
+from lightning_gradguard.verdicts.faults import (
+    Fault,
+    Finding,
+    GradientHalt,
+    GradientWarning,
+    Report,
+    Severity,
+)
 from lightning_gradguard.verdicts.judge import Judge
 from lightning_gradguard.verdicts.letter import Letter
 from lightning_gradguard.verdicts.policy import Policy
@@ -141,10 +148,11 @@ class Guard:
         self.watch.unscale(scaler)
         number = self.steps if step is None else step
         self.steps += 1
-        if all(gradient is None for gradient in self.watch.gradients()):
+        graph = loss if graph is None and loss is not None and loss.grad_fn is not None else graph
+        if graph is None and all(gradient is None for gradient in self.watch.gradients()):
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
         self._say_without_loss(loss)
-        stats = self.watch.look(loss, graph if graph is not None or loss is None else loss)
+        stats = self.watch.look(loss, graph, scaled=scaler is not None)
         if self.states is None:
             self.states = pipeline.init(stats, self.detectors, self.clipper)
         outcome, states = pipeline.advance(stats, self.states, self.detectors, self.clipper)
@@ -160,6 +168,8 @@ class Guard:
             self.states = states
             if outcome.clip is not None and report.scale < 1:
                 apply_(stats.gradients, outcome.clip.multipliers)
+        if any(f.fault == Fault.SPIKE for f in report.findings):
+            self.watch.sample_now()
         self.watch.settle(not report.skip)
         self._ask()
         self._raise_if_halted(number)

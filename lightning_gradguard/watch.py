@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy, dissect
-from lightning_gradguard.signals.samples import dead_shares, lost_shares, sample, update_ratios
+from lightning_gradguard.signals.samples import LOW_PRECISION, dead_shares, lost_shares, sample, update_ratios
 from lightning_gradguard.signals.stats import GradStats, Layout, mean_over_ranks, measure, weight_norms
 from lightning_gradguard.spy import TimeSpy, Usage
 
@@ -69,6 +69,7 @@ class Watch:
         self._before: Tensor
         self._cut: Tensor
         self._unused: Tensor
+        self._ran: Tensor
         self._recurrent: Tensor
         self._start(self._select())
 
@@ -90,12 +91,13 @@ class Watch:
         """The gradients as they lie on the parameters now."""
         return [p.grad for p in self.layout.parameters]
 
-    def look(self, loss: Tensor | None, graph: Tensor | None) -> GradStats:
+    def look(self, loss: Tensor | None, graph: Tensor | None, scaled: bool = False) -> GradStats:
         """Measures this step, and refreshes what is due.
 
         Args:
             loss: Scalar loss, or None.
             graph: Tensor whose autograd graph shows the order of the layers, or None.
+            scaled: Whether a gradient scaler is in use.
         """
         self.arrange(graph)
         self._used = self._usage.close() if self._used is None else self._used
@@ -122,6 +124,8 @@ class Watch:
             lost=self._lost,
             cut=self._cut,
             unused=self._unused,
+            ran=self._ran,
+            low_precision=scaled or any(p.dtype in LOW_PRECISION for p in self.layout.parameters),
             time_tilt=stats.time_tilt if tilt is None else tilt.to(stats.total.device),
             recurrent=self._recurrent,
             sampled_steps=(1 if self.good <= REFRESH else REFRESH) if updated else 0,
@@ -154,6 +158,10 @@ class Watch:
             return
         if scaler._per_optimizer_states[id(self.optimizer)]["stage"].name == "READY":
             scaler.unscale_(self.optimizer)
+
+    def sample_now(self) -> None:
+        """Takes a sample before a step that may be a wild one, so that the next step knows what it did."""
+        self._before, self._fresh = sample(self.layout), True
 
     def settle(self, good: bool) -> None:
         """Counts a step that was good: bad ones do not move the schedule."""
@@ -233,7 +241,7 @@ class Watch:
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = sample(self.layout)
         self._dead = self._lost = torch.zeros_like(self.weights)
-        self._cut = self._unused = self._recurrent = self.weights < 0
+        self._cut = self._unused = self._ran = self._recurrent = self.weights < 0
 
     def _mark_paths(self, anatomy: Anatomy) -> None:
         """Marks trainable tensors without a path from the loss: those that took part in the pass, and the others."""
@@ -241,6 +249,9 @@ class Watch:
         lost = [name in anatomy.missing and p.requires_grad and bool(self._used) for name, p in pairs]
         ran = [id(p) in (self._used or ()) for _, p in pairs]
         device = self.layout.numel.device
+        self._ran = torch.tensor(
+            [a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)], device=device
+        )
         self._recurrent = torch.tensor([name in anatomy.recurrent for name, _ in pairs], device=device)
         self._cut = torch.tensor([a and b for a, b in zip(lost, ran, strict=True)], device=device)
         self._unused = torch.tensor([a and not b for a, b in zip(lost, ran, strict=True)], device=device)

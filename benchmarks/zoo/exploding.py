@@ -131,7 +131,7 @@ CASES = [
         "E11",
         "8 convolutions, six times He",
         **pair(convnet, sick={"weight": he(6.0)}, mended={"weight": he()}, depth=8, optimizer=sgd(0.02)),
-        level=0.8,
+        level=0.6,
         fault=X,
         cause=Cause.BAD_INITIALIZATION,
         culprits=("net.convs.*", "net.head.*"),

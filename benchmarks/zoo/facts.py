@@ -91,9 +91,9 @@ class Facts(L.Callback):
         """The facts in numbers, from the onset on unless it says otherwise.
 
         ``gap``: decades by which the culprits' relative gradients lie below those of the best fed layer.
-        ``loss_growth``: largest running mean of the loss over its start. ``rise``: decades by which the first layer's
-        relative gradient lies above the last one's. ``jump``: norm at the onset over the median
-        of the fifty before. ``dead_share``: mean share of zero rows in the culprits, over the last fifty steps.
+        ``loss_growth``: largest running mean of the loss over the first loss. ``rise``: decades by which the first
+        layer's relative gradient lies above the last one's. ``jump``: norm at the onset over the median of the fifty
+        before. ``dead_share``: mean share of zero rows in the culprits, over the last fifty steps.
         """
         onset = self.case.onset
         relative = {n: _middle(v) for n, v in self._relative.items() if v}
@@ -132,7 +132,7 @@ class Facts(L.Callback):
     def _growth(self) -> float | None:
         if len(self.losses) < 10:
             return None
-        start, mean, most = _middle(self.losses[:5]), self.losses[0], 0.0
+        start, mean, most = self.losses[0], self.losses[0], 0.0
         for loss in self.losses:
             if not math.isfinite(loss):
                 return math.inf

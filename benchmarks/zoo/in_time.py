@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.zoo.case import Case
 from benchmarks.zoo.models import orthogonal
-from benchmarks.zoo.recipes import pair, recurrent
+from benchmarks.zoo.recipes import adam, pair, recurrent
 from benchmarks.zoo.sequences import recall
 from lightning_gradguard import Cause, Fault
 
@@ -25,6 +25,7 @@ CASES = [
             kind=nn.RNN,
             task=_sixty,
             width=32,
+            optimizer=adam(2e-3),
         ),
         level=0.8,
         fault=Fault.VANISHING_IN_TIME,
@@ -42,6 +43,7 @@ CASES = [
             kind=nn.RNN,
             task=_sixty,
             width=32,
+            optimizer=adam(2e-3),
         ),
         level=0.8,
         fault=Fault.VANISHING_IN_TIME,
@@ -60,7 +62,7 @@ CASES = [
             task=partial(recall, length=40),
             width=32,
         ),
-        level=0.8,
+        level=0.7,
         fault=Fault.VANISHING_IN_TIME,
         cause=Cause.RECURRENCE,
         culprits=("net.rnn.*",),

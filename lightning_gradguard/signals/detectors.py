@@ -32,6 +32,11 @@ from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.signals.trends import ALARM_Z, WARM_UP, trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
+#: Applied update ratio above which a step changes a layer by too much.
+_LARGE_UPDATE = 0.1
+#: Decades of growth of the usual norm that no healthy training shows together with a rising loss.
+_SURGE = 2.5
+
 
 @dataclass(frozen=True)
 class NonFinite:
@@ -60,7 +65,9 @@ class Spike:
     """Flags a single step whose global norm is far above what is usual.
 
     Raised when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its geometric mean, after
-    25 steps. An event: it is counted, and clipped where a clipper is set; it never halts.
+    25 steps. An event: it is counted, and clipped where a clipper is set; it never halts. It is said aloud where
+    the loss has leapt too (by 20 mean deviations, to above its start), or the norm is a million times the usual, or no loss is given;
+    else it is only noted, for the gradient of a healthy net may leap where its loss does not.
 
     Args:
         z: Alarm level of the z-score, dimensionless. Default 6.
@@ -84,9 +91,12 @@ class Spike:
     def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
         """Judges one step."""
         trends = trends_of(stats)
-        return reading(
-            stats, hot(trends, self.z, self.ratio), trends.jump, self.ratio, score=norm_score(stats)
-        ), state
+        raised = hot(trends, self.z, self.ratio)
+        leapt = (trends.loss_jump > 20) & (stats.loss > trends.loss_start)
+        loud = leapt | (trends.jump > 1e6) | trends.loss.isnan()
+        ceiling = torch.where(loud, 1.0, 0.0)
+        seen = reading(stats, raised, trends.jump, self.ratio, score=norm_score(stats), ceiling=ceiling)
+        return seen, state
 
 
 class HotState(NamedTuple):
@@ -99,9 +109,11 @@ class HotState(NamedTuple):
 class Exploding:
     """Flags gradients that grow without bound, towards the input or from step to step.
 
-    Raised when the depth tilt is at or below ``tilt`` decades without progress of the loss, or when the leaky
-    count of hot steps (+1 for a step that `Spike` would flag, -1 for any other) reaches ``hot_steps``, or
-    when the running mean of the loss exceeds ``loss_ratio`` times its start.
+    Raised when the depth tilt is at or below ``tilt`` decades while the loss falls no more (half as much again,
+    and it is raised even if the loss falls), or when the leaky count of hot steps (+1 for a step that `Spike`
+    would flag, -1 for any other) reaches ``hot_steps``, or when the loss and its running mean exceed
+    ``loss_ratio`` times its start and a layer is changed by more than a tenth of its weight: harder data, or an
+    adversary, raise a loss without that. It will do, too, if the usual norm has grown by 2.5 decades.
 
     Args:
         tilt: Depth tilt in decades from input to output, negative. Default -2.
@@ -134,8 +146,13 @@ class Exploding:
         change = torch.where(hot(trends, ALARM_Z, 3.0), 1.0, -1.0)
         count = torch.clamp(state.steps + change, 0.0, 2.0 * self.hot_steps)
         growth = torch.where(trends.loss_start > 0, trends.loss / trends.loss_start, torch.nan)
-        tilted = (trends.tilt <= self.tilt) & trends.stuck & (trends.steps >= WARM_UP + 5)
-        heated, grown = count >= self.hot_steps, growth > self.loss_ratio
+        still = trends.stuck | trends.flat | (trends.tilt <= 1.5 * self.tilt)
+        tilted = (trends.tilt <= self.tilt) & still & (trends.steps >= WARM_UP + 5)
+        updates = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0)
+        risen = (growth > self.loss_ratio) & (stats.loss > self.loss_ratio * trends.loss_start)
+        driven = (updates.max() > _LARGE_UPDATE) & (trends.steps >= 4)
+        far = trends.surge > _SURGE
+        heated, grown = count >= self.hot_steps, risen & (driven | far)
         measure = torch.where(heated, 1.0, torch.where(grown, 2.0, 0.0))
         value = torch.where(heated, count, torch.where(grown, growth, trends.tilt))
         limit = torch.where(heated, float(self.hot_steps), torch.where(grown, self.loss_ratio, self.tilt))
@@ -157,10 +174,11 @@ class Exploding:
 class DepthTilt:
     """Flags gradients that vanish from output to input.
 
-    Raised when the depth tilt (`lightning_gradguard.signals.trends.depth_tilt`) is at or above ``limit`` without
-    progress of the loss, from step 30 on. Convergence lowers all layers together and leaves the tilt alone.
-    Only a warning while the applied update ratio of the sick layers stays above ``moving``: an adaptive
-    optimizer still moves them.
+    Raised when the depth tilt (`lightning_gradguard.signals.trends.depth_tilt`) is at or above ``limit`` while the
+    loss falls no more, from step 30 on; half as much again, and it is raised even if the loss falls, for
+    then other layers learn in place of the sick ones. Convergence lowers all layers together and leaves the tilt
+    alone. Only a warning while the loss falls, or the applied update ratio of the sick layers stays above
+    ``moving``: an adaptive optimizer still moves them.
 
     Args:
         limit: Depth tilt in decades. Default 3: healthy runs stay below 2.3 even when converged.
@@ -188,7 +206,9 @@ class DepthTilt:
         """Judges one step."""
         trends = trends_of(stats)
         score = profile_score(stats, worst_low=True)
-        raised = (trends.tilt >= self.limit) & trends.stuck & (trends.steps >= WARM_UP + 5)
+        still = trends.stuck | trends.flat
+        steep = trends.tilt >= 1.5 * self.limit
+        raised = (trends.tilt >= self.limit) & (still | steep) & (trends.steps >= WARM_UP + 5)
         # Not by indexing, which would read the index on the host.
         sickest = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
         return (
@@ -198,8 +218,8 @@ class DepthTilt:
                 trends.tilt,
                 self.limit,
                 score=score,
-                cleared=~(trends.tilt >= self.clear) | ~trends.stuck,
-                ceiling=torch.where(sickest > self.moving, 1.0, 2.0),
+                cleared=~(trends.tilt >= self.clear) | ~(still | steep),
+                ceiling=torch.where((sickest > self.moving) | ~still, 1.0, 2.0),
             ),
             state,
         )

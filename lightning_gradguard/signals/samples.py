@@ -13,7 +13,7 @@ from lightning_gradguard.signals.stats import Layout, dense, real
 #: Elements of each tensor, and output rows of each weight, that stand for it.
 SAMPLES = 64
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def sample(layout: Layout) -> Tensor:
@@ -29,13 +29,12 @@ def sample(layout: Layout) -> Tensor:
 def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
     """Applied update ratio ‖Δw‖/‖w‖ of each tensor, float32 [P], from two results of `sample`.
 
-    Works for every optimizer, since it looks at the weights alone. Of a weight that is smaller than a usual
-    initialisation makes it, that size is taken, so that a zero-initialised layer may begin to move.
+    Works for every optimizer, since it looks at the weights alone. ‖w‖ is the larger of before and after, so that a
+    zero-initialised layer may begin to move, and no ratio exceeds 2.
 
     Source: CS231n notes, "ratio of weights:updates".
     """
-    share = torch.sqrt(torch.clamp(SAMPLES / layout.numel, max=1.0))
-    base = torch.maximum(torch.linalg.vector_norm(before, dim=1), 5 * layout.floors * share)
+    base = torch.maximum(torch.linalg.vector_norm(before, dim=1), torch.linalg.vector_norm(after, dim=1))
     moved: Tensor = torch.linalg.vector_norm(after - before, dim=1)
     return moved / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
 
@@ -64,7 +63,7 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     zero = torch.zeros((), device=layout.numel.device)
     shares = []
     for gradient in gradients:
-        if gradient is None or gradient.dtype not in _LOW_PRECISION or not gradient.numel():
+        if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():
             shares.append(zero)
             continue
         small = _strided(dense(gradient)).abs() < torch.finfo(gradient.dtype).tiny

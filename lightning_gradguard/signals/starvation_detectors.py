@@ -18,8 +18,9 @@ from lightning_gradguard.verdicts.faults import Fault
 class Disconnected:
     """Flags tensors that take part in the forward pass but get no gradient, since no path leads there from the loss.
 
-    Raised after ``steps`` steps. Trainable tensors that take no part in the forward pass are only mentioned (INFO).
-    Needs an autograd graph that can be read: silent under torch.compile and sharding.
+    Raised after ``steps`` steps; likewise where all layers from the input up to some place have a gradient of exactly
+    zero, as behind ``round()`` or a unit that is dead for good. Trainable tensors that take no part in the forward
+    pass are only mentioned (INFO). Needs an autograd graph that can be read: silent under torch.compile and sharding.
 
     Args:
         steps: Steps without a gradient. Default 40: a part that is used only now and then has its turn in them.
@@ -41,10 +42,13 @@ class Disconnected:
 
     def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
         """Judges one step."""
-        suspect = (stats.cut | stats.unused) & (stats.norms == 0)
-        held = torch.where(suspect, state.steps + 1, 0.0)
+        layout, zero = stats.layout, stats.norms == 0
+        alive = torch.where(layout.is_layer & ~zero, layout.depth, torch.inf).min()
+        starved = stats.ran & layout.is_layer & stats.present & (layout.depth < alive) & alive.isfinite()
+        cut = stats.cut | starved
+        held = torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0)
         found = held >= self.steps
-        cut = found & stats.cut
+        cut = found & cut
         grave = cut.any()
         named = torch.where(grave, cut, found)
         # The cut itself lies behind the last tensor that gets nothing.
@@ -135,7 +139,10 @@ class Underflow:
         """Judges one step; the shares are those of the last sampled step."""
         layers = stats.layout.layers
         last = stats.lost[layers[-1:]].sum() if layers.numel() else torch.zeros_like(stats.total)
+        if stats.low_precision and layers.numel():
+            last = torch.where(stats.norms[layers[-1:]].sum() == 0, 1.0, last)
         lost = (last >= self.limit) & (stats.loss != 0)
         held = torch.where(lost, state.held + 1, 0.0)
-        score = torch.where(stats.lost >= self.limit, stats.lost + 1e-3 * stats.layout.depth, -torch.inf)
+        lowest = (stats.lost >= self.limit) | (stats.norms == 0)
+        score = torch.where(lowest & stats.present, stats.layout.depth, -torch.inf)
         return reading(stats, held >= self.steps, last, self.limit, score=score), Steps(held)

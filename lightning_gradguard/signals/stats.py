@@ -114,9 +114,11 @@ class GradStats:
         dead: float32 [P], share of output rows with an all-zero gradient at the newest sampled step.
         lost: float32 [P], share of a half-precision gradient lost to its dtype, likewise.
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 where it is an old one.
+        low_precision: Whether gradients are computed, or scaled, in half precision.
         resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant.
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
         unused: Bool [P], trainable tensors that took no part in the forward pass.
+        ran: Bool [P], trainable tensors that took part in it.
         recurrent: Bool [P], tensors that are applied again and again in one pass.
         time_tilt: float32 [], decades by which gradients fall from the last to the first tenth of a sequence;
             NaN where nobody asked.
@@ -141,10 +143,12 @@ class GradStats:
     lost: Tensor
     cut: Tensor
     unused: Tensor
+    ran: Tensor
     recurrent: Tensor
     time_tilt: Tensor
     sampled_steps: int = 0
     resting: bool = False
+    low_precision: bool = False
     trends: Trends | None = None
 
 
@@ -181,6 +185,7 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         lost=zeros,
         cut=zeros > 0,
         unused=zeros > 0,
+        ran=zeros > 0,
         recurrent=zeros > 0,
         time_tilt=torch.full_like(total, torch.nan),
     )

@@ -26,7 +26,8 @@ MIN_LAYERS = 4
 
 _NORM_GAIN = 0.03
 _PROFILE_GAIN = 0.1
-_LOSS_GAIN = 0.05
+_LOSS_GAIN, _SLOW_GAIN, _FLAT_AFTER = 0.05, 0.01, 60
+_EARLY = 9
 _FIRST = 5
 
 
@@ -36,12 +37,15 @@ class TrendState(NamedTuple):
     steps: Tensor
     seen: Tensor
     level: Tensor
+    early: Tensor
     drift: Tensor
     variance: Tensor
     profile: Tensor
     first_losses: Tensor
     loss: Tensor
     loss_spread: Tensor
+    slow_loss: Tensor
+    best_loss: Tensor
     loss_steps: Tensor
 
 
@@ -52,6 +56,7 @@ class Trends(NamedTuple):
         steps: float32 [], good steps so far, this one included.
         spike_score: float32 [], z of the log global norm against its own past; 0 during warm-up.
         jump: float32 [], global norm divided by its usual value (geometric mean), dimensionless.
+        surge: float32 [], decades by which the usual norm has grown since the tenth step.
         profile: float32 [P], running mean of log10(‖g‖/‖w‖), decades.
         live: Bool [P], tensors with a gradient that is not all zero.
         offset: float32 [P], distance of a layer's profile from that of the middle one, decades; NaN for what is no
@@ -59,19 +64,27 @@ class Trends(NamedTuple):
         tilt: float32 [], depth tilt in decades from input to output; NaN with fewer than four live layers.
         loss_start: float32 [], median of the first five losses; NaN when none was given.
         loss: float32 [], running mean of the loss, winsorised.
-        stuck: Bool [], the loss is still above 90 % of its start; False when no loss is given.
+        loss_jump: float32 [], how far this loss lies above its mean, in mean absolute deviations.
+        stuck: Bool [], the mean loss is still above 90 % of its start, or of the first loss if that was lower;
+            False when no loss is given.
+        relapsed: Bool [], the mean loss is more than ten times the lowest it has been.
+        flat: Bool [], the loss falls no more: its mean over 20 steps is within 3 % of that over 100.
     """
 
     steps: Tensor
     spike_score: Tensor
     jump: Tensor
+    surge: Tensor
     profile: Tensor
     live: Tensor
     offset: Tensor
     tilt: Tensor
     loss_start: Tensor
     loss: Tensor
+    loss_jump: Tensor
     stuck: Tensor
+    relapsed: Tensor
+    flat: Tensor
 
 
 def init(stats: GradStats) -> TrendState:
@@ -81,12 +94,15 @@ def init(stats: GradStats) -> TrendState:
         steps=zero,
         seen=zeros,
         level=zeros,
+        early=torch.full_like(zero, torch.nan),
         drift=zero,
         variance=zero,
         profile=zeros,
         first_losses=zero.new_full((_FIRST,), torch.nan),
         loss=zero,
         loss_spread=zero,
+        slow_loss=zero,
+        best_loss=torch.full_like(zero, torch.inf),
         loss_steps=zero,
     )
 
@@ -95,7 +111,7 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
     """Judges one step against the past and returns it with the past that the next step is judged against."""
     live = stats.present & (stats.norms > 0)
     log_norms = torch.log(torch.where(live, stats.norms, 1.0))
-    residual, known = _residual(log_norms, live, state)
+    residual, known, usual_norm = _residual(log_norms, live, state)
     sigma = torch.sqrt(state.variance)
     deviation = residual - state.drift
     # At least e-fold, so that the fast first steps pass before the spread is known.
@@ -112,25 +128,34 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
     profile_gain = torch.where(live, torch.clamp(1 / (state.seen + 1), min=_PROFILE_GAIN), 0.0)
     ratios = (calm - torch.log(torch.clamp(stats.weights, min=1e-30))) / math.log(10)
     profile = state.profile + profile_gain * (ratios - state.profile)
-    first, loss, spread, loss_steps = _loss(stats, state) if stats.has_loss else state[-4:]
+    tail = _loss(stats, state) if stats.has_loss else _same_loss(state)
+    first, loss, spread, slow, loss_steps = tail
+    known_loss = loss_steps >= _FIRST
     start = torch.nanmedian(first)
+    # The first loss is of weights that no wild step has touched yet.
+    lower = torch.minimum(start, first[0])
     layered = torch.where(live & stats.layout.is_layer, profile, torch.nan)
     trends = Trends(
         steps=state.steps + 1,
         spike_score=score,
         jump=jump,
+        surge=(usual_norm - state.early) / math.log(10),
         profile=profile,
         live=live,
         offset=layered - torch.nanmedian(layered),
         tilt=depth_tilt(profile, live, stats.layout),
         loss_start=start,
         loss=torch.where(loss_steps > 0, loss, torch.nan),
-        stuck=loss > start - 0.1 * start.abs(),
+        loss_jump=(stats.loss - state.loss) / torch.clamp(state.loss_spread, min=1e-30),
+        stuck=loss > lower - 0.1 * lower.abs(),
+        relapsed=(state.best_loss > 0) & (loss > 10 * state.best_loss),
+        flat=(loss > slow - 0.03 * slow.abs()) & (loss_steps >= _FLAT_AFTER),
     )
     moved = torch.where(known, gain, 0.0)
     new = TrendState(
         steps=state.steps + 1,
         seen=state.seen + live,
+        early=torch.where(state.steps == _EARLY, usual_norm, state.early),
         level=state.level + tensor_gain * (calm - state.level),
         drift=state.drift + moved * (usual - state.drift),
         variance=(1 - moved) * (state.variance + moved * (usual - state.drift) ** 2),
@@ -138,6 +163,8 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         first_losses=first,
         loss=loss,
         loss_spread=spread,
+        slow_loss=slow,
+        best_loss=torch.where(known_loss, torch.minimum(state.best_loss, loss), state.best_loss),
         loss_steps=loss_steps,
     )
     return trends, new
@@ -180,23 +207,34 @@ def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
     return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes) * (total - 1), torch.nan)
 
 
-def _residual(log_norms: Tensor, live: Tensor, state: TrendState) -> tuple[Tensor, Tensor]:
-    """Log of the norm over its expectation, from tensors seen before, so that thawing a layer is no spike."""
+def _residual(log_norms: Tensor, live: Tensor, state: TrendState) -> tuple[Tensor, Tensor, Tensor]:
+    """Log of the norm over its expectation, from tensors seen before, so that thawing a layer is no spike.
+
+    Returns:
+        That, whether any tensor had been seen, and the log of the expectation.
+    """
     known = live & (state.seen > 0)
     any_known = known.any()
     observed = torch.logsumexp(torch.where(known, 2 * log_norms, -torch.inf), 0) / 2
     expected = torch.logsumexp(torch.where(known, 2 * state.level, -torch.inf), 0) / 2
-    return torch.where(any_known, observed - expected, 0.0), any_known
+    return torch.where(any_known, observed - expected, 0.0), any_known, expected
 
 
-def _loss(stats: GradStats, state: TrendState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First losses, winsorised mean, mean absolute deviation, count: one outlier batch moves them little."""
+def _same_loss(state: TrendState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What is known of the loss stays as it is where none was given."""
+    return state.first_losses, state.loss, state.loss_spread, state.slow_loss, state.loss_steps
+
+
+def _loss(stats: GradStats, state: TrendState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """First losses, winsorised mean, mean absolute deviation, slower mean, count: one outlier moves them little."""
     count = state.loss_steps
     first = torch.where(torch.arange(_FIRST, device=count.device) == count, stats.loss, state.first_losses)
-    # A tenth of the loss at least, or a loss that was constant could never be seen to move.
-    offset, reach = stats.loss - state.loss, torch.maximum(3 * state.loss_spread, 0.1 * state.loss.abs())
+    # The loss itself at least, or one that was constant could not be seen to move.
+    offset, reach = stats.loss - state.loss, torch.maximum(3 * state.loss_spread, state.loss.abs())
     offset = torch.where(count < _FIRST, offset, torch.clamp(offset, -reach, reach))
     gain = torch.clamp(1 / (count + 1), min=_LOSS_GAIN)
     # The first offset is the loss itself, and no deviation.
     spread = torch.where(count > 0, state.loss_spread + gain * (offset.abs() - state.loss_spread), 0.0)
-    return first, state.loss + gain * offset, spread, count + 1
+    loss = state.loss + gain * offset
+    slow = state.slow_loss + torch.clamp(1 / (count + 1), min=_SLOW_GAIN) * (loss - state.slow_loss)
+    return first, loss, spread, slow, count + 1

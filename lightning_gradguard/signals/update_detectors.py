@@ -18,8 +18,9 @@ class UpdateRatio:
     """Flags layers whose applied update is too large a part of their weight.
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
-    eighth; raised when a layer exceeds the limit in all samples of ``steps`` steps, and the loss, if given, makes
-    no progress: a first step or two may be large.
+    eighth. Raised when a layer has exceeded the limit in all samples of ``steps`` steps and the loss, if given, makes
+    no progress from 25 to 100 steps later: the first steps may be large, and with normalisation behind them even many.
+    It stays raised until there is progress, since the weights that large steps have made do not heal.
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is usual.
@@ -29,7 +30,7 @@ class UpdateRatio:
     """
 
     limit: float = 0.1
-    steps: int = 8
+    steps: int = 4
     fault: ClassVar[Fault] = Fault.OVERSIZED_UPDATE
     measures: ClassVar[tuple[str, ...]] = ("applied update over weight",)
 
@@ -44,13 +45,21 @@ class UpdateRatio:
     def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
         """Judges one step."""
         large = (stats.updates > self.limit) & stats.layout.is_layer
-        held = torch.where(large, state.steps + float(stats.sampled_steps), 0.0)
-        found = held >= self.steps
         trends = trends_of(stats)
-        still = trends.stuck | trends.loss.isnan()
-        score = torch.where(found, stats.updates, -torch.inf)
+        # Negative: the limit was exceeded for long enough, so many steps ago.
+        grown = torch.where(large, state.steps + float(stats.sampled_steps), 0.0)
+        # One step that leaves nothing of a weight will do, except at the start, where a weight may begin at zero.
+        wiped = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
+        grown = torch.where(wiped, float(self.steps), grown)
+        held = torch.where(state.steps < 0, state.steps - 1, torch.where(grown >= self.steps, -1.0, grown))
+        unknown = trends.loss.isnan()
+        still = trends.stuck | trends.relapsed
+        expired = (held < -4 * WARM_UP) & ~(still | unknown)
+        held = torch.where(expired, 0.0, held)
+        found = ((held < -WARM_UP) & still) | ((held < 0) & unknown)
+        score = torch.where(held < 0, torch.nan_to_num(stats.updates), -torch.inf)
         value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
-        return reading(stats, found.any() & still, value, self.limit, score=score), Held(held)
+        return reading(stats, found.any(), value, self.limit, score=score), Held(held)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class Judge:
         return findings, wanted is not None, halt
 
     def _event(self, sight: Sight, step: int) -> Finding | None:
-        return self._finding(sight, step, Severity.WARNING) if sight.raised else None
+        return self._finding(sight, step, min(sight.ceiling, Severity.WARNING)) if sight.raised else None
 
     def _episode(self, sight: Sight, step: int, explained: bool) -> Finding | None:
         """Follows a condition that lasts; a finding when it begins and when it becomes critical."""

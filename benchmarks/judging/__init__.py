@@ -1,0 +1,1 @@
+"""What `benchmarks/detection.py` judges with: rivals' rules, listeners, scores and tables."""

@@ -1,0 +1,180 @@
+"""Writes what came out as Markdown."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.judging.scoring import Score, Total, score_run, total
+from benchmarks.judging.watching import OURS
+from benchmarks.zoo.case import Case
+from lightning_gradguard import Fault
+
+Run = Mapping[str, Any]
+
+_INTRODUCTION = """# Detection
+
+Written by `python benchmarks/detection.py`; the trainings are in `benchmarks/zoo/`, their truth in `zoo/truth.json`.
+{cases} cases, {seeds} seeds each: {sick} sick runs, {healthy} healthy ones. Our guard is `GradGuard()`, unchanged; it
+watches. All rule sets see the same steps of the same runs.
+
+- **alarmed**: a warning of any fault at or after the onset.
+- **right first**: the first warning names the right fault; of a rival's alarms at one step, any may be right.
+- **right layer**: a culprit is among the first three parameters of the first right warning.
+- **false alarms**: healthy runs with any warning, a single spike included; INFO findings are records, not warnings.
+- **delay**: median number of steps from the onset to the first right warning.
+
+On sick runs our spike warnings are passed over, unless a spike is what is wrong: they are events, and say nothing of
+a condition. An event, such as one bad batch, must not become critical nor halt. The rivals' classes are mapped to our
+faults: vanishing (right for vanishing in time and underflow, too), exploding, dead (right for disconnected, too),
+update too small = stalled, update too large = oversized update, NaN or infinity = nonfinite.
+"""
+
+
+def report(cases: Sequence[Case], runs: Sequence[Run]) -> str:
+    """The whole page."""
+    by_id = {case.id: case for case in cases}
+    scores = [(by_id[run["case"]], run, score_run(by_id[run["case"]], run)) for run in runs]
+    names = list(runs[0]["alarms"])
+    sick = sum(case.sick for case, _, _ in scores)
+    parts = [
+        _INTRODUCTION.format(
+            cases=len(by_id), seeds=len({run["seed"] for run in runs}), sick=sick, healthy=len(scores) - sick
+        ),
+        "## All rule sets\n\n" + _totals({n: total(s[n] for _, _, s in scores) for n in names}),
+        "## Right first, by fault\n\n" + _by_fault(scores, names),
+        "## Ours, case by case\n\n" + _by_case(scores),
+        "## Margins of our statistics\n\n" + _MARGINS + _margins(by_id, runs),
+    ]
+    return "\n".join(parts)
+
+
+def _totals(totals: Mapping[str, Total]) -> str:
+    head = ("rules", "alarmed", "right first", "right layer", "false alarms", "median delay")
+    rows = [
+        (
+            name,
+            _of(t.alarmed, t.sick),
+            _of(t.right_first, t.sick),
+            _of(t.right_layer, t.sick),
+            _of(t.false_alarms, t.healthy),
+            "-" if t.delay is None else f"{t.delay:g}",
+        )
+        for name, t in totals.items()
+    ]
+    return table(head, rows)
+
+
+def _by_fault(scores: Sequence[tuple[Case, Run, Mapping[str, Score]]], names: Sequence[str]) -> str:
+    rows = []
+    for fault in Fault:
+        own = [s for case, _, s in scores if case.fault == fault]
+        if own:
+            rows.append(
+                (fault.value, str(len(own)), *(str(sum(s[n].right_first for s in own)) for n in names))
+            )
+    return table(("fault", "runs", *names), rows)
+
+
+def _by_case(scores: Sequence[tuple[Case, Run, Mapping[str, Score]]]) -> str:
+    grouped: dict[str, list[tuple[Case, Run, Score]]] = defaultdict(list)
+    for case, run, own in scores:
+        grouped[case.id].append((case, run, own[OURS]))
+    rows = []
+    for id, group in grouped.items():
+        case = group[0][0]
+        expected = ", ".join(f.value for f in case.names) or "healthy"
+        good = sum(_ok(s) for _, _, s in group)
+        rows.append(
+            (
+                id,
+                case.title,
+                expected,
+                _join("-" if s.first is None else s.first["fault"] for _, _, s in group),
+                _join("-" if s.first is None else str(s.first["step"]) for _, _, s in group),
+                _join(
+                    "-" if s.first is None else ", ".join(s.first["parameters"][:1]) or "?"
+                    for _, _, s in group
+                ),
+                _of(good, len(group)) + ("" if good == len(group) else " ✗"),
+            )
+        )
+    return table(("case", "what", "expected", "found first", "at step", "worst tensor", "ok"), rows)
+
+
+_MARGINS = """Extreme of each statistic in a run, over the steps without progress of the loss from step 30 on ("stuck":
+the running mean of the loss above 90 % of its start) and over all steps. Healthy: the worst run. Sick: the mildest
+run among those whose fault the detector is for and in which its rule was raised, and how many those are.
+
+"""
+
+
+def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
+    names = sorted({name for run in runs for name in run["statistics"]})
+    rows = []
+    for name in names:
+        seen = [(by_id[r["case"]], r, r["statistics"][name]) for r in runs if name in r["statistics"]]
+        low = any(s["raised_below"] or s["limit"] < 0 for _, _, s in seen)
+        pick = _Pick(low)
+        healthy = [(case, s) for case, _, s in seen if not case.sick]
+        sick = [(case, s) for case, _, s in seen if case.sick and Fault(s["fault"]) in case.names]
+        raised = [(case, s) for case, s in sick if s["raised"]]
+        rows.append(
+            (
+                name,
+                f"{'<' if low else '>'} {_number(seen[0][2]['limit'])}",
+                pick.show(healthy, "stuck", worst=True),
+                pick.show(healthy, "all", worst=True),
+                pick.show(raised, "all", worst=False),
+                _of(len(raised), len(sick)),
+            )
+        )
+    head = (
+        "statistic",
+        "limit",
+        "worst healthy, stuck",
+        "worst healthy, all",
+        "mildest sick, raised",
+        "sick raised",
+    )
+    return table(head, rows)
+
+
+class _Pick:
+    """Chooses extremes of a statistic that alarms when ``low``, or else when high."""
+
+    def __init__(self, low: bool) -> None:
+        self.low = low
+
+    def show(self, runs: Iterable[tuple[Case, Mapping[str, Any]]], which: str, *, worst: bool) -> str:
+        values = [(s[which][0 if self.low else 1], case.id) for case, s in runs if s[which][0] is not None]
+        if not values:
+            return "-"
+        value, id = (min if self.low == worst else max)(values)
+        return f"{_number(value)} ({id})"
+
+
+def _ok(score: Score) -> bool:
+    return score.right_first if score.sick else not score.false_alarm
+
+
+def _of(count: int, all_: int) -> str:
+    return f"{count} / {all_}"
+
+
+def _join(words: Iterable[str]) -> str:
+    """Words of the seeds; one is enough where all agree."""
+    listed = list(words)
+    return listed[0] if len(set(listed)) == 1 else " · ".join(listed)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

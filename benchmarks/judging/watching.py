@@ -1,0 +1,190 @@
+"""Runs a case once, under our guard and the rivals' rules side by side, and keeps what each of them said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from benchmarks.judging.peers import Alarm, Rules, rivals
+from benchmarks.judging.snapshot import take
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.running import fit
+from lightning_gradguard import GradGuard
+
+#: Name of our rules in tables and records.
+OURS = "lightning-gradguard"
+#: Steps at which statistics are written down.
+MILESTONES = (5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 299, 400, 599)
+#: Share of the starting loss above which there is no progress, as in DETECTION.md, and the step from which it counts.
+STUCK, WARM = 0.9, 30
+
+
+def watch(case: Case, seed: int, guard: Callable[[], GradGuard] = GradGuard) -> dict[str, Any]:
+    """One run, as plain data.
+
+    Args:
+        case: What is trained.
+        seed: Of the module and its data.
+        guard: Makes the callback under test.
+
+    Returns:
+        ``alarms``: name of the rules to a list of ``{fault, severity, step, onset, parameters, value}``, oldest first;
+        rivals stop at the first step with an alarm. ``statistics``: extremes; ``trace``: values at `MILESTONES`.
+    """
+    ours = guard()
+    before, after = Rivals(case), Listener(ours)
+    training = case.make(seed)
+    halt = fit(case, training, [before, ours, after])
+    alarms = {OURS: after.findings, **{name: list(found) for name, found in before.alarms.items()}}
+    return {
+        "case": case.id,
+        "seed": seed,
+        "alarms": alarms,
+        "halted": None if halt is None else halt.diagnosis.fault.value,
+        "statistics": {name: extreme.plain() for name, extreme in after.extremes.items()},
+        "trace": after.trace,
+    }
+
+
+class Rivals(L.Callback):
+    """Shows each step to the rivals' rules, before anyone can change it. Each stops at its first alarm."""
+
+    def __init__(self, case: Case) -> None:
+        self.total = case.steps
+        self.alarms: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals(case.steps)}
+        self._rules: dict[int, dict[str, Rules]] = {}
+        self._before: dict[int, dict[str, Tensor]] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if all(self.alarms.values()):
+            return
+        index = next(
+            i for i, own in enumerate(trainer.optimizers) if getattr(own, "optimizer", own) is optimizer
+        )
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = [(n, p) for n, p in pl_module.named_parameters() if id(p) in owned]
+        rules = self._rules.setdefault(index, rivals(self.total))
+        snapshot = take(trainer.global_step, float(pl_module.score), named, self._before.get(index, {}))
+        self._before[index] = {n: p.detach().clone() for n, p in named}
+        for name, own in rules.items():
+            if not self.alarms[name] and snapshot.names:
+                self.alarms[name] += [_as_record(alarm, snapshot.step) for alarm in own.look(snapshot)]
+
+
+class Listener(L.Callback):
+    """Writes down what our guard finds, at every severity, and the course of its statistics. Comes right after it."""
+
+    def __init__(self, guard: GradGuard) -> None:
+        self.guard = guard
+        self.findings: list[dict[str, Any]] = []
+        self.extremes: dict[str, Extreme] = {}
+        self.trace: list[dict[str, Any]] = []
+        self._heard: Any = None
+        self._judged: dict[int, int] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self._listen(trainer.global_step)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._listen(trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._listen(trainer.global_step)
+
+    def _listen(self, step: int) -> None:
+        report = self.guard.report
+        if report is None or report is self._heard:
+            return
+        self._heard = report
+        for finding in report.findings:
+            self.findings.append(
+                {
+                    "fault": finding.fault.value,
+                    "severity": int(finding.severity),
+                    "step": step,
+                    "onset": finding.step,
+                    "parameters": list(finding.parameters),
+                    "value": _plain(finding.value),
+                    "detector": finding.detector,
+                    "optimizer": finding.optimizer,
+                }
+            )
+        index = next((i for i, own in self.guard._guards.items() if own.report is report), 0)
+        letter = self.guard._guards[index].letter
+        if letter is None or not letter.finite:
+            return
+        judged = self._judged[index] = self._judged.get(index, 0) + 1
+        stuck = letter.loss_mean > letter.loss_start - (1 - STUCK) * abs(letter.loss_start)
+        seen = {f"{s.detector}: {s.measure}": s for s in letter.sights}
+        for name, sight in seen.items():
+            extreme = self.extremes.setdefault(name, Extreme(sight.fault.value, sight.limit))
+            extreme.see(judged - 1, sight.value, stuck and judged > WARM, sight.raised)
+        if judged - 1 in MILESTONES:
+            self.trace.append(
+                {
+                    "step": judged - 1,
+                    "optimizer": index,
+                    "loss": _plain(letter.loss_mean / letter.loss_start if letter.loss_start else math.nan),
+                    "tilt": _plain(letter.tilt),
+                    "update_ratio": _plain(letter.update_ratio),
+                    **{name.partition(":")[0]: _plain(s.value) for name, s in seen.items()},
+                }
+            )
+
+
+class Extreme:
+    """Lowest and highest value of a statistic over a run: over all steps, and over those without progress."""
+
+    def __init__(self, fault: str, limit: float) -> None:
+        self.fault, self.limit = fault, limit
+        self.all: list[float | None] = [None, None]
+        self.stuck: list[float | None] = [None, None]
+        self.raised = 0
+        self.raised_below = False
+
+    def see(self, step: int, value: float, stuck: bool, raised: bool) -> None:
+        if not math.isfinite(value):
+            return
+        self.raised += raised
+        self.raised_below |= raised and value < self.limit
+        for pair in (self.all, self.stuck) if stuck else (self.all,):
+            pair[0] = value if pair[0] is None else min(pair[0], value)
+            pair[1] = value if pair[1] is None else max(pair[1], value)
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "fault": self.fault,
+            "limit": _plain(self.limit),
+            "all": [_plain(v) for v in self.all],
+            "stuck": [_plain(v) for v in self.stuck],
+            "raised": self.raised,
+            "raised_below": self.raised_below,
+        }
+
+
+def _as_record(alarm: Alarm, step: int) -> dict[str, Any]:
+    return {
+        "fault": alarm.fault.value,
+        "severity": 1,
+        "step": step,
+        "onset": step,
+        "parameters": list(alarm.parameters),
+        "value": None,
+    }
+
+
+def _plain(value: float | None) -> float | None:
+    """Four significant digits, None for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.4g}")
+
+
+def one_thread() -> None:
+    """What each process of a pool begins with."""
+    torch.set_num_threads(1)

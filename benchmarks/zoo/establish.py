@@ -1,0 +1,119 @@
+"""Establishes the truth of each case by bare runs, without any detector, and writes it to ``truth.json``.
+
+    python benchmarks/zoo/establish.py --seeds 3 --jobs 2
+
+A healthy case holds if it, or its twin on labels that can be learned, reaches its level. A sick one holds if it stays
+below (an event need not), its mended twin reaches it, and the facts of the run bear out every name that is accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.zoo import CASES, case
+from benchmarks.zoo.case import Case, select
+from benchmarks.zoo.facts import Facts, bears_out, time_tilt
+from benchmarks.zoo.running import fit
+from lightning_gradguard import Fault
+
+#: Where the truth is kept.
+TRUTH = Path(__file__).with_name("truth.json")
+
+
+def establish(subject: Case, seed: int) -> dict[str, Any]:
+    """The truth of one case for one seed: what it reaches, what its twin reaches, and the facts."""
+    training, facts = subject.make(seed), Facts(subject)
+    tilt = time_tilt(training) if Fault.VANISHING_IN_TIME in subject.names else None
+    fit(subject, training, [facts])
+    quality, summary = training.quality(), facts.summary()
+    if tilt is not None:
+        summary["time_tilt"] = tilt
+    twin = None
+    if subject.mended is not None:
+        other = subject.make(seed, mended=True)
+        fit(subject, other, mended=True)
+        twin = other.quality()
+    names = {name.value: bears_out(name, summary, subject.onset) for name in subject.names}
+    return {
+        "quality": _plain(quality),
+        "mended_quality": _plain(twin),
+        "borne_out": names,
+        "holds": holds(subject, quality, twin, names),
+        "facts": {name: _plain(value) for name, value in summary.items() if value is not None},
+    }
+
+
+def holds(subject: Case, quality: float, twin: float | None, names: dict[str, bool]) -> bool:
+    """Whether what was measured is what the case claims."""
+    reaches = quality >= subject.level
+    twin_reaches = twin is not None and twin >= subject.level
+    if not subject.sick:
+        return reaches or twin_reaches
+    return (subject.kind == "event" or not reaches) and twin_reaches and all(names.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs from the command line; returns 1 if a case does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args(arguments)
+    chosen = select(CASES, options.cases)
+    work = [(c.id, seed) for c in chosen for seed in range(options.seeds)]
+    began = time.perf_counter()
+    truth: dict[str, Any] = json.loads(TRUTH.read_text()) if TRUTH.exists() else {}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        for (name, seed), result in zip(work, pool.map(_job, work), strict=True):
+            entry = truth.setdefault(name, {})
+            subject = case(name)
+            entry.update(
+                title=subject.title,
+                names=[fault.value for fault in subject.names],
+                level=subject.level,
+                onset=subject.onset,
+            )
+            entry.setdefault("seeds", {})[str(seed)] = result
+            if not result["holds"]:
+                print(f"does not hold: {name} seed {seed}: {result}", flush=True)
+    known = {c.id for c in CASES}
+    truth = {name: truth[name] for name in sorted(truth) if name in known}
+    lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in truth.items()]
+    TRUTH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    bad = sum(not seed["holds"] for entry in truth.values() for seed in entry["seeds"].values())
+    print(
+        f"{len(chosen)} cases, {len(work)} runs in {time.perf_counter() - began:.0f} s; {bad} in the file do not hold"
+    )
+    return int(bad > 0)
+
+
+def _job(work: tuple[str, int]) -> dict[str, Any]:
+    return establish(case(work[0]), work[1])
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _plain(value: float | int | None) -> float | int | str | None:
+    """Four significant digits; what is not finite as text, since JSON has no word for it."""
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
