@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.signals import pipeline
@@ -38,11 +39,22 @@ def load(guard: Guard, state: dict[str, Any]) -> None:
         raise ValueError(
             f"state must be of version {VERSION}, got {state.get('version')!r}; start the guard afresh"
         )
-    if state["kinds"] != _kinds(guard):
+    if state.get("kinds") != _kinds(guard):
         raise ValueError(
-            f"state must be of the same detectors and clipper, {_kinds(guard)}, got {state['kinds']}; "
+            f"state must be of the same detectors and clipper, {_kinds(guard)}, got {state.get('kinds')}; "
             "construct the guard as in the run that saved it"
         )
+    before = copy.deepcopy(save(guard))
+    try:
+        _restore(guard, state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        _restore(guard, before)
+        raise ValueError(
+            f"state must be what Guard.state_dict gave, but {type(error).__name__}: {error}"
+        ) from error
+
+
+def _restore(guard: Guard, state: dict[str, Any]) -> None:
     guard.watch.load_state_dict(state["watch"])
     guard.judge.load_state_dict(state["judge"])
     guard.steps, guard.counts = state["steps"], dict(state["counts"])

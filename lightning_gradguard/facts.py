@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_gradguard.doctor import causes
 from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.signals.stats import GradStats, weight_norms
-from lightning_gradguard.verdicts.faults import Fault, Finding
+from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning
 from lightning_gradguard.watch import Watch
 
 if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
+
+
+def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) -> Diagnosis:
+    """The diagnosis of a critical finding; a bare one where the doctor fails, for it must never end a training."""
+    try:
+        diagnosis = causes.diagnose(gather(guard, stats, finding, batch))
+    except Exception as error:
+        problem = f"the causes could not be examined ({type(error).__name__}: {error})"
+        warnings.warn(f"GradGuard: {problem}", GradientWarning, stacklevel=5)
+        unknown = (Cause.UNKNOWN,)
+        diagnosis = Diagnosis(
+            finding.fault,
+            finding.step,
+            finding.parameters,
+            (str(finding),),
+            unknown,
+            {Cause.UNKNOWN: problem},
+        )
+    return replace(diagnosis, signs=(*diagnosis.signs, *guard.notes))
 
 
 def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = None) -> Case:
@@ -52,7 +75,9 @@ def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = Non
         loss_now=calm.loss_mean,
         loss_last=letter.loss,
         optimizer="" if watch.optimizer is None else type(watch.optimizer).__name__,
-        learning_rates=tuple(float(group["lr"]) for group in settings if "lr" in group),
+        learning_rates=tuple(
+            float(rate) for group in settings if isinstance(rate := group.get("lr"), (int, float))
+        ),
         defaults=settings[0] if settings else {},
         dtypes=tuple(sorted({str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None})),
         steps=guard.counts["judged"],
@@ -102,7 +127,7 @@ def _settings(watch: Watch) -> list[dict[str, Any]]:
     plain = []
     for group in groups:
         kept = {
-            k: read(v.reshape(1))[0] if isinstance(v, Tensor) else v
+            k: read(v.reshape(1))[0] if isinstance(v, Tensor) and v.numel() == 1 else v
             for k, v in group.items()
             if k != "params"
         }

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard import checkpoint, facts
 from lightning_gradguard import lag as lagging
-from lightning_gradguard.doctor.causes import diagnose
 from lightning_gradguard.doctor.diagnosis import Diagnosis
-from lightning_gradguard.letter import pack, unpack
+from lightning_gradguard.letter import Posted, pack, unpack
 from lightning_gradguard.mailbox import Mailbox
-from lightning_gradguard.parts import default_detectors, validate
+from lightning_gradguard.parts import as_scalar, default_detectors, say, validate
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper, apply_
 from lightning_gradguard.signals.reading import Detector
@@ -27,7 +25,6 @@ from lightning_gradguard.verdicts.faults import (
     Fault,
     Finding,
     GradientHalt,
-    GradientWarning,
     Report,
     Severity,
 )
@@ -38,16 +35,6 @@ from lightning_gradguard.watch import Watch
 
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
-
-
-class Posted(NamedTuple):
-    """What the host remembers of a step whose letter is under way."""
-
-    step: int
-    has_loss: bool
-    scaled: bool
-    outcome: pipeline.Outcome
-    batch: object
 
 
 class Guard:
@@ -99,6 +86,7 @@ class Guard:
         self.report: Report | None = None
         self.letter: Letter | None = None
         self.calm: Letter | None = None
+        self.notes: tuple[str, ...] = ()
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
         self.judge = Judge(self.policy, index)
@@ -117,7 +105,7 @@ class Guard:
 
     def step(
         self,
-        loss: Tensor | None = None,
+        loss: Tensor | float | None = None,
         *,
         scaler: torch.amp.GradScaler | None = None,
         graph: Tensor | None = None,
@@ -142,9 +130,15 @@ class Guard:
 
         Raises:
             GradientHalt: If training cannot go on.
+            ValueError: If the loss is no scalar.
         """
+        loss = as_scalar(loss)
         if self.watch.follow_groups():
             self.states = None
+        if scaler is not None and self._lag:
+            # Both would set found_inf, and the scaler's own skip is exact: no lag then.
+            self.close()
+            self._lag, self._mailbox = 0, Mailbox(0)
         self.watch.unscale(scaler)
         number = self.steps if step is None else step
         self.steps += 1
@@ -166,7 +160,7 @@ class Guard:
             self.watch.drop()
         else:
             self.states = states
-            if outcome.clip is not None and report.scale < 1:
+            if outcome.clip is not None and self.letter is not None and self.letter.clipped:
                 apply_(stats.gradients, outcome.clip.multipliers)
         if any(f.fault == Fault.SPIKE for f in report.findings):
             self.watch.sample_now()
@@ -181,6 +175,7 @@ class Guard:
         Raises:
             GradientHalt: If the last step was one to halt on.
         """
+        self.watch.close()
         while (answer := self._mailbox.take()) is not None:
             self._report(*answer)
             self._raise_if_halted(answer[1].step)
@@ -231,17 +226,17 @@ class Guard:
         self.report, self._halt = verdict.report, verdict.halt
         self.calm = self.letter if self.letter.finite else self.calm
         self.counts["judged"] += 1
-        self.counts["clipped"] += 0 < self.report.scale < 1
+        self.counts["clipped"] += self.letter.clipped and not self.report.skip
         self.counts["skipped"] += self.report.skip
         self.counts["nonfinite"] += not self.letter.finite
         self._findings.extend(self.report.findings)
         for finding in verdict.messages:
             if finding is not verdict.halt:
-                _say(str(finding))
+                say(str(finding))
         grave = [f for f in self.report.findings if f.severity == Severity.CRITICAL]
         if grave:
             finding = verdict.halt or grave[0]
-            self.diagnosis = diagnose(facts.gather(self, posted.outcome.stats, finding, posted.batch))
+            self.diagnosis = facts.diagnose(self, posted.outcome.stats, finding, posted.batch)
         return self.report
 
     def _raise_if_halted(self, step: int) -> None:
@@ -259,11 +254,4 @@ class Guard:
         silent = [type(d).__name__ for d in self.detectors if getattr(d, "needs_loss", False)]
         if loss is None and silent and not self._said_no_loss:
             self._said_no_loss = True
-            _say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")
-
-
-def _say(message: str) -> None:
-    """Warns, on one rank."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        warnings.warn(f"GradGuard: {message}", GradientWarning, stacklevel=4)
+            say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")

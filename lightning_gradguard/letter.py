@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,18 @@ from lightning_gradguard.verdicts.letter import Letter, Sight
 #: Tensors named in a finding.
 NAMED = 8
 
-_HEAD = 10
+_HEAD = 11
 _PER_READING = 6
+
+
+class Posted(NamedTuple):
+    """What the host remembers of a step whose letter is under way."""
+
+    step: int
+    has_loss: bool
+    scaled: bool
+    outcome: Outcome
+    batch: object
 
 
 def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
@@ -30,6 +41,7 @@ def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
         stats.total,
         stats.total if clip is None else torch.linalg.vector_norm(clip.norms),
         unknown if clip is None else clip.threshold,
+        stats.total > stats.total if clip is None else (clip.norms < stats.norms).any(),
         stats.finite,
         stats.loss,
         trends.loss_start,
@@ -60,10 +72,22 @@ def unpack(numbers: list[float], outcome: Outcome, detectors: Sequence[Detector]
         ranked = zip(places[i * width : (i + 1) * width], scores[i * width : (i + 1) * width], strict=True)
         named = tuple(layout.names[int(place)] for place, score in ranked if score > -float("inf"))
         sights.append(_sight(detector, numbers[_HEAD + _PER_READING * i :][:_PER_READING], named))
-    total, clipped, threshold, finite, loss, start, mean, scale, tilt, ratio = numbers[:_HEAD]
+    total, after, threshold, clipped, finite, loss, start, mean, scale, tilt, ratio = numbers[:_HEAD]
     present = {layout.names[i]: norms[i] for i in layout.order if gradients[i] is not None}
     return Letter(
-        total, clipped, threshold, bool(finite), loss, start, mean, scale, tilt, ratio, present, sights
+        total_norm=total,
+        clipped_norm=after,
+        threshold=threshold,
+        clipped=bool(clipped),
+        finite=bool(finite),
+        loss=loss,
+        loss_start=start,
+        loss_mean=mean,
+        loss_scale=scale,
+        tilt=tilt,
+        update_ratio=ratio,
+        norms=present,
+        sights=sights,
     )
 
 

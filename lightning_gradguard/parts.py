@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike, TimeTilt
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
+from lightning_gradguard.verdicts.faults import GradientWarning
 from lightning_gradguard.verdicts.policy import Policy
 
 
@@ -40,3 +45,29 @@ def validate(detectors: object, clipper: object, policy: object) -> None:
             )
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"policy must be a Policy, such as Policy.strict(), got {policy!r}")
+
+
+def validate_options(monitor: object, trials: object, recorder: object) -> None:
+    """Raises ValueError for what `GradGuard` cannot make use of."""
+    if monitor is not None and (not isinstance(monitor, str) or not monitor):
+        raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
+    for name, value, only in (("trials", trials, False), ("recorder", recorder, None)):
+        if value is not only:
+            raise ValueError(f"{name} must be {only} in this version, got {value!r}")
+
+
+def as_scalar(loss: Tensor | float | None) -> Tensor | None:
+    """The loss as a scalar tensor; ValueError, with the mend, if it is none."""
+    if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1):
+        return loss
+    if isinstance(loss, (int, float)):
+        return torch.tensor(float(loss))
+    shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
+
+
+def say(message: str) -> None:
+    """Warns, on one rank."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        warnings.warn(f"GradGuard: {message}", GradientWarning, stacklevel=4)

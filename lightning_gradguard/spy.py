@@ -20,12 +20,15 @@ class Usage:
 
     Distinguishes a module that the loss was cut off from, from one that is not used at all. The hook is removed
     by `close`, or when the object is forgotten.
+
+    Args:
+        idle: Sees nothing, and hooks nothing: for compiled modules, which a hook would have compiled anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, idle: bool = False) -> None:
         self.ids: set[int] = set()
-        self._hook: RemovableHandle | None = register_module_forward_pre_hook(_recorder(self.ids))
-        self._finalizer = weakref.finalize(self, self._hook.remove)
+        hook: RemovableHandle | None = None if idle else register_module_forward_pre_hook(_recorder(self.ids))
+        self._finalizer = weakref.finalize(self, (lambda: None) if hook is None else hook.remove)
 
     def close(self) -> frozenset[int]:
         """Stops looking; ids of the parameters seen, empty if no module was called."""
@@ -47,6 +50,7 @@ class TimeSpy:
         self._parameters = parameters
         self._profile: Tensor | None = None
         self._calls: dict[int, list[Tensor | None]] = {}
+        self._over = False
         self._hooks = [
             register_module_forward_pre_hook(self._before),  # type: ignore[arg-type]
             register_module_forward_hook(self._after),
@@ -72,6 +76,8 @@ class TimeSpy:
         return any(id(p) in self._parameters for p in module._parameters.values())
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if torch.compiler.is_compiling() or self._over:
+            return None
         if not (
             isinstance(module, nn.RNNBase)
             and args
@@ -95,6 +101,9 @@ class TimeSpy:
         return (sequence, *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # After the first backward pass another micro-batch begins, which is another sequence.
+        if torch.compiler.is_compiling() or self._over:
+            return
         result = output[0] if isinstance(output, tuple) else output
         if isinstance(module, nn.RNNBase) or not isinstance(result, Tensor) or not result.requires_grad:
             return
@@ -105,6 +114,7 @@ class TimeSpy:
         calls.append(None)
 
         def keep(gradient: Tensor) -> None:
+            self._over = True
             calls[place] = torch.linalg.vector_norm(gradient.detach().float())
 
         result.register_hook(keep)  # type: ignore[no-untyped-call]
@@ -114,8 +124,8 @@ def _recorder(ids: set[int]) -> Callable[[nn.Module, Any], None]:
     """A hook that keeps only the set alive, so that the object can be forgotten."""
 
     def record(module: nn.Module, args: Any) -> None:
-        ids.update(id(p) for p in module._parameters.values() if p is not None)
+        # Nothing of this is to be compiled into the model.
+        if not torch.compiler.is_compiling():
+            ids.update(id(p) for p in module._parameters.values() if p is not None)
 
-    # Not to be compiled into the model.
-    quiet: Callable[[nn.Module, Any], None] = torch.compiler.disable(record)  # type: ignore[no-untyped-call]
-    return quiet
+    return record

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy, dissect
+from lightning_gradguard.naming import is_compiled, members, select
 from lightning_gradguard.signals.samples import LOW_PRECISION, dead_shares, lost_shares, sample, update_ratios
 from lightning_gradguard.signals.stats import GradStats, Layout, mean_over_ranks, measure, weight_norms
 from lightning_gradguard.spy import TimeSpy, Usage
@@ -30,7 +31,6 @@ _TENSORS = {
     "dead": "_dead",
     "lost": "_lost",
 }
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
 
 class Watch:
@@ -52,16 +52,16 @@ class Watch:
         usage: Usage | None = None,
     ) -> None:
         self.optimizer = optimizer
-        self._usage = Usage() if usage is None else usage
         self._used: frozenset[int] | None = None
         self._time_spy: TimeSpy | None = None
         self._peak_rate = 0.0
         self._fresh = self._sampled_last = False
         self.anatomy: Anatomy | None = None
         self._embeddings: frozenset[str] = frozenset()
-        self._named = {id(p): (_plain(name), p) for name, p in reversed(list(named_parameters))}
+        self._named = list(named_parameters)
+        self._usage = Usage(idle=is_compiled(self._named)) if usage is None else usage
         self._patterns: set[tuple[bool, ...]] = set()
-        self._groups = self._group_sizes()
+        self._groups = members(self.optimizer)
         self.good = 0
         self.layout: Layout
         self.weights: Tensor
@@ -71,15 +71,15 @@ class Watch:
         self._unused: Tensor
         self._ran: Tensor
         self._recurrent: Tensor
-        self._start(self._select())
+        self._start(select(self._named, self.optimizer))
 
     def follow_groups(self) -> bool:
         """Reads the optimizer's parameter groups again; True if the watched tensors changed."""
-        sizes = self._group_sizes()
-        if sizes == self._groups:
+        found = members(self.optimizer)
+        if found == self._groups:
             return False
-        self._groups = sizes
-        self._start(self._select())
+        self._groups = found
+        self._start(select(self._named, self.optimizer))
         return True
 
     @property
@@ -142,7 +142,12 @@ class Watch:
     def arrange(self, graph: Tensor | None) -> None:
         """Takes the order of the layers from an autograd graph, when tensors have gradients that had none before."""
         pattern = tuple(p.grad is not None for p in self.layout.parameters)
-        if graph is None or pattern in self._patterns or len(self._patterns) >= MAX_WALKS:
+        if (
+            graph is None
+            or graph.grad_fn is None
+            or pattern in self._patterns
+            or len(self._patterns) >= MAX_WALKS
+        ):
             return
         self._patterns.add(pattern)
         parameters = dict(zip(self.layout.names, self.layout.parameters, strict=True))
@@ -151,6 +156,13 @@ class Watch:
         self.layout = Layout.of(parameters, order=self.anatomy.order, embeddings=self._embeddings)
         self._used = self._usage.close() if self._used is None else self._used
         self._mark_paths(self.anatomy)
+
+    def close(self) -> None:
+        """Takes away the hooks that are still there."""
+        self._usage.close()
+        if self._time_spy is not None:
+            self._time_spy.close()
+        self._time_spy = None
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
@@ -211,26 +223,6 @@ class Watch:
         for name, attribute in _TENSORS.items():
             setattr(self, attribute, state[name].to(device))
 
-    def _group_sizes(self) -> tuple[int, ...]:
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return tuple(len(group["params"]) for group in groups)
-
-    def _select(self) -> dict[str, Tensor]:
-        """Name to parameter: in the model's order, then what the optimizer has beyond the model."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        own = {
-            id(p): (f"group{g}.{i}", p)
-            for g, group in enumerate(groups)
-            for i, p in enumerate(group["params"])
-        }
-        chosen = [pair for key, pair in reversed(self._named.items()) if not groups or key in own]
-        chosen += [pair for key, pair in own.items() if key not in self._named]
-        if not chosen:
-            raise ValueError(
-                "named_parameters must hold a parameter, got none; pass model.named_parameters()"
-            )
-        return dict(chosen)
-
     def _start(self, parameters: dict[str, Tensor]) -> None:
         """Begins to watch these tensors, of which nothing is known yet."""
         self._embeddings = frozenset()
@@ -263,9 +255,3 @@ class Watch:
         rate = max(rates, default=0.0)
         self._peak_rate = max(self._peak_rate, rate)
         return bool(rates) and rate < RESTING * self._peak_rate
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

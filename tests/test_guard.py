@@ -529,3 +529,137 @@ def test_nothing_to_watch():
         ValueError, match=r"must hold a parameter, got none; pass model\.named_parameters\(\)"
     ):
         Guard([])
+
+
+@quiet
+def test_a_parameter_that_is_replaced_one_for_one_is_watched():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    guard.step(loss=backward(model, 0))
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    optimizer.param_groups[0]["params"][0] = model[0].weight
+    loss = backward(model, 1)
+    poison(model)
+    assert guard.step(loss=loss).skip
+    optimizer.step()
+    assert model[0].weight.isfinite().all()
+
+
+@quiet
+def test_two_models_with_the_same_names_are_both_watched():
+    one, two = network(0), network(1)
+    pairs = [*one.named_parameters(), *two.named_parameters()]
+    guard = Guard(pairs, optimizer=torch.optim.SGD([p for _, p in pairs], lr=0.1))
+    loss = backward(one, 0) + backward(two, 0)
+    poison(one)
+    report = guard.step(loss=loss)
+    assert report.skip
+    assert {"0.weight", "0.weight#2"} <= set(report.norms)
+
+
+def test_a_clip_too_small_to_show_in_the_global_norm_is_applied():
+    big, small = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    guard = Guard({"big": big, "small": small}.items(), clipper=SpikeClip())
+    for step in range(60):
+        big.grad = torch.full((4,), 1e4)
+        small.grad = torch.full((4,), 1e-3 * (100 if step == 50 else 1))
+        report = guard.step(loss=torch.tensor(1.0))
+        if step == 50:
+            assert small.grad.max() < 1e-2
+            assert guard.counts["clipped"] == 1
+    assert report.scale == 1.0
+
+
+def test_the_doctor_never_ends_a_training():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy(patience=0))
+    optimizer.param_groups[0]["lr"] = None
+    optimizer.param_groups[0]["odd"] = torch.ones(2)
+    guard.watch.initial_weights = None
+    loss = backward(model, 0)
+    poison(model)
+    with pytest.warns(GradientWarning):
+        guard.step(loss=loss)
+    with (
+        pytest.warns(GradientWarning, match="could not be examined"),
+        pytest.raises(GradientHalt, match="nonfinite"),
+    ):
+        for _ in range(6):
+            loss = backward(model, 0)
+            poison(model)
+            guard.step(loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+def test_a_compiled_model_stays_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    for step in range(4):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(compiled(x), y)
+        loss.backward()
+        guard.step(loss=loss)
+        optimizer.step()
+    assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.parametrize("name", ["SGD-fused", "AdamW-fused"])
+@quiet
+def test_a_scaler_with_a_fused_optimizer_and_lag(name):
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    guard = Guard(model.named_parameters(), optimizer=optimizer, lag=1)
+    for step in range(6):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        if step == 3:
+            poison(model)
+        report = guard.step(loss=loss, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        assert report.skip is (step == 3)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [1e21, -1e21])
+def test_a_gradient_whose_square_overflows_is_not_finite(value):
+    parameter = nn.Parameter(torch.ones(()))
+    parameter.grad = torch.tensor(value)
+    with pytest.warns(GradientWarning, match="nonfinite"):
+        assert Guard([("p", parameter)]).step(loss=1.0).skip
+
+
+def test_a_loss_may_be_a_number_but_no_vector():
+    model = network()
+    guard = Guard(model.named_parameters())
+    backward(model, 0)
+    assert guard.step(loss=1.5).loss == 1.5
+    with pytest.raises(ValueError, match=r"loss must be a scalar, such as losses.mean\(\), got \(3,\)"):
+        guard.step(loss=torch.ones(3))
+
+
+def test_a_broken_state_changes_nothing():
+    guard = Guard(network().named_parameters())
+    before = repr(guard.state_dict())
+    broken = copy.deepcopy(guard.state_dict())
+    del broken["judge"]["said"]
+    broken["steps"] = 99
+    with pytest.raises(ValueError, match="state must be what"):
+        guard.load_state_dict(broken)
+    assert repr(guard.state_dict()) == before

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from lightning_gradguard import Guard
 from lightning_gradguard.spy import TimeSpy, Usage
 
 
@@ -21,6 +22,7 @@ def test_usage_knows_what_was_called_and_stops():
 
 
 def test_a_forgotten_usage_takes_its_hook_along():
+    gc.collect()
     before = len(_global_forward_pre_hooks)
     usage = Usage()
     assert len(_global_forward_pre_hooks) == before + 1
@@ -85,3 +87,19 @@ def test_short_sequences_and_idle_models_say_nothing():
     assert spy(Cell(0.5), torch.ones(2, 5, 8)) is None
     watcher = TimeSpy(frozenset())
     assert watcher.close() is None
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_a_closed_guard_leaves_no_hook():
+    model = nn.LSTM(4, 8, batch_first=True)
+    gc.collect()
+    before = len(_global_forward_hooks), len(_global_forward_pre_hooks)
+    guard = Guard(model.named_parameters())
+    for _ in range(33):
+        model.zero_grad()
+        loss = model(torch.randn(2, 30, 4))[0].square().sum() * 0 + 1.0
+        loss.backward()
+        guard.step(loss=loss)
+    assert (len(_global_forward_hooks), len(_global_forward_pre_hooks)) != before
+    guard.close()
+    assert (len(_global_forward_hooks), len(_global_forward_pre_hooks)) == before

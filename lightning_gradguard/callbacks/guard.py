@@ -13,6 +13,7 @@ from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.display import Display
 from lightning_gradguard.callbacks.trainer import (
     Losses,
+    Metric,
     logging_step,
     optimizer_index,
     refuse_double_clipping,
@@ -21,7 +22,8 @@ from lightning_gradguard.callbacks.trainer import (
 )
 from lightning_gradguard.guard import KEPT_FINDINGS, Guard
 from lightning_gradguard.lag import validate_lag
-from lightning_gradguard.parts import validate
+from lightning_gradguard.naming import is_compiled
+from lightning_gradguard.parts import validate, validate_options
 from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.spy import Usage
@@ -79,14 +81,9 @@ class GradGuard(Callback):
     ) -> None:
         validate(detectors, clipper, policy)
         validate_lag(lag)
-        if monitor is not None and (not isinstance(monitor, str) or not monitor):
-            raise ValueError(
-                f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}"
-            )
-        for name, value, only in (("trials", trials, False), ("recorder", recorder, None)):
-            if value is not only:
-                raise ValueError(f"{name} must be {only} in this version, got {value!r}")
-        self.detectors, self.clipper, self.policy = detectors, clipper, policy
+        validate_options(monitor, trials, recorder)
+        self.detectors = None if detectors is None else tuple(detectors)
+        self.clipper, self.policy = clipper, policy
         self.monitor, self.per_layer, self.lag = monitor, per_layer, lag
         self.report: Report | None = None
         self.diagnosis: Diagnosis | None = None
@@ -97,6 +94,7 @@ class GradGuard(Callback):
         self._losses = Losses()
         self._batches = 0
         self._batch: Any = None
+        self._metric = Metric(monitor)
         self._usage: Usage | None = None
         self._display: Display | None = None
 
@@ -108,7 +106,8 @@ class GradGuard(Callback):
     @property
     def state_key(self) -> str:
         """Equal for equal configuration, so that a resumed run finds its state."""
-        names = ("detectors", "clipper", "policy", "monitor", "per_layer", "lag")
+        # What is shown does not change what is judged.
+        names = ("detectors", "clipper", "policy", "lag")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     @property
@@ -122,16 +121,24 @@ class GradGuard(Callback):
         if stage == "fit" and self.clipper is not None:
             refuse_double_clipping(trainer, pl_module, self.clipper)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what a checkpoint brought that was only validated or tested."""
+        if stage != "fit":
+            self._restored = {}
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts afresh."""
-        self._guards, self._losses, self._batches, self.stop_reason = {}, Losses(), 0, None
+        self._guards, self._losses, self._batches = {}, Losses(), 0
+        self.report, self.diagnosis, self.stop_reason = None, None, None
+        self._findings.clear()
+        self._metric = Metric(self.monitor)
         self._display = Display(trainer, self.per_layer)
         if not any(p.requires_grad for p in pl_module.parameters()):
             warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to look at which parameters are used, after the sanity check of the validation."""
-        self._usage = Usage()
+        self._usage = Usage(idle=is_compiled(list(pl_module.named_parameters())))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -141,6 +148,14 @@ class GradGuard(Callback):
         # Of several micro-batches any could be the culprit, and only the last is at hand.
         self._batch = batch if trainer.accumulate_grad_batches == 1 else None
         self._batches += 1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Lets go of the batch and its graph."""
+        self._batch, self._losses.graph = None, None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follows the monitored metric."""
+        self._metric.look(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss for the judgement."""
@@ -159,6 +174,7 @@ class GradGuard(Callback):
         index = optimizer_index(trainer, optimizer)
         guard = self._guard(trainer, pl_module, optimizer, index)
         before, graph = guard.report, self._losses.graph
+        guard.notes = self._metric.notes
         try:
             guard.step(
                 self._losses.take(),
@@ -195,6 +211,8 @@ class GradGuard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finishes the pictures: after an exception Lightning calls no other hook."""
+        for guard in self._guards.values():
+            guard.watch.close()
         self._finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +227,7 @@ class GradGuard(Callback):
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
     ) -> Guard:
         """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one."""
-        if index in self._guards:
+        if index in self._guards and self._guards[index].watch.optimizer is optimizer:
             return self._guards[index]
         guard = self._guards[index] = Guard(
             module.named_parameters(),

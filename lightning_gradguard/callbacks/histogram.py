@@ -123,6 +123,7 @@ class GradHistogram(Callback):
         index = optimizer_index(trainer, optimizer)
         if index not in self._watches:
             self._watches[index] = Watch(pl_module.named_parameters(), optimizer)
+            self._watches[index].close()
             self._worst[index] = WorstTensors(self.max_tensors)
         watch = self._watches[index]
         watch.follow_groups()

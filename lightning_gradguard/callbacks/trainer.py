@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import warnings
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ class Losses:
     """The loss of the step that is being prepared, from the losses of its micro-batches.
 
     Attributes:
-        graph: The newest loss with its autograd graph, until the step.
+        graph: The newest loss with its autograd graph, until the batch ends.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,6 @@ class Losses:
 
     def take(self) -> Tensor | None:
         """Mean over the micro-batches since the last step; where there are none, that of this batch's last step."""
-        self.graph = None
         if self._losses:
             self._last = torch.stack(self._losses).mean()
         self._losses = []
@@ -52,6 +52,40 @@ class Losses:
     def forget_last(self) -> None:
         """A new batch begins, whose steps have nothing to do with the last one's loss."""
         self._last = None
+
+
+class Metric:
+    """The course of a logged metric, for the diagnosis.
+
+    Args:
+        name: Such as "val_acc"; None follows nothing.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._values: list[float] = []
+
+    def look(self, trainer: Trainer) -> None:
+        """Takes the newest value; a name that nobody logs is said once."""
+        if self._name is None or trainer.sanity_checking:
+            return
+        if self._name in trainer.callback_metrics:
+            self._values.append(float(trainer.callback_metrics[self._name]))
+        elif trainer.callback_metrics:
+            near = difflib.get_close_matches(self._name, trainer.callback_metrics, n=1, cutoff=0.0)[0]
+            warn(trainer, f"GradGuard: monitor {self._name!r} is not logged; the nearest that is: {near!r}")
+            self._name = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of it."""
+        if len(self._values) < 2:
+            return ()
+        first, last, count = self._values[0], self._values[-1], len(self._values)
+        between = f"between {min(self._values):.3g} and {max(self._values):.3g}"
+        return (
+            f"`{self._name}` went from {first:.3g} to {last:.3g} in {count} validations, always {between}.",
+        )
 
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:

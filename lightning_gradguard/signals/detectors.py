@@ -12,7 +12,7 @@ Severity, patience and silence are not decided here but in ``verdicts``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,11 +49,11 @@ class NonFinite:
     fault: ClassVar[Fault] = Fault.NONFINITE
     measures: ClassVar[tuple[str, ...]] = ("tensors with a non-finite gradient norm",)
 
-    def init(self, stats: GradStats) -> Nothing:
+    def init(self, stats: GradStats) -> Any:
         """Remembers nothing."""
         return Nothing()
 
-    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         bad = ~torch.isfinite(stats.norms)
         score = torch.where(bad, stats.layout.depth, -torch.inf)
@@ -66,8 +66,8 @@ class Spike:
 
     Raised when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its geometric mean, after
     25 steps. An event: it is counted, and clipped where a clipper is set; it never halts. It is said aloud where
-    the loss has leapt too (by 20 mean deviations, to above its start), or the norm is a million times the usual, or no loss is given;
-    else it is only noted, for the gradient of a healthy net may leap where its loss does not.
+    the loss has leapt too (by 20 mean deviations, to above its start), or the norm is a million times the usual,
+    or no loss is given; else it is only noted, for the gradient of a healthy net may leap where its loss does not.
 
     Args:
         z: Alarm level of the z-score, dimensionless. Default 6.
@@ -84,11 +84,11 @@ class Spike:
         positive("z", self.z)
         above("ratio", self.ratio, 1.0)
 
-    def init(self, stats: GradStats) -> Nothing:
+    def init(self, stats: GradStats) -> Any:
         """Remembers nothing; the baseline is in the shared trends."""
         return Nothing()
 
-    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         trends = trends_of(stats)
         raised = hot(trends, self.z, self.ratio)
@@ -136,11 +136,11 @@ class Exploding:
         above("hot_steps", self.hot_steps, 0)
         above("loss_ratio", self.loss_ratio, 1.0)
 
-    def init(self, stats: GradStats) -> HotState:
+    def init(self, stats: GradStats) -> Any:
         """No hot step yet."""
         return HotState(torch.zeros_like(stats.total))
 
-    def update(self, stats: GradStats, state: HotState) -> tuple[Reading, HotState]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         trends = trends_of(stats)
         change = torch.where(hot(trends, ALARM_Z, 3.0), 1.0, -1.0)
@@ -198,11 +198,11 @@ class DepthTilt:
         above("limit", self.limit, self.clear)
         positive("moving", self.moving)
 
-    def init(self, stats: GradStats) -> Nothing:
+    def init(self, stats: GradStats) -> Any:
         """Remembers nothing; the profile is in the shared trends."""
         return Nothing()
 
-    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         trends = trends_of(stats)
         score = profile_score(stats, worst_low=True)
@@ -249,11 +249,11 @@ class TimeTilt:
     def __post_init__(self) -> None:
         positive("limit", self.limit)
 
-    def init(self, stats: GradStats) -> LastTilt:
+    def init(self, stats: GradStats) -> Any:
         """Nothing asked yet."""
         return LastTilt(torch.full_like(stats.total, torch.nan))
 
-    def update(self, stats: GradStats, state: LastTilt) -> tuple[Reading, LastTilt]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step by the newest answer."""
         tilt = torch.where(stats.time_tilt.isnan(), state.decades, stats.time_tilt)
         raised = (tilt >= self.limit) & trends_of(stats).stuck

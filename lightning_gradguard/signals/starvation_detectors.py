@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,11 @@ class Disconnected:
     def __post_init__(self) -> None:
         above("steps", self.steps, 0)
 
-    def init(self, stats: GradStats) -> Held:
+    def init(self, stats: GradStats) -> Any:
         """Nothing held yet."""
         return Held(torch.zeros_like(stats.norms))
 
-    def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         layout, zero = stats.layout, stats.norms == 0
         alive = torch.where(layout.is_layer & ~zero, layout.depth, torch.inf).min()
@@ -84,11 +84,11 @@ class DeadUnits:
         share("limit", self.limit)
         above("steps", self.steps, 0)
 
-    def init(self, stats: GradStats) -> Held:
+    def init(self, stats: GradStats) -> Any:
         """Nothing held yet."""
         return Held(torch.zeros_like(stats.norms))
 
-    def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step; the shares are those of the last sampled step."""
         dead = (stats.dead >= self.limit) & stats.present & stats.layout.is_layer
         held = torch.where(dead, state.steps + 1, 0.0)
@@ -131,16 +131,17 @@ class Underflow:
         share("limit", self.limit)
         above("steps", self.steps, 0)
 
-    def init(self, stats: GradStats) -> Steps:
+    def init(self, stats: GradStats) -> Any:
         """Nothing held yet."""
         return Steps(torch.zeros_like(stats.total))
 
-    def update(self, stats: GradStats, state: Steps) -> tuple[Reading, Steps]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step; the shares are those of the last sampled step."""
-        layers = stats.layout.layers
-        last = stats.lost[layers[-1:]].sum() if layers.numel() else torch.zeros_like(stats.total)
-        if stats.low_precision and layers.numel():
-            last = torch.where(stats.norms[layers[-1:]].sum() == 0, 1.0, last)
+        layers = stats.layout.is_layer & stats.present
+        depth = torch.where(layers, stats.layout.depth, -1.0)
+        output = layers & (depth == depth.max())
+        gone = torch.where(stats.norms == 0, 1.0, stats.lost) if stats.low_precision else stats.lost
+        last = torch.where(output, gone, 0.0).max()
         lost = (last >= self.limit) & (stats.loss != 0)
         held = torch.where(lost, state.held + 1, 0.0)
         lowest = (stats.lost >= self.limit) | (stats.norms == 0)

@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_gradguard.signals.trends import Trends
 
+_LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+
 #: Most pairs of layers that a slope over depth is taken from.
 MAX_PAIRS = 4096
 
@@ -164,7 +166,8 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
     gradients = tuple(p.grad for p in layout.parameters)
     norms = _norms(gradients, layout.numel.device)
     total = torch.linalg.vector_norm(norms)
-    finite = torch.isfinite(total)
+    # Its square must be finite too, or an optimizer's second moment is not; false for NaN.
+    finite = total < _LARGEST
     value = torch.full_like(total, torch.nan)
     if loss is not None:
         value = loss.detach().to(total.device, torch.float32).reshape(())

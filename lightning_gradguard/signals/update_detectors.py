@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,11 +38,11 @@ class UpdateRatio:
         positive("limit", self.limit)
         above("steps", self.steps, 0)
 
-    def init(self, stats: GradStats) -> Held:
+    def init(self, stats: GradStats) -> Any:
         """Nothing held yet."""
         return Held(torch.zeros_like(stats.norms))
 
-    def update(self, stats: GradStats, state: Held) -> tuple[Reading, Held]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         large = (stats.updates > self.limit) & stats.layout.is_layer
         trends = trends_of(stats)
@@ -81,11 +81,11 @@ class Stalled:
     def __post_init__(self) -> None:
         positive("limit", self.limit)
 
-    def init(self, stats: GradStats) -> Nothing:
+    def init(self, stats: GradStats) -> Any:
         """Remembers nothing."""
         return Nothing()
 
-    def update(self, stats: GradStats, state: Nothing) -> tuple[Reading, Nothing]:
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         trends = trends_of(stats)
         carries = stats.layout.is_layer & trends.live

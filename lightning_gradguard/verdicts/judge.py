@@ -75,8 +75,8 @@ class Judge:
         if halt is not None and halt not in findings:
             findings.append(halt)
         skip = skip or halt is not None
-        clipped = clipping and 0 < letter.clipped_norm < letter.total_norm
-        scale = letter.clipped_norm / letter.total_norm if clipped else 1.0
+        shortened = letter.clipped and letter.total_norm > 0
+        scale = letter.clipped_norm / letter.total_norm if shortened else 1.0
         report = Report(
             step=step,
             loss=letter.loss if has_loss else None,

@@ -46,6 +46,7 @@ class Letter:
         total_norm: Global norm before clipping.
         clipped_norm: Global norm after clipping.
         threshold: Largest global norm the clipper allows.
+        clipped: Whether the clipper shortened any gradient, be it by too little to show in the global norm.
         finite: Whether the gradients, their norm, and the loss are.
         loss: Of this step.
         loss_start: Median of the first five losses.
@@ -60,6 +61,7 @@ class Letter:
     total_norm: float
     clipped_norm: float
     threshold: float
+    clipped: bool
     finite: bool
     loss: float
     loss_start: float

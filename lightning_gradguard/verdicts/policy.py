@@ -46,6 +46,9 @@ class Policy:
         for fault, response in self.respond.items():
             _one_of("respond: fault", fault, [f.value for f in Fault])
             _one_of(f"respond[{str(fault)!r}]", response, list(get_args(Response)))
+        # Equal policies print alike, whatever the order and kind of the keys.
+        plain = {Fault(fault).value: self.respond[fault] for fault in sorted(self.respond, key=str)}
+        object.__setattr__(self, "respond", plain)
         for name in ("patience", "max_consecutive_skips"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -54,7 +57,7 @@ class Policy:
     def response(self, fault: str) -> Response:
         """The response to a fault, given by its value."""
         default: Response = "skip" if fault == Fault.NONFINITE else "warn"
-        return {str(k): v for k, v in self.respond.items()}.get(str(fault), default)
+        return self.respond.get(Fault(fault).value, default)
 
     @classmethod
     def watch(cls) -> Policy:

@@ -125,7 +125,21 @@ def test_tilt_names_the_first_layers_and_its_decades():
 
 def test_tilt_is_silent_while_the_loss_falls():
     stream = Stream(DepthTilt())
-    assert not any(stream.feed(vanishing(8), loss=2 * 0.98**s)[0].raised for s in range(100))
+    assert not any(stream.feed(vanishing(4), loss=2 * 0.98**s)[0].raised for s in range(100))
+
+
+def test_a_steep_tilt_is_a_warning_even_while_the_loss_falls():
+    stream = Stream(DepthTilt())
+    stream.updates = torch.full((6,), 1e-9)
+    seen = [stream.feed(vanishing(8), loss=2 * 0.98**s)[0] for s in range(100)][-1]
+    assert seen.raised
+    assert seen.ceiling == 1
+
+
+def test_a_tilt_counts_on_a_plateau_below_the_start():
+    stream = Stream(DepthTilt())
+    losses = [3.0] * 5 + [2.0] * 250
+    assert [stream.feed(vanishing(4), loss)[0].raised for loss in losses][-1]
 
 
 def test_tilt_is_mild_while_the_layers_still_move():
@@ -154,6 +168,9 @@ def test_exploding_by_hot_steps():
 def test_exploding_by_loss():
     stream = Stream(Exploding())
     losses = [1.0] * 50 + [1.05**s for s in range(80)]
+    assert not any(stream.feed([1.0] * 6, loss)[0].raised for loss in losses)
+    stream = Stream(Exploding())
+    stream.updates = torch.full((6,), 0.3)
     seen = [stream.feed([1.0] * 6, loss)[0] for loss in losses]
     first = next(i for i, r in enumerate(seen) if r.raised)
     assert seen[first].measure == 2
@@ -257,8 +274,8 @@ def test_underflow_is_judged_by_the_output_layer():
 def test_oversized_updates_must_go_on():
     large = torch.tensor([1e-3] * 5 + [0.5])
     stream = Stream(UpdateRatio())
-    raised = [bool(stream.feed([1.0] * 6, updates=large, sampled_steps=1)[0].raised) for _ in range(12)]
-    assert raised.index(True) == 7
+    raised = [bool(stream.feed([1.0] * 6, updates=large, sampled_steps=1)[0].raised) for _ in range(60)]
+    assert raised.index(True) == 28
     first = Stream(UpdateRatio())
     for step in range(40):
         facts = {

@@ -1,0 +1,60 @@
+"""Which parameters an optimizer has, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
+
+
+def members(optimizer: torch.optim.Optimizer | None) -> list[int]:
+    """Ids of an optimizer's parameters, which tell whether any came, went, or was replaced."""
+    return [id(p) for group in _groups(optimizer) for p in group]
+
+
+def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Name to parameter: in the model's order, then what the optimizer has beyond the model.
+
+    Tied parameters count once, under their first name. Parameters of two models that bear the same name are
+    numbered, for none is to be left unwatched. Names that torch.compile and FSDP put in front are left out.
+
+    Args:
+        named: Pairs of name and parameter.
+        optimizer: Restricts the choice to its parameters; None takes all.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    known = {id(p): (_plain(name), p) for name, p in reversed(named)}
+    own = {
+        id(p): (f"group{g}.{i}", p) for g, group in enumerate(_groups(optimizer)) for i, p in enumerate(group)
+    }
+    chosen = [pair for key, pair in reversed(known.items()) if optimizer is None or key in own]
+    chosen += [pair for key, pair in own.items() if key not in known]
+    if not chosen:
+        raise ValueError("named_parameters must hold a parameter, got none; pass model.named_parameters()")
+    unique: dict[str, Tensor] = {}
+    for name, parameter in chosen:
+        count = 1
+        while (numbered := name if count == 1 else f"{name}#{count}") in unique:
+            count += 1
+        unique[numbered] = parameter
+    return unique
+
+
+def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
+    """Whether the names are those of a compiled module, of which no hook sees anything."""
+    return any("_orig_mod." in name for name, _ in named)
+
+
+def _groups(optimizer: torch.optim.Optimizer | None) -> list[list[Tensor]]:
+    return [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
