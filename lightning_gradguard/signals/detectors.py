@@ -65,9 +65,10 @@ class Spike:
     """Flags a single step whose global norm is far above what is usual.
 
     Raised when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its geometric mean, after
-    25 steps. An event: it is counted, and clipped where a clipper is set; it never halts. It is said aloud where
-    the loss has leapt too (by 20 mean deviations, to above its start), or the norm is a million times the usual,
-    or no loss is given; else it is only noted, for the gradient of a healthy net may leap where its loss does not.
+    25 steps. An event: it is counted, and clipped where a clipper is set; it never halts. It is said aloud where the
+    norm is ten times the usual and the loss has leapt too (by 20 mean deviations, to above its start), or the norm is
+    a million times the usual, or no loss is given; else it is only noted (INFO), for the gradient of a healthy net
+    may leap where its loss does not.
 
     Args:
         z: Alarm level of the z-score, dimensionless. Default 6.
@@ -92,7 +93,7 @@ class Spike:
         """Judges one step."""
         trends = trends_of(stats)
         raised = hot(trends, self.z, self.ratio)
-        leapt = (trends.loss_jump > 20) & (stats.loss > trends.loss_start)
+        leapt = (trends.loss_jump > 20) & (stats.loss > trends.loss_start) & (trends.jump > 10)
         loud = leapt | (trends.jump > 1e6) | trends.loss.isnan()
         ceiling = torch.where(loud, 1.0, 0.0)
         seen = reading(stats, raised, trends.jump, self.ratio, score=norm_score(stats), ceiling=ceiling)
@@ -116,12 +117,13 @@ class Exploding:
     adversary, raise a loss without that. It will do, too, if the usual norm has grown by 2.5 decades.
 
     Args:
-        tilt: Depth tilt in decades from input to output, negative. Default -2.
+        tilt: Depth tilt in decades from input to output, negative. Default -1.7: healthy runs stay above -0.9,
+            chaotic tanh networks lie below -2.
         hot_steps: Leaky count of hot steps. Default 5.
         loss_ratio: Multiple of the starting loss. Default 3.
     """
 
-    tilt: float = -2.0
+    tilt: float = -1.7
     hot_steps: int = 5
     loss_ratio: float = 3.0
     fault: ClassVar[Fault] = Fault.EXPLODING

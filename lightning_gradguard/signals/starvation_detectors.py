@@ -46,7 +46,9 @@ class Disconnected:
         alive = torch.where(layout.is_layer & ~zero, layout.depth, torch.inf).min()
         starved = stats.ran & layout.is_layer & stats.present & (layout.depth < alive) & alive.isfinite()
         cut = stats.cut | starved
-        held = torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0)
+        # What once had a gradient has a path, and has its turn again: an expert that no token chooses.
+        alive_once = (state.steps < 0) | (stats.cut & ~zero)
+        held = torch.where(alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0))
         found = held >= self.steps
         cut = found & cut
         grave = cut.any()

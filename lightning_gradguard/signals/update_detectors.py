@@ -12,6 +12,9 @@ from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.signals.trends import WARM_UP, trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
+#: Steps that large updates are given to show what they are good for; fewer than it takes to call units dead.
+_WAIT = 15
+
 
 @dataclass(frozen=True)
 class UpdateRatio:
@@ -19,7 +22,7 @@ class UpdateRatio:
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
     eighth. Raised when a layer has exceeded the limit in all samples of ``steps`` steps and the loss, if given, makes
-    no progress from 25 to 100 steps later: the first steps may be large, and with normalisation behind them even many.
+    no progress from 15 to 100 steps later: the first steps may be large, and with normalisation behind them even many.
     It stays raised until there is progress, since the weights that large steps have made do not heal.
 
     Args:
@@ -56,7 +59,7 @@ class UpdateRatio:
         still = trends.stuck | trends.relapsed
         expired = (held < -4 * WARM_UP) & ~(still | unknown)
         held = torch.where(expired, 0.0, held)
-        found = ((held < -WARM_UP) & still) | ((held < 0) & unknown)
+        found = ((held < -_WAIT) & still) | ((held < 0) & unknown)
         score = torch.where(held < 0, torch.nan_to_num(stats.updates), -torch.inf)
         value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
         return reading(stats, found.any(), value, self.limit, score=score), Held(held)
