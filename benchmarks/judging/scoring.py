@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.judging.peers import STANDS_FOR
 from benchmarks.judging.watching import OURS
 from benchmarks.zoo.case import Case
+from benchmarks.zoo.truth import right_names
 from lightning_gradguard import Fault
 
 WARNING, CRITICAL = 1, 2
@@ -43,14 +44,30 @@ class Score:
     first: Mapping[str, Any] | None = None
 
 
-def score(case: Case, alarms: list[dict[str, Any]], *, ours: bool, halted: str | None = None) -> Score:
-    """Scores one rule set's alarms on one run, oldest first."""
+def score(
+    case: Case,
+    alarms: list[dict[str, Any]],
+    *,
+    ours: bool,
+    names: tuple[Fault, ...] | None = None,
+    halted: str | None = None,
+) -> Score:
+    """Scores one rule set's alarms on one run, oldest first.
+
+    Args:
+        case: What was trained.
+        alarms: Records as `benchmarks.judging.watching` keeps them.
+        ours: They are our guard's, which is held to the letter.
+        names: Faults that are a right answer; the case's when None.
+        halted: The fault that training was halted for.
+    """
+    names = case.names if names is None else names
     warnings = [a for a in alarms if a["severity"] >= WARNING]
     if not case.sick:
         return Score(False, false_alarm=bool(warnings), first=warnings[0] if warnings else None)
-    if Fault.SPIKE not in case.names:
+    if Fault.SPIKE not in names:
         warnings = [a for a in warnings if a["fault"] != Fault.SPIKE.value]
-    right = [a for a in warnings if a["step"] >= case.onset and _is_right(case, a["fault"], ours)]
+    right = [a for a in warnings if a["step"] >= case.onset and _is_right(names, a["fault"], ours)]
     first = warnings[0] if warnings else None
     at_first = (
         [] if first is None else [a for a in warnings if a["step"] == first["step"]][: 1 if ours else None]
@@ -69,10 +86,10 @@ def score(case: Case, alarms: list[dict[str, Any]], *, ours: bool, halted: str |
     )
 
 
-def _is_right(case: Case, fault: str, ours: bool) -> bool:
+def _is_right(names: tuple[Fault, ...], fault: str, ours: bool) -> bool:
     said = Fault(fault)
     meant = (said,) if ours else STANDS_FOR.get(said, (said,))
-    return any(name in case.names for name in meant)
+    return any(name in names for name in meant)
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,8 @@ def total(scores: Iterable[Score]) -> Total:
 
 def score_run(case: Case, run: Mapping[str, Any]) -> dict[str, Score]:
     """Name of each rule set to its score on a run of `benchmarks.judging.watching.watch`."""
+    names = right_names(case, run["seed"])
     return {
-        name: score(case, alarms, ours=name == OURS, halted=run["halted"])
+        name: score(case, alarms, ours=name == OURS, names=names, halted=run["halted"])
         for name, alarms in run["alarms"].items()
     }

@@ -97,10 +97,13 @@ def _by_case(scores: Sequence[tuple[Case, Run, Mapping[str, Score]]]) -> str:
                     "-" if s.first is None else ", ".join(s.first["parameters"][:1]) or "?"
                     for _, _, s in group
                 ),
+                "-" if not case.sick else _of(sum(s.right_layer for _, _, s in group), len(group)),
                 _of(good, len(group)) + ("" if good == len(group) else " ✗"),
             )
         )
-    return table(("case", "what", "expected", "found first", "at step", "worst tensor", "ok"), rows)
+    return table(
+        ("case", "what", "expected", "found first", "at step", "worst tensor", "right layer", "ok"), rows
+    )
 
 
 _MARGINS = """Extreme of each statistic in a run, over the steps without progress of the loss from step 30 on ("stuck":
@@ -115,7 +118,9 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
     rows = []
     for name in names:
         seen = [(by_id[r["case"]], r, r["statistics"][name]) for r in runs if name in r["statistics"]]
-        low = any(s["raised_below"] or s["limit"] < 0 for _, _, s in seen)
+        low = seen[0][2]["limit"] < 0 or 2 * sum(s["raised_below"] for _, _, s in seen) > sum(
+            s["raised"] for _, _, s in seen
+        )
         pick = _Pick(low)
         healthy = [(case, s) for case, _, s in seen if not case.sick]
         sick = [(case, s) for case, _, s in seen if case.sick and Fault(s["fault"]) in case.names]

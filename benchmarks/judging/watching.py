@@ -145,13 +145,13 @@ class Extreme:
         self.all: list[float | None] = [None, None]
         self.stuck: list[float | None] = [None, None]
         self.raised = 0
-        self.raised_below = False
+        self.raised_below = 0
 
     def see(self, step: int, value: float, stuck: bool, raised: bool) -> None:
         if not math.isfinite(value):
             return
         self.raised += raised
-        self.raised_below |= raised and value < self.limit
+        self.raised_below += raised and value < self.limit
         for pair in (self.all, self.stuck) if stuck else (self.all,):
             pair[0] = value if pair[0] is None else min(pair[0], value)
             pair[1] = value if pair[1] is None else max(pair[1], value)

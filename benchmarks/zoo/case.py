@@ -31,8 +31,8 @@ class Case:
         fault: What is wrong, or None.
         cause: Why, or None.
         culprits: Patterns of the parameter names that a person would name.
-        also: Other names that are as right; each must be borne out by the same facts.
-        why: Why the name is not the only one, or what is peculiar.
+        also: Other names that are as right for a run whose facts bear them out.
+        why: What makes them right too.
         onset: Step at which it begins.
         kind: An ``"event"`` is a matter of one step, and must not halt training.
         mended: The same training without the fault; for a healthy case that cannot learn, the same with labels that

@@ -117,7 +117,7 @@ CASES = [
         fault=DEAD,
         cause=Cause.LEARNING_RATE_TOO_HIGH,
         culprits=("net.layers.*",),
-        also=(Fault.OVERSIZED_UPDATE,),
+        also=(Fault.OVERSIZED_UPDATE, Fault.EXPLODING),
         why="the units are killed by the first, much too large steps",
         kin=("dense", "sgd"),
     ),

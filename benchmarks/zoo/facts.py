@@ -15,6 +15,8 @@ from lightning_gradguard import Fault
 
 #: Steps after the onset in which a fault must show.
 WINDOW = 50
+#: Steps after the onset within which an overflow may hide what caused it.
+OVERFLOW = 10
 
 
 class Facts(L.Callback):
@@ -139,6 +141,17 @@ class Facts(L.Callback):
             mean += 0.1 * (loss - mean)
             most = max(most, mean)
         return _ratio(most, start)
+
+
+def stands(name: Fault, case: Case, facts: Mapping[str, Any]) -> bool:
+    """Whether a name may be given to a run: its facts bear it out.
+
+    An overflow is another name for something else only within `OVERFLOW` steps, before anything else can be seen.
+    """
+    if name == Fault.NONFINITE != case.fault:
+        step = facts["nonfinite_step"]
+        return step is not None and case.onset <= step <= case.onset + OVERFLOW
+    return bears_out(name, facts, case.onset)
 
 
 def bears_out(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:

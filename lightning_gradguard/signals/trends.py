@@ -63,6 +63,7 @@ class Trends(NamedTuple):
             live layer.
         tilt: float32 [], depth tilt in decades from input to output; NaN with fewer than four live layers.
         loss_start: float32 [], median of the first five losses; NaN when none was given.
+        first_loss: float32 [], the very first, of weights that no step has touched.
         loss: float32 [], running mean of the loss, winsorised.
         loss_jump: float32 [], how far this loss lies above its mean, in mean absolute deviations.
         stuck: Bool [], the mean loss is still above 90 % of its start, or of the first loss if that was lower;
@@ -80,6 +81,7 @@ class Trends(NamedTuple):
     offset: Tensor
     tilt: Tensor
     loss_start: Tensor
+    first_loss: Tensor
     loss: Tensor
     loss_jump: Tensor
     stuck: Tensor
@@ -145,6 +147,7 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         offset=layered - torch.nanmedian(layered),
         tilt=depth_tilt(profile, live, stats.layout),
         loss_start=start,
+        first_loss=first[0],
         loss=torch.where(loss_steps > 0, loss, torch.nan),
         loss_jump=(stats.loss - state.loss) / torch.clamp(state.loss_spread, min=1e-30),
         stuck=loss > lower - 0.1 * lower.abs(),

@@ -13,7 +13,7 @@ from lightning_gradguard.signals.trends import WARM_UP, trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
 #: Steps that large updates are given to show what they are good for; fewer than it takes to call units dead.
-_WAIT = 15
+_WAIT = 17
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class UpdateRatio:
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
     eighth. Raised when a layer has exceeded the limit in all samples of ``steps`` steps and the loss, if given, makes
-    no progress from 15 to 100 steps later: the first steps may be large, and with normalisation behind them even many.
+    no progress from 17 to 100 steps later: the first steps may be large, and with normalisation behind them even many.
     It stays raised until there is progress, since the weights that large steps have made do not heal.
 
     Args:
@@ -59,7 +59,9 @@ class UpdateRatio:
         still = trends.stuck | trends.relapsed
         expired = (held < -4 * WARM_UP) & ~(still | unknown)
         held = torch.where(expired, 0.0, held)
-        found = ((held < -_WAIT) & still) | ((held < 0) & unknown)
+        # This loss too: the mean may still carry what the first steps did.
+        here = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
+        found = ((held < -_WAIT) & still & here) | ((held < 0) & unknown)
         score = torch.where(held < 0, torch.nan_to_num(stats.updates), -torch.inf)
         value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
         return reading(stats, found.any(), value, self.limit, score=score), Held(held)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import json
 import math
 import sys
 from pathlib import Path
@@ -18,9 +17,10 @@ from benchmarks.judging.snapshot import take
 from benchmarks.judging.watching import OURS, watch
 from benchmarks.zoo import CASES, case
 from benchmarks.zoo.case import Case, select
-from benchmarks.zoo.establish import TRUTH, establish
-from benchmarks.zoo.facts import Facts, bears_out
+from benchmarks.zoo.establish import establish
+from benchmarks.zoo.facts import OVERFLOW, Facts, bears_out, stands
 from benchmarks.zoo.running import fit
+from benchmarks.zoo.truth import right_names, truth
 from lightning_gradguard import Cause, Fault, GradGuard
 from lightning_gradguard.signals.reading import Nothing, reading
 from lightning_gradguard.signals.trends import trends_of
@@ -66,10 +66,9 @@ def test_a_case_builds_takes_a_step_and_its_culprits_exist(subject):
 
 
 def test_the_truth_covers_all_cases_as_they_are_now_and_holds():
-    truth = json.loads(TRUTH.read_text())
-    assert set(truth) == {c.id for c in CASES}
+    assert set(truth()) == {c.id for c in CASES}
     for subject in CASES:
-        entry = truth[subject.id]
+        entry = truth()[subject.id]
         assert entry["names"] == [f.value for f in subject.names], subject.id
         assert (entry["level"], entry["onset"]) == (subject.level, subject.onset), subject.id
         assert len(entry["seeds"]) >= 3, subject.id
@@ -99,6 +98,23 @@ def test_a_healthy_run_bears_out_no_fault():
     fit(subject, subject.make(0), [facts])
     summary = facts.summary()
     assert not [fault for fault in Fault if bears_out(fault, summary, 0)]
+
+
+def test_an_overflow_is_another_name_only_while_nothing_else_can_be_seen():
+    subject = case("E03")
+    assert stands(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW})
+    assert not stands(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW + 1})
+    assert not stands(Fault.NONFINITE, subject, {"nonfinite_step": None})
+    assert stands(Fault.NONFINITE, case("E07"), {"nonfinite_step": 170})
+
+
+def test_other_names_are_right_only_for_runs_that_bear_them_out():
+    for subject in CASES:
+        for seed, entry in truth()[subject.id]["seeds"].items():
+            names = right_names(subject, int(seed))
+            assert names[:1] == subject.names[:1]
+            assert all(entry["borne_out"][name.value] for name in names)
+    assert right_names(SICK, 0) == SICK.names
 
 
 def test_facts_are_those_of_a_run_by_hand():
@@ -176,7 +192,7 @@ def test_the_runner_reports_what_a_detector_of_known_behaviour_says():
     statistic = run["statistics"]["At: steps"]
     assert statistic["all"] == [1.0, 80.0]
     assert statistic["stuck"] == [31.0, 80.0]
-    assert (statistic["raised"], statistic["raised_below"], statistic["limit"]) == (68, False, 12.0)
+    assert (statistic["raised"], statistic["raised_below"], statistic["limit"]) == (68, 0, 12.0)
     scored = scoring.score_run(subject, run)[OURS]
     assert (scored.alarmed, scored.right_first, scored.right_layer, scored.delay) == (True, True, True, 12)
 
@@ -202,7 +218,7 @@ def test_a_healthy_run_is_quiet_and_its_page_says_so():
     assert not scoring.score_run(subject, run)[OURS].false_alarm
     page = tables.report([subject], [run])
     assert f"| {OURS} | 0 / 0 | 0 / 0 | 0 / 0 | 0 / 1 | - |" in page
-    assert "| H14 | linear regression, to a loss of nothing | healthy | - | - | - | 1 / 1 |" in page
+    assert "| H14 | linear regression, to a loss of nothing | healthy | - | - | - | - | 1 / 1 |" in page
 
 
 SICK = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("net.layers.0.*",), onset=20)
