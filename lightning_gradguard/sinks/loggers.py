@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from lightning_gradguard.sinks.panel import Fuse, Panel, Sink
-from lightning_gradguard.sinks.tensorboard import TensorBoardSink
 
 _log = logging.getLogger(__name__)
+#: Loggers of which it has been said what they cannot show; two callbacks may write to the same.
+_TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def open_sinks(loggers: Iterable[Any]) -> list[Sink]:
@@ -35,7 +37,6 @@ class LoggerSink:
         self._logger = logger
         self._name = type(logger).__name__
         self._fuse = Fuse(f"{self._name} output")
-        self._told = False
 
     def write(self, step: int, panel: Panel) -> None:
         """Logs the scalars of a panel.
@@ -46,8 +47,8 @@ class LoggerSink:
         """
         if panel.scalars:
             self._fuse.run(lambda: self._logger.log_metrics(dict(panel.scalars), step=step))
-        if (panel.histograms or panel.images) and not self._told:
-            self._told = True
+        if (panel.histograms or panel.images) and self._logger not in _TOLD:
+            _TOLD.add(self._logger)
             _log.warning(
                 "%s shows gradguard's scalars; its histograms and heat map need TensorBoard: "
                 "Trainer(logger=[..., TensorBoardLogger(...)]).",
@@ -70,5 +71,8 @@ def _probe(logger: Any) -> list[Sink]:
     get_file_writer = getattr(experiment, "_get_file_writer", None)
     if get_file_writer is None:
         return [LoggerSink(logger)]
+    # Not before it is needed: an installation without TensorBoard has no such logger.
+    from lightning_gradguard.sinks.tensorboard import TensorBoardSink
+
     # A dummy experiment answers to every name, and with nothing.
     return [TensorBoardSink(experiment)] if hasattr(get_file_writer(), "add_summary") else []

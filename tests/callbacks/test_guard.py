@@ -400,3 +400,34 @@ def test_a_bad_batch_is_named_with_its_rows(fit, classifier):
         fit(classifier(), guard, Spoil())
     assert guard.diagnosis.causes[0] == "bad_data"
     assert "2, 5" in guard.diagnosis.evidence[guard.diagnosis.causes[0]].replace(" and ", ", ")
+
+
+def test_without_tensorboard_training_works_and_other_loggers_get_the_scalars(tmp_path):
+    code = f"""
+import sys, warnings
+for name in ("tensorboard", "tensorboard.compat", "tensorboardX", "torch.utils.tensorboard"):
+    sys.modules[name] = None
+import torch, lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+from lightning_gradguard import GradGuard, GradHistogram
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+    def training_step(self, batch, i):
+        return self.layer(batch[0]).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(12, 4)), batch_size=4)
+guard = GradGuard()
+pl.Trainer(max_epochs=1, accelerator="cpu", logger=CSVLogger({str(tmp_path)!r}, name="", version=""),
+           enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+           callbacks=[GradHistogram(), guard]).fit(Module(), data)
+assert guard.summary["judged"] == 3, guard.summary
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("need TensorBoard") == 1  # what a CSV file cannot show is said once
+    assert "gradguard/total_norm_log10" in (tmp_path / "metrics.csv").read_text()
