@@ -37,18 +37,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=None, help="where the page is written")
-    parser.add_argument("--raw", type=Path, default=ROOT / "runs" / "detection.json")
+    parser.add_argument("--raw", type=Path, default=ROOT / "runs" / "detection.json", help="raw records")
+    parser.add_argument("--again", action="store_true", help="score the raw records again, without a run")
     options = parser.parse_args(arguments)
     chosen = select(CASES, options.cases)
     work = [(c.id, seed) for c in chosen for seed in range(options.seeds)]
     began = time.perf_counter()
-    runs = run_all(work, options.jobs)
+    if options.again:
+        ids = {c.id for c in chosen}
+        runs = [run for run in json.loads(options.raw.read_text()) if run["case"] in ids]
+    else:
+        runs = run_all(work, options.jobs)
+        options.raw.parent.mkdir(parents=True, exist_ok=True)
+        options.raw.write_text(json.dumps(runs))
     page = report(chosen, runs)
     out = options.out or (ROOT / "benchmarks" / "detection.md" if options.cases is None else None)
     if out is not None:
         out.write_text(page)
-    options.raw.parent.mkdir(parents=True, exist_ok=True)
-    options.raw.write_text(json.dumps(runs))
     print(page)
     print(f"{len(runs)} runs in {time.perf_counter() - began:.0f} s; raw records in {options.raw}")
     return 0

@@ -20,7 +20,7 @@ from lightning_gradguard import GradGuard
 OURS = "lightning-gradguard"
 #: Steps at which statistics are written down.
 MILESTONES = (5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 299, 400, 599)
-#: Share of the starting loss above which there is no progress, as in DETECTION.md, and the step from which it counts.
+#: Share of the starting loss above which there is no progress, and the step from which that counts.
 STUCK, WARM = 0.9, 30
 
 

@@ -1,4 +1,4 @@
-"""Gradients that find no way back: X01 of DETECTION.md, and more."""
+"""Gradients that find no way back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that vanish over the steps of a sequence: V08 of DETECTION.md, and more."""
+"""Gradients that vanish over the steps of a sequence."""
 
 from __future__ import annotations
 

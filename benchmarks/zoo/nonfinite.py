@@ -1,4 +1,4 @@
-"""Values that are no numbers: E07 and E10 of DETECTION.md, and more."""
+"""Values that are no numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that vanish in saturated functions: V01, V04 to V06 of DETECTION.md, and more."""
+"""Gradients that vanish in saturated functions."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ CASES = [
             depth=6,
             optimizer=sgd(0.03, momentum=0.9),
         ),
-        level=0.9,
+        level=0.8,
         fault=V,
         cause=Cause.SATURATING_ACTIVATION,
         culprits=("net.convs.[0-2].*",),

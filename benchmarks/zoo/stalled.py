@@ -1,4 +1,4 @@
-"""Steps that are too small, and gradients that low precision loses: O01, O02 and V09 of DETECTION.md, and more."""
+"""Steps that are too small, and gradients that low precision loses."""
 
 from __future__ import annotations
 

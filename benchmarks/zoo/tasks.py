@@ -47,7 +47,7 @@ class Task:
 
 
 def templates(seed: int, *, noise: float = 1.0, classes: int = 10, features: int = 64) -> Task:
-    """Class templates plus noise: the T of DETECTION.md."""
+    """Class templates plus noise."""
     centres = torch.randn(classes, features, generator=Generator().manual_seed(seed))
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def templates(seed: int, *, noise: float = 1.0, classes: int = 10, features: int
 
 
 def circles(seed: int, *, scale: float = 1.0, noise: float = 0.1) -> Task:
-    """Two noisy circles, one inside the other: the C of DETECTION.md."""
+    """Two noisy circles, one inside the other."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (size,), generator=generator)

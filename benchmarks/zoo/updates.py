@@ -1,4 +1,4 @@
-"""Steps that are too large: E03, E08 and E09 of DETECTION.md, and more."""
+"""Steps that are too large."""
 
 from __future__ import annotations
 

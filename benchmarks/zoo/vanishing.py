@@ -1,4 +1,4 @@
-"""Gradients that vanish for want of a good initialisation: V02, V03 and V07 of DETECTION.md, and more."""
+"""Gradients that vanish for want of a good initialisation."""
 
 from __future__ import annotations
 
