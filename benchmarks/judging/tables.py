@@ -118,9 +118,7 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
     rows = []
     for name in names:
         seen = [(by_id[r["case"]], r, r["statistics"][name]) for r in runs if name in r["statistics"]]
-        low = seen[0][2]["limit"] < 0 or 2 * sum(s["raised_below"] for _, _, s in seen) > sum(
-            s["raised"] for _, _, s in seen
-        )
+        low = seen[0][2]["limit"] < 0 or seen[0][2]["fault"] == Fault.STALLED.value
         pick = _Pick(low)
         healthy = [(case, s) for case, _, s in seen if not case.sick]
         sick = [(case, s) for case, _, s in seen if case.sick and Fault(s["fault"]) in case.names]

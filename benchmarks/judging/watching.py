@@ -145,13 +145,11 @@ class Extreme:
         self.all: list[float | None] = [None, None]
         self.stuck: list[float | None] = [None, None]
         self.raised = 0
-        self.raised_below = 0
 
     def see(self, step: int, value: float, stuck: bool, raised: bool) -> None:
         if not math.isfinite(value):
             return
         self.raised += raised
-        self.raised_below += raised and value < self.limit
         for pair in (self.all, self.stuck) if stuck else (self.all,):
             pair[0] = value if pair[0] is None else min(pair[0], value)
             pair[1] = value if pair[1] is None else max(pair[1], value)
@@ -163,7 +161,6 @@ class Extreme:
             "all": [_plain(v) for v in self.all],
             "stuck": [_plain(v) for v in self.stuck],
             "raised": self.raised,
-            "raised_below": self.raised_below,
         }
 
 
