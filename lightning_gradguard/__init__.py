@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from lightning_gradguard.signals.adaptive_clippers import ZClip as ZClip
     from lightning_gradguard.signals.clippers import AGC as AGC
     from lightning_gradguard.signals.clippers import NormClip as NormClip
-    from lightning_gradguard.signals.detectors import DepthTilt as DepthTilt
     from lightning_gradguard.signals.detectors import Exploding as Exploding
     from lightning_gradguard.signals.detectors import NonFinite as NonFinite
     from lightning_gradguard.signals.detectors import Spike as Spike
-    from lightning_gradguard.signals.detectors import TimeTilt as TimeTilt
     from lightning_gradguard.signals.spike_clip import SpikeClip as SpikeClip
     from lightning_gradguard.signals.starvation_detectors import DeadUnits as DeadUnits
     from lightning_gradguard.signals.starvation_detectors import Disconnected as Disconnected
     from lightning_gradguard.signals.starvation_detectors import Underflow as Underflow
+    from lightning_gradguard.signals.tilt_detectors import DepthTilt as DepthTilt
+    from lightning_gradguard.signals.tilt_detectors import TimeTilt as TimeTilt
     from lightning_gradguard.signals.update_detectors import Stalled as Stalled
     from lightning_gradguard.signals.update_detectors import UpdateRatio as UpdateRatio
     from lightning_gradguard.verdicts.faults import Fault as Fault
@@ -52,7 +52,8 @@ _PLACES = {
     "metrics": ("ClipRate", "GradientNorm", "SpikeScore"),
     "signals.adaptive_clippers": ("AdaGC", "AutoClip", "ZClip"),
     "signals.clippers": ("AGC", "NormClip"),
-    "signals.detectors": ("DepthTilt", "Exploding", "NonFinite", "Spike", "TimeTilt"),
+    "signals.detectors": ("Exploding", "NonFinite", "Spike"),
+    "signals.tilt_detectors": ("DepthTilt", "TimeTilt"),
     "signals.spike_clip": ("SpikeClip",),
     "signals.starvation_detectors": ("DeadUnits", "Disconnected", "Underflow"),
     "signals.update_detectors": ("Stalled", "UpdateRatio"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
 
 #: Raised when a saved state can no longer be read.
-VERSION = 1
+VERSION = 2
 
 
 def save(guard: Guard) -> dict[str, Any]:

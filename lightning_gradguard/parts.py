@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike, TimeTilt
+from lightning_gradguard.signals.detectors import Exploding, NonFinite, Spike
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
+from lightning_gradguard.signals.tilt_detectors import DepthTilt, TimeTilt
 from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
 from lightning_gradguard.verdicts.faults import GradientWarning
 from lightning_gradguard.verdicts.policy import Policy

@@ -28,6 +28,7 @@ _TENSORS = {
     "initial_weights": "initial_weights",
     "updates": "updates",
     "before": "_before",
+    "moved": "_moved",
     "dead": "_dead",
     "lost": "_lost",
 }
@@ -105,7 +106,9 @@ class Watch:
         updated = self._sampled_last
         if updated:
             after = sample(self.layout)
-            self.updates = update_ratios(self._before, after, self.layout)
+            ratios = update_ratios(self._before, after, self.layout)
+            # No step was taken where there was no gradient: a part that is used now and then does not stand still.
+            self.updates = torch.where(self._moved, ratios, self.updates)
         if fresh:
             self.weights = weight_norms(self.layout)
             self._before = after if updated else sample(self.layout)
@@ -117,7 +120,7 @@ class Watch:
             self._lost = lost_shares(stats.gradients, self.layout)
         tilt = self._time_spy.close() if self._time_spy is not None else None
         self._time_spy = None
-        self._fresh = fresh
+        self._fresh, self._moved = fresh, stats.present
         return replace(
             stats,
             dead=self._dead,
@@ -142,12 +145,8 @@ class Watch:
     def arrange(self, graph: Tensor | None) -> None:
         """Takes the order of the layers from an autograd graph, when tensors have gradients that had none before."""
         pattern = tuple(p.grad is not None for p in self.layout.parameters)
-        if (
-            graph is None
-            or graph.grad_fn is None
-            or pattern in self._patterns
-            or len(self._patterns) >= MAX_WALKS
-        ):
+        known = pattern in self._patterns or len(self._patterns) >= MAX_WALKS
+        if known or graph is None or graph.grad_fn is None:
             return
         self._patterns.add(pattern)
         parameters = dict(zip(self.layout.names, self.layout.parameters, strict=True))
@@ -233,7 +232,7 @@ class Watch:
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = sample(self.layout)
         self._dead = self._lost = torch.zeros_like(self.weights)
-        self._cut = self._unused = self._ran = self._recurrent = self.weights < 0
+        self._moved = self._cut = self._unused = self._ran = self._recurrent = self.weights < 0
 
     def _mark_paths(self, anatomy: Anatomy) -> None:
         """Marks trainable tensors without a path from the loss: those that took part in the pass, and the others."""

@@ -20,7 +20,8 @@ from lightning_gradguard import (
     Severity,
     SpikeClip,
 )
-from lightning_gradguard.signals.detectors import DepthTilt, NonFinite
+from lightning_gradguard.signals.detectors import NonFinite
+from lightning_gradguard.signals.tilt_detectors import DepthTilt
 
 quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SILENT = Policy(respond={fault.value: "ignore" for fault in Fault})
@@ -663,3 +664,22 @@ def test_a_broken_state_changes_nothing():
     with pytest.raises(ValueError, match="state must be what"):
         guard.load_state_dict(broken)
     assert repr(guard.state_dict()) == before
+
+
+def test_a_part_that_is_used_now_and_then_keeps_its_update_ratio():
+    torch.manual_seed(0)
+    trunk, side = nn.Linear(8, 8), nn.Linear(8, 8)
+    model = nn.ModuleList([trunk, side])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    for step in range(40):
+        used = step % 5 == 0
+        x, _ = batch(step)
+        hidden = trunk(x)
+        loss = (side(hidden) if used else hidden).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert not guard.step(loss=loss).skip
+        optimizer.step()
+    ratios = dict(zip(guard.watch.layout.names, guard.watch.updates.tolist(), strict=True))
+    assert ratios["1.weight"] > 1e-6

@@ -24,6 +24,7 @@ ROOMS = {
     "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
     "signals.detectors": _READINGS,
     "signals.starvation_detectors": _READINGS,
+    "signals.tilt_detectors": _READINGS,
     "signals.update_detectors": _READINGS,
     "signals.clipping": {"torch", "signals.stats"},
     "signals.clippers": _CLIPPING,

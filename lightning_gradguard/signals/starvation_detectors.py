@@ -14,13 +14,21 @@ from lightning_gradguard.signals.trends import trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
 
+def _starved(stats: GradStats) -> Tensor:
+    """Layers with a gradient of exactly zero before the first one that has any, bool [P]."""
+    layout, zero = stats.layout, stats.norms == 0
+    alive = torch.where(layout.is_layer & ~zero, layout.depth, torch.inf).min()
+    return layout.is_layer & stats.present & zero & (layout.depth < alive) & alive.isfinite()
+
+
 @dataclass(frozen=True)
 class Disconnected:
     """Flags tensors that take part in the forward pass but get no gradient, since no path leads there from the loss.
 
     Raised after ``steps`` steps; likewise where all layers from the input up to some place have a gradient of exactly
     zero, as behind ``round()`` or a unit that is dead for good. Trainable tensors that take no part in the forward
-    pass are only mentioned (INFO). Needs an autograd graph that can be read: silent under torch.compile and sharding.
+    pass are only mentioned (INFO), and so are biases alone: that of an energy has no gradient by its nature.
+    Needs an autograd graph that can be read: silent under torch.compile and sharding.
 
     Args:
         steps: Steps without a gradient. Default 40: a part that is used only now and then has its turn in them.
@@ -42,16 +50,15 @@ class Disconnected:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        layout, zero = stats.layout, stats.norms == 0
-        alive = torch.where(layout.is_layer & ~zero, layout.depth, torch.inf).min()
-        starved = stats.ran & layout.is_layer & stats.present & (layout.depth < alive) & alive.isfinite()
-        cut = stats.cut | starved
+        zero = stats.norms == 0
+        cut = stats.cut | (stats.ran & _starved(stats))
         # What once had a gradient has a path, and has its turn again: an expert that no token chooses.
         alive_once = (state.steps < 0) | (stats.cut & ~zero)
         held = torch.where(alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0))
         found = held >= self.steps
         cut = found & cut
-        grave = cut.any()
+        grave = (cut & stats.layout.is_layer).any()
+        cut = cut & grave
         named = torch.where(grave, cut, found)
         # The cut itself lies behind the last tensor that gets nothing.
         score = torch.where(named, stats.layout.depth, -torch.inf)
@@ -70,6 +77,9 @@ class Disconnected:
 @dataclass(frozen=True)
 class DeadUnits:
     """Flags layers of which nearly all output units have an exactly zero gradient, without progress of the loss.
+
+    Where all layers from the input up to some place get nothing at all, a loss that falls is no excuse: it is the
+    layers behind them that learn.
 
     Args:
         limit: Share of dead rows. Default 0.9: healthy layers stay below 0.52.
@@ -101,7 +111,7 @@ class DeadUnits:
             found, stats.dead + 1e-3 * stats.layout.depth / stats.layout.depth.numel(), -torch.inf
         )
         value = torch.where(found, stats.dead, 0.0).max()
-        raised = found.any() & trends.stuck
+        raised = (found.any() & trends.stuck) | (found & _starved(stats)).any()
         return reading(stats, raised, value, self.limit, score=score), Held(held)
 
 

@@ -69,7 +69,8 @@ class Trends(NamedTuple):
         stuck: Bool [], the mean loss is still above 90 % of its start, or of the first loss if that was lower;
             False when no loss is given.
         relapsed: Bool [], the mean loss is more than ten times the lowest it has been.
-        flat: Bool [], the loss falls no more: its mean over 20 steps is within 3 % of that over 100.
+        flat: Bool [], the loss falls no more, and has not fallen to half: its mean over 20 steps is within 3 % of
+            that over 100. Further down it is as likely that there is nothing left to learn.
     """
 
     steps: Tensor
@@ -113,7 +114,8 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
     """Judges one step against the past and returns it with the past that the next step is judged against."""
     live = stats.present & (stats.norms > 0)
     log_norms = torch.log(torch.where(live, stats.norms, 1.0))
-    residual, known, usual_norm = _residual(log_norms, live, state)
+    residual, known, expected = _residual(log_norms, live, state)
+    usual_norm = expected + state.drift
     sigma = torch.sqrt(state.variance)
     deviation = residual - state.drift
     # At least e-fold, so that the fast first steps pass before the spread is known.
@@ -152,7 +154,9 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         loss_jump=(stats.loss - state.loss) / torch.clamp(state.loss_spread, min=1e-30),
         stuck=loss > lower - 0.1 * lower.abs(),
         relapsed=(state.best_loss > 0) & (loss > 10 * state.best_loss),
-        flat=(loss > slow - 0.03 * slow.abs()) & (loss_steps >= _FLAT_AFTER),
+        flat=(loss > slow - 0.03 * slow.abs())
+        & (loss_steps >= _FLAT_AFTER)
+        & (loss > lower - 0.5 * lower.abs()),
     )
     moved = torch.where(known, gain, 0.0)
     new = TrendState(

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-from lightning_gradguard.signals.reading import Held, Nothing, Reading, above, positive, reading
+from lightning_gradguard.signals.reading import Reading, above, positive, reading
 from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.signals.trends import WARM_UP, trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
-#: Steps that large updates are given to show what they are good for; fewer than it takes to call units dead.
+#: Steps without progress after which large updates are known to be good for nothing; fewer than it takes to call
+#: units dead.
 _WAIT = 17
+#: Steps for which large updates are remembered: the weights that they have made do not heal.
+_MEMORY = 4 * WARM_UP
+#: Update ratio below which nothing moves, whatever it did before.
+_MOVING = 1e-6
+
+
+class LargeUpdates(NamedTuple):
+    """Of each tensor, float32 [P]: steps in a row with a large update, steps since, steps without progress since."""
+
+    large: Tensor
+    since: Tensor
+    idle: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,9 +35,10 @@ class UpdateRatio:
     """Flags layers whose applied update is too large a part of their weight.
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
-    eighth. Raised when a layer has exceeded the limit in all samples of ``steps`` steps and the loss, if given, makes
-    no progress from 17 to 100 steps later: the first steps may be large, and with normalisation behind them even many.
-    It stays raised until there is progress, since the weights that large steps have made do not heal.
+    eighth. Raised when a layer has exceeded the limit in all samples of ``steps`` steps and the loss, if given, has
+    made no progress in 17 steps more than it has since: the first steps may be large, and with normalisation behind
+    them even many. Large updates are remembered for 100 steps, since the weights that they have made do not heal; a
+    layer that has stopped moving is another matter.
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is usual.
@@ -42,53 +57,66 @@ class UpdateRatio:
         above("steps", self.steps, 0)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing held yet."""
-        return Held(torch.zeros_like(stats.norms))
+        """Nothing large yet."""
+        zeros = torch.zeros_like(stats.norms)
+        return LargeUpdates(zeros, torch.full_like(zeros, torch.inf), zeros)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        large = (stats.updates > self.limit) & stats.layout.is_layer
         trends = trends_of(stats)
-        # Negative: the limit was exceeded for long enough, so many steps ago.
-        grown = torch.where(large, state.steps + float(stats.sampled_steps), 0.0)
+        large = (stats.updates > self.limit) & stats.layout.is_layer
+        count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
         # One step that leaves nothing of a weight will do, except at the start, where a weight may begin at zero.
         wiped = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
-        grown = torch.where(wiped, float(self.steps), grown)
-        held = torch.where(state.steps < 0, state.steps - 1, torch.where(grown >= self.steps, -1.0, grown))
+        since = torch.where((count >= self.steps) | wiped, 0.0, state.since + 1)
         unknown = trends.loss.isnan()
-        still = trends.stuck | trends.relapsed
-        expired = (held < -4 * WARM_UP) & ~(still | unknown)
-        held = torch.where(expired, 0.0, held)
         # This loss too: the mean may still carry what the first steps did.
         here = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        found = ((held < -_WAIT) & still & here) | ((held < 0) & unknown)
-        score = torch.where(held < 0, torch.nan_to_num(stats.updates), -torch.inf)
+        idle = torch.where((trends.stuck & here) | trends.relapsed, state.idle + 1, state.idle - 1)
+        remembered = (since <= _MEMORY) | (state.idle > _WAIT)
+        idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
+        moving = remembered & ~(stats.updates <= _MOVING)
+        found = moving & ((idle > _WAIT) | unknown)
+        over = ~(moving & ((idle > 0) | unknown)).any()
+        score = torch.where(remembered, torch.nan_to_num(stats.updates), -torch.inf)
         value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
-        return reading(stats, found.any(), value, self.limit, score=score), Held(held)
+        seen = reading(stats, found.any(), value, self.limit, score=score, cleared=over)
+        return seen, LargeUpdates(count, since, idle)
+
+
+class StillSteps(NamedTuple):
+    """For how many steps nothing has moved, float32 []."""
+
+    steps: Tensor
 
 
 @dataclass(frozen=True)
 class Stalled:
     """Flags a training whose weights do not move, although the loss makes no progress.
 
-    Raised when the median applied update ratio of the layers is below ``limit`` from step 30 on. Suspended while the
-    learning rate is below a tenth of its peak. A tilt of the profile, or dead units, explain it better and go before.
+    Raised when, for ``steps`` steps, the median applied update ratio of the layers has been below ``limit``, and that
+    of none above a hundred times as much, from step 30 on. Suspended while the learning rate is below a tenth of its
+    peak. A tilt of the profile, or dead units, explain it better and go before.
 
     Args:
         limit: Smallest update ratio that moves anything, dimensionless.
+        steps: Steps for which it has to hold: three samples, since the gradient of a net that has converged is large
+            in one batch and nothing in the next.
     """
 
     limit: float = 1e-6
+    steps: int = 24
     fault: ClassVar[Fault] = Fault.STALLED
     measures: ClassVar[tuple[str, ...]] = ("median applied update over weight",)
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("limit", self.limit)
+        above("steps", self.steps, 0)
 
     def init(self, stats: GradStats) -> Any:
-        """Remembers nothing."""
-        return Nothing()
+        """Nothing held yet."""
+        return StillSteps(torch.zeros_like(stats.total))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
@@ -96,7 +124,9 @@ class Stalled:
         carries = stats.layout.is_layer & trends.live
         ratios = torch.where(carries, stats.updates, torch.nan)
         median = torch.nanmedian(ratios)
-        still = (median < self.limit) & trends.stuck & (trends.steps >= WARM_UP + 5)
-        raised = still & (not stats.resting)
+        fastest = torch.nan_to_num(ratios, nan=0.0).max()
+        still = (median < self.limit) & (fastest < 100 * self.limit)
+        held = torch.where(still, state.steps + 1, 0.0)
+        raised = (held >= self.steps) & trends.stuck & (trends.steps >= WARM_UP + 5) & (not stats.resting)
         score = torch.where(carries, -stats.updates, -torch.inf)
-        return reading(stats, raised, median, self.limit, score=score), state
+        return reading(stats, raised, median, self.limit, score=score), StillSteps(held)

@@ -10,9 +10,10 @@ from torch import nn
 
 from lightning_gradguard.parts import default_detectors
 from lightning_gradguard.signals import pipeline
-from lightning_gradguard.signals.detectors import DepthTilt, Exploding, NonFinite, Spike, TimeTilt
+from lightning_gradguard.signals.detectors import Exploding, NonFinite, Spike
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.signals.stats import Layout, measure, weight_norms
+from lightning_gradguard.signals.tilt_detectors import DepthTilt, TimeTilt
 from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
 from lightning_gradguard.verdicts.faults import Fault
 
@@ -140,6 +141,9 @@ def test_a_tilt_counts_on_a_plateau_below_the_start():
     stream = Stream(DepthTilt())
     losses = [3.0] * 5 + [2.0] * 250
     assert [stream.feed(vanishing(4), loss)[0].raised for loss in losses][-1]
+    converged = Stream(DepthTilt())
+    losses = [3.0] * 5 + [0.5] * 250
+    assert not any(converged.feed(vanishing(4), loss)[0].raised for loss in losses)
 
 
 def test_tilt_is_mild_while_the_layers_still_move():
@@ -149,12 +153,46 @@ def test_tilt_is_mild_while_the_layers_still_move():
     assert stream.feed(vanishing(8))[0].ceiling == 2
 
 
+def starving(decades, at, layers=6):
+    return [10**-decades if i == at else 1.0 for i in range(layers)]
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_single_layer_that_starves_is_named(at):
+    stream = Stream(DepthTilt())
+    seen = [stream.feed(starving(4, at))[0] for _ in range(60)]
+    assert [bool(r.raised) for r in seen].index(True) == 29
+    assert seen[-1].measure == 1
+    assert seen[-1].value.item() == pytest.approx(4, abs=0.1)
+    assert torch.argmax(seen[-1].score) == at
+
+
+def test_a_single_layer_may_lag_behind_while_the_loss_falls():
+    stream = Stream(DepthTilt())
+    assert not any(stream.feed(starving(6, 2), loss=2 * 0.98**s)[0].raised for s in range(100))
+    milder = Stream(DepthTilt())
+    assert not any(milder.feed(starving(2, 2))[0].raised for _ in range(100))
+
+
+def test_the_last_layers_of_a_net_that_explodes_do_not_starve():
+    stream = Stream(DepthTilt())
+    assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(60))
+
+
 def test_exploding_by_tilt():
     stream = Stream(Exploding())
     seen = [stream.feed(vanishing(-6))[0] for _ in range(40)][-1]
     assert seen.raised
     assert seen.measure == 0
     assert torch.argmax(seen.score) == 0
+
+
+def test_exploding_by_tilt_from_step_fifteen_on_without_progress():
+    stream = Stream(Exploding())
+    raised = [bool(stream.feed(vanishing(-6))[0].raised) for _ in range(30)]
+    assert raised.index(True) == 14
+    learning = Stream(Exploding())
+    assert not any(learning.feed(vanishing(-6), 0.9**s)[0].raised for s in range(100))
 
 
 def test_exploding_by_hot_steps():
@@ -177,6 +215,17 @@ def test_exploding_by_loss():
     assert seen[first].value > 3
 
 
+def test_exploding_by_a_loss_without_a_bottom():
+    stream = Stream(Exploding())
+    seen = [stream.feed([1.1**s] * 6, 0.1 - 1.1**s)[0] for s in range(120)]
+    assert seen[-1].raised
+    assert seen[-1].measure == 2
+    steady = Stream(Exploding())
+    assert not any(steady.feed([1.0] * 6, 0.1 - 1.1**s)[0].raised for s in range(120))
+    bounded = Stream(Exploding())
+    assert not any(bounded.feed([1.1**s] * 6, 1 - 0.005 * s)[0].raised for s in range(120))
+
+
 def test_single_spikes_do_not_add_up_to_an_explosion():
     rng, stream = np.random.default_rng(3), Stream(Exploding(), Spike())
     spikes = explosions = 0
@@ -194,6 +243,14 @@ def test_a_wiggle_of_a_deterministic_run_is_no_spike():
     stream = Stream(Spike())
     assert not any(stream.feed([2.0 if s == 80 else 1.0] * 6)[0].raised for s in range(100))
     assert stream.feed([10.0] * 6)[0].raised
+
+
+def test_a_spike_after_convergence_to_nothing_is_only_noted():
+    rng, stream = np.random.default_rng(5), Stream(Spike())
+    for step in range(200):
+        stream.feed([n * 10 ** -(step / 20) for n in healthy(rng)], loss=10 ** -(step / 10))
+    assert stream.feed([1.0] * 6, loss=1e-9)[0].ceiling == 0
+    assert stream.feed([100.0] * 6, loss=1e-9)[0].ceiling == 1
 
 
 @pytest.mark.parametrize(
@@ -215,6 +272,7 @@ def test_a_wiggle_of_a_deterministic_run_is_no_spike():
         (UpdateRatio, {"limit": -0.1}, "limit must be positive"),
         (UpdateRatio, {"steps": 0}, "steps must be"),
         (Stalled, {"limit": math.nan}, "limit must be positive"),
+        (Stalled, {"steps": 0}, "steps must be"),
     ],
 )
 def test_wrong_arguments(kind, arguments, words):
@@ -248,6 +306,26 @@ def test_an_unused_part_is_only_mentioned():
     assert seen.raised
     assert seen.ceiling == 0
     assert seen.measure == 1
+
+
+def test_a_bias_alone_may_lie_off_every_path():
+    stream = Stream(Disconnected())
+    stream.weights["w5"] = nn.Parameter(torch.ones(16))
+    stream.layout = Layout.of(stream.weights)
+    seen = [stream.feed([1.0] * 5 + [None], cut=mask(5))[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 0
+
+
+def test_layers_that_get_nothing_are_dead_although_those_behind_them_learn():
+    stream = Stream(DeadUnits())
+    norms, shares = [0.0] * 4 + [1.0] * 2, torch.tensor([1.0] * 4 + [0.0] * 2)
+    seen = [stream.feed(norms, 0.97**s, dead=shares)[0] for s in range(40)]
+    assert [bool(r.raised) for r in seen].index(True) == 19
+    assert torch.argmax(seen[-1].score) == 3
+    middle = Stream(DeadUnits())
+    norms, shares = [1.0, 0.0] + [1.0] * 4, torch.tensor([0.0, 1.0] + [0.0] * 4)
+    assert not any(middle.feed(norms, 0.97**s, dead=shares)[0].raised for s in range(40))
 
 
 def test_dead_units_need_ninety_per_cent_for_twenty_steps_and_no_progress():
@@ -292,6 +370,33 @@ def test_oversized_updates_are_none_while_the_loss_falls():
     assert not any(r.raised for r in seen[20:])
 
 
+def test_oversized_updates_are_over_when_nothing_moves_any_more():
+    stream = Stream(UpdateRatio())
+    large, frozen = torch.full((6,), 0.5), torch.full((6,), 1e-9)
+    seen = [
+        stream.feed([1.0] * 6, updates=large if s < 10 else frozen, sampled_steps=1)[0] for s in range(60)
+    ]
+    assert not any(r.raised for r in seen)
+    assert seen[-1].cleared
+
+
+def test_large_updates_during_progress_are_not_held_against_a_later_plateau():
+    stream = Stream(UpdateRatio())
+    large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    for step in range(100):
+        stream.feed([1.0] * 6, 0.95**step, updates=large, sampled_steps=1)
+    later = [stream.feed([1.0] * 6, 1.0, updates=usual, sampled_steps=1)[0] for _ in range(12)]
+    assert not any(r.raised for r in later)
+
+
+def test_large_updates_are_remembered_for_a_while():
+    large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    stream = Stream(UpdateRatio())
+    seen = [stream.feed([1.0] * 6, updates=large if s < 5 else usual, sampled_steps=1)[0] for s in range(300)]
+    assert seen[25].raised
+    assert seen[-1].raised  # the loss never moved, and what ruined it is known
+
+
 def test_stalled_unless_the_learning_rate_rests():
     stream = Stream(Stalled())
     still = torch.full((6,), 1e-9)
@@ -299,6 +404,19 @@ def test_stalled_unless_the_learning_rate_rests():
     assert raised.index(True) == 29
     assert not stream.feed([1.0] * 6, updates=still, resting=True)[0].raised
     assert not stream.feed([1.0] * 6, updates=still * 1e4)[0].raised
+
+
+def test_a_converged_net_that_moves_now_and_then_has_not_stalled():
+    stream = Stream(Stalled())
+    for step in range(200):
+        ratio = 1e-7 if step // 8 % 3 else 1e-5
+        assert not stream.feed([1.0] * 6, updates=torch.full((6,), ratio))[0].raised
+
+
+def test_most_layers_may_rest_while_one_moves():
+    stream = Stream(Stalled())
+    updates = torch.tensor([1e-9] * 5 + [1e-3])
+    assert not any(stream.feed([1.0] * 6, updates=updates)[0].raised for _ in range(60))
 
 
 def test_time_tilt_keeps_the_newest_answer():

@@ -1,0 +1,78 @@
+"""Multiplying the loss by a constant changes no verdict: whole trainings, from the gradients to the findings."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.zoo import case
+from benchmarks.zoo.running import fit, quiet
+from lightning_gradguard import GradGuard, Guard
+
+#: One of each fault that a constant factor leaves what it is, and healthy ones that come near a limit. No chaotic
+#: ones, where rounding alone makes another training.
+SICK = ["V04", "V05", "D01", "X01", "E14", "E06", "U03", "O02", "E07"]
+HEALTHY = ["H06", "H14", "H18", "H80"]
+
+
+class Undo(L.Callback):
+    """Takes the factor off the gradients again, after the guard has seen them and before the optimizer does."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for p in pl_module.parameters():
+            if p.grad is not None:
+                p.grad.div_(self.factor)
+
+
+@cache
+def verdicts(id, factor):
+    """What the guard says of a training whose gradients it sees times a factor, and the optimizer without."""
+    subject, guard = case(id), GradGuard()
+    training = subject.make(0)
+    step = training.training_step
+    training.training_step = lambda *arguments: factor * step(*arguments)
+    fit(subject, training, [guard, Undo(factor)])
+    return [(f.fault, f.severity, f.step, f.parameters) for f in guard.findings]
+
+
+@pytest.mark.parametrize("factor", [65536.0, 1e-6])
+@pytest.mark.parametrize("id", SICK + HEALTHY)
+def test_a_training_is_judged_alike_whatever_its_loss_is_multiplied_by(id, factor):
+    plain = verdicts(id, 1.0)
+    assert verdicts(id, factor) == plain
+    assert (max([severity for _, severity, *_ in plain], default=0) > 0) == (id in SICK)
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**16),
+    factor=st.sampled_from([65536.0, 2.0**-20, 1e-6]),
+    tilt=st.sampled_from([-3.0, 0.0, 4.0]),
+    fall=st.sampled_from([0.0, 0.02]),
+    spike=st.sampled_from([None, 40, 60]),
+)
+def test_a_stream_of_gradients_is_judged_alike(seed, factor, tilt, fall, spike):
+    def run(scale):
+        torch.manual_seed(seed)
+        layers = {f"layers.{i}.weight": torch.nn.Parameter(torch.randn(4, 4)) for i in range(6)}
+        guard = Guard(layers.items())
+        for step in range(80):
+            loss = torch.exp(torch.tensor(-fall * step)) * scale
+            for i, p in enumerate(layers.values()):
+                size = 10.0 ** (tilt * (i / 5 - 1)) * (1000.0 if step == spike else 1.0)
+                p.grad = torch.randn(4, 4) * size * scale
+            guard.step(loss=loss)
+        return [(f.fault, f.severity, f.step, f.parameters) for f in guard.findings]
+
+    with quiet():
+        assert run(factor) == run(1.0)
