@@ -61,7 +61,7 @@ class Digits(pl.LightningModule):
         self.block = block
         self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
         self.layer_norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(layers) if "residual" in block)
-        batch_norm = "ormalisation" in block and "residual" not in block
+        batch_norm = "ormalization" in block and "residual" not in block
         self.batch_norms = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(layers) if batch_norm)
         self.head = nn.Linear(WIDTH, 10)
 
@@ -156,7 +156,7 @@ def _act_one(console: Console, folder: Path, epochs: int) -> str:
     """Returns the name of the first remedy."""
     console.rule(f"Act 1: {LAYERS} sigmoid layers, which do not learn")
     torch.manual_seed(0)
-    guard = GradGuard(policy=Policy.strict())
+    guard = GradGuard(policy=Policy.strict(), trials=True)
     try:
         train("1_sigmoid_halted", folder, Digits(), epochs=epochs, guard=guard)
     except GradientHalt as halt:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_gradguard.doctor import causes
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis
+from lightning_gradguard.doctor.trials import trying
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.signals.stats import GradStats, weight_norms
 from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) -> Diagnosis:
     """The diagnosis of a critical finding; a bare one where the doctor fails, for it must never end a training."""
     try:
-        diagnosis = causes.diagnose(gather(guard, stats, finding, batch))
+        case = gather(guard, stats, finding, batch)
+        diagnosis = causes.diagnose(case)
+        if guard.subject is not None:
+            diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
     except Exception as error:
         problem = f"the causes could not be examined ({type(error).__name__}: {error})"
         warnings.warn(f"GradGuard: {problem}", GradientWarning, stacklevel=5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_gradguard import checkpoint, facts
 from lightning_gradguard import lag as lagging
 from lightning_gradguard.doctor.diagnosis import Diagnosis
+from lightning_gradguard.doctor.trials.attempt import Subject
 from lightning_gradguard.letter import Posted, pack, unpack
 from lightning_gradguard.mailbox import Mailbox
 from lightning_gradguard.parts import as_scalar, default_detectors, say, validate
@@ -87,6 +88,7 @@ class Guard:
         self.letter: Letter | None = None
         self.calm: Letter | None = None
         self.notes: tuple[str, ...] = ()
+        self.subject: Callable[[], Subject] | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
         self.judge = Judge(self.policy, index)

@@ -52,9 +52,10 @@ def validate_options(monitor: object, trials: object, recorder: object) -> None:
     """Raises ValueError for what `GradGuard` cannot make use of."""
     if monitor is not None and (not isinstance(monitor, str) or not monitor):
         raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
-    for name, value, only in (("trials", trials, False), ("recorder", recorder, None)):
-        if value is not only:
-            raise ValueError(f"{name} must be {only} in this version, got {value!r}")
+    if not isinstance(trials, bool):
+        raise ValueError(f"trials must be True or False, got {trials!r}")
+    if recorder is not None:
+        raise ValueError(f"recorder must be None in this version, got {recorder!r}")
 
 
 def as_scalar(loss: Tensor | float | None) -> Tensor | None:

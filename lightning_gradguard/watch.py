@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy, dissect
 from lightning_gradguard.naming import is_compiled, members, select
+from lightning_gradguard.signals.layout import Layout
 from lightning_gradguard.signals.samples import LOW_PRECISION, dead_shares, lost_shares, sample, update_ratios
-from lightning_gradguard.signals.stats import GradStats, Layout, mean_over_ranks, measure, weight_norms
+from lightning_gradguard.signals.stats import GradStats, mean_over_ranks, measure, weight_norms
 from lightning_gradguard.spy import TimeSpy, Usage
 
 #: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
@@ -120,7 +121,8 @@ class Watch:
             self._lost = lost_shares(stats.gradients, self.layout)
         tilt = self._time_spy.close() if self._time_spy is not None else None
         self._time_spy = None
-        self._fresh, self._moved = fresh, stats.present
+        self._fresh = fresh
+        self._moved: Tensor = stats.present
         return replace(
             stats,
             dead=self._dead,
@@ -232,7 +234,8 @@ class Watch:
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = sample(self.layout)
         self._dead = self._lost = torch.zeros_like(self.weights)
-        self._moved = self._cut = self._unused = self._ran = self._recurrent = self.weights < 0
+        self._cut = self._unused = self._ran = self._recurrent = self.weights < 0
+        self._moved = self._cut
 
     def _mark_paths(self, anatomy: Anatomy) -> None:
         """Marks trainable tensors without a path from the loss: those that took part in the pass, and the others."""

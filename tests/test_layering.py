@@ -18,9 +18,10 @@ _CLIPPING = {"torch", "signals.stats", "signals.clipping"}
 #: Room to what it may import beyond the standard library. A folder's name covers its files.
 ROOMS = {
     "_version": set(),
-    "signals.stats": {"torch"},
-    "signals.samples": {"torch", "signals.stats"},
-    "signals.trends": {"torch", "signals.stats"},
+    "signals.layout": {"torch"},
+    "signals.stats": {"torch", "signals.layout"},
+    "signals.samples": {"torch", "signals.layout", "signals.stats"},
+    "signals.trends": {"torch", "signals.layout", "signals.stats"},
     "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
     "signals.detectors": _READINGS,
     "signals.starvation_detectors": _READINGS,
@@ -42,7 +43,7 @@ ROOMS = {
     "lag": {"torch", "signals", "verdicts"},
     "spy": {"torch"},
     "naming": {"torch"},
-    "watch": {"torch", "signals.stats", "signals.samples", "doctor.anatomy", "spy", "naming"},
+    "watch": {"torch", "signals.layout", "signals.stats", "signals.samples", "doctor.anatomy", "spy", "naming"},
     "facts": {"torch", "signals.stats", "verdicts", "doctor", "watch", "mailbox"},
     "parts": {"torch", "signals", "verdicts"},
     "checkpoint": {"signals"},

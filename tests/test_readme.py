@@ -116,3 +116,12 @@ def test_the_changelog_knows_every_public_class():
     }
     for name in set(lightning_gradguard.__all__) - data_classes:
         assert name in text, name
+
+
+def test_the_table_of_faults_says_what_the_benchmark_says():
+    page = (ROOT / "benchmarks" / "detection.md").read_text()
+    counts = page.partition("## Right first, by fault")[2].partition("## Ours")[0]
+    for fault in Fault:
+        runs, right = re.search(rf"^\| {fault} \| (\d+) \| (\d+) \|", counts, re.MULTILINE).groups()
+        row = re.search(rf"^\| `{fault}` \|.*\|$", README, re.MULTILINE).group()
+        assert row.endswith(f"| {right} / {runs} |")

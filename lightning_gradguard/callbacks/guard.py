@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.display import Display
+from lightning_gradguard.callbacks.subject import subject_of
 from lightning_gradguard.callbacks.trainer import (
     Losses,
     Metric,
     logging_step,
     optimizer_index,
     refuse_double_clipping,
+    say_that_no_step_was_seen,
     scaler_of,
     warn,
 )
@@ -51,7 +54,7 @@ class GradGuard(Callback):
         clipper: How gradients are clipped, such as ``SpikeClip()``; not at all when None.
         policy: What is done about a fault; ``Policy.watch()`` when None.
         monitor: Name of a logged metric, such as "val_acc", whose course the diagnosis cites.
-        trials: Reserved; must be False.
+        trials: Try remedies when something critical is found, in 30 passes over the newest batch; changes nothing.
         recorder: Reserved; must be None.
         per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/NNN_name``.
         lag: 0, 1, or None for the cheapest that still skips exactly; see `Guard`.
@@ -84,7 +87,7 @@ class GradGuard(Callback):
         validate_options(monitor, trials, recorder)
         self.detectors = None if detectors is None else tuple(detectors)
         self.clipper, self.policy = clipper, policy
-        self.monitor, self.per_layer, self.lag = monitor, per_layer, lag
+        self.monitor, self.per_layer, self.lag, self.trials = monitor, per_layer, lag, trials
         self.report: Report | None = None
         self.diagnosis: Diagnosis | None = None
         self.stop_reason: str | None = None
@@ -93,7 +96,7 @@ class GradGuard(Callback):
         self._restored: dict[str, Any] = {}
         self._losses = Losses()
         self._batches = 0
-        self._batch: Any = None
+        self._newest: Any = None
         self._metric = Metric(monitor)
         self._usage: Usage | None = None
         self._display: Display | None = None
@@ -145,13 +148,12 @@ class GradGuard(Callback):
     ) -> None:
         """Forgets the last batch."""
         self._losses.forget_last()
-        # Of several micro-batches any could be the culprit, and only the last is at hand.
-        self._batch = batch if trainer.accumulate_grad_batches == 1 else None
+        self._newest = batch, batch_idx
         self._batches += 1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lets go of the batch and its graph."""
-        self._batch, self._losses.graph = None, None
+        self._newest, self._losses.graph = None, None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the monitored metric."""
@@ -175,18 +177,22 @@ class GradGuard(Callback):
         guard = self._guard(trainer, pl_module, optimizer, index)
         before, graph = guard.report, self._losses.graph
         guard.notes = self._metric.notes
+        if self.trials:
+            guard.subject = partial(subject_of, trainer, pl_module, optimizer, *self._newest)
         try:
             guard.step(
                 self._losses.take(),
                 scaler=scaler_of(trainer),
                 graph=graph,
                 step=trainer.global_step,
-                batch=self._batch,
+                # Of several micro-batches any could be the culprit, and only the last is at hand.
+                batch=self._newest[0] if trainer.accumulate_grad_batches == 1 else None,
             )
         except GradientHalt as halt:
             self.stop_reason = halt.diagnosis.fault.value
             raise
         finally:
+            guard.subject = None
             if guard.report is not before:
                 self._take_over(guard, index)
                 if trainer._logger_connector.should_update_logs and self._display is not None:
@@ -203,11 +209,7 @@ class GradGuard(Callback):
         finally:
             self._finish(trainer)
         if not self._guards and self._batches and any(p.requires_grad for p in pl_module.parameters()):
-            warn(
-                trainer,
-                "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
-                "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
-            )
+            say_that_no_step_was_seen(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finishes the pictures: after an exception Lightning calls no other hook."""
@@ -258,7 +260,7 @@ class GradGuard(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Writes the last pictures and lets the sinks go."""
-        self._batch = None
+        self._newest = None
         if self._usage is not None:
             self._usage.close()
         if self._display is not None:

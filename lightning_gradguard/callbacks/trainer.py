@@ -126,6 +126,15 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
         )
 
 
+def say_that_no_step_was_seen(trainer: Trainer) -> None:
+    """Warns where Lightning announced no optimizer step."""
+    warn(
+        trainer,
+        "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
+        "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
+    )
+
+
 def warn(trainer: Trainer, message: str) -> None:
     """Warns, on one rank."""
     if trainer.is_global_zero:

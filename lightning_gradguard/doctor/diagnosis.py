@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.doctor import rendering
 from lightning_gradguard.verdicts.faults import Fault
+
+if TYPE_CHECKING:
+    from lightning_gradguard.doctor.trials.change import Change
 
 
 class Cause(str, Enum):
@@ -42,8 +46,12 @@ class Remedy:
         name: What, in a few words.
         how: A line of code that does it.
         tried: Whether it was tried on the live model.
-        before: Depth tilt before, in decades from input to output; None if it was not tried.
-        after: Depth tilt with the remedy; None if it was not tried.
+        before: Tilt before, in decades from the input (or the first step of a sequence) to the output; None if it was
+            not tried, or could not be measured.
+        after: The same with the remedy.
+        loss: Loss on the batch of the trial after a few virtual steps with the remedy; None if they were not taken.
+        note: Why it could not be tried; empty otherwise.
+        change: What the trial changed; None if there was none.
     """
 
     name: str
@@ -51,6 +59,9 @@ class Remedy:
     tried: bool = False
     before: float | None = None
     after: float | None = None
+    loss: float | None = None
+    note: str = ""
+    change: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Diagnosis:
         causes: Most likely first; never empty.
         evidence: For each cause, the numbers that speak for it.
         remedies: Best first.
+        trials: How remedies were tried, or why none could be: a sentence each; empty if that was not asked for.
     """
 
     fault: Fault
@@ -74,6 +86,7 @@ class Diagnosis:
     causes: tuple[Cause, ...]
     evidence: dict[Cause, str] = field(default_factory=dict)
     remedies: tuple[Remedy, ...] = ()
+    trials: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """What happened, where, since when; then signs, causes with their evidence, remedies: plain text."""

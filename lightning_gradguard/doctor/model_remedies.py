@@ -17,9 +17,7 @@ def saturating_activation(case: Case) -> list[Remedy]:
     of SGD and Adam: as it is 8 to 11; residual blocks 96 to 98; ReLU and BatchNorm 96 to 97; sigmoid and
     BatchNorm 94 to 97; ReLU with He initialisation 27 to 96. ReLU alone: 8 to 87.
     """
-    how = 'activation = nn.ReLU(); nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")'
-    he = Remedy("ReLU with He initialization", how)
-    return [*_residual_blocks(case), _relu_and_norm(case), *_normalisation(case), he]
+    return [*residual_blocks(case), relu_and_norm(case), *normalisation(case), relu_and_he()]
 
 
 def bad_initialization(case: Case) -> list[Remedy]:
@@ -29,39 +27,34 @@ def bad_initialization(case: Case) -> list[Remedy]:
     2.3: residual blocks 0.02, BatchNorm 0.2, He initialisation NaN. Eight layers: He 0.01, save for one setting.
     """
     if case.usual_gain > 1:
-        deep = [*_residual_blocks(case), *_normalisation(case), _he()]
+        deep = [*residual_blocks(case), *normalisation(case), he()]
         return deep if case.bare_layers >= DEEP else deep[::-1]
-    how = "nn.init.xavier_normal_(layer.weight); nn.init.zeros_(layer.bias)"
-    xavier = Remedy("Xavier initialization", how)
-    others = [*_residual_blocks(case), _relu_and_norm(case), *_normalisation(case)]
-    return [*others, xavier] if "sigmoid" in case.saturating else [xavier, *others[::-1]]
+    others = [*residual_blocks(case), relu_and_norm(case), *normalisation(case)]
+    return [*others, xavier()] if "sigmoid" in case.saturating else [xavier(), *others[::-1]]
 
 
 def too_deep(case: Case) -> list[Remedy]:
     """A way around the layers, first of all."""
-    fewer = Remedy("Fewer layers", "layers = layers[: len(layers) // 2]")
-    return [*_residual_blocks(case), *_normalisation(case), fewer]
+    return [*residual_blocks(case), *normalisation(case), fewer_layers()]
 
 
 def recurrence(case: Case) -> list[Remedy]:
     """Gates, which carry a gradient through time; clipping first where it explodes."""
     remedies = [
-        Remedy("Orthogonal recurrent weights", "nn.init.orthogonal_(rnn.weight_hh_l0)"),
+        orthogonal(),
         Remedy("Truncated backpropagation through time", "state = state.detach()  # every 20 steps or so"),
     ]
-    if not _is_gated(case):
-        how = "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN"
-        remedies.insert(0, Remedy("LSTM, or GRU", how))
+    if not is_gated(case):
+        remedies.insert(0, gates())
     return [CLIP, *remedies] if case.fault == Fault.EXPLODING else remedies
 
 
 def dead_activation(case: Case) -> list[Remedy]:
     """What makes units active again, then what cannot die."""
-    leaky = Remedy("An activation that cannot die", "activation = nn.LeakyReLU(0.1)  # in place of nn.ReLU()")
     zero = Remedy("Zero biases", "nn.init.zeros_(layer.bias)")
     large = any(len(case.shapes[i]) == 1 and case.weight_rms(i) > 3 for i in range(len(case.names)))
     lower = lower_learning_rate(case)[:1] if case.largest_update[0] > LARGEST_UPDATE else []
-    return [*([zero] if large else []), *lower, leaky, _he(), *_normalisation(case)]
+    return [*([zero] if large else []), *lower, leaky_relu(), he(), *normalisation(case)]
 
 
 def detached_graph(case: Case) -> list[Remedy]:
@@ -81,12 +74,12 @@ def unnormalized_input(case: Case) -> list[Remedy]:
     """Standardising, outside or inside of the model."""
     norm = _batch_norm(case).replace("width", "features")
     return [
-        Remedy("Standardize the inputs", "x = (x - mean) / std  # mean and std of the training set"),
+        standard_input(),
         Remedy("Normalize the inputs in the model", f"model = nn.Sequential({norm}, model)"),
     ]
 
 
-def _residual_blocks(case: Case) -> list[Remedy]:
+def residual_blocks(case: Case) -> list[Remedy]:
     """Unless the model has skip connections."""
     if case.anatomy is not None and case.anatomy.skips:
         return []
@@ -96,17 +89,57 @@ def _residual_blocks(case: Case) -> list[Remedy]:
     return [Remedy("ReLU in residual blocks with normalization", how)]
 
 
-def _relu_and_norm(case: Case) -> Remedy:
+def relu_and_norm(case: Case) -> Remedy:
+    """Of the remedies that leave the layers in a row the best."""
     return Remedy("ReLU and normalization", f"block = nn.Sequential(layer, {_norm(case)}, nn.ReLU())")
 
 
-def _normalisation(case: Case) -> list[Remedy]:
+def normalisation(case: Case) -> list[Remedy]:
     """Unless there is one for each layer."""
     how = f"block = nn.Sequential(layer, {_norm(case)}, activation)"
     return [Remedy("Normalization after each layer", how)] if case.bare_layers else []
 
 
-def _he() -> Remedy:
+def relu_and_he() -> Remedy:
+    """One change that alone is not enough, with another."""
+    how = 'activation = nn.ReLU(); nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")'
+    return Remedy("ReLU with He initialization", how)
+
+
+def leaky_relu() -> Remedy:
+    """Passes a tenth where a ReLU passes nothing."""
+    return Remedy("An activation that cannot die", "activation = nn.LeakyReLU(0.1)  # in place of nn.ReLU()")
+
+
+def fewer_layers() -> Remedy:
+    """Half of them."""
+    return Remedy("Fewer layers", "layers = layers[: len(layers) // 2]")
+
+
+def gates() -> Remedy:
+    """Carry a gradient through time."""
+    return Remedy(
+        "LSTM, or GRU", "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN"
+    )
+
+
+def orthogonal() -> Remedy:
+    """Keep the norm of a state from step to step."""
+    return Remedy("Orthogonal recurrent weights", "nn.init.orthogonal_(rnn.weight_hh_l0)")
+
+
+def standard_input() -> Remedy:
+    """What layers are made for."""
+    return Remedy("Standardize the inputs", "x = (x - mean) / std  # mean and std of the training set")
+
+
+def xavier() -> Remedy:
+    """For activations that pass about what they get."""
+    return Remedy("Xavier initialization", "nn.init.xavier_normal_(layer.weight); nn.init.zeros_(layer.bias)")
+
+
+def he() -> Remedy:
+    """For ReLUs, which pass half of what they get."""
     how = 'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"); nn.init.zeros_(layer.bias)'
     return Remedy("He initialization", how)
 
@@ -128,7 +161,7 @@ def _rank(case: Case) -> int:
     return max(set(ranks), key=ranks.count, default=2)
 
 
-def _is_gated(case: Case) -> bool:
+def is_gated(case: Case) -> bool:
     """Whether recurrent weights have the three or four blocks of a GRU or an LSTM."""
     recurrent = case.anatomy.recurrent if case.anatomy else frozenset()
     shapes = [case.shapes[i] for i in case.layers if case.names[i] in recurrent]

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from lightning_gradguard.doctor.wording import listing
+from lightning_gradguard.doctor.wording import listing, number
 from lightning_gradguard.verdicts.faults import Fault
 
 if TYPE_CHECKING:
@@ -49,12 +49,6 @@ padding:.1em .3em;overflow-wrap:anywhere}
 .gradguard th:nth-child(n+3),.gradguard td:nth-child(n+3){text-align:right;white-space:nowrap}"""
 
 
-#: What the numbers of tried remedies mean.
-_TRIED = (
-    "Each with a tilt was tried on this model: decades from input to output, of which -1 to 2.3 are healthy."
-)
-
-
 def to_text(diagnosis: Diagnosis) -> str:
     """Plain text of at most `WIDTH` columns, save for names and code that are longer."""
     lines = _wrapped(f"{HEADLINES[diagnosis.fault]}, {_since(diagnosis)}.", "", "")
@@ -66,6 +60,8 @@ def to_text(diagnosis: Diagnosis) -> str:
         lines += _wrapped(f"{cause}. {evidence}", f"  {rank}. ", "     ")
     if diagnosis.remedies:
         lines += ["", *_remedy_table(diagnosis.remedies)]
+    if diagnosis.trials:
+        lines += ["", *_wrapped(" ".join(diagnosis.trials), "", "")]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -78,12 +74,15 @@ def to_markdown(diagnosis: Diagnosis) -> str:
     lines += [f"{i}. **{md(cause)}.** {md(text)}" for i, (cause, text) in enumerate(_causes(diagnosis), 1)]
     if diagnosis.remedies:
         tried = _any_tried(diagnosis.remedies)
-        head = ["", "Remedy", "How", *(["Tilt before", "Tilt after"] if tried else [])]
+        head = ["", "Remedy", "How", *(["Tilt before", "Tilt after", "Loss"] if tried else [])]
         lines += ["", "#### Remedies, best first", "", _row(head), _row(["---"] * len(head))]
         for rank, remedy in enumerate(diagnosis.remedies, 1):
-            tilts = [_tilt(remedy.before), _tilt(remedy.after)] if tried else []
-            lines.append(_row([str(rank), md(remedy.name), _markdown_code(remedy.how), *tilts]))
-        lines += ["", md(_TRIED)] if tried else []
+            name = f"{remedy.name} ({remedy.note})" if remedy.note else remedy.name
+            lines.append(
+                _row([str(rank), md(name), _markdown_code(remedy.how), *(_numbers(remedy) if tried else [])])
+            )
+    for sentence in diagnosis.trials:
+        lines += ["", md(sentence)]
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +96,7 @@ def to_html(diagnosis: Diagnosis) -> str:
     )
     if diagnosis.remedies:
         body += f"<h2>Remedies, best first</h2>{_html_remedies(diagnosis.remedies)}"
+    body += "".join(f"<p>{_html(sentence)}</p>" for sentence in diagnosis.trials)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f"<title>gradguard: {html.escape(diagnosis.fault.value)}</title><style>{_STYLE}</style></head>"
@@ -131,24 +131,27 @@ def _remedy_table(remedies: tuple[Remedy, ...]) -> list[str]:
     tried = _any_tried(remedies)
     title = "Remedies, best first"
     width = max(len(title), *(len(_line(r.name)) + 5 for r in remedies))
-    lines = [f"{title:{width}}  {'tilt before':>11}  {'after':>6}" if tried else title]
+    lines = [f"{title:{width}}  {'tilt before':>11}  {'after':>6}  {'loss':>8}" if tried else title]
     for rank, remedy in enumerate(remedies, 1):
-        tilts = f"  {_tilt(remedy.before):>11}  {_tilt(remedy.after):>6}" if tried else ""
-        lines.append(f"{f'  {rank}. {_line(remedy.name)}':{width}}{tilts}")
+        before, after, loss = _numbers(remedy)
+        numbers = f"  {before:>11}  {after:>6}  {loss:>8}" if tried else ""
+        lines.append(f"{f'  {rank}. {_line(remedy.name)}':{width}}{numbers}")
         lines += [f"       {line}" for line in remedy.how.splitlines()]
-    return [*lines, *(_wrapped(_TRIED, "  ", "  ") if tried else [])]
+        lines += _wrapped(f"({remedy.note})", " " * 5, " " * 5) if remedy.note else []
+    return lines
 
 
 def _html_remedies(remedies: tuple[Remedy, ...]) -> str:
     tried = _any_tried(remedies)
-    head = ["", "Remedy and how", *(["Tilt before", "Tilt after"] if tried else [])]
+    head = ["", "Remedy and how", *(["Tilt before", "Tilt after", "Loss"] if tried else [])]
     rows = ["".join(f"<th>{title}</th>" for title in head)]
     for rank, remedy in enumerate(remedies, 1):
-        cells = [str(rank), f"{_html(remedy.name)}<code>{html.escape(remedy.how)}</code>"]
-        cells += [_tilt(remedy.before), _tilt(remedy.after)] if tried else []
+        note = f" ({_html(remedy.note)})" if remedy.note else ""
+        cells = [str(rank), f"{_html(remedy.name)}{note}<code>{html.escape(remedy.how)}</code>"]
+        cells += _numbers(remedy) if tried else []
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     table = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table>{table}</table>" + (f"<p>{_TRIED}</p>" if tried else "")
+    return f"<table>{table}</table>"
 
 
 def _since(diagnosis: Diagnosis) -> str:
@@ -164,8 +167,10 @@ def _any_tried(remedies: tuple[Remedy, ...]) -> bool:
     return any(remedy.tried for remedy in remedies)
 
 
-def _tilt(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _numbers(remedy: Remedy) -> list[str]:
+    """Tilts in decades and the loss, as far as they are known."""
+    tilts = ["" if tilt is None else f"{tilt:.1f}" for tilt in (remedy.before, remedy.after)]
+    return [*tilts, "" if remedy.loss is None else number(remedy.loss)]
 
 
 def _capital(text: str) -> str:
@@ -213,7 +218,7 @@ def _markdown_plain(text: str) -> str:
 
 def _markdown_code(code: str) -> str:
     """A code span; text where it holds a bar, which GitHub and TensorBoard escape differently in code."""
-    code = " ".join(line.strip() for line in code.splitlines())
+    code = "; ".join(line.strip() for line in code.splitlines())
     if "|" in code or not code:
         return _markdown_plain(code)
     fence = "``" if "`" in code else "`"

@@ -45,21 +45,30 @@ def round_down(value: float) -> float:
 def target_scale(case: Case) -> list[Remedy]:
     """Standardising, or a loss that does not square."""
     return [
-        Remedy("Standardize the targets", "y = (y - mean) / std  # and prediction * std + mean to go back"),
+        standard_target(),
         Remedy("A loss that grows linearly", "loss = nn.functional.huber_loss(prediction, y)"),
         *lower_learning_rate(case),
     ]
 
 
+def standard_target() -> Remedy:
+    """What outputs are made for."""
+    return Remedy("Standardize the targets", "y = (y - mean) / std  # and prediction * std + mean to go back")
+
+
+def lowered_rate(case: Case) -> float:
+    """The learning rate by the factor that updates are too large, or a tenth of it."""
+    ratio = _largest_ratio(case)
+    # Once the weights run away the ratio has no bound, and says nothing of the rate that would have held them.
+    factor = min(ratio / LARGEST_UPDATE, 1000.0) if ratio > LARGEST_UPDATE else 10.0
+    return round_down(case.learning_rate / factor)
+
+
 def lower_learning_rate(case: Case) -> list[Remedy]:
     """By the measured factor, and what bears with a high one."""
-    rate, ratio = case.learning_rate, max(case.largest_update[0], case.first_update)
-    factor, why = 10.0, "a tenth"
+    rate, lower, ratio, why = case.learning_rate, lowered_rate(case), _largest_ratio(case), "a tenth"
     if ratio > LARGEST_UPDATE:
-        # Once the weights run away the ratio has no bound, and says nothing of the rate that would have held them.
-        factor = min(ratio / LARGEST_UPDATE, 1000.0)
         why = f"update ratio {number(ratio)} is {number(ratio / LARGEST_UPDATE)} x the limit {LARGEST_UPDATE}"
-    lower = round_down(rate / factor)
     name = f"Lower the learning rate from {number(rate)} to {number(lower)}"
     warm_up = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)"
     return [
@@ -67,6 +76,10 @@ def lower_learning_rate(case: Case) -> list[Remedy]:
         Remedy("Warm up the learning rate", warm_up),
         CLIP,
     ]
+
+
+def _largest_ratio(case: Case) -> float:
+    return max(case.largest_update[0], case.first_update)
 
 
 def learning_rate_too_low(case: Case) -> list[Remedy]:

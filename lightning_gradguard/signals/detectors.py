@@ -68,9 +68,9 @@ class Spike:
 
     Raised when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its geometric mean, after
     25 steps. An event: it is counted, and clipped where a clipper is set; it never halts. It is said aloud where the
-    norm is ten times the usual and the loss has leapt too (by 20 mean deviations, half way to its start), or the norm is
-    a million times the usual and ten times that of the first steps, or no loss is given; else it is only noted (INFO),
-    for the gradient of a healthy net may leap where its loss does not, and where it has converged to nothing.
+    norm is ten times the usual and the loss has leapt too (by 20 mean deviations, half way to its start at least), or
+    the norm is a million times the usual and ten times that of the first steps, or no loss is given; else it is only
+    noted (INFO), for the gradient of a healthy net may leap where its loss does not, and where it has converged.
 
     Args:
         z: Alarm level of the z-score, dimensionless. Default 6.

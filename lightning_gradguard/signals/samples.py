@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.stats import Layout, dense, real
+from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.stats import dense, real
 
 #: Elements of each tensor, and output rows of each weight, that stand for it.
 SAMPLES = 64

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.stats import GradStats, Layout
+from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.stats import GradStats
 
 #: Steps that establish what is usual, before a z-score means anything.
 WARM_UP = 25

@@ -20,7 +20,7 @@ NOTES = {
     "worst_layer_rms_log10": "log10 of the gradient RMS of the layer farthest from the median layer.",
     "depth_tilt_decades": (
         "How many decades smaller gradients are at the input than at the output, relative to the weights. "
-        "Healthy: about -1 to 2. 3 and more: vanishing. -1.7 and less: exploding."
+        "Healthy: about -1 to 2. 3 and more: vanishing. -1.8 and less: exploding."
     ),
     "update_ratio_log10": (
         "log10 of the size of an applied update relative to its weight. About -3 is usual; above -1 the "

@@ -325,7 +325,7 @@ def test_frozen_and_thawed_layers_raise_no_alarm(fit, classifier):
         ({"monitor": ""}, ValueError, "monitor must be the name of a logged metric"),
         ({"monitor": 3}, ValueError, "got 3"),
         ({"lag": 7}, ValueError, "lag must be None, 0 or 1, got 7"),
-        ({"trials": True}, ValueError, "trials must be False in this version, got True"),
+        ({"trials": 3}, ValueError, "trials must be True or False, got 3"),
         ({"policy": "strict"}, TypeError, "policy must be a Policy"),
         ({"clipper": NormClip}, TypeError, "clipper must be an instance"),
         ({"detectors": "all"}, TypeError, "detectors must be an instance"),

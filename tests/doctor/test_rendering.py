@@ -34,7 +34,13 @@ DIAGNOSIS = Diagnosis(
     remedies=(Remedy("ReLU", "x = torch.relu(x)  # not sigmoid"), Remedy("He", "nn.init.kaiming_normal_(w)")),
 )
 TRIED = dataclasses.replace(
-    DIAGNOSIS, remedies=(Remedy("ReLU", "f()", tried=True, before=9.5, after=0.42), DIAGNOSIS.remedies[1])
+    DIAGNOSIS,
+    remedies=(
+        Remedy("ReLU", "f()", tried=True, before=9.5, after=0.42, loss=1.875),
+        Remedy("GELU", "g()", note="could not be tried: RuntimeError"),
+        DIAGNOSIS.remedies[1],
+    ),
+    trials=("1 remedy was tried, in 5 passes.", "Without it the loss is 2.3."),
 )
 FORMS = (str, Diagnosis.to_markdown, Diagnosis.to_html)
 NASTY = [
@@ -99,6 +105,10 @@ def test_tilts_are_shown_only_where_something_was_tried(form):
     assert "ilt" not in form(DIAGNOSIS)
     assert "Tilt before" in form(TRIED) or "tilt before" in form(TRIED)
     assert "9.5" in form(TRIED)
+    assert "1.88" in form(TRIED)
+    assert "could not be tried: RuntimeError" in form(TRIED)
+    assert "1 remedy was tried, in 5 passes." in form(TRIED)
+    assert "the loss is 2.3" in form(TRIED)
     assert "0.4" in form(TRIED)
     assert "None" not in form(TRIED)
 
@@ -123,7 +133,8 @@ def named(name):
         parameters=(name,),
         signs=(f"Norm 1 in {quote(name)}.", name),
         evidence={Cause.SATURATING_ACTIVATION: f"In {quote(name)}.", Cause.BAD_INITIALIZATION: name},
-        remedies=(Remedy(name, f"layer = model[{name!r}]  # | a | b"), Remedy("other", "f()")),
+        remedies=(Remedy(name, f"layer = model[{name!r}]  # | a | b", note=name), Remedy("other", "f()")),
+        trials=(f"Not tried: {name}.",),
     )
 
 
@@ -134,7 +145,7 @@ def test_names_break_out_of_no_form(name):
     assert quote(name) in " ".join(head.split("\n"))
 
     page = Reader(diagnosis.to_html())
-    plain = Reader(DIAGNOSIS.to_html())
+    plain = Reader(dataclasses.replace(DIAGNOSIS, trials=("x",)).to_html())
     assert [t for t, _ in page.tags if t not in ("code",)] == [t for t, _ in plain.tags if t not in ("code",)]
 
     rendered = markdown_to_safe_html(diagnosis.to_markdown())

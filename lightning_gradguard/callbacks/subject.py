@@ -1,0 +1,62 @@
+"""What remedies are tried on: a module's training step without its Trainer."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.callbacks.base import PACKAGES
+from lightning_gradguard.doctor.trials.attempt import Subject
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def subject_of(
+    trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, batch: Any, batch_idx: int
+) -> Subject:
+    """The training step as a function of the batch, which logs nothing.
+
+    Raises:
+        ValueError: If the training step does more than compute a loss.
+    """
+    if not module.automatic_optimization:
+        raise ValueError("the module optimizes by hand, so its training step cannot be run without a step")
+    needs = inspect.signature(module.training_step).parameters
+    if "dataloader_iter" in needs:
+        raise ValueError("the training step takes its batches itself")
+    # As Lightning tells it: a second argument, whatever its name, is the batch's number.
+    more = (batch_idx,) if len(needs) > 1 else ()
+
+    def loss_of(batch: Any) -> Tensor:
+        # The module is in a sandbox, which puts back what is set here.
+        for name in ("log", "log_dict"):
+            setattr(module, name, _ignore)
+        loggers = trainer.loggers
+        trainer.loggers = _silent(trainer) * len(loggers)
+        try:
+            with trainer.precision_plugin.train_step_context():
+                output = module.training_step(batch, *more)
+        finally:
+            trainer.loggers = loggers
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
+        return loss
+
+    return Subject(module, loss_of, batch, optimizer)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Takes what would be logged."""
+
+
+def _silent(trainer: Trainer) -> list[Any]:
+    """A logger that writes nowhere."""
+    package = next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
+    return [importlib.import_module(f"{package}.loggers.logger").DummyLogger()]

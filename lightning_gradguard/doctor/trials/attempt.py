@@ -1,0 +1,169 @@
+"""One attempt: a change made to a copy of the training, and what the gradients and the loss do with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.doctor.trials.batches import Scale, half, prepared
+from lightning_gradguard.doctor.trials.change import Change
+from lightning_gradguard.doctor.trials.layers import Plan, Recorder
+from lightning_gradguard.doctor.trials.profile import (
+    TimeProfile,
+    dead_share,
+    depth_tilt,
+    layer_profile,
+)
+from lightning_gradguard.doctor.trials.sandbox import sandbox
+from lightning_gradguard.doctor.trials.swaps import Swaps
+from lightning_gradguard.doctor.trials.weights import add_gates_, initialise_
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What remedies are tried on.
+
+    Attributes:
+        module: The model; its parameters are the optimizer's.
+        loss_of: Batch to scalar loss with its graph: the training step without its host. It is called while the
+            module is in a `sandbox`, so it may change what the module holds.
+        batch: What was trained on last.
+        optimizer: Whose settings the virtual steps take.
+        norms: L2 norms that parameters are scaled to beforehand, by name: of weights that have run away, those they
+            began with.
+    """
+
+    module: nn.Module
+    loss_of: Callable[[Any], Tensor]
+    batch: Any
+    optimizer: torch.optim.Optimizer
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attempt gave.
+
+    Attributes:
+        loss: On the whole batch after the virtual steps, which saw half of it; inf if any was not finite, NaN if
+            no step was taken.
+        tilt: Depth tilt of the first pass, decades; None with too few layers that get a gradient.
+        time_tilt: Gradient at the last tenth of a sequence over that at the first, decades; None without one.
+        dead: Largest share of a layer's rows without any gradient.
+        live: Layers that get a gradient.
+        plan: What the pass showed, of an attempt that swaps nothing.
+        passes: Forward passes that it took.
+    """
+
+    loss: float
+    tilt: float | None
+    time_tilt: float | None
+    dead: float
+    live: int
+    plan: Plan
+    passes: int
+
+
+def attempt(
+    subject: Subject, change: Change, *, layers: Sequence[str], passes: int, plan: Plan | None = None
+) -> Outcome:
+    """Makes a change in a sandbox and takes virtual steps; the training is left as it was.
+
+    In memory there is one copy of the parameters, buffers and batch, their gradients, and an optimizer's state.
+
+    Args:
+        subject: What it is tried on.
+        change: What is changed.
+        layers: Names of the layers' weights, input first.
+        passes: Forward passes, all but the last with a backward pass and a virtual step; or a single one with both.
+        plan: Of an attempt with an empty change; not needed for that one.
+
+    Raises:
+        Exception: Whatever the model raises when it is so changed.
+    """
+    module, plan = subject.module, plan or Plan()
+    names = {id(p): name for name, p in module.named_parameters()}
+    scale = Scale.of(subject.batch) if change.target else None
+    with sandbox(module) as copy, torch.enable_grad():
+        _rescale_(module, subject.norms)
+        apply_(module, change, plan)
+        recorder = Recorder(module)
+        mode = Swaps(module, change, plan) if change.swaps else recorder
+        parameters = dict(module.named_parameters())
+        optimizer = _virtual_optimizer(subject.optimizer, names, parameters, change.rate)
+        times = TimeProfile(module)
+        loss, first = math.nan, None
+        learn, taken = half(subject.batch), 0
+        for _ in range(max(1, passes - 1)):
+            taken += 1
+            optimizer.zero_grad()
+            batch = prepared(copy(learn), change, scale)
+            with mode:  # also for the backward pass, in which checkpointed parts run again
+                scalar = subject.loss_of(batch)
+                scalar.backward()  # type: ignore[no-untyped-call]
+            if first is None:
+                profile = layer_profile(parameters, layers)
+                first = depth_tilt(profile), times.tilt(), dead_share(parameters, layers), len(profile)
+            if not math.isfinite(float(scalar.detach())):
+                loss = math.inf
+                break
+            optimizer.step()
+        plan = recorder.plan
+        if passes > 1 and loss != math.inf:
+            taken += 1
+            with mode:
+                loss = float(subject.loss_of(prepared(copy(subject.batch), change, scale)).detach())
+            loss = loss if math.isfinite(loss) else math.inf
+    assert first is not None
+    return Outcome(loss, *first, plan=plan, passes=taken)
+
+
+def apply_(module: nn.Module, change: Change, plan: Plan) -> None:
+    """Makes that part of a change which is one of the module's weights and layers, in place."""
+    if change.gates is not None:
+        add_gates_(module, change.gates)
+    if change.initialise is not None:
+        initialise_(module, change.initialise, plan)
+
+
+@torch.no_grad()
+def _rescale_(module: nn.Module, norms: Mapping[str, float]) -> None:
+    for full, parameter in module.named_parameters():
+        name = full.replace("_orig_mod.", "")
+        norm = float(parameter.float().norm())
+        if name in norms and 0 < norm < math.inf:
+            parameter.mul_(norms[name] / norm)
+
+
+def _virtual_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], parameters: Mapping[str, Tensor], rate: float
+) -> torch.optim.Optimizer:
+    """One of the same kind and settings over the copies, without a past; plain descent where it cannot be made.
+
+    A velocity takes 1 / (1 - momentum) steps to build up, so few steps would show nothing of it: plain descent, at
+    the rate that a steady gradient comes to.
+    """
+    known = set(names.values())
+    new = [p for name, p in parameters.items() if name not in known]  # of layers that were put in
+    groups, plain = [], []
+    for group in optimizer.param_groups:
+        own = [
+            parameters[name] for p in group["params"] if (name := names.get(id(p), "")) in parameters
+        ] + new
+        if own:
+            lr, momentum, new = rate * float(group.get("lr", 0.0)), group.get("momentum", 0.0), []
+            groups.append({**group, "lr": lr, "params": own})
+            plain.append(
+                {"lr": lr / (1 - momentum), "weight_decay": group.get("weight_decay", 0.0), "params": own}
+            )
+    try:
+        if any(group.get("momentum") for group in groups) or isinstance(optimizer, torch.optim.LBFGS):
+            return torch.optim.SGD(plain)
+        return type(optimizer)(groups)  # type: ignore[call-arg]
+    except Exception:
+        return torch.optim.SGD(plain)

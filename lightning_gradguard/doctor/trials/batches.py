@@ -1,0 +1,92 @@
+"""Inputs and targets of a batch brought to zero mean and unit variance."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.doctor.trials.change import Change
+
+#: Examples without which a batch is not divided.
+LEAST_EXAMPLES = 8
+
+
+class Scale(NamedTuple):
+    """Mean and standard deviation of numbers."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, batch: Any) -> Scale | None:
+        """Of a batch's targets: its second floating-point tensor; None if there is none."""
+        found = _floating(batch)
+        return None if len(found) < 2 else cls.of_tensor(found[1])
+
+    @classmethod
+    def of_tensor(cls, x: Tensor) -> Scale:
+        """Of all elements of a tensor."""
+        x = x.detach().float()
+        x = x[x.isfinite()]
+        return cls(x.mean(), x.std(unbiased=False).clamp(min=torch.finfo(torch.float32).tiny))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Subtracts the one and divides by the other."""
+        return ((x - self.mean) / self.deviation).to(x.dtype)
+
+
+def prepared(batch: Any, change: Change, scale: Scale | None = None) -> Any:
+    """The batch with standardised inputs or targets, where the change asks for it.
+
+    Args:
+        batch: Nested lists, tuples and dicts of tensors. Its first floating-point tensor counts as the inputs, its
+            second as the targets.
+        change: What is asked for.
+        scale: Of the targets.
+    """
+    found, exchange = _floating(batch), {}
+    if change.input and found:
+        exchange[id(found[0])] = Scale.of_tensor(found[0]).apply(found[0])
+    if change.target and scale is not None and len(found) > 1:
+        exchange[id(found[1])] = scale.apply(found[1])
+    return _exchanged(batch, exchange) if exchange else batch
+
+
+def has_targets(batch: Any) -> bool:
+    """Whether there are floating-point targets."""
+    return len(_floating(batch)) > 1
+
+
+def half(batch: Any) -> Any:
+    """Every other example; all of a batch that is small, or whose examples cannot be told apart.
+
+    Args:
+        batch: Nested lists, tuples and dicts of tensors, all of the same length.
+    """
+    tensors = [t for t in _tensors(batch) if t.ndim]
+    lengths = {len(t) for t in tensors}
+    if len(lengths) != 1 or min(lengths) < LEAST_EXAMPLES:
+        return batch
+    return _exchanged(batch, {id(t): t[::2] for t in tensors})
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _floating(batch: Any) -> list[Tensor]:
+    return [t for t in _tensors(batch) if t.is_floating_point() and t.numel()]
+
+
+def _exchanged(batch: Any, exchange: dict[int, Tensor]) -> Any:
+    if isinstance(batch, dict):
+        return type(batch)({key: _exchanged(value, exchange) for key, value in batch.items()})
+    if isinstance(batch, (list, tuple)):
+        parts = [_exchanged(part, exchange) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return exchange.get(id(batch), batch)

@@ -1,0 +1,182 @@
+"""Tries the remedies that fit a diagnosis, and ranks them by what they did."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import combinations
+from typing import NamedTuple
+
+from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis, Remedy
+from lightning_gradguard.doctor.trials.attempt import Outcome, Subject, attempt
+from lightning_gradguard.doctor.trials.candidates import Candidate, find_candidates, pair
+from lightning_gradguard.doctor.trials.change import Change
+from lightning_gradguard.doctor.wording import number
+from lightning_gradguard.verdicts.faults import Fault
+
+#: Forward passes of all attempts together, nearly all of them with a backward pass.
+MOST_PASSES = 30
+#: Passes of an attempt with virtual steps: three steps, and a last look.
+_FULL = 4
+#: Tilts over depth and over time that count as healthy, in decades. The zoo's healthy trainings lie between -0.9 and
+#: 2.3, and 3.8 over time; one pass is noisier than their running mean.
+_DEPTH, _TIME = (-2.3, 2.5), (-3.0, 6.0)
+#: Growth of a layer's weights from which they are no ground to try anything on.
+_RUNAWAY = 3.0
+#: Remedies that are shown of those that were tried, and of the others.
+_SHOWN, _OTHERS = 6, 3
+_FAULTS = frozenset({Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.EXPLODING, Fault.DEAD})
+_CAUSES = frozenset(
+    {
+        *(Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION, Cause.TOO_DEEP, Cause.RECURRENCE),
+        *(Cause.DEAD_ACTIVATION, Cause.UNNORMALIZED_INPUT, Cause.TARGET_SCALE, Cause.LEARNING_RATE_TOO_HIGH),
+    }
+)
+
+
+class Trial(NamedTuple):
+    """A remedy that was tried, and what came of it; without an outcome if it could not be."""
+
+    candidate: Candidate
+    outcome: Outcome | None
+    problem: str = ""
+
+
+def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subject]) -> Diagnosis:
+    """The diagnosis with the remedies that were tried, best first, before those that were not.
+
+    Faults of the gradient's scale are tried, and others with a cause of that kind. In at most `MOST_PASSES` forward
+    passes every remedy that fits gets one with a backward pass, which tells its tilt; those with a healthy tilt then
+    take virtual steps on half of the batch, and are ranked by the loss on all of it.
+
+    Args:
+        diagnosis: With remedies by the evidence.
+        case: What it rests on.
+        subject_of: Gives what to try them on; raises ValueError with the reason if that cannot be.
+    """
+    if diagnosis.fault not in _FAULTS and diagnosis.causes[0] not in _CAUSES:
+        return diagnosis
+    try:
+        subject = _rewound(subject_of(), case)
+        # A compiled module's own names say that it is one, and the case's do not.
+        own = {name.replace("_orig_mod.", ""): name for name, _ in subject.module.named_parameters()}
+        session = Session(subject, tuple(own.get(case.names[i], case.names[i]) for i in case.layers))
+        base = session.attempt(Change(), _FULL)
+    except Exception as error:
+        return dataclasses.replace(diagnosis, trials=(f"No remedy was tried: {_reason(error)}.",))
+    candidates = find_candidates(case, diagnosis.causes, subject.module, subject.batch, base.plan)
+    trials = session.run(candidates)
+    tried = [_remedy(trial, base) for trial in trials]
+    shown = [r for r in tried if r.tried][:_SHOWN]
+    failed = [r for r in tried if not r.tried]
+    names = {r.name for r in tried}
+    others = [r for r in diagnosis.remedies if r.name not in names][: max(1, _OTHERS - len(failed))]
+    return dataclasses.replace(
+        diagnosis,
+        remedies=(*shown, *others, *failed[:_OTHERS]),
+        trials=tuple(_account(session, base, len(tried) - len(failed), bool(subject.norms))),
+    )
+
+
+class Session:
+    """Attempts on one subject within a budget of passes.
+
+    Args:
+        subject: What is tried on.
+        layers: Names of the layers' weights, input first.
+    """
+
+    def __init__(self, subject: Subject, layers: tuple[str, ...]) -> None:
+        self.subject, self.layers = subject, layers
+        self.passes = 0
+        self._base: Outcome | None = None
+
+    def attempt(self, change: Change, passes: int) -> Outcome:
+        """One attempt; the first is the one without a change."""
+        plan = None if self._base is None else self._base.plan
+        self.passes += passes
+        outcome = attempt(self.subject, change, layers=self.layers, passes=passes, plan=plan)
+        self.passes += outcome.passes - passes
+        self._base = self._base or outcome
+        return outcome
+
+    def run(self, candidates: list[Candidate]) -> list[Trial]:
+        """A look at each, then virtual steps with the most promising, and with the best two together."""
+        looks = [self._try(c, 1) for c in candidates[: MOST_PASSES - self.passes - 2 * _FULL]]
+        failed = [trial for trial in looks if trial.outcome is None]
+        looks = sorted(
+            (t for t in looks if t.outcome is not None), key=lambda t: round(unhealthy(t.outcome), 1)
+        )
+        finals: list[Trial] = []
+        while looks and MOST_PASSES - self.passes >= 2 * _FULL:
+            finals.append(self._try(looks.pop(0).candidate, _FULL))
+        finals.sort(key=_rank)
+        pairs = (pair(a.candidate, b.candidate) for a, b in combinations(finals, 2))
+        known = [c.change for c in candidates]
+        best = next((both for both in pairs if both is not None and both.change not in known), None)
+        last = best or (looks.pop(0).candidate if looks else None)
+        if last is not None and MOST_PASSES - self.passes >= _FULL:
+            finals.append(self._try(last, _FULL))
+        return [*sorted(finals, key=_rank), *looks, *failed]
+
+    def _try(self, candidate: Candidate, passes: int) -> Trial:
+        try:
+            return Trial(candidate, self.attempt(candidate.change, passes))
+        except Exception as error:
+            return Trial(candidate, None, _reason(error))
+
+
+def unhealthy(outcome: Outcome | None) -> float:
+    """Decades by which a tilt lies outside of what is healthy; infinite where no layer gets a gradient."""
+    if outcome is None or not outcome.live:
+        return math.inf
+    beyond = [0.0]
+    for tilt, (low, high) in ((outcome.tilt, _DEPTH), (outcome.time_tilt, _TIME)):
+        if tilt is not None:
+            beyond += [tilt - high, low - tilt] if math.isfinite(tilt) else [math.inf]
+    return max(beyond)
+
+
+def _rank(trial: Trial) -> tuple[float, float]:
+    """The healthiest first, and of those the lowest loss."""
+    loss = math.inf if trial.outcome is None or math.isnan(trial.outcome.loss) else trial.outcome.loss
+    return round(unhealthy(trial.outcome), 1), loss
+
+
+def _rewound(subject: Subject, case: Case) -> Subject:
+    """With weights that have run away scaled back to their size at the start, if that is known."""
+    if case.growth[0] <= _RUNAWAY or case.initial_weight_norms is None:
+        return subject
+    return dataclasses.replace(subject, norms=dict(zip(case.names, case.initial_weight_norms, strict=True)))
+
+
+def _remedy(trial: Trial, base: Outcome) -> Remedy:
+    remedy, outcome = trial.candidate.remedy, trial.outcome
+    if outcome is None:
+        return dataclasses.replace(remedy, note=f"could not be tried: {trial.problem}")
+    in_time = base.time_tilt is not None and base.tilt is None
+    before, after = (o.time_tilt if in_time else o.tilt for o in (base, outcome))
+    loss = None if math.isnan(outcome.loss) else outcome.loss
+    return dataclasses.replace(
+        remedy, tried=True, before=before, after=after, loss=loss, change=trial.candidate.change
+    )
+
+
+def _account(session: Session, base: Outcome, tried: int, rewound: bool) -> list[str]:
+    loss = number(base.loss) if math.isfinite(base.loss) else "not finite"
+    said = [
+        f"{tried} remedies were tried on copies of these weights and this batch, in {session.passes} passes; the "
+        f"training itself is as it was. Tilts are in decades from input to output, of which -1 to 2.3 are healthy.",
+        f"The loss is that of this batch after {_FULL - 1} steps with half of it; without a remedy it is {loss}.",
+    ]
+    if rewound:
+        said.append("The weights had run away; they were scaled back to their size at the start for this.")
+    return said
+
+
+def _reason(error: Exception) -> str:
+    """One line that says what went wrong."""
+    text = " ".join(str(error).split()).rstrip(".")[:160]
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

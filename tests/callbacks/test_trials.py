@@ -1,0 +1,113 @@
+"""`GradGuard(trials=True)`: the halt shows what was tried, and the training is as it would have been without."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_gradguard import GradGuard, GradientHalt, Policy
+
+
+class Model(L.LightningModule):
+    """A chain of sigmoids whose training step does all that a training step may do on the side."""
+
+    def __init__(self, activation=torch.sigmoid, form="batch_idx", by_hand=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(12))
+        self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.activation, self.form = activation, form
+        self.automatic_optimization = not by_hand
+        self.steps, self.seen, self.logged = 0, [], []
+        if form == "batch":
+            self.training_step = lambda batch: self.compute(batch)
+
+    def compute(self, batch):
+        x, y = batch
+        self.steps += 1
+        self.seen.append(float(x.sum()))
+        x = F.dropout(self.norm(x), 0.1)
+        for layer in self.layers:
+            x = self.activation(layer(x))
+        loss = F.cross_entropy(self.head(x), y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"other": loss})
+        self.logger.experiment.log_metrics({"direct": float(loss.detach())}, step=self.steps)
+        return {"loss": loss, "more": 1} if self.form == "dict" else loss
+
+    def training_step(self, batch, batch_idx):
+        assert isinstance(batch_idx, int)
+        loss = self.compute(batch)
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-3, eps=1e-4)
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(64, 16, generator=generator), torch.randint(4, (64,), generator=generator)
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=32)
+
+
+def fit(tmp_path, model, steps=120, **options):
+    torch.manual_seed(1)
+    guard = GradGuard(**options)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="")
+    arguments = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    arguments |= {"max_steps": steps, "max_epochs": -1, "accelerator": "cpu"}
+    trainer = L.Trainer(logger=logger, callbacks=[guard], **arguments)
+    halt = None
+    try:
+        trainer.fit(model)
+    except GradientHalt as error:
+        halt = error
+    return halt, guard, trainer
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")
+@pytest.mark.parametrize("form", ["batch_idx", "batch", "dict"])
+def test_the_halt_shows_the_table(tmp_path, form):
+    halt, guard, _ = fit(tmp_path, Model(form=form), policy=Policy.strict(), trials=True)
+    assert halt is not None
+    first = halt.diagnosis.remedies[0]
+    assert first.tried
+    assert first.before > 3 > first.after
+    assert "tilt before" in str(halt)
+    assert "passes" in str(halt)
+    assert guard._newest is None
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")
+def test_training_goes_on_bit_for_bit_as_without(tmp_path):
+    results = []
+    for trials in (False, True):
+        model = Model()
+        _, guard, trainer = fit(tmp_path / str(trials), model, policy=Policy.watch(), trials=trials)
+        assert guard.diagnosis is not None
+        assert bool(guard.diagnosis.trials) == trials
+        state = [*model.state_dict().values()]
+        state += [v for s in trainer.optimizers[0].state.values() for v in s.values()]
+        plain = model.steps, model.seen, {k: float(v) for k, v in trainer.callback_metrics.items()}
+        results.append(
+            (state, plain, (tmp_path / str(trials) / "metrics.csv").read_text(), torch.rand(3).tolist())
+        )
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert results[0][1:] == results[1][1:]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")
+def test_a_step_that_optimizes_by_hand_is_not_tried_and_says_so(tmp_path):
+    halt, _, _ = fit(tmp_path, Model(by_hand=True), policy=Policy.strict(), trials=True)
+    assert "optimizes by hand" in str(halt)
+    assert not any(remedy.tried for remedy in halt.diagnosis.remedies)
+
+
+def test_trials_must_be_true_or_false():
+    with pytest.raises(ValueError, match="trials must be True or False, got 3"):
+        GradGuard(trials=3)

@@ -1,0 +1,83 @@
+"""Weights drawn anew have the spread that is promised, and gates take the place of plain recurrence."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.doctor.trials.layers import Recorder
+from lightning_gradguard.doctor.trials.weights import (
+    add_gates_,
+    has_plain_recurrence,
+    has_recurrence,
+    initialise_,
+)
+
+
+def plan_of(model, *inputs):
+    recorder = Recorder(model)
+    with recorder:
+        model(*inputs)
+    return recorder.plan
+
+
+@pytest.mark.parametrize(
+    ("how", "variance"), [("he", lambda i, o: 2 / i), ("xavier", lambda i, o: 2 / (i + o))]
+)
+def test_layers_are_drawn_again_and_the_rest_begins_anew(how, variance):
+    model = nn.Sequential(nn.Embedding(9, 200), nn.Linear(200, 400), nn.LayerNorm(400), nn.Linear(400, 3))
+    for parameter in model.parameters():
+        parameter.data.fill_(5.0)
+    plan = plan_of(model, torch.arange(9))
+    random = torch.get_rng_state()
+    initialise_(model, how, plan)
+    assert torch.equal(random, torch.get_rng_state())
+    assert model[1].weight.std().item() == pytest.approx(math.sqrt(variance(200, 400)), rel=0.02)
+    assert not model[1].bias.any()
+    assert not model[3].bias.any()
+    assert torch.equal(model[2].weight, torch.ones(400))
+    assert not model[2].bias.any()
+    assert torch.equal(model[0].weight, torch.full((9, 200), 5.0))
+    first = model[1].weight.clone()
+    initialise_(model, how, plan)
+    assert torch.equal(first, model[1].weight)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_matrices_become_orthogonal_and_nothing_else_changes(kind):
+    model = nn.Sequential(kind(3, 5))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    initialise_(model, "orthogonal", plan_of(model, torch.randn(4, 2, 3)))
+    for block in model[0].weight_hh_l0.split(5):
+        assert torch.allclose(block @ block.T, torch.eye(5), atol=1e-5)
+    assert torch.equal(model[0].weight_ih_l0, before["0.weight_ih_l0"])
+    bias = model[0].bias_ih_l0 + model[0].bias_hh_l0
+    if kind is nn.LSTM:
+        assert torch.equal(bias[5:10], torch.full((5,), 3.0))
+    else:
+        assert torch.equal(bias, before["0.bias_ih_l0"] + before["0.bias_hh_l0"])
+
+
+@pytest.mark.parametrize("gates", ["GRU", "LSTM"])
+def test_gates_take_the_place_of_a_plain_layer(gates):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.RNN(3, 5, num_layers=2, batch_first=True, bidirectional=True)
+
+        def forward(self, x, state=None):
+            return self.rnn(x, state)
+
+    model, x, state = Model(), torch.randn(4, 7, 3), torch.randn(4, 4, 5)
+    shapes = [[t.shape for t in model(*args)] for args in ((x,), (x, state))]
+    assert has_recurrence(model)
+    assert has_plain_recurrence(model)
+    random = torch.get_rng_state()
+    add_gates_(model, gates)
+    assert torch.equal(random, torch.get_rng_state())
+    assert isinstance(model.rnn, getattr(nn, gates))
+    assert [[t.shape for t in model(*args)] for args in ((x,), (x, state))] == shapes
+    assert has_recurrence(model)
+    assert not has_plain_recurrence(model)
+    assert not has_recurrence(nn.Linear(1, 1))
