@@ -115,7 +115,7 @@ class Listener(L.Callback):
                 }
             )
         index = next((i for i, own in self.guard._guards.items() if own.report is report), 0)
-        letter = self.guard._guards[index].letter
+        letter = self.guard._guards.made[index].letter
         if letter is None or not letter.finite:
             return
         judged = self._judged[index] = self._judged.get(index, 0) + 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.display import Display
+from lightning_gradguard.callbacks.guards import Guards
 from lightning_gradguard.callbacks.subject import subject_of
 from lightning_gradguard.callbacks.trainer import (
     Losses,
@@ -92,11 +93,10 @@ class GradGuard(Callback):
         self.diagnosis: Diagnosis | None = None
         self.stop_reason: str | None = None
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
-        self._guards: dict[int, Guard] = {}
-        self._restored: dict[str, Any] = {}
+        self._guards = self._none_yet({})
         self._losses = Losses()
         self._batches = 0
-        self._newest: Any = None
+        self._newest: tuple[Any, int] = (None, 0)
         self._metric = Metric(monitor)
         self._usage: Usage | None = None
         self._display: Display | None = None
@@ -116,8 +116,7 @@ class GradGuard(Callback):
     @property
     def summary(self) -> dict[str, int]:
         """Steps so far: how many were judged, clipped, skipped, and not finite."""
-        names = ("judged", "clipped", "skipped", "nonfinite")
-        return {name: sum(guard.counts[name] for guard in self._guards.values()) for name in names}
+        return self._guards.summary()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work together."""
@@ -127,11 +126,12 @@ class GradGuard(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what a checkpoint brought that was only validated or tested."""
         if stage != "fit":
-            self._restored = {}
+            self._guards.restored = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts afresh."""
-        self._guards, self._losses, self._batches = {}, Losses(), 0
+        self._guards, self._losses = self._none_yet(self._guards.restored), Losses()
+        self._newest, self._batches = (None, 0), 0
         self.report, self.diagnosis, self.stop_reason = None, None, None
         self._findings.clear()
         self._metric = Metric(self.monitor)
@@ -153,7 +153,7 @@ class GradGuard(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lets go of the batch and its graph."""
-        self._newest, self._losses.graph = None, None
+        self._newest, self._losses.graph = (None, 0), None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the monitored metric."""
@@ -174,7 +174,7 @@ class GradGuard(Callback):
         if not any(group["params"] for group in optimizer.param_groups):
             return  # Lightning's stand-in where configure_optimizers returns nothing
         index = optimizer_index(trainer, optimizer)
-        guard = self._guard(trainer, pl_module, optimizer, index)
+        guard = self._guards.of(trainer, pl_module, optimizer, index, self._usage)
         before, graph = guard.report, self._losses.graph
         guard.notes = self._metric.notes
         if self.trials:
@@ -213,41 +213,22 @@ class GradGuard(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finishes the pictures: after an exception Lightning calls no other hook."""
-        for guard in self._guards.values():
+        for _, guard in self._guards.items():
             guard.watch.close()
         self._finish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, so that it loads under ``weights_only=True``."""
-        return {**self._restored, **{str(i): guard.state_dict() for i, guard in self._guards.items()}}
+        return self._guards.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the optimizers are known."""
-        self._restored = dict(state_dict)
+        self._guards.restored = dict(state_dict)
 
-    def _guard(
-        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
-    ) -> Guard:
-        """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one."""
-        if index in self._guards and self._guards[index].watch.optimizer is optimizer:
-            return self._guards[index]
-        guard = self._guards[index] = Guard(
-            module.named_parameters(),
-            optimizer=optimizer,
-            detectors=self.detectors,
-            clipper=self.clipper,
-            policy=self.policy,
-            lag=self.lag,
-            index=index,
-            usage=self._usage,
-        )
-        state = self._restored.pop(str(index), None)
-        if state is not None:
-            try:
-                guard.load_state_dict(state)
-            except (ValueError, KeyError, TypeError) as error:
-                warn(trainer, f"GradGuard starts afresh, since the checkpoint does not fit: {error}")
-        return guard
+    def _none_yet(self, restored: dict[str, Any]) -> Guards:
+        """Guards of a run that has not begun."""
+        names = ("detectors", "clipper", "policy", "lag")
+        return Guards({name: getattr(self, name) for name in names}, restored)
 
     def _take_over(self, guard: Guard, index: int) -> None:
         """Makes the guard's newest step the callback's own."""
@@ -260,7 +241,7 @@ class GradGuard(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Writes the last pictures and lets the sinks go."""
-        self._newest = None
+        self._newest = (None, 0)
         if self._usage is not None:
             self._usage.close()
         if self._display is not None:

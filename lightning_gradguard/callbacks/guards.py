@@ -1,0 +1,66 @@
+"""One guard for each optimizer of a run, and what a checkpoint brought for those that are still to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_gradguard.callbacks.trainer import warn
+from lightning_gradguard.guard import Guard
+from lightning_gradguard.spy import Usage
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class Guards:
+    """Guards by the index of their optimizer.
+
+    Args:
+        arguments: What each `Guard` is made with.
+        restored: State from a checkpoint, by index as a string; taken out when its optimizer takes its first step.
+    """
+
+    def __init__(self, arguments: dict[str, Any], restored: dict[str, Any]) -> None:
+        self.arguments, self.restored = arguments, restored
+        self.made: dict[int, Guard] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.made)
+
+    def items(self) -> Iterator[tuple[int, Guard]]:
+        """Pairs of index and guard."""
+        yield from self.made.items()
+
+    def of(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: torch.optim.Optimizer,
+        index: int,
+        usage: Usage | None,
+    ) -> Guard:
+        """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one."""
+        if index in self.made and self.made[index].watch.optimizer is optimizer:
+            return self.made[index]
+        guard = self.made[index] = Guard(
+            module.named_parameters(), optimizer=optimizer, index=index, usage=usage, **self.arguments
+        )
+        state = self.restored.pop(str(index), None)
+        if state is not None:
+            try:
+                guard.load_state_dict(state)
+            except (ValueError, KeyError, TypeError) as error:
+                warn(trainer, f"GradGuard starts afresh, since the checkpoint does not fit: {error}")
+        return guard
+
+    def summary(self) -> dict[str, int]:
+        """Steps so far: how many were judged, clipped, skipped, and not finite."""
+        names = ("judged", "clipped", "skipped", "nonfinite")
+        return {name: sum(guard.counts[name] for guard in self.made.values()) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, so that it loads under ``weights_only=True``."""
+        return {**self.restored, **{str(i): guard.state_dict() for i, guard in self.made.items()}}
