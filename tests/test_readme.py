@@ -125,3 +125,15 @@ def test_the_table_of_faults_says_what_the_benchmark_says():
         runs, right = re.search(rf"^\| {fault} \| (\d+) \| (\d+) \|", counts, re.MULTILINE).groups()
         row = re.search(rf"^\| `{fault}` \|.*\|$", README, re.MULTILINE).group()
         assert row.endswith(f"| {right} / {runs} |")
+    ours = re.search(
+        r"^\| lightning-gradguard \| (\d+) / (\d+) \| \1 / \2 \| \1 / \2 \| (\d+) / (\d+) \| (\d+) \|",
+        page,
+        re.MULTILINE,
+    )
+    assert ours.group(1) == ours.group(2)
+    claim = (
+        f"All\n{ours.group(2)} sick runs were warned of, with the right fault first and a culprit among the first "
+        f"three layers; none of {ours.group(4)} healthy\nones had a warning; the median delay was {ours.group(5)} steps."
+    )
+    assert claim in README
+    assert ours.group(3) == "0"

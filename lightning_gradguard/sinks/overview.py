@@ -75,6 +75,7 @@ class Overview:
         *,
         tilt: float | None = None,
         update_ratio: float | None = None,
+        clip_rate: float | None = None,
         final: bool = False,
     ) -> Panel:
         """What to show of a step that was observed.
@@ -83,6 +84,7 @@ class Overview:
             report: The newest report.
             tilt: Depth tilt in decades, if known.
             update_ratio: Applied update ratio, if known.
+            clip_rate: Share of the steps taken so far that were clipped, if there is a clipper.
             final: Whether no more will follow, so that the picture must be drawn.
         """
         rms = [x for x in self._layer_rms(report.norms) if x is not None]
@@ -92,6 +94,9 @@ class Overview:
             "depth_tilt_decades": tilt,
             "update_ratio_log10": None if update_ratio is None else _log10(update_ratio),
             "clip_scale": report.scale,
+            "clip_rate": clip_rate,
+            "clipped_norm_log10": None if clip_rate is None or report.skip else _log10(report.clipped_norm),
+            "threshold_log10": None if report.threshold is None else _log10(report.threshold),
             "nonfinite_total": float(self._nonfinite),
         }
         tagged = {f"{self._group}/{name}": x for name, x in scalars.items() if x is not None}

@@ -27,6 +27,9 @@ NOTES = {
         "steps are too large, below -6 nothing is learned."
     ),
     "clip_scale": "What the gradients were multiplied with: 1 is not clipped, 0 a skipped step.",
+    "clip_rate": "Share of the steps taken so far whose gradients were clipped. A few per cent at most is usual.",
+    "clipped_norm_log10": "log10 of the norm of all gradients together, after clipping: what the optimizer got.",
+    "threshold_log10": "log10 of the largest norm that the clipper allowed at this step.",
     "nonfinite_total": "Steps so far whose gradients were not finite. Each was skipped.",
     "diagnosis": "All that was found so far, newest first.",
 }

@@ -18,7 +18,7 @@ from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, Policy, 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SCALARS = {
     "clip_scale", "depth_tilt_decades", "nonfinite_total", "total_norm_log10", "update_ratio_log10",
-    "worst_layer_rms_log10",
+    "worst_layer_rms_log10", "clip_rate", "clipped_norm_log10", "threshold_log10",
 }  # fmt: skip
 
 
@@ -98,6 +98,15 @@ def test_what_is_logged_is_what_was_done(protected):
     assert last.value == 1
     assert all(0 <= e.value <= 1 for e in written.Scalars("gradguard/clip_scale"))
     assert all(-4 < e.value < 2 for e in written.Scalars("gradguard/total_norm_log10"))
+    series = {t: {e.step: e.value for e in written.Scalars(f"gradguard/{t}")} for t in sorted(SCALARS)}
+    for step, norm in series["clipped_norm_log10"].items():
+        assert norm <= series["threshold_log10"][step] + 1e-5
+        ratio = 10 ** (norm - series["total_norm_log10"][step])
+        assert ratio == pytest.approx(series["clip_scale"][step], rel=1e-3)
+    taken = protected[1].summary
+    assert written.Scalars("gradguard/clip_rate")[-1].value == pytest.approx(
+        taken["clipped"] / (taken["judged"] - taken["skipped"])
+    )
     assert all(-5 < e.value < 0 for e in written.Scalars("gradguard/update_ratio_log10"))
 
 
@@ -130,7 +139,7 @@ def test_a_halted_run_has_its_diagnosis_and_picture_on_disk(tmp_path):
 
 def test_another_logger_gets_the_scalars(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
-    trainer(logger, GradGuard()).fit(Classifier(), data(batches=20))
+    trainer(logger, GradGuard(clipper=SpikeClip())).fit(Classifier(), data(batches=20))
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {f"gradguard/{name}" for name in SCALARS} <= set(header)
 

@@ -60,6 +60,14 @@ def test_scalars_are_those_of_the_report():
     )
 
 
+def test_what_a_clipper_did_is_that_of_the_same_step():
+    clipped = report(scale=0.25, threshold=2.0, clipped_norm=1.5)
+    panel = shown(overview(), clipped, clip_rate=0.1)
+    assert panel.scalars["gradguard/clip_rate"] == 0.1
+    assert panel.scalars["gradguard/threshold_log10"] == pytest.approx(math.log10(2))
+    assert panel.scalars["gradguard/clipped_norm_log10"] == pytest.approx(math.log10(1.5))
+
+
 def test_what_is_not_known_is_not_shown():
     scalars = shown(overview(), report()).scalars
     assert not {"gradguard/depth_tilt_decades", "gradguard/update_ratio_log10"} & scalars.keys()
