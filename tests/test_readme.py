@@ -131,9 +131,8 @@ def test_the_table_of_faults_says_what_the_benchmark_says():
         re.MULTILINE,
     )
     assert ours.group(1) == ours.group(2)
-    claim = (
-        f"All\n{ours.group(2)} sick runs were warned of, with the right fault first and a culprit among the first "
-        f"three layers; none of {ours.group(4)} healthy\nones had a warning; the median delay was {ours.group(5)} steps."
-    )
-    assert claim in README
+    sick, healthy, delay = ours.group(2, 4, 5)
+    words = " ".join(README.split())
+    assert f"All {sick} sick runs were warned of, with the right fault first" in words
+    assert f"none of {healthy} healthy ones had a warning; the median delay was {delay} steps" in words
     assert ours.group(3) == "0"
