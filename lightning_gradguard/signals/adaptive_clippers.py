@@ -52,7 +52,7 @@ class AutoClip:
     constant memory (140 kB).
 
     Args:
-        percentile: 0 to 100. Default 10, as in the paper: nine steps of ten are scaled down.
+        percentile: Above 0, up to 100. Default 10, as in the paper: nine steps of ten are scaled down.
         exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
 
     Raises:
@@ -65,7 +65,7 @@ class AutoClip:
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number("percentile", self.percentile, "from 0 to 100", lambda v: 0 <= v <= 100)
+        check_number("percentile", self.percentile, "above 0, up to 100", lambda v: 0 < v <= 100)
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:

@@ -23,7 +23,7 @@ class Layout:
         order: P indices from input to output: the order of their first use in the forward pass.
         depth: float32 [P], place of each tensor in that order.
         layers: Indices [L], in that order, of the tensors that carry the depth profile: weights of two
-            dimensions or more, embeddings left out.
+            dimensions or more, embeddings and empty ones left out.
         layer_indices: The same indices, for the host.
         pairs: Indices [2, K] into ``layers``, upper one first: all pairs, or 4,096 of them.
         numel: float32 [P], number of elements.
@@ -63,7 +63,8 @@ class Layout:
         names, tensors = tuple(parameters), tuple(parameters.values())
         device = tensors[0].device
         places = tuple(range(len(names)) if order is None else order)
-        layers = [i for i in places if tensors[i].ndim >= 2 and names[i] not in embeddings]
+        weights = [i for i in places if tensors[i].ndim >= 2 and tensors[i].numel()]
+        layers = [i for i in weights if names[i] not in embeddings]
         carrying = frozenset(layers)
         floors = [0.1 * math.sqrt(p.numel() / max(_fan_in(p), 1)) for p in tensors]
         return cls(

@@ -1,4 +1,4 @@
-"""`SpikeClip`: cuts what is out of the ordinary for a tensor, with no threshold to choose."""
+"""`SpikeClip`: cuts what is out of the ordinary for the tensors, with no threshold to choose."""
 
 from __future__ import annotations
 
@@ -21,51 +21,64 @@ from lightning_gradguard.signals.clipping import (
 )
 from lightning_gradguard.signals.stats import GradStats
 
-#: Sigma of log‖g‖ before there is evidence, and how many steps of evidence it counts for: a factor of 5 is a
-#: spike at step 1 then, while the first steps of healthy trainings pass.
+#: Sigma of log‖g‖ before there is evidence, and how many steps of evidence it counts for: a factor of 7 in all
+#: tensors is a spike at step 1 then, while the first steps of healthy trainings pass.
 PRIOR_SIGMA, PRIOR_STEPS = 0.4, 10
 
-#: Smallest sigma of log‖g‖, so that a full-batch training may wiggle: less than a factor of 1.8 is no spike.
+#: Smallest sigma of log‖g‖, so that a full-batch training may wiggle: less than a factor of 2.1 in all is no spike.
 SIGMA_FLOOR = 0.15
+
+#: Weight of the past in the variances, a memory of 33 steps: the spread changes more slowly than the level.
+SPREAD_DECAY = 0.97
+
+#: Sigmas to which an outlier's distance, and any change, is shortened before the averages learn it.
+INFLUENCE = 2.5
 
 
 class SpikeClipState(NamedTuple):
-    """What is ordinary for each tensor, float32 [P] each.
+    """What is ordinary, float32: [P], but ``joint_var`` [].
 
     Attributes:
-        seen: Ordinary steps that the level rests on; 0 before the first gradient.
+        seen: Ordinary steps that a tensor's level rests on; 0 before its first gradient.
         mean: Moving average of log‖g‖, the level.
-        var: Moving variance of log‖g‖.
+        var: Moving variance of log‖g‖, half the mean square of its change from one ordinary step to the next.
         streak: Outliers since the last ordinary step.
+        last: log‖g‖ of the last ordinary step.
+        joint_var: Moving variance of the mean of log‖g‖ over the tensors, likewise.
     """
 
     seen: Tensor
     mean: Tensor
     var: Tensor
     streak: Tensor
+    last: Tensor
+    joint_var: Tensor
 
 
 @dataclass(frozen=True)
 class SpikeClip:
-    """Cuts spikes of each tensor's norm: the bigger the spike, the closer to the tensor's typical norm.
+    """Cuts spikes to what is typical: of a single tensor, or of all tensors where they rise together.
 
-    With x = log‖g‖, mean and sigma of x over the steps before, and z = (x - mean) / sigma, the limit is
-    exp(mean + z_threshold · sigma). Where z exceeds z_threshold it is exp(mean + z_threshold² / z · sigma),
-    which falls from there to exp(mean), the typical norm. Multiplying all gradients by a constant changes
-    nothing.
+    With x = log‖g‖ of a tensor and its level, the mean of x over the last steps, the distance is d = x - mean. A
+    tensor spikes where d > z_threshold · sigma; all of them do where the mean of d over the tensors exceeds
+    joint_threshold times that mean's own sigma. A bad batch moves all tensors at once and their noise partly
+    cancels, so that the mean shows it where no single tensor does. A spike is cut to exp(mean), the tensor's
+    typical norm; what does not spike is not touched. Multiplying all gradients by a constant changes nothing.
 
-    The averages get the clipped value, and unusually small norms count in the same way, so that neither a
-    spike nor an empty batch distorts them. At first they are plain averages with a prior on sigma, so that
-    step 1 is judged already. Outliers on more steps in a row than the level was seen, or on more than
-    ``patience``, are the new level: other data or batch size, no spike. Norms that are 0 or not finite leave
-    no trace.
+    Sigma is that of the change from one step to the next, by the root of two, which no drift widens: in a good
+    start norms fall by powers of ten, and the spikes that follow at the learning rate's peak must not hide in
+    that. Outliers, in both directions, move the level by 2.5 sigmas at most and leave the sigmas alone, so that
+    neither a spike nor an empty batch distorts them. A prior on sigma lets step 1 be judged already. Outliers
+    on more steps in a row than the level was seen, or on more than ``patience``, are the new level: other data
+    or batch size, no spike. Norms that are 0 or not finite leave no trace.
+
+    Norms that grow by more than 8 % at each step are taken for a spike, for as long as ``patience`` says.
 
     Args:
-        z_threshold: z-score at which a spike begins. Default 4: clips 0.1 % of the steps of 70 healthy small
-            trainings, 3 would clip 0.9 %, and at 5 more of the spikes below x10 pass.
-        decay: Weight of the past in the averages. Default 0.97, a memory of 33 steps: at 0.9 healthy
-            trainings are clipped twice as often; at 0.99 the fall of the norm in a good start passes for
-            spread, and hides spikes.
+        z_threshold: z-score at which the spike of a single tensor begins.
+        joint_threshold: z-score at which the spike of all tensors begins. With both defaults fewer than one
+            step in a hundred of a healthy training is clipped, see benchmarks/clipping.md.
+        decay: Weight of the past in the level. Default 0.9, a memory of 10 steps.
         patience: Longest row of outliers that is still cut. Default 20: spikes last for a few steps, and a
             level that changed for good should not be clipped for longer.
         exclude: Names or patterns of tensors left alone.
@@ -73,63 +86,99 @@ class SpikeClip:
     Raises:
         ValueError: If an argument is out of range.
 
-    Source: the reciprocal limit is ZClip's (Kumar et al. 2025, arXiv:2504.02507); per tensor and in the log
-    domain here.
+    Source: z-scores of norms after ZClip (Kumar et al. 2025, arXiv:2504.02507); sigma of differences as in
+    control charts of individual values (Shewhart's moving range); bounded influence after Huber 1964; how they
+    were put together by experiment, see benchmarks/clipping.md, "What was tried".
     """
 
-    z_threshold: float = 4.0
-    decay: float = 0.97
+    z_threshold: float = 9.0
+    joint_threshold: float = 5.0
+    decay: float = 0.9
     patience: int = 20
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         check_positive("z_threshold", self.z_threshold)
+        check_positive("joint_threshold", self.joint_threshold)
         check_decay("decay", self.decay)
         check_steps("patience", self.patience)
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """No level yet, and the variance of the prior."""
+        """No level yet, and the variances of the prior."""
         included_names(stats.layout.names, self.exclude)
         zero = torch.zeros_like(stats.norms)
         var = torch.full_like(zero, PRIOR_SIGMA**2)
-        return SpikeClipState(seen=zero, mean=zero.clone(), var=var, streak=zero.clone())
+        joint = torch.full_like(stats.total, PRIOR_SIGMA**2)
+        return SpikeClipState(zero, zero.clone(), var, zero.clone(), zero.clone(), joint)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compares each norm with the tensor's own past."""
+        """Compares each norm with the tensor's own past, and all of them with theirs."""
         included = included_tensors(stats, self.exclude)
         counts = stats.finite & included & (stats.norms > 0)
-        # A norm that does not count is taken for the typical one.
-        norms = torch.where(counts, stats.norms, state.mean.exp())
-        x = torch.where(counts, norms.log(), state.mean)
-        reach = self.z_threshold * state.var.sqrt().clamp(min=SIGMA_FLOOR)
-        distance = x - state.mean
-        outlier = distance.abs() > reach
+        known = counts & (state.seen > 0)
+        # A norm that does not count, or has no past, is taken for the typical one.
+        x = torch.where(counts, stats.norms.log(), state.mean)
+        distance = torch.where(known, x - state.mean, 0.0)
+        sigma = state.var.sqrt().clamp(min=SIGMA_FLOOR)
+        reach = self.z_threshold * sigma
+        # No single tensor can make a spike of all.
+        joint = torch.clamp(distance, -reach, reach).sum() / known.sum().clamp(min=1)
+        joint_sigma = state.joint_var.sqrt().clamp(min=SIGMA_FLOOR)
+        joint_reach = self.joint_threshold * joint_sigma
+        outlier = known & ((distance.abs() > reach) | (joint.abs() > joint_reach))
         streak = torch.where(outlier, state.streak + 1, 0.0)
         fresh = (state.seen == 0) | (streak > state.seen.clamp(max=self.patience))
 
-        # z_threshold²/z · sigma is reach²/distance. Taken relative to the norm itself, so that no rounding in
-        # log or exp puts the limit of an ordinary norm below it.
-        excess = reach.square() / torch.maximum(distance, reach) - distance
+        # Relative to the norm itself, so that no rounding in log or exp puts the limit of an ordinary norm below it.
+        spike = (distance > reach) | (joint > joint_reach)
+        excess = torch.where(spike, 0.0, reach) - distance
+        norms = torch.where(counts, stats.norms, state.mean.exp())
         limits = torch.where(fresh, math.inf, norms * excess.exp())
 
-        influence = torch.where(outlier, reach.square() / distance, distance)
-        new = self._learn(state, influence, x, fresh, torch.where(fresh, 0.0, streak))
-        kept = SpikeClipState(*(torch.where(counts, a, b) for a, b in zip(new, state, strict=True)))
-        return tensor_clip(stats, included, limits), kept
+        change = torch.where(known & ~outlier, x - state.last, 0.0)
+        new = self._learn(state, x, distance, change, sigma, outlier, fresh)
+        kept = [torch.where(counts, a, b) for a, b in zip(new, state[:5], strict=True)]
+        steps = torch.where(known, state.seen, 0.0).max()
+        joint_change = change.sum() / known.sum().clamp(min=1)
+        joint_var = torch.where(
+            (known & ~outlier).any(),
+            _spread(state.joint_var, joint_change, joint_sigma, steps),
+            state.joint_var,
+        )
+        seen, mean, var, streak, last = kept
+        return tensor_clip(stats, included, limits), SpikeClipState(seen, mean, var, streak, last, joint_var)
 
     def _learn(
-        self, state: SpikeClipState, influence: Tensor, x: Tensor, fresh: Tensor, streak: Tensor
-    ) -> SpikeClipState:
-        """The state after a step that counts; a ``fresh`` level starts from this step alone."""
+        self,
+        state: SpikeClipState,
+        x: Tensor,
+        distance: Tensor,
+        change: Tensor,
+        sigma: Tensor,
+        outlier: Tensor,
+        fresh: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors' part of the state after a step that counts; a ``fresh`` level starts from it alone."""
+        learnt = torch.where(outlier, _shorten(distance, sigma), distance)
         gain = (1 / (state.seen + 1)).clamp(min=1 - self.decay)
-        mean = state.mean + gain * influence
-        # A prior worth so many steps: the gain that would be right after them.
-        evidence = (1 / (state.seen + PRIOR_STEPS)).clamp(min=1 - self.decay)
-        var = state.var + evidence * (influence.square() * (1 - gain) - state.var)
-        return SpikeClipState(
-            seen=torch.where(fresh, 0.0, state.seen) + (streak == 0),
-            mean=torch.where(fresh, x, mean),
-            var=torch.where(fresh, PRIOR_SIGMA**2, var),
-            streak=streak,
+        var = torch.where(outlier, state.var, _spread(state.var, change, sigma, state.seen))
+        ordinary = fresh | ~outlier
+        return (
+            torch.where(fresh, 0.0, state.seen) + ordinary,
+            torch.where(fresh, x, state.mean + gain * learnt),
+            torch.where(fresh, PRIOR_SIGMA**2, var),
+            torch.where(ordinary, 0.0, state.streak + 1),
+            torch.where(ordinary, x, state.last),
         )
+
+
+def _shorten(distance: Tensor, sigma: Tensor) -> Tensor:
+    return torch.clamp(distance, -INFLUENCE * sigma, INFLUENCE * sigma)
+
+
+def _spread(var: Tensor, change: Tensor, sigma: Tensor, seen: Tensor) -> Tensor:
+    """The variance after one more change between two steps, whose own sigma is larger by the root of two."""
+    square = _shorten(change / math.sqrt(2), sigma).square()
+    # A prior worth so many steps comes first.
+    return var + (1 / (seen + PRIOR_STEPS)).clamp(min=1 - SPREAD_DECAY) * (square - var)

@@ -23,11 +23,19 @@ _MOVING = 1e-6
 
 
 class LargeUpdates(NamedTuple):
-    """Of each tensor, float32 [P]: steps in a row with a large update, steps since, steps without progress since."""
+    """What is remembered of each tensor.
+
+    Attributes:
+        large: float32 [P], steps in a row with a large update.
+        since: float32 [P], steps since there were enough of them.
+        idle: float32 [P], steps without progress since then.
+        solid: Bool [P], whether the weight was more than nothing at the start.
+    """
 
     large: Tensor
     since: Tensor
     idle: Tensor
+    solid: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,17 @@ class UpdateRatio:
     def init(self, stats: GradStats) -> Any:
         """Nothing large yet."""
         zeros = torch.zeros_like(stats.norms)
-        return LargeUpdates(zeros, torch.full_like(zeros, torch.inf), zeros)
+        return LargeUpdates(
+            zeros, torch.full_like(zeros, torch.inf), zeros, stats.weights > stats.layout.floors
+        )
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         trends = trends_of(stats)
-        large = (stats.updates > self.limit) & stats.layout.is_layer
+        grown = state.solid | (trends.steps > 2 * WARM_UP)
+        large = (stats.updates > self.limit) & stats.layout.is_layer & grown
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
-        # One step that leaves nothing of a weight will do, except at the start, where a weight may begin at zero.
+        # One step that leaves nothing of a weight will do, except at the start.
         wiped = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
         since = torch.where((count >= self.steps) | wiped, 0.0, state.since + 1)
         unknown = trends.loss.isnan()
@@ -81,7 +92,7 @@ class UpdateRatio:
         score = torch.where(remembered, torch.nan_to_num(stats.updates), -torch.inf)
         value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
         seen = reading(stats, found.any(), value, self.limit, score=score, cleared=over)
-        return seen, LargeUpdates(count, since, idle)
+        return seen, LargeUpdates(count, since, idle, state.solid)
 
 
 class StillSteps(NamedTuple):

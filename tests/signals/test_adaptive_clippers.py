@@ -42,7 +42,10 @@ def healthy(seed, steps, tensors=1, sigma=0.3, spikes=0.05):
 
 
 @few
-@given(seed=st.integers(0, 2**20), percentile=st.one_of(st.sampled_from([0, 10, 50, 100]), st.floats(0, 100)))
+@given(
+    seed=st.integers(0, 2**20),
+    percentile=st.one_of(st.sampled_from([1e-3, 10, 50, 100]), st.floats(1e-3, 100)),
+)
 def test_autoclip_equals_numpys_percentile_of_the_history(seed, percentile):
     norms, stream = healthy(seed, 60)[:, 0], Stream(AutoClip(percentile))
     for step, norm in enumerate(norms):
@@ -55,7 +58,7 @@ def test_autoclip_is_exact_at_first_and_keeps_its_error_bound_in_a_long_run():
     norms, stream = healthy(3, EXACT + 600, sigma=2.0)[:, 0], Stream(AutoClip())
     for step, norm in enumerate(norms):
         if step in (0, 1, 999, EXACT - 2, EXACT - 1, EXACT, EXACT + 1, EXACT + 300, EXACT + 599):
-            for percentile in (0, 10, 50, 99.9, 100):
+            for percentile in (1e-3, 10, 50, 99.9, 100):
                 # The history is the same for all percentiles.
                 other = Stream(AutoClip(percentile))
                 other.state = stream.state
@@ -118,9 +121,9 @@ class ZClipOriginal:
 def test_zclip_equals_the_original(options, seed):
     original, stream = ZClipOriginal(**options), Stream(ZClip(**options))
     for norm in healthy(seed, 120)[:, 0]:
-        assert stream.feed(norm).multipliers.item() == pytest.approx(original.step(norm), rel=1e-5, abs=2e-6)
+        assert stream.feed(norm).multipliers.item() == pytest.approx(original.step(norm), rel=1e-5)
     assert stream.state.mean.item() == pytest.approx(original.mean, rel=1e-5)
-    assert stream.state.var.item() == pytest.approx(original.var, rel=1e-4)
+    assert stream.state.var.item() == pytest.approx(original.var, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -181,8 +184,8 @@ def test_adagc_equals_the_algorithm(options, seed):
     original, stream = AdaGCOriginal(4, **options), Stream(AdaGC(**options), tensors=4)
     for norms in healthy(seed, 160, tensors=4):
         clip, h = stream.feed(*norms), original.step(norms)
-        np.testing.assert_allclose(clip.multipliers.numpy(), h, rtol=2e-5)
-    np.testing.assert_allclose(stream.state.gamma.numpy(), original.gamma, rtol=2e-5)
+        np.testing.assert_allclose(clip.multipliers.numpy(), h, rtol=1e-5)
+    np.testing.assert_allclose(stream.state.gamma.numpy(), original.gamma, rtol=1e-5)
 
 
 def test_adagc_threshold_is_global_in_warm_up_and_of_all_tensors_after():

@@ -122,6 +122,41 @@ def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, dty
         assert clip.norms.norm() <= clip.threshold * (1 + 1e-5)
 
 
+@st.composite
+def steps_of_any_shapes(draw):
+    """Some steps of gradients of drawn shapes and dtypes; magnitudes differ by up to ten powers of ten."""
+    sides = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+    shapes = draw(st.lists(sides, min_size=1, max_size=5))
+    dtypes = [draw(st.sampled_from(DTYPES)) for _ in shapes]
+    scales = draw(st.lists(st.floats(-3, 3).map(lambda e: 10**e), min_size=1, max_size=8))
+    return shapes, dtypes, scales, draw(st.integers(0, 2**20))
+
+
+@every_clipper
+@settings(max_examples=15)
+@given(drawn=steps_of_any_shapes())
+def test_what_is_written_never_exceeds_the_threshold_for_any_shapes_and_dtypes(clipper, drawn):
+    shapes, dtypes, scales, seed = drawn
+    random = torch.Generator().manual_seed(seed)
+    clipper = dataclasses.replace(clipper, exclude=())
+    tensors = [torch.ones(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    weights = {f"w{i}": nn.Parameter(tensor) for i, tensor in enumerate(tensors)}
+    layout, state = Layout.of(weights), None
+    for scale in scales:
+        for weight in weights.values():
+            weight.grad = (scale * torch.randn(weight.shape, generator=random)).to(weight.dtype)
+        stats = measure(layout, weight_norms(layout), layout.floors)
+        state = clipper.init(stats) if state is None else state
+        clip, state = clipper.update(stats, state)
+        apply_(stats.gradients, clip.multipliers)
+        written = torch.stack([dense(w.grad).abs().square().sum() for w in weights.values()]).sum().sqrt()
+        # Half precision rounds what is written, at worst to its smallest number.
+        rounding = max(TOLERANCE.get(d, 2e-5) for d in dtypes)
+        assert written <= clip.threshold * (1 + rounding) + 1e-6
+        assert written.item() == pytest.approx(clip.norms.norm().item(), rel=rounding, abs=1e-6)
+        assert all(((m >= 0) & (m <= 1)).all() for m in clip.multipliers)
+
+
 @every_clipper
 @few
 @given(seed=st.integers(0, 2**20), exponent=st.integers(-30, 30))

@@ -1,5 +1,6 @@
 """The one writer of gradients, and tensors left out by name."""
 
+import dataclasses
 import inspect
 import math
 
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.signals.adaptive_clippers import ZClip
-from lightning_gradguard.signals.clippers import NormClip
+from lightning_gradguard.signals.adaptive_clippers import AdaGC, AutoClip, ZClip
+from lightning_gradguard.signals.clippers import AGC, NormClip
 from lightning_gradguard.signals.clipping import Clipper, apply_, included_names
 from lightning_gradguard.signals.spike_clip import SpikeClip
 
@@ -157,6 +158,44 @@ def test_an_argument_out_of_range_says_name_value_and_need(make, error, message)
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == message
+
+
+#: Every number that a clipper takes, and values that it must refuse beside those that all must.
+NUMBERS = {
+    (NormClip, "max_norm"): [],
+    (AGC, "clip_factor"): [],
+    (AGC, "eps"): [],
+    (AutoClip, "percentile"): [100.1],
+    (ZClip, "z_threshold"): [],
+    (ZClip, "decay"): [1, 1.5],
+    (ZClip, "warmup_steps"): [0.5, 25.0],
+    (ZClip, "max_grad_norm"): [],
+    (AdaGC, "factor"): [0.99],
+    (AdaGC, "decay"): [1],
+    (AdaGC, "warmup_steps"): [1.5],
+    (AdaGC, "warmup_norm"): [],
+    (SpikeClip, "z_threshold"): [],
+    (SpikeClip, "joint_threshold"): [],
+    (SpikeClip, "decay"): [1],
+    (SpikeClip, "patience"): [2.5],
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda v: getattr(v, "__name__", v))
+def test_every_number_is_looked_at_when_a_clipper_is_made(kind, name):
+    needed = {} if kind is not NormClip else {"max_norm": 1.0}
+    for value in (0, -1, -0.5, math.nan, math.inf, -math.inf, *NUMBERS[kind, name]):
+        with pytest.raises(ValueError, match=f"^{name} must be .*got {value!r}"):
+            kind(**{**needed, name: value})
+    for value in ("1", True, [1.0], torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=f"^{name} must be "):
+            kind(**{**needed, name: value})
+
+
+def test_no_number_is_missing_above():
+    for kind in {kind for kind, _ in NUMBERS}:
+        fields = {f.name for f in dataclasses.fields(kind)} - {"exclude"}
+        assert fields == {name for k, name in NUMBERS if k is kind}
 
 
 def test_the_interface_says_what_each_class_must_repeat():

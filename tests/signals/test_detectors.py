@@ -389,6 +389,15 @@ def test_large_updates_during_progress_are_not_held_against_a_later_plateau():
     assert not any(r.raised for r in later)
 
 
+def test_a_weight_that_begins_at_zero_may_grow():
+    stream = Stream(UpdateRatio())
+    with torch.no_grad():
+        stream.weights["w5"].zero_()
+    growing = [torch.tensor([1e-3] * 5 + [1 / (s + 1)]) for s in range(100)]
+    assert not any(stream.feed([1.0] * 6, updates=u, sampled_steps=1)[0].raised for u in growing)
+    assert stream.states[1].solid.tolist() == [True] * 5 + [False]
+
+
 def test_large_updates_are_remembered_for_a_while():
     large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
     stream = Stream(UpdateRatio())
