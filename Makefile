@@ -26,6 +26,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/detection.py --held-out --seeds 2
 
 clean:
 	rm -rf $(VENV) build dist runs lightning_logs test-artifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis

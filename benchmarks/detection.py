@@ -2,9 +2,10 @@
 
     python benchmarks/detection.py --seeds 3 --jobs 2
     python benchmarks/detection.py --cases "V*,convolutional" --seeds 1
+    python benchmarks/detection.py --held-out --seeds 2
 
-Writes ``benchmarks/detection.md`` (only when all cases were run, or to ``--out``) and, for further work on the
-detectors, the raw records to ``runs/detection.json``.
+Writes ``benchmarks/detection.md``, or ``held_out.md`` (only when all cases were run, or to ``--out``) and, for further
+work on the detectors, the raw records to ``runs/``, under the same name.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.judging.tables import report  # noqa: E402
+from benchmarks import held_out, zoo  # noqa: E402
+from benchmarks.judging.tables import HELD_OUT, ZOO, report  # noqa: E402
 from benchmarks.judging.watching import one_thread, watch  # noqa: E402
-from benchmarks.zoo import CASES, case  # noqa: E402
 from benchmarks.zoo.case import select  # noqa: E402
+from benchmarks.zoo.truth import TRUTH  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,28 +36,32 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--held-out", action="store_true", help="the second collection in place of the zoo")
     parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=None, help="where the page is written")
-    parser.add_argument("--raw", type=Path, default=ROOT / "runs" / "detection.json", help="raw records")
+    parser.add_argument("--raw", type=Path, default=None, help="raw records")
     parser.add_argument("--again", action="store_true", help="score the raw records again, without a run")
     options = parser.parse_args(arguments)
-    chosen = select(CASES, options.cases)
+    collection, name = (held_out, "held_out") if options.held_out else (zoo, "detection")
+    opening, truth = (HELD_OUT, held_out.TRUTH) if options.held_out else (ZOO, TRUTH)
+    raw = options.raw or ROOT / "runs" / f"{name}.json"
+    chosen = select(collection.CASES, options.cases)
     work = [(c.id, seed) for c in chosen for seed in range(options.seeds)]
     began = time.perf_counter()
     if options.again:
         ids = {c.id for c in chosen}
-        runs = [run for run in json.loads(options.raw.read_text()) if run["case"] in ids]
+        runs = [run for run in json.loads(raw.read_text()) if run["case"] in ids]
     else:
         runs = run_all(work, options.jobs)
-        options.raw.parent.mkdir(parents=True, exist_ok=True)
-        options.raw.write_text(json.dumps(runs))
-    page = report(chosen, runs)
-    out = options.out or (ROOT / "benchmarks" / "detection.md" if options.cases is None else None)
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        raw.write_text(json.dumps(runs))
+    page = report(chosen, runs, opening=opening, truth=truth)
+    out = options.out or (ROOT / "benchmarks" / f"{name}.md" if options.cases is None else None)
     if out is not None:
         out.write_text(page)
     print(page)
-    print(f"{len(runs)} runs in {time.perf_counter() - began:.0f} s; raw records in {options.raw}")
+    print(f"{len(runs)} runs in {time.perf_counter() - began:.0f} s; raw records in {raw}")
     return 0
 
 
@@ -66,7 +72,8 @@ def run_all(work: list[tuple[str, int]], jobs: int) -> list[dict[str, Any]]:
 
 
 def _job(work: tuple[str, int]) -> dict[str, Any]:
-    return watch(case(work[0]), work[1])
+    cases = {c.id: c for c in (*zoo.CASES, *held_out.CASES)}
+    return watch(cases[work[0]], work[1])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from lightning_gradguard._version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_gradguard.callbacks import GradGuard as GradGuard
     from lightning_gradguard.callbacks import GradHistogram as GradHistogram
+    from lightning_gradguard.doctor.checkup import Checkup as Checkup
+    from lightning_gradguard.doctor.checkup import checkup as checkup
     from lightning_gradguard.doctor.diagnosis import Cause as Cause
     from lightning_gradguard.doctor.diagnosis import Diagnosis as Diagnosis
     from lightning_gradguard.doctor.diagnosis import Remedy as Remedy
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "callbacks": ("GradGuard", "GradHistogram"),
+    "doctor.checkup": ("Checkup", "checkup"),
     "doctor.diagnosis": ("Cause", "Diagnosis", "Remedy"),
     "guard": ("Guard",),
     "metrics": ("ClipRate", "GradientNorm", "SpikeScore"),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_gradguard.doctor import causes
+from lightning_gradguard.doctor.batch import search, tensors_of
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis
+from lightning_gradguard.doctor.origin import Origin, Place, find_origin, origin_of_batch
 from lightning_gradguard.doctor.trials import trying
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.signals.stats import GradStats, weight_norms
@@ -27,8 +29,11 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
     """The diagnosis of a critical finding; a bare one where the doctor fails, for it must never end a training."""
     try:
         case = gather(guard, stats, finding, batch)
+        if finding.fault == Fault.NONFINITE:
+            guard.origin = trace(guard, batch)
+            case = replace(case, origin=guard.origin)
         diagnosis = causes.diagnose(case)
-        if guard.subject is not None:
+        if guard.trials and guard.subject is not None:
             diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
     except Exception as error:
         problem = f"the causes could not be examined ({type(error).__name__}: {error})"
@@ -43,6 +48,33 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
             {Cause.UNKNOWN: problem},
         )
     return replace(diagnosis, signs=(*diagnosis.signs, *guard.notes))
+
+
+def describe(guard: Guard, finding: Finding, batch: object) -> str:
+    """What is said of a finding; of a step that is not finite also where that came from.
+
+    The first one of a run is replayed for it; of others the batch is looked at.
+    """
+    if finding.fault != Fault.NONFINITE:
+        return str(finding)
+    try:
+        origin = trace(guard, batch, replay=guard.origin is None)
+    except Exception:  # nothing that is merely said may end a training
+        return str(finding)
+    guard.origin = origin or guard.origin
+    return str(finding) if origin is None or origin.place == Place.UNKNOWN else f"{finding}. {origin}"
+
+
+def trace(guard: Guard, batch: object, *, replay: bool = True) -> Origin | None:
+    """Where the newest step's first number that is not finite came from; None if nothing is known of its batch."""
+    try:
+        subject = None if guard.subject is None else guard.subject()
+    except ValueError:  # the training step does more than compute a loss
+        subject = None
+    if subject is None:
+        return origin_of_batch(batch)
+    scale = math.nan if guard.letter is None else guard.letter.loss_scale
+    return find_origin(subject, number=subject.number, scale=scale, replay=replay)
 
 
 def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = None) -> Case:
@@ -97,23 +129,12 @@ def _look_at(batch: object) -> tuple[float | None, tuple[int, ...] | None]:
 
     (None, None) where the batch is unknown or holds no such tensor.
     """
-    tensors = [t.detach() for t in _tensors(batch) if t.is_floating_point() and t.ndim and t.numel()]
+    tensors = [t.detach() for _, t in tensors_of(batch) if t.is_floating_point() and t.ndim and t.numel()]
     if not tensors:
         return None, None
     squares = tensors[0].float().square()
     rms = read(squares[squares.isfinite()].mean().sqrt().reshape(1))[0]
-    bad = {
-        int(i) for t in tensors for i in read((~t.isfinite()).reshape(len(t), -1).any(1).nonzero().flatten())
-    }
-    return _known(rms), tuple(sorted(bad))
-
-
-def _tensors(batch: object) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return _known(rms), tuple(sorted({row for entry in search(batch) for row in entry.rows}))
 
 
 def _known(value: float) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_gradguard import checkpoint, facts
 from lightning_gradguard import lag as lagging
 from lightning_gradguard.doctor.diagnosis import Diagnosis
+from lightning_gradguard.doctor.origin import Origin
 from lightning_gradguard.doctor.trials.attempt import Subject
 from lightning_gradguard.letter import Posted, pack, unpack
 from lightning_gradguard.mailbox import Mailbox
@@ -89,16 +90,16 @@ class Guard:
         self.calm: Letter | None = None
         self.notes: tuple[str, ...] = ()
         self.subject: Callable[[], Subject] | None = None
+        self.origin: Origin | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
         self.judge = Judge(self.policy, index)
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
-        self.steps = 0
+        self.steps, self.trials, self._said_no_loss = 0, False, False
         self._lag = lagging.choose(lag, optimizer, self.watch.layout.numel.device, self.policy)
         self._mailbox: Mailbox[Posted] = Mailbox(self._lag)
         self.states: pipeline.States | None = None
         self._halt: Finding | None = None
-        self._said_no_loss = False
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -234,7 +235,7 @@ class Guard:
         self._findings.extend(self.report.findings)
         for finding in verdict.messages:
             if finding is not verdict.halt:
-                say(str(finding))
+                say(facts.describe(self, finding, posted.batch))
         grave = [f for f in self.report.findings if f.severity == Severity.CRITICAL]
         if grave:
             finding = verdict.halt or grave[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.judging.peers import STANDS_FOR
 from benchmarks.judging.watching import OURS
 from benchmarks.zoo.case import Case
-from benchmarks.zoo.truth import right_names
+from benchmarks.zoo.truth import TRUTH, right_names
 from lightning_gradguard import Fault
 
 WARNING, CRITICAL = 1, 2
@@ -123,9 +124,9 @@ def total(scores: Iterable[Score]) -> Total:
     )
 
 
-def score_run(case: Case, run: Mapping[str, Any]) -> dict[str, Score]:
-    """Name of each rule set to its score on a run of `benchmarks.judging.watching.watch`."""
-    names = right_names(case, run["seed"])
+def score_run(case: Case, run: Mapping[str, Any], truth: Path = TRUTH) -> dict[str, Score]:
+    """Name of each rule set to its score on a run of `benchmarks.judging.watching.watch`, by the truth of that file."""
+    names = right_names(case, run["seed"], truth)
     return {
         name: score(case, alarms, ours=name == OURS, names=names, halted=run["halted"])
         for name, alarms in run["alarms"].items()

@@ -1,6 +1,7 @@
 """Establishes the truth of each case by bare runs, without any detector, and writes it to ``truth.json``.
 
     python benchmarks/zoo/establish.py --seeds 3 --jobs 2
+    python benchmarks/zoo/establish.py --held-out --seeds 2
 
 A healthy case holds if it, or its twin on labels that can be learned, reaches its level. A sick one holds if it stays
 below (an event need not), its mended twin reaches it, and the facts of the run bear out its fault. Which of its other
@@ -24,7 +25,7 @@ import torch
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.zoo import CASES, case
+from benchmarks import held_out, zoo
 from benchmarks.zoo.case import Case, select
 from benchmarks.zoo.facts import Facts, stands, time_tilt
 from benchmarks.zoo.running import fit
@@ -67,18 +68,21 @@ def holds(subject: Case, quality: float, twin: float | None, borne_out: bool) ->
 def main(arguments: list[str] | None = None) -> int:
     """Runs from the command line; returns 1 if a case does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--held-out", action="store_true", help="the second collection in place of the zoo")
     parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args(arguments)
-    chosen = select(CASES, options.cases)
+    cases, path = (held_out.CASES, held_out.TRUTH) if options.held_out else (zoo.CASES, TRUTH)
+    by_id = {c.id: c for c in cases}
+    chosen = select(cases, options.cases)
     work = [(c.id, seed) for c in chosen for seed in range(options.seeds)]
     began = time.perf_counter()
-    truth: dict[str, Any] = json.loads(TRUTH.read_text()) if TRUTH.exists() else {}
+    truth: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         for (name, seed), result in zip(work, pool.map(_job, work), strict=True):
             entry = truth.setdefault(name, {})
-            subject = case(name)
+            subject = by_id[name]
             entry.update(
                 title=subject.title,
                 names=[fault.value for fault in subject.names],
@@ -88,10 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
             entry.setdefault("seeds", {})[str(seed)] = result
             if not result["holds"]:
                 print(f"does not hold: {name} seed {seed}: {result}", flush=True)
-    known = {c.id for c in CASES}
-    truth = {name: truth[name] for name in sorted(truth) if name in known}
+    truth = {name: truth[name] for name in sorted(truth) if name in by_id}
     lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in truth.items()]
-    TRUTH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     bad = sum(not seed["holds"] for entry in truth.values() for seed in entry["seeds"].values())
     print(
         f"{len(chosen)} cases, {len(work)} runs in {time.perf_counter() - began:.0f} s; {bad} in the file do not hold"
@@ -100,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _job(work: tuple[str, int]) -> dict[str, Any]:
-    return establish(case(work[0]), work[1])
+    cases = {c.id: c for c in (*zoo.CASES, *held_out.CASES)}
+    return establish(cases[work[0]], work[1])
 
 
 def _one_thread() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.display import Display
 from lightning_gradguard.callbacks.guards import Guards
-from lightning_gradguard.callbacks.subject import subject_of
+from lightning_gradguard.callbacks.subject import check_up, subject_of
 from lightning_gradguard.callbacks.trainer import (
     Losses,
     Metric,
@@ -37,6 +37,7 @@ from lightning_gradguard.verdicts.policy import Policy
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_gradguard.doctor.checkup import Checkup
     from lightning_gradguard.doctor.diagnosis import Diagnosis
 
 
@@ -61,6 +62,7 @@ class GradGuard(Callback):
         lag: 0, 1, or None for the cheapest that still skips exactly; see `Guard`.
 
     Attributes:
+        checkup: With ``trials``, what the check-up of the first batch found; None if there was none.
         findings: What was found, oldest first; the newest 1,000.
         report: Report of the newest judged step, or None.
         diagnosis: After a critical finding: what, where, why, and what to do.
@@ -89,6 +91,7 @@ class GradGuard(Callback):
         self.detectors = None if detectors is None else tuple(detectors)
         self.clipper, self.policy = clipper, policy
         self.monitor, self.per_layer, self.lag, self.trials = monitor, per_layer, lag, trials
+        self.checkup: Checkup | None = None
         self.report: Report | None = None
         self.diagnosis: Diagnosis | None = None
         self.stop_reason: str | None = None
@@ -150,6 +153,8 @@ class GradGuard(Callback):
         self._losses.forget_last()
         self._newest = batch, batch_idx
         self._batches += 1
+        if self.trials and self._batches == 1:
+            self.checkup = check_up(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lets go of the batch and its graph."""
@@ -177,7 +182,9 @@ class GradGuard(Callback):
         guard = self._guards.of(trainer, pl_module, optimizer, index, self._usage)
         before, graph = guard.report, self._losses.graph
         guard.notes = self._metric.notes
-        if self.trials:
+        guard.trials = self.trials
+        if not guard._lag:
+            # With lag the report is of the step before, whose weights and batch are gone.
             guard.subject = partial(subject_of, trainer, pl_module, optimizer, *self._newest)
         try:
             guard.step(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.callbacks.base import PACKAGES
+from lightning_gradguard.callbacks.trainer import scaler_of, warn
+from lightning_gradguard.doctor.checkup import Checkup, checkup
 from lightning_gradguard.doctor.trials.attempt import Subject
 
 if TYPE_CHECKING:
@@ -49,7 +51,29 @@ def subject_of(
             raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
         return loss
 
-    return Subject(module, loss_of, batch, optimizer)
+    return Subject(module, loss_of, batch, optimizer, batch_idx)
+
+
+def check_up(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Checkup | None:
+    """The check-up of a training's first batch, with one warning of what it finds.
+
+    None where training goes on from a checkpoint, where there are several processes, of which one might wait for
+    another, and where the training step cannot be run by itself.
+    """
+    if trainer.global_step or trainer.world_size > 1 or not trainer.optimizers:
+        return None
+    scaler = scaler_of(trainer)
+    try:
+        subject = subject_of(trainer, module, trainer.optimizers[0], batch, batch_idx)
+        result = checkup(
+            module, batch, loss_of=subject.loss_of, scale=1.0 if scaler is None else scaler.get_scale()
+        )
+    except Exception:  # what a model raises is for the training itself to raise
+        return None
+    if not result.ok:
+        found = "; ".join(str(check) for check in result.findings)
+        warn(trainer, f"GradGuard: check-up before training: {found}")
+    return result
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -6,10 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.doctor.anatomy import Anatomy
 from lightning_gradguard.doctor.operations import SATURATING
 from lightning_gradguard.verdicts.faults import Fault, Finding
+
+if TYPE_CHECKING:
+    from lightning_gradguard.doctor.origin import Origin
 
 #: Most decades that one layer's weights are blamed for: a layer of zeros lets nothing through at all.
 _MOST_DECADES_OF_A_LAYER = 3.0
@@ -45,6 +49,7 @@ class Case:
         policy: The policy in force, as printed.
         input_rms: Root mean square of the newest batch's floating-point inputs, if it was looked at.
         bad_rows: Rows of the batch with a non-finite element: empty if there are none, None if nobody looked.
+        origin: Where the first number that is not finite came from, as a replay showed; None if there was none.
     """
 
     finding: Finding
@@ -71,6 +76,7 @@ class Case:
     policy: str = ""
     input_rms: float | None = None
     bad_rows: tuple[int, ...] | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         for name in ("shapes", "gradients_log10", "weight_norms", "update_ratios", "initial_weight_norms"):

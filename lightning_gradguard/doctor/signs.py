@@ -17,7 +17,7 @@ _UNCHANGED = 1e-6
 
 def find_signs(case: Case) -> tuple[str, ...]:
     """The signs that the case shows; the number that the verdict rests on leads."""
-    rules = (_verdict, _loss, _nonfinite, _gradients_over_depth, _zero_gradients, _weights, _earlier)
+    rules = (_verdict, _loss, _nonfinite, _origin, _gradients_over_depth, _zero_gradients, _weights, _earlier)
     return tuple(sentence for rule in rules for sentence in rule(case))
 
 
@@ -48,6 +48,11 @@ def _nonfinite(case: Case) -> Iterator[str]:
         # Backward goes from the output to the input, so the last layer's gradient went bad first.
         of = f"{len(bad)} of {len(case.names)} gradients are not finite"
         yield f"{of}; in the order of the backward pass {quote(bad[-1])} is the first."
+
+
+def _origin(case: Case) -> Iterator[str]:
+    if case.origin is not None:
+        yield str(case.origin)
 
 
 def _gradients_over_depth(case: Case) -> Iterator[str]:

@@ -10,6 +10,7 @@ from lightning_gradguard.doctor.clues import CERTAIN, GROWING, Clue
 from lightning_gradguard.doctor.diagnosis import Cause
 from lightning_gradguard.doctor.model_rules import bad_initialization, unnormalized_input
 from lightning_gradguard.doctor.operations import COMMON, RISKY
+from lightning_gradguard.doctor.origin import Place
 from lightning_gradguard.doctor.wording import listing, number, power, quote
 from lightning_gradguard.verdicts.faults import Fault
 
@@ -139,12 +140,17 @@ def bad_data(case: Case) -> Iterator[Clue]:
     """NaN or Inf in the batch itself."""
     if case.fault != Fault.NONFINITE:
         return
-    if case.bad_rows:
+    origin = case.origin
+    if origin is not None and origin.place in (Place.BATCH, Place.OUTSIDE):
+        yield Clue(CERTAIN if origin.place == Place.BATCH else 8.0, Cause.BAD_DATA, str(origin))
+    elif case.bad_rows:
         more = f" and {len(case.bad_rows) - 8} more" if len(case.bad_rows) > 8 else ""
         rows = ", ".join(str(row) for row in case.bad_rows[:8]) + more
         evidence = f"The batch holds NaN or Inf in row{'' if len(case.bad_rows) == 1 else 's'} {rows}."
-        yield Clue(CERTAIN, Cause.BAD_DATA, evidence)
-    elif case.bad_rows is None and case.nonfinite_loss and _calm(case):
+        # Where the replay blames something else, what is not finite may be meant, such as targets that are masked.
+        elsewhere = origin is not None and origin.located
+        yield Clue(3.0 if elsewhere else CERTAIN, Cause.BAD_DATA, evidence)
+    elif origin is None and case.bad_rows is None and case.nonfinite_loss and _calm(case):
         evidence = (
             "The loss stopped being finite from one step to the next; whether the batch is was not looked at."
         )
@@ -152,7 +158,13 @@ def bad_data(case: Case) -> Iterator[Clue]:
 
 
 def loss_function(case: Case) -> Iterator[Clue]:
-    """An operation in the loss that is not finite, or has no finite slope, for some finite inputs."""
+    """An operation, most often in the loss, that is not finite, or has no finite slope, for some finite inputs."""
+    origin = case.origin
+    if case.fault == Fault.NONFINITE and origin is not None and origin.located:
+        # What overflows in the loss was most often too large before it.
+        if origin.in_loss or not origin.overflow:
+            yield Clue(3.0 if origin.overflow else 9.0, Cause.LOSS_FUNCTION, str(origin))
+        return
     if case.fault != Fault.NONFINITE or case.anatomy is None or case.bad_rows:
         return
     risky = [op for op in RISKY if op in case.anatomy.loss_ops]
@@ -176,6 +188,9 @@ def low_precision(case: Case) -> Iterator[Clue]:
         evidence = f"{100 * case.finding.value:.0f} % of the gradient's elements are too small for {dtype}."
         yield Clue(10.0, Cause.LOW_PRECISION, evidence)
     elif low and case.fault in (Fault.NONFINITE, Fault.VANISHING):
+        if case.origin is not None and case.origin.overflow and case.origin.dtype in low:
+            yield Clue(8.0, Cause.LOW_PRECISION, str(case.origin))
+            return
         evidence = (
             f"Gradients pass through {listing(low)}, which holds nothing above 65504 and little below 6e-8."
         )

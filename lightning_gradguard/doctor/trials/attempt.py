@@ -34,6 +34,7 @@ class Subject:
             module is in a `sandbox`, so it may change what the module holds.
         batch: What was trained on last.
         optimizer: Whose settings the virtual steps take.
+        number: The batch's number, if known.
         norms: L2 norms that parameters are scaled to beforehand, by name: of weights that have run away, those they
             began with.
     """
@@ -42,6 +43,7 @@ class Subject:
     loss_of: Callable[[Any], Tensor]
     batch: Any
     optimizer: torch.optim.Optimizer
+    number: int | None = None
     norms: Mapping[str, float] = field(default_factory=dict)
 
 

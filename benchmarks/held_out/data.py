@@ -1,0 +1,190 @@
+"""Generated data and small tables: each task draws batches, and says what its loss and its quality are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from sklearn import datasets
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from benchmarks.held_out.training import seeded
+from benchmarks.zoo.tasks import Task, explained
+
+#: Characters of the text that language models learn.
+TEXT_LENGTH = 60_000
+
+
+def templates(seed: int, *, noise: float = 1.0, classes: int = 10) -> Task:
+    """Class templates [B, 64] plus noise."""
+    centres = torch.randn(classes, 64, generator=seeded(1000 + seed))
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(classes, (size,), generator=generator)
+        return centres[y] + noise * torch.randn(size, 64, generator=generator), y
+
+    return Task(draw)
+
+
+def rotated_templates(seed: int) -> Task:
+    """`templates` in a space that is turned a little: what a net that has learned them is tuned to."""
+    own = templates(seed)
+    turn = torch.linalg.qr(torch.eye(64) + 0.15 * torch.randn(64, 64, generator=seeded(seed)))[0]
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        x, y = own.draw(generator, size)
+        return x @ turn.T, y
+
+    return Task(draw)
+
+
+def pairs(seed: int, *, classes: int) -> Task:
+    """Two examples of `templates`, and whether they are of one class (1.0) or not (0.0)."""
+    own = templates(seed, classes=classes)
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = own.draw(generator, size)
+        other, label = own.draw(generator, size)
+        return x, other, (y == label).float()
+
+    return Task(draw)
+
+
+def views(seed: int) -> Task:
+    """Two noisy views of the same examples of `templates`."""
+    own = templates(seed)
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        x, _ = own.draw(generator, size)
+        first = x + 0.5 * torch.randn(size, 64, generator=generator)
+        return first, x + 0.5 * torch.randn(size, 64, generator=generator)
+
+    return Task(draw)
+
+
+def rings(seed: int, *, noise: float = 0.1) -> Task:
+    """Two noisy circles in the plane, of radius 1 and 0.4."""
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(2, (size,), generator=generator)
+        angle = 2 * math.pi * torch.rand(size, generator=generator)
+        radius = torch.where(y == 0, 1.0, 0.4)
+        x = torch.stack([radius * angle.sin(), radius * angle.cos()], 1)
+        return x + noise * torch.randn(size, 2, generator=generator), y
+
+    return Task(draw)
+
+
+def ring_points(generator: Generator, size: int) -> tuple[Tensor]:
+    """Points of `rings` without their classes: what densities are learned from."""
+    x, _ = rings(0, noise=0.05).draw(generator, size)
+    return (x * 1.5 + 0.5,)
+
+
+def waves(seed: int, *, features: int = 12, scale: float = 1.0) -> Task:
+    """A line plus a sine of 12 numbers that are ``scale`` wide; mean squared error."""
+    line = torch.randn(features, 1, generator=seeded(seed + 50)) / features**0.5
+    wave = torch.randn(features, 1, generator=seeded(seed + 51)) / features**0.5
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(size, features, generator=generator)
+        y = x @ line + 0.7 * torch.sin(2 * (x @ wave)) + 0.05 * torch.randn(size, 1, generator=generator)
+        return scale * x, y
+
+    return Task(draw, F.mse_loss, explained)
+
+
+def digits(*, standard: bool = True) -> Task:
+    """Handwritten digits as 64 numbers, standardised or from -1 to 1."""
+    x, y = _table(datasets.load_digits)
+    return _rows(_standardised(x) if standard else x / 8 - 1, y)
+
+
+def digit_pictures() -> Task:
+    """Handwritten digits as pictures [B, 1, 8, 8] from -1 to 1."""
+    x, y = _table(datasets.load_digits)
+    return _rows(x.view(-1, 1, 8, 8) / 8 - 1, y)
+
+
+def digit_vectors() -> Task:
+    """Digits from -1 to 1, without their classes: what codes are learned from."""
+    own = digits(standard=False)
+    return Task(lambda generator, size: own.draw(generator, size)[:1])
+
+
+def wine(*, standard: bool) -> Task:
+    """Thirteen measurements of wine, of widely different units unless standardised; three classes."""
+    x, y = _table(datasets.load_wine)
+    return _rows(_standardised(x) if standard else x, y)
+
+
+def recall(seed: int, steps: int) -> Task:
+    """One of 5 symbols, then noise symbols, one-hot [B, steps, 8]; the answer is the first."""
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(5, (size,), generator=generator)
+        tokens = 5 + torch.randint(3, (size, steps), generator=generator)
+        tokens[:, 0] = y
+        return F.one_hot(tokens, 8).float(), y
+
+    return Task(draw)
+
+
+@cache
+def text() -> tuple[Tensor, int]:
+    """Characters of a module of Python's standard library as numbers, and how many there are of them."""
+    source = inspect.getsource(argparse)[:TEXT_LENGTH]
+    alphabet = sorted(set(source))
+    return torch.tensor([alphabet.index(c) for c in source]), len(alphabet)
+
+
+def characters(length: int) -> Task:
+    """Pieces of the text; the answer is the next character at each place."""
+    tokens, _ = text()
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(tokens) - length - 1, (size,), generator=generator)
+        pieces = tokens[starts[:, None] + torch.arange(length + 1)]
+        return pieces[:, :-1], pieces[:, 1:]
+
+    return Task(draw)
+
+
+def alphabet_size() -> int:
+    return text()[1]
+
+
+def with_factor(task: Task, factor: float) -> Task:
+    """The task with its loss times a factor."""
+    return dataclasses.replace(task, loss=lambda output, target: factor * task.loss(output, target))
+
+
+def changed(task: Task, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Task:
+    """The task with all its examples changed."""
+    return dataclasses.replace(task, draw=lambda generator, size: change(*task.draw(generator, size)))
+
+
+def _rows(x: Tensor, y: Tensor) -> Task:
+    """Rows of a table, drawn with replacement."""
+
+    def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(x), (size,), generator=generator)
+        return x[rows], y[rows]
+
+    return Task(draw)
+
+
+def _table(load: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    data = load()
+    return torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / (x.std(0) + 1e-6)

@@ -1,0 +1,164 @@
+"""Nets of the held-out cases that take vectors or pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.zoo.models import Activation, Init
+
+
+def initialise(net: nn.Module, weight: Init | None = None, bias: float | None = None) -> None:
+    """Sets all weights of two dimensions or more, and the biases of hidden layers; None leaves torch's own."""
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if weight is not None and parameter.ndim >= 2:
+                weight(parameter)
+            if bias is not None and name.endswith("bias") and "out" not in name and "norm" not in name:
+                parameter.fill_(bias)
+
+
+def xavier_uniform(weight: Tensor) -> None:
+    nn.init.xavier_uniform_(weight)
+
+
+class MLP(nn.Module):
+    """``depth`` linear layers of equal width, and an output layer; each with its own name, ``fc0`` on.
+
+    Args:
+        inputs: Features; inputs of more dimensions are flattened.
+        outputs: Outputs.
+        depth: Hidden layers.
+        width: Their width.
+        activation: After each hidden layer.
+        weight: Initialisation of all weights.
+        bias: Initial value of all hidden biases.
+        norm: Made after each hidden layer, before its activation.
+        scale: Factor after each activation.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        depth: int,
+        width: int,
+        *,
+        activation: Activation = torch.relu,
+        weight: Init | None = None,
+        bias: float | None = None,
+        norm: Callable[[int], nn.Module] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.depth, self.activation, self.scale, self.normed = depth, activation, scale, norm is not None
+        for k in range(depth):
+            self.add_module(f"fc{k}", nn.Linear(inputs if k == 0 else width, width))
+            if norm is not None:
+                self.add_module(f"norm{k}", norm(width))
+        self.out = nn.Linear(width, outputs)
+        initialise(self, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for k in range(self.depth):
+            x = self.get_submodule(f"fc{k}")(x)
+            if self.normed:
+                x = self.get_submodule(f"norm{k}")(x)
+            x = self.scale * self.activation(x)
+        return self.out(x)
+
+
+class ResidualMLP(nn.Module):
+    """Blocks of two linear layers around a skip connection, each behind a layer normalisation."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(inputs, width)
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.second = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks + 1))
+        self.out = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for first, second, norm in zip(self.first, self.second, self.norms, strict=False):
+            x = x + second(F.gelu(first(norm(x))))
+        return self.out(self.norms[-1](x))
+
+
+class Highway(nn.Module):
+    """Layers with gates that choose between a transformation and its input.
+
+    Args:
+        depth: Gated layers.
+        width: Their width.
+        gate: Initial bias of the gates; high ones let nothing carry over.
+        weight: Initialisation of the transformations.
+    """
+
+    def __init__(self, depth: int, width: int, gate: float, weight: Init) -> None:
+        super().__init__()
+        self.stem = nn.Linear(64, width)
+        self.transforms = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, 10)
+        with torch.no_grad():
+            for transform, gating in zip(self.transforms, self.gates, strict=True):
+                weight(transform.weight)
+                gating.bias.fill_(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for transform, gating in zip(self.transforms, self.gates, strict=True):
+            gate = torch.sigmoid(gating(x))
+            x = gate * torch.tanh(transform(x)) + (1 - gate) * x
+        return self.out(x)
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 2 x 2 of a picture of 8 x 8, a class token, and ``depth`` encoder layers."""
+
+    def __init__(self, outputs: int = 10, *, width: int = 24, depth: int = 2, pre_norm: bool = True) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 2, 2)
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos = nn.Parameter(0.02 * torch.randn(1, 17, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, 3, 2 * width, 0.0, batch_first=True, norm_first=pre_norm, activation="gelu"
+            )
+            for _ in range(depth)
+        )
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, outputs)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Embedded patches [B, 16, width], without their places."""
+        return self.patch(x).flatten(2).transpose(1, 2)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Class token and patches with their places, [B, 17, width]."""
+        return torch.cat([self.cls.expand(len(x), -1, -1), self.patches(x)], 1) + self.pos
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encode(self.tokens(x))[:, 0])
+
+
+def two_convolutions(first: int = 8, second: int = 8) -> nn.Sequential:
+    """Two plain convolutions of 3 x 3 and a linear layer, for pictures of 8 x 8; all of torch's own initialisation."""
+    return nn.Sequential(
+        nn.Conv2d(1, first, 3),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * second, 10),
+    )

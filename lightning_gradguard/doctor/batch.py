@@ -1,0 +1,88 @@
+"""What a batch holds: its tensors by where they stand, and those of their rows that are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Rows of a tensor that are named.
+NAMED_ROWS = 8
+
+
+class BadEntry(NamedTuple):
+    """A tensor of the batch that holds NaN or Inf.
+
+    Attributes:
+        path: Where it stands, as one would write it: ``batch[0]``, ``batch['image']``.
+        values: "NaN", "Inf", or "NaN and Inf".
+        rows: Indices along the first dimension, all of them; empty for a scalar.
+    """
+
+    path: str
+    values: str
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Such as ``batch[0]`` holds NaN in rows 3, 17."""
+        where = ""
+        if self.rows:
+            more = f" and {len(self.rows) - NAMED_ROWS} more" if len(self.rows) > NAMED_ROWS else ""
+            named = ", ".join(str(row) for row in self.rows[:NAMED_ROWS])
+            where = f" in row{'' if len(self.rows) == 1 else 's'} {named}{more}"
+        return f"`{self.path}` holds {self.values}{where}"
+
+
+def tensors_of(value: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested mappings, lists, tuples and dataclasses, each with its path.
+
+    >>> [path for path, _ in tensors_of((torch.ones(1), {"y": [torch.ones(1)]}))]
+    ['batch[0]', "batch[1]['y'][0]"]
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from tensors_of(part, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from tensors_of(part, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name, None), f"{path}.{field.name}")
+
+
+def search(batch: Any) -> tuple[BadEntry, ...]:
+    """The tensors of a batch that are not finite, each read from the device.
+
+    Args:
+        batch: What `tensors_of` understands; anything else counts as finite.
+    """
+    found = []
+    for path, tensor in tensors_of(batch):
+        if not is_finite(tensor):
+            bad = ~tensor.detach().isfinite()
+            rows = bad.reshape(len(tensor), -1).any(1).nonzero().flatten().tolist() if tensor.ndim else []
+            found.append(BadEntry(path, kind_of_values(tensor), tuple(rows)))
+    return tuple(found)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; True for integers, and for layouts that cannot be looked into."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return True
+    try:
+        return bool(tensor.detach().isfinite().all())
+    except (RuntimeError, NotImplementedError):  # sparse, quantised, without data
+        return True
+
+
+def kind_of_values(*tensors: Tensor) -> str:
+    """Which values that are not finite some tensors hold: "NaN", "Inf" or "NaN and Inf"."""
+    with torch.no_grad():
+        nan = any(bool(t.isnan().any()) for t in tensors)
+        infinite = any(bool(t.isinf().any()) for t in tensors)
+    return "NaN and Inf" if nan and infinite else "NaN" if nan else "Inf"
