@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gradguard._version import __version__
+
+_USAGE_ERROR = 2  # as argparse has it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What was typed after ``gradguard``; taken from the command line when None.
 
     Returns:
-        Exit status.
+        Exit status: 0, or 2 where what was named cannot be used.
     """
     parser = argparse.ArgumentParser(prog="gradguard", description="Gradient health for PyTorch Lightning.")
     parser.add_argument("--version", action="version", version=f"gradguard {__version__}")
@@ -24,11 +27,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="see the whole product at work on real images, in a minute")
     demo.add_argument("--folder", type=Path, default=Path("runs"), help="where to log; default: runs")
     demo.add_argument("--epochs", type=_positive, default=12, help="longest training of an act; default: 12")
+    demo.set_defaults(act=_demo)
+    report = commands.add_parser("report", help="one HTML page about finished or crashed runs")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder with event files, or with runs below it"
+    )
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="file to write; default: report.html"
+    )
+    report.set_defaults(act=_report)
     options = parser.parse_args(arguments)
+    return int(options.act(options))
+
+
+def _demo(options: argparse.Namespace) -> int:
     # Importing it takes seconds, which --help need not.
     from lightning_gradguard.demo import run
 
     run(options.folder, options.epochs)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lightning_gradguard.report.reading import ReportError
+    from lightning_gradguard.report.rendering import write_report
+
+    try:
+        sheets = write_report(options.runs, options.out)
+    except (ReportError, OSError) as error:
+        print(f"gradguard report: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+    for sheet in sheets:
+        print(f"{sheet.title}: {sheet.verdict.title}")
+    print(f"Wrote {options.out} ({options.out.stat().st_size / 1e3:,.0f} kB); open it in a browser.")
     return 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor import causes
@@ -36,7 +37,8 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
         if guard.trials and guard.subject is not None:
             diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
     except Exception as error:
-        problem = f"the causes could not be examined ({type(error).__name__}: {error})"
+        reason = " ".join(str(error).split())[:160]
+        problem = f"the causes could not be examined ({type(error).__name__}: {reason})"
         warnings.warn(f"GradGuard: {problem}", GradientWarning, stacklevel=5)
         unknown = (Cause.UNKNOWN,)
         diagnosis = Diagnosis(
@@ -129,7 +131,8 @@ def _look_at(batch: object) -> tuple[float | None, tuple[int, ...] | None]:
 
     (None, None) where the batch is unknown or holds no such tensor.
     """
-    tensors = [t.detach() for _, t in tensors_of(batch) if t.is_floating_point() and t.ndim and t.numel()]
+    found = [t.detach() for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
+    tensors = [t for t in found if t.ndim and t.numel()]
     if not tensors:
         return None, None
     squares = tensors[0].float().square()

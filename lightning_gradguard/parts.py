@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Sequence
 
@@ -62,7 +63,7 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
     """The loss as a scalar tensor; ValueError, with the mend, if it is none."""
     if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1):
         return loss
-    if isinstance(loss, (int, float)):
+    if isinstance(loss, numbers.Real):
         return torch.tensor(float(loss))
     shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")

@@ -38,6 +38,10 @@ ROOMS = {
     "verdicts": {"verdicts"},
     "doctor": {"torch", "rich", "doctor", "verdicts"},
     "sinks": {"torch", "numpy", "matplotlib", "tensorboard", "tensorboardX", "sinks", "verdicts", "signals.histogram"},
+    "report": {
+        "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "matplotlib", "report", "sinks", "verdicts",
+        "doctor.rendering", "signals.histogram", "_version",
+    },
     "metrics": {"torch", "torchmetrics"},
     "letter": {"torch", "signals", "verdicts"},
     "lag": {"torch", "signals", "verdicts"},

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_gradguard.doctor.backward_trace import BackwardTrace
 from lightning_gradguard.doctor.batch import BadEntry, is_finite, search
 from lightning_gradguard.doctor.forward_trace import Birth, ForwardTrace
-from lightning_gradguard.doctor.trials.attempt import Subject
-from lightning_gradguard.doctor.trials.sandbox import sandbox
+from lightning_gradguard.doctor.trials.attempt import Subject, gradients_kept
+from lightning_gradguard.doctor.trials.sandbox import is_one_of_many, sandbox
 from lightning_gradguard.doctor.wording import listing, number, quote
 
 
@@ -147,11 +147,11 @@ def find_origin(
     ruined = tuple(name for name, p in subject.module.named_parameters() if not is_finite(p))
     if ruined:
         return replace(found, place=Place.PARAMETERS, names=ruined)
-    if not replay or _is_one_of_many():
+    if not replay or is_one_of_many():
         why = "the batch was not replayed" + (", since other processes would wait" if replay else "")
         return replace(found, place=Place.BATCH if found.entries else Place.UNKNOWN, note=why)
     try:
-        with sandbox(subject.module) as copy, torch.enable_grad():
+        with gradients_kept(subject), sandbox(subject.module) as copy, torch.enable_grad():
             return _replay(subject, copy(subject.batch), scale, found)
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
@@ -209,9 +209,3 @@ def _norm_is_finite(gradients: list[Tensor]) -> bool:
 def _located(found: Origin, place: Place, birth: Birth, in_loss: bool) -> Origin:
     names = ("operation", "module", "layer", "line", "values", "dtype", "overflow", "given")
     return replace(found, place=place, in_loss=in_loss, **{name: getattr(birth, name) for name in names})
-
-
-def _is_one_of_many() -> bool:
-    """Whether other processes train along: one of them may halt where another goes on, and wait in vain."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1

@@ -49,7 +49,10 @@ class NonFinite:
     """
 
     fault: ClassVar[Fault] = Fault.NONFINITE
-    measures: ClassVar[tuple[str, ...]] = ("tensors with a non-finite gradient norm",)
+    measures: ClassVar[tuple[str, ...]] = (
+        "tensors with a non-finite gradient norm",
+        "losses that are not finite",
+    )
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing."""
@@ -59,7 +62,11 @@ class NonFinite:
         """Judges one step."""
         bad = ~torch.isfinite(stats.norms)
         score = torch.where(bad, stats.layout.depth, -torch.inf)
-        return reading(stats, ~stats.finite, bad.sum(), 0.0, score=score), state
+        # Neither: the global norm of finite norms overflows, and all of them are at it.
+        only_loss = ~bad.any() & ~stats.loss.isfinite() & stats.has_loss
+        count = torch.where(only_loss, 1, bad.sum())
+        measure = torch.where(only_loss, 1.0, 0.0)
+        return reading(stats, ~stats.finite, count, 0.0, score=score, measure=measure), state
 
 
 @dataclass(frozen=True)

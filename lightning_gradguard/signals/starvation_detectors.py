@@ -56,7 +56,8 @@ class Disconnected:
         alive_once = (state.steps < 0) | (stats.cut & ~zero)
         held = torch.where(alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0))
         found = held >= self.steps
-        cut = found & cut
+        # Where nothing at all has a gradient, the optimizer holds the parameters of another model.
+        cut = torch.where(stats.present.any(), found & cut, found)
         grave = (cut & stats.layout.is_layer).any()
         cut = cut & grave
         named = torch.where(grave, cut, found)
@@ -103,6 +104,10 @@ class DeadUnits:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step; the shares are those of the last sampled step."""
         dead = (stats.dead >= self.limit) & stats.present & stats.layout.is_layer
+        layers = stats.layout.is_layer & stats.present
+        depth = torch.where(layers, stats.layout.depth, -1.0)
+        # Which outputs a loss asks for is its own affair, such as the actions that were taken.
+        dead = dead & ((depth < depth.max()) | (stats.norms == 0))
         held = torch.where(dead, state.steps + 1, 0.0)
         found = held >= self.steps
         trends = trends_of(stats)

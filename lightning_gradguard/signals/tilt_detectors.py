@@ -25,7 +25,8 @@ class DepthTilt:
     loss falls no more, from step 30 on; half as much again, and it is raised even if the loss falls, for
     then other layers learn in place of the sick ones. Convergence lowers all layers together and leaves the tilt
     alone. A single layer whose gradient, in relation to its weight, lies ``limit`` decades below that of the middle
-    layer counts as much, as behind a softmax that is saturated, as long as the loss falls no more. Only a warning
+    layer counts as much, as behind a softmax that is saturated, from step 100 on and unless the layer is moved as the
+    others are: at the start of a transformer queries and keys get next to nothing, and soon more. Only a warning
     while the loss falls, or the applied update ratio of the sick layers stays above ``moving``: an adaptive optimizer
     still moves them.
 
@@ -64,10 +65,12 @@ class DepthTilt:
         tilted = (trends.tilt >= self.limit) & (still | steep) & warm
         # Where gradients grow towards the input, it is the last layers that lie below the middle.
         gap = torch.where(trends.tilt <= _EXPLODING, 0.0, score.max())
-        starved = (gap >= self.limit) & still & warm & ~tilted
         over = ~(trends.tilt >= self.clear) & ~(gap >= self.clear)
         # Not by indexing, which would read the index on the host.
         sickest = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
+        usual = torch.nanmedian(torch.where(stats.layout.is_layer & trends.live, stats.updates, torch.nan))
+        left_behind = (trends.steps >= 4 * WARM_UP) & ~(sickest > 0.1 * usual)
+        starved = (gap >= self.limit) & still & left_behind & ~tilted
         return (
             reading(
                 stats,

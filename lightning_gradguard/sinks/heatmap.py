@@ -67,12 +67,15 @@ class Heatmap:
         """Whether this step begins a new column, so that it should be recorded."""
         return step >= self._next or step < self._first
 
-    def record(self, step: int, rms: Sequence[float | None]) -> None:
+    def record(self, step: int, rms: Sequence[float | None]) -> bool:
         """Adds the gradient RMS of one step.
 
         Args:
             step: A step before the first one starts the picture anew.
             rms: For each layer, in the order of ``names``; None where there is no gradient.
+
+        Returns:
+            Whether a cell turned not finite by it.
         """
         column = self._column(step)
         values = np.array([math.nan if x is None else x for x in rms], dtype=np.float64)
@@ -81,14 +84,18 @@ class Heatmap:
             decades = np.log10(values).clip(EDGES[0], EDGES[-1])
         decades[~np.isfinite(values)] = np.nan
         decades[[x is None for x in rms]] = BLANK
+        known_bad = np.isnan(self._cells[column])
         self._cells[column] = _merge(self._cells[column], decades.astype(np.float32))
         self._next = self._first + (column + 1) * self._stride
+        return bool((np.isnan(decades) & ~known_bad).any())
 
-    def mark(self, step: int, *, clipped: bool = False, skipped: bool = False) -> None:
-        """Marks a step on the strip above the picture."""
+    def mark(self, step: int, *, clipped: bool = False, skipped: bool = False) -> bool:
+        """Marks a step on the strip above the picture; returns whether its column was not marked so yet."""
         column = self._column(step)
+        is_news = clipped > self._clipped[column] or skipped > self._skipped[column]
         self._clipped[column] |= clipped
         self._skipped[column] |= skipped
+        return is_news
 
     def name(self, step: int, fault: str) -> None:
         """Names a fault above the strip, where it was first found."""

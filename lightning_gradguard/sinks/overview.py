@@ -1,4 +1,4 @@
-"""The overview of a run: six scalars, the heat map, and all that was found, fed with one report a step."""
+"""The overview of a run: scalars, the heat map, and all that was found, fed with one report a step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from lightning_gradguard.sinks.heatmap import Heatmap
 from lightning_gradguard.sinks.panel import Panel
 from lightning_gradguard.sinks.tags import NOTES, RMS_NOTE, tag_names
 from lightning_gradguard.verdicts.faults import Finding, Report, Severity
+
+#: Tag of the rows that a report is made from: what was done, and log10 gradient RMS of each layer (-inf: none).
+ROWS = "layer_rms_log10"
+#: What was done, the first entry of a row; 0 for nothing.
+CLIPPED, SKIPPED = 1, 2
 
 _FINDINGS, _DIAGNOSES = 50, 3  # the newest that the text holds
 _FIRST_DRAWING, _GROWTH = 20, 1.5
@@ -46,7 +51,8 @@ class Overview:
         self._titles = dict(zip(names, tag_names(names), strict=True)) if per_layer else {}
         self._notes = {f"{group}/{name}": note for name, note in NOTES.items()}
         self._notes |= {f"{group}_rms_log10/{t}": RMS_NOTE.format(name=n) for n, t in self._titles.items()}
-        self._nonfinite = 0
+        self._nonfinite = self._clipped = self._skipped = 0
+        self._rows: list[tuple[int, list[float]]] = []
         self._findings: list[str] = []
         self._diagnoses: list[str] = []
         self._text_is_news = False
@@ -56,11 +62,18 @@ class Overview:
         """Takes in one step. On most steps that is a comparison, so it is cheap enough for every one."""
         self._steps += 1
         finite = math.isfinite(report.total_norm)
+        clipped = report.scale < 1 and not report.skip
         self._nonfinite += not finite
-        if not finite or self._heatmap.wants(report.step):
-            self._heatmap.record(report.step, self._layer_rms(report.norms))
-        if report.skip or report.scale < 1:
-            self._heatmap.mark(report.step, clipped=not report.skip, skipped=report.skip)
+        self._clipped += clipped
+        self._skipped += report.skip
+        # A row is kept where it shows in the picture, so there are no more of them than the picture can hold.
+        is_news = self._heatmap.wants(report.step)
+        if is_news or not finite:
+            is_news |= self._heatmap.record(report.step, self._layer_rms(report.norms))
+        if clipped or report.skip:
+            is_news |= self._heatmap.mark(report.step, clipped=clipped, skipped=report.skip)
+        if is_news:
+            self._keep_row(report, SKIPPED if report.skip else CLIPPED if clipped else 0)
         for finding in report.findings:
             self._note(finding)
 
@@ -98,6 +111,8 @@ class Overview:
             "clipped_norm_log10": None if clip_rate is None or report.skip else _log10(report.clipped_norm),
             "threshold_log10": None if report.threshold is None else _log10(report.threshold),
             "nonfinite_total": float(self._nonfinite),
+            "clipped_total": float(self._clipped),
+            "skipped_total": float(self._skipped),
         }
         tagged = {f"{self._group}/{name}": x for name, x in scalars.items() if x is not None}
         for name, title in self._titles.items():
@@ -106,13 +121,23 @@ class Overview:
         texts = {f"{self._group}/diagnosis": self._text()} if self._text_is_news else {}
         self._text_is_news = False
         images = {f"{self._group}/heatmap": self._heatmap.snapshot().draw} if self._due(final) else {}
-        return Panel(scalars=tagged, texts=texts, images=images, notes=self._notes)
+        tag, rows, self._rows = f"{self._group}/{ROWS}", self._rows, []
+        return Panel(
+            scalars=tagged,
+            texts=texts,
+            images=images,
+            notes=self._notes,
+            rows={tag: rows} if rows else {},
+            columns={tag: ["mark", *self._heatmap.names]},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types, which load under ``weights_only=True``."""
         return {
             "heatmap": self._heatmap.state_dict(),
             "nonfinite": self._nonfinite,
+            "clipped": self._clipped,
+            "skipped": self._skipped,
             "findings": list(self._findings),
             "diagnoses": list(self._diagnoses),
             "steps": self._steps,
@@ -124,9 +149,14 @@ class Overview:
         """Continues a run from `state_dict`."""
         self._heatmap.load_state_dict(state["heatmap"])
         self._nonfinite = state["nonfinite"]
+        self._clipped, self._skipped = state.get("clipped", 0), state.get("skipped", 0)
         self._findings, self._diagnoses = list(state["findings"]), list(state["diagnoses"])
         self._steps, self._drawn, self._next_drawing = state["steps"], state["drawn"], state["next_drawing"]
         self._text_is_news = bool(self._findings or self._diagnoses)
+
+    def _keep_row(self, report: Report, mark: int) -> None:
+        rms = self._layer_rms(report.norms)
+        self._rows.append((report.step, [mark, *(-math.inf if x is None else _log10(x) for x in rms)]))
 
     def _note(self, finding: Finding) -> None:
         self._findings = [_line(finding), *self._findings][:_FINDINGS]

@@ -23,6 +23,9 @@ class Panel:
         texts: Markdown, each standing for the whole run so far.
         images: Functions that draw a PNG; called later and on another thread, so they own their data.
         notes: How to read a tag, in Markdown; shown beside it.
+        rows: Vectors, each with a step of its own: kept in the file for `lightning_gradguard.report`, in a form
+            that no dashboard shows.
+        columns: For each tag of ``rows``, what the entries of its vectors are.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -30,6 +33,8 @@ class Panel:
     texts: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[tuple[int, Sequence[float]]]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class Sink(Protocol):

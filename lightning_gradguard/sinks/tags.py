@@ -31,6 +31,9 @@ NOTES = {
     "clipped_norm_log10": "log10 of the norm of all gradients together, after clipping: what the optimizer got.",
     "threshold_log10": "log10 of the largest norm that the clipper allowed at this step.",
     "nonfinite_total": "Steps so far whose gradients were not finite. Each was skipped.",
+    "clipped_total": "Steps so far whose gradients were clipped.",
+    "skipped_total": "Steps so far that were not taken.",
+    "layer_rms_log10": "The values of the heat map, for `gradguard report`; shown by no dashboard.",
     "diagnosis": "All that was found so far, newest first.",
 }
 RMS_NOTE = "log10 of the root mean square of the gradient of `{name}`, before clipping."

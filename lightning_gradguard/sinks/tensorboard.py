@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import struct
 from array import array
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 from tensorboard.compat.proto.summary_pb2 import (
     DATA_CLASS_BLOB_SEQUENCE,
     DATA_CLASS_SCALAR,
@@ -19,7 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import (
 )
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_HALF, DT_STRING
 
 from lightning_gradguard.signals.histogram import EDGES
 from lightning_gradguard.sinks.panel import Fuse, Panel
@@ -57,6 +59,8 @@ class TensorBoardSink:
         """
         if panel.scalars or panel.histograms or panel.texts:
             self._file_fuse.run(lambda: self._write_values(step, panel))
+        if panel.rows:
+            self._file_fuse.run(lambda: self._write_rows(panel))
         if panel.images and not self._file_fuse.blown:
             self._drawing_fuse.run(lambda: self._start_drawings(step, panel))
         self._write_drawings(wait=False)
@@ -78,6 +82,12 @@ class TensorBoardSink:
         values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in panel.texts.items()]
         self._add(values, step)
 
+    def _write_rows(self, panel: Panel) -> None:
+        for tag, rows in panel.rows.items():
+            columns = json.dumps(list(panel.columns.get(tag, ())), separators=(",", ":")).encode()
+            for step, row in rows:
+                self._add([self._value(tag, panel.notes, "gradguard", columns, tensor=_row(row))], step)
+
     def _start_drawings(self, step: int, panel: Panel) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="gradguard-draw")
         for tag, draw in panel.images.items():
@@ -94,13 +104,15 @@ class TensorBoardSink:
             value = self._value(drawing.tag, drawing.notes, "images", image=image)
             self._file_fuse.run(lambda: self._add([value], drawing.step))
 
-    def _value(self, tag: str, notes: Mapping[str, str], plugin: str, **content: Any) -> Summary.Value:
+    def _value(
+        self, tag: str, notes: Mapping[str, str], plugin: str, columns: bytes = b"", **content: Any
+    ) -> Summary.Value:
         value = Summary.Value(tag=tag, **content)
         if tag not in self._described:
             value.metadata.CopyFrom(
                 SummaryMetadata(
                     summary_description=notes.get(tag, ""),
-                    plugin_data=SummaryMetadata.PluginData(plugin_name=plugin),
+                    plugin_data=SummaryMetadata.PluginData(plugin_name=plugin, content=columns),
                     data_class=_DATA_CLASS[plugin],
                 )
             )
@@ -128,6 +140,8 @@ _DATA_CLASS = {
     "histograms": DATA_CLASS_TENSOR,
     "text": DATA_CLASS_TENSOR,
     "images": DATA_CLASS_BLOB_SEQUENCE,
+    # No dashboard has this name, so TensorBoard leaves it alone.
+    "gradguard": DATA_CLASS_TENSOR,
 }
 
 
@@ -139,6 +153,14 @@ def _number(value: float) -> float:
 def _buckets(counts: Sequence[float]) -> TensorProto:
     rows = array("f", (x for row in zip(EDGES[:-1], EDGES[1:], counts, strict=True) for x in row))
     return TensorProto(dtype=DT_FLOAT, tensor_shape=_MATRIX, tensor_content=rows.tobytes())
+
+
+def _row(values: Sequence[float]) -> TensorProto:
+    # Half precision tells 0.01 decades apart, at half of the bytes.
+    content = np.array(values, dtype=np.float16).tobytes()
+    return TensorProto(
+        dtype=DT_HALF, tensor_shape=TensorShapeProto(dim=[{"size": len(values)}]), tensor_content=content
+    )
 
 
 def _image(draw: Callable[[], bytes]) -> Summary.Image:

@@ -19,7 +19,7 @@ from lightning_gradguard import Fault, GradGuard
 SICK = {
     "V01": 40,
     "V12": 40,
-    "V18": 60,
+    "V18": 110,
     "V08": 60,
     "D01": 30,
     "D04": 30,

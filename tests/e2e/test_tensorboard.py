@@ -119,7 +119,8 @@ def ask(request, servers):
 
 def test_tags(ask):
     group = {"total_norm_log10", "worst_layer_rms_log10", "depth_tilt_decades", "update_ratio_log10"}
-    scalars = {f"gradguard/{name}" for name in group | {"clip_scale", "nonfinite_total"}}
+    counters = {"clip_scale", "nonfinite_total", "clipped_total", "skipped_total"}
+    scalars = {f"gradguard/{name}" for name in group | counters}
     assert ask("scalars/tags")[RUN].keys() == scalars
     titles = ["000_0.weight", "001_1.weight", "002_2.weight"]
     assert sorted(ask("histograms/tags")[RUN]) == [f"gradguard_hist_log10/{title}" for title in titles]

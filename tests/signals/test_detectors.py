@@ -160,8 +160,9 @@ def starving(decades, at, layers=6):
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_a_single_layer_that_starves_is_named(at):
     stream = Stream(DepthTilt())
-    seen = [stream.feed(starving(4, at))[0] for _ in range(60)]
-    assert [bool(r.raised) for r in seen].index(True) == 29
+    stream.updates[at] = 1e-7
+    seen = [stream.feed(starving(4, at))[0] for _ in range(110)]
+    assert [bool(r.raised) for r in seen].index(True) == 99
     assert seen[-1].measure == 1
     assert seen[-1].value.item() == pytest.approx(4, abs=0.1)
     assert torch.argmax(seen[-1].score) == at
@@ -169,14 +170,22 @@ def test_a_single_layer_that_starves_is_named(at):
 
 def test_a_single_layer_may_lag_behind_while_the_loss_falls():
     stream = Stream(DepthTilt())
-    assert not any(stream.feed(starving(6, 2), loss=2 * 0.98**s)[0].raised for s in range(100))
+    stream.updates[2] = 1e-7
+    assert not any(stream.feed(starving(6, 2), loss=2 * 0.98**s)[0].raised for s in range(150))
     milder = Stream(DepthTilt())
-    assert not any(milder.feed(starving(2, 2))[0].raised for _ in range(100))
+    milder.updates[2] = 1e-7
+    assert not any(milder.feed(starving(2, 2))[0].raised for _ in range(150))
+
+
+def test_a_single_layer_that_is_moved_as_the_others_are_does_not_starve():
+    stream = Stream(DepthTilt())
+    assert not any(stream.feed(starving(6, 2))[0].raised for _ in range(150))
 
 
 def test_the_last_layers_of_a_net_that_explodes_do_not_starve():
     stream = Stream(DepthTilt())
-    assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(60))
+    stream.updates[5] = 1e-7
+    assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(150))
 
 
 def test_exploding_by_tilt():
@@ -338,6 +347,25 @@ def test_dead_units_need_ninety_per_cent_for_twenty_steps_and_no_progress():
     assert not any(learning.feed([1.0] * 6, 0.97**s, dead=shares)[0].raised for s in range(60))
     half = Stream(DeadUnits())
     assert not any(half.feed([1.0] * 6, dead=shares / 2)[0].raised for s in range(60))
+
+
+def test_outputs_that_the_loss_does_not_ask_for_are_not_dead():
+    stream = Stream(DeadUnits())
+    shares = torch.tensor([0.0] * 5 + [0.95])
+    assert not any(stream.feed([1.0] * 6, dead=shares)[0].raised for _ in range(60))
+    assert [stream.feed([1.0] * 5 + [0.0], dead=shares)[0].raised for _ in range(30)][-1]
+
+
+def test_an_optimizer_of_another_model_is_more_than_unused_tensors():
+    stream = Stream(Disconnected())
+    seen = [stream.feed([None] * 6, unused=mask(*range(6)))[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 2
+
+
+def test_a_loss_that_is_not_finite_is_called_so():
+    seen = Stream(NonFinite()).feed([1.0] * 6, math.nan)[0]
+    assert (seen.raised, seen.measure, seen.value) == (True, 1, 1)
 
 
 def test_underflow_is_judged_by_the_output_layer():

@@ -123,6 +123,19 @@ def test_resumes_as_if_it_had_not_stopped(before, after, skipped):
     np.testing.assert_equal(resumed.state_dict(), whole.state_dict())
 
 
+def test_says_what_is_new_in_a_column():
+    heatmap = Heatmap(["a", "b"], 2)
+    assert not heatmap.record(0, [1.0, None])
+    assert heatmap.record(1, [math.nan, 1.0])
+    assert heatmap.mark(1, clipped=True)
+    assert heatmap.mark(1, skipped=True)
+    heatmap.record(2, [1.0, 1.0])  # merges the columns
+    assert not heatmap.record(1, [math.nan, 1.0])
+    assert heatmap.record(1, [1.0, math.inf])
+    assert not heatmap.mark(0, clipped=True, skipped=True)
+    assert heatmap.mark(2, clipped=True)
+
+
 def test_state_is_plain(tmp_path):
     heatmap = Heatmap(["a", "b"])
     heatmap.record(5, [math.nan, None])

@@ -56,6 +56,8 @@ def test_scalars_are_those_of_the_report():
             "gradguard/update_ratio_log10": -3.0,
             "gradguard/clip_scale": 0.25,
             "gradguard/nonfinite_total": 0.0,
+            "gradguard/clipped_total": 1.0,
+            "gradguard/skipped_total": 0.0,
         }
     )
 
@@ -198,6 +200,30 @@ def test_text_does_not_grow_without_end():
     text = view.panel(report(2000)).texts["gradguard/diagnosis"]
     assert len(text) < 20_000
     assert "step 1,999:" in text
+
+
+def test_rows_are_kept_with_their_own_steps_until_they_are_written():
+    view = overview()
+    for newest in (report(0), report(1, scale=0.5), bad(2)):
+        view.observe(newest)
+    panel = view.panel(report(2))
+    ((tag, rows),) = panel.rows.items()
+    assert tag == "gradguard/layer_rms_log10"
+    assert panel.columns[tag] == ["mark", "net.0", "net.2"]
+    assert [step for step, _ in rows] == [0, 1, 2]
+    assert [row[0] for _, row in rows] == [0, 1, 2]
+    assert rows[0][1][1:] == pytest.approx([-1, -3])
+    assert math.isnan(rows[2][1][1])
+    assert not view.panel(report(2)).rows
+
+
+@pytest.mark.parametrize("make", [report, bad, lambda step: report(step, scale=0.5)])
+def test_rows_do_not_grow_with_the_run(make):
+    view = overview()
+    for step in range(20_000):
+        view.observe(make(step))
+    # 128, then half as many for each doubling; and again for what was done, and for what is not finite.
+    assert len(view.panel(report(20_000)).rows["gradguard/layer_rms_log10"]) <= 3 * (128 + 64 * 8)
 
 
 def test_groups_keep_optimizers_apart():

@@ -1,4 +1,5 @@
 import errno
+import json
 import math
 import sys
 import threading
@@ -84,6 +85,18 @@ def test_images(tmp_path):
     write(tmp_path, (5, Panel(images={"group/map": lambda: PNG})))
     (image,) = [value.image for event in events(tmp_path) for value in event.summary.value]
     assert (image.width, image.height, image.encoded_image_string) == (7, 5, PNG)
+
+
+def test_rows_have_steps_of_their_own_and_their_columns_once(tmp_path):
+    rows = [(3, [1.0, -2.5, math.nan]), (4, [0.0, -3.003, -math.inf])]
+    panel = Panel({"a/b": 1.0}, rows={"a/rows": rows}, columns={"a/rows": ["mark", "x", "y"]})
+    write(tmp_path, (9, panel), (9, Panel(rows={"a/rows": [(10, [0.0, 1.0, 1.0])]})))
+    seen = [(e.step, v) for e in events(tmp_path) for v in e.summary.value if v.tag == "a/rows"]
+    assert [step for step, _ in seen] == [3, 4, 10]
+    np.testing.assert_allclose(make_ndarray(seen[0][1].tensor), rows[0][1], atol=0.005)
+    np.testing.assert_allclose(make_ndarray(seen[1][1].tensor), rows[1][1], atol=0.005)
+    assert json.loads(seen[0][1].metadata.plugin_data.content) == ["mark", "x", "y"]
+    assert not seen[1][1].HasField("metadata")
 
 
 def test_one_event_for_a_step(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from lightning_gradguard.doctor.trials.sandbox import sandbox
 from lightning_gradguard.doctor.trials.swaps import Swaps
 from lightning_gradguard.doctor.trials.weights import add_gates_, initialise_
 
+_CHECKPOINTS = "the model computes its activations again in the backward pass (checkpointing)"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -37,6 +40,7 @@ class Subject:
         number: The batch's number, if known.
         norms: L2 norms that parameters are scaled to beforehand, by name: of weights that have run away, those they
             began with.
+        divisible: Whether half of the batch is a batch.
     """
 
     module: nn.Module
@@ -45,6 +49,7 @@ class Subject:
     optimizer: torch.optim.Optimizer
     number: int | None = None
     norms: Mapping[str, float] = field(default_factory=dict)
+    divisible: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,11 @@ def attempt(
         Exception: Whatever the model raises when it is so changed.
     """
     module, plan = subject.module, plan or Plan()
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise ValueError("a scripted module cannot be copied")
     names = {id(p): name for name, p in module.named_parameters()}
     scale = Scale.of(subject.batch) if change.target else None
-    with sandbox(module) as copy, torch.enable_grad():
+    with gradients_kept(subject), sandbox(module) as copy, torch.enable_grad():
         _rescale_(module, subject.norms)
         apply_(module, change, plan)
         recorder = Recorder(module)
@@ -100,14 +107,16 @@ def attempt(
         optimizer = _virtual_optimizer(subject.optimizer, names, parameters, change.rate)
         times = TimeProfile(module)
         loss, first = math.nan, None
-        learn, taken = half(subject.batch), 0
+        learn, taken = half(subject.batch) if subject.divisible else subject.batch, 0
         for _ in range(max(1, passes - 1)):
             taken += 1
             optimizer.zero_grad()
             batch = prepared(copy(learn), change, scale)
-            with mode:  # also for the backward pass, in which checkpointed parts run again
+            with mode, _without_checkpoints(change):
                 scalar = subject.loss_of(batch)
-                scalar.backward()  # type: ignore[no-untyped-call]
+            if change.swaps:
+                _refuse_checkpoints(scalar)
+            scalar.backward()  # type: ignore[no-untyped-call]
             if first is None:
                 profile = layer_profile(parameters, layers)
                 first = depth_tilt(profile), times.tilt(), dead_share(parameters, layers), len(profile)
@@ -123,6 +132,41 @@ def attempt(
             loss = loss if math.isfinite(loss) else math.inf
     assert first is not None
     return Outcome(loss, *first, plan=plan, passes=taken)
+
+
+@contextmanager
+def gradients_kept(subject: Subject) -> Iterator[None]:
+    """Takes the gradients aside: what holds the parameters themselves, such as a closure, would add to them."""
+    own = [p for group in subject.optimizer.param_groups for p in group["params"]]
+    held = [(p, p.grad) for p in {id(p): p for p in (*own, *subject.module.parameters())}.values()]
+    groups = [dict(group) for group in subject.optimizer.param_groups]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
+        for group, before in zip(subject.optimizer.param_groups, groups, strict=True):
+            group.update(before)
+
+
+def _without_checkpoints(change: Change) -> AbstractContextManager[object]:
+    """Refuses activation checkpointing where functions are swapped: what is computed again later is not."""
+    return torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTS) if change.swaps else nullcontext()
+
+
+def _refuse_checkpoints(loss: Tensor) -> None:
+    """The same for the reentrant kind, which is one node of the graph."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            raise ValueError(_CHECKPOINTS)
+        pending += [upper for upper, _ in node.next_functions]
 
 
 def apply_(module: nn.Module, change: Change, plan: Plan) -> None:

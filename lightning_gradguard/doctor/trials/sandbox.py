@@ -20,6 +20,7 @@ from torch import Tensor, nn
 LARGEST_TENSOR, LARGEST_CONTAINER = 2**22, 10_000
 #: Packages whose objects are left alone: a trainer, a logger, an optimizer belongs to the training.
 _HOSTS = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard"})
+_CONTAINERS = (dict, OrderedDict, list, set, deque, defaultdict)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -86,9 +87,24 @@ class _Copier:
             return self._tensor(value)
         if isinstance(value, torch.Generator):
             return value.clone_state()
-        if type(value) in (dict, OrderedDict, list, set, deque, defaultdict):
-            return copy.copy(value) if len(value) <= LARGEST_CONTAINER else value
-        if isinstance(value, (tuple, nn.Module)) or type(value).__module__.partition(".")[0] in _HOSTS:
+        if type(value) in _CONTAINERS:
+            return copy.copy(value)
+        if isinstance(value, (tuple, nn.Module)):
+            return value
+        if isinstance(value, Iterator):
+            try:
+                return copy.copy(value)
+            except Exception:
+                raise ValueError(
+                    f"the module holds a {type(value).__name__}, which a trial would use up"
+                ) from None
+        if type(value).__module__.partition(".")[0] in _HOSTS and not isinstance(value, dict):
+            if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+                raise ValueError(f"the module holds a {type(value).__name__}, which a trial would advance")
+            return value
+        if type(value).__module__.startswith("numpy.random"):  # a shallow copy shares its state
+            return copy.deepcopy(value)
+        if hasattr(type(value), "__del__"):  # what it holds is closed with the copy
             return value
         if getattr(value, "nbytes", 0) > 4 * LARGEST_TENSOR:  # an array
             return value
@@ -102,6 +118,8 @@ class _Copier:
             self._kept.append((value, dict(value.__dict__)))
             for name, attribute in list(value.__dict__.items()):
                 value.__dict__[name] = self.copy(attribute)
+        elif type(made) in _CONTAINERS and len(made) > LARGEST_CONTAINER:
+            return
         elif isinstance(made, dict) and type(made) in (dict, OrderedDict, defaultdict):
             for key, entry in value.items():
                 made[key] = self.copy(entry)
@@ -141,3 +159,9 @@ def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
             random.setstate(python)
             if numpy is not None:
                 numpy.random.set_state(state)
+
+
+def is_one_of_many() -> bool:
+    """Whether other processes train along: one of them may halt where another goes on, and wait in vain."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1

@@ -13,6 +13,7 @@ from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis, Remedy
 from lightning_gradguard.doctor.trials.attempt import Outcome, Subject, attempt
 from lightning_gradguard.doctor.trials.candidates import Candidate, find_candidates, pair
 from lightning_gradguard.doctor.trials.change import Change
+from lightning_gradguard.doctor.trials.sandbox import is_one_of_many
 from lightning_gradguard.doctor.wording import number
 from lightning_gradguard.verdicts.faults import Fault
 
@@ -20,9 +21,8 @@ from lightning_gradguard.verdicts.faults import Fault
 MOST_PASSES = 30
 #: Passes of an attempt with virtual steps: three steps, and a last look.
 _FULL = 4
-#: Tilts over depth and over time that count as healthy, in decades. The zoo's healthy trainings lie between -0.9 and
-#: 2.3, and 3.8 over time; one pass is noisier than their running mean.
-_DEPTH, _TIME = (-2.3, 2.5), (-3.0, 6.0)
+#: Tilts over depth and over time that count as healthy, in decades: within the limits of `Exploding` and `DepthTilt`.
+_DEPTH, _TIME = (-1.8, 2.5), (-3.0, 6.0)
 #: Growth of a layer's weights from which they are no ground to try anything on.
 _RUNAWAY = 3.0
 #: Remedies that are shown of those that were tried, and of the others.
@@ -59,11 +59,13 @@ def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subj
     if diagnosis.fault not in _FAULTS and diagnosis.causes[0] not in _CAUSES:
         return diagnosis
     try:
+        if is_one_of_many():
+            raise ValueError("other processes would wait meanwhile")
         subject = _rewound(subject_of(), case)
         # A compiled module's own names say that it is one, and the case's do not.
         own = {name.replace("_orig_mod.", ""): name for name, _ in subject.module.named_parameters()}
-        session = Session(subject, tuple(own.get(case.names[i], case.names[i]) for i in case.layers))
-        base = session.attempt(Change(), _FULL)
+        layers = tuple(own.get(case.names[i], case.names[i]) for i in case.layers)
+        session, base = _begin(subject, layers)
     except Exception as error:
         return dataclasses.replace(diagnosis, trials=(f"No remedy was tried: {_reason(error)}.",))
     candidates = find_candidates(case, diagnosis.causes, subject.module, subject.batch, base.plan)
@@ -112,20 +114,40 @@ class Session:
         finals: list[Trial] = []
         while looks and MOST_PASSES - self.passes >= 2 * _FULL:
             finals.append(self._try(looks.pop(0).candidate, _FULL))
-        finals.sort(key=_rank)
+        rank = self._rank
+        finals.sort(key=rank)
         pairs = (pair(a.candidate, b.candidate) for a, b in combinations(finals, 2))
         known = [c.change for c in candidates]
         best = next((both for both in pairs if both is not None and both.change not in known), None)
         last = best or (looks.pop(0).candidate if looks else None)
         if last is not None and MOST_PASSES - self.passes >= _FULL:
             finals.append(self._try(last, _FULL))
-        return [*sorted(finals, key=_rank), *looks, *failed]
+        finals.sort(key=rank)
+        # What does no better than nothing is no advice before what has not been seen to fail.
+        worse = [t for t in finals if rank(t)[0]]
+        return [*finals[: len(finals) - len(worse)], *looks, *worse, *failed]
+
+    def _rank(self, trial: Trial) -> tuple[bool, float, float]:
+        """Those that do better than nothing; of them the healthiest first, and of those the lowest loss."""
+        loss = math.inf if trial.outcome is None or math.isnan(trial.outcome.loss) else trial.outcome.loss
+        base = math.inf if self._base is None or math.isnan(self._base.loss) else self._base.loss
+        return loss >= base, round(unhealthy(trial.outcome), 1), loss
 
     def _try(self, candidate: Candidate, passes: int) -> Trial:
         try:
             return Trial(candidate, self.attempt(candidate.change, passes))
         except Exception as error:
             return Trial(candidate, None, _reason(error))
+
+
+def _begin(subject: Subject, layers: tuple[str, ...]) -> tuple[Session, Outcome]:
+    """The attempt without a change, on half of the batch, or all where a half is none: a graph with its adjacency."""
+    try:
+        session = Session(subject, layers)
+        return session, session.attempt(Change(), _FULL)
+    except Exception:
+        session = Session(dataclasses.replace(subject, divisible=False), layers)
+        return session, session.attempt(Change(), _FULL)
 
 
 def unhealthy(outcome: Outcome | None) -> float:
@@ -137,12 +159,6 @@ def unhealthy(outcome: Outcome | None) -> float:
         if tilt is not None:
             beyond += [tilt - high, low - tilt] if math.isfinite(tilt) else [math.inf]
     return max(beyond)
-
-
-def _rank(trial: Trial) -> tuple[float, float]:
-    """The healthiest first, and of those the lowest loss."""
-    loss = math.inf if trial.outcome is None or math.isnan(trial.outcome.loss) else trial.outcome.loss
-    return round(unhealthy(trial.outcome), 1), loss
 
 
 def _rewound(subject: Subject, case: Case) -> Subject:
@@ -166,10 +182,13 @@ def _remedy(trial: Trial, base: Outcome) -> Remedy:
 
 def _account(session: Session, base: Outcome, tried: int, rewound: bool) -> list[str]:
     loss = number(base.loss) if math.isfinite(base.loss) else "not finite"
+    learnt = "half of it" if session.subject.divisible else "it"
     said = [
         f"{tried} remedies were tried on copies of these weights and this batch, in {session.passes} passes; the "
-        f"training itself is as it was. Tilts are in decades from input to output, of which -1 to 2.3 are healthy.",
-        f"The loss is that of this batch after {_FULL - 1} steps with half of it; without a remedy it is {loss}.",
+        f"training itself is as it was. Tilts are in decades from input to output, of which {_DEPTH[0]:g} to "
+        f"{_DEPTH[1]:g} are healthy.",
+        f"The loss is that of this batch after {_FULL - 1} steps with {learnt}, and blank where one pass was "
+        f"enough to see; without a remedy it is {loss}.",
     ]
     if rewound:
         said.append("The weights had run away; they were scaled back to their size at the start for this.")

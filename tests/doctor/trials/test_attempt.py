@@ -1,10 +1,12 @@
 """Attempts give the known decades, take the steps that the optimizer would take, and leave no trace."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -173,3 +175,38 @@ def test_half_a_batch_is_every_other_example():
     assert [t.tolist() for t in half([x, y])] == [x[::2].tolist(), y[::2].tolist()]
     for whole in ([x[:4], y[:4]], [x, y[:9]], [torch.tensor(3.0)], "text"):
         assert half(whole) is whole
+
+
+def test_gradients_of_parameters_that_others_hold_are_put_back():
+    model = chain(2, activation=nn.ReLU)
+    outside = nn.Parameter(torch.ones(()))
+    subject = subject_of(model, torch.optim.SGD([*model.parameters(), outside], lr=0.1))
+    inner = subject.loss_of
+    subject = dataclasses.replace(subject, loss_of=lambda batch: inner(batch) * outside)
+    outside.grad = torch.tensor(3.0)
+    attempt(subject, Change(), layers=weights(model), passes=4)
+    assert outside.grad == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_activations_are_refused(reentrant):
+    model = chain(2, activation=nn.ReLU)
+    subject = subject_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def loss_of(batch):
+        x, y = batch
+        hidden = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+        return nn.functional.cross_entropy(hidden, y)
+
+    subject = dataclasses.replace(subject, loss_of=loss_of)
+    with pytest.raises((ValueError, RuntimeError), match="checkpointing"):
+        attempt(subject, Change(activation="gelu"), layers=weights(model), passes=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_module_is_refused():
+    model = chain(2, activation=nn.ReLU)
+    model.append(torch.jit.script(nn.Linear(10, 10)))
+    subject = subject_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="scripted"):
+        attempt(subject, Change(), layers=weights(model), passes=4)

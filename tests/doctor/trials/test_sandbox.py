@@ -1,5 +1,6 @@
 """Whatever a step does to a module in a sandbox, nothing of it is left."""
 
+import gc
 import random
 from collections import Counter, deque
 
@@ -146,6 +147,48 @@ def test_data_that_a_module_carries_is_not_copied(monkeypatch):
     model.images, model.rows, model.array = torch.zeros(11), list(range(11)), np.zeros(11)
     held = model.images, model.rows, model.array
     with sandbox(model):
-        assert all(a is b for a, b in zip(held, (model.images, model.rows, model.array), strict=True))
+        assert model.images is held[0]
+        assert model.array is held[2]
+        model.rows.append(0)  # a long list is another list, of the same entries
         model.buffer += 1
+    assert model.rows is held[1]
+    assert len(model.rows) == 11
     assert torch.equal(model.buffer, torch.zeros(11))
+
+
+class Closing:
+    """Closes what it holds when it goes."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __del__(self):
+        self.stream.close()
+
+
+def test_what_closes_itself_is_not_copied(tmp_path):
+    model = nn.Linear(2, 2)
+    model.held = Closing((tmp_path / "log").open("w"))
+    with sandbox(model):
+        pass
+    gc.collect()
+    assert not model.held.stream.closed
+
+
+def test_a_generator_of_numpy_goes_on_as_if_nothing_had_been_drawn():
+    model = nn.Linear(2, 2)
+    model.random = np.random.default_rng(0)
+    with sandbox(model):
+        model.random.random(5)
+    assert model.random.random() == np.random.default_rng(0).random()
+
+
+@pytest.mark.parametrize("attribute", ["a generator", "a schedule"])
+def test_what_a_trial_would_use_up_is_refused(attribute):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.held = (
+        (x for x in range(3)) if attribute == "a generator" else torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    )
+    with pytest.raises(ValueError, match="the module holds a"), sandbox(model):
+        pass

@@ -125,7 +125,7 @@ def test_a_remedy_that_cannot_be_tried_says_so(lab):
 
 
 def test_where_nothing_can_be_tried_the_reason_is_told(lab):
-    _, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={1})
+    _, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={1, 2})
     assert diagnosis.remedies == plain.remedies
     assert diagnosis.trials == ("No remedy was tried: RuntimeError: out of | <memory> here.",)
 

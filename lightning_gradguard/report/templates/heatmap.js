@@ -1,0 +1,122 @@
+// Layers by step, and above them on the same axis what was found and what was done.
+
+const LANE = 17;
+
+function colour(x) {
+  const { scale, stops } = DATA.colours;
+  const place = clamp((x - scale[0]) / (scale[1] - scale[0]), 0, 1) * (stops.length - 1);
+  const k = Math.min(Math.floor(place), stops.length - 2);
+  return stops[k].map((low, i) => Math.round(low + (place - k) * (stops[k + 1][i] - low)));
+}
+
+function cellsOf(heat) {
+  if (!heat.decoded) heat.decoded = new Int16Array(bytes(heat.cells).buffer);
+  return heat.decoded;
+}
+
+function picture(heat) {
+  const canvas = document.createElement("canvas");
+  const cells = cellsOf(heat);
+  canvas.width = heat.columns;
+  canvas.height = heat.names.length;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(canvas.width, canvas.height);
+  cells.forEach((cell, i) => {
+    const rgb = cell === NONE ? [211, 211, 211] : cell === NOT_FINITE ? [255, 0, 255] : colour(cell / 100);
+    image.data.set([...rgb, 255], 4 * i);
+  });
+  context.putImageData(image, 0, 0);
+  return canvas.toDataURL();
+}
+
+function heightOf(layers) {
+  const roomy = 24 * layers;
+  return roomy <= 420 ? Math.max(72, roomy) : clamp(1.25 * layers, 420, 1200);
+}
+
+function drawHeat(figure, run) {
+  const heat = run.heat, place = figure.querySelector(".plot");
+  if (!heat || !place) return;
+  const done = run.judged ? ["skipped", "clipped"] : [];
+  const lanes = [...run.marks.map((mark) => mark.title), ...done];
+  const letters = Math.max(...[...lanes, ...heat.labels].map((label) => label.length));
+  const left = clamp(6.4 * letters + 12, 56, Math.max(110, 0.35 * place.clientWidth));
+  const top = lanes.length * LANE + 6;
+  const last = heat.first + heat.columns * heat.stride;
+  const margin = { left, right: 4, top, bottom: 22 };
+  const label = `Heat map of ${heat.names.length} layers, steps ${whole(heat.first)} to ${whole(last - 1)}`;
+  const p = plot(place, top + heightOf(heat.names.length) + 22, margin, [heat.first, last], [heat.names.length, 0], label);
+  drawLanes(p, run, heat, lanes);
+  const size = { x: p.box.left, y: top, width: p.box.right - p.box.left, height: p.box.bottom - top };
+  add(p.svg, "image", { ...size, href: picture(heat), preserveAspectRatio: "none" });
+  drawLayerNames(p, heat);
+  stepAxis(p);
+  explore(p, figure.querySelector(".readout"), heat);
+}
+
+function drawLanes(p, run, heat, lanes) {
+  lanes.forEach((title, i) => {
+    const y = i * LANE;
+    add(p.svg, "rect", { class: "lane", x: p.box.left, y: y + 2, width: p.box.right - p.box.left, height: LANE - 4 });
+    add(p.svg, "text", { x: p.box.left - 6, y: y + 12, "text-anchor": "end" }, title);
+  });
+  run.marks.forEach((mark, i) => {
+    for (const step of mark.steps) {
+      const x = clamp(p.x(step + 0.5), p.box.left + 4, p.box.right - 4), y = i * LANE + 4;
+      const triangle = add(p.svg, "path", { class: `fault ${mark.severity}`, d: `M${x - 4.5} ${y}h9l-4.5 8z` });
+      add(triangle, "title", {}, `${mark.title} (${mark.severity}), step ${whole(step)}`);
+    }
+  });
+  lanes.slice(run.marks.length).forEach((kind, i) => {
+    const y = (run.marks.length + i) * LANE + 2;
+    for (const column of heat[kind]) {
+      const x = p.x(heat.first + column * heat.stride);
+      const width = Math.max(2, p.x(heat.first + (column + 1) * heat.stride) - x);
+      const fill = kind === "skipped" ? "var(--nonfinite)" : "var(--clipped)";
+      add(p.svg, "rect", { x, y, width, height: LANE - 4, fill });
+    }
+  });
+}
+
+function drawLayerNames(p, heat) {
+  const row = (p.box.bottom - p.box.top) / heat.names.length;
+  const every = Math.ceil(14 / row);
+  for (let i = 0; i < heat.names.length; i += every) {
+    const text = add(p.svg, "text", { x: p.box.left - 6, y: p.y(i + 0.5) + 4, "text-anchor": "end" }, heat.labels[i]);
+    add(text, "title", {}, heat.names[i]);
+  }
+}
+
+function explore(p, readout, heat) {
+  const cells = cellsOf(heat), rest = readout.textContent;
+  const frame = add(p.svg, "rect", { class: "cursor", visibility: "hidden" });
+  let column = heat.columns, layer = -1; // the first key begins at the newest step of the first layer
+  const show = () => {
+    const begin = heat.first + column * heat.stride, x = p.x(begin), y = p.y(layer);
+    const size = { x, y, width: Math.max(3, p.x(begin + heat.stride) - x), height: Math.max(3, p.y(layer + 1) - y) };
+    for (const [name, value] of Object.entries(size)) frame.setAttribute(name, value);
+    frame.setAttribute("visibility", "visible");
+    const cell = cells[layer * heat.columns + column];
+    const value = cell === NONE ? "no gradient" : cell === NOT_FINITE ? "NaN or infinity" : power(cell / 100);
+    const steps = heat.stride === 1 ? `step ${whole(begin)}` : `steps ${whole(begin)} to ${whole(begin + heat.stride - 1)}`;
+    say(readout, "", heat.names[layer], ", ", steps, ", ", value);
+  };
+  follow(
+    p.svg,
+    (x, y) => {
+      column = clamp(Math.floor(((x - p.box.left) / (p.box.right - p.box.left)) * heat.columns), 0, heat.columns - 1);
+      layer = clamp(Math.floor(((y - p.box.top) / (p.box.bottom - p.box.top)) * heat.names.length), 0, heat.names.length - 1);
+      show();
+    },
+    (right, down) => {
+      const isFirst = layer < 0;
+      column = clamp(isFirst ? heat.columns - 1 : column + right, 0, heat.columns - 1);
+      layer = clamp(isFirst ? 0 : layer + down, 0, heat.names.length - 1);
+      show();
+    },
+    () => {
+      frame.setAttribute("visibility", "hidden");
+      say(readout, rest);
+    },
+  );
+}

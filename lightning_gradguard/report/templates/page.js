@@ -1,0 +1,69 @@
+// Puts the figures in their places, and draws them anew when their width changes.
+
+function drawLegend(place) {
+  const { scale, stops } = DATA.colours;
+  const bar = document.createElement("span");
+  const svg = add(bar, "svg", { viewBox: "0 0 190 26", width: 190, height: 26, role: "img", "aria-label": `Colours from 10 to the power ${scale[0]} to ${scale[1]}` });
+  const gradient = add(add(svg, "defs"), "linearGradient", { id: "colours" });
+  stops.forEach((rgb, i) => add(gradient, "stop", { offset: i / (stops.length - 1), "stop-color": `rgb(${rgb})` }));
+  add(svg, "rect", { x: 8, y: 0, width: 174, height: 10, fill: "url(#colours)" });
+  for (const value of ticks(scale[0], scale[1], 6)) {
+    const x = 8 + (174 * (value - scale[0])) / (scale[1] - scale[0]);
+    add(svg, "text", { x, y: 23, "text-anchor": "middle" }, String(value).replace("-", "−"));
+  }
+  place.append(bar);
+  const kinds = [["NaN or infinity; skipped", "nonfinite"], ["clipped", "clipped"], ["no gradient", "blank"]];
+  for (const [text, name] of kinds) {
+    const item = document.createElement("span"), swatch = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.style.background = `var(--${name})`;
+    item.append(swatch, text);
+    place.append(item);
+  }
+}
+
+function drawRunLegend(item) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  for (const [name, value] of Object.entries({ width: 26, height: 8, viewBox: "0 0 26 8", "aria-hidden": "true" })) svg.setAttribute(name, value);
+  add(svg, "line", { class: "curve", x1: 0, x2: 26, y1: 4, y2: 4, ...lineOf(Number(item.dataset.line)) });
+  item.prepend(svg);
+}
+
+function fillPicker(picker) {
+  const titles = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.histograms)))].sort();
+  picker.append(...titles.map((title) => new Option(title, title)));
+  // Begins with one that can be compared: the first that most runs have.
+  const runsWith = (title) => DATA.runs.filter((run) => title in run.histograms).length;
+  picker.value = titles.reduce((best, title) => (runsWith(title) > runsWith(best) ? title : best));
+}
+
+function start() {
+  const legend = document.querySelector("[data-legend]"), picker = document.getElementById("layer");
+  drawLegend(legend);
+  document.querySelectorAll("[data-line]").forEach(drawRunLegend);
+  if (picker) fillPicker(picker);
+  const drawings = new Map();
+  for (const figure of document.querySelectorAll("figure")) {
+    const { heat, chart, histogram } = figure.dataset;
+    if (heat) drawings.set(figure, () => drawHeat(figure, DATA.runs[heat]));
+    if (chart) drawings.set(figure, () => drawChart(figure, DATA.charts[chart]));
+    if (histogram) drawings.set(figure, () => drawHistogram(figure, DATA.runs[histogram], picker.value));
+  }
+  const widths = new Map();
+  const redraw = (figure) => {
+    // Drawing changes the height, which must not be the cause of drawing again.
+    if (widths.get(figure) === figure.clientWidth) return;
+    widths.set(figure, figure.clientWidth);
+    drawings.get(figure)();
+  };
+  for (const figure of drawings.keys()) redraw(figure);
+  const observer = new ResizeObserver((entries) => {
+    requestAnimationFrame(() => entries.forEach((entry) => redraw(entry.target)));
+  });
+  for (const figure of drawings.keys()) observer.observe(figure);
+  picker?.addEventListener("change", () => {
+    for (const [figure, draw] of drawings) if (figure.dataset.histogram) draw();
+  });
+}
+
+start();
