@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -683,3 +684,24 @@ def test_a_part_that_is_used_now_and_then_keeps_its_update_ratio():
         optimizer.step()
     ratios = dict(zip(guard.watch.layout.names, guard.watch.updates.tolist(), strict=True))
     assert ratios["1.weight"] > 1e-6
+
+
+@pytest.mark.parametrize("loss", [1, True, 1.0, np.float32(1), np.float64(1), np.int64(1)])
+def test_any_number_is_a_loss(loss):
+    model = network()
+    backward(model, 0)
+    assert Guard(model.named_parameters()).step(loss=loss).loss == 1.0
+
+
+@quiet
+def test_a_sparse_batch_costs_no_diagnosis():
+    model = network(depth=0)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy.strict())
+    loss = backward(model, 0)
+    poison(model)
+    with pytest.raises(GradientHalt) as halt:
+        guard.step(loss=loss, batch=[torch.eye(3).to_sparse(), torch.ones(3)])
+    assert "could not be examined" not in str(halt.value)

@@ -14,7 +14,7 @@ from lightning_gradguard.doctor.trials.candidates import find_candidates
 from lightning_gradguard.doctor.trials.change import Change
 from lightning_gradguard.doctor.trials.layers import Plan
 from lightning_gradguard.doctor.trials.swaps import Swaps
-from lightning_gradguard.doctor.trials.trying import MOST_PASSES, try_remedies, unhealthy
+from lightning_gradguard.doctor.trials.trying import MOST_PASSES, _begin, try_remedies, unhealthy
 from lightning_gradguard.verdicts.faults import Fault
 
 
@@ -222,3 +222,17 @@ def test_health_is_told_by_the_farther_tilt():
     assert unhealthy(outcome(4.0)) == pytest.approx(1.5)
     assert unhealthy(outcome(-4.0, 10.0)) == pytest.approx(4.0)
     assert unhealthy(outcome(0.0, live=0)) == unhealthy(outcome(0.0, math.nan)) == unhealthy(None) == math.inf
+
+
+def test_a_graph_of_which_no_half_is_one_is_tried_whole():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    batch = torch.randn(12, 5), torch.eye(12), torch.randint(3, (12,))
+
+    def loss_of(batch):
+        nodes, adjacency, labels = batch
+        return torch.nn.functional.cross_entropy(model(adjacency @ nodes), labels)
+
+    subject = Subject(model, loss_of, batch, torch.optim.SGD(model.parameters(), lr=0.1))
+    session, base = _begin(subject, ("0.weight", "2.weight"))
+    assert not session.subject.divisible
+    assert math.isfinite(base.loss)
