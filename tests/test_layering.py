@@ -57,7 +57,7 @@ ROOMS = {
     },
     "callbacks": {
         "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",
-        "mailbox", "metrics", "lag", "naming", "parts", "spy", "watch",
+        "mailbox", "lag", "naming", "parts", "spy", "watch",
     },
     # The demo is a user of the product, kept in the package so that an installed one can show itself.
     "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},

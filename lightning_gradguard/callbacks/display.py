@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
-
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.metrics import ClipRate
 from lightning_gradguard.sinks.loggers import open_sinks
 from lightning_gradguard.sinks.overview import Overview
 
@@ -30,8 +27,6 @@ class Display:
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._per_layer = per_layer
         self._views: dict[int, tuple[tuple[str, ...], Overview]] = {}
-        self._rates: dict[int, ClipRate] = {}
-        self._scales: dict[int, list[float]] = {}
 
     def observe(self, guard: Guard, index: int, diagnosis: Diagnosis | None) -> None:
         """Takes in the newest step of an optimizer, and a diagnosis if there is a new one."""
@@ -39,8 +34,6 @@ class Display:
             return
         view = self._view(guard, index)
         view.observe(guard.report)
-        if guard.clipper is not None and not guard.report.skip:
-            self._scales.setdefault(index, []).append(guard.report.scale)
         if diagnosis is not None:
             view.diagnose(diagnosis.to_markdown())
 
@@ -56,9 +49,7 @@ class Display:
         if not self._sinks or guard.report is None or guard.letter is None:
             return
         tilt, ratio = _known(guard.letter.tilt), _known(guard.letter.update_ratio)
-        panel = self._view(guard, index).panel(
-            guard.report, tilt=tilt, update_ratio=ratio, clip_rate=self._clip_rate(index), final=final
-        )
+        panel = self._view(guard, index).panel(guard.report, tilt=tilt, update_ratio=ratio, final=final)
         for sink in self._sinks:
             sink.write(step, panel)
 
@@ -67,14 +58,6 @@ class Display:
         for sink in self._sinks:
             sink.close()
         self._sinks = []
-
-    def _clip_rate(self, index: int) -> float | None:
-        """Share of an optimizer's steps that were clipped; counted many at a time, as torchmetrics is slow."""
-        if scales := self._scales.pop(index, []):
-            # Ranks clip alike, and only one of them is here.
-            rate = self._rates.setdefault(index, ClipRate(sync_on_compute=False))
-            rate.update(torch.tensor(scales))
-        return float(self._rates[index].compute()) if index in self._rates else None
 
     def _view(self, guard: Guard, index: int) -> Overview:
         """An optimizer's view; a new one when other tensors are watched."""

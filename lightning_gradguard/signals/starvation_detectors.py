@@ -14,13 +14,6 @@ from lightning_gradguard.signals.trends import trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
 
-def _starved(stats: GradStats) -> Tensor:
-    """Layers with a gradient of exactly zero before the first one that has any, bool [P]."""
-    layout, zero = stats.layout, stats.norms == 0
-    alive = torch.where(layout.is_layer & ~zero, layout.depth, torch.inf).min()
-    return layout.is_layer & stats.present & zero & (layout.depth < alive) & alive.isfinite()
-
-
 @dataclass(frozen=True)
 class Disconnected:
     """Flags tensors that take part in the forward pass but get no gradient, since no path leads there from the loss.
@@ -51,7 +44,7 @@ class Disconnected:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         zero = stats.norms == 0
-        cut = stats.cut | (stats.ran & _starved(stats))
+        cut = stats.cut | (stats.ran & trends_of(stats).starved)
         # What once had a gradient has a path, and has its turn again: an expert that no token chooses.
         alive_once = (state.steps < 0) | (stats.cut & ~zero)
         held = torch.where(alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0))
@@ -116,7 +109,7 @@ class DeadUnits:
             found, stats.dead + 1e-3 * stats.layout.depth / stats.layout.depth.numel(), -torch.inf
         )
         value = torch.where(found, stats.dead, 0.0).max()
-        raised = (found.any() & trends.stuck) | (found & _starved(stats)).any()
+        raised = (found.any() & trends.stuck) | (found & trends.starved).any()
         return reading(stats, raised, value, self.limit, score=score), Held(held)
 
 

@@ -60,6 +60,7 @@ class Trends(NamedTuple):
         surge: float32 [], decades by which the usual norm has grown since the tenth step.
         profile: float32 [P], running mean of log10(‖g‖/‖w‖), decades.
         live: Bool [P], tensors with a gradient that is not all zero.
+        starved: Bool [P], layers with a gradient of exactly zero before the first one that has any.
         offset: float32 [P], distance of a layer's profile from that of the middle one, decades; NaN for what is no
             live layer.
         tilt: float32 [], depth tilt in decades from input to output; NaN with fewer than four live layers.
@@ -80,6 +81,7 @@ class Trends(NamedTuple):
     surge: Tensor
     profile: Tensor
     live: Tensor
+    starved: Tensor
     offset: Tensor
     tilt: Tensor
     loss_start: Tensor
@@ -147,6 +149,7 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         surge=(usual_norm - state.early) / math.log(10),
         profile=profile,
         live=live,
+        starved=_starved(stats, live),
         offset=layered - torch.nanmedian(layered),
         tilt=depth_tilt(profile, live, stats.layout),
         loss_start=start,
@@ -213,6 +216,13 @@ def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
     slopes = torch.where(counts[first] & counts[second], rise / (depth[second] - depth[first]), torch.nan)
     total = counts.sum()
     return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes) * (total - 1), torch.nan)
+
+
+def _starved(stats: GradStats, live: Tensor) -> Tensor:
+    """Layers with a gradient of exactly zero before the first one that has any, bool [P]."""
+    layout = stats.layout
+    first = torch.where(layout.is_layer & live, layout.depth, torch.inf).min()
+    return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()
 
 
 def _residual(log_norms: Tensor, live: Tensor, state: TrendState) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,7 +88,6 @@ class Overview:
         *,
         tilt: float | None = None,
         update_ratio: float | None = None,
-        clip_rate: float | None = None,
         final: bool = False,
     ) -> Panel:
         """What to show of a step that was observed.
@@ -97,7 +96,6 @@ class Overview:
             report: The newest report.
             tilt: Depth tilt in decades, if known.
             update_ratio: Applied update ratio, if known.
-            clip_rate: Share of the steps taken so far that were clipped, if there is a clipper.
             final: Whether no more will follow, so that the picture must be drawn.
         """
         rms = [x for x in self._layer_rms(report.norms) if x is not None]
@@ -107,9 +105,7 @@ class Overview:
             "depth_tilt_decades": tilt,
             "update_ratio_log10": None if update_ratio is None else _log10(update_ratio),
             "clip_scale": report.scale,
-            "clip_rate": clip_rate,
-            "clipped_norm_log10": None if clip_rate is None or report.skip else _log10(report.clipped_norm),
-            "threshold_log10": None if report.threshold is None else _log10(report.threshold),
+            **self._clipping(report),
             "nonfinite_total": float(self._nonfinite),
             "clipped_total": float(self._clipped),
             "skipped_total": float(self._skipped),
@@ -153,6 +149,17 @@ class Overview:
         self._findings, self._diagnoses = list(state["findings"]), list(state["diagnoses"])
         self._steps, self._drawn, self._next_drawing = state["steps"], state["drawn"], state["next_drawing"]
         self._text_is_news = bool(self._findings or self._diagnoses)
+
+    def _clipping(self, report: Report) -> dict[str, float | None]:
+        """What a clipper did; nothing without one."""
+        if report.threshold is None:
+            return {}
+        taken = self._steps - self._skipped
+        return {
+            "clip_rate": self._clipped / taken if taken else None,
+            "clipped_norm_log10": None if report.skip else _log10(report.clipped_norm),
+            "threshold_log10": _log10(report.threshold),
+        }
 
     def _keep_row(self, report: Report, mark: int) -> None:
         rms = self._layer_rms(report.norms)

@@ -64,8 +64,12 @@ def test_scalars_are_those_of_the_report():
 
 def test_what_a_clipper_did_is_that_of_the_same_step():
     clipped = report(scale=0.25, threshold=2.0, clipped_norm=1.5)
-    panel = shown(overview(), clipped, clip_rate=0.1)
-    assert panel.scalars["gradguard/clip_rate"] == 0.1
+    view = overview()
+    for step, scale in enumerate([1.0, 1.0, 0.5]):
+        view.observe(report(step, scale=scale, threshold=2.0))
+    view.observe(bad(3))  # not taken, so not counted
+    panel = shown(view, clipped)
+    assert panel.scalars["gradguard/clip_rate"] == 0.5
     assert panel.scalars["gradguard/threshold_log10"] == pytest.approx(math.log10(2))
     assert panel.scalars["gradguard/clipped_norm_log10"] == pytest.approx(math.log10(1.5))
 
