@@ -8,22 +8,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor import causes
 from lightning_gradguard.doctor.batch import search, tensors_of
 from lightning_gradguard.doctor.case import Case
-from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis
+from lightning_gradguard.doctor.diagnosis import Cause, Course, Diagnosis
 from lightning_gradguard.doctor.origin import Origin, Place, find_origin, origin_of_batch
 from lightning_gradguard.doctor.trials import trying
+from lightning_gradguard.history import History
 from lightning_gradguard.mailbox import read
+from lightning_gradguard.parts import say
 from lightning_gradguard.signals.stats import GradStats, weight_norms
 from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning
 from lightning_gradguard.watch import Watch
 
 if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
+    from lightning_gradguard.signals.layout import Layout
+    from lightning_gradguard.signals.reading import Detector
+
+#: Newest steps that a diagnosis keeps for its picture.
+PICTURED = 128
 
 
 def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) -> Diagnosis:
@@ -36,6 +44,7 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
         diagnosis = causes.diagnose(case)
         if guard.trials and guard.subject is not None:
             diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
+        diagnosis = replace(diagnosis, course=course_of(guard.history, stats.layout, finding))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         problem = f"the causes could not be examined ({type(error).__name__}: {reason})"
@@ -79,6 +88,45 @@ def trace(guard: Guard, batch: object, *, replay: bool = True) -> Origin | None:
     return find_origin(subject, number=subject.number, scale=scale, replay=replay)
 
 
+def say_what_is_off(detectors: Sequence[Detector]) -> None:
+    """Says which detectors can tell nothing without a loss."""
+    silent = [type(d).__name__ for d in detectors if getattr(d, "needs_loss", False)]
+    if silent:
+        say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")
+
+
+def history_of(layout: Layout, steps: int = 128) -> History:
+    """An empty history of the watched tensors."""
+    return History(layout.names, [p.numel() for p in layout.parameters], steps)
+
+
+def course_of(history: History, layout: Layout, finding: Finding) -> Course:
+    """The newest steps as a picture shows them: the layers' weights, and what the finding names of other modules.
+
+    Args:
+        history: The newest steps; its tensors are the layout's.
+        layout: The order of the tensors, and which are layers.
+        finding: What was found.
+    """
+    layers = layout.layer_indices or frozenset(layout.order)
+    modules = {_module(layout.names[i]) for i in layers}
+    named = {name for name in finding.parameters if _module(name) not in modules}
+    rows = [i for i in layout.order if i in layers or layout.names[i] in named]
+    table = {name: column[-PICTURED:] for name, column in history.table().items()}
+    with np.errstate(divide="ignore"):
+        rms = np.log10(table["norms"][:, rows] / np.sqrt(np.maximum(np.array(history.numel)[rows], 1)))
+    # In a history NaN is no gradient, and infinity what is not finite.
+    rms = np.where(np.isnan(rms), -np.inf, np.where(rms == np.inf, np.nan, rms))
+    return Course(
+        steps=tuple(table["step"].tolist()),
+        layers=tuple(layout.names[i] for i in rows),
+        rms_log10=tuple(map(tuple, rms.T.tolist())),
+        skipped=tuple(table["skip"].tolist()),
+        clipped=tuple(((table["scale"] < 1) & ~table["skip"]).tolist()),
+        losses=tuple(table["loss"].tolist()),
+    )
+
+
 def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = None) -> Case:
     """The facts of the step of a critical finding, tensors from input to output.
 
@@ -91,7 +139,7 @@ def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = Non
     watch, letter = guard.watch, guard.letter
     assert letter is not None
     calm = guard.calm or letter
-    rms, bad_rows = _look_at(batch)
+    (input_rms, target_rms), bad_rows = _look_at(batch)
     layout, order = watch.layout, watch.layout.order
     settings = _settings(watch)
     return Case(
@@ -117,27 +165,45 @@ def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = Non
             float(rate) for group in settings if isinstance(rate := group.get("lr"), (int, float))
         ),
         defaults=settings[0] if settings else {},
-        dtypes=tuple(sorted({str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None})),
+        dtypes=_dtypes(stats, watch),
         steps=guard.counts["judged"],
         clipper="" if guard.clipper is None else repr(guard.clipper),
         policy=repr(guard.policy),
-        input_rms=rms,
+        input_rms=input_rms,
+        target_rms=target_rms,
+        weight_means=_pick(_means(layout.parameters), order) if finding.fault == Fault.DEAD else None,
         bad_rows=bad_rows,
     )
 
 
-def _look_at(batch: object) -> tuple[float | None, tuple[int, ...] | None]:
-    """Root mean square of the batch's first floating-point tensor, and rows with a non-finite element in any.
+def _look_at(batch: object) -> tuple[tuple[float | None, float | None], tuple[int, ...] | None]:
+    """Root mean square of the batch's first two floating-point tensors, and rows with a non-finite element in any.
 
-    (None, None) where the batch is unknown or holds no such tensor.
+    None for each that is not there; ``((None, None), None)`` where the batch is unknown or holds no such tensor.
     """
     found = [t.detach() for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
     tensors = [t for t in found if t.ndim and t.numel()]
     if not tensors:
-        return None, None
-    squares = tensors[0].float().square()
-    rms = read(squares[squares.isfinite()].mean().sqrt().reshape(1))[0]
-    return _known(rms), tuple(sorted({row for entry in search(batch) for row in entry.rows}))
+        return (None, None), None
+    squares = [t.float().square() for t in tensors[:2]]
+    sizes = [_known(read(x[x.isfinite()].mean().sqrt().reshape(1))[0]) for x in squares]
+    rows = tuple(sorted({row for entry in search(batch) for row in entry.rows}))
+    return (sizes[0], sizes[1] if len(sizes) > 1 else None), rows
+
+
+def _dtypes(stats: GradStats, watch: Watch) -> tuple[str, ...]:
+    """Of the gradients, and of what autocast computes on their way."""
+    own = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
+    return tuple(sorted(own | (watch.anatomy.dtypes if watch.anatomy is not None else frozenset())))
+
+
+def _means(parameters: Sequence[Tensor]) -> Tensor:
+    """Mean of each tensor's elements."""
+    return torch.stack([torch.view_as_real(p).mean() if p.is_complex() else p.mean(dtype=torch.float32) for p in parameters]).detach()
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
 
 
 def _known(value: float) -> float | None:

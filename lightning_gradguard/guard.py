@@ -23,13 +23,7 @@ from lightning_gradguard.signals.clipping import Clipper, apply_
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.trends import WARM_UP
 from lightning_gradguard.spy import Usage
-from lightning_gradguard.verdicts.faults import (
-    Fault,
-    Finding,
-    GradientHalt,
-    Report,
-    Severity,
-)
+from lightning_gradguard.verdicts.faults import Fault, Finding, GradientHalt, Report, Severity
 from lightning_gradguard.verdicts.judge import Judge
 from lightning_gradguard.verdicts.letter import Letter
 from lightning_gradguard.verdicts.policy import Policy
@@ -63,6 +57,9 @@ class Guard:
         index: Number of the optimizer, for findings.
         usage: What is known of the forward passes so far; None to look at those that come.
 
+    Attributes:
+        history: A `History` of the newest judged steps; begun anew with other parameters, and not saved.
+
     Raises:
         ValueError: If there is no parameter, or ``lag`` is none of the three.
         TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is none.
@@ -85,6 +82,7 @@ class Guard:
         self.clipper = clipper
         self.policy = Policy.watch() if policy is None else policy
         self.watch = Watch(named_parameters, optimizer, usage)
+        self.history = facts.history_of(self.watch.layout)
         self.report: Report | None = None
         self.letter: Letter | None = None
         self.calm: Letter | None = None
@@ -148,7 +146,9 @@ class Guard:
         graph = loss if graph is None and loss is not None and loss.grad_fn is not None else graph
         if graph is None and all(gradient is None for gradient in self.watch.gradients()):
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
-        self._say_without_loss(loss)
+        if loss is None and not self._said_no_loss:
+            self._said_no_loss = True
+            facts.say_what_is_off(self.detectors)
         stats = self.watch.look(loss, graph, scaled=scaler is not None)
         if self.states is None:
             self.states = pipeline.init(stats, self.detectors, self.clipper)
@@ -227,6 +227,10 @@ class Guard:
             clipping=self.clipper is not None,
         )
         self.report, self._halt = verdict.report, verdict.halt
+        layout = posted.outcome.stats.layout
+        if layout.names != self.history.names:
+            self.history = facts.history_of(layout, self.history.steps)
+        self.history.add(self.report)
         self.calm = self.letter if self.letter.finite else self.calm
         self.counts["judged"] += 1
         self.counts["clipped"] += self.letter.clipped and not self.report.skip
@@ -252,9 +256,3 @@ class Guard:
         letter = self.letter
         if letter is not None and self.watch.good > WARM_UP and letter.loss_mean > 0.9 * letter.loss_start:
             self.watch.ask_for_time()
-
-    def _say_without_loss(self, loss: Tensor | None) -> None:
-        silent = [type(d).__name__ for d in self.detectors if getattr(d, "needs_loss", False)]
-        if loss is None and silent and not self._said_no_loss:
-            self._said_no_loss = True
-            say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")

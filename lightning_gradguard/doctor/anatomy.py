@@ -39,6 +39,7 @@ class Anatomy:
         recurrences: How many times the most used of them is applied; 0 when a fused layer hides it.
         skips: Whether some value is added or joined to something computed from it.
         opaque: Whether a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
+        dtypes: Names of the dtypes to which something is converted on the way, such as "float16" under autocast.
         nodes: Size of the graph; 0 without one.
     """
 
@@ -55,6 +56,7 @@ class Anatomy:
     recurrences: int = 0
     skips: bool = False
     opaque: bool = False
+    dtypes: frozenset[str] = frozenset()
     nodes: int = 0
 
 
@@ -100,6 +102,7 @@ def dissect(loss: Tensor, parameters: Mapping[str, Tensor]) -> Anatomy:
         recurrences=recurrences,
         skips=graph.has_skip(),
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
+        dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
     )
 
@@ -113,6 +116,7 @@ class Graph:
         self.edges: list[list[tuple[int, int]]] = []  # (child, which of the child's outputs)
         self.leaves: dict[int, int] = {}  # id of a leaf tensor -> index
         self.hides_leaves = False
+        self.dtypes: set[str] = set()
         self.shortest = [1]
         self._discoverer = [0]
         self._walk(root)
@@ -177,6 +181,9 @@ class Graph:
                 self.leaves[id(node.variable)] = index
                 self.hides_leaves |= bool(getattr(node.variable, "_is_flat_param", False))
             self.hides_leaves |= op.startswith("CheckpointFunction")
+            if op == "ToCopy":
+                made = getattr(node, "_input_metadata", ())
+                self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in made)
             self.ops.append(op)
             self.sequence.append(node._sequence_nr())
             edges = []

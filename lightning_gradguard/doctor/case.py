@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Most decades that one layer's weights are blamed for: a layer of zeros lets nothing through at all.
 _MOST_DECADES_OF_A_LAYER = 3.0
+#: Part of their size at the start to which healthy training does not shrink the median layer's weights.
+_SHRUNK = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Case:
         clipper: The clipper in force, as printed; empty if none.
         policy: The policy in force, as printed.
         input_rms: Root mean square of the newest batch's floating-point inputs, if it was looked at.
+        target_rms: The same of its floating-point targets, if it has any.
+        weight_means: Mean of each tensor's elements; None if unknown.
         bad_rows: Rows of the batch with a non-finite element: empty if there are none, None if nobody looked.
         origin: Where the first number that is not finite came from, as a replay showed; None if there was none.
     """
@@ -75,11 +79,14 @@ class Case:
     clipper: str = ""
     policy: str = ""
     input_rms: float | None = None
+    target_rms: float | None = None
+    weight_means: tuple[float, ...] | None = None
     bad_rows: tuple[int, ...] | None = None
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        for name in ("shapes", "gradients_log10", "weight_norms", "update_ratios", "initial_weight_norms"):
+        vectors = ("gradients_log10", "weight_norms", "update_ratios", "initial_weight_norms", "weight_means")
+        for name in ("shapes", *vectors):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.names):
                 raise ValueError(
@@ -123,6 +130,16 @@ class Case:
         if not self.path:
             return len(self.layers)
         return max(0, self.path.get("product", 0) - self.path.get("normalisation", 0))
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether anything is applied again and again along one path."""
+        return self.anatomy is not None and bool(self.anatomy.recurrent)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether a normalisation stands on the way to any tensor."""
+        return self.anatomy is not None and any("normalisation" in k for k in self.anatomy.kinds.values())
 
     @property
     def usual_gain(self) -> float:
@@ -207,6 +224,18 @@ class Case:
             if math.isfinite(now) and start > 0.1 * math.sqrt(self.shapes[i][0]):
                 known.append((now / start, self.names[i]))
         return max(known)
+
+    @property
+    def shrunk(self) -> float:
+        """What is left of the median layer's weights, as a part of their size at the start; 1 if unknown."""
+        start = self.initial_weight_norms or ()
+        parts = [self.weight_norms[i] / start[i] for i in self.layers if start and start[i] > 0]
+        return middle_of(parts) if parts else 1.0
+
+    @property
+    def decayed(self) -> bool:
+        """Whether weight decay has shrunk the weights to less than a third."""
+        return self.shrunk < _SHRUNK and self.setting("weight_decay") > 0
 
     @property
     def normalises(self) -> bool:

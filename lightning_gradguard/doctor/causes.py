@@ -5,15 +5,20 @@ from __future__ import annotations
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.clues import Clue
 from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis
+from lightning_gradguard.doctor.loss_rules import LOSS_RULES
 from lightning_gradguard.doctor.model_rules import MODEL_RULES
 from lightning_gradguard.doctor.remedies import find_remedies
+from lightning_gradguard.doctor.scale_rules import SCALE_RULES
 from lightning_gradguard.doctor.signs import find_signs
 from lightning_gradguard.doctor.training_rules import TRAINING_RULES
+from lightning_gradguard.doctor.wording import number
 
 #: Decades that a cause must account for to be named, and at least this part of the likeliest's.
 _LEAST_WEIGHT, _LEAST_PART = 0.5, 0.2
 #: Causes that are named at most.
 _MOST_CAUSES = 4
+#: All rules.
+RULES = (*MODEL_RULES, *SCALE_RULES, *TRAINING_RULES, *LOSS_RULES)
 
 
 def find_causes(case: Case) -> list[tuple[Cause, str]]:
@@ -26,14 +31,25 @@ def find_causes(case: Case) -> list[tuple[Cause, str]]:
         Causes with the numbers that speak for them, most likely first; never empty, at most four. Their
         rank is by weight, which `clues.Clue` explains.
     """
-    clues = [clue for rule in (*MODEL_RULES, *TRAINING_RULES) for clue in rule(case)]
+    clues = [clue for rule in RULES for clue in rule(case)]
     least = max(_LEAST_WEIGHT, _LEAST_PART * max((clue.weight for clue in clues), default=0.0))
     best: dict[Cause, Clue] = {}
     for clue in sorted(clues, key=lambda clue: -clue.weight):
         if clue.weight >= least:
             best.setdefault(clue.cause, clue)
     named = [(clue.cause, clue.evidence) for clue in list(best.values())[:_MOST_CAUSES]]
-    return named or [(Cause.UNKNOWN, "None of the causes that are known here shows in what was measured.")]
+    return named or [(Cause.UNKNOWN, _unknown(case))]
+
+
+def _unknown(case: Case) -> str:
+    """What there is to say without a cause that has a name."""
+    if case.decayed:
+        decay = number(case.setting("weight_decay"))
+        return (
+            f"The weights have shrunk to {number(100 * case.shrunk)} % of their size at the start: the weight decay of "
+            f"{decay} takes more from them than gradients add."
+        )
+    return "None of the causes that are known here shows in what was measured."
 
 
 def diagnose(case: Case) -> Diagnosis:

@@ -52,6 +52,8 @@ class Remedy:
         loss: Loss on the batch of the trial after a few virtual steps with the remedy; None if they were not taken.
         note: Why it could not be tried; empty otherwise.
         change: What the trial changed; None if there was none.
+        profile: log10(‖g‖/‖w‖) of each of `Diagnosis.layers` with the remedy; -inf where there is no gradient, inf
+            where it is not finite, NaN where the layer is no longer there. Empty if it was not tried.
     """
 
     name: str
@@ -62,6 +64,45 @@ class Remedy:
     loss: float | None = None
     note: str = ""
     change: Change | None = None
+    profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Course:
+    """The newest n steps, as a picture shows them.
+
+    Attributes:
+        steps: Their numbers, oldest first.
+        layers: Names of L tensors, input first.
+        rms_log10: [L][n], log10 of the root mean square of each gradient before clipping; NaN where it is not finite,
+            -inf where there is none or all is zero.
+        skipped: [n], whether the step was skipped; empty if none was.
+        clipped: [n], whether it was clipped; empty if none was.
+        losses: [n], NaN where it is not known; empty if none is.
+
+    Raises:
+        ValueError: If the lengths do not agree.
+    """
+
+    steps: tuple[int, ...]
+    layers: tuple[str, ...]
+    rms_log10: tuple[tuple[float, ...], ...]
+    skipped: tuple[bool, ...] = ()
+    clipped: tuple[bool, ...] = ()
+    losses: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.rms_log10) != len(self.layers):
+            raise ValueError(
+                f"rms_log10 must have one row for each of {len(self.layers)} layers, got {len(self.rms_log10)}"
+            )
+        columns = [("rms_log10", row) for row in self.rms_log10]
+        columns += [(name, own) for name in ("skipped", "clipped", "losses") if (own := getattr(self, name))]
+        for name, column in columns:
+            if len(column) != len(self.steps):
+                raise ValueError(
+                    f"{name} must have one entry for each of {len(self.steps)} steps, got {len(column)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -77,6 +118,9 @@ class Diagnosis:
         evidence: For each cause, the numbers that speak for it.
         remedies: Best first.
         trials: How remedies were tried, or why none could be: a sentence each; empty if that was not asked for.
+        course: The newest steps before the diagnosis, if they are known.
+        layers: Names of the layers' weights that remedies were tried on, input first; empty if none was.
+        profile: log10(‖g‖/‖w‖) of each in the trial without a remedy, as `Remedy.profile`.
     """
 
     fault: Fault
@@ -87,6 +131,10 @@ class Diagnosis:
     evidence: dict[Cause, str] = field(default_factory=dict)
     remedies: tuple[Remedy, ...] = ()
     trials: tuple[str, ...] = ()
+    # What is only drawn is not compared: it may hold NaN, which is not equal to itself.
+    course: Course | None = field(default=None, repr=False, compare=False)
+    layers: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         """What happened, where, since when; then signs, causes with their evidence, remedies: plain text."""
@@ -97,5 +145,5 @@ class Diagnosis:
         return rendering.to_markdown(self)
 
     def to_html(self) -> str:
-        """The same as one self-contained HTML page."""
+        """The same as one self-contained HTML page, with pictures of the newest steps and of what was tried."""
         return rendering.to_html(self)

@@ -80,7 +80,7 @@ class ForwardTrace(TorchFunctionMode):
     def __init__(self, module: nn.Module, batch: Any) -> None:
         super().__init__()
         self.owners: dict[Any, tuple[str, str]] = {}  # node of the graph -> name and class of its module
-        self.last_use = -1  # call in which a parameter was used last
+        self.first_use = self.last_use = -1  # calls in which a parameter was used first and last
         self.last_sequence = -1  # number of the node which that made
         self._calls, self._looking = 0, False
         self._parameters = {id(p) for p in module.parameters()}
@@ -127,6 +127,7 @@ class ForwardTrace(TorchFunctionMode):
         inputs = [t for _, t in tensors_of([args, kwargs])]
         if any(id(t) in self._parameters for t in inputs):
             self.last_use = self._calls
+            self.first_use = self.first_use if self.first_use >= 0 else self._calls
             numbers = [t.grad_fn._sequence_nr() for t in outputs if t.grad_fn is not None]
             self.last_sequence = max([self.last_sequence, *numbers])
         bad = [t for t in outputs if not is_finite(t)]
@@ -167,7 +168,8 @@ class ForwardTrace(TorchFunctionMode):
             return replace(here, overflow=exact_size(func, args, kwargs, bad))
         if "NaN" in here.values and not any(math.isnan(n) for n in asked):
             return replace(here, given=True)
-        return sources[0] if sources else replace(here, planted=True)
+        # NaN has no meaning that anything could heal.
+        return sources[0] if sources else replace(here, planted="NaN" not in here.values)
 
     def _here(self, name: str, tensors: list[Tensor]) -> Birth:
         module, layer = self._running[-1]

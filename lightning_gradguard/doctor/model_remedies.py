@@ -63,6 +63,9 @@ def detached_graph(case: Case) -> list[Remedy]:
     if missing and missing.issuperset(case.names):
         how = "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from"
         return [Remedy("Give the optimizer the parameters that the loss depends on", how)]
+    if any(kinds.get("step") for kinds in (case.anatomy.kinds.values() if case.anatomy else ())):
+        how = "h = h + (torch.round(h) - h).detach()  # rounded forward, as if it were not backward"
+        return [Remedy("Straight-through gradient", how)]
     cut = "h = layer(h)  # and no .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()"
     return [
         Remedy("Take out what cuts the graph", cut),
@@ -126,6 +129,12 @@ def gates() -> Remedy:
 def orthogonal() -> Remedy:
     """Keep the norm of a state from step to step."""
     return Remedy("Orthogonal recurrent weights", "nn.init.orthogonal_(rnn.weight_hh_l0)")
+
+
+def remembering() -> Remedy:
+    """Keep the state itself: the forget gate of an LSTM, the update gate of a GRU."""
+    how = "nn.init.orthogonal_(rnn.weight_hh_l0); rnn.bias_ih_l0.data[width : 2 * width] = 3.0"
+    return Remedy("Gates that begin by remembering", how)
 
 
 def standard_input() -> Remedy:

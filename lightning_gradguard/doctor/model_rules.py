@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.clues import CERTAIN, FADING, GROWING, Clue
@@ -14,8 +15,15 @@ from lightning_gradguard.verdicts.faults import Fault
 
 #: Gain of a layer, in decades from the usual one, that is worth a word: 1.4 times; and what cripples: 4 times.
 _NOTABLE_GAIN, _CRIPPLING_GAIN = 0.15, 0.6
-#: Decades of the inputs' RMS from 1 that are worth a word: a factor of five.
-_NOTABLE_SCALE = 0.7
+#: Growth of weights before units died that shows that they had been alive, and were killed by the steps.
+DIED_AFTER = 1.5
+#: RMS of biases that is more than standardised inputs make of the sums they are added to; and of those of a layer whose
+#: activations are off their slope.
+_LARGE_BIAS, _NOTABLE_BIAS = 3.0, 2.0
+#: Mean of a layer's weights, as a part of their RMS, from which they are all of one sign.
+_ONE_SIGNED = 0.5
+#: Decades lost between layers of usual weights that depth alone does not lose by chance.
+_BETWEEN = 3.0
 #: Layers in a row without a short cut or normalisation that count as deep, and the decades that one is blamed
 #: for: He-initialised ReLU nets of 30 layers tilt by one or two decades by chance alone.
 DEEP, _DECADES_OF_DEPTH = 10, 0.05
@@ -23,9 +31,11 @@ DEEP, _DECADES_OF_DEPTH = 10, 0.05
 
 def saturating_activation(case: Case) -> Iterator[Clue]:
     """Activations that pass only a part: what their steepest slope loses, and what nothing else explains."""
+    if case.fault in FADING and not case.saturating:
+        yield from _shifted(case)
     if case.fault not in FADING or not case.saturating:
         return
-    bounded, rest = _bounded_slopes(case), _unexplained(case)
+    bounded, rest = _bounded_slopes(case), unexplained(case)
     kinds = " and ".join(count(n, f"{kind} activation") for kind, n in case.saturating.items())
     evidence = f"{kinds} on the shortest path from the loss to the first layer"
     if bounded >= 0.1:
@@ -34,6 +44,24 @@ def saturating_activation(case: Case) -> Iterator[Clue]:
     if rest >= 0.5:
         evidence += f", and {rest:.1f} decades are lost that the weights do not explain: slopes near zero"
     yield Clue(bounded + rest, Cause.SATURATING_ACTIVATION, evidence + ".")
+
+
+def _shifted(case: Case) -> Iterator[Clue]:
+    """Activations with one flat side, such as softplus or GELU, whose biases push everything there."""
+    biases = [case.weight_rms(i) for i in range(len(case.names)) if len(case.shapes[i]) == 1]
+    rest, size = unexplained(case), median(biases) if biases else 0.0
+    if case.path.get("soft relu") and rest >= 1 and size > _NOTABLE_BIAS:
+        evidence = (
+            f"{rest:.1f} decades are lost that the weights do not explain, and the median bias has an RMS of "
+            f"{number(size)}: {count(case.path['soft relu'], 'activation')} on the path work where they are flat."
+        )
+        yield Clue(rest, Cause.SATURATING_ACTIVATION, evidence)
+    elif rest >= _BETWEEN and case.path and not case.recurrent and case.fault == Fault.VANISHING:
+        evidence = (
+            f"{rest:.1f} decades are lost that neither weights nor activations explain: something between the layers "
+            "makes the signals smaller."
+        )
+        yield Clue(0.5 * rest, Cause.BAD_INITIALIZATION, evidence)
 
 
 def bad_initialization(case: Case) -> Iterator[Clue]:
@@ -45,6 +73,7 @@ def bad_initialization(case: Case) -> Iterator[Clue]:
             CERTAIN, Cause.BAD_INITIALIZATION, f"The weights of {listing(ruined)} are not finite themselves."
         )
         return
+    yield from _one_signed(case)
     # PyTorch's default, 0.4 to 0.6 of the usual, adds up over depth, but stalls or kills nothing by itself.
     notable = _NOTABLE_GAIN if case.fault in (Fault.VANISHING, *GROWING) else _CRIPPLING_GAIN
     excess, layers = case.excess_gain, case.bare_layers
@@ -63,6 +92,22 @@ def bad_initialization(case: Case) -> Iterator[Clue]:
     )
     evidence = f"The median layer's weights {verb} {size}: {lost}."
     yield Clue(abs(excess) * layers, Cause.BAD_INITIALIZATION, evidence)
+
+
+def _one_signed(case: Case) -> Iterator[Clue]:
+    """Weights that all have the same sign: a ReLU's inputs are then all positive, or all negative."""
+    if case.fault != Fault.DEAD or case.weight_means is None or case.growth[0] > DIED_AFTER:
+        return
+    signed = [
+        case.names[i]
+        for i in case.layers
+        if abs(case.weight_means[i]) > _ONE_SIGNED * case.weight_rms(i) > 0
+        and math.prod(case.shapes[i]) >= 64
+    ]
+    if signed:
+        yield Clue(
+            3.0, Cause.BAD_INITIALIZATION, f"The weights of {listing(signed)} are nearly all of one sign."
+        )
 
 
 def too_deep(case: Case) -> Iterator[Clue]:
@@ -94,7 +139,9 @@ def recurrence(case: Case) -> Iterator[Clue]:
     growing = case.fault in GROWING
     matrices = [i for i in case.layers if case.names[i] in anatomy.recurrent]
     for i in sorted(matrices, key=lambda i: "hh" not in case.names[i]):
-        gain = case.weight_rms(i) * math.sqrt(case.shapes[i][-1])
+        # Of the weights at the start: what has run away since is what came of it.
+        size = (case.initial_weight_norms or case.weight_norms)[i] / math.sqrt(math.prod(case.shapes[i]))
+        gain = size * math.sqrt(case.shapes[i][-1])
         square = len(set(case.shapes[i])) == 1
         if not (anatomy.recurrences and square and gain > 0):
             # Gates, or a fused layer: the norm of the weights does not tell what one step does.
@@ -132,15 +179,23 @@ def _dead_units(case: Case) -> Iterator[Clue]:
     biases = [(case.weight_rms(i), i) for i in range(len(case.names)) if len(case.shapes[i]) == 1]
     size, i = max(biases, default=(0.0, -1))
     # Standardised inputs make sums of about the layer's gain, at most a few times that.
-    if size > 3:
+    if size > _LARGE_BIAS:
         evidence += (
             f"; {quote(case.names[i])} has an RMS of {number(size)}, far more than the sums it is added to"
         )
-    yield Clue(2.5 if size > 3 else 2.0, Cause.DEAD_ACTIVATION, evidence + ".")
+    if case.growth[0] > DIED_AFTER:
+        yield Clue(1.0, Cause.DEAD_ACTIVATION, evidence + ", and they had been alive.")
+        return
+    yield Clue(2.5 if size > _LARGE_BIAS else 2.0, Cause.DEAD_ACTIVATION, evidence + ".")
 
 
 def detached_graph(case: Case) -> Iterator[Clue]:
-    """Parameters to which no path leads; says between which two the graph is cut."""
+    """Parameters to which no path leads, or none with a slope; says between which two the graph is cut."""
+    steps = [n for n in case.finding.parameters if case.anatomy and case.anatomy.kinds.get(n, {}).get("step")]
+    if steps and case.fault in (Fault.DEAD, Fault.DISCONNECTED, Fault.STALLED):
+        evidence = f"The path from the loss to {listing(steps)} leads through rounding, or a sign, whose slope is zero."
+        yield Clue(CERTAIN, Cause.DETACHED_GRAPH, evidence)
+        return
     missing = case.anatomy.missing if case.anatomy else frozenset()
     cut = [n for n in case.names if n in missing]
     if not cut or not (case.fault == Fault.DISCONNECTED or missing.intersection(case.finding.parameters)):
@@ -155,17 +210,6 @@ def detached_graph(case: Case) -> Iterator[Clue]:
     yield Clue(CERTAIN, Cause.DETACHED_GRAPH, evidence + ".")
 
 
-def unnormalized_input(case: Case) -> Iterator[Clue]:
-    """Inputs far from unit scale: they saturate the first layer, and the curvature grows with their square."""
-    rms = case.input_rms
-    if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < _NOTABLE_SCALE:
-        return
-    decades = abs(math.log10(rms))
-    weight = 2 * decades if case.fault in GROWING else max(_unexplained(case), 0.5 * decades)
-    evidence = f"The batch's inputs have an RMS of {number(rms)}; layers are made for about 1."
-    yield Clue(weight, Cause.UNNORMALIZED_INPUT, evidence)
-
-
 MODEL_RULES = (
     saturating_activation,
     bad_initialization,
@@ -173,7 +217,6 @@ MODEL_RULES = (
     recurrence,
     dead_activation,
     detached_graph,
-    unnormalized_input,
 )
 
 
@@ -184,7 +227,7 @@ def _bounded_slopes(case: Case) -> float:
     return decades * max(0, total - case.path.get("normalisation", 0)) / max(total, 1)
 
 
-def _unexplained(case: Case) -> float:
+def unexplained(case: Case) -> float:
     """Decades lost that neither bounded slopes nor small weights account for."""
     return max(
         0.0, case.lost_decades - _bounded_slopes(case) - max(0.0, -case.excess_gain) * case.bare_layers

@@ -80,6 +80,8 @@ _KINDS = {
     "Hardswish": "soft relu",
     "Softmax": "attention",
     "SafeSoftmax": "attention",
+    # Flat everywhere, save for jumps.
+    **dict.fromkeys(("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"), "step"),
 }
 _PATTERNS = (
     (re.compile(r"(Batch|Layer|Group|Instance|Rms|RMS)_?Norm"), "normalisation"),
@@ -119,8 +121,8 @@ def kind_of(operation: str) -> str | None:
     """The kind of an operation, where it is one that matters for gradients.
 
     Returns:
-        A key of `SATURATING`, or "relu" (can die), "soft relu" (cannot), "normalisation", "attention",
-        "recurrent" (a fused layer), "product" (of matrices, convolution), or None.
+        A key of `SATURATING`, or "relu" (can die), "soft relu" (cannot), "step" (no slope), "normalisation",
+        "attention", "recurrent" (a fused layer), "product" (of matrices, convolution), or None.
     """
     if operation in _KINDS:
         return _KINDS[operation]

@@ -14,7 +14,7 @@ from lightning_gradguard.doctor.backward_trace import BackwardTrace
 from lightning_gradguard.doctor.batch import BadEntry, is_finite, search
 from lightning_gradguard.doctor.forward_trace import Birth, ForwardTrace
 from lightning_gradguard.doctor.trials.attempt import Subject, gradients_kept
-from lightning_gradguard.doctor.trials.sandbox import is_one_of_many, sandbox
+from lightning_gradguard.doctor.trials.sandbox import sandbox
 from lightning_gradguard.doctor.wording import listing, number, quote
 
 
@@ -49,6 +49,7 @@ class Origin:
         overflow: Largest magnitude of the exact result, where that is merely too large for the dtype (inf if it is not
             known exactly); else 0.
         in_loss: No parameter is used after it, so that it belongs to the loss.
+        in_data: No parameter is used before it, so that it belongs to what prepares the batch.
         given: It was given infinities that were meant, such as a mask's, and made NaN of them.
         names: Parameters that are not finite themselves.
         entries: Tensors of the batch that are not finite, whether or not they are to blame.
@@ -65,6 +66,7 @@ class Origin:
     dtype: str = ""
     overflow: float = 0.0
     in_loss: bool = False
+    in_data: bool = False
     given: bool = False
     names: tuple[str, ...] = ()
     entries: tuple[BadEntry, ...] = ()
@@ -147,8 +149,8 @@ def find_origin(
     ruined = tuple(name for name, p in subject.module.named_parameters() if not is_finite(p))
     if ruined:
         return replace(found, place=Place.PARAMETERS, names=ruined)
-    if not replay or is_one_of_many():
-        why = "the batch was not replayed" + (", since other processes would wait" if replay else "")
+    if not replay:
+        why = "the batch was not replayed"
         return replace(found, place=Place.BATCH if found.entries else Place.UNKNOWN, note=why)
     try:
         with gradients_kept(subject), sandbox(subject.module) as copy, torch.enable_grad():
@@ -181,6 +183,7 @@ def _replay(subject: Subject, batch: Any, scale: float, found: Origin) -> Origin
             guilty = tuple(entry for entry in found.entries if entry.path == birth.path)
             return replace(found, place=Place.BATCH, entries=guilty or found.entries)
         place = Place.OUTSIDE if birth.outside else Place.FORWARD
+        found = replace(found, in_data=not birth.outside and birth.call < trace.first_use)
         return _located(found, place, birth, birth.call > trace.last_use)
     if loss.grad_fn is None:
         return replace(found, place=Place.NOWHERE)

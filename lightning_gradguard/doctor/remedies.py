@@ -34,6 +34,8 @@ def find_remedies(case: Case, causes: Sequence[Cause]) -> tuple[Remedy, ...]:
 
 def _unknown(case: Case) -> list[Remedy]:
     one = Remedy("See whether one batch can be learned at all", "trainer = Trainer(overfit_batches=1)")
+    if case.decayed:
+        return [training.lower_decay(case), one]
     return [training.ANOMALY, one] if case.fault == Fault.NONFINITE else [one]
 
 

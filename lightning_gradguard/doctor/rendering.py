@@ -33,21 +33,6 @@ HEADLINES = {
     Fault.STALLED: "The weights hardly move, and the loss stands still",
 }
 
-_STYLE = """\
-.gradguard{font:15px/1.5 system-ui,sans-serif;color:#1f2933;background:#fff;max-width:60em;\
-margin:1.5em auto;padding:0 1em}
-.gradguard header{border-left:.4em solid #c62828;padding:.2em 0 .2em 1em}
-.gradguard h1{font-size:1.4em;margin:0}.gradguard h2{font-size:1.05em;margin:1.6em 0 .4em}
-.gradguard header p{margin:.2em 0;color:#52606d}
-.gradguard code{font:.87em/1.5 ui-monospace,monospace;background:#eef1f4;border-radius:.25em;\
-padding:.1em .3em;overflow-wrap:anywhere}
-.gradguard li{margin:.3em 0}.gradguard b{font-weight:600}
-.gradguard table{border-collapse:collapse;width:100%}
-.gradguard th{font-weight:600;text-align:left;color:#52606d}
-.gradguard th,.gradguard td{padding:.45em .8em .45em 0;border-bottom:1px solid #e4e7eb;vertical-align:top}
-.gradguard td code{display:block;white-space:pre-wrap;padding:.4em .6em}
-.gradguard th:nth-child(n+3),.gradguard td:nth-child(n+3){text-align:right;white-space:nowrap}"""
-
 
 def to_text(diagnosis: Diagnosis) -> str:
     """Plain text of at most `WIDTH` columns, save for names and code that are longer."""
@@ -87,20 +72,30 @@ def to_markdown(diagnosis: Diagnosis) -> str:
 
 
 def to_html(diagnosis: Diagnosis) -> str:
-    """One self-contained HTML page; nothing is fetched and no script runs."""
-    signs = "".join(f"<li>{_html(sign)}</li>" for sign in diagnosis.signs)
-    causes = "".join(f"<li><b>{_html(cause)}.</b> {_html(text)}</li>" for cause, text in _causes(diagnosis))
-    body = (
-        f"<header><h1>{_html(HEADLINES[diagnosis.fault])}</h1><p>{_html(_capital(_since(diagnosis)))}.</p></header>"
-        f"<h2>Signs</h2><ul>{signs}</ul><h2>Causes, most likely first</h2><ol>{causes}</ol>"
+    """One self-contained HTML page with pictures of what is known; nothing is fetched and no script runs."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from lightning_gradguard.doctor import panels, pictures
+
+    loader = PackageLoader("lightning_gradguard.doctor")
+    pages = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    if diagnosis.remedies:
-        body += f"<h2>Remedies, best first</h2>{_html_remedies(diagnosis.remedies)}"
-    body += "".join(f"<p>{_html(sentence)}</p>" for sentence in diagnosis.trials)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>gradguard: {html.escape(diagnosis.fault.value)}</title><style>{_STYLE}</style></head>"
-        f'<body><main class="gradguard">{body}</main></body></html>\n'
+    pages.filters["prose"] = lambda text: Markup(_html(text))
+    pages.filters["numbers"], pages.filters["tilt"] = _numbers, _tilt
+    pages.filters["px"] = lambda length: f"{length:.1f}".removesuffix(".0")
+    pages.filters["decade"] = lambda exponent: f"{float(exponent):g}".replace("-", "−")
+    return pages.get_template("diagnosis.html").render(
+        diagnosis=diagnosis,
+        headline=HEADLINES[diagnosis.fault],
+        since=_capital(_since(diagnosis)),
+        causes=_causes(diagnosis),
+        tried=_any_tried(diagnosis.remedies),
+        heat=pictures.heat_map(diagnosis.course, diagnosis.step, diagnosis.parameters),
+        panels=panels.panels_of(diagnosis),
+        size={"width": panels.WIDTH, "height": panels.HEIGHT},
+        style=Markup(loader.get_source(pages, "diagnosis.css")[0]),
     )
 
 
@@ -141,19 +136,6 @@ def _remedy_table(remedies: tuple[Remedy, ...]) -> list[str]:
     return lines
 
 
-def _html_remedies(remedies: tuple[Remedy, ...]) -> str:
-    tried = _any_tried(remedies)
-    head = ["", "Remedy and how", *(["Tilt before", "Tilt after", "Loss"] if tried else [])]
-    rows = ["".join(f"<th>{title}</th>" for title in head)]
-    for rank, remedy in enumerate(remedies, 1):
-        note = f" ({_html(remedy.note)})" if remedy.note else ""
-        cells = [str(rank), f"{_html(remedy.name)}{note}<code>{html.escape(remedy.how)}</code>"]
-        cells += _numbers(remedy) if tried else []
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    table = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table>{table}</table>"
-
-
 def _since(diagnosis: Diagnosis) -> str:
     where = f", worst in {listing(diagnosis.parameters)}" if diagnosis.parameters else ""
     return f"since step {diagnosis.step}{where}"
@@ -169,8 +151,13 @@ def _any_tried(remedies: tuple[Remedy, ...]) -> bool:
 
 def _numbers(remedy: Remedy) -> list[str]:
     """Tilts in decades and the loss, as far as they are known."""
-    tilts = ["" if tilt is None else f"{tilt:.1f}" for tilt in (remedy.before, remedy.after)]
-    return [*tilts, "" if remedy.loss is None else number(remedy.loss)]
+    loss = "" if remedy.loss is None else number(remedy.loss)
+    return [_tilt(remedy.before), _tilt(remedy.after), loss]
+
+
+def _tilt(decades: float | None) -> str:
+    # Of what is rounded to nothing the sign says nothing.
+    return "" if decades is None else f"{round(decades, 1) or 0.0:.1f}"
 
 
 def _capital(text: str) -> str:

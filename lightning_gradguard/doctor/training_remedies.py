@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.clues import FADING, GROWING
 from lightning_gradguard.doctor.diagnosis import Remedy
 from lightning_gradguard.doctor.operations import RISKY
 from lightning_gradguard.doctor.training_rules import (
     LARGEST_UPDATE,
+    USUAL_MOMENTUM,
     USUAL_UPDATE,
     usual_learning_rate,
 )
@@ -119,10 +121,25 @@ def optimizer_epsilon(case: Case) -> list[Remedy]:
 def momentum(case: Case) -> list[Remedy]:
     """The usual one."""
     was = number(case.setting("momentum"))
+    usual = number(USUAL_MOMENTUM)
     return [
-        Remedy(f"Lower the momentum from {was} to 0.9", f"momentum = 0.9  # was {was}"),
+        Remedy(f"Lower the momentum from {was} to {usual}", f"momentum = {usual}  # was {was}"),
         *lower_learning_rate(case),
     ]
+
+
+def lower_decay(case: Case) -> Remedy:
+    """To what is usual, or a hundredth."""
+    was, lower = case.setting("weight_decay"), lowered_decay(case)
+    return Remedy(
+        f"Lower the weight decay from {number(was)} to {number(lower)}",
+        f"weight_decay = {number(lower)}  # was {number(was)}",
+    )
+
+
+def lowered_decay(case: Case) -> float:
+    """A usual weight decay of 1e-4, or a hundredth of a smaller one."""
+    return min(1e-4, case.setting("weight_decay") / 100)
 
 
 def bad_data(case: Case) -> list[Remedy]:
@@ -138,7 +155,12 @@ def bad_data(case: Case) -> list[Remedy]:
 
 
 def loss_function(case: Case) -> list[Remedy]:
-    """The stable form of what the loss computes."""
+    """The stable form of what the loss computes, or what bounds it, or makes it steep."""
+    if case.fault in GROWING and case.fault != Fault.NONFINITE:
+        return [bounded_slopes(), *lower_learning_rate(case)[:1]]
+    if case.fault in FADING:
+        how = "loss = -nn.functional.logsigmoid(logits).mean()  # in place of logsigmoid(-logits).mean()"
+        return [Remedy("A loss that is steep where the model is wrong", how)]
     operations = case.anatomy.loss_ops if case.anatomy else {}
     found = [_STABLE[op] for op in RISKY if op in operations and op in _STABLE]
     if "Log" in operations and "Softmax" in operations:
@@ -148,6 +170,12 @@ def loss_function(case: Case) -> list[Remedy]:
         how = "loss = nn.functional.binary_cross_entropy_with_logits(logits, y)  # not log(sigmoid(logits))"
         found.insert(0, Remedy("Cross-entropy of the logits", how))
     return [*found[:3], ANOMALY]
+
+
+def bounded_slopes() -> Remedy:
+    """What bounds a critic."""
+    how = "layer = nn.utils.parametrizations.spectral_norm(layer)  # each layer of the critic"
+    return Remedy("Spectral normalization", how)
 
 
 def low_precision(case: Case) -> list[Remedy]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from lightning_gradguard.doctor.case import Case, middle_of
 from lightning_gradguard.doctor.clues import CERTAIN, GROWING, Clue
 from lightning_gradguard.doctor.diagnosis import Cause
-from lightning_gradguard.doctor.model_rules import bad_initialization, unnormalized_input
-from lightning_gradguard.doctor.operations import COMMON, RISKY
+from lightning_gradguard.doctor.loss_rules import bottomless_loss
+from lightning_gradguard.doctor.model_rules import DIED_AFTER, bad_initialization
 from lightning_gradguard.doctor.origin import Place
+from lightning_gradguard.doctor.scale_rules import SCALE_RULES
 from lightning_gradguard.doctor.wording import listing, number, power, quote
 from lightning_gradguard.verdicts.faults import Fault
 
@@ -18,10 +19,11 @@ from lightning_gradguard.verdicts.faults import Fault
 USUAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
 #: Growth of a layer's weights since the start that healthy training does not show in so few steps.
 _NOTABLE_GROWTH = 3.0
+#: Steps by which a velocity of the usual momentum has built up; what comes later is not the rate's doing alone.
+_BUILT_UP = 10
 #: Momentum that is usual; it enlarges a steady step by 1 / (1 - momentum).
-_USUAL_MOMENTUM = 0.9
+USUAL_MOMENTUM = 0.9
 _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
-_SQUARED_LOSSES = ("MseLoss", "SmoothL1Loss", "HuberLoss")
 
 
 def usual_learning_rate(case: Case) -> float:
@@ -35,15 +37,21 @@ def learning_rate_too_high(case: Case) -> Iterator[Clue]:
     What other causes account for is taken off: they made the gradient large, or added it up.
     """
     wild = _wild_steps(case)
-    if case.fault not in (*GROWING, Fault.DEAD) or wild is None:
+    if case.fault not in (*GROWING, Fault.DEAD) or wild is None or case.decayed:
         return
+    decades, words = wild
+    left = decades - (0.0 if case.fault == Fault.DEAD else _inherited(case))
     # A step this wild is what makes the next loss overflow, if that was on its way.
     grown = case.loss_start > 0 and case.loss_now > 3 * case.loss_start
     before = case.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
-    more = 10.0 if case.fault == Fault.NONFINITE and (grown or before) else 0.0
-    decades, words = wild
+    if left <= 0:
+        left = min(0.9 * decades, 1.0)  # a lower one would help all the same
+    elif case.fault == Fault.NONFINITE and (grown or before):
+        left += 10.0
+    elif case.fault == Fault.DEAD:
+        left += 2.0
     evidence = f"At a learning rate of {number(case.learning_rate)} {words}."
-    yield Clue(decades - _inherited(case) + more, Cause.LEARNING_RATE_TOO_HIGH, evidence)
+    yield Clue(left, Cause.LEARNING_RATE_TOO_HIGH, evidence)
 
 
 def _wild_steps(case: Case) -> tuple[float, str] | None:
@@ -62,7 +70,7 @@ def _wild_steps(case: Case) -> tuple[float, str] | None:
             10 * ratio / limit
         ), f"the first steps of {case.optimizer} change the median layer {size}"
     growth, name = case.growth
-    if growth > _NOTABLE_GROWTH:
+    if growth > (DIED_AFTER if case.fault == Fault.DEAD else _NOTABLE_GROWTH):
         return math.log10(growth), f"the weights of {quote(name)} have grown {number(growth)}-fold"
     return None
 
@@ -114,26 +122,20 @@ def optimizer_epsilon(case: Case) -> Iterator[Clue]:
 def momentum(case: Case) -> Iterator[Clue]:
     """A velocity that goes on growing while gradients do not."""
     value = case.setting("momentum")
-    if case.fault not in GROWING or not 0.95 <= value < 1:
+    killed = case.fault == Fault.DEAD and case.growth[0] > DIED_AFTER
+    if not (case.fault in GROWING or killed) or not value >= 0.95:
+        return
+    if value >= 1:
+        evidence = f"A momentum of {number(value)} lets the velocity grow by itself."
+        yield Clue(50.0, Cause.MOMENTUM, evidence)
         return
     factor = 1 / (1 - value)
     evidence = (
         f"Momentum {number(value)} lets a steady gradient add up to {number(factor)} times the learning rate."
     )
-    yield Clue(math.log10(factor), Cause.MOMENTUM, evidence)
-
-
-def target_scale(case: Case) -> Iterator[Clue]:
-    """Targets of thousands under a squared loss: the loss is their square."""
-    operations = case.anatomy.loss_ops if case.anatomy else {}
-    squared = any(op in operations for op in (*_SQUARED_LOSSES, "Pow"))
-    if case.fault not in GROWING or not squared or not case.loss_start > 100:
-        return
-    decades = math.log10(case.loss_start) / 2
-    evidence = (
-        f"The loss began at {number(case.loss_start)}: outputs and targets are about {power(decades)} apart."
-    )
-    yield Clue(decades, Cause.TARGET_SCALE, evidence)
+    wild = _wild_steps(case) if case.finding.step > _BUILT_UP else None
+    weight = max(math.log10(factor), wild[0] if wild else 0.0)
+    yield Clue(weight + 2.5 if killed else weight, Cause.MOMENTUM, evidence)
 
 
 def bad_data(case: Case) -> Iterator[Clue]:
@@ -141,7 +143,7 @@ def bad_data(case: Case) -> Iterator[Clue]:
     if case.fault != Fault.NONFINITE:
         return
     origin = case.origin
-    if origin is not None and origin.place in (Place.BATCH, Place.OUTSIDE):
+    if origin is not None and (origin.place in (Place.BATCH, Place.OUTSIDE) or origin.in_data):
         yield Clue(CERTAIN if origin.place == Place.BATCH else 8.0, Cause.BAD_DATA, str(origin))
     elif case.bad_rows:
         more = f" and {len(case.bad_rows) - 8} more" if len(case.bad_rows) > 8 else ""
@@ -157,29 +159,6 @@ def bad_data(case: Case) -> Iterator[Clue]:
         yield Clue(2.5, Cause.BAD_DATA, evidence)
 
 
-def loss_function(case: Case) -> Iterator[Clue]:
-    """An operation, most often in the loss, that is not finite, or has no finite slope, for some finite inputs."""
-    origin = case.origin
-    if case.fault == Fault.NONFINITE and origin is not None and origin.located:
-        # What overflows in the loss was most often too large before it.
-        if origin.in_loss or not origin.overflow:
-            yield Clue(3.0 if origin.overflow else 9.0, Cause.LOSS_FUNCTION, str(origin))
-        return
-    if case.fault != Fault.NONFINITE or case.anatomy is None or case.bad_rows:
-        return
-    risky = [op for op in RISKY if op in case.anatomy.loss_ops]
-    if not risky:
-        return
-    what = (
-        "The loss is not finite" if case.nonfinite_loss else "The gradient is not finite, though the loss is"
-    )
-    batch = "; the batch is" if case.bad_rows is not None else ""
-    reasons = "; ".join(RISKY[op] for op in risky[:2])
-    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if batch else 1.0
-    evidence = f"{what}{batch}. Among what is computed after the last layer: {reasons}."
-    yield Clue(weight, Cause.LOSS_FUNCTION, evidence)
-
-
 def low_precision(case: Case) -> Iterator[Clue]:
     """Numbers below, or above, what the dtype can hold."""
     low = [dtype for dtype in case.dtypes if dtype in _LOW_PRECISION]
@@ -187,6 +166,12 @@ def low_precision(case: Case) -> Iterator[Clue]:
         dtype = low[0] if low else next(iter(case.dtypes), "this dtype")
         evidence = f"{100 * case.finding.value:.0f} % of the gradient's elements are too small for {dtype}."
         yield Clue(10.0, Cause.LOW_PRECISION, evidence)
+    elif low and case.fault == Fault.DEAD and all(g == -math.inf for g in case.gradients_log10):
+        evidence = (
+            f"Every gradient is exactly zero, those of the last layer too, and they pass through {listing(low)}, "
+            "which holds nothing below 6e-8."
+        )
+        yield Clue(6.0, Cause.LOW_PRECISION, evidence)
     elif low and case.fault in (Fault.NONFINITE, Fault.VANISHING):
         if case.origin is not None and case.origin.overflow and case.origin.dtype in low:
             yield Clue(8.0, Cause.LOW_PRECISION, str(case.origin))
@@ -199,6 +184,14 @@ def low_precision(case: Case) -> Iterator[Clue]:
 
 def outlier_batch(case: Case) -> Iterator[Clue]:
     """One batch unlike the others, after calm."""
+    if case.fault == Fault.STALLED and "adagrad" in case.optimizer.lower():
+        spike = next((f for f in case.findings if f.fault == Fault.SPIKE), None)
+        if spike is not None and abs(spike.step - case.finding.step) <= 1:
+            evidence = (
+                f"The gradient of step {spike.step} was {number(spike.value)} ({spike.measure or 'spike score'}), and "
+                f"{case.optimizer} divides by the sum of all squares so far, which never falls again."
+            )
+            yield Clue(5.0, Cause.OUTLIER_BATCH, evidence)
     if case.fault == Fault.SPIKE and case.finding.value > 0:
         evidence = (
             f"The {case.finding.measure or 'gradient'} is {number(case.finding.value)} at this step alone."
@@ -214,9 +207,7 @@ TRAINING_RULES = (
     learning_rate_too_low,
     optimizer_epsilon,
     momentum,
-    target_scale,
     bad_data,
-    loss_function,
     low_precision,
     outlier_batch,
 )
@@ -230,8 +221,11 @@ def _inherited(case: Case) -> float:
     if case.normalises:
         return 0.0
     momentum = case.setting("momentum")
-    excess = math.log10((1 - _USUAL_MOMENTUM) / (1 - momentum)) if _USUAL_MOMENTUM < momentum < 1 else 0.0
-    rules = [target_scale, unnormalized_input, *([bad_initialization] if case.initial_weight_norms else [])]
+    usual = 1 - USUAL_MOMENTUM
+    excess = math.log10(usual / (1 - momentum)) if USUAL_MOMENTUM < momentum < 1 else 0.0
+    if excess and case.finding.step > _BUILT_UP:
+        excess = math.inf
+    rules = [*SCALE_RULES, bottomless_loss, *([bad_initialization] if case.initial_weight_norms else [])]
     return excess + sum(clue.weight for rule in rules for clue in rule(case))
 
 

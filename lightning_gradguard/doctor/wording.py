@@ -48,10 +48,10 @@ def power(exponent: float) -> str:
     return number(10.0**exponent) if abs(exponent) < 300 else f"1e{exponent:+.0f}"
 
 
-def count(how_many: int, noun: str) -> str:
+def count(how_many: int, noun: str, plural: str = "") -> str:
     """A number with its noun.
 
-    >>> count(1, "layer"), count(12, "layer")
-    ('1 layer', '12 layers')
+    >>> count(1, "layer"), count(12, "layer"), count(2, "remedy", "remedies")
+    ('1 layer', '12 layers', '2 remedies')
     """
-    return f"{how_many} {noun}{'' if how_many == 1 else 's'}"
+    return f"{how_many} {noun if how_many == 1 else plural or noun + 's'}"

@@ -264,13 +264,19 @@ def test_a_replay_that_fails_says_so_and_keeps_what_the_batch_shows():
     assert origin(net, fails, replay=False).place == Place.UNKNOWN
 
 
-def test_other_processes_would_wait(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    net, calls = net_of(), []
-    found = origin(net, calls.append)
-    assert not calls
-    assert "other processes would wait" in str(found)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_the_step_itself_writes_into_the_batch(number):
+    net = net_of()
+
+    def spoils(x):
+        x = x.clone()
+        x[0, 0] = number
+        return net(x).mean()
+
+    found = origin(net, spoils)
+    assert found.in_data or math.isinf(number)
+    assert not found.in_loss
+    assert found.place == Place.FORWARD
 
 
 def test_the_batch_alone():

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from lightning_gradguard.doctor.anatomy import Anatomy
 from lightning_gradguard.doctor.case import Case
-from lightning_gradguard.doctor.causes import find_causes
+from lightning_gradguard.doctor.causes import RULES, find_causes
 from lightning_gradguard.doctor.clues import CERTAIN, FADING, GROWING
 from lightning_gradguard.doctor.diagnosis import Cause
-from lightning_gradguard.doctor.model_rules import MODEL_RULES
-from lightning_gradguard.doctor.training_rules import TRAINING_RULES
+from lightning_gradguard.doctor.remedies import find_remedies
 from lightning_gradguard.verdicts.faults import Fault, Finding, Severity
 
 NAMES = tuple(f"{i}.weight" for i in range(6))
@@ -53,7 +52,7 @@ def case_with(
 
 def weights(case):
     best = {}
-    for rule in (*MODEL_RULES, *TRAINING_RULES):
+    for rule in RULES:
         for clue in rule(case):
             best[clue.cause] = max(best.get(clue.cause, -math.inf), clue.weight)
     return best
@@ -148,11 +147,17 @@ def test_adam_at_a_rate_that_ruins_the_first_steps():
 
 @given(momentum=st.floats(0, 0.999))
 def test_momentum_takes_its_part_from_the_learning_rate(momentum):
-    case = case_with(Fault.EXPLODING, update_ratios=(5.0,) * 6, defaults={"momentum": momentum})
+    case = case_with(Fault.EXPLODING, update_ratios=(5.0,) * 6, defaults={"momentum": momentum}, step=3)
     found = weights(case)
-    part = max(0.0, math.log10(0.1 / (1 - momentum)))
-    assert found[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(math.log10(500) - part)
+    left = math.log10(500) - max(0.0, math.log10(0.1 / (1 - momentum)))
+    assert found[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(left if left > 0 else 1.0)
     assert (Cause.MOMENTUM in found) == (momentum >= 0.95)
+
+
+def test_what_comes_when_a_velocity_has_built_up_is_the_momentums():
+    case = case_with(Fault.EXPLODING, update_ratios=(5.0,) * 6, defaults={"momentum": 0.99}, step=40)
+    found = find_causes(case)
+    assert [cause for cause, _ in found[:2]] == [Cause.MOMENTUM, Cause.LEARNING_RATE_TOO_HIGH]
 
 
 @given(eps=st.floats(1e-12, 1e6), log=st.floats(-12, 2))
@@ -240,6 +245,85 @@ def test_a_squared_loss_tells_the_scale_of_its_targets(operation):
     assert weights(case)[Cause.TARGET_SCALE] == pytest.approx(4.0)
     assert Cause.TARGET_SCALE not in weights(dataclasses.replace(case, loss_start=50.0))
     assert Cause.TARGET_SCALE not in weights(case_with(Fault.EXPLODING, loss_start=1e8))
+    seen = find_causes(dataclasses.replace(case, target_rms=1e4))
+    assert seen[0][0] == Cause.TARGET_SCALE
+    assert "RMS of 10000" in seen[0][1] or "RMS of 1e+04" in seen[0][1]
+    # Targets of usual size: it is what the model gives that is large.
+    assert find_causes(dataclasses.replace(case, target_rms=1.0))[0][0] == Cause.BAD_INITIALIZATION
+
+
+def test_a_first_loss_that_only_large_outputs_give():
+    graph = {"loss_ops": {"NllLoss": 1, "LogSoftmax": 1}}
+    large = case_with(Fault.EXPLODING, graph=graph, loss_start=3000.0)
+    assert weights(large)[Cause.BAD_INITIALIZATION] == pytest.approx(3.0)
+    assert not weights(dataclasses.replace(large, loss_start=9.0))
+    names = tuple(f"{i}.weight" for i in range(40))
+    deep = dataclasses.replace(
+        large,
+        names=names,
+        shapes=((16, 16),) * 40,
+        gradients_log10=(-2.0,) * 40,
+        weight_norms=(4.0,) * 40,
+        update_ratios=(1e-3,) * 40,
+    )
+    assert find_causes(deep)[0][0] == Cause.TOO_DEEP
+
+
+def test_weights_that_decay_has_shrunk_have_no_name_but_words():
+    known = {"initial_weight_norms": (4.0,) * 6, "weight_norms": (0.1,) * 6, "tilt": 0.0}
+    shrunk = case_with(
+        Fault.OVERSIZED_UPDATE, defaults={"weight_decay": 1.0}, update_ratios=(0.2,) * 6, **known
+    )
+    ((cause, evidence),) = find_causes(shrunk)
+    assert cause == Cause.UNKNOWN
+    assert "2.5 %" in evidence
+    assert "decay of 1 " in evidence
+    undecayed = dataclasses.replace(shrunk, defaults={"weight_decay": 0.0})
+    assert find_causes(undecayed)[0][0] == Cause.LEARNING_RATE_TOO_HIGH
+
+
+def test_units_that_died_after_they_had_learnt_were_killed_by_the_steps():
+    born = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5}, initial_weight_norms=(4.0,) * 6)
+    assert find_causes(born)[0][0] == Cause.DEAD_ACTIVATION
+    killed = dataclasses.replace(born, weight_norms=(12.0,) * 6)
+    assert [cause for cause, _ in find_causes(killed)] == [
+        Cause.LEARNING_RATE_TOO_HIGH,
+        Cause.DEAD_ACTIVATION,
+    ]
+    signed = dataclasses.replace(born, weight_means=(0.2,) * 6)
+    assert find_causes(signed)[0][0] == Cause.BAD_INITIALIZATION
+    assert find_causes(dataclasses.replace(born, weight_means=(0.01,) * 6))[0][0] == Cause.DEAD_ACTIVATION
+
+
+def test_a_path_through_rounding_has_no_slope():
+    rounded = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5, "step": 1})
+    assert find_causes(rounded)[0][0] == Cause.DETACHED_GRAPH
+    assert find_remedies(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
+
+
+def test_a_loss_without_a_bottom_and_one_that_is_flat():
+    falls = case_with(Fault.EXPLODING, loss_start=-1.0, loss_now=-1e6, update_ratios=(5.0,) * 6)
+    assert find_causes(falls)[0][0] == Cause.LOSS_FUNCTION
+    assert find_causes(dataclasses.replace(falls, loss_now=-50.0))[0][0] == Cause.LEARNING_RATE_TOO_HIGH
+    graph = {"loss_ops": {"Softplus": 1, "Mean": 1, "Neg": 1}}
+    flat = case_with(Fault.STALLED, graph=graph, loss_start=-1e-9, loss_now=-1e-9, update_ratios=(0.0,) * 6)
+    assert find_causes(flat)[0][0] == Cause.LOSS_FUNCTION
+    assert find_causes(dataclasses.replace(flat, loss_start=-0.5))[0][0] == Cause.LEARNING_RATE_TOO_LOW
+
+
+def test_biases_that_hold_an_activation_where_it_is_flat():
+    shapes, norms = ((16, 16), (16,)) * 3, (4.0, 20.0) * 3
+    shifted = case_with(kinds={"product": 6, "soft relu": 5}, shapes=shapes, weight_norms=norms, tilt=15.0)
+    assert find_causes(shifted)[0][0] == Cause.SATURATING_ACTIVATION
+    centred = dataclasses.replace(shifted, weight_norms=(4.0, 0.1) * 3)
+    assert Cause.SATURATING_ACTIVATION not in weights(centred)
+
+
+@pytest.mark.parametrize(("apart", "outlier"), [(0, True), (10, False)])
+def test_one_batch_that_adagrad_never_forgets(apart, outlier):
+    spike = Finding(Fault.SPIKE, Severity.WARNING, 30 - apart, NAMES[:1], 900.0, 20.0, "Spike")
+    stalled = case_with(Fault.STALLED, findings=(spike,), optimizer="Adagrad", learning_rates=(0.02,))
+    assert (find_causes(stalled)[0][0] == Cause.OUTLIER_BATCH) == outlier
 
 
 def test_parameters_that_are_missing_but_not_concerned_are_not_blamed():

@@ -48,3 +48,21 @@ def test_both_halt_before_the_same_step(tmp_path):
     first, second = train(tmp_path, [7], "strict")
     assert first["halted"] == second["halted"] == 7
     assert first["findings"] == second["findings"]
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_each_rank_tries_remedies_by_itself_and_none_waits(tmp_path, talks):
+    script = SCRIPT.with_name("ddp_trials_script.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), json.dumps(talks)],
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    files = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
+    assert all(file.exists() for file in files), done.stderr[-3000:]
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert first["fault"] == second["fault"] == "vanishing"
+    assert first["halted"] == second["halted"] is not None
+    for rank in (first, second):
+        # A step that talks to the others cannot be run alone, and says so.
+        assert ("talks to other processes" in rank["trials"]) == talks
+        assert rank["tried"][0] is not talks

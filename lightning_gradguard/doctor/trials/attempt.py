@@ -18,12 +18,16 @@ from lightning_gradguard.doctor.trials.profile import (
     TimeProfile,
     dead_share,
     depth_tilt,
-    layer_profile,
+    whole_profile,
 )
 from lightning_gradguard.doctor.trials.sandbox import sandbox
 from lightning_gradguard.doctor.trials.swaps import Swaps
-from lightning_gradguard.doctor.trials.weights import add_gates_, initialise_
+from lightning_gradguard.doctor.trials.weights import add_gates_, initialise_, rewind_
 
+#: Of a velocity, for the rate that stands in for it: one that is damped less never comes to an end.
+_LEAST_DAMPING = 1e-3
+#: Share of a layer's units without a gradient from which it is dead: the limit of `DeadUnits`.
+_DEAD = 0.9
 _CHECKPOINTS = "the model computes its activations again in the backward pass (checkpointing)"
 
 
@@ -38,8 +42,8 @@ class Subject:
         batch: What was trained on last.
         optimizer: Whose settings the virtual steps take.
         number: The batch's number, if known.
-        norms: L2 norms that parameters are scaled to beforehand, by name: of weights that have run away, those they
-            began with.
+        norms: L2 norms that parameters are brought to beforehand, by name: of weights that have run away or shrunk,
+            those they began with; see `weights.rewind_`.
         divisible: Whether half of the batch is a batch.
     """
 
@@ -57,14 +61,15 @@ class Outcome:
     """What an attempt gave.
 
     Attributes:
-        loss: On the whole batch after the virtual steps, which saw half of it; inf if any was not finite, NaN if
-            no step was taken.
+        loss: On the whole batch after the virtual steps, which saw half of it; inf if any was not finite or a layer is
+            dead then, NaN if no step was taken.
         tilt: Depth tilt of the first pass, decades; None with too few layers that get a gradient.
         time_tilt: Gradient at the last tenth of a sequence over that at the first, decades; None without one.
         dead: Largest share of a layer's rows without any gradient.
         live: Layers that get a gradient.
         plan: What the pass showed, of an attempt that swaps nothing.
         passes: Forward passes that it took.
+        profile: log10(‖g‖/‖w‖) of each layer in the first pass, as `whole_profile` gives it.
     """
 
     loss: float
@@ -74,6 +79,7 @@ class Outcome:
     live: int
     plan: Plan
     passes: int
+    profile: tuple[float, ...] = ()
 
 
 def attempt(
@@ -87,7 +93,7 @@ def attempt(
         subject: What it is tried on.
         change: What is changed.
         layers: Names of the layers' weights, input first.
-        passes: Forward passes, all but the last with a backward pass and a virtual step; or a single one with both.
+        passes: Forward and backward passes, all but the last with a virtual step; or a single one with that.
         plan: Of an attempt with an empty change; not needed for that one.
 
     Raises:
@@ -99,12 +105,12 @@ def attempt(
     names = {id(p): name for name, p in module.named_parameters()}
     scale = Scale.of(subject.batch) if change.target else None
     with gradients_kept(subject), sandbox(module) as copy, torch.enable_grad():
-        _rescale_(module, subject.norms)
+        rewind_(module, subject.norms)
         apply_(module, change, plan)
         recorder = Recorder(module)
         mode = Swaps(module, change, plan) if change.swaps else recorder
         parameters = dict(module.named_parameters())
-        optimizer = _virtual_optimizer(subject.optimizer, names, parameters, change.rate)
+        optimizer = _virtual_optimizer(subject.optimizer, names, parameters, change)
         times = TimeProfile(module)
         loss, first = math.nan, None
         learn, taken = half(subject.batch) if subject.divisible else subject.batch, 0
@@ -118,8 +124,9 @@ def attempt(
                 _refuse_checkpoints(scalar)
             scalar.backward()  # type: ignore[no-untyped-call]
             if first is None:
-                profile = layer_profile(parameters, layers)
-                first = depth_tilt(profile), times.tilt(), dead_share(parameters, layers), len(profile)
+                profile = whole_profile(parameters, layers)
+                live = [decades for decades in profile if math.isfinite(decades)]
+                first = depth_tilt(live), times.tilt(), dead_share(parameters, layers), len(live)
             if not math.isfinite(float(scalar.detach())):
                 loss = math.inf
                 break
@@ -127,11 +134,16 @@ def attempt(
         plan = recorder.plan
         if passes > 1 and loss != math.inf:
             taken += 1
+            optimizer.zero_grad()
             with mode:
-                loss = float(subject.loss_of(prepared(copy(subject.batch), change, scale)).detach())
-            loss = loss if math.isfinite(loss) else math.inf
+                scalar = subject.loss_of(prepared(copy(subject.batch), change, scale))
+            scalar.backward()  # type: ignore[no-untyped-call]
+            # A net that the steps have killed says the same of everything, which is a low loss after wild steps.
+            died = dead_share(parameters, layers) > _DEAD
+            loss = float(scalar.detach())
+            loss = loss if math.isfinite(loss) and not died else math.inf
     assert first is not None
-    return Outcome(loss, *first, plan=plan, passes=taken)
+    return Outcome(loss, *first, plan=plan, passes=taken, profile=tuple(profile))
 
 
 @contextmanager
@@ -177,17 +189,11 @@ def apply_(module: nn.Module, change: Change, plan: Plan) -> None:
         initialise_(module, change.initialise, plan)
 
 
-@torch.no_grad()
-def _rescale_(module: nn.Module, norms: Mapping[str, float]) -> None:
-    for full, parameter in module.named_parameters():
-        name = full.replace("_orig_mod.", "")
-        norm = float(parameter.float().norm())
-        if name in norms and 0 < norm < math.inf:
-            parameter.mul_(norms[name] / norm)
-
-
 def _virtual_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], parameters: Mapping[str, Tensor], rate: float
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    parameters: Mapping[str, Tensor],
+    change: Change,
 ) -> torch.optim.Optimizer:
     """One of the same kind and settings over the copies, without a past; plain descent where it cannot be made.
 
@@ -202,11 +208,11 @@ def _virtual_optimizer(
             parameters[name] for p in group["params"] if (name := names.get(id(p), "")) in parameters
         ] + new
         if own:
-            lr, momentum, new = rate * float(group.get("lr", 0.0)), group.get("momentum", 0.0), []
-            groups.append({**group, "lr": lr, "params": own})
-            plain.append(
-                {"lr": lr / (1 - momentum), "weight_decay": group.get("weight_decay", 0.0), "params": own}
-            )
+            lr, new = change.rate * float(group.get("lr", 0.0)), []
+            momentum = group.get("momentum", 0.0) if change.momentum is None else change.momentum
+            decay = {"weight_decay": change.decay * group["weight_decay"]} if "weight_decay" in group else {}
+            groups.append({**group, **decay, "lr": lr, "params": own})
+            plain.append({**decay, "lr": lr / max(1 - momentum, _LEAST_DAMPING), "params": own})
     try:
         if any(group.get("momentum") for group in groups) or isinstance(optimizer, torch.optim.LBFGS):
             return torch.optim.SGD(plain)

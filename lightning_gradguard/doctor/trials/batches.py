@@ -14,7 +14,7 @@ LEAST_EXAMPLES = 8
 
 
 class Scale(NamedTuple):
-    """Mean and standard deviation of numbers."""
+    """Mean and standard deviation of numbers, or of each feature."""
 
     mean: Tensor
     deviation: Tensor
@@ -48,10 +48,20 @@ def prepared(batch: Any, change: Change, scale: Scale | None = None) -> Any:
     """
     found, exchange = _floating(batch), {}
     if change.input and found:
-        exchange[id(found[0])] = Scale.of_tensor(found[0]).apply(found[0])
+        exchange[id(found[0])] = _input_scale(found[0]).apply(found[0])
     if change.target and scale is not None and len(found) > 1:
         exchange[id(found[1])] = scale.apply(found[1])
     return _exchanged(batch, exchange) if exchange else batch
+
+
+def _input_scale(x: Tensor) -> Scale:
+    """Of each feature of a table; of all elements of anything else, or of a table too short to tell."""
+    if x.ndim != 2 or len(x) < LEAST_EXAMPLES or not bool(x.isfinite().all()):
+        return Scale.of_tensor(x)
+    x = x.detach().float()
+    deviation = x.std(0, unbiased=False)
+    # A feature that never changes is only shifted.
+    return Scale(x.mean(0), torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
 
 def has_targets(batch: Any) -> bool:

@@ -10,12 +10,13 @@ from torch import nn
 from lightning_gradguard.doctor import model_remedies as model
 from lightning_gradguard.doctor import training_remedies as training
 from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.clues import GROWING
 from lightning_gradguard.doctor.diagnosis import Cause, Remedy
 from lightning_gradguard.doctor.operations import kind_of, operation_of
 from lightning_gradguard.doctor.trials.batches import has_targets
 from lightning_gradguard.doctor.trials.change import Change
 from lightning_gradguard.doctor.trials.layers import Plan
-from lightning_gradguard.doctor.trials.weights import has_plain_recurrence, has_recurrence
+from lightning_gradguard.doctor.trials.weights import has_gates, has_plain_recurrence, has_recurrence
 from lightning_gradguard.verdicts.faults import Fault
 
 #: Layers of equal width of which half can be left out.
@@ -44,20 +45,32 @@ def find_candidates(
         batch: What it was trained on.
         plan: What its forward pass showed.
     """
+    if case.decayed:
+        lower = training.lowered_decay(case) / case.setting("weight_decay")
+        return [Candidate(training.lower_decay(case), Change(decay=lower))]
+    if is_bottomless(case, causes):
+        return [Candidate(training.bounded_slopes(), Change(lipschitz=True))]
     found = []
     if Cause.TARGET_SCALE in causes and has_targets(batch):
         found.append(Candidate(training.standard_target(), Change(target=True)))
     data = [Candidate(model.standard_input(), Change(input=True))] if case.input_rms is not None else []
     if Cause.UNNORMALIZED_INPUT in causes:
         found += data
-    if causes[0] == Cause.RECURRENCE and has_recurrence(module):
+    if causes[0] == Cause.RECURRENCE and (has_recurrence(module) or plan.repeated):
         return [*found, *_recurrent(module)]
+    if Cause.MOMENTUM in causes:
+        found.append(Candidate(training.momentum(case)[0], Change(momentum=training.USUAL_MOMENTUM)))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
         found += _lower_rate(case)
     found += _layers(case, plan)
     others = [*data, *(_recurrent(module) if has_recurrence(module) else ())]
     others += _lower_rate(case) if case.fault == Fault.EXPLODING else ()
     return [*found, *(candidate for candidate in others if candidate not in found)]
+
+
+def is_bottomless(case: Case, causes: Sequence[Cause]) -> bool:
+    """Whether the loss has no lower bound, so that a lower one is not a better one."""
+    return causes[0] == Cause.LOSS_FUNCTION and case.fault in GROWING and case.loss_now < 0
 
 
 def pair(first: Candidate, second: Candidate) -> Candidate | None:
@@ -107,7 +120,7 @@ def _layers(case: Case, plan: Plan) -> Iterator[Candidate]:
 
 def _recurrent(module: nn.Module) -> Iterator[Candidate]:
     orthogonal = Change(initialise="orthogonal")
-    yield Candidate(model.orthogonal(), orthogonal)
+    yield Candidate(model.remembering() if has_gates(module) else model.orthogonal(), orthogonal)
     if has_plain_recurrence(module):
         how = (
             "rnn = nn.LSTM(inputs, width); rnn.bias_ih_l0.data[width : 2 * width] = 3.0  # in place of nn.RNN"

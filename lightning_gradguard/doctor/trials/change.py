@@ -20,7 +20,10 @@ class Change:
         gates: "GRU" or "LSTM" in place of each plain recurrent layer.
         input: Standardise the inputs, batch by batch.
         target: Standardise the targets, by the mean and the spread of the batch of the trial.
+        lipschitz: Divide each layer by its weights' spectral norm (arXiv:1802.05957), so that no slope exceeds 1.
         rate: Factor of the learning rate.
+        momentum: In place of the optimizer's own.
+        decay: Factor of the weight decay.
     """
 
     activation: str | None = None
@@ -32,7 +35,10 @@ class Change:
     gates: str | None = None
     input: bool = False
     target: bool = False
+    lipschitz: bool = False
     rate: float = 1.0
+    decay: float = 1.0
+    momentum: float | None = None
 
     @property
     def fields(self) -> frozenset[str]:
@@ -47,7 +53,7 @@ class Change:
     @property
     def swaps(self) -> bool:
         """Whether the forward pass is changed."""
-        return bool(self.fields & {"activation", "normalise", "skip", "shorten"})
+        return bool(self.fields & {"activation", "normalise", "skip", "shorten", "lipschitz"})
 
     def __or__(self, other: Change) -> Change:
         """Both changes.

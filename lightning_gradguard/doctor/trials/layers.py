@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -59,6 +60,9 @@ _PASSES = _NORMS | {
 }
 _SEEN = _PRODUCTS | _MATMULS | _ACTIVATIONS | _PASSES
 
+#: Uses of a weight in one pass from which they are a loop.
+LOOP = 4
+
 Function = Callable[..., Any]
 
 
@@ -95,6 +99,12 @@ class Plan:
     activated: set[int] = field(default_factory=set)
     normalised: set[int] = field(default_factory=set)
     activations: list[str] = field(default_factory=list)
+
+    @property
+    def repeated(self) -> frozenset[str]:
+        """Weights that are applied again and again: a recurrence that is written as a loop."""
+        times = Counter(weight for weight, _ in self.weights if weight is not None)
+        return frozenset(name for name, count in times.items() if count >= LOOP)
 
     @property
     def last(self) -> int:

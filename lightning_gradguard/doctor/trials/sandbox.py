@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Elements of a tensor in a plain attribute, and entries of a container, above which it is not copied: such a
 #: one is data. Parameters and buffers always are.
@@ -21,6 +22,8 @@ LARGEST_TENSOR, LARGEST_CONTAINER = 2**22, 10_000
 #: Packages whose objects are left alone: a trainer, a logger, an optimizer belongs to the training.
 _HOSTS = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard"})
 _CONTAINERS = (dict, OrderedDict, list, set, deque, defaultdict)
+#: Operators that other processes take part in.
+_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -33,7 +36,8 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
     they are: they have not been touched. So are the global random numbers of torch, Python and NumPy. Warnings
     are silent meanwhile, and compiled modules run as they are written.
 
-    Not restored is what lies outside: files, iterators, other processes, an object that cannot be copied.
+    Not restored is what lies outside: files, iterators, an object that cannot be copied. Where other processes train
+    along, nothing is sent to them: a collective, such as that of a synchronized batch normalisation, raises.
 
     Args:
         module: What will be run; its parameters are leaves without a gradient inside.
@@ -49,6 +53,8 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
         warnings.simplefilter("ignore")
         if hasattr(torch.compiler, "set_stance"):  # torch 2.6
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if _is_one_of_many():
+            stack.enter_context(_Alone())
         copier.copy(module)
         yield lambda value: _Copier().copy(value)
 
@@ -161,7 +167,18 @@ def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(state)
 
 
-def is_one_of_many() -> bool:
-    """Whether other processes train along: one of them may halt where another goes on, and wait in vain."""
+class _Alone(TorchDispatchMode):
+    """Refuses collectives: one process may do here what another does not, and would wait for ever."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in _COLLECTIVES:
+            raise ValueError(
+                f"the training step talks to other processes ({func.__name__.partition('.')[0]})"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_one_of_many() -> bool:
+    """Whether other processes train along."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return distributed and torch.distributed.get_world_size() > 1

@@ -1,7 +1,8 @@
-"""Swaps in the forward pass: activations, normalisation, skips, fewer layers; the module itself is left as it is."""
+"""Swaps in the forward pass: activations, normalisation, skips, depth, bounds; the module itself stays as it is."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +38,8 @@ class Swaps(Layers):
         if blocks and (call.number in self._skipped or call.number == self._plan.last):
             x = normalised(x, call.weight, by_example=call.weight.ndim <= 2)
         out: Tensor = function(x)
+        if self._change.lipschitz:
+            out = out / torch.linalg.matrix_norm(call.weight.flatten(1).float(), 2).to(out.dtype)
         if call.number >= self._plan.last:
             return out
         if self._change.normalise and not blocks and call.number not in self._plan.normalised:

@@ -11,18 +11,19 @@ from typing import NamedTuple
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis, Remedy
 from lightning_gradguard.doctor.trials.attempt import Outcome, Subject, attempt
-from lightning_gradguard.doctor.trials.candidates import Candidate, find_candidates, pair
+from lightning_gradguard.doctor.trials.candidates import Candidate, find_candidates, is_bottomless, pair
 from lightning_gradguard.doctor.trials.change import Change
-from lightning_gradguard.doctor.trials.sandbox import is_one_of_many
-from lightning_gradguard.doctor.wording import number
+from lightning_gradguard.doctor.wording import count, number
 from lightning_gradguard.verdicts.faults import Fault
 
-#: Forward passes of all attempts together, nearly all of them with a backward pass.
+#: Forward passes of all attempts together, each with a backward pass.
 MOST_PASSES = 30
 #: Passes of an attempt with virtual steps: three steps, and a last look.
 _FULL = 4
 #: Tilts over depth and over time that count as healthy, in decades: within the limits of `Exploding` and `DepthTilt`.
 _DEPTH, _TIME = (-1.8, 2.5), (-3.0, 6.0)
+#: Part of the loss by which a remedy must better it to have done anything.
+_BETTER = 0.01
 #: Growth of a layer's weights from which they are no ground to try anything on.
 _RUNAWAY = 3.0
 #: Remedies that are shown of those that were tried, and of the others.
@@ -32,8 +33,11 @@ _CAUSES = frozenset(
     {
         *(Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION, Cause.TOO_DEEP, Cause.RECURRENCE),
         *(Cause.DEAD_ACTIVATION, Cause.UNNORMALIZED_INPUT, Cause.TARGET_SCALE, Cause.LEARNING_RATE_TOO_HIGH),
+        Cause.MOMENTUM,
     }
 )
+#: Causes that no change of the kind that is tried concerns, whatever the fault.
+_UNTRIED = frozenset({Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA})
 
 
 class Trial(NamedTuple):
@@ -56,16 +60,15 @@ def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subj
         case: What it rests on.
         subject_of: Gives what to try them on; raises ValueError with the reason if that cannot be.
     """
-    if diagnosis.fault not in _FAULTS and diagnosis.causes[0] not in _CAUSES:
+    cause = diagnosis.causes[0]
+    if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or case.decayed):
         return diagnosis
     try:
-        if is_one_of_many():
-            raise ValueError("other processes would wait meanwhile")
         subject = _rewound(subject_of(), case)
         # A compiled module's own names say that it is one, and the case's do not.
         own = {name.replace("_orig_mod.", ""): name for name, _ in subject.module.named_parameters()}
         layers = tuple(own.get(case.names[i], case.names[i]) for i in case.layers)
-        session, base = _begin(subject, layers)
+        session, base = _begin(subject, layers, bottomless=is_bottomless(case, diagnosis.causes))
     except Exception as error:
         return dataclasses.replace(diagnosis, trials=(f"No remedy was tried: {_reason(error)}.",))
     candidates = find_candidates(case, diagnosis.causes, subject.module, subject.batch, base.plan)
@@ -79,6 +82,8 @@ def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subj
         diagnosis,
         remedies=(*shown, *others, *failed[:_OTHERS]),
         trials=tuple(_account(session, base, len(tried) - len(failed), bool(subject.norms))),
+        layers=tuple(case.names[i] for i in case.layers),
+        profile=base.profile,
     )
 
 
@@ -88,10 +93,11 @@ class Session:
     Args:
         subject: What is tried on.
         layers: Names of the layers' weights, input first.
+        bottomless: Whether the loss has no lower bound, so that a lower one is no better.
     """
 
-    def __init__(self, subject: Subject, layers: tuple[str, ...]) -> None:
-        self.subject, self.layers = subject, layers
+    def __init__(self, subject: Subject, layers: tuple[str, ...], *, bottomless: bool = False) -> None:
+        self.subject, self.layers, self.bottomless = subject, layers, bottomless
         self.passes = 0
         self._base: Outcome | None = None
 
@@ -131,7 +137,9 @@ class Session:
         """Those that do better than nothing; of them the healthiest first, and of those the lowest loss."""
         loss = math.inf if trial.outcome is None or math.isnan(trial.outcome.loss) else trial.outcome.loss
         base = math.inf if self._base is None or math.isnan(self._base.loss) else self._base.loss
-        return loss >= base, round(unhealthy(trial.outcome), 1), loss
+        if self.bottomless:
+            loss, base = 0.0, math.inf
+        return loss >= base - _BETTER * abs(base), round(unhealthy(trial.outcome), 1), loss
 
     def _try(self, candidate: Candidate, passes: int) -> Trial:
         try:
@@ -140,13 +148,13 @@ class Session:
             return Trial(candidate, None, _reason(error))
 
 
-def _begin(subject: Subject, layers: tuple[str, ...]) -> tuple[Session, Outcome]:
+def _begin(subject: Subject, layers: tuple[str, ...], *, bottomless: bool) -> tuple[Session, Outcome]:
     """The attempt without a change, on half of the batch, or all where a half is none: a graph with its adjacency."""
     try:
-        session = Session(subject, layers)
+        session = Session(subject, layers, bottomless=bottomless)
         return session, session.attempt(Change(), _FULL)
     except Exception:
-        session = Session(dataclasses.replace(subject, divisible=False), layers)
+        session = Session(dataclasses.replace(subject, divisible=False), layers, bottomless=bottomless)
         return session, session.attempt(Change(), _FULL)
 
 
@@ -162,8 +170,8 @@ def unhealthy(outcome: Outcome | None) -> float:
 
 
 def _rewound(subject: Subject, case: Case) -> Subject:
-    """With weights that have run away scaled back to their size at the start, if that is known."""
-    if case.growth[0] <= _RUNAWAY or case.initial_weight_norms is None:
+    """With weights that have run away, or shrunk, brought back to their size at the start, if that is known."""
+    if case.initial_weight_norms is None or not (case.growth[0] > _RUNAWAY or case.decayed):
         return subject
     return dataclasses.replace(subject, norms=dict(zip(case.names, case.initial_weight_norms, strict=True)))
 
@@ -176,22 +184,30 @@ def _remedy(trial: Trial, base: Outcome) -> Remedy:
     before, after = (o.time_tilt if in_time else o.tilt for o in (base, outcome))
     loss = None if math.isnan(outcome.loss) else outcome.loss
     return dataclasses.replace(
-        remedy, tried=True, before=before, after=after, loss=loss, change=trial.candidate.change
+        remedy,
+        tried=True,
+        before=before,
+        after=after,
+        loss=loss,
+        change=trial.candidate.change,
+        profile=outcome.profile,
     )
 
 
 def _account(session: Session, base: Outcome, tried: int, rewound: bool) -> list[str]:
-    loss = number(base.loss) if math.isfinite(base.loss) else "not finite"
+    loss = f"it is {number(base.loss)}" if math.isfinite(base.loss) else "it is not finite, or a layer dies"
     learnt = "half of it" if session.subject.divisible else "it"
     said = [
-        f"{tried} remedies were tried on copies of these weights and this batch, in {session.passes} passes; the "
-        f"training itself is as it was. Tilts are in decades from input to output, of which {_DEPTH[0]:g} to "
-        f"{_DEPTH[1]:g} are healthy.",
+        f"{count(tried, 'remedy was', 'remedies were')} tried on copies of these weights and this batch, in "
+        f"{session.passes} passes; the training itself is as it was. Tilts are in decades from input to output, of "
+        f"which {_DEPTH[0]:g} to {_DEPTH[1]:g} are healthy.",
         f"The loss is that of this batch after {_FULL - 1} steps with {learnt}, and blank where one pass was "
-        f"enough to see; without a remedy it is {loss}.",
+        f"enough to see; without a remedy {loss}.",
     ]
     if rewound:
-        said.append("The weights had run away; they were scaled back to their size at the start for this.")
+        said.append(
+            "The weights had left their size at the start by far; they were brought back to it for this."
+        )
     return said
 
 

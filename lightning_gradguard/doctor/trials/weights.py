@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.doctor.trials.layers import Plan
 
-#: Gates of each kind of recurrent layer, one block of rows of its matrices for each.
-_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+#: Growth beyond which nothing of the weights at the start is left.
+_LOST = 10.0
+#: Gates of the recurrent layers that have some, one block of rows of the matrices for each.
+_GATES = {"LSTM": 4, "GRU": 3}
+_GATED = {"LSTM": (nn.LSTM, nn.LSTMCell), "GRU": (nn.GRU, nn.GRUCell)}
 
 
 @torch.no_grad()
@@ -18,7 +22,8 @@ def initialise_(module: nn.Module, how: str, plan: Plan, seed: int = 0) -> None:
     """Draws weights again; look-up tables stay as they are.
 
     "he" and "xavier" are of the layers: their biases become zero, and normalisations begin again with scale 1 and
-    shift 0. "orthogonal" is of the recurrent matrices; the forget gates of an LSTM begin open.
+    shift 0. "orthogonal" is of the recurrent matrices, those of a loop too; the forget
+    gates of an LSTM, and the update gates of a GRU, begin by keeping the state.
 
     Args:
         module: What holds them.
@@ -33,9 +38,13 @@ def initialise_(module: nn.Module, how: str, plan: Plan, seed: int = 0) -> None:
 
     if how == "orthogonal":
         for layer in module.modules():
-            if isinstance(layer, nn.RNNBase):
+            if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
                 for name, tensor in layer.named_parameters(recurse=False):
                     _initialise_recurrent(name, tensor, layer, random(tensor))
+        for name in plan.repeated:
+            weight = dict(module.named_parameters()).get(name)
+            if weight is not None and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
+                nn.init.orthogonal_(weight, generator=random(weight))
         return
     parameters = dict(module.named_parameters())
     for product, bias in dict(plan.weights).items():
@@ -54,6 +63,32 @@ def initialise_(module: nn.Module, how: str, plan: Plan, seed: int = 0) -> None:
                 parameter = norm._parameters.get(own)
                 if parameter is not None:
                     parameter.fill_(value)
+
+
+@torch.no_grad()
+def rewind_(module: nn.Module, norms: Mapping[str, float], seed: int = 0) -> None:
+    """Brings parameters to the size that they began with.
+
+    They are scaled, save for those of two dimensions or more that have grown beyond `_LOST`: their directions are of
+    the steps that blew them up and not of the start, so that they are drawn from a normal distribution.
+
+    Args:
+        module: What holds them.
+        norms: L2 norms at the start, by name.
+        seed: Of the random numbers.
+    """
+    for full, parameter in module.named_parameters():
+        name = full.replace("_orig_mod.", "")
+        if name not in norms:
+            continue
+        norm = float(parameter.float().norm())
+        if not (norm < math.inf and norm <= _LOST * norms[name]) and parameter.ndim > 1:
+            parameter.normal_(generator=torch.Generator(parameter.device).manual_seed(seed))
+        elif not norm < math.inf:
+            parameter.fill_(1.0)
+        now = float(parameter.float().norm())
+        if now > 0:
+            parameter.mul_(norms[name] / now)
 
 
 def add_gates_(module: nn.Module, kind: str, seed: int = 0) -> None:
@@ -81,7 +116,12 @@ def add_gates_(module: nn.Module, kind: str, seed: int = 0) -> None:
 
 def has_recurrence(module: nn.Module) -> bool:
     """Whether there is a recurrent layer."""
-    return any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    return any(isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) for layer in module.modules())
+
+
+def has_gates(module: nn.Module) -> bool:
+    """Whether there is a recurrent layer with gates."""
+    return any(isinstance(layer, classes) for layer in module.modules() for classes in _GATED.values())
 
 
 def has_plain_recurrence(module: nn.Module) -> bool:
@@ -104,11 +144,15 @@ def _plain_recurrent(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNN
                 yield parent, name, child
 
 
-def _initialise_recurrent(name: str, tensor: Tensor, layer: nn.RNNBase, generator: torch.Generator) -> None:
-    """Orthogonal from state to state; the forget gate of an LSTM begins open."""
+def _initialise_recurrent(
+    name: str, tensor: Tensor, layer: nn.RNNBase | nn.RNNCellBase, generator: torch.Generator
+) -> None:
+    """Orthogonal from state to state; gates begin by keeping the state."""
+    kind = next((kind for kind, classes in _GATED.items() if isinstance(layer, classes)), "")
     if name.startswith("weight_hh"):
-        for block in tensor.chunk(_GATES.get(layer.mode, 1)):
+        for block in tensor.chunk(_GATES.get(kind, 1)):
             nn.init.orthogonal_(block, generator=generator)
-    elif layer.mode == "LSTM" and name.startswith("bias"):
-        # Jozefowicz et al. 2015; at 3 a state is halved in 14 steps, at 1 in 2.
-        tensor[layer.hidden_size : 2 * layer.hidden_size] = 3.0 if name.startswith("bias_ih") else 0.0
+    elif kind in _GATES and name.startswith("bias"):
+        # The second gate of both. Jozefowicz et al. 2015; at 3 a state is halved in 14 steps, at 1 in 2.
+        keeps = slice(layer.hidden_size, 2 * layer.hidden_size)
+        tensor[keeps] = 3.0 if name.startswith("bias_ih") else 0.0

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from lightning_gradguard.doctor.trials.attempt import Subject, attempt
 from lightning_gradguard.doctor.trials.batches import Scale, half, prepared
 from lightning_gradguard.doctor.trials.change import Change
+from lightning_gradguard.doctor.trials.layers import Plan
+from lightning_gradguard.doctor.trials.swaps import Swaps
 
 
 def chain(depth=20, width=64, activation=nn.Sigmoid, inputs=64, outputs=10):
@@ -143,7 +145,7 @@ def test_a_lower_rate_moves_less_and_weights_are_scaled_back():
     norms = {name: p.detach().norm().item() for name, p in model.named_parameters()}
     plain = attempt(subject_of(model), Change(), layers=layers, passes=2)
     with torch.no_grad():
-        [p.mul_(100) for p in model.parameters()]
+        [p.mul_(8) for p in model.parameters()]
     again = attempt(subject_of(model, norms=norms), Change(), layers=layers, passes=2)
     assert again.loss == pytest.approx(plain.loss, rel=1e-4)
     still = attempt(subject_of(model, norms=norms), Change(rate=0.0), layers=layers, passes=4)
@@ -210,3 +212,61 @@ def test_a_scripted_module_is_refused():
     subject = subject_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="scripted"):
         attempt(subject, Change(), layers=weights(model), passes=4)
+
+
+def test_spectral_norms_bound_every_slope():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    with torch.no_grad():
+        [p.mul_(5) for p in model.parameters()]
+    x = torch.randn(32, 8, requires_grad=True)
+    swaps = Swaps(model, Change(lipschitz=True), Plan())
+    with swaps:
+        out = model(x)
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    assert slope.norm(dim=1).max() <= 1 + 1e-5
+    (free,) = torch.autograd.grad(model(x).sum(), x)
+    assert free.norm(dim=1).max() > 1
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.0])
+def test_weight_decay_is_taken_in_virtual_steps_by_its_factor(decay):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=9.0)
+    batch = torch.randn(16, 4), torch.zeros(16, 2)
+    zero = Subject(
+        model, lambda b: 0.0 * model(b[0]).sum() + model[0].weight.square().sum().detach(), batch, optimizer
+    )
+    before = model[0].weight.detach().square().sum().item()
+    loss = attempt(zero, Change(decay=decay), layers=weights(model), passes=3).loss
+    # A gradient of zero is one of a dead layer; what is left of the weights is told by the loss alone.
+    assert loss == math.inf
+    seen = []
+    watched = dataclasses.replace(
+        zero, loss_of=lambda b: seen.append(model[0].weight.detach().square().sum().item()) or zero.loss_of(b)
+    )
+    attempt(watched, Change(decay=decay), layers=weights(model), passes=3)
+    assert seen[-1] == pytest.approx(before * (1 - 0.9 * decay) ** 4, rel=1e-4, abs=1e-8)
+
+
+def test_another_momentum_is_another_rate_of_a_steady_gradient():
+    torch.manual_seed(0)
+    model = chain(2, activation=nn.ReLU)
+    heavy = subject_of(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.99))
+    light = subject_of(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
+    one = attempt(heavy, Change(momentum=0.9), layers=weights(model), passes=4)
+    other = attempt(light, Change(), layers=weights(model), passes=4)
+    assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    assert one.loss != attempt(heavy, Change(), layers=weights(model), passes=4).loss
+    grows = subject_of(model, torch.optim.SGD(model.parameters(), lr=1e-9, momentum=1.02))
+    assert math.isfinite(attempt(grows, Change(), layers=weights(model), passes=2).loss)
+
+
+def test_a_net_that_the_steps_have_killed_has_learnt_nothing():
+    torch.manual_seed(0)
+    model = chain(2, activation=nn.ReLU)
+    calm = attempt(subject_of(model), Change(), layers=weights(model), passes=4)
+    assert math.isfinite(calm.loss)
+    wild = subject_of(model, torch.optim.SGD(model.parameters(), lr=1e3))
+    assert attempt(wild, Change(), layers=weights(model), passes=4).loss == math.inf

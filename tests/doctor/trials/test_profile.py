@@ -57,3 +57,29 @@ def test_the_tilt_over_time_is_the_verdicts(kind):
         assert times.tilt() == pytest.approx(reference, rel=1e-4)
         assert times.tilt() is None
     assert reference > 1
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_a_loop_over_a_cell_has_the_profile_of_the_layer(kind):
+    """The same weights in a cell that is called once a step, and in a layer that takes the sequence."""
+    torch.manual_seed(0)
+    layer = {nn.RNNCell: nn.RNN, nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM}[kind](4, 6)
+    cell = kind(4, 6)
+    with torch.no_grad():
+        for name, parameter in cell.named_parameters():
+            parameter.copy_(getattr(layer, f"{name}_l0"))
+    x = torch.randn(40, 3, 4)
+    tilts = []
+    for module in (nn.ModuleList([layer]), nn.ModuleList([cell])):
+        times = TimeProfile(module)
+        if module[0] is layer:
+            out = layer(x)[0][-1]
+        else:
+            state = None
+            for step in x:
+                state = cell(step, state)
+            out = state[0] if isinstance(state, tuple) else state
+        out.sum().backward()
+        tilts.append(times.tilt())
+    assert tilts[0] == pytest.approx(tilts[1], rel=1e-4)
+    assert tilts[0] > 3

@@ -192,3 +192,18 @@ def test_what_a_trial_would_use_up_is_refused(attribute):
     )
     with pytest.raises(ValueError, match="the module holds a"), sandbox(model):
         pass
+
+
+def test_nothing_is_sent_to_other_processes(monkeypatch, tmp_path):
+    """A group of one, that the sandbox is told is of two: what would wait for ever is refused."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 2)
+        with sandbox(model):
+            torch.distributed.all_reduce(torch.ones(1))
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+        with sandbox(model), pytest.raises(ValueError, match="talks to other processes"):
+            torch.distributed.all_reduce(torch.ones(1))
+        torch.distributed.all_reduce(torch.ones(1))
+    finally:
+        torch.distributed.destroy_process_group()

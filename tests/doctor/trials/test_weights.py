@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.doctor.trials.layers import Recorder
+from lightning_gradguard.doctor.trials.layers import Plan, Recorder
 from lightning_gradguard.doctor.trials.weights import (
     add_gates_,
+    has_gates,
     has_plain_recurrence,
     has_recurrence,
     initialise_,
+    rewind_,
 )
 
 
@@ -53,7 +55,7 @@ def test_recurrent_matrices_become_orthogonal_and_nothing_else_changes(kind):
         assert torch.allclose(block @ block.T, torch.eye(5), atol=1e-5)
     assert torch.equal(model[0].weight_ih_l0, before["0.weight_ih_l0"])
     bias = model[0].bias_ih_l0 + model[0].bias_hh_l0
-    if kind is nn.LSTM:
+    if kind is not nn.RNN:
         assert torch.equal(bias[5:10], torch.full((5,), 3.0))
     else:
         assert torch.equal(bias, before["0.bias_ih_l0"] + before["0.bias_hh_l0"])
@@ -81,3 +83,54 @@ def test_gates_take_the_place_of_a_plain_layer(gates):
     assert has_recurrence(model)
     assert not has_plain_recurrence(model)
     assert not has_recurrence(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("cell", "kept"), [(nn.LSTMCell, True), (nn.GRUCell, True), (nn.RNNCell, False)])
+def test_cells_begin_by_remembering_too(cell, kept):
+    model = nn.ModuleDict({"cell": cell(3, 5)})
+    initialise_(model, "orthogonal", Plan())
+    for block in model["cell"].weight_hh.split(5):
+        assert torch.allclose(block @ block.T, torch.eye(5), atol=1e-5)
+    bias = model["cell"].bias_ih + model["cell"].bias_hh
+    assert torch.equal(bias[5:10], torch.full((5,), 3.0)) == kept
+    assert has_recurrence(model)
+    assert has_gates(model) == kept
+
+
+def test_a_matrix_of_a_loop_becomes_orthogonal():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            for _ in range(5):
+                x = self.step(x)
+            return self.out(x)
+
+    model = Loop()
+    before = model.out.weight.detach().clone()
+    plan = plan_of(model, torch.randn(3, 6))
+    assert plan.repeated == {"step.weight"}
+    initialise_(model, "orthogonal", plan)
+    assert torch.allclose(model.step.weight @ model.step.weight.T, torch.eye(6), atol=1e-5)
+    assert torch.equal(model.out.weight, before)
+
+
+@pytest.mark.parametrize("grown", [3.0, 50.0, math.nan])
+def test_weights_come_back_to_the_size_that_they_began_with(grown):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norms = {name: p.norm().item() for name, p in start.items() if name != "1.bias"}
+    with torch.no_grad():
+        [p.mul_(grown) for p in model.parameters()]
+    random = torch.get_rng_state()
+    rewind_(model, norms)
+    assert torch.equal(random, torch.get_rng_state())
+    for name, parameter in model.named_parameters():
+        if name in norms:
+            assert parameter.norm().item() == pytest.approx(norms[name], rel=1e-5)
+    # What has grown little still points where it pointed; what has run away points anywhere.
+    assert torch.allclose(model[0].weight, start["0.weight"], atol=1e-6) == (grown == 3.0)
+    assert torch.equal(model[1].bias.isnan(), (start["1.bias"] * grown).isnan())
