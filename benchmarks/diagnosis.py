@@ -182,8 +182,8 @@ A first remedy that was not tried counts as no cure.
 {_row("all other faults", others, cured=False)}
 
 Of the {len(asked)} diagnosed runs of the first row the first cause is right in {_share(asked, "right")}, and the
-first remedy cures {_share(asked, "cured")}. In {sum(r.quality is None for r in asked)} of them nothing was tried, and so
-nothing is cured: the training optimizes by hand, or no remedy that is known here fits its cause.
+first remedy cures {_share(asked, "cured")}. In {sum(r.quality is None for r in asked)} of them nothing was
+tried, and so nothing is cured: the training optimizes by hand, or no remedy that is known here fits its cause.
 
 For comparison, as published: DeepFD names the fault of 27 of 52 faulty programs, UMLAUT of 14 of the same 52. Those are
 other programs, collected from questions and repositories, and naming all faults of a program is another question
@@ -212,6 +212,8 @@ def _table(runs: list[Run], fault: Fault) -> str:
         )
         qualities = " · ".join("-" if r.quality is None else f"{r.quality:.2f}" for r in asked)
         cured = f"{sum(r.cured for r in asked)} / {len(asked)}"
+        if fault in OTHERS:
+            qualities, cured = "not asked", ""
         lines.append(
             f"| {id} | {case.title} | {case.cause} | {' | '.join(said)} | {qualities} | {case.level} | {cured} |"
         )

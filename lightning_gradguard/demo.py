@@ -162,6 +162,9 @@ def _act_one(console: Console, folder: Path, epochs: int) -> str:
     except GradientHalt as halt:
         console.print(f"GradGuard halted before step {halt.step}:\n")
         print_diagnosis(halt.diagnosis)
+        page = folder / "diagnosis.html"
+        page.write_text(halt.diagnosis.to_html(), encoding="utf-8")
+        console.print(f"\nThe same with pictures: {page}\n")
         return halt.diagnosis.remedies[0].name
     raise SystemExit("act 1 was to be halted, and was not")
 

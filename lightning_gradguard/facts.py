@@ -199,7 +199,9 @@ def _dtypes(stats: GradStats, watch: Watch) -> tuple[str, ...]:
 
 def _means(parameters: Sequence[Tensor]) -> Tensor:
     """Mean of each tensor's elements."""
-    return torch.stack([torch.view_as_real(p).mean() if p.is_complex() else p.mean(dtype=torch.float32) for p in parameters]).detach()
+    return torch.stack(
+        [torch.view_as_real(p).mean() if p.is_complex() else p.mean(dtype=torch.float32) for p in parameters]
+    ).detach()
 
 
 def _module(name: str) -> str:

@@ -16,7 +16,7 @@ from lightning_gradguard._version import __version__
 from lightning_gradguard.report.reading import ReportError, read_runs
 from lightning_gradguard.report.summary import Sheet, charts_of, sheets_of
 from lightning_gradguard.signals.histogram import EDGES
-from lightning_gradguard.sinks.drawing import SCALE
+from lightning_gradguard.sinks.cells import SCALE
 
 #: Most runs side by side; more columns than that cannot be read.
 RUNS = 12

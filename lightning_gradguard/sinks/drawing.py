@@ -5,24 +5,23 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradguard.sinks.cells import NOT_FINITE, SCALE, binned, colours, paint
 from lightning_gradguard.sinks.tags import shorten, without_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Colour axis in decades, the same for all runs, so that pictures compare.
-SCALE = (-10.0, 2.0)
 #: Rows that can still be told apart; more are binned.
 ROWS = 64
 
 _SIZE, _DPI, _FONT, _STROKE = (4.8, 3.2), 150, 8, 0.4  # what is legible on a card
 _LABELS, _LABEL_ROOM = 16, 18
-_NONFINITE, _NO_GRADIENT, _CLIPPED = "magenta", "lightgrey", "darkorange"
+_CLIPPED = "darkorange"
 # Where the cells lie on the figure, and where the strip above them ends.
 _LEFT, _WIDTH, _BOTTOM, _HEIGHT = 0.25, 0.625, 0.135, 0.605
 _TOP = _BOTTOM + _HEIGHT + 0.09
@@ -60,7 +59,7 @@ def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: i
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
-    labels, rows = _bin(without_prefix(names), cells)
+    labels, rows = binned(without_prefix(names), cells, ROWS)
     span = (first, first + max(1, rows.shape[1]) * stride)
     figure = Figure(figsize=_SIZE, dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
@@ -78,19 +77,12 @@ def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: i
 
 
 def _draw_cells(
-    figure: Figure, labels: Sequence[str], rows: NDArray[np.float32], span: tuple[int, int]
+    figure: Figure, labels: Sequence[str], rows: NDArray[np.floating[Any]], span: tuple[int, int]
 ) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize, to_rgba
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_axes((_LEFT, _BOTTOM, _WIDTH, _HEIGHT))
-    colours = ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
-    pixels = np.array(colours.to_rgba(np.nan_to_num(rows)))
-    pixels[np.isnan(rows)] = to_rgba(_NONFINITE)
-    pixels[np.isneginf(rows)] = to_rgba(_NO_GRADIENT)
-    axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
+    axes.imshow(paint(rows), aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
     shown = range(0, len(labels), math.ceil(len(labels) / _LABELS))
     axes.set_yticks([i + 0.5 for i in shown])
     # ASCII, since the font lacks many other letters; no math, since a dollar sign begins no formula here.
@@ -100,7 +92,7 @@ def _draw_cells(
     axes.set_xticks(steps, [f"{x:,.0f}" for x in steps])
     axes.tick_params(labelsize=_FONT, length=2)
     axes.set_xlabel("step", fontsize=_FONT, labelpad=2)
-    scale = figure.colorbar(colours, cax=figure.add_axes((_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)))
+    scale = figure.colorbar(colours(), cax=figure.add_axes((_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)))
     scale.set_ticks(range(int(SCALE[0]), int(SCALE[1]) + 1, 2))
     scale.ax.tick_params(labelsize=_FONT, length=2)
 
@@ -109,7 +101,7 @@ def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
     """Two rows above the cells: where steps were skipped, and where they were clipped."""
     from matplotlib.colors import to_rgba
 
-    rows = {"skipped": (marks.skipped, _NONFINITE), "clipped": (marks.clipped, _CLIPPED)}
+    rows = {"skipped": (marks.skipped, NOT_FINITE), "clipped": (marks.clipped, _CLIPPED)}
     pixels = np.full((len(rows), max(1, len(marks.clipped)), 4), to_rgba("whitesmoke"))
     for row, (flags, colour) in zip(pixels, rows.values(), strict=True):
         row[np.frombuffer(flags, dtype=bool).nonzero()] = to_rgba(colour)
@@ -137,17 +129,3 @@ def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int
                 )
                 taken[line] = middle + half
                 break
-
-
-def _bin(names: Sequence[str], cells: NDArray[np.float32]) -> tuple[list[str], NDArray[np.float32]]:
-    """At most `ROWS` rows: the worst cell of each bin, not finite, or farthest from the column's median."""
-    size = math.ceil(len(names) / ROWS)
-    if size == 1:
-        return list(names), cells
-    known = np.where(np.isfinite(cells), cells, np.nan)
-    known[:, np.isnan(known).all(axis=0)] = 0  # of nothing there is no median
-    median = np.nanmedian(known, axis=0)
-    distance = np.nan_to_num(np.abs(cells - median), nan=np.inf, posinf=-1)
-    starts = range(0, len(names), size)
-    worst = np.stack([i + distance[i : i + size].argmax(axis=0) for i in starts])
-    return [names[i] for i in starts], np.take_along_axis(cells, worst, axis=0)

@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import io
+import math
 import pickle
 import re
 import sys
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis, Remedy
+from lightning_gradguard.doctor.diagnosis import Cause, Course, Diagnosis, Remedy
 from lightning_gradguard.doctor.rendering import HEADLINES, WIDTH, print_diagnosis
 from lightning_gradguard.doctor.wording import quote
 from lightning_gradguard.verdicts.faults import Fault, GradientHalt
@@ -42,6 +43,24 @@ TRIED = dataclasses.replace(
     ),
     trials=("1 remedy was tried, in 5 passes.", "Without it the loss is 2.3."),
 )
+NAMES = tuple(f"net.{2 * i}.weight" for i in range(5))
+PICTURED = dataclasses.replace(
+    TRIED,
+    course=Course(
+        steps=(28, 29, 30, 31),
+        layers=NAMES,
+        rms_log10=tuple((-9.0 + 2 * i, -8.5 + 2 * i, math.nan, -math.inf) for i in range(5)),
+        skipped=(False, False, True, False),
+        clipped=(True, False, False, False),
+        losses=(2.31, 2.3, math.nan, 2.3),
+    ),
+    layers=NAMES,
+    profile=(-9.0, -7.0, -5.0, -3.0, -1.0),
+    remedies=(
+        dataclasses.replace(TRIED.remedies[0], profile=(-1.0, -1.2, -1.0, -math.inf, math.inf)),
+        *TRIED.remedies[1:],
+    ),
+)
 FORMS = (str, Diagnosis.to_markdown, Diagnosis.to_html)
 NASTY = [
     "a<b>|c",
@@ -57,17 +76,28 @@ NASTY = [
 ]
 
 
+#: Elements that are never closed.
+VOID = {"meta", "br"}
+
+
 class Reader(html.parser.HTMLParser):
-    """The text and the tags of a page."""
+    """The text and the tags of a page, which are closed in the order in which they were opened."""
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.texts = [], []
+        self.tags, self.texts, self.open = [], [], []
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.open += [tag] * (tag not in VOID)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.texts.append(data)
@@ -213,6 +243,107 @@ def test_the_page_needs_nothing_from_elsewhere():
         a for _, attributes in page.tags for a in attributes if a in ("src", "href") or a.startswith("on")
     ]
     assert "url(" not in DIAGNOSIS.to_html()
+
+
+def of_kind(page, tag):
+    return [attributes for kind, attributes in Reader(page).tags if kind == tag]
+
+
+def test_what_is_known_is_pictured():
+    page = PICTURED.to_html()
+    assert Reader(page).open == []
+    labels = [attributes["aria-label"] for attributes in of_kind(page, "svg") if "aria-label" in attributes]
+    assert len(labels) == 2
+    assert "since step 30" in shown(page)
+    assert all(name in shown(page) for name in NAMES)
+    for word in ("The newest steps", "NaN or Inf", "no gradient", "skipped", "clipped", "loss", "worst."):
+        assert word in shown(page)
+    assert "tilt 8.0" not in shown(page)  # with the remedy only three layers have a gradient
+    assert len(of_kind(page, "polyline")) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("unknown", "pictures"),
+    [
+        ({"course": None}, 1),
+        ({"layers": ()}, 1),
+        ({"profile": ()}, 1),
+        ({"remedies": TRIED.remedies}, 1),
+        ({"remedies": ()}, 1),
+        ({"course": None, "remedies": ()}, 0),
+    ],
+)
+def test_of_what_is_not_known_there_is_no_picture(unknown, pictures):
+    page = dataclasses.replace(PICTURED, **unknown).to_html()
+    assert len([a for a in of_kind(page, "svg") if "aria-label" in a]) == pictures
+    assert ("The newest steps" in page) == ("course" not in unknown)
+    assert ("What was tried" in page) == (pictures == 1 and "course" in unknown)
+
+
+def test_without_anything_known_the_page_has_no_picture():
+    page = DIAGNOSIS.to_html()
+    assert not {"svg", "figure", "image"} & {tag for tag, _ in Reader(page).tags}
+    assert Reader(page).open == []
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_break_out_of_no_picture(name):
+    def page(name):
+        course = dataclasses.replace(PICTURED.course, layers=(name, *NAMES[1:]))
+        remedies = (dataclasses.replace(PICTURED.remedies[0], name=name), *PICTURED.remedies[1:])
+        nasty = dataclasses.replace(PICTURED, course=course, layers=course.layers, remedies=remedies)
+        return Reader(nasty.to_html())
+
+    assert [tag for tag, _ in page(name).tags if tag != "code"] == [
+        tag for tag, _ in page("plain").tags if tag != "code"
+    ]
+    assert page(name).open == []
+
+
+def test_a_page_with_pictures_needs_nothing_from_elsewhere():
+    page = Reader(PICTURED.to_html())
+    assert not {"script", "link", "img", "iframe", "use"} & {tag for tag, _ in page.tags}
+    named = [(a, value) for _, attributes in page.tags for a, value in attributes.items()]
+    assert {value.partition(",")[0] for a, value in named if a in ("src", "href", "xlink:href")} == {
+        "data:image/png;base64"
+    }
+    assert not [a for a, _ in named if a.startswith("on") or a == "style"]
+    assert "url(" not in PICTURED.to_html()
+
+
+@pytest.mark.parametrize("layers", [5, 150, 1000])
+def test_a_page_is_small_however_many_layers_there_are(layers):
+    names = tuple(f"net.encoder.blocks.{i}.attention.projection.weight" for i in range(layers))
+    noise = [[math.sin(i * j) - 9 * (i < 3) for j in range(128)] for i in range(layers)]
+    flags = tuple(j % 2 == 0 for j in range(128))
+    course = Course(tuple(range(128)), names, tuple(map(tuple, noise)), flags, flags, tuple(noise[-1]))
+    remedies = tuple(
+        Remedy(f"remedy {k}", "f()", tried=True, profile=tuple(row[k] for row in noise)) for k in range(6)
+    )
+    big = dataclasses.replace(
+        DIAGNOSIS, course=course, layers=names, profile=tuple(row[9] for row in noise), remedies=remedies
+    )
+    assert len(big.to_html().encode()) < 500_000
+
+
+def test_what_is_only_drawn_is_neither_compared_nor_printed():
+    assert pickle.loads(pickle.dumps(PICTURED)) == PICTURED
+    assert "course" not in repr(PICTURED)
+    assert "profile" not in repr(PICTURED)
+
+
+def test_text_and_markdown_need_neither_templates_nor_pictures(monkeypatch):
+    expected = str(PICTURED), PICTURED.to_markdown()
+    for name in ("jinja2", "markupsafe", "matplotlib", "matplotlib.image", "matplotlib.colors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert (str(PICTURED), PICTURED.to_markdown()) == expected
+
+
+@pytest.mark.parametrize(("tilt", "text"), [(-0.04, "0.0"), (0.0, "0.0"), (-0.05001, "-0.1"), (None, "")])
+def test_a_tilt_that_is_rounded_to_nothing_has_no_sign(tilt, text):
+    remedy = dataclasses.replace(TRIED.remedies[0], before=tilt, after=tilt)
+    cells = re.findall(r"<td>(.*?)</td>", dataclasses.replace(TRIED, remedies=(remedy,)).to_html())
+    assert cells[-3:-1] == [text, text]
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_gradguard.report.reading import ReportError
 from lightning_gradguard.report.rendering import RUNS, write_report
-from lightning_gradguard.sinks.drawing import SCALE
+from lightning_gradguard.sinks.cells import SCALE
 
 HOSTILE = """### <script>alert(1)</script>
 

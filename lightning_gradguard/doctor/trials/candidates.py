@@ -13,6 +13,7 @@ from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.clues import GROWING
 from lightning_gradguard.doctor.diagnosis import Cause, Remedy
 from lightning_gradguard.doctor.operations import kind_of, operation_of
+from lightning_gradguard.doctor.training_rules import USUAL_MOMENTUM
 from lightning_gradguard.doctor.trials.batches import has_targets
 from lightning_gradguard.doctor.trials.change import Change
 from lightning_gradguard.doctor.trials.layers import Plan
@@ -57,9 +58,11 @@ def find_candidates(
     if Cause.UNNORMALIZED_INPUT in causes:
         found += data
     if causes[0] == Cause.RECURRENCE and (has_recurrence(module) or plan.repeated):
-        return [*found, *_recurrent(module)]
+        found += _recurrent(module)
+        if has_recurrence(module):
+            return found
     if Cause.MOMENTUM in causes:
-        found.append(Candidate(training.momentum(case)[0], Change(momentum=training.USUAL_MOMENTUM)))
+        found.append(Candidate(training.momentum(case)[0], Change(momentum=USUAL_MOMENTUM)))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
         found += _lower_rate(case)
     found += _layers(case, plan)
@@ -111,7 +114,10 @@ def _layers(case: Case, plan: Plan) -> Iterator[Candidate]:
     if inner and case.anatomy is not None and not case.anatomy.skips:
         yield Candidate(Remedy("Skip connections", "h = h + activation(layer(h))"), Change(skip=True))
     if kinds:
-        yield Candidate(model.leaky_relu(), Change(activation="leaky_relu")) if rectifying else relu
+        if set(plan.activations) != {"relu"}:
+            yield relu
+        if rectifying:
+            yield Candidate(model.leaky_relu(), Change(activation="leaky_relu"))
         if "gelu" not in plan.activations:
             yield Candidate(Remedy("GELU", "activation = nn.GELU()"), Change(activation="gelu"))
     if len(inner) >= _LONG:

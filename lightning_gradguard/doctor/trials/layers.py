@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Names of functions of `torch`, of `torch.nn.functional` and of `Tensor`, without a trailing underscore.
+# Names of functions of `torch`, of `torch.nn.functional` and of `Tensor`, without underscores around them.
 _PRODUCTS = frozenset({"linear", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))})
 _MATMULS = frozenset({"matmul", "mm", "addmm", "__matmul__"})
 _ACTIVATIONS = frozenset(
@@ -159,7 +159,7 @@ class Layers(TorchFunctionMode):
         """Sorts the calls."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        name = name if name.startswith("__") else name.rstrip("_")
+        name = name if name.startswith("__") else name.strip("_")  # `threshold` calls itself `_threshold`
         if name not in _SEEN or not args:
             return func(*args, **kwargs)
         operands = self._operands(name, args, kwargs)

@@ -54,7 +54,7 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
         if hasattr(torch.compiler, "set_stance"):  # torch 2.6
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if _is_one_of_many():
-            stack.enter_context(_Alone())
+            stack.enter_context(_Alone())  # type: ignore[no-untyped-call]
         copier.copy(module)
         yield lambda value: _Copier().copy(value)
 
@@ -167,7 +167,7 @@ def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(state)
 
 
-class _Alone(TorchDispatchMode):
+class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses collectives: one process may do here what another does not, and would wait for ever."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

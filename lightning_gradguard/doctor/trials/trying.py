@@ -13,6 +13,7 @@ from lightning_gradguard.doctor.diagnosis import Cause, Diagnosis, Remedy
 from lightning_gradguard.doctor.trials.attempt import Outcome, Subject, attempt
 from lightning_gradguard.doctor.trials.candidates import Candidate, find_candidates, is_bottomless, pair
 from lightning_gradguard.doctor.trials.change import Change
+from lightning_gradguard.doctor.trials.profile import HEALTHY
 from lightning_gradguard.doctor.wording import count, number
 from lightning_gradguard.verdicts.faults import Fault
 
@@ -21,7 +22,7 @@ MOST_PASSES = 30
 #: Passes of an attempt with virtual steps: three steps, and a last look.
 _FULL = 4
 #: Tilts over depth and over time that count as healthy, in decades: within the limits of `Exploding` and `DepthTilt`.
-_DEPTH, _TIME = (-1.8, 2.5), (-3.0, 6.0)
+_DEPTH, _TIME = HEALTHY, (-3.0, 6.0)
 #: Part of the loss by which a remedy must better it to have done anything.
 _BETTER = 0.01
 #: Growth of a layer's weights from which they are no ground to try anything on.
@@ -78,10 +79,12 @@ def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subj
     failed = [r for r in tried if not r.tried]
     names = {r.name for r in tried}
     others = [r for r in diagnosis.remedies if r.name not in names][: max(1, _OTHERS - len(failed))]
+    nothing_helped = bool(trials) and all(session.is_worse(trial) for trial in trials)
+    best = (*others, *shown) if nothing_helped else (*shown, *others)
     return dataclasses.replace(
         diagnosis,
-        remedies=(*shown, *others, *failed[:_OTHERS]),
-        trials=tuple(_account(session, base, len(tried) - len(failed), bool(subject.norms))),
+        remedies=(*best, *failed[:_OTHERS]),
+        trials=tuple(_account(session, base, len(tried) - len(failed), bool(subject.norms), nothing_helped)),
         layers=tuple(case.names[i] for i in case.layers),
         profile=base.profile,
     )
@@ -130,16 +133,21 @@ class Session:
             finals.append(self._try(last, _FULL))
         finals.sort(key=rank)
         # What does no better than nothing is no advice before what has not been seen to fail.
-        worse = [t for t in finals if rank(t)[0]]
+        worse = [t for t in finals if self.is_worse(t)]
         return [*finals[: len(finals) - len(worse)], *looks, *worse, *failed]
+
+    def is_worse(self, trial: Trial) -> bool:
+        """Whether virtual steps were taken, and came to no lower loss than without a remedy; or nothing came of it."""
+        if trial.outcome is None:
+            return True
+        base = math.inf if self._base is None else self._base.loss
+        enough = base - _BETTER * abs(base) if math.isfinite(base) else base
+        return trial.outcome.loss == math.inf or (trial.outcome.loss >= enough and not self.bottomless)
 
     def _rank(self, trial: Trial) -> tuple[bool, float, float]:
         """Those that do better than nothing; of them the healthiest first, and of those the lowest loss."""
-        loss = math.inf if trial.outcome is None or math.isnan(trial.outcome.loss) else trial.outcome.loss
-        base = math.inf if self._base is None or math.isnan(self._base.loss) else self._base.loss
-        if self.bottomless:
-            loss, base = 0.0, math.inf
-        return loss >= base - _BETTER * abs(base), round(unhealthy(trial.outcome), 1), loss
+        loss = math.inf if trial.outcome is None or self.bottomless else trial.outcome.loss
+        return self.is_worse(trial), round(unhealthy(trial.outcome), 1), loss
 
     def _try(self, candidate: Candidate, passes: int) -> Trial:
         try:
@@ -194,16 +202,18 @@ def _remedy(trial: Trial, base: Outcome) -> Remedy:
     )
 
 
-def _account(session: Session, base: Outcome, tried: int, rewound: bool) -> list[str]:
-    loss = f"it is {number(base.loss)}" if math.isfinite(base.loss) else "it is not finite, or a layer dies"
+def _account(session: Session, base: Outcome, tried: int, rewound: bool, nothing_helped: bool) -> list[str]:
+    loss = f"it is {number(base.loss)}" if math.isfinite(base.loss) else "it is inf"
     learnt = "half of it" if session.subject.divisible else "it"
     said = [
         f"{count(tried, 'remedy was', 'remedies were')} tried on copies of these weights and this batch, in "
         f"{session.passes} passes; the training itself is as it was. Tilts are in decades from input to output, of "
         f"which {_DEPTH[0]:g} to {_DEPTH[1]:g} are healthy.",
         f"The loss is that of this batch after {_FULL - 1} steps with {learnt}, and blank where one pass was "
-        f"enough to see; without a remedy {loss}.",
+        f"enough to see; inf says that it overflowed, or that a layer died. Without a remedy {loss}.",
     ]
+    if nothing_helped:
+        said.insert(0, "None of the remedies that were tried did better than nothing in so few steps.")
     if rewound:
         said.append(
             "The weights had left their size at the start by far; they were brought back to it for this."
