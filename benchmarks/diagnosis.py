@@ -47,8 +47,11 @@ FIRST = """\
 The rules for causes, the order of the candidates and the limits of a healthy tilt were chosen on these cases, so that
 the shares flatter; the same for cases that nothing was chosen on stands in `diagnosis_held_out.md`."""
 SECOND = """\
-These cases were written by somebody who had seen neither the rules nor the limits, and nothing was chosen on them:
-this is what the doctor does for a training that it was not made on."""
+These cases were written by somebody who had seen neither the rules nor the limits. At first sight, with one seed each,
+the first cause was right in 13 of 18 diagnosed runs of the first row (72 %), and the first remedy cured 12 (67 %): that
+is what the doctor does for a training that it was not made on. What was plainly wrong then was mended for all trainings
+alike (cells and loops as recurrence, a momentum above 1, features of unlike scale, numbers written by the step itself),
+so that the shares below flatter, too."""
 
 
 class Run(NamedTuple):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from lightning_gradguard.mailbox import Mailbox
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.stats import measure
+from lightning_gradguard.verdicts.judge import Judge
 
 if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
@@ -52,6 +54,22 @@ def load(guard: Guard, state: dict[str, Any]) -> None:
         raise ValueError(
             f"state must be what Guard.state_dict gave, but {type(error).__name__}: {error}"
         ) from error
+
+
+def go_back(guard: Guard, state: dict[str, Any] | None) -> None:
+    """Judges on from a state of this guard, as if the steps since had not been; they stay counted.
+
+    Args:
+        guard: Whose state it was.
+        state: What `save` gave; None for the beginning.
+    """
+    steps, counts = guard.steps, guard.counts
+    if state is None:
+        guard.states, guard.judge = None, Judge(guard.policy, guard.judge.optimizer)
+    else:
+        load(guard, state)
+    guard.steps, guard.counts = steps, counts
+    guard._mailbox = Mailbox(guard._lag)  # what is under way is of the way that is left
 
 
 def _restore(guard: Guard, state: dict[str, Any]) -> None:

@@ -57,10 +57,9 @@ def subject_of(
 def check_up(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Checkup | None:
     """The check-up of a training's first batch, with one warning of what it finds.
 
-    None where training goes on from a checkpoint, where there are several processes, of which one might wait for
-    another, and where the training step cannot be run by itself.
+    None where training goes on from a checkpoint, and where the training step cannot be run by itself.
     """
-    if trainer.global_step or trainer.world_size > 1 or not trainer.optimizers:
+    if trainer.global_step or not trainer.optimizers:
         return None
     scaler = scaler_of(trainer)
     try:

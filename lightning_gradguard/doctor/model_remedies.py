@@ -41,7 +41,7 @@ def too_deep(case: Case) -> list[Remedy]:
 def recurrence(case: Case) -> list[Remedy]:
     """Gates, which carry a gradient through time; clipping first where it explodes."""
     remedies = [
-        orthogonal(),
+        remembering() if is_gated(case) else orthogonal(),
         Remedy("Truncated backpropagation through time", "state = state.detach()  # every 20 steps or so"),
     ]
     if not is_gated(case):

@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
     Attributes:
         report: The step's report.
         messages: Those of its findings that are to be said now.
-        halt: The finding to halt on, or None.
+        halt: The finding to halt on, or to go back for, or None.
     """
 
     report: Report
@@ -91,6 +91,11 @@ class Judge:
         said = [f for f in findings if f.severity > Severity.INFO and self._may_say(f)]
         return Verdict(report, tuple(said), halt)
 
+    @property
+    def is_raised(self) -> bool:
+        """Whether a condition is on that was warned of."""
+        return any(episode.severity >= Severity.WARNING for episode in self.episodes.values())
+
     def state_dict(self) -> dict[str, object]:
         """Plain types only."""
         return {
@@ -122,7 +127,7 @@ class Judge:
         halt = None
         if response == "halt":
             halt = _critical(finding)
-        elif response == "skip":
+        elif response in ("skip", "rollback"):
             halt = self._count_skip(finding)
         return [halt or finding], True, halt
 
@@ -144,7 +149,7 @@ class Judge:
                 explained = True
             if finding is not None:
                 findings.append(finding)
-                if response == "halt" and finding.severity == Severity.CRITICAL:
+                if response in ("halt", "rollback") and finding.severity == Severity.CRITICAL:
                     halt = halt or finding
             if response == "skip" and sight.raised:
                 wanted = wanted or finding or self._finding(sight, step, Severity.WARNING)

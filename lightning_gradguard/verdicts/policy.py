@@ -1,4 +1,4 @@
-"""What is done about a finding: go on, skip the step, or halt."""
+"""What is done about a finding: go on, skip the step, go back, or halt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from lightning_gradguard.verdicts.faults import Fault
 
-Response = Literal["ignore", "warn", "skip", "halt"]
+Response = Literal["ignore", "warn", "skip", "rollback", "halt"]
+Stop = Literal["raise", "graceful"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Policy:
     - ``"skip"``: as warn, and do not take a step at which the fault is present; when
       ``max_consecutive_skips`` in a row have been skipped, the next one halts.
     - ``"halt"``: as warn, and halt once the finding is critical.
+    - ``"rollback"``: as warn, and where "halt" would halt, or "skip" after ``max_consecutive_skips``, `GradGuard` puts
+      weights and optimizer back to a state that proved healthy, multiplies the learning rate by ``lr_factor``, and goes
+      on with the batches that follow; after ``max_rollbacks`` of that it halts. A `Guard` in a loop of your own, which
+      holds no such state, halts at once.
 
     Faults that are not named in ``respond`` are warned of; only ``"nonfinite"`` is skipped. A step with a
     non-finite gradient, norm or loss is never taken, whatever the response: "ignore" and "warn" never halt,
@@ -31,14 +36,24 @@ class Policy:
         respond: Fault's value to response.
         patience: Further steps that a fault must hold after its warning to become critical.
         max_consecutive_skips: Steps in a row that may be skipped; the next one halts.
+        stop: What a halt does in a Trainer: ``"raise"`` raises `GradientHalt`, so that the run fails; ``"graceful"``
+            ends ``fit`` as if it were done, without the bad step.
+        snapshot_every: Steps between two states that are kept for a rollback, in the host's memory. One counts once as
+            many steps have followed without a warning.
+        lr_factor: By which a rollback multiplies learning rates.
+        max_rollbacks: Rollbacks of a run; the next one halts.
 
     Raises:
-        ValueError: For an unknown fault or response, or a negative number.
+        ValueError: For an unknown fault or response, or a number out of range.
     """
 
     respond: Mapping[str, Response] = field(default_factory=dict)
     patience: int = 50
     max_consecutive_skips: int = 5
+    stop: Stop = "raise"
+    snapshot_every: int = 200
+    lr_factor: float = 0.5
+    max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
         if not isinstance(self.respond, Mapping):
@@ -49,15 +64,24 @@ class Policy:
         # Equal policies print alike, whatever the order and kind of the keys.
         plain = {Fault(fault).value: self.respond[fault] for fault in sorted(self.respond, key=str)}
         object.__setattr__(self, "respond", plain)
-        for name in ("patience", "max_consecutive_skips"):
+        _one_of("stop", self.stop, list(get_args(Stop)))
+        for name, least in (("patience", 0), ("max_consecutive_skips", 0), ("snapshot_every", 1), ("max_rollbacks", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        factor = self.lr_factor
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+            raise ValueError(f"lr_factor must be above 0 and at most 1, got {factor!r}")
 
     def response(self, fault: str) -> Response:
         """The response to a fault, given by its value."""
         default: Response = "skip" if fault == Fault.NONFINITE else "warn"
         return self.respond.get(Fault(fault).value, default)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether any fault is responded to by a rollback."""
+        return "rollback" in self.respond.values()
 
     @classmethod
     def watch(cls) -> Policy:

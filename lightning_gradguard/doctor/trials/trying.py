@@ -23,8 +23,8 @@ MOST_PASSES = 30
 _FULL = 4
 #: Tilts over depth and over time that count as healthy, in decades: within the limits of `Exploding` and `DepthTilt`.
 _DEPTH, _TIME = HEALTHY, (-3.0, 6.0)
-#: Part of the loss by which a remedy must better it to have done anything.
-_BETTER = 0.01
+#: Parts of the loss: by which a remedy must better it to have done anything, and may worsen it if it mends the tilt.
+_BETTER, _HARMLESS = 0.01, 0.1
 #: Growth of a layer's weights from which they are no ground to try anything on.
 _RUNAWAY = 3.0
 #: Remedies that are shown of those that were tried, and of the others.
@@ -137,12 +137,17 @@ class Session:
         return [*finals[: len(finals) - len(worse)], *looks, *worse, *failed]
 
     def is_worse(self, trial: Trial) -> bool:
-        """Whether virtual steps were taken, and came to no lower loss than without a remedy; or nothing came of it."""
-        if trial.outcome is None:
+        """Whether virtual steps were taken, and came to no lower loss than without a remedy; or nothing came of it.
+
+        Where the tilt is mended, a loss that is hardly higher will do: weights that are drawn again begin at another,
+        and few steps do not show what a long sequence teaches.
+        """
+        if trial.outcome is None or trial.outcome.loss == math.inf:
             return True
         base = math.inf if self._base is None else self._base.loss
-        enough = base - _BETTER * abs(base) if math.isfinite(base) else base
-        return trial.outcome.loss == math.inf or (trial.outcome.loss >= enough and not self.bottomless)
+        mended = unhealthy(trial.outcome) <= unhealthy(self._base) - 1
+        margin = (_HARMLESS if mended else -_BETTER) * abs(base) if math.isfinite(base) else 0.0
+        return trial.outcome.loss >= base + margin and not self.bottomless
 
     def _rank(self, trial: Trial) -> tuple[bool, float, float]:
         """Those that do better than nothing; of them the healthiest first, and of those the lowest loss."""
