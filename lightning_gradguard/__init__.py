@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from lightning_gradguard.metrics import ClipRate as ClipRate
     from lightning_gradguard.metrics import GradientNorm as GradientNorm
     from lightning_gradguard.metrics import SpikeScore as SpikeScore
+    from lightning_gradguard.recorder.answer import Recurrence as Recurrence
+    from lightning_gradguard.recorder.answer import Replay as Replay
+    from lightning_gradguard.recorder.bundle import ReplayError as ReplayError
+    from lightning_gradguard.recorder.recorder import Recorder as Recorder
+    from lightning_gradguard.recorder.replay import replay as replay
     from lightning_gradguard.signals.adaptive_clippers import AdaGC as AdaGC
     from lightning_gradguard.signals.adaptive_clippers import AutoClip as AutoClip
     from lightning_gradguard.signals.adaptive_clippers import ZClip as ZClip
@@ -53,6 +58,10 @@ _PLACES = {
     "doctor.diagnosis": ("Cause", "Diagnosis", "Remedy"),
     "guard": ("Guard",),
     "metrics": ("ClipRate", "GradientNorm", "SpikeScore"),
+    "recorder.answer": ("Recurrence", "Replay"),
+    "recorder.bundle": ("ReplayError",),
+    "recorder.recorder": ("Recorder",),
+    "recorder.replay": ("replay",),
     "signals.adaptive_clippers": ("AdaGC", "AutoClip", "ZClip"),
     "signals.clippers": ("AGC", "NormClip"),
     "signals.detectors": ("Exploding", "NonFinite", "Spike"),

@@ -36,6 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("report.html"), help="file to write; default: report.html"
     )
     report.set_defaults(act=_report)
+    replay = commands.add_parser("replay", help="play the step again that a flight record is of")
+    replay.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="file that GradGuard(recorder=Recorder()) left"
+    )
+    replay.add_argument(
+        "--module",
+        metavar="PKG:CLASS",
+        help="the LightningModule, such as train:Model; without it, what was recorded",
+    )
+    replay.add_argument(
+        "--args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments that were not recorded, or JSON",
+    )
+    replay.add_argument("--device", default="cpu", help="where to run; default: cpu")
+    replay.set_defaults(act=_replay)
     options = parser.parse_args(arguments)
     return int(options.act(options))
 
@@ -60,6 +78,29 @@ def _report(options: argparse.Namespace) -> int:
     for sheet in sheets:
         print(f"{sheet.title}: {sheet.verdict.title}")
     print(f"Wrote {options.out} ({options.out.stat().st_size / 1e3:,.0f} kB); open it in a browser.")
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lightning_gradguard.recorder.building import build, parse_arguments
+    from lightning_gradguard.recorder.bundle import ReplayError, read
+    from lightning_gradguard.recorder.contents import to_text
+    from lightning_gradguard.recorder.replay import replay
+
+    console = Console(highlight=False)
+    try:
+        bundle = read(options.bundle)
+        if options.module is None:
+            print(to_text(bundle, options.bundle))
+            return 0
+        module = build(options.module, bundle, parse_arguments(options.args))
+        answer = replay(options.bundle, module, device=options.device)
+        console.print(answer) if console.is_terminal else print(answer)
+    except (ReplayError, OSError) as error:
+        print(f"gradguard replay: {error}", file=sys.stderr)
+        return _USAGE_ERROR
     return 0
 
 

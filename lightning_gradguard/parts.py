@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_gradguard.recorder.recorder import Recorder
 from lightning_gradguard.signals.detectors import Exploding, NonFinite, Spike
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
@@ -55,8 +56,8 @@ def validate_options(monitor: object, trials: object, recorder: object) -> None:
         raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
     if not isinstance(trials, bool):
         raise ValueError(f"trials must be True or False, got {trials!r}")
-    if recorder is not None:
-        raise ValueError(f"recorder must be None in this version, got {recorder!r}")
+    if recorder is not None and not isinstance(recorder, Recorder):
+        raise ValueError(f"recorder must be a Recorder, such as Recorder(), got {recorder!r}")
 
 
 def as_scalar(loss: Tensor | float | None) -> Tensor | None:

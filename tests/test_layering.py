@@ -37,6 +37,9 @@ ROOMS = {
     "mailbox": {"torch"},
     "verdicts": {"verdicts"},
     "doctor": {"torch", "rich", "doctor", "verdicts"},
+    "doctor.rendering": {"rich", "jinja2", "markupsafe", "doctor", "verdicts"},
+    # The one heat map has the colours of the other.
+    "doctor.pictures": {"numpy", "matplotlib", "doctor", "sinks.cells", "sinks.tags"},
     "sinks": {"torch", "numpy", "matplotlib", "tensorboard", "tensorboardX", "sinks", "verdicts", "signals.histogram"},
     "report": {
         "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "matplotlib", "report", "sinks", "verdicts",
@@ -48,16 +51,21 @@ ROOMS = {
     "spy": {"torch"},
     "naming": {"torch"},
     "watch": {"torch", "signals.layout", "signals.stats", "signals.samples", "doctor.anatomy", "spy", "naming"},
-    "facts": {"torch", "signals.stats", "verdicts", "doctor", "watch", "mailbox"},
-    "parts": {"torch", "signals", "verdicts"},
-    "checkpoint": {"signals"},
+    "history": {"numpy", "verdicts"},
+    "facts": {"torch", "numpy", "signals.stats", "verdicts", "doctor", "watch", "mailbox", "history", "parts"},
+    "recorder": {"torch", "numpy", "rich", "recorder", "doctor", "verdicts", "naming"},
+    "recorder.recorder": set(),
+    "parts": {"torch", "signals", "verdicts", "recorder.recorder"},
+    "checkpoint": {"signals", "verdicts", "mailbox"},
+    "snapshot": {"torch"},
     "guard": {
         "torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts",
         "checkpoint",
     },
     "callbacks": {
         "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",
-        "mailbox", "lag", "naming", "parts", "spy", "watch",
+        "mailbox", "lag", "naming", "parts", "spy", "watch", "recorder", "numpy", "_version",
+        "snapshot", "checkpoint",
     },
     # The demo is a user of the product, kept in the package so that an installed one can show itself.
     "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from lightning_gradguard.callbacks.trainer import logging_step
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.sinks.loggers import open_sinks
 from lightning_gradguard.sinks.overview import Overview
+from lightning_gradguard.sinks.panel import Sink
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -19,45 +22,67 @@ class Display:
     """Feeds the overview of each optimizer, and writes it where Lightning logs.
 
     Args:
-        trainer: Whose loggers are written to; on ranks other than 0 nothing is.
         per_layer: Also write a scalar for each tensor.
     """
 
-    def __init__(self, trainer: Trainer, per_layer: bool) -> None:
-        self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
+    def __init__(self, per_layer: bool) -> None:
         self._per_layer = per_layer
+        self._trainer: Trainer | None = None
+        self._sinks: list[Sink] = []
         self._views: dict[int, tuple[tuple[str, ...], Overview]] = {}
+        self._restored: dict[str, Any] = {}
+
+    def start(self, trainer: Trainer) -> None:
+        """A run begins, whose loggers are written to on rank 0; or goes on from a checkpoint, with its pictures."""
+        self._trainer, self._views = trainer, {}
+        self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
+        self._restored = self._restored if trainer.ckpt_path else {}
 
     def observe(self, guard: Guard, index: int, diagnosis: Diagnosis | None) -> None:
-        """Takes in the newest step of an optimizer, and a diagnosis if there is a new one."""
-        if not self._sinks or guard.report is None:
+        """Takes in the newest step of an optimizer, and a diagnosis if there is a new one; writes where it is due."""
+        if not self._sinks or self._trainer is None or guard.report is None:
             return
         view = self._view(guard, index)
         view.observe(guard.report)
         if diagnosis is not None:
             view.diagnose(diagnosis.to_markdown())
+        if self._trainer._logger_connector.should_update_logs:
+            self.write(guard, index)
 
-    def write(self, guard: Guard, index: int, step: int, *, final: bool = False) -> None:
+    def write(self, guard: Guard, index: int, *, final: bool = False) -> None:
         """Writes the newest step of an optimizer.
 
         Args:
             guard: Its guard.
             index: Its number.
-            step: Place on the x axis.
             final: Nothing follows, so that the picture has to be drawn.
         """
-        if not self._sinks or guard.report is None or guard.letter is None:
+        if not self._sinks or self._trainer is None or guard.report is None or guard.letter is None:
             return
         tilt, ratio = _known(guard.letter.tilt), _known(guard.letter.update_ratio)
         panel = self._view(guard, index).panel(guard.report, tilt=tilt, update_ratio=ratio, final=final)
         for sink in self._sinks:
-            sink.write(step, panel)
+            sink.write(logging_step(self._trainer), panel)
 
-    def close(self) -> None:
-        """Finishes the pictures that are being drawn."""
+    def finish(self, guards: Iterable[tuple[int, Guard]]) -> None:
+        """Draws the last pictures, and lets the sinks go."""
+        for index, guard in guards:
+            self.write(guard, index, final=True)
         for sink in self._sinks:
             sink.close()
-        self._sinks = []
+        self._sinks, self._trainer = [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pictures so far, so that those of a resumed run go on; plain types."""
+        own = {
+            str(i): {"names": list(names), "view": view.state_dict()}
+            for i, (names, view) in self._views.items()
+        }
+        return {**self._restored, **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps what `state_dict` gave until the optimizers are known."""
+        self._restored = dict(state)
 
     def _view(self, guard: Guard, index: int) -> Overview:
         """An optimizer's view; a new one when other tensors are watched."""
@@ -71,6 +96,9 @@ class Display:
                 group=f"gradguard_{index}" if index else "gradguard",
                 per_layer=self._per_layer,
             )
+            restored = self._restored.pop(str(index), None)
+            if restored is not None and tuple(restored["names"]) == names:
+                view.load_state_dict(restored["view"])
             self._views[index] = (names, view)
         return self._views[index][1]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,21 +14,23 @@ from torch import Tensor
 from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.display import Display
 from lightning_gradguard.callbacks.guards import Guards
-from lightning_gradguard.callbacks.subject import check_up, subject_of
+from lightning_gradguard.callbacks.judging import judge
+from lightning_gradguard.callbacks.recording import Recording
+from lightning_gradguard.callbacks.recovery import Recovery
+from lightning_gradguard.callbacks.subject import check_up
 from lightning_gradguard.callbacks.trainer import (
     Losses,
     Metric,
-    logging_step,
     optimizer_index,
     refuse_double_clipping,
+    say_if_nothing_trains,
     say_that_no_step_was_seen,
-    scaler_of,
-    warn,
 )
 from lightning_gradguard.guard import KEPT_FINDINGS, Guard
 from lightning_gradguard.lag import validate_lag
 from lightning_gradguard.naming import is_compiled
 from lightning_gradguard.parts import validate, validate_options
+from lightning_gradguard.recorder.recorder import Recorder
 from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.spy import Usage
@@ -57,7 +60,7 @@ class GradGuard(Callback):
         policy: What is done about a fault; ``Policy.watch()`` when None.
         monitor: Name of a logged metric, such as "val_acc", whose course the diagnosis cites.
         trials: Try remedies when something critical is found, in 30 passes over the newest batch; changes nothing.
-        recorder: Reserved; must be None.
+        recorder: A ``Recorder()`` leaves a bundle when training is halted, for ``gradguard replay``; None leaves none.
         per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/NNN_name``.
         lag: 0, 1, or None for the cheapest that still skips exactly; see `Guard`.
 
@@ -67,6 +70,7 @@ class GradGuard(Callback):
         report: Report of the newest judged step, or None.
         diagnosis: After a critical finding: what, where, why, and what to do.
         stop_reason: After a halt, the fault's value, such as "nonfinite".
+        bundle: File that the recorder left, or None.
 
     Raises:
         ValueError: For a wrong value.
@@ -81,7 +85,7 @@ class GradGuard(Callback):
         policy: Policy | None = None,
         monitor: str | None = None,
         trials: bool = False,
-        recorder: None = None,
+        recorder: Recorder | None = None,
         per_layer: bool = False,
         lag: int | None = None,
     ) -> None:
@@ -91,18 +95,22 @@ class GradGuard(Callback):
         self.detectors = None if detectors is None else tuple(detectors)
         self.clipper, self.policy = clipper, policy
         self.monitor, self.per_layer, self.lag, self.trials = monitor, per_layer, lag, trials
+        self.recorder = recorder
         self.checkup: Checkup | None = None
         self.report: Report | None = None
         self.diagnosis: Diagnosis | None = None
         self.stop_reason: str | None = None
+        self.bundle: Path | None = None
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
-        self._guards = self._none_yet({})
+        self._guards = Guards(self._judging, {})
         self._losses = Losses()
         self._batches = 0
         self._newest: tuple[Any, int] = (None, 0)
         self._metric = Metric(monitor)
         self._usage: Usage | None = None
-        self._display: Display | None = None
+        self._display = Display(per_layer)
+        self._recording = Recording(recorder)
+        self._recovery = Recovery(policy)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -112,14 +120,12 @@ class GradGuard(Callback):
     @property
     def state_key(self) -> str:
         """Equal for equal configuration, so that a resumed run finds its state."""
-        # What is shown does not change what is judged.
-        names = ("detectors", "clipper", "policy", "lag")
-        return self._generate_state_key(**{name: getattr(self, name) for name in names})
+        return self._generate_state_key(**self._judging)
 
     @property
     def summary(self) -> dict[str, int]:
-        """Steps so far: how many were judged, clipped, skipped, and not finite."""
-        return self._guards.summary()
+        """Steps so far: how many were judged, clipped, skipped, and not finite; and rollbacks, if there may be."""
+        return self._guards.summary() | self._recovery.state_dict()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work together."""
@@ -133,14 +139,15 @@ class GradGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts afresh."""
-        self._guards, self._losses = self._none_yet(self._guards.restored), Losses()
+        self._guards, self._losses = Guards(self._judging, self._guards.restored), Losses()
         self._newest, self._batches = (None, 0), 0
-        self.report, self.diagnosis, self.stop_reason = None, None, None
+        self.report, self.diagnosis, self.stop_reason, self.bundle = None, None, None, None
         self._findings.clear()
         self._metric = Metric(self.monitor)
-        self._display = Display(trainer, self.per_layer)
-        if not any(p.requires_grad for p in pl_module.parameters()):
-            warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
+        self._display.start(trainer)
+        self._recording.start(trainer, pl_module, self._guards)
+        self._recovery.start(trainer, pl_module, self._guards)
+        say_if_nothing_trains(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to look at which parameters are used, after the sanity check of the validation."""
@@ -155,10 +162,13 @@ class GradGuard(Callback):
         self._batches += 1
         if self.trials and self._batches == 1:
             self.checkup = check_up(trainer, pl_module, batch, batch_idx)
+        self._recovery.begin()
+        self._recording.begin(batch, batch_idx)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lets go of the batch and its graph."""
         self._newest, self._losses.graph = (None, 0), None
+        self._recording.end()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the monitored metric."""
@@ -178,81 +188,72 @@ class GradGuard(Callback):
         """
         if not any(group["params"] for group in optimizer.param_groups):
             return  # Lightning's stand-in where configure_optimizers returns nothing
+        if self._recovery.has_ended(optimizer):
+            return
         index = optimizer_index(trainer, optimizer)
         guard = self._guards.of(trainer, pl_module, optimizer, index, self._usage)
-        before, graph = guard.report, self._losses.graph
-        guard.notes = self._metric.notes
-        guard.trials = self.trials
-        if not guard._lag:
-            # With lag the report is of the step before, whose weights and batch are gone.
-            guard.subject = partial(subject_of, trainer, pl_module, optimizer, *self._newest)
-        try:
-            guard.step(
-                self._losses.take(),
-                scaler=scaler_of(trainer),
-                graph=graph,
-                step=trainer.global_step,
-                # Of several micro-batches any could be the culprit, and only the last is at hand.
-                batch=self._newest[0] if trainer.accumulate_grad_batches == 1 else None,
-            )
-        except GradientHalt as halt:
-            self.stop_reason = halt.diagnosis.fault.value
-            raise
-        finally:
-            guard.subject = None
-            if guard.report is not before:
-                self._take_over(guard, index)
-                if trainer._logger_connector.should_update_logs and self._display is not None:
-                    self._display.write(guard, index, logging_step(trainer))
+        guard.notes, guard.trials = self._metric.notes, self.trials
+        self._recording.step(guard, trainer.global_step)
+        with self._following(guard, index):
+            judge(guard, trainer, pl_module, optimizer, self._losses, self._newest)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judges what is still under way, and finishes the pictures."""
         try:
             for index, guard in self._guards.items():
-                before = guard.report
-                guard.close()
-                if guard.report is not before:
-                    self._take_over(guard, index)
+                with self._following(guard, index):
+                    guard.close()
         finally:
-            self._finish(trainer)
+            self._finish()
         if not self._guards and self._batches and any(p.requires_grad for p in pl_module.parameters()):
             say_that_no_step_was_seen(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finishes the pictures: after an exception Lightning calls no other hook."""
-        for _, guard in self._guards.items():
-            guard.watch.close()
-        self._finish(trainer)
+        self._guards.rest()
+        self.bundle = self._recording.stopped(exception) or self.bundle
+        self._finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, so that it loads under ``weights_only=True``."""
-        return self._guards.state_dict()
+        parts = {"recovery": self._recovery.state_dict(), "display": self._display.state_dict()}
+        return self._guards.state_dict() | parts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the optimizers are known."""
         self._guards.restored = dict(state_dict)
+        self._recovery.load_state_dict(self._guards.restored.pop("recovery", {}))
+        self._display.load_state_dict(self._guards.restored.pop("display", {}))
 
-    def _none_yet(self, restored: dict[str, Any]) -> Guards:
-        """Guards of a run that has not begun."""
-        names = ("detectors", "clipper", "policy", "lag")
-        return Guards({name: getattr(self, name) for name in names}, restored)
+    @property
+    def _judging(self) -> dict[str, Any]:
+        """What decides how a step is judged; what is shown or recorded does not."""
+        return {name: getattr(self, name) for name in ("detectors", "clipper", "policy", "lag")}
 
-    def _take_over(self, guard: Guard, index: int) -> None:
-        """Makes the guard's newest step the callback's own."""
-        self.report = guard.report
-        self._findings.extend(guard.report.findings if guard.report is not None else ())
-        news = guard.diagnosis if guard.diagnosis is not self.diagnosis else None
-        self.diagnosis = news or self.diagnosis
-        if self._display is not None:
-            self._display.observe(guard, index, news)
+    @contextmanager
+    def _following(self, guard: Guard, index: int) -> Iterator[None]:
+        """Makes what a guard judges, and a halt, the callback's own."""
+        before = guard.report
+        try:
+            yield
+        except GradientHalt as halt:
+            if not self._recovery.went_back(halt):
+                self.stop_reason = halt.diagnosis.fault.value
+                self.bundle = self._recording.halted(halt, index)
+                if not self._recovery.ended(halt):
+                    raise
+        finally:
+            if guard.report is not before and guard.report is not None:
+                self.report = guard.report
+                self._findings.extend(guard.report.findings)
+                news = guard.diagnosis if guard.diagnosis is not self.diagnosis else None
+                self.diagnosis = news or self.diagnosis
+                self._display.observe(guard, index, news)
 
-    def _finish(self, trainer: Trainer) -> None:
+    def _finish(self) -> None:
         """Writes the last pictures and lets the sinks go."""
         self._newest = (None, 0)
+        self._recording.close()
         if self._usage is not None:
             self._usage.close()
-        if self._display is not None:
-            for index, guard in self._guards.items():
-                self._display.write(guard, index, logging_step(trainer), final=True)
-            self._display.close()
-        self._display = None
+        self._display.finish(self._guards.items())

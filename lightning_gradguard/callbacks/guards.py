@@ -56,6 +56,11 @@ class Guards:
                 warn(trainer, f"GradGuard starts afresh, since the checkpoint does not fit: {error}")
         return guard
 
+    def rest(self) -> None:
+        """Takes the hooks off the model."""
+        for guard in self.made.values():
+            guard.watch.close()
+
     def summary(self) -> dict[str, int]:
         """Steps so far: how many were judged, clipped, skipped, and not finite."""
         names = ("judged", "clipped", "skipped", "nonfinite")

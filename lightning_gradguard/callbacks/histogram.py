@@ -1,25 +1,26 @@
-"""`GradHistogram`: histograms of log10 gradient magnitudes, on one fixed axis."""
+"""`GradHistogram`: histograms of gradients, of log10 magnitudes on one fixed axis or of values."""
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard.callbacks.base import Callback
+from lightning_gradguard.callbacks.patterns import Patterns
+from lightning_gradguard.callbacks.tensors import Tensors
 from lightning_gradguard.callbacks.trainer import Losses, logging_step, optimizer_index, scaler_of, warn
 from lightning_gradguard.mailbox import read
-from lightning_gradguard.signals.histogram import EDGES, count
-from lightning_gradguard.signals.stats import measure
+from lightning_gradguard.naming import select
+from lightning_gradguard.signals.histogram import AXES, EDGES, Axis, count
+from lightning_gradguard.signals.shards import Shards, align_gradients, is_spread, local
+from lightning_gradguard.sinks.exponents import THRESHOLDS, exponents_panel
 from lightning_gradguard.sinks.loggers import open_sinks
-from lightning_gradguard.sinks.panel import Sink
+from lightning_gradguard.sinks.panel import Fuse, Sink
 from lightning_gradguard.sinks.selection import WorstTensors
 from lightning_gradguard.sinks.tags import histogram_panel, tag_names
-from lightning_gradguard.watch import Watch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +35,17 @@ class GradHistogram(Callback):
     the right exploding, and a wall at the left edge is exact zeros. Put before a `GradGuard` that clips, it shows
     gradients before clipping; put after it, after clipping.
 
+    With ``axis="value"`` they show the values of ``p.grad``, as ``gradguard_hist_value/NNN_name``: 30 equal bins
+    around zero, as wide as the largest magnitude, but no wider than 4 root mean squares to each side, beyond which
+    the outer bins count all.
+
+    With ``exponents=True`` it also tells how much of the gradient would lose digits, or be lost, in fp16, bf16 and two
+    formats of fp8: shares of all elements as scalars, and a table by tensor in the text tab, ``gradguard_exponents/``.
+
+    By default 4,096 elements of each tensor are read: no cumulative share of a histogram is then off by more than
+    2.1 % in 95 of 100 (see `lightning_gradguard.signals.histogram.count`). Of a sharded tensor each rank reads as
+    many of its part.
+
     Example:
         >>> from lightning_gradguard import GradHistogram
         >>> histogram = GradHistogram(every_n_steps=50, exclude=["*.bias"])
@@ -43,11 +55,13 @@ class GradHistogram(Callback):
         include: Patterns of parameter names to show, such as "encoder.*"; all when None.
         exclude: Patterns of parameter names to leave out.
         max_tensors: Most tensors shown at a time; the worst, where there are more.
-        max_samples: Most elements read of each tensor, evenly strided; None for all.
+        max_samples: Most elements read of each tensor, evenly strided; None counts all of them, which is exact.
+        axis: "log10" for magnitudes, "value" for values.
+        exponents: Also tell what narrow number formats would lose.
 
     Raises:
-        ValueError: If a number is not a positive whole number.
-        TypeError: If patterns are not a sequence of strings.
+        ValueError: If a number is not a positive whole number, or ``axis`` is neither of the two.
+        TypeError: If patterns are not a sequence of strings, or ``exponents`` is not a bool.
     """
 
     def __init__(
@@ -58,6 +72,8 @@ class GradHistogram(Callback):
         exclude: Sequence[str] | None = None,
         max_tensors: int = 24,
         max_samples: int | None = 4096,
+        axis: Axis = "log10",
+        exponents: bool = False,
     ) -> None:
         for name, number in (
             ("every_n_steps", every_n_steps),
@@ -68,40 +84,38 @@ class GradHistogram(Callback):
                 continue
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} must be a whole number, 1 or more, got {number!r}")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            if patterns is None:
-                continue
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
-                raise TypeError(
-                    f'{name} must be a sequence of patterns such as ["encoder.*"], got {patterns!r}'
-                )
+        if axis not in AXES:
+            raise ValueError(f"axis must be {' or '.join(map(repr, AXES))}, got {axis!r}")
+        if not isinstance(exponents, bool):
+            raise TypeError(f"exponents must be True or False, got {exponents!r}")
         self.every_n_steps, self.max_tensors, self.max_samples = every_n_steps, max_tensors, max_samples
         self.include, self.exclude = include, exclude
-        self._watches: dict[int, Watch] = {}
+        self.axis, self.exponents = axis, exponents
+        self._patterns = Patterns(include, exclude)
+        self._tensors: dict[int, Tensors] = {}
         self._worst: dict[int, WorstTensors] = {}
         self._losses = Losses()
         self._sinks: list[Sink] = []
+        self._fuse = Fuse("GradHistogram")
 
     @property
     def state_key(self) -> str:
         """Equal for equal configuration."""
-        names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples")
+        names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the sinks."""
-        self._watches, self._worst = {}, {}
+        """Opens the sinks, and says what cannot be shown."""
+        self._tensors, self._worst = {}, {}
+        self._fuse = Fuse("GradHistogram")
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         if not trainer.loggers:
             warn(trainer, "GradHistogram has no logger to write to; give the Trainer a TensorBoardLogger")
-        names = [name for name, _ in pl_module.named_parameters()]
-        for pattern in (*(self.include or ()), *(self.exclude or ())):
-            if names and not fnmatch.filter(names, pattern):
-                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-                warn(
-                    trainer,
-                    f"GradHistogram: pattern {pattern!r} matches no parameter; the nearest is {near!r}",
-                )
+        named = list(pl_module.named_parameters())
+        for complaint in self._patterns.complaints(list(select(named, None))) if named else ():
+            warn(trainer, f"GradHistogram: {complaint}")
+        if self.axis == "value" and any(is_spread(p) for _, p in named):
+            warn(trainer, 'GradHistogram(axis="value") leaves out sharded gradients; axis="log10" shows them')
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss, whose graph tells the order of the layers."""
@@ -114,27 +128,12 @@ class GradHistogram(Callback):
         """Counts and writes, every so many steps."""
         graph, self._losses.graph = self._losses.graph, None
         step = trainer.global_step // max(1, len(trainer.optimizers))
-        if (
-            not self._sinks
-            or step % self.every_n_steps
-            or not any(g["params"] for g in optimizer.param_groups)
-        ):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if step % self.every_n_steps or not parameters:
             return
-        index = optimizer_index(trainer, optimizer)
-        if index not in self._watches:
-            self._watches[index] = Watch(pl_module.named_parameters(), optimizer)
-            self._watches[index].close()
-            self._worst[index] = WorstTensors(self.max_tensors)
-        watch = self._watches[index]
-        watch.follow_groups()
-        watch.arrange(graph)
-        watch.unscale(scaler_of(trainer))
-        counts = self._count(watch, self._worst[index])
-        if counts:
-            titles = dict(zip(watch.ordered_names, tag_names(watch.ordered_names), strict=True))
-            panel = histogram_panel(counts, titles, group=f"gradguard_{index}" if index else "gradguard")
-            for sink in self._sinks:
-                sink.write(logging_step(trainer), panel)
+        # Where gradients are sharded, no rank may stay away, not even rank 0 when its loggers have failed.
+        if self._sinks or (trainer.loggers and any(map(is_spread, parameters))):
+            self._fuse.run(lambda: self._show(trainer, pl_module, optimizer, graph))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Flushes."""
@@ -144,29 +143,80 @@ class GradHistogram(Callback):
         """Flushes: after an exception Lightning calls no other hook."""
         self._close()
 
-    def _count(self, watch: Watch, worst: WorstTensors) -> dict[str, list[float]]:
-        """Name to 30 counts, from input to output, of the tensors that are to be shown now."""
-        layout = watch.layout
-        norms = read(measure(layout, watch.weights, watch.updates).norms)
-        gradients = dict(zip(layout.names, watch.gradients(), strict=True))
-        rms = {
-            layout.names[i]: norms[i] / max(layout.parameters[i].numel(), 1) ** 0.5
-            for i in layout.order
-            if gradients[layout.names[i]] is not None and self._is_wanted(layout.names[i])
-        }
-        chosen = worst.choose(rms)
-        if not chosen:
-            return {}
-        numbers = read(
-            count([gradients[name] for name in chosen], max_samples=self.max_samples).bins.flatten()
-        )
-        return {name: numbers[i * _BINS : (i + 1) * _BINS] for i, name in enumerate(chosen)}
+    def _show(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: torch.optim.Optimizer,
+        graph: Tensor | None,
+    ) -> None:
+        index = optimizer_index(trainer, optimizer)
+        if index not in self._tensors:
+            self._tensors[index] = Tensors(module, optimizer)
+            self._worst[index] = WorstTensors(self.max_tensors)
+        tensors = self._tensors[index]
+        tensors.follow_groups()
+        tensors.arrange(graph)
+        tensors.unscale(scaler_of(trainer))
+        counted = self._count(tensors.parameters)
+        if not self._sinks:
+            return
+        names = [name for name in tensors.names if name in counted]
+        shown = self._worst[index].choose({name: counted[name].rms for name in names})
+        if not shown:
+            return
+        titles = dict(zip(tensors.names, tag_names(tensors.names), strict=True))
+        group = f"gradguard_{index}" if index else "gradguard"
+        limits = {name: counted[name].limit for name in shown} if self.axis == "value" else None
+        place = logging_step(trainer)
+        panels = [
+            histogram_panel({name: counted[name].bins for name in shown}, titles, limits=limits, group=group)
+        ]
+        if self.exponents:
+            below = {name: counted[name].below for name in names}
+            panels.append(exponents_panel(below, titles, shown, step=place, group=group))
+        for sink in self._sinks:
+            for panel in panels:
+                sink.write(place, panel)
 
-    def _is_wanted(self, name: str) -> bool:
-        included = self.include is None or any(fnmatch.fnmatchcase(name, p) for p in self.include)
-        return included and not any(fnmatch.fnmatchcase(name, p) for p in self.exclude or ())
+    def _count(self, parameters: dict[str, Tensor]) -> dict[str, _Counted]:
+        """What was counted of each gradient that there is; every rank reads its part where they are sharded."""
+        wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
+        if self.axis == "value":
+            wanted = {name: p for name, p in wanted.items() if not is_spread(p)}
+        if not wanted:
+            return {}
+        tensors = list(wanted.values())
+        shards = Shards.of(tensors)
+        if shards is not None:
+            align_gradients(tensors)
+        counts = count(
+            [None if p.grad is None else local(p.grad) for p in tensors],
+            max_samples=self.max_samples,
+            axis=self.axis,
+            thresholds=THRESHOLDS if self.exponents else (),
+        )
+        table = torch.cat([counts.squares.unsqueeze(1), counts.bins, counts.below], 1)
+        if shards is not None:
+            table = shards.add_up([table * shards.shares.unsqueeze(1)])[0].float()
+        numbers = read(torch.cat([counts.limits.unsqueeze(1), table], 1).flatten())
+        width = len(numbers) // len(wanted)
+        found = {}
+        for i, (name, p) in enumerate(wanted.items()):
+            if p.grad is not None:
+                limit, squares, *rest = numbers[i * width : (i + 1) * width]
+                rms = (squares / max(p.numel(), 1)) ** 0.5
+                found[name] = _Counted(rms, limit, rest[:_BINS], rest[_BINS:])
+        return found
 
     def _close(self) -> None:
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+
+
+class _Counted(NamedTuple):
+    rms: float  # not finite where an element is not
+    limit: float
+    bins: list[float]
+    below: list[float]

@@ -1,107 +1,122 @@
-"""Goes back to a state that proved healthy, where the policy asks for it, and on from there with a lower rate."""
+"""What becomes of a halt: back to a state that proved healthy and on with a lower rate, a quiet end, or an error."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from lightning_gradguard.callbacks.guards import Guards
 from lightning_gradguard.callbacks.trainer import warn
 from lightning_gradguard.checkpoint import go_back
 from lightning_gradguard.snapshot import Snapshot, lower_rates
-from lightning_gradguard.verdicts.faults import GradientHalt, Severity
+from lightning_gradguard.verdicts.faults import GradientHalt
 from lightning_gradguard.verdicts.policy import Policy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-class Recovery:
-    """Keeps two states in the host's memory: the newest that proved healthy, and one that may yet.
+class Kept(NamedTuple):
+    """A state to go back to: the step it is of, weights and optimizers, and the guards' own states by their index."""
 
-    Every process keeps its own, and all go back at the same step, for all have come to the same verdict. The loop itself
-    goes on: steps and batches are counted as before, so that the batches since the state that is gone back to are left
-    out, and schedules stand where they stood, over lowered rates.
+    step: int
+    snapshot: Snapshot
+    guards: dict[int, dict[str, Any]]
+
+
+class Recovery:
+    """What becomes of a halt: training goes back to a state that proved healthy, ends quietly, or fails.
+
+    Two states are held in the host's memory: the newest that proved healthy, and one that may yet. Every process holds
+    its own, and all go back at the same step, for all have come to the same verdict. The loop itself goes on: steps and
+    batches are counted as before, so that the batches since the state that is gone back to are left out, and schedules
+    stand where they stood, over lowered rates.
 
     Args:
-        policy: Says how often a state is kept, by what the rate is lowered, and how many times.
+        policy: Says how often a state is kept, by what rates are lowered, how many times, and how training ends.
     """
 
     def __init__(self, policy: Policy | None) -> None:
-        self._policy = policy if policy is not None and policy.rolls_back else None
+        self._policy = Policy.watch() if policy is None else policy
         self.count = 0
-        self._good: tuple[int, Snapshot, dict[str, Any]] | None = None
-        self._pending: tuple[int, Snapshot, dict[str, Any]] | None = None
-        self._seen = 0
+        self._run: tuple[Trainer, LightningModule, Guards] | None = None
+        self._good: Kept | None = None
+        self._pending: Kept | None = None
+        self._ended = False
 
-    def begin(self, trainer: Trainer, module: LightningModule, guards: Guards) -> None:
+    def start(self, trainer: Trainer, module: LightningModule, guards: Guards) -> None:
+        """A run begins, or goes on from a checkpoint."""
+        self._run, self._good, self._pending, self._ended = (trainer, module, guards), None, None, False
+        self.count = self.count if trainer.ckpt_path else 0
+
+    def begin(self) -> None:
         """Keeps the state before a batch, where it is time to."""
-        policy = self._policy
-        if policy is None:
+        if self._run is None or not self._policy.rolls_back:
             return
-        step = trainer.global_step
+        trainer, _, guards = self._run
+        if any(guard.judge.is_raised for _, guard in guards.items()):
+            self._pending = None
+            return
+        every, step = self._policy.snapshot_every, trainer.global_step
         if self._good is None:
             # Nothing is known of it yet, but there is no other: a run that explodes at once begins again.
-            self._good = self._keep(trainer, module, guards)
-        elif self._pending is None or step < self._pending[0]:
-            last = (self._pending or self._good)[0]
-            if not 0 <= step - last < policy.snapshot_every:
-                self._pending = self._keep(trainer, module, guards)
-        elif step - self._pending[0] >= policy.snapshot_every:
-            self._good, self._pending = self._pending, self._keep(trainer, module, guards)
+            self._good = self._keep()
+        elif self._pending is None:
+            # After a warning a state is kept as soon as it is over.
+            self._pending = self._keep() if step >= self._good.step + every else None
+        elif step >= self._pending.step + every:
+            self._good, self._pending = self._pending, self._keep()
 
-    def follow(self, guards: Guards) -> None:
-        """Drops a state that the steps after it did not prove healthy."""
-        if self._policy is None:
-            return
-        warned = any(
-            finding.severity >= Severity.WARNING
-            for _, guard in guards.items()
-            if guard.report is not None
-            for finding in guard.report.findings
-        )
-        if warned or any(guard.judge.is_raised for _, guard in guards.items()):
-            self._pending = None
-
-    def takes(self, halt: GradientHalt) -> bool:
-        """Whether this halt is one to go back for."""
+    def went_back(self, halt: GradientHalt) -> bool:
+        """Goes back, where the policy asks for it and there is one time left; the step under way moves nothing then."""
         policy = self._policy
-        return (
-            policy is not None
-            and self._good is not None
-            and policy.response(halt.diagnosis.fault) == "rollback"
-            and self.count < policy.max_rollbacks
-        )
-
-    def back(self, trainer: Trainer, guards: Guards, halt: GradientHalt) -> None:
-        """Goes back; the step under way has no gradient any more, and moves nothing."""
-        assert self._policy is not None
-        assert self._good is not None
-        step, snapshot, states = self._good
-        snapshot.restore()
+        if self._run is None or self._good is None or policy.response(halt.diagnosis.fault) != "rollback":
+            return False
+        if self.count >= policy.max_rollbacks:
+            return False
+        trainer, _, guards = self._run
+        self._good.snapshot.restore()
         for index, guard in guards.items():
-            go_back(guard, states.get(str(index)))
+            go_back(guard, self._good.guards.get(index))
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        before, after = lower_rates(trainer.optimizers, schedulers, self._policy.lr_factor)
-        self.count += 1
-        self._pending = None
-        finding = halt.diagnosis
+        before, after = lower_rates(trainer.optimizers, schedulers, policy.lr_factor)
+        self.count, self._pending = self.count + 1, None
         warn(
             trainer,
-            f"GradGuard: {finding.fault} since step {finding.step}: weights and optimizer are back at those of step "
-            f"{step}, the learning rate is {after:.3g} in place of {before:.3g}, and training goes on with the next batch "
-            f"(rollback {self.count} of {self._policy.max_rollbacks}).\n{finding}",
+            f"GradGuard: {halt.diagnosis.fault} since step {halt.diagnosis.step}: weights and optimizers are back at "
+            f"those of step {self._good.step}, the learning rate is {after:.3g} in place of {before:.3g}, and training "
+            f"goes on with the next batch (rollback {self.count} of {policy.max_rollbacks}).\n{halt.diagnosis}",
         )
+        return True
+
+    def ended(self, halt: GradientHalt) -> bool:
+        """Ends the training quietly, where the policy asks for it."""
+        if self._run is None or self._policy.stop != "graceful":
+            return False
+        trainer, self._ended = self._run[0], True
+        trainer.should_stop = True
+        # What a person asks at least of a training that learns is not asked of one that is ruined.
+        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, 0
+        warn(trainer, f"GradGuard ends the training before step {halt.step}, as the policy asks.\n{halt}")
+        return True
+
+    def has_ended(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether no step is to be taken any more; takes this one's gradients away then."""
+        if self._ended:
+            optimizer.zero_grad(set_to_none=True)
+        return self._ended
 
     def state_dict(self) -> dict[str, int]:
-        """How many times it went back; the states themselves are taken anew."""
-        return {"rollbacks": self.count} if self._policy is not None else {}
+        """How many times it went back; the states themselves are kept anew."""
+        return {"rollbacks": self.count} if self._policy.rolls_back else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on counting."""
         self.count = int(state.get("rollbacks", 0))
 
-    def _keep(
-        self, trainer: Trainer, module: LightningModule, guards: Guards
-    ) -> tuple[int, Snapshot, dict[str, Any]]:
-        states = {str(index): guard.state_dict() for index, guard in guards.items()}
-        return trainer.global_step, Snapshot(module, trainer.optimizers), states
+    def _keep(self) -> Kept:
+        assert self._run is not None
+        trainer, module, guards = self._run
+        states = {index: guard.state_dict() for index, guard in guards.items()}
+        return Kept(trainer.global_step, Snapshot(module, trainer.optimizers), states)

@@ -126,6 +126,12 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
         )
 
 
+def say_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
+    """Warns of a model without a trainable parameter."""
+    if not any(p.requires_grad for p in module.parameters()):
+        warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
+
+
 def say_that_no_step_was_seen(trainer: Trainer) -> None:
     """Warns where Lightning announced no optimizer step."""
     warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_gradguard.doctor.diagnosis import Diagnosis
@@ -125,6 +125,6 @@ class GradientHalt(RuntimeError):
         self.findings = findings
         self.step = step
 
-    def __reduce__(self) -> tuple[type[GradientHalt], tuple[Diagnosis, tuple[Finding, ...], int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # The default rebuilds from the message alone, which breaks when a rank sends it to its parent.
-        return (type(self), (self.diagnosis, self.findings, self.step))
+        return (type(self), (self.diagnosis, self.findings, self.step), {"args": self.args})

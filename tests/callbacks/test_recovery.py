@@ -1,0 +1,258 @@
+"""A training that is ruined goes back to where it was healthy, ends quietly, or fails: as the policy says."""
+
+import math
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy
+
+TRUTH = torch.linspace(-1, 1, 6)
+
+
+class Regression(pl.LightningModule):
+    """Linear regression; batches in ``bad`` are NaN, and those in ``wild`` a thousand times too large."""
+
+    def __init__(self, rate=0.05, bad=(), wild=(), optimizer=torch.optim.SGD, schedule=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+        self.rate, self.bad, self.wild, self.kind, self.schedule = rate, bad, wild, optimizer, schedule
+        self.losses, self.seen = [], []
+
+    def training_step(self, batch, number):
+        self.seen.append(number)
+        x = batch * (math.nan if number in self.bad else 1.0)
+        y = (batch @ TRUTH)[:, None] * (1e3 if number in self.wild else 1.0)
+        loss = (self.net(x) - y).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = self.kind(self.parameters(), lr=self.rate)
+        if self.schedule is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
+def data(batches=200):
+    x = torch.randn(batches * 16, 6, generator=torch.Generator().manual_seed(1))
+    return torch.utils.data.DataLoader(x, batch_size=16)
+
+
+def fit(module, guard, tmp_path, *, epochs=1, loader=None, ckpt=None, **more):
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[guard, *more.pop("callbacks", ())],
+        **{"enable_checkpointing": False, **more},
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader or data(), ckpt_path=ckpt)
+    said = [str(w.message) for w in caught if issubclass(w.category, GradientWarning)]
+    return trainer, said
+
+
+def back(fault="nonfinite", **more):
+    known = {"snapshot_every": 20, "max_consecutive_skips": 2, "patience": 5, **more}
+    return GradGuard(policy=Policy(respond={fault: "rollback"}, **known))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_it_goes_back_to_the_newest_state_that_proved_healthy(tmp_path, optimizer):
+    module, guard = Regression(bad=range(110, 114), optimizer=optimizer), back()
+    reference, kept = Regression(optimizer=optimizer), {}
+
+    class Keeper(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, number):
+            kept[number] = [t.clone() for t in pl_module.state_dict().values()]
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, number):
+            if number == 112:
+                self.after = [t.clone() for t in pl_module.state_dict().values()]
+                self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    fit(reference, Keeper(), tmp_path)
+    look = Look()
+    trainer, said = fit(module, guard, tmp_path, callbacks=[look])
+    # Kept at 0, 20, ..., 100; that of 100 had no twenty healthy steps after it, so that of 80 it is.
+    assert all(torch.equal(a, b) for a, b in zip(look.after, kept[80], strict=True))
+    assert look.rate == 0.025
+    assert guard.summary["rollbacks"] == 1
+    assert guard.stop_reason is None
+    (message,) = [text for text in said if "rollback 1 of 3" in text]
+    assert "those of step 80" in message
+    assert "0.025 in place of 0.05" in message
+    assert trainer.global_step == 200
+    assert module.seen == list(range(200))  # the loop goes on, and the window is left out
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert module.losses[-1] < 0.1 * module.losses[0]
+
+
+def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_path):
+    class Line(Regression):
+        def __init__(self):
+            super().__init__(rate=4.0)
+            self.net = nn.Linear(6, 1)
+
+    module, guard = Line(), back("exploding", lr_factor=0.25)
+    trainer, _ = fit(module, guard, tmp_path)
+    assert 1 <= guard.summary["rollbacks"] <= 3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 4.0 * 0.25 ** guard.summary["rollbacks"]
+    assert module.losses[-1] < 1e-3
+
+
+def test_after_the_stated_number_of_attempts_it_halts(tmp_path):
+    module, guard = Regression(bad=range(50, 200)), back(max_rollbacks=2)
+    with pytest.raises(GradientHalt) as caught:
+        fit(module, guard, tmp_path)
+    # Two skips and a third that goes back, twice; the next third halts.
+    assert caught.value.step == 58
+    assert guard.summary["rollbacks"] == 2
+    assert guard.stop_reason == "nonfinite"
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_other_faults_do_not_go_back(tmp_path):
+    policy = Policy(respond={"exploding": "rollback", "nonfinite": "halt"}, snapshot_every=20)
+    with pytest.raises(GradientHalt):
+        fit(Regression(bad=(60,)), GradGuard(policy=policy), tmp_path)
+
+
+def test_a_warned_stretch_is_nothing_to_go_back_to(tmp_path):
+    """A spike at step 90 is warned of: the state of step 80 did not prove healthy, so that of 60 it is."""
+    guard = back()
+    module = Regression(bad=range(95, 99), wild=(90,))
+    _, said = fit(module, guard, tmp_path)
+    assert any("spike" in text for text in said)
+    assert any("those of step 60" in text for text in said)
+
+
+@pytest.mark.parametrize("kind", ["LambdaLR", "CosineAnnealingLR"])
+def test_a_schedule_goes_on_over_the_lowered_rate(tmp_path, kind):
+    def schedule(optimizer):
+        if kind == "LambdaLR":
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.01 * step))
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+
+    plain, _ = fit(Regression(schedule=schedule), GradGuard(), tmp_path)
+    guard = back()
+    lowered, _ = fit(Regression(schedule=schedule, bad=range(110, 114)), guard, tmp_path)
+    assert guard.summary["rollbacks"] == 1
+    rates = [t.optimizers[0].param_groups[0]["lr"] for t in (plain, lowered)]
+    assert rates[1] == pytest.approx(0.5 * rates[0])
+
+
+def test_a_policy_without_rollback_keeps_nothing_and_trains_the_same(tmp_path):
+    plain, watched = Regression(), Regression()
+    fit(plain, pl.Callback(), tmp_path)
+    guard = back()
+    fit(watched, guard, tmp_path)
+    for a, b in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert "rollbacks" not in GradGuard().summary
+
+
+def test_attempts_are_counted_on_after_a_resume(tmp_path):
+    first = back(max_rollbacks=1)
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(Regression(bad=range(60, 64)), first, tmp_path, callbacks=[saver], enable_checkpointing=True)
+    again = back(max_rollbacks=1)
+    with pytest.raises(GradientHalt):
+        fit(Regression(bad=range(60, 64)), again, tmp_path, epochs=2, ckpt=tmp_path / "last.ckpt")
+    assert again.summary["rollbacks"] == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"min_epochs": 3}, {"min_steps": 500}, {"accumulate_grad_batches": 2}])
+def test_a_graceful_halt_ends_fit_without_the_bad_step(tmp_path, more):
+    policy = Policy(respond={"nonfinite": "halt"}, stop="graceful")
+    module, guard = Regression(bad=range(60, 200)), GradGuard(policy=policy)
+    before = {}
+
+    class Keeper(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, number):
+            if number == 60:
+                before.update({n: p.clone() for n, p in pl_module.named_parameters()})
+
+    trainer, said = fit(module, guard, tmp_path, epochs=4, callbacks=[Keeper()], **more)
+    assert guard.stop_reason == "nonfinite"
+    assert trainer.state.finished
+    assert module.seen[-1] == (60 if "accumulate_grad_batches" not in more else 61)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name])
+    assert any("ends the training before step" in text for text in said)
+    assert guard.diagnosis is not None
+
+
+def test_a_graceful_halt_leaves_a_checkpoint_of_good_weights(tmp_path):
+    policy = Policy(respond={"nonfinite": "halt"}, stop="graceful")
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    guard = GradGuard(policy=policy)
+    fit(Regression(bad=(60,)), guard, tmp_path, callbacks=[saver], enable_checkpointing=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(t.isfinite().all() for n, t in saved["state_dict"].items() if "running" not in n)
+
+
+def test_by_hand_and_with_two_optimizers_all_go_back(tmp_path):
+    class Two(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.automatic_optimization = False
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 1)
+            self.kept = {}
+
+        def training_step(self, batch, number):
+            self.kept[number] = [p.clone() for p in self.parameters()]
+            for index, optimizer in enumerate(self.optimizers()):
+                scale = math.nan if index and 70 <= number < 74 else 1.0
+                loss = (self.b(self.a(batch)) * scale - (batch @ TRUTH)[:, None]).square().mean()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.a.parameters(), lr=0.01), torch.optim.Adam(
+                self.b.parameters(), lr=0.01
+            )
+
+    module, guard = Two(), back(snapshot_every=40)  # steps of both are counted: twenty batches
+    trainer, _ = fit(module, guard, tmp_path)
+    assert guard.summary["rollbacks"] == 1
+    # The third bad batch is 72; its step is the one that goes back, and the next batch begins there.
+    assert all(torch.equal(a, b) for a, b in zip(module.kept[73], module.kept[40], strict=True))
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [0.005, 0.005]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop": "quietly"},
+        {"snapshot_every": 0},
+        {"lr_factor": 0.0},
+        {"lr_factor": 1.5},
+        {"max_rollbacks": -1},
+    ],
+)
+def test_wrong_values_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Policy(**wrong)
+
+
+def test_in_a_loop_of_ones_own_a_rollback_is_a_halt():
+    from lightning_gradguard import Guard
+
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    policy = Policy(respond={"nonfinite": "rollback"}, max_consecutive_skips=0)
+    guard = Guard(net.named_parameters(), optimizer=optimizer, policy=policy)
+    with pytest.raises(GradientHalt), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = net(torch.full((4, 2), math.nan)).mean()
+        loss.backward()
+        guard.step(loss=loss)
