@@ -146,12 +146,12 @@ class GradGuard(Callback):
         self._metric = Metric(self.monitor)
         self._display.start(trainer)
         self._recording.start(trainer, pl_module, self._guards)
-        self._recovery.start(trainer, pl_module, self._guards)
         say_if_nothing_trains(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to look at which parameters are used, after the sanity check of the validation."""
         self._usage = Usage(idle=is_compiled(list(pl_module.named_parameters())))
+        self._recovery.start(trainer, pl_module, self._guards)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -186,10 +186,8 @@ class GradGuard(Callback):
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
-        if not any(group["params"] for group in optimizer.param_groups):
-            return  # Lightning's stand-in where configure_optimizers returns nothing
-        if self._recovery.has_ended(optimizer):
-            return
+        if self._recovery.has_ended(optimizer) or not any(group["params"] for group in optimizer.param_groups):
+            return  # the latter is Lightning's stand-in where configure_optimizers returns nothing
         index = optimizer_index(trainer, optimizer)
         guard = self._guards.of(trainer, pl_module, optimizer, index, self._usage)
         guard.notes, guard.trials = self._metric.notes, self.trials
@@ -245,6 +243,7 @@ class GradGuard(Callback):
         finally:
             if guard.report is not before and guard.report is not None:
                 self.report = guard.report
+                self._recovery.heal(guard.report)
                 self._findings.extend(guard.report.findings)
                 news = guard.diagnosis if guard.diagnosis is not self.diagnosis else None
                 self.diagnosis = news or self.diagnosis

@@ -54,7 +54,7 @@ class GradHistogram(Callback):
         every_n_steps: Optimizer steps between two histograms.
         include: Patterns of parameter names to show, such as "encoder.*"; all when None.
         exclude: Patterns of parameter names to leave out.
-        max_tensors: Most tensors shown at a time; the worst, where there are more.
+        max_tensors: Most tensors shown at a time; the worst, where there are more. All that match are counted.
         max_samples: Most elements read of each tensor, evenly strided; None counts all of them, which is exact.
         axis: "log10" for magnitudes, "value" for values.
         exponents: Also tell what narrow number formats would lose.

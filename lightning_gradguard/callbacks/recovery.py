@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lightning_gradguard.callbacks.buffers import Buffers
 from lightning_gradguard.callbacks.guards import Guards
 from lightning_gradguard.callbacks.trainer import warn
 from lightning_gradguard.checkpoint import go_back
 from lightning_gradguard.snapshot import Snapshot, lower_rates
-from lightning_gradguard.verdicts.faults import GradientHalt
+from lightning_gradguard.verdicts.faults import GradientHalt, Report
 from lightning_gradguard.verdicts.policy import Policy
 
 if TYPE_CHECKING:
@@ -44,14 +45,17 @@ class Recovery:
         self._good: Kept | None = None
         self._pending: Kept | None = None
         self._ended = False
+        self._buffers = Buffers()
 
     def start(self, trainer: Trainer, module: LightningModule, guards: Guards) -> None:
         """A run begins, or goes on from a checkpoint."""
         self._run, self._good, self._pending, self._ended = (trainer, module, guards), None, None, False
         self.count = self.count if trainer.ckpt_path else 0
+        self._buffers.start(module)
 
     def begin(self) -> None:
-        """Keeps the state before a batch, where it is time to."""
+        """Keeps running statistics before a batch, and the whole state where it is time to."""
+        self._buffers.keep()
         if self._run is None or not self._policy.rolls_back:
             return
         trainer, _, guards = self._run
@@ -100,6 +104,11 @@ class Recovery:
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, 0
         warn(trainer, f"GradGuard ends the training before step {halt.step}, as the policy asks.\n{halt}")
         return True
+
+    def heal(self, report: Report) -> None:
+        """Takes what is not finite out of the running statistics, where a step was skipped."""
+        if report.skip:
+            self._buffers.heal()
 
     def has_ended(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether no step is to be taken any more; takes this one's gradients away then."""

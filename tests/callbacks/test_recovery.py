@@ -195,7 +195,7 @@ def test_a_graceful_halt_leaves_a_checkpoint_of_good_weights(tmp_path):
     guard = GradGuard(policy=policy)
     fit(Regression(bad=(60,)), guard, tmp_path, callbacks=[saver], enable_checkpointing=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert all(t.isfinite().all() for n, t in saved["state_dict"].items() if "running" not in n)
+    assert all(t.isfinite().all() for t in saved["state_dict"].values())
 
 
 def test_by_hand_and_with_two_optimizers_all_go_back(tmp_path):
@@ -256,3 +256,33 @@ def test_in_a_loop_of_ones_own_a_rollback_is_a_halt():
         loss = net(torch.full((4, 2), math.nan)).mean()
         loss.backward()
         guard.step(loss=loss)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_batch_that_is_not_finite_does_not_outlive_its_step_in_running_statistics(tmp_path, lag):
+    """Without a guard the weights are lost as well; with one, a validation works as if the batch had not been."""
+    kept = {}
+
+    class Keeper(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, number):
+            if number == 60:
+                kept.update({n: b.clone() for n, b in pl_module.named_buffers()})
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, number):
+            if number == 60 and lag == 0:
+                for name, buffer in pl_module.named_buffers():
+                    assert torch.equal(buffer, kept[name]) or "batches" in name
+
+    module = Regression(bad=(60,))
+    fit(module, GradGuard(lag=lag), tmp_path, callbacks=[Keeper()])
+    assert all(t.isfinite().all() for t in module.state_dict().values())
+    module.eval()
+    assert module.net(torch.randn(4, 6)).isfinite().all()
+
+
+def test_running_statistics_are_left_alone_where_nothing_is_skipped(tmp_path):
+    plain, watched = Regression(wild=(50,)), Regression(wild=(50,))
+    fit(plain, pl.Callback(), tmp_path)
+    fit(watched, GradGuard(), tmp_path)
+    for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
