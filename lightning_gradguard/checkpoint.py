@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
 
 #: Raised when a saved state can no longer be read.
-VERSION = 2
+VERSION = 3
 
 
 def save(guard: Guard) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor import causes
-from lightning_gradguard.doctor.batch import search, tensors_of
+from lightning_gradguard.doctor.batch import inputs_and_targets, search, tensors_of
 from lightning_gradguard.doctor.case import Case
 from lightning_gradguard.doctor.diagnosis import Cause, Course, Diagnosis
 from lightning_gradguard.doctor.origin import Origin, Place, find_origin, origin_of_batch
@@ -157,7 +157,7 @@ def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = Non
             next((s.value for s in calm.sights if s.fault == Fault.VANISHING_IN_TIME), math.nan)
         ),
         has_loss=stats.has_loss,
-        loss_start=calm.loss_start,
+        loss_start=calm.loss_first if calm.loss_first == calm.loss_first else calm.loss_start,
         loss_now=calm.loss_mean,
         loss_last=letter.loss,
         optimizer="" if watch.optimizer is None else type(watch.optimizer).__name__,
@@ -181,14 +181,19 @@ def _look_at(batch: object) -> tuple[tuple[float | None, float | None], tuple[in
 
     None for each that is not there; ``((None, None), None)`` where the batch is unknown or holds no such tensor.
     """
-    found = [t.detach() for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
-    tensors = [t for t in found if t.ndim and t.numel()]
-    if not tensors:
+    tensors = [t for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
+    if not any(t.ndim and t.numel() for t in tensors):
         return (None, None), None
-    squares = [t.float().square() for t in tensors[:2]]
-    sizes = [_known(read(x[x.isfinite()].mean().sqrt().reshape(1))[0]) for x in squares]
     rows = tuple(sorted({row for entry in search(batch) for row in entry.rows}))
-    return (sizes[0], sizes[1] if len(sizes) > 1 else None), rows
+    inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
+    return (inputs, targets), rows
+
+
+def _rms(x: Tensor | None) -> float | None:
+    if x is None:
+        return None
+    squares = x.detach().float().square()
+    return _known(read(squares[squares.isfinite()].mean().sqrt().reshape(1))[0])
 
 
 def _dtypes(stats: GradStats, watch: Watch) -> tuple[str, ...]:

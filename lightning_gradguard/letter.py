@@ -17,7 +17,7 @@ from lightning_gradguard.verdicts.letter import Letter, Sight
 #: Tensors named in a finding.
 NAMED = 8
 
-_HEAD = 11
+_HEAD = 12
 _PER_READING = 6
 
 
@@ -46,6 +46,7 @@ def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
         stats.loss,
         trends.loss_start,
         trends.loss,
+        trends.first_loss,
         unknown if loss_scale is None else loss_scale.to(unknown.device).reshape(()),
         trends.tilt,
         torch.nanmedian(stats.updates[layers]) if layers.numel() else unknown,
@@ -72,7 +73,7 @@ def unpack(numbers: list[float], outcome: Outcome, detectors: Sequence[Detector]
         ranked = zip(places[i * width : (i + 1) * width], scores[i * width : (i + 1) * width], strict=True)
         named = tuple(layout.names[int(place)] for place, score in ranked if score > -float("inf"))
         sights.append(_sight(detector, numbers[_HEAD + _PER_READING * i :][:_PER_READING], named))
-    total, after, threshold, clipped, finite, loss, start, mean, scale, tilt, ratio = numbers[:_HEAD]
+    total, after, threshold, clipped, finite, loss, start, mean, first, scale, tilt, ratio = numbers[:_HEAD]
     present = {layout.names[i]: norms[i] for i in layout.order if gradients[i] is not None}
     return Letter(
         total_norm=total,
@@ -83,6 +84,7 @@ def unpack(numbers: list[float], outcome: Outcome, detectors: Sequence[Detector]
         loss=loss,
         loss_start=start,
         loss_mean=mean,
+        loss_first=first,
         loss_scale=scale,
         tilt=tilt,
         update_ratio=ratio,

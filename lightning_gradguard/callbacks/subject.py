@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,11 +42,19 @@ def subject_of(
             setattr(module, name, _ignore)
         loggers = trainer.loggers
         trainer.loggers = _silent(trainer) * len(loggers)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        before = [deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+        groups = [[dict(group) for group in opt.param_groups] for opt in trainer.optimizers]
         try:
             with trainer.precision_plugin.train_step_context():
                 output = module.training_step(batch, *more)
         finally:
             trainer.loggers = loggers
+            for scheduler, state in zip(schedulers, before, strict=True):
+                scheduler.load_state_dict(state)
+            for opt, own in zip(trainer.optimizers, groups, strict=True):
+                for group, old in zip(opt.param_groups, own, strict=True):
+                    group.update(old)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError(f"training_step must return a loss, got {type(output).__name__}")

@@ -13,6 +13,32 @@ from torch import Tensor
 NAMED_ROWS = 8
 
 
+#: Names in a mapping that say that something is a target.
+_TARGETS = frozenset({"y", "label", "labels", "target", "targets"})
+
+
+def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The floating-point inputs and targets of a batch, as far as its form tells which they are; None for each else.
+
+    Of a sequence the first tensor is the input, and the next one of floating point the target. Of a mapping the names
+    tell: what is called a target is one, and the only other of floating point the input.
+
+    >>> tokens, prices = torch.ones(2, dtype=torch.long), torch.ones(2)
+    >>> [x is not None for x in inputs_and_targets((tokens, prices))]
+    [False, True]
+    """
+    named = [(path, t) for path, t in tensors_of(batch) if t.layout == torch.strided and t.ndim and t.numel()]
+    if isinstance(batch, Mapping):
+        targets = [t for path, t in named if path.rpartition("['")[2].removesuffix("']").lower() in _TARGETS]
+        others = [t for _, t in named if not any(t is target for target in targets)]
+    else:
+        targets, others = [t for _, t in named[1:] if t.is_floating_point()], [t for _, t in named[:1]]
+    found = [t for t in others if t.is_floating_point()]
+    known = found[0] if len(found) == 1 and (targets or not isinstance(batch, Mapping)) else None
+    target = targets[0] if targets and targets[0].is_floating_point() else None
+    return known, target
+
+
 class BadEntry(NamedTuple):
     """A tensor of the batch that holds NaN or Inf.
 

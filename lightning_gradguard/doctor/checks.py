@@ -85,7 +85,8 @@ def _paths(seen: FirstLook) -> Iterator[Check]:
 def _dead_layers(seen: FirstLook) -> Iterator[Check]:
     order = [name for name in seen.names if name in seen.dead]
     dead = next((i for i, name in enumerate(order) if seen.dead[name] < _DEAD_SHARE), len(order))
-    value = f"in the first {count(dead, 'layer')} at least 90 % of the units get no gradient at all"
+    where = "the first layer" if dead == 1 else f"each of the first {dead} layers"
+    value = f"in {where} at least 90 % of the units get no gradient at all"
     if order and dead >= min(_DEAD_LAYERS, len(order)):
         yield Check("dead units", value, "none", Cause.DEAD_ACTIVATION)
     elif order:

@@ -85,6 +85,9 @@ def look(module: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], scale:
         watcher = _Watcher(module)
         with watcher:
             loss = loss_of(copy(batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be a tensor with one element, got {got}")
         parameters = dict(module.named_parameters())
         anatomy = dissect(loss, parameters)
         if loss.grad_fn is not None:
@@ -95,7 +98,7 @@ def look(module: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], scale:
             loss=float(loss.detach()),
             chance=watcher.chance,
             guessed=watcher.guessed,
-            input_rms=_rms(_first_floats(batch)),
+            input_rms=math.nan if watcher.given is None else _rms(watcher.given),
             target_rms=watcher.target_rms,
             normalised=watcher.first in _NORMS,
             saturated=tuple(watcher.saturated),
@@ -120,6 +123,7 @@ class _Watcher(TorchFunctionMode):
         self.used: set[str] = set()
         self.saturated: list[float] = []
         self.first = ""
+        self.given: Tensor | None = None
         self.chance = self.guessed = self.target_rms = math.nan
         self._names = {id(p): name for name, p in module.named_parameters()}
 
@@ -136,6 +140,12 @@ class _Watcher(TorchFunctionMode):
         if not isinstance(result, (Tensor, tuple)) or name.startswith("__get"):
             return result
         used = {self._names[id(t)] for _, t in tensors_of([args, kwargs]) if id(t) in self._names}
+        if used and not self.first:
+            # What the first layer is given, not what the batch holds: it may be scaled on the way.
+            floats = [
+                t for _, t in tensors_of([args, kwargs]) if t.is_floating_point() and id(t) not in self._names
+            ]
+            self.given = next((t.detach().float() for t in floats if t.layout == torch.strided), None)
         self.first = self.first or (name if used else "")
         self.used |= used if torch.is_grad_enabled() else set()
         if isinstance(result, Tensor) and result.numel():
@@ -168,11 +178,6 @@ def _dead_shares(parameters: Mapping[str, Tensor], layers: list[str]) -> dict[st
         for name, gradient in gradients.items()
         if gradient is not None and len(gradient)
     }
-
-
-def _first_floats(batch: Any) -> Tensor:
-    found = (t for _, t in tensors_of(batch) if t.is_floating_point() and t.numel())
-    return next(found, torch.empty(0)).detach().float()
 
 
 def _rms(x: Tensor) -> float:

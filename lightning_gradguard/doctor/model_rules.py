@@ -40,7 +40,7 @@ def saturating_activation(case: Case) -> Iterator[Clue]:
     evidence = f"{kinds} on the shortest path from the loss to the first layer"
     if bounded >= 0.1:
         of = f" of the {case.lost_decades:.1f}" if case.lost_decades > bounded else ""
-        evidence += f": even at their steepest they cost {bounded:.1f}{of} decades"
+        evidence += f": even where the slope is steepest that costs {bounded:.1f}{of} decades"
     if rest >= 0.5:
         evidence += f", and {rest:.1f} decades are lost that the weights do not explain: slopes near zero"
     yield Clue(bounded + rest, Cause.SATURATING_ACTIVATION, evidence + ".")
@@ -176,8 +176,9 @@ def dead_activation(case: Case) -> Iterator[Clue]:
 def _dead_units(case: Case) -> Iterator[Clue]:
     where = f" in {listing(case.finding.parameters)}" if case.finding.parameters else ""
     evidence = f"{100 * case.finding.value:.0f} % of the units get a gradient of exactly zero{where}"
-    biases = [(case.weight_rms(i), i) for i in range(len(case.names)) if len(case.shapes[i]) == 1]
-    size, i = max(biases, default=(0.0, -1))
+    biases = [(case.weight_rms(i), i) for i, name in enumerate(case.names) if name.endswith("bias")]
+    # Of weights that have grown the sums have, too.
+    size, i = max(biases, default=(0.0, -1)) if case.growth[0] <= DIED_AFTER else (0.0, -1)
     # Standardised inputs make sums of about the layer's gain, at most a few times that.
     if size > _LARGE_BIAS:
         evidence += (

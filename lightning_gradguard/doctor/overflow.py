@@ -36,7 +36,10 @@ def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tenso
         largest = max(float(t.abs().max()) for t in results if t.numel())
     except Exception:  # not every function knows float64, nor every device
         return 0.0
-    return largest if torch.finfo(dtype).max < largest < math.inf else 0.0
+    if not math.isfinite(largest):
+        return 0.0
+    # A result that fits: a sum on the way to it did not.
+    return largest if largest > torch.finfo(dtype).max else math.inf
 
 
 def _widened(value: Any) -> Any:

@@ -24,6 +24,8 @@ def unnormalized_input(case: Case) -> Iterator[Clue]:
     rms = case.input_rms
     if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < _NOTABLE_SCALE:
         return
+    if case.shapes and len(case.shapes[0]) == 1 and case.normalised:
+        return  # the first parameters that are used are a normalisation's
     decades = abs(math.log10(rms))
     # Where an activation saturates, inputs so large leave the first layer nothing but its flat ends.
     saturated = case.fault in FADING and case.saturating and rms > 1

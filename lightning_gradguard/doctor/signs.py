@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator
 
 from lightning_gradguard.doctor.case import Case
+from lightning_gradguard.doctor.origin import Place
 from lightning_gradguard.doctor.training_rules import LARGEST_UPDATE, USUAL_UPDATE
 from lightning_gradguard.doctor.wording import count, listing, number, power, quote
+from lightning_gradguard.verdicts.faults import Fault
 
 #: Decades between the first and the last layer's gradients that are worth a word; healthy: below 2.3.
 _NOTABLE_FALL = 2.0
@@ -30,9 +32,11 @@ def _verdict(case: Case) -> Iterator[str]:
 def _loss(case: Case) -> Iterator[str]:
     start, now, steps = case.loss_start, case.loss_now, count(case.steps, "step")
     known = math.isfinite(start) and math.isfinite(now)
+    if not case.nonfinite_loss and case.fault == Fault.NONFINITE and math.isfinite(case.loss_last):
+        now = case.loss_last  # the mean leaves out a step that is not finite
     if case.nonfinite_loss:
         yield "The loss is not finite" + (
-            f"; it had run from {number(start)} to {number(now)}." if known else "."
+            f"; it had run from {number(start)} to {number(now)}." if known and case.steps > 1 else "."
         )
     elif known and now > start + 0.2 * abs(start):
         yield f"The loss rises: from {number(start)} to {number(now)} in {steps}."
@@ -43,10 +47,12 @@ def _loss(case: Case) -> Iterator[str]:
 
 
 def _nonfinite(case: Case) -> Iterator[str]:
+    if case.origin is not None and case.origin.place == Place.NORM:
+        return  # each element is finite
     bad = [n for n, g in zip(case.names, case.gradients_log10, strict=True) if math.isnan(g) or g == math.inf]
     if bad:
         # Backward goes from the output to the input, so the last layer's gradient went bad first.
-        of = f"{len(bad)} of {len(case.names)} gradients are not finite"
+        of = f"{len(bad)} of {count(len(case.names), 'gradient')} {'is' if len(bad) == 1 else 'are'} not finite"
         yield f"{of}; in the order of the backward pass {quote(bad[-1])} is the first."
 
 

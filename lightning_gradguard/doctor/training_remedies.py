@@ -66,11 +66,14 @@ def lowered_rate(case: Case) -> float:
     return round_down(case.learning_rate / factor)
 
 
-def lower_learning_rate(case: Case) -> list[Remedy]:
+def lower_learning_rate(case: Case, lower: float | None = None) -> list[Remedy]:
     """By the measured factor, and what bears with a high one."""
-    rate, lower, ratio, why = case.learning_rate, lowered_rate(case), _largest_ratio(case), "a tenth"
-    if ratio > LARGEST_UPDATE:
+    rate, ratio, why = case.learning_rate, _largest_ratio(case), "a tenth"
+    if lower is not None and lower < lowered_rate(case):
+        why = "gives an update ratio of at most 0.02 at the start"
+    elif ratio > LARGEST_UPDATE:
         why = f"update ratio {number(ratio)} is {number(ratio / LARGEST_UPDATE)} x the limit {LARGEST_UPDATE}"
+    lower = lowered_rate(case) if lower is None else lower
     name = f"Lower the learning rate from {number(rate)} to {number(lower)}"
     warm_up = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)"
     return [
@@ -169,7 +172,8 @@ def loss_function(case: Case) -> list[Remedy]:
     elif "Log" in operations and "Sigmoid" in operations:
         how = "loss = nn.functional.binary_cross_entropy_with_logits(logits, y)  # not log(sigmoid(logits))"
         found.insert(0, Remedy("Cross-entropy of the logits", how))
-    return [*found[:3], ANOMALY]
+    located = case.origin is not None and case.origin.located
+    return found[:3] if located and found else [*found[:3], ANOMALY]
 
 
 def bounded_slopes() -> Remedy:

@@ -58,7 +58,7 @@ def _wild_steps(case: Case) -> tuple[float, str] | None:
     """Decades of a step above a hundredth of the weights, or of the weights' growth, and the words for it."""
     limit = LARGEST_UPDATE
     ratio, name = case.largest_update
-    if ratio > limit:
+    if ratio > max(limit, 0.0 if case.fault == Fault.DEAD else case.first_update):
         times = f"{number(ratio / limit)} times the limit {limit}"
         return math.log10(
             10 * ratio / limit

@@ -30,12 +30,14 @@ class LargeUpdates(NamedTuple):
         since: float32 [P], steps since there were enough of them.
         idle: float32 [P], steps without progress since then.
         solid: Bool [P], whether the weight was more than nothing at the start.
+        largest: float32 [P], largest update that is remembered; 0 without.
     """
 
     large: Tensor
     since: Tensor
     idle: Tensor
     solid: Tensor
+    largest: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class UpdateRatio:
     limit: float = 0.1
     steps: int = 4
     fault: ClassVar[Fault] = Fault.OVERSIZED_UPDATE
-    measures: ClassVar[tuple[str, ...]] = ("applied update over weight",)
+    measures: ClassVar[tuple[str, ...]] = ("largest applied update over weight",)
 
     def __post_init__(self) -> None:
         positive("limit", self.limit)
@@ -68,7 +70,7 @@ class UpdateRatio:
         """Nothing large yet."""
         zeros = torch.zeros_like(stats.norms)
         return LargeUpdates(
-            zeros, torch.full_like(zeros, torch.inf), zeros, stats.weights > stats.layout.floors
+            zeros, torch.full_like(zeros, torch.inf), zeros, stats.weights > stats.layout.floors, zeros
         )
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
@@ -89,10 +91,13 @@ class UpdateRatio:
         moving = remembered & ~(stats.updates <= _MOVING)
         found = moving & ((idle > _WAIT) | unknown)
         over = ~(moving & ((idle > 0) | unknown)).any()
-        score = torch.where(remembered, torch.nan_to_num(stats.updates), -torch.inf)
-        value = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0).max()
+        # What is newest may be small again: the verdict rests on the largest that is remembered.
+        largest = torch.maximum(state.largest, torch.where(large, stats.updates, 0.0))
+        largest = torch.where(remembered, largest, 0.0)
+        score = torch.where(remembered, largest, -torch.inf)
+        value = largest.max()
         seen = reading(stats, found.any(), value, self.limit, score=score, cleared=over)
-        return seen, LargeUpdates(count, since, idle, state.solid)
+        return seen, LargeUpdates(count, since, idle, state.solid, largest)
 
 
 class StillSteps(NamedTuple):

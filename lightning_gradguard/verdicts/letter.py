@@ -51,6 +51,7 @@ class Letter:
         loss: Of this step.
         loss_start: Median of the first five losses.
         loss_mean: Running mean of the loss.
+        loss_first: The very first, of weights that no step has touched.
         loss_scale: Of a gradient scaler.
         tilt: Depth tilt in decades.
         update_ratio: Median applied update ratio of the layers.
@@ -66,6 +67,7 @@ class Letter:
     loss: float
     loss_start: float
     loss_mean: float
+    loss_first: float
     loss_scale: float
     tilt: float
     update_ratio: float

@@ -261,3 +261,9 @@ def test_it_is_plain_data(good):
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.checks = ()
     assert result == found(good)
+
+
+@pytest.mark.parametrize("loss", [lambda out, y: out.square(), lambda out, y: 1.0])
+def test_a_loss_that_is_no_scalar_tensor_is_named(loss):
+    with pytest.raises(ValueError, match="the loss must be a tensor with one element"):
+        checkup(nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2)), loss=loss)

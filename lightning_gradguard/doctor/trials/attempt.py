@@ -69,6 +69,7 @@ class Outcome:
         live: Layers that get a gradient.
         plan: What the pass showed, of an attempt that swaps nothing.
         passes: Forward passes that it took.
+        start: Loss of the first pass, before any step.
         profile: log10(‖g‖/‖w‖) of each layer in the first pass, as `whole_profile` gives it.
     """
 
@@ -80,6 +81,7 @@ class Outcome:
     plan: Plan
     passes: int
     profile: tuple[float, ...] = ()
+    start: float = math.nan
 
 
 def attempt(
@@ -126,6 +128,7 @@ def attempt(
             if first is None:
                 profile = whole_profile(parameters, layers)
                 live = [decades for decades in profile if math.isfinite(decades)]
+                start = float(scalar.detach())
                 first = depth_tilt(live), times.tilt(), dead_share(parameters, layers), len(live)
             if not math.isfinite(float(scalar.detach())):
                 loss = math.inf
@@ -143,7 +146,7 @@ def attempt(
             loss = float(scalar.detach())
             loss = loss if math.isfinite(loss) and not died else math.inf
     assert first is not None
-    return Outcome(loss, *first, plan=plan, passes=taken, profile=tuple(profile))
+    return Outcome(loss, *first, plan=plan, passes=taken, profile=tuple(profile), start=start)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gradguard.doctor.batch import inputs_and_targets
 from lightning_gradguard.doctor.trials.change import Change
 
 #: Examples without which a batch is not divided.
@@ -22,8 +23,8 @@ class Scale(NamedTuple):
     @classmethod
     def of(cls, batch: Any) -> Scale | None:
         """Of a batch's targets: its second floating-point tensor; None if there is none."""
-        found = _floating(batch)
-        return None if len(found) < 2 else cls.of_tensor(found[1])
+        target = inputs_and_targets(batch)[1]
+        return None if target is None else cls.of_tensor(target)
 
     @classmethod
     def of_tensor(cls, x: Tensor) -> Scale:
@@ -46,11 +47,12 @@ def prepared(batch: Any, change: Change, scale: Scale | None = None) -> Any:
         change: What is asked for.
         scale: Of the targets.
     """
-    found, exchange = _floating(batch), {}
-    if change.input and found:
-        exchange[id(found[0])] = _input_scale(found[0]).apply(found[0])
-    if change.target and scale is not None and len(found) > 1:
-        exchange[id(found[1])] = scale.apply(found[1])
+    inputs, target = inputs_and_targets(batch)
+    exchange: dict[int, Tensor] = {}
+    if change.input and inputs is not None:
+        exchange[id(inputs)] = _input_scale(inputs).apply(inputs)
+    if change.target and scale is not None and target is not None:
+        exchange[id(target)] = scale.apply(target)
     return _exchanged(batch, exchange) if exchange else batch
 
 
@@ -66,7 +68,7 @@ def _input_scale(x: Tensor) -> Scale:
 
 def has_targets(batch: Any) -> bool:
     """Whether there are floating-point targets."""
-    return len(_floating(batch)) > 1
+    return inputs_and_targets(batch)[1] is not None
 
 
 def half(batch: Any) -> Any:
@@ -87,10 +89,6 @@ def _tensors(batch: Any) -> list[Tensor]:
         return [batch]
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
     return [tensor for part in parts for tensor in _tensors(part)]
-
-
-def _floating(batch: Any) -> list[Tensor]:
-    return [t for t in _tensors(batch) if t.is_floating_point() and t.numel()]
 
 
 def _exchanged(batch: Any, exchange: dict[int, Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,12 @@ class Candidate(NamedTuple):
 
 
 def find_candidates(
-    case: Case, causes: Sequence[Cause], module: nn.Module, batch: object, plan: Plan
+    case: Case,
+    causes: Sequence[Cause],
+    module: nn.Module,
+    batch: object,
+    plan: Plan,
+    profile: Sequence[float] = (),
 ) -> list[Candidate]:
     """Remedies that fit, the most promising first; those of the data and of the learning rate where a cause asks.
 
@@ -45,6 +51,7 @@ def find_candidates(
         module: The model.
         batch: What it was trained on.
         plan: What its forward pass showed.
+        profile: log10(‖g‖/‖w‖) of its layers without a remedy, weights brought back to their size at the start.
     """
     if case.decayed:
         lower = training.lowered_decay(case) / case.setting("weight_decay")
@@ -64,10 +71,10 @@ def find_candidates(
     if Cause.MOMENTUM in causes:
         found.append(Candidate(training.momentum(case)[0], Change(momentum=USUAL_MOMENTUM)))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
-        found += _lower_rate(case)
+        found += _lower_rate(case, profile)
     found += _layers(case, plan)
     others = [*data, *(_recurrent(module) if has_recurrence(module) else ())]
-    others += _lower_rate(case) if case.fault == Fault.EXPLODING else ()
+    others += _lower_rate(case, profile) if case.fault == Fault.EXPLODING else ()
     return [*found, *(candidate for candidate in others if candidate not in found)]
 
 
@@ -140,15 +147,20 @@ def _recurrent(module: nn.Module) -> Iterator[Candidate]:
         yield Candidate(model.gates(), Change(gates="LSTM"))
 
 
-def _lower_rate(case: Case) -> Iterator[Candidate]:
+def _lower_rate(case: Case, profile: Sequence[float]) -> Iterator[Candidate]:
     lower = training.lowered_rate(case)
+    steep = max((decades for decades in profile if math.isfinite(decades)), default=-math.inf)
+    if not case.normalises and steep > -math.inf:
+        # An applied ratio is at most 2, whatever the step; that of a plain step from the weights at the start is not.
+        momentum = case.setting("momentum")
+        steady = 1 / max(1 - momentum, 1e-3) if momentum == momentum else 1.0
+        lower = min(lower, training.round_down(0.02 / (10.0**steep * steady)))
     if 0 < lower < case.learning_rate:
-        yield Candidate(training.lower_learning_rate(case)[0], Change(rate=lower / case.learning_rate))
+        yield Candidate(training.lower_learning_rate(case, lower)[0], Change(rate=lower / case.learning_rate))
 
 
 def _both(first: Remedy, second: Remedy) -> Remedy:
-    hows = [r.how.partition("  #")[0] for r in (first, second)]
-    return Remedy(f"{first.name} + {second.name}", "\n".join(hows))
+    return Remedy(f"{first.name} + {second.name}", f"{first.how}\n{second.how}")
 
 
 def _node(name: str) -> str:

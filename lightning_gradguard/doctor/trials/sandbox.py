@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import random
 import sys
 import types
@@ -24,6 +26,8 @@ _HOSTS = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric
 _CONTAINERS = (dict, OrderedDict, list, set, deque, defaultdict)
 #: Operators that other processes take part in.
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
+#: Iterators over an iterator, which their copies share.
+_SHARING = (enumerate, filter, map, reversed, zip, itertools.chain, itertools.cycle, itertools.islice)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -36,8 +40,10 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
     they are: they have not been touched. So are the global random numbers of torch, Python and NumPy. Warnings
     are silent meanwhile, and compiled modules run as they are written.
 
-    Not restored is what lies outside: files, iterators, an object that cannot be copied. Where other processes train
-    along, nothing is sent to them: a collective, such as that of a synchronized batch normalisation, raises.
+    Not restored is what lies outside: files, an object that cannot be copied, what a closure holds, an attribute of the
+    Trainer; nor a tensor of more than four million elements in a plain attribute that is written to. Where other
+    processes train along, nothing is sent to them: a collective, such as that of a synchronized batch normalisation,
+    raises.
 
     Args:
         module: What will be run; its parameters are leaves without a gradient inside.
@@ -56,13 +62,14 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
         if _is_one_of_many():
             stack.enter_context(_Alone())  # type: ignore[no-untyped-call]
         copier.copy(module)
-        yield lambda value: _Copier().copy(value)
+        yield lambda value: _Copier(math.inf).copy(value)  # a batch may be changed in place, however large
 
 
 class _Copier:
     """Copies what is mutable, everything once, so that what was shared stays shared."""
 
-    def __init__(self) -> None:
+    def __init__(self, largest: float | None = None) -> None:
+        self._largest = LARGEST_TENSOR if largest is None else largest
         self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
         self._copies: dict[int, tuple[Any, Any]] = {}  # the original is held so that its id is not given anew
 
@@ -99,6 +106,8 @@ class _Copier:
             return value
         if isinstance(value, Iterator):
             try:
+                if isinstance(value, _SHARING):  # a copy takes from the same source
+                    raise TypeError
                 return copy.copy(value)
             except Exception:
                 raise ValueError(
@@ -132,8 +141,19 @@ class _Copier:
         elif type(made) in (list, deque):
             for index, entry in enumerate(value):
                 made[index] = self.copy(entry)
-        elif not isinstance(made, (Tensor, torch.Generator)) and hasattr(made, "__dict__"):
+        elif not isinstance(made, (Tensor, torch.Generator)):
+            self._fill_object(made, value)
+
+    def _fill_object(self, made: Any, value: Any) -> None:
+        """What an object of a class of its own holds: as a dict, in its attributes, in its slots."""
+        if isinstance(made, dict):
+            dict.update(made, {key: self.copy(entry) for key, entry in value.items()})
+        if hasattr(made, "__dict__"):
             made.__dict__.update({name: self.copy(entry) for name, entry in vars(value).items()})
+        slots = {name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())}
+        for name in slots - {"__dict__", "__weakref__"}:
+            if hasattr(value, name):
+                object.__setattr__(made, name, self.copy(getattr(value, name)))
 
     def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
         entries = [self.copy(entry) for entry in value]
@@ -144,7 +164,7 @@ class _Copier:
     def _tensor(self, value: Tensor) -> Tensor:
         if isinstance(value, nn.Parameter):
             return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-        if value.numel() > LARGEST_TENSOR and not self._is_buffer(value):
+        if value.numel() > self._largest and not self._is_buffer(value):
             return value
         return value.detach().clone().requires_grad_(value.requires_grad)
 

@@ -23,6 +23,8 @@ MOST_PASSES = 30
 _FULL = 4
 #: Tilts over depth and over time that count as healthy, in decades: within the limits of `Exploding` and `DepthTilt`.
 _DEPTH, _TIME = HEALTHY, (-3.0, 6.0)
+#: Decades beyond what is healthy that count as nothing.
+_HEALTHY = 0.05
 #: Parts of the loss: by which a remedy must better it to have done anything, and may worsen it if it mends the tilt.
 _BETTER, _HARMLESS = 0.01, 0.1
 #: Growth of a layer's weights from which they are no ground to try anything on.
@@ -63,7 +65,8 @@ def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subj
     """
     cause = diagnosis.causes[0]
     if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or case.decayed):
-        return diagnosis
+        said = "No remedy was tried: none that can be tried concerns the likeliest cause."
+        return dataclasses.replace(diagnosis, trials=(said,))
     try:
         subject = _rewound(subject_of(), case)
         # A compiled module's own names say that it is one, and the case's do not.
@@ -72,14 +75,22 @@ def try_remedies(diagnosis: Diagnosis, case: Case, subject_of: Callable[[], Subj
         session, base = _begin(subject, layers, bottomless=is_bottomless(case, diagnosis.causes))
     except Exception as error:
         return dataclasses.replace(diagnosis, trials=(f"No remedy was tried: {_reason(error)}.",))
-    candidates = find_candidates(case, diagnosis.causes, subject.module, subject.batch, base.plan)
+    candidates = find_candidates(
+        case, diagnosis.causes, subject.module, subject.batch, base.plan, base.profile
+    )
     trials = session.run(candidates)
     tried = [_remedy(trial, base) for trial in trials]
     shown = [r for r in tried if r.tried][:_SHOWN]
     failed = [r for r in tried if not r.tried]
     names = {r.name for r in tried}
-    others = [r for r in diagnosis.remedies if r.name not in names][: max(1, _OTHERS - len(failed))]
-    nothing_helped = bool(trials) and all(session.is_worse(trial) for trial in trials)
+    rates = {name.partition(" to ")[0] for name in names}  # the same, with another number
+    others = [r for r in diagnosis.remedies if r.name.partition(" to ")[0] not in rates][
+        : max(1, _OTHERS - len(failed))
+    ]
+    # What the evidence asks for first is shown, whatever came of it.
+    first = diagnosis.remedies[0].name.partition(" to ")[0] if diagnosis.remedies else ""
+    shown += [r for r in tried[_SHOWN:] if r.tried and r.name.partition(" to ")[0] == first]
+    nothing_helped = bool(trials) and not case.decayed and all(session.is_worse(trial) for trial in trials)
     best = (*others, *shown) if nothing_helped else (*shown, *others)
     return dataclasses.replace(
         diagnosis,
@@ -134,7 +145,9 @@ class Session:
         finals.sort(key=rank)
         # What does no better than nothing is no advice before what has not been seen to fail.
         worse = [t for t in finals if self.is_worse(t)]
-        return [*finals[: len(finals) - len(worse)], *looks, *worse, *failed]
+        healthy = [t for t in looks if unhealthy(t.outcome) < _HEALTHY]
+        others = [t for t in looks if t not in healthy]
+        return [*finals[: len(finals) - len(worse)], *healthy, *worse, *others, *failed]
 
     def is_worse(self, trial: Trial) -> bool:
         """Whether virtual steps were taken, and came to no lower loss than without a remedy; or nothing came of it.
@@ -144,7 +157,8 @@ class Session:
         """
         if trial.outcome is None or trial.outcome.loss == math.inf:
             return True
-        base = math.inf if self._base is None else self._base.loss
+        # Where even no remedy leads to ruin, there is still the loss that it began with.
+        base = math.inf if self._base is None else min(self._base.loss, self._base.start)
         mended = unhealthy(trial.outcome) <= unhealthy(self._base) - 1
         margin = (_HARMLESS if mended else -_BETTER) * abs(base) if math.isfinite(base) else 0.0
         return trial.outcome.loss >= base + margin and not self.bottomless
@@ -167,7 +181,9 @@ def _begin(subject: Subject, layers: tuple[str, ...], *, bottomless: bool) -> tu
         session = Session(subject, layers, bottomless=bottomless)
         return session, session.attempt(Change(), _FULL)
     except Exception:
+        taken = session.passes
         session = Session(dataclasses.replace(subject, divisible=False), layers, bottomless=bottomless)
+        session.passes = taken
         return session, session.attempt(Change(), _FULL)
 
 
@@ -184,7 +200,8 @@ def unhealthy(outcome: Outcome | None) -> float:
 
 def _rewound(subject: Subject, case: Case) -> Subject:
     """With weights that have run away, or shrunk, brought back to their size at the start, if that is known."""
-    if case.initial_weight_norms is None or not (case.growth[0] > _RUNAWAY or case.decayed):
+    ruined = not all(math.isfinite(norm) for norm in case.weight_norms)
+    if case.initial_weight_norms is None or not (case.growth[0] > _RUNAWAY or case.decayed or ruined):
         return subject
     return dataclasses.replace(subject, norms=dict(zip(case.names, case.initial_weight_norms, strict=True)))
 
@@ -209,13 +226,15 @@ def _remedy(trial: Trial, base: Outcome) -> Remedy:
 
 def _account(session: Session, base: Outcome, tried: int, rewound: bool, nothing_helped: bool) -> list[str]:
     loss = f"it is {number(base.loss)}" if math.isfinite(base.loss) else "it is inf"
+    in_time = base.time_tilt is not None and base.tilt is None
+    way, (low, high) = ("the first to the last step", _TIME) if in_time else ("input to output", _DEPTH)
     learnt = "half of it" if session.subject.divisible else "it"
     said = [
         f"{count(tried, 'remedy was', 'remedies were')} tried on copies of these weights and this batch, in "
-        f"{session.passes} passes; the training itself is as it was. Tilts are in decades from input to output, of "
-        f"which {_DEPTH[0]:g} to {_DEPTH[1]:g} are healthy.",
-        f"The loss is that of this batch after {_FULL - 1} steps with {learnt}, and blank where one pass was "
-        f"enough to see; inf says that it overflowed, or that a layer died. Without a remedy {loss}.",
+        f"{session.passes} passes; the training itself is as it was. Tilts are in decades from {way}, of "
+        f"which {low:g} to {high:g} are healthy.",
+        f"The loss is that of this batch after {_FULL - 1} steps with {learnt}, and blank where there were no passes "
+        f"left for them; inf says that it overflowed, or that a layer died. Without a remedy {loss}.",
     ]
     if nothing_helped:
         said.insert(0, "None of the remedies that were tried did better than nothing in so few steps.")

@@ -77,12 +77,15 @@ def rewind_(module: nn.Module, norms: Mapping[str, float], seed: int = 0) -> Non
         norms: L2 norms at the start, by name.
         seed: Of the random numbers.
     """
-    for full, parameter in module.named_parameters():
-        name = full.replace("_orig_mod.", "")
-        if name not in norms:
-            continue
-        norm = float(parameter.float().norm())
-        if not (norm < math.inf and norm <= _LOST * norms[name]) and parameter.ndim > 1:
+    own = {
+        name: p for full, p in module.named_parameters() if (name := full.replace("_orig_mod.", "")) in norms
+    }
+    sizes = {name: float(p.float().norm()) for name, p in own.items()}
+    # The steps that blew up one have killed, or turned, the others.
+    lost = any(p.ndim > 1 and not sizes[name] <= _LOST * norms[name] for name, p in own.items())
+    for name, parameter in own.items():
+        norm = sizes[name]
+        if lost and parameter.ndim > 1:
             parameter.normal_(generator=torch.Generator(parameter.device).manual_seed(seed))
         elif not norm < math.inf:
             parameter.fill_(1.0)

@@ -160,16 +160,22 @@ def test_a_step_that_is_not_finite_ends_the_attempt():
 
 def test_standardised_data_has_no_scale():
     x, y = 7 + 100 * torch.randn(50, 3), 1e4 * torch.randn(50)
-    batch = {"x": x, "more": (torch.arange(50), y)}
+    batch = {"x": x, "ids": torch.arange(50), "target": y}
     for change in (Change(input=True), Change(target=True)):
         out = prepared(batch, change, Scale.of(batch))
-        changed, kept = (out["x"], out["more"][1])[:: 1 if change.input else -1]
+        changed, kept = (out["x"], out["target"])[:: 1 if change.input else -1]
         assert changed.mean().item() == pytest.approx(0, abs=1e-5)
         assert changed.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
         assert any(kept is t for t in (x, y))
-        assert out["more"][0] is batch["more"][0]
+        assert out["ids"] is batch["ids"]
     assert prepared(batch, Change(), None) is batch
-    assert prepared({"x": torch.zeros(9)}, Change(input=True))["x"].isfinite().all()
+    assert prepared([torch.zeros(9)], Change(input=True))[0].isfinite().all()
+    # Of a mapping whose names say nothing nobody knows what is what.
+    unnamed = {"price": x, "features": y}
+    assert prepared(unnamed, Change(input=True)) is unnamed
+    # Tokens come first, so that what follows is no input.
+    tokens = torch.arange(50), y
+    assert prepared(tokens, Change(input=True)) is tokens
 
 
 def test_half_a_batch_is_every_other_example():

@@ -207,3 +207,39 @@ def test_nothing_is_sent_to_other_processes(monkeypatch, tmp_path):
         torch.distributed.all_reduce(torch.ones(1))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_what_hides_in_slots_and_in_kinds_of_dicts_is_copied():
+    class Slotted:
+        __slots__ = ("seen",)
+
+        def __init__(self):
+            self.seen = [1]
+
+    class Table(dict):
+        pass
+
+    model = nn.Linear(2, 2)
+    model.slotted, model.table = Slotted(), Table(n=[1])
+    with sandbox(model):
+        model.slotted.seen.append(2)
+        model.table["n"].append(2)
+    assert model.slotted.seen == [1]
+    assert model.table == {"n": [1]}
+
+
+def test_a_batch_is_copied_however_large(monkeypatch):
+    monkeypatch.setattr(room, "LARGEST_TENSOR", 4)
+    x = torch.ones(3, 3)
+    with sandbox(nn.Linear(3, 3)) as copy:
+        copy((x,))[0].mul_(0)
+    assert x.sum() == 9
+
+
+@pytest.mark.parametrize("shared", [enumerate, lambda it: zip(it, it, strict=False)])
+def test_iterators_over_an_iterator_are_refused(shared):
+    model = nn.Linear(2, 2)
+    model.it = shared(iter([1, 2, 3]))
+    with pytest.raises(ValueError, match="use up"), sandbox(model):
+        pass
+    assert len(list(model.it)) >= 1
