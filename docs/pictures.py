@@ -1,6 +1,8 @@
 """Takes the README's pictures from real runs: ``python docs/pictures.py runs/demo docs/images``.
 
-Needs what the package itself does not: ``pip install playwright``, and a Chromium on the PATH.
+The first argument is what ``gradguard demo`` left; three further runs, one healthy, one whose gradients vanish and one
+whose gradients explode, are trained here. Needs what the package itself does not: ``pip install playwright``, and a
+Chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -16,9 +18,46 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from playwright.sync_api import Page, sync_playwright
 
+from lightning_gradguard import GradGuard, GradientHalt
+from lightning_gradguard.demo import Digits, train
+
+#: Standard deviation of the exploding run's weights, over that which keeps a signal's size.
+WEIGHTS = 8.0
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+
+
+class Chaotic(Digits):
+    """Twelve tanh layers with weights eight times too large: gradients grow towards the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for linear in self.linears:
+            torch.nn.init.normal_(linear.weight, std=WEIGHTS / linear.in_features**0.5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        h = images
+        for linear in self.linears:
+            h = torch.tanh(linear(h))
+        scores: torch.Tensor = self.head(h)
+        return scores
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.001)
+
+
+def three_runs(folder: Path) -> None:
+    """One healthy, one that vanishes, one that explodes; only watched, so that each goes on as far as it can."""
+    for name, module in {
+        "1_exploding": Chaotic,
+        "2_vanishing": Digits,
+        "3_healthy": lambda: Digits("ReLU in residual blocks with normalization"),
+    }.items():
+        torch.manual_seed(0)
+        with contextlib.suppress(GradientHalt):
+            train(name, folder, module(), epochs=8, guard=GradGuard())
 
 
 @contextlib.contextmanager
@@ -50,6 +89,15 @@ def overview(page: Page, address: str, target: Path) -> None:
     page.screenshot(path=target / "overview.png")
 
 
+def three(page: Page, address: str, target: Path) -> None:
+    """The heat maps of three runs side by side."""
+    page.goto(f"{address}/?tagFilter=gradguard/heatmap#timeseries")
+    page.wait_for_selector("image-card img")
+    page.get_by_role("button", name="Settings").last.click()
+    page.wait_for_timeout(4000)
+    page.screenshot(path=target / "three.png")
+
+
 def histograms(page: Page, address: str, target: Path) -> None:
     """Histograms of the first layer in every run."""
     page.goto(f"{address}/?tagFilter=linears.[012].weight#timeseries")
@@ -59,6 +107,12 @@ def histograms(page: Page, address: str, target: Path) -> None:
     page.screenshot(path=target / "histograms.png")
 
 
+def diagnosis(page: Page, address: str, target: Path) -> None:
+    """The page that the demo's first act leaves, down to the remedies' pictures."""
+    page.goto(address)
+    page.screenshot(path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1540}, full_page=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
@@ -66,11 +120,18 @@ def main() -> None:
     options = parser.parse_args()
     options.target.mkdir(parents=True, exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    with tensorboard(options.runs) as address, sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        three_runs(Path(folder))
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for take in (overview, histograms):
-            page = browser.new_page(viewport={"width": 1280, "height": 960})
-            take(page, address, options.target)
+        for runs, takes, size in (
+            (Path(folder), (three,), {"width": 1500, "height": 560}),
+            (options.runs, (overview, histograms), {"width": 1280, "height": 960}),
+        ):
+            with tensorboard(runs) as address:
+                for take in takes:
+                    take(browser.new_page(viewport=size), address, options.target)
+        told = (options.runs / "diagnosis.html").resolve().as_uri()
+        diagnosis(browser.new_page(viewport={"width": 1000, "height": 900}), told, options.target)
         browser.close()
 
 

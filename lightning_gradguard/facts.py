@@ -22,16 +22,28 @@ from lightning_gradguard.history import History
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.parts import say
 from lightning_gradguard.signals.stats import GradStats, weight_norms
-from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning
+from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning, Severity
 from lightning_gradguard.watch import Watch
 
 if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
+    from lightning_gradguard.letter import Posted
     from lightning_gradguard.signals.layout import Layout
-    from lightning_gradguard.signals.reading import Detector
+    from lightning_gradguard.verdicts.judge import Verdict
 
 #: Newest steps that a diagnosis keeps for its picture.
 PICTURED = 128
+
+
+def explain(guard: Guard, verdict: Verdict, posted: Posted) -> Diagnosis | None:
+    """Says what is new of a step, and gives the diagnosis of what is critical; None where nothing is."""
+    for finding in verdict.messages:
+        if finding is not verdict.halt:
+            say(describe(guard, finding, posted.batch))
+    grave = [f for f in verdict.report.findings if f.severity == Severity.CRITICAL]
+    if not grave:
+        return None
+    return diagnose(guard, posted.outcome.stats, verdict.halt or grave[0], posted.batch)
 
 
 def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) -> Diagnosis:
@@ -86,18 +98,6 @@ def trace(guard: Guard, batch: object, *, replay: bool = True) -> Origin | None:
         return origin_of_batch(batch)
     scale = math.nan if guard.letter is None else guard.letter.loss_scale
     return find_origin(subject, number=subject.number, scale=scale, replay=replay)
-
-
-def say_what_is_off(detectors: Sequence[Detector]) -> None:
-    """Says which detectors can tell nothing without a loss."""
-    silent = [type(d).__name__ for d in detectors if getattr(d, "needs_loss", False)]
-    if silent:
-        say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")
-
-
-def history_of(layout: Layout, steps: int = 128) -> History:
-    """An empty history of the watched tensors."""
-    return History(layout.names, [p.numel() for p in layout.parameters], steps)
 
 
 def course_of(history: History, layout: Layout, finding: Finding) -> Course:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard import checkpoint, facts
+from lightning_gradguard import checkpoint
 from lightning_gradguard import lag as lagging
-from lightning_gradguard.doctor.diagnosis import Diagnosis
-from lightning_gradguard.doctor.origin import Origin
-from lightning_gradguard.doctor.trials.attempt import Subject
+from lightning_gradguard.history import history_of
 from lightning_gradguard.letter import Posted, pack, unpack
 from lightning_gradguard.mailbox import Mailbox
-from lightning_gradguard.parts import as_scalar, default_detectors, say, validate
+from lightning_gradguard.parts import as_scalar, default_detectors, say_what_is_off, validate
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper, apply_
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.trends import WARM_UP
 from lightning_gradguard.spy import Usage
-from lightning_gradguard.verdicts.faults import Fault, Finding, GradientHalt, Report, Severity
+from lightning_gradguard.verdicts.faults import Fault, Finding, GradientHalt, Report
 from lightning_gradguard.verdicts.judge import Judge
 from lightning_gradguard.verdicts.letter import Letter
 from lightning_gradguard.verdicts.policy import Policy
 from lightning_gradguard.watch import Watch
+
+if TYPE_CHECKING:
+    from lightning_gradguard.doctor.diagnosis import Diagnosis
+    from lightning_gradguard.doctor.origin import Origin
+    from lightning_gradguard.doctor.trials.attempt import Subject
 
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
@@ -82,7 +85,7 @@ class Guard:
         self.clipper = clipper
         self.policy = Policy.watch() if policy is None else policy
         self.watch = Watch(named_parameters, optimizer, usage)
-        self.history = facts.history_of(self.watch.layout)
+        self.history = history_of(self.watch.layout)
         self.report: Report | None = None
         self.letter: Letter | None = None
         self.calm: Letter | None = None
@@ -148,7 +151,7 @@ class Guard:
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
         if loss is None and not self._said_no_loss:
             self._said_no_loss = True
-            facts.say_what_is_off(self.detectors)
+            say_what_is_off(self.detectors)
         stats = self.watch.look(loss, graph, scaled=scaler is not None)
         if self.states is None:
             self.states = pipeline.init(stats, self.detectors, self.clipper)
@@ -229,7 +232,7 @@ class Guard:
         self.report, self._halt = verdict.report, verdict.halt
         layout = posted.outcome.stats.layout
         if layout.names != self.history.names:
-            self.history = facts.history_of(layout, self.history.steps)
+            self.history = history_of(layout, self.history.steps)
         self.history.add(self.report)
         self.calm = self.letter if self.letter.finite else self.calm
         self.counts["judged"] += 1
@@ -237,13 +240,10 @@ class Guard:
         self.counts["skipped"] += self.report.skip
         self.counts["nonfinite"] += not self.letter.finite
         self._findings.extend(self.report.findings)
-        for finding in verdict.messages:
-            if finding is not verdict.halt:
-                say(facts.describe(self, finding, posted.batch))
-        grave = [f for f in self.report.findings if f.severity == Severity.CRITICAL]
-        if grave:
-            finding = verdict.halt or grave[0]
-            self.diagnosis = facts.diagnose(self, posted.outcome.stats, finding, posted.batch)
+        if self.report.findings:
+            from lightning_gradguard import facts  # the doctor is not asked for before something is found
+
+            self.diagnosis = facts.explain(self, verdict, posted) or self.diagnosis
         return self.report
 
     def _raise_if_halted(self, step: int) -> None:

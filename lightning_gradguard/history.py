@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gradguard.verdicts.faults import Report
+
+if TYPE_CHECKING:
+    from lightning_gradguard.signals.layout import Layout
 
 _SCALARS = ("loss", "total_norm", "clipped_norm", "threshold", "scale")
 
@@ -108,3 +111,8 @@ def _positive(steps: int) -> int:
     if whole < 1:
         raise ValueError(f"steps must be a positive whole number, such as 128, got {steps!r}")
     return whole
+
+
+def history_of(layout: Layout, steps: int = 128) -> History:
+    """An empty history of the watched tensors."""
+    return History(layout.names, [p.numel() for p in layout.parameters], steps)

@@ -70,6 +70,13 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
 
 
+def say_what_is_off(detectors: Sequence[Detector]) -> None:
+    """Says which detectors can tell nothing without a loss."""
+    silent = [type(d).__name__ for d in detectors if getattr(d, "needs_loss", False)]
+    if silent:
+        say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")
+
+
 def say(message: str) -> None:
     """Warns, on one rank."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -24,7 +24,10 @@ class Snapshot:
     def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._tensors = [(tensor, _kept(tensor)) for tensor in _tensors(module)]
         self._states = [
-            (optimizer, {p: _kept(optimizer.state[p]) for p in _parameters(optimizer) if p in optimizer.state})
+            (
+                optimizer,
+                {p: _kept(optimizer.state[p]) for p in _parameters(optimizer) if p in optimizer.state},
+            )
             for optimizer in optimizers
         ]
 
@@ -98,7 +101,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor as it is."""
-    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
 
 
@@ -125,8 +128,8 @@ def _returned(kept: Any, now: Any) -> Any:
         held = now if isinstance(now, dict) else {}
         return {key: _returned(entry, held.get(key)) for key, entry in kept.items()}
     if isinstance(kept, (list, tuple)):
-        held = now if isinstance(now, (list, tuple)) and len(now) == len(kept) else [None] * len(kept)
-        return type(kept)(_returned(entry, own) for entry, own in zip(kept, held, strict=True))
+        known = isinstance(now, (list, tuple)) and len(now) == len(kept)
+        return type(kept)(_returned(entry, now[i] if known else None) for i, entry in enumerate(kept))
     return copy.deepcopy(kept)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, Finding, Guard, NormClip, Severity
-from lightning_gradguard.facts import PICTURED, course_of, history_of
+from lightning_gradguard.facts import PICTURED, course_of
+from lightning_gradguard.history import history_of
 
 
 def finding_of(*names):

@@ -60,13 +60,16 @@ ROOMS = {
     "snapshot": {"torch"},
     "guard": {
         "torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "facts", "parts",
-        "checkpoint",
+        "checkpoint", "history",
     },
     "callbacks": {
         "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",
         "mailbox", "lag", "naming", "parts", "spy", "watch", "recorder", "numpy", "_version",
-        "snapshot", "checkpoint",
+        "snapshot", "checkpoint", "testing",
     },
+    "autoload": {"callbacks.autoload"},
+    "injections": {"torch", "naming"},
+    "testing": {"torch", "injections", "callbacks.injecting"},
     # The demo is a user of the product, kept in the package so that an installed one can show itself.
     "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},
     "cli": {"rich", "torch", "*"},

@@ -1,4 +1,4 @@
-"""`AutoGuard`: the place of a guard that the environment asked for, in a Trainer whose other callbacks are not known yet."""
+"""`AutoGuard`: keeps a place for the guard that the environment asked for, until a Trainer's callbacks are known."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import PACKAGES
 from lightning_gradguard.callbacks.trainer import scaler_of, warn
-from lightning_gradguard.doctor.checkup import Checkup, checkup
-from lightning_gradguard.doctor.trials.attempt import Subject
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_gradguard.doctor.checkup import Checkup
+    from lightning_gradguard.doctor.trials.attempt import Subject
 
 
 def subject_of(
@@ -28,6 +29,9 @@ def subject_of(
     Raises:
         ValueError: If the training step does more than compute a loss.
     """
+    # The doctor's rooms are loaded where they are asked for.
+    from lightning_gradguard.doctor.trials.attempt import Subject
+
     if not module.automatic_optimization:
         raise ValueError("the module optimizes by hand, so its training step cannot be run without a step")
     needs = inspect.signature(module.training_step).parameters
@@ -70,6 +74,8 @@ def check_up(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: i
     """
     if trainer.global_step or not trainer.optimizers:
         return None
+    from lightning_gradguard.doctor.checkup import checkup
+
     scaler = scaler_of(trainer)
     try:
         subject = subject_of(trainer, module, trainer.optimizers[0], batch, batch_idx)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
+#: Strategies under which parameters do not bear their own gradients, and why.
+_HIDING = {
+    "DeepSpeedStrategy": "it keeps them in buffers of its own",
+    "FSDPStrategy": "it flattens parameters, and cuts the flat ones without regard to layers",
+}
+
+
 class Losses:
     """The loss of the step that is being prepared, from the losses of its micro-batches.
 
@@ -104,26 +111,49 @@ def logging_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def refuse_what_clashes(trainer: Trainer, module: LightningModule, clipper: object) -> None:
+    """Raises where `GradGuard` cannot work in this trainer; ``clipper`` may be None.
+
+    Raises:
+        MisconfigurationException: Lightning's, under strategies that hide gradients, and where both would clip.
+    """
+    _refuse_hidden_gradients(trainer)
+    if clipper is not None:
+        refuse_double_clipping(trainer, module, clipper)
+
+
 def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: object) -> None:
     """Raises where Lightning would clip after us, warns where the module may.
 
     Raises:
         MisconfigurationException: Lightning's, if ``gradient_clip_val`` is set.
     """
-    package = next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
     if trainer.gradient_clip_val:
-        exceptions = importlib.import_module(f"{package}.utilities.exceptions")
-        raise exceptions.MisconfigurationException(
+        raise _misconfiguration(trainer)(
             f"GradGuard(clipper={clipper!r}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
             "clip; leave out one of them"
         )
-    original = importlib.import_module(package).LightningModule.configure_gradient_clipping
+    original = importlib.import_module(_package(trainer)).LightningModule.configure_gradient_clipping
     if type(module).configure_gradient_clipping is not original:
         warn(
             trainer,
             f"{type(module).__name__}.configure_gradient_clipping runs after GradGuard(clipper={clipper!r}): what is "
             "logged as the norm after clipping is what GradGuard left",
         )
+
+
+def _refuse_hidden_gradients(trainer: Trainer) -> None:
+    """Raises where the strategy keeps the gradients to itself.
+
+    Raises:
+        MisconfigurationException: Lightning's, with DeepSpeed and the first FSDP.
+    """
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in _HIDING:
+            raise _misconfiguration(trainer)(
+                f"GradGuard cannot judge gradients under {kind.__name__}: {_HIDING[kind.__name__]}; take "
+                "ModelParallelStrategy, with fully_shard (FSDP2) in configure_model, or leave out GradGuard"
+            )
 
 
 def say_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
@@ -145,3 +175,15 @@ def warn(trainer: Trainer, message: str) -> None:
     """Warns, on one rank."""
     if trainer.is_global_zero:
         warnings.warn(message, GradientWarning, stacklevel=3)
+
+
+def _package(trainer: Trainer) -> str:
+    """Name of the Lightning package that the trainer is of."""
+    return next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
+
+
+def _misconfiguration(trainer: Trainer) -> type[Exception]:
+    """Lightning's own error for what does not go together."""
+    exceptions = importlib.import_module(f"{_package(trainer)}.utilities.exceptions")
+    error: type[Exception] = exceptions.MisconfigurationException
+    return error

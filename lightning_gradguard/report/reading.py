@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
+from lightning_gradguard.signals.histogram import EDGES
 from lightning_gradguard.sinks.overview import ROWS
 
 T = TypeVar("T")
 Curve = dict[int, T]
 """Step to what was written there."""
 
-_OURS = re.compile(r"(gradguard(?:_\d+)?)(_hist_log10|_rms_log10)?/(.+)")
+_OURS = re.compile(r"(gradguard(?:_\d+)?)(_hist_log10|_hist_value|_rms_log10|_exponents)?/(.+)")
 
 
 class ReportError(Exception):
@@ -40,6 +41,8 @@ class Track:
         scalars: Name without its group, to values.
         histograms: Title ``NNN_name`` to 30 counts.
         texts: The text of the diagnosis, each standing for the run up to its step.
+        exponents: Markdown of what narrow number formats would lose, at each step.
+        values: Titles of the tensors with histograms of values, which only TensorBoard shows.
     """
 
     layers: tuple[str, ...] = ()
@@ -47,6 +50,8 @@ class Track:
     scalars: dict[str, Curve[float]] = field(default_factory=dict)
     histograms: dict[str, Curve[NDArray[np.float32]]] = field(default_factory=dict)
     texts: Curve[str] = field(default_factory=dict)
+    exponents: Curve[str] = field(default_factory=dict)
+    values: set[str] = field(default_factory=set)
 
     def follow(self, later: Track) -> None:
         """Appends what a later file holds; where a resumed run took steps again, the later ones count."""
@@ -56,6 +61,8 @@ class Track:
         self.texts = _splice(self.texts, later.texts, _begin(later.scalars))
         self.scalars = _splice_all(self.scalars, later.scalars)
         self.histograms = _splice_all(self.histograms, later.histograms)
+        self.exponents = _splice(self.exponents, later.exponents, min(later.exponents, default=math.inf))
+        self.values |= later.values
 
 
 @dataclass
@@ -148,7 +155,12 @@ class _File:
         group, kind, name = ours.groups()
         track = self.tracks.setdefault(group, Track())
         if kind == "_hist_log10" and value.HasField("tensor"):
-            track.histograms.setdefault(name, {})[step] = make_ndarray(value.tensor)[:, 2]
+            track.histograms.setdefault(name, {})[step] = _counts(make_ndarray(value.tensor))
+        elif kind == "_hist_value":
+            track.values.add(name)
+        elif kind == "_exponents":
+            if value.HasField("tensor"):
+                track.exponents[step] = value.tensor.string_val[0].decode("utf-8", "replace")
         elif name == ROWS and value.HasField("tensor"):
             if columns := value.metadata.plugin_data.content:
                 track.layers = tuple(json.loads(columns)[1:])
@@ -157,6 +169,14 @@ class _File:
             track.texts[step] = value.tensor.string_val[0].decode("utf-8", "replace")
         elif kind is None and (number := _number(value)) is not None:
             track.scalars.setdefault(name, {})[step] = number
+
+
+def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """30 counts from rows of left edge, right edge and count, in which empty neighbours are one row."""
+    full = table[table[:, 2] > 0]
+    counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
+    counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]
+    return counts
 
 
 def _number(value: Any) -> float | None:

@@ -78,6 +78,7 @@ class Sheet:
         groups: Findings by fault, the most severe first.
         lines: The newest findings, newest first.
         diagnoses: In Markdown, newest first.
+        exponents: What narrow number formats would lose at the newest step, in Markdown; empty if nobody asked.
         notices: What the reader has to know of the files.
         figures: Data of the figures.
     """
@@ -88,6 +89,7 @@ class Sheet:
     groups: list[Group]
     lines: list[Line]
     diagnoses: list[str]
+    exponents: str = ""
     notices: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -117,6 +119,7 @@ def _sheet(run: Run, group: str, track: Track) -> Sheet:
         groups,
         lines[::-1][:LISTED],
         diagnoses_of(track.texts.values())[:DIAGNOSES],
+        next(reversed(track.exponents.values()), ""),
         [*_notices(run, track), *([f"{left_out} more tensors have histograms."] if left_out else [])],
         {
             "title": title,
@@ -213,6 +216,8 @@ def _notices(run: Run, track: Track) -> list[str]:
         notices.append(
             f"Joined from {run.files} event files; where steps were taken again, the later ones are shown."
         )
+    if track.values:
+        notices.append("Histograms of values are in TensorBoard only; those of log10 magnitudes are here.")
     if not track.rows and track.histograms:
         notices.append(
             "The heat map is put together from histograms, so it has only the tensors and steps of those."

@@ -19,13 +19,14 @@ class Panel:
 
     Attributes:
         scalars: Numbers; NaN is shown as a gap with a mark, infinity as NaN.
-        histograms: 30 counts each, on the axis `lightning_gradguard.signals.histogram.EDGES`.
+        histograms: 30 counts each, on the axis `lightning_gradguard.signals.histogram.EDGES`, or that in ``edges``.
         texts: Markdown, each standing for the whole run so far.
         images: Functions that draw a PNG; called later and on another thread, so they own their data.
         notes: How to read a tag, in Markdown; shown beside it.
         rows: Vectors, each with a step of its own: kept in the file for `lightning_gradguard.report`, in a form
             that no dashboard shows.
         columns: For each tag of ``rows``, what the entries of its vectors are.
+        edges: For a tag of ``histograms``, its 31 bin edges.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Panel:
     notes: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Sequence[tuple[int, Sequence[float]]]] = field(default_factory=dict)
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Sink(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning_gradguard.signals.histogram import SPREAD, edges
 from lightning_gradguard.sinks.panel import Panel
 
 #: TensorBoard cuts longer titles.
@@ -38,10 +39,15 @@ NOTES = {
 }
 RMS_NOTE = "log10 of the root mean square of the gradient of `{name}`, before clipping."
 
-_HISTOGRAM_NOTE = (
+_LOG10_NOTE = (
     "**log10 of the gradient's magnitude**, all elements of `{name}`. One unit is a factor of ten. Drift to "
     "the left, over time or from late layers to early ones: vanishing. Drift to the right: exploding. A wall "
     "at the left edge: exact zeros (dead units, underflow). NaN and infinity do not count."
+)
+_VALUE_NOTE = (
+    f"**Values of the gradient**, all elements of `{{name}}`. The axis is as wide as the largest magnitude, but "
+    f"no wider than {SPREAD:.0f} root mean squares to each side; what lies beyond counts in the outer bins. NaN and "
+    "infinity do not count."
 )
 
 
@@ -93,18 +99,25 @@ def shorten(name: str, room: int) -> str:
 
 
 def histogram_panel(
-    counts: Mapping[str, Sequence[float]], titles: Mapping[str, str], *, group: str = "gradguard"
+    counts: Mapping[str, Sequence[float]],
+    titles: Mapping[str, str],
+    *,
+    limits: Mapping[str, float] | None = None,
+    group: str = "gradguard",
 ) -> Panel:
     """A panel of gradient histograms.
 
     Args:
         counts: 30 counts for each parameter that is to be shown.
         titles: Parameter name to its `tag_names`.
+        limits: For histograms of values, half the width of each axis; those of log10 have one axis.
         group: Beginning of the tag group, for a second optimizer say ``"gradguard_1"``: its titles would
             otherwise meet those of the first.
     """
-    tags = {name: f"{group}_hist_log10/{titles[name]}" for name in counts}
+    kind, note = ("log10", _LOG10_NOTE) if limits is None else ("value", _VALUE_NOTE)
+    tags = {name: f"{group}_hist_{kind}/{titles[name]}" for name in counts}
     return Panel(
         histograms={tags[name]: column for name, column in counts.items()},
-        notes={tags[name]: _HISTOGRAM_NOTE.format(name=name) for name in counts},
+        notes={tag: note.format(name=name) for name, tag in tags.items()},
+        edges={} if limits is None else {tags[name]: edges(limits[name]) for name in counts},
     )

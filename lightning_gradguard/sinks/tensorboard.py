@@ -6,10 +6,9 @@ import importlib
 import json
 import math
 import struct
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import (
@@ -25,15 +24,17 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_HALF, DT_STRING
 
 from lightning_gradguard.signals.histogram import EDGES
 from lightning_gradguard.sinks.panel import Fuse, Panel
+from lightning_gradguard.sinks.pictures import Picture, Pictures
 
-_MATRIX = TensorShapeProto(dim=[{"size": len(EDGES) - 1}, {"size": 3}])
+_AXIS = np.array(EDGES, dtype=np.float32)
+_SHAPES = [TensorShapeProto(dim=[{"size": bins}, {"size": 3}]) for bins in range(len(EDGES))]
 _SCALAR_LIMIT = 3.4028234e38  # of the float32 in which TensorBoard keeps numbers
 
 
 class TensorBoardSink:
     """Shows panels in TensorBoard.
 
-    Histograms are written as tensors of (left edge, right edge, count): the older form is trimmed and
+    Histograms are written as tensors [bins, 3] of left edge, right edge and count: the older form is trimmed and
     stretched by TensorBoard's two loaders in different ways. All values of a step are one event. Pictures are
     drawn on a thread and written with a later panel, or on closing, at the step which they show.
 
@@ -45,10 +46,8 @@ class TensorBoardSink:
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
-        self._file_fuse, self._drawing_fuse = Fuse("TensorBoard output"), Fuse("Drawing for TensorBoard")
+        self._fuse, self._pictures = Fuse("TensorBoard output"), Pictures("TensorBoard")
         self._described: set[str] = set()
-        self._pool: ThreadPoolExecutor | None = None
-        self._drawings: list[_Drawing] = []
 
     def write(self, step: int, panel: Panel) -> None:
         """Writes a panel as one event and starts its drawings.
@@ -58,26 +57,25 @@ class TensorBoardSink:
             panel: What to show.
         """
         if panel.scalars or panel.histograms or panel.texts:
-            self._file_fuse.run(lambda: self._write_values(step, panel))
+            self._fuse.run(lambda: self._write_values(step, panel))
         if panel.rows:
-            self._file_fuse.run(lambda: self._write_rows(panel))
-        if panel.images and not self._file_fuse.blown:
-            self._drawing_fuse.run(lambda: self._start_drawings(step, panel))
-        self._write_drawings(wait=False)
+            self._fuse.run(lambda: self._write_rows(panel))
+        if not self._fuse.blown:
+            self._pictures.start(step, panel)
+        self._write_pictures(wait=False)
 
     def close(self) -> None:
         """Finishes and writes pending drawings and flushes the file; the writer stays open."""
-        self._write_drawings(wait=True)
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-        self._file_fuse.run(self._writer.flush)
+        self._write_pictures(wait=True)
+        self._pictures.close()
+        self._fuse.run(self._writer.flush)
 
     def _write_values(self, step: int, panel: Panel) -> None:
         notes = panel.notes
         values = [self._value(t, notes, "scalars", simple_value=_number(x)) for t, x in panel.scalars.items()]
         values += [
-            self._value(t, notes, "histograms", tensor=_buckets(c)) for t, c in panel.histograms.items()
+            self._value(t, notes, "histograms", tensor=b)
+            for t, b in zip(panel.histograms, _buckets(panel.histograms, panel.edges), strict=True)
         ]
         values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in panel.texts.items()]
         self._add(values, step)
@@ -88,21 +86,15 @@ class TensorBoardSink:
             for step, row in rows:
                 self._add([self._value(tag, panel.notes, "gradguard", columns, tensor=_row(row))], step)
 
-    def _start_drawings(self, step: int, panel: Panel) -> None:
-        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="gradguard-draw")
-        for tag, draw in panel.images.items():
-            self._drawings.append(_Drawing(step, tag, panel.notes, self._pool.submit(_image, draw)))
+    def _write_pictures(self, wait: bool) -> None:
+        for picture in self._pictures.done(wait=wait):
+            self._fuse.run(partial(self._write_picture, picture))
 
-    def _write_drawings(self, wait: bool) -> None:
-        # One thread draws, so they are done in order.
-        while self._drawings and (wait or self._drawings[0].image.done()):
-            self._write_drawing(self._drawings.pop(0))
-
-    def _write_drawing(self, drawing: _Drawing) -> None:
-        image = self._drawing_fuse.run(drawing.image.result)
-        if image is not None:
-            value = self._value(drawing.tag, drawing.notes, "images", image=image)
-            self._file_fuse.run(lambda: self._add([value], drawing.step))
+    def _write_picture(self, picture: Picture) -> None:
+        width, height = struct.unpack(">II", picture.png[16:24])  # of the header chunk, which comes first
+        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture.png)
+        notes = {picture.tag: picture.note}
+        self._add([self._value(picture.tag, notes, "images", image=image)], picture.step)
 
     def _value(
         self, tag: str, notes: Mapping[str, str], plugin: str, columns: bytes = b"", **content: Any
@@ -128,13 +120,6 @@ class TensorBoardSink:
         self._described.update(v.tag for v in values)
 
 
-class _Drawing(NamedTuple):
-    step: int
-    tag: str
-    notes: Mapping[str, str]
-    image: Future[Summary.Image]
-
-
 _DATA_CLASS = {
     "scalars": DATA_CLASS_SCALAR,
     "histograms": DATA_CLASS_TENSOR,
@@ -150,9 +135,34 @@ def _number(value: float) -> float:
     return value if abs(value) <= _SCALAR_LIMIT else math.nan
 
 
-def _buckets(counts: Sequence[float]) -> TensorProto:
-    rows = array("f", (x for row in zip(EDGES[:-1], EDGES[1:], counts, strict=True) for x in row))
-    return TensorProto(dtype=DT_FLOAT, tensor_shape=_MATRIX, tensor_content=rows.tobytes())
+def _buckets(
+    histograms: Mapping[str, Sequence[float]], edges: Mapping[str, Sequence[float]]
+) -> Iterator[TensorProto]:
+    """Left edge, right edge and count of each bin, where empty neighbours are one bin.
+
+    Half of the bytes, whose checksum is what writing costs; the axis keeps its ends, and the picture is the same.
+    """
+    if not histograms:
+        return
+    counts = np.array(list(histograms.values()), dtype=np.float32)
+    is_full = counts > 0
+    # A bin follows on a full one, or is full itself.
+    begins = is_full | np.roll(is_full, 1, axis=1)
+    begins[:, 0] = True
+    row, place = begins.nonzero()
+    axes = np.broadcast_to(_AXIS, (len(counts), len(EDGES)))
+    if edges:
+        axes = np.array([edges.get(tag, _AXIS) for tag in histograms], dtype=np.float32)
+    left = axes[row, place]
+    right = np.roll(left, -1)
+    ends = np.cumsum(begins.sum(axis=1))
+    right[ends - 1] = axes[:, -1]
+    table = np.stack([left, right, counts[row, place]], axis=1)
+    begin = 0
+    for end in ends.tolist():
+        content = table[begin:end].tobytes()
+        yield TensorProto(dtype=DT_FLOAT, tensor_shape=_SHAPES[end - begin], tensor_content=content)
+        begin = end
 
 
 def _row(values: Sequence[float]) -> TensorProto:
@@ -161,12 +171,6 @@ def _row(values: Sequence[float]) -> TensorProto:
     return TensorProto(
         dtype=DT_HALF, tensor_shape=TensorShapeProto(dim=[{"size": len(values)}]), tensor_content=content
     )
-
-
-def _image(draw: Callable[[], bytes]) -> Summary.Image:
-    png = draw()
-    width, height = struct.unpack(">II", png[16:24])  # of the header chunk, which comes first
-    return Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
 
 
 def _text(markdown: str) -> TensorProto:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard.signals.histogram import EDGES, count
+from lightning_gradguard.signals.histogram import EDGES, count, edges
+from lightning_gradguard.sinks.exponents import THRESHOLDS, exponents_panel
 from lightning_gradguard.sinks.overview import Overview
 from lightning_gradguard.sinks.tags import histogram_panel, tag_names
 from lightning_gradguard.sinks.tensorboard import TensorBoardSink
@@ -38,11 +39,17 @@ def logdir(tmp_path_factory):
     overview = Overview(NAMES, [4, 4, 4])
     titles = dict(zip(NAMES, tag_names(NAMES), strict=True))
     counts = dict(zip(NAMES, count(GRADIENTS).bins.tolist(), strict=True))
+    counted = count(GRADIENTS, axis="value", thresholds=THRESHOLDS)
+    values, below, limits = (
+        dict(zip(NAMES, x.tolist(), strict=True)) for x in (counted.bins, counted.below, counted.limits)
+    )
     for step in range(STEPS):
         report = report_of(step)
         overview.observe(report)
         sink.write(step, overview.panel(report, tilt=1.0, update_ratio=1e-3, final=step == STEPS - 1))
         sink.write(step, histogram_panel(counts, titles))
+        sink.write(step, histogram_panel(values, titles, limits=limits))
+        sink.write(step, exponents_panel(below, titles, NAMES, step=step))
         if step == CLOSED_AFTER:
             sink.close()
             writer.close()
@@ -121,9 +128,16 @@ def test_tags(ask):
     group = {"total_norm_log10", "worst_layer_rms_log10", "depth_tilt_decades", "update_ratio_log10"}
     counters = {"clip_scale", "nonfinite_total", "clipped_total", "skipped_total"}
     scalars = {f"gradguard/{name}" for name in group | counters}
-    assert ask("scalars/tags")[RUN].keys() == scalars
+    shares = {
+        f"gradguard_exponents/{f}_{x}"
+        for f in ("fp16", "bf16", "e4m3", "e5m2")
+        for x in ("subnormal", "lost")
+    }
+    assert ask("scalars/tags")[RUN].keys() == scalars | shares
     titles = ["000_0.weight", "001_1.weight", "002_2.weight"]
-    assert sorted(ask("histograms/tags")[RUN]) == [f"gradguard_hist_log10/{title}" for title in titles]
+    assert sorted(ask("histograms/tags")[RUN]) == [
+        f"gradguard_hist_{axis}/{title}" for axis in ("log10", "value") for title in titles
+    ]
     assert ask("images/tags")[RUN].keys() == {"gradguard/heatmap"}
     assert "gradguard/diagnosis" in ask("text/tags")[RUN]
 
@@ -133,6 +147,8 @@ def test_tags(ask):
     [
         ("scalars", "gradguard/depth_tilt_decades", "vanishing"),
         ("histograms", "gradguard_hist_log10/001_1.weight", "net.1.weight"),
+        ("histograms", "gradguard_hist_value/001_1.weight", "net.1.weight"),
+        ("scalars", "gradguard_exponents/fp16_lost", "fp16"),
         ("images", "gradguard/heatmap", "Magenta"),
     ],
 )
@@ -151,12 +167,35 @@ def test_scalars(ask):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_histograms_have_all_buckets_in_each_step(ask, index):
+def test_histograms_have_the_whole_axis_in_each_step(ask, index):
     tag = f"gradguard_hist_log10/{tag_names(NAMES)[index]}"
-    for _, _, buckets in ask("histograms/histograms", run=RUN, tag=tag):
+    shown = ask("histograms/histograms", run=RUN, tag=tag)
+    assert len(shown) >= 50
+    for _, _, buckets in shown:
         place = next(k for k in range(30) if EDGES[k] <= math.log10(2) - index < EDGES[k + 1])
-        expected = [[EDGES[k], EDGES[k + 1], 4.0 * (k == place)] for k in range(30)]
-        assert buckets == expected
+        # What is empty is one bin on each side.
+        assert buckets == [
+            [EDGES[0], EDGES[place], 0], [EDGES[place], EDGES[place + 1], 4], [EDGES[place + 1], EDGES[-1], 0],
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_histograms_of_values_have_axes_of_their_own(ask, index):
+    tag = f"gradguard_hist_value/{tag_names(NAMES)[index]}"
+    limit = 2.0 * 10.0**-index
+    for _, _, buckets in ask("histograms/histograms", run=RUN, tag=tag):
+        assert [x for row in buckets for x in row] == pytest.approx(
+            [-limit, edges(limit)[-2], 0, edges(limit)[-2], limit, 4]
+        )
+
+
+def test_exponents_are_a_table(ask):
+    newest = ask("text/text", run=RUN, tag="gradguard_exponents/table")[-1]
+    assert newest["step"] == STEPS - 1
+    assert newest["text"].count("<tr>") == 3 + len(NAMES)
+    assert "<code>001_1.weight</code>" in newest["text"]
+    lost = ask("scalars/scalars", run=RUN, tag="gradguard_exponents/e4m3_subnormal")
+    assert [x for _, _, x in lost] == [0.0] * STEPS
 
 
 def test_heatmap_is_a_picture(ask):

@@ -1,8 +1,11 @@
 """Event files as the callbacks write them, of any size, and a browser to look at the page with."""
 
 import math
+import os
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -12,6 +15,9 @@ from lightning_gradguard.sinks.overview import Overview
 from lightning_gradguard.sinks.tags import histogram_panel, tag_names
 from lightning_gradguard.sinks.tensorboard import TensorBoardSink
 from lightning_gradguard.verdicts.faults import Fault, Finding, Report, Severity
+
+#: Where pictures of all pages that were opened are left; git ignores it.
+PICTURES = Path(__file__).parents[2] / "test-artifacts" / "pages"
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -117,19 +123,24 @@ def _decades_of():
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A headless browser; without one the tests are skipped."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    """A headless browser; without one the tests are skipped, or fail where GRADGUARD_REQUIRE_BROWSER is 1."""
+    lacks = pytest.fail if os.environ.get("GRADGUARD_REQUIRE_BROWSER") == "1" else pytest.skip
+    try:
+        from playwright import sync_api as api
+    except ImportError:
+        lacks("needs Playwright: pip install playwright")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("needs a Chromium on the path")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        except api.Error:
+            lacks("needs a Chromium: make browser, or playwright install chromium")
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def opened(chromium):
+def opened(chromium, request):
     """Opens a page from disk; what its console says, what it fetches and what fails makes the test fail."""
     contexts, said = [], []
 
@@ -147,6 +158,10 @@ def opened(chromium):
         return page
 
     yield open_page
-    for context in contexts:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "_", request.node.name).strip("_")
+    for number, context in enumerate(contexts):
+        for page in context.pages:
+            page.screenshot(path=PICTURES / f"{name}_{number}.png", full_page=True)
         context.close()
     assert said == []

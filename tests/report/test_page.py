@@ -40,7 +40,7 @@ def train(name, activation, policy=None):
         max_epochs=15,
         accelerator="cpu",
         logger=TensorBoardLogger("runs", name=name, version=""),
-        callbacks=[GradHistogram(every_n_steps=10), GradGuard(policy=policy)],
+        callbacks=[GradHistogram(every_n_steps=10, exponents=True), GradGuard(policy=policy)],
         log_every_n_steps=5,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -76,6 +76,9 @@ def test_the_page_of_two_trainings(page):
     diagnosis = shown.locator("#diagnosis").inner_text()
     assert all(remedy.name in diagnosis for remedy in shown.halt.diagnosis.remedies)
     assert "vanishing" in shown.locator("#findings").inner_text()
+    for table in shown.locator("#precision table").all():
+        assert table.locator("tr").count() == 3 + 2 * (LAYERS + 1)
+        assert table.locator("tr").nth(2).inner_text().startswith(f"all {2 * (LAYERS + 1)} tensors")
     skipped = shown.locator("#record tbody tr").first.locator("td").nth(2)
     assert skipped.inner_text() == "1"
     hover(shown)

@@ -4,10 +4,16 @@ import struct
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.report.reading import ReportError, read_runs
+from lightning_gradguard.signals.histogram import EDGES
+from lightning_gradguard.sinks.exponents import exponents_panel
 from lightning_gradguard.sinks.panel import Panel
+from lightning_gradguard.sinks.tags import histogram_panel
 from lightning_gradguard.sinks.tensorboard import TensorBoardSink
 
 
@@ -148,3 +154,46 @@ def test_without_events_it_says_so(tmp_path, content):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ReportError, match="nowhere is not a folder"):
         read_runs([tmp_path / "nowhere"])
+
+
+def test_histograms_are_read_with_empty_bins_joined_and_as_older_files_have_them(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 2, 30).astype(np.float32)
+    counts[[0, 29]] = 3, 7
+    whole = np.stack([EDGES[:-1], EDGES[1:], counts], axis=1).astype(np.float32)
+    with SummaryWriter(tmp_path) as writer:
+        sink = TensorBoardSink(writer)
+        sink.write(0, Panel(histograms={"gradguard_hist_log10/000_a": counts.tolist()}))
+        sink.write(1, Panel(histograms={"gradguard_hist_log10/000_a": [0.0] * 30}))
+        older = TensorProto(dtype="DT_FLOAT", tensor_content=whole.tobytes())
+        older.tensor_shape.MergeFrom(TensorShapeProto(dim=[{"size": 30}, {"size": 3}]))
+        value = Summary.Value(tag="gradguard_hist_log10/000_a", tensor=older)
+        writer._get_file_writer().add_summary(Summary(value=[value]), 2)
+        sink.close()
+    seen = read(tmp_path).tracks["gradguard"].histograms["000_a"]
+    assert [seen[step].tolist() for step in range(3)] == [counts.tolist(), [0.0] * 30, counts.tolist()]
+
+
+def test_what_narrow_formats_lose_is_the_newest_text(tmp_path):
+    for begin in (0, 20):
+        with SummaryWriter(tmp_path, filename_suffix=str(begin)) as writer:
+            sink = TensorBoardSink(writer)
+            for step in range(begin, begin + 30, 10):
+                panel = exponents_panel(
+                    {"w": [1.0] * 13}, {"w": "000_w"}, ["w"], step=step, group="gradguard_1"
+                )
+                sink.write(step, panel)
+            sink.close()
+    track = read(tmp_path).tracks["gradguard_1"]
+    assert list(track.exponents) == [0, 10, 20, 30, 40]
+    assert all(f"step {step}" in text for step, text in track.exponents.items())
+    assert not track.scalars
+
+
+def test_histograms_of_values_are_known_but_not_mixed_with_the_others(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        sink = TensorBoardSink(writer)
+        sink.write(0, histogram_panel({"w": [1.0] * 30}, {"w": "000_w"}, limits={"w": 2.0}))
+        sink.close()
+    track = read(tmp_path).tracks["gradguard"]
+    assert track.values == {"000_w"}
+    assert not track.histograms

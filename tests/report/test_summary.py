@@ -100,3 +100,17 @@ def test_a_loss_that_spans_decades_is_shown_as_its_logarithm(values, shown):
     (chart, *_) = charts_of(sheets)
     assert sheets[0].figures["curves"]["loss"]["values"] == shown
     assert chart["title"] == ("loss, log10" if shown[0] == 4 else "loss")
+
+
+def test_what_narrow_formats_lose_is_told_as_of_the_newest_step():
+    (sheet,) = sheets_of(Run("run", {"gradguard": Track(exponents={0: "old", 10: "new"})}))
+    assert sheet.exponents == "new"
+    (sheet,) = sheets_of(Run("run", {"gradguard": Track()}))
+    assert sheet.exponents == ""
+
+
+def test_histograms_of_values_are_said_to_be_elsewhere():
+    (sheet,) = sheets_of(Run("run", {"gradguard": Track(values={"000_w"})}))
+    assert (
+        "Histograms of values are in TensorBoard only; those of log10 magnitudes are here." in sheet.notices
+    )

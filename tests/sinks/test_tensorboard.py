@@ -63,16 +63,33 @@ def test_infinity_is_shown_as_nan(tmp_path, value):
     assert math.isnan(read(tmp_path).Scalars("group/name")[0].value)
 
 
-def test_histograms_keep_every_bucket(tmp_path):
-    counts = np.random.default_rng(0).integers(0, 5, (3, 30)).astype(np.float32)
-    counts[:, :3] = counts[:, -3:] = 0  # empty ones at the ends too
+def test_histograms_keep_every_count_and_the_ends_of_the_axis(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 3, (9, 30)).astype(np.float32)
+    counts[3:5, :3] = counts[4:6, -3:] = counts[6] = 0  # empty ones at the ends too, and nothing else
+    counts[7] = 1
     write(tmp_path, *((step, Panel(histograms={"group/a": row.tolist()})) for step, row in enumerate(counts)))
     seen = read(tmp_path).Tensors("group/a")
-    assert [event.step for event in seen] == [0, 1, 2]
+    assert [event.step for event in seen] == list(range(9))
     for event, row in zip(seen, counts, strict=True):
         buckets = make_ndarray(event.tensor_proto)
         assert buckets.dtype == np.float32
-        assert np.array_equal(buckets, np.stack([EDGES[:-1], EDGES[1:], row], axis=1).astype(np.float32))
+        assert (buckets[0, 0], buckets[-1, 1]) == (EDGES[0], EDGES[-1])
+        assert np.array_equal(buckets[1:, 0], buckets[:-1, 1])
+        full = buckets[buckets[:, 2] > 0]
+        assert full.tolist() == [[EDGES[k], EDGES[k + 1], row[k]] for k in range(30) if row[k]]
+        # Empty neighbours are one bin.
+        assert not ((buckets[1:, 2] == 0) & (buckets[:-1, 2] == 0)).any()
+
+
+def test_a_histogram_may_have_an_axis_of_its_own(tmp_path):
+    panel = Panel(
+        histograms={"g/a": [0.0] * 29 + [4.0], "g/b": [1.0] + [0.0] * 29},
+        edges={"g/b": [k / 10 for k in range(31)]},
+    )
+    write(tmp_path, (0, panel))
+    a, b = (make_ndarray(read(tmp_path).Tensors(tag)[0].tensor_proto) for tag in ("g/a", "g/b"))
+    assert a.tolist() == [[-12, 2.5, 0], [2.5, 3, 4]]
+    assert b == pytest.approx(np.array([[0, 0.1, 1], [0.1, 3, 0]]))
 
 
 def test_texts(tmp_path):
@@ -123,13 +140,16 @@ def test_a_tag_is_described_once(tmp_path):
         assert not second.HasField("metadata")
 
 
-def test_a_step_of_a_hundred_histograms_is_small(tmp_path):
+#: Bins with something in them, and the bytes of a hundred such histograms at most: a bin takes 12, and a tag with its
+#: framing 68. Gradients over twelve decades, and zeros, fill 26 bins.
+@pytest.mark.parametrize(("bins", "kib"), [(14, 27), (26, 40), (30, 42)])
+def test_a_step_of_a_hundred_histograms_is_small(tmp_path, bins, kib):
     names = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(100)]
     titles = dict(zip(names, tag_names(names), strict=True))
-    panel = histogram_panel({name: [1e6 + i for i in range(30)] for name in names}, titles)
+    column = [1.0, *[0.0] * (30 - bins), *(1e6 + i for i in range(bins - 1))]
+    panel = histogram_panel(dict.fromkeys(names, column), titles)
     write(tmp_path, (0, panel), (100_000, panel))
-    # 30 x 3 numbers of 4 bytes, a tag of at most 45, and 23 of framing.
-    assert len(events(tmp_path)[-1].SerializeToString()) <= 42 * 1024
+    assert len(events(tmp_path)[-1].SerializeToString()) <= kib * 1024
 
 
 def test_a_writer_closed_in_between_is_opened_anew(tmp_path):

@@ -1,0 +1,250 @@
+"""Tensors that are spread over ranks (DTensor: FSDP2, tensor parallel): what a rank holds, and sums over all ranks.
+
+The only code that talks to other ranks. What is summed goes through one all-reduce as float64, in which neither the
+square of a large float32 norm overflows nor that of a small one vanishes; an element that several ranks hold counts
+once. All ranks get the same bits, and so come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: For each dimension where a part begins and ends.
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How P tensors are spread over ranks, as this rank sees it.
+
+    Attributes:
+        shapes: Their whole shapes.
+        spans: Which part of each this rank holds.
+        shares: float64 [P], one over the number of ranks that hold the same elements.
+        device: Where the ranks exchange tensors; with CPU offload not where they lie.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    spans: tuple[Spans, ...]
+    shares: Tensor
+    device: torch.device
+    _held: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
+        """Describes tensors, of which some may not be spread; None if none is.
+
+        Raises:
+            ValueError: If one is spread in a way that is not known, or does not bear its own gradient.
+        """
+        for tensor in tensors:
+            _refuse_hidden(tensor)
+        spread = next((t for t in tensors if is_spread(t)), None)
+        if spread is None:
+            return None
+        mesh: Any = spread.device_mesh  # type: ignore[attr-defined]
+        shares = [_share(tensor) for tensor in tensors]
+        return cls(
+            shapes=tuple(tensor.shape for tensor in tensors),
+            spans=tuple(spans_of(tensor) for tensor in tensors),
+            shares=torch.tensor(shares, dtype=torch.float64, device=tensors[0].device),
+            device=torch.device(mesh.device_type),
+        )
+
+    def add_up(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sums each part over all ranks, as float64; one all-reduce, which every rank has to call."""
+        joined = torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts])
+        total = joined.to(self.device)
+        torch.distributed.all_reduce(total)
+        pieces = torch.split(total.to(joined.device), [part.numel() for part in parts])
+        return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+    def squares(self, norms: Tensor) -> Tensor:
+        """What norms of parts, float [P], contribute to the squares of the whole norms, float64 [P]."""
+        return norms.to(torch.float64).square() * self.shares
+
+    def unit_norms(self, indices: Sequence[int], norms: Sequence[Tensor]) -> list[Tensor]:
+        """Norms of whole units from those of their parts; a unit is a row, or a vector or scalar as a whole.
+
+        Args:
+            indices: Which of the P tensors they are of.
+            norms: For each the norms of the rows that this rank holds, [rows, 1, ...], or [].
+        """
+        parts = []
+        for index, norm in zip(indices, norms, strict=True):
+            part = norm.to(torch.float64).square() * self.shares[index]
+            if norm.ndim:
+                begin, end = self.spans[index][0]
+                whole = part.new_zeros(self.shapes[index][0], *norm.shape[1:])
+                whole[begin:end] = part
+                part = whole
+            parts.append(part)
+        totals = self.add_up(parts)
+        return [total.sqrt().to(norm.dtype) for total, norm in zip(totals, norms, strict=True)]
+
+    def held(self, index: int, shape: tuple[int, ...], stride: int, most: int) -> tuple[Tensor, Tensor]:
+        """Of evenly strided entries of a tensor those that this rank holds; made once.
+
+        Args:
+            index: Which of the P tensors.
+            shape: Its whole shape, or (rows,), or with a last dimension of 2 for a complex one.
+            stride: From one entry to the next, in row-major order.
+            most: Most entries, from the first.
+
+        Returns:
+            int64 [K] each: the numbers of those K among the entries, and their places in this rank's part.
+        """
+        key = index, shape
+        if key not in self._held:
+            spans = (*self.spans[index], (0, 2))[: len(shape)]
+            entries = torch.arange(0, math.prod(shape), stride)[:most]
+            inside, places = torch.ones_like(entries, dtype=torch.bool), torch.zeros_like(entries)
+            width, inner = 1, 1
+            for size, (begin, end) in zip(reversed(shape), reversed(spans), strict=True):
+                where = entries // width % max(size, 1)
+                inside &= (where >= begin) & (where < end)
+                places += (where - begin) * inner
+                width, inner = width * size, inner * (end - begin)
+            numbers, device = inside.nonzero().reshape(-1), self.shares.device
+            self._held[key] = numbers.to(device), places[numbers].to(device)
+        return self._held[key]
+
+    def check_agreement(self, names: Sequence[str]) -> None:
+        """Makes sure that all ranks have tensors of these names; one all-reduce.
+
+        Raises:
+            ValueError: On every rank, if some have others, as the stages of a pipeline do.
+        """
+        mine = zlib.crc32(repr((tuple(names), self.shapes)).encode())
+        extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+        highest, lowest = extremes.tolist()
+        if highest != -lowest:
+            raise ValueError(
+                "named_parameters must be the same on every rank, got different ones, as the stages of a pipeline "
+                "have; FSDP2 and tensor parallel can be judged, pipelines cannot"
+            )
+
+
+def is_spread(tensor: object) -> bool:
+    """Whether a tensor is distributed over ranks."""
+    return hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory; one that is not spread as it is."""
+    if not is_spread(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def align_gradients(parameters: Sequence[Tensor]) -> None:
+    """Spreads each gradient as its parameter is, which the optimizer would do otherwise.
+
+    Under tensor parallel the gradient of a replicated parameter may be a sum over ranks that is still to be taken.
+    """
+    for parameter in parameters:
+        gradient: Any = parameter.grad
+        if is_spread(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+            parameter.grad = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+
+
+def narrow(units: Tensor, tensor: Tensor) -> Tensor:
+    """Of numbers for each unit of a tensor, [] or [rows, 1, ...], those of the rows that this rank holds."""
+    if not is_spread(tensor) or units.numel() <= 1:
+        return units
+    begin, end = spans_of(tensor)[0]
+    return units[begin:end]
+
+
+def spans_of(tensor: Tensor) -> Spans:
+    """Which part of a tensor this rank holds.
+
+    Raises:
+        ValueError: If it is spread in a way that is not known.
+    """
+    spans = [(0, size) for size in tensor.shape]
+    if not is_spread(tensor):
+        return tuple(spans)
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    for axis, dim in _splits(tensor):
+        begin, end = spans[dim]
+        chunk = -(-(end - begin) // mesh.size(axis))  # as torch.chunk cuts
+        first = min(begin + chunk * mesh.get_local_rank(axis), end)
+        spans[dim] = first, min(first + chunk, end)
+    if [end - begin for begin, end in spans] != list(local(tensor).shape):
+        raise ValueError(
+            f"named_parameters must be sharded as FSDP2 and tensor parallel do, got {tensor.placements}"  # type: ignore[attr-defined]
+        )
+    return tuple(spans)
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def mean_over_ranks(numbers: Tensor) -> Tensor:
+    """Numbers averaged over all ranks, float32, so that all come to the same verdict; one all-reduce.
+
+    Every rank has to call it. Without a process group it is the numbers themselves.
+    """
+    if not _is_distributed():
+        return numbers
+    mean = numbers.detach().to(torch.float32).clone()
+    torch.distributed.all_reduce(mean)
+    return mean / torch.distributed.get_world_size()
+
+
+def largest_over_ranks(table: Sequence[Sequence[int]], device: torch.device) -> list[list[int]]:
+    """The largest of each number over all ranks, each of which has to call it; a table of one shape on all."""
+    largest = torch.tensor(table, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    rows: list[list[int]] = largest.tolist()
+    return rows
+
+
+def _refuse_hidden(tensor: Tensor) -> None:
+    """Raises ValueError for a parameter whose gradient lies elsewhere: of the first FSDP, or of DeepSpeed."""
+    if getattr(tensor, "_fsdp_flattened", False):
+        owner = "FullyShardedDataParallel, which flattens them"
+    elif hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
+        owner = "DeepSpeed, which keeps their gradients in buffers of its own"
+    else:
+        return
+    raise ValueError(
+        f"named_parameters must bear their own gradients, got those of {owner}; take fully_shard (FSDP2), in Lightning "
+        "ModelParallelStrategy"
+    )
+
+
+def _splits(tensor: Any) -> list[tuple[int, int]]:
+    """Pairs of mesh dimension and the tensor's dimension that is cut along it, in the order of the cuts."""
+    cuts = [(axis, p) for axis, p in enumerate(tensor.placements) if getattr(p, "dim", None) is not None]
+    # FSDP2 cuts what tensor parallel has left to it, although its mesh dimension comes first; torch calls it strided.
+    plain = [cut for cut in cuts if not hasattr(cut[1], "split_factor")]
+    strided = [cut for cut in reversed(cuts) if hasattr(cut[1], "split_factor")]
+    return [(axis, placement.dim) for axis, placement in (*plain, *strided)]
+
+
+def _share(tensor: Any) -> float:
+    """One over the number of ranks that hold the same elements."""
+    parts = (
+        math.prod(tensor.device_mesh.size(axis) for axis, _ in _splits(tensor)) if is_spread(tensor) else 1
+    )
+    return float(parts / torch.distributed.get_world_size())
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

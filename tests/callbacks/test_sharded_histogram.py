@@ -1,0 +1,93 @@
+"""Histograms of sharded gradients are those of the whole ones, under FSDP2 with two processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo"
+)
+
+SCRIPT = """
+import json, sys, warnings
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_gradguard import GradHistogram
+
+folder, devices = sys.argv[1], int(sys.argv[2])
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        # Of 7 rows one rank has 4; of 1 row it has all, and the other an empty part.
+        self.net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+
+    def configure_model(self):
+        if devices > 1:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+torch.manual_seed(1)
+data = TensorDataset(torch.randn(4, 5).repeat(2, 1))  # so that the mean over two ranks is that of one
+trainer = pl.Trainer(
+    accelerator="cpu", devices=devices, max_steps=1, use_distributed_sampler=False,
+    strategy=ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1) if devices > 1 else "auto",
+    logger=TensorBoardLogger(folder, name="", version=""), enable_progress_bar=False,
+    enable_model_summary=False, enable_checkpointing=False,
+    callbacks=[GradHistogram(every_n_steps=1, exponents=True), GradHistogram(every_n_steps=1, axis="value")],
+)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    trainer.fit(Net(), DataLoader(data, 4))
+said = [str(w.message) for w in caught if "GradHistogram" in str(w.message)]
+with open(f"{folder}/said{trainer.global_rank}.json", "w") as file:
+    json.dump(said, file)
+"""
+
+
+def train(folder, devices):
+    """Histograms and shares that rank 0 wrote, by tag, and what each rank said."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), str(devices)], capture_output=True, text=True, timeout=150
+    )
+    files = sorted(folder.glob("said*.json"))
+    assert len(files) == devices, done.stderr[-3000:]
+    seen = EventAccumulator(str(folder)).Reload()
+    tags = seen.Tags()
+    histograms = {
+        t: make_ndarray(seen.Tensors(t)[0].tensor_proto).tolist() for t in tags["tensors"] if "hist" in t
+    }
+    shares = {t: seen.Scalars(t)[0].value for t in tags["scalars"] if "exponents" in t}
+    return histograms, shares, [json.loads(file.read_text()) for file in files]
+
+
+@needs_gloo
+def test_two_ranks_count_what_one_does(tmp_path):
+    whole, shares, _ = train(tmp_path / "one", 1)
+    sharded, their_shares, said = train(tmp_path / "two", 2)
+    assert [sum(row[2] for row in sharded[tag]) for tag in sorted(sharded)] == [35, 7, 7, 1]
+    assert sharded == {tag: table for tag, table in whole.items() if "log10" in tag}
+    assert their_shares == pytest.approx(shares)
+    # One message, of one rank: the axis of values would differ from shard to shard.
+    assert said == [['GradHistogram(axis="value") leaves out sharded gradients; axis="log10" shows them'], []]
