@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OLDEST ?= build/oldest
 
-.PHONY: demo test lint bench browser clean help
+.PHONY: demo test test-oldest lint docs bench browser clean help
 
 help:
-	@echo "make demo     see the whole product work on real images, then open TensorBoard"
-	@echo "make test     run the tests"
-	@echo "make lint     ruff and mypy"
-	@echo "make browser  install a Chromium, without which the tests that open pages are skipped"
-	@echo "make bench    run the benchmarks and write their tables"
-	@echo "make clean    remove the environment and everything that was generated"
+	@echo "make demo         see the whole product work on real images, then open TensorBoard"
+	@echo "make test         run the tests"
+	@echo "make test-oldest  run them with the oldest versions of torch, Lightning and the rest that are allowed"
+	@echo "make lint         ruff and mypy"
+	@echo "make docs         build the documentation: build/docs/index.html"
+	@echo "make browser      install a Chromium, without which the tests that open pages are skipped"
+	@echo "make bench        run the benchmarks and write their tables"
+	@echo "make clean        remove the environments and everything that was generated"
 
 demo: $(STAMP)
 	$(BIN)/gradguard demo
@@ -20,10 +23,19 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# Old versions warn of much that is no concern of ours, which is then no error.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -W default
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Anything wrong in it, such as a link to nowhere, is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/docs/index.html."
 
 # Debian's package where it can be installed, else the build that Playwright brings.
 browser: $(STAMP)
@@ -44,4 +56,9 @@ clean:
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+$(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
 	touch $@

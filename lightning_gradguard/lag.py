@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_gradguard.signals.clipping import apply_
 from lightning_gradguard.signals.pipeline import Outcome
+from lightning_gradguard.signals.shards import local
 from lightning_gradguard.verdicts.faults import Fault, GradientWarning
 from lightning_gradguard.verdicts.policy import Policy
 
@@ -68,7 +69,7 @@ def defuse(outcome: Outcome, optimizer: torch.optim.Optimizer | None) -> None:
     for gradient in stats.gradients:
         if gradient is not None:
             # Multiplying by zero would keep a NaN.
-            values = gradient._values() if gradient.layout == torch.sparse_coo else gradient
+            values = gradient._values() if gradient.layout == torch.sparse_coo else local(gradient)
             values.masked_fill_(~stats.finite.to(values.device), 0.0)
 
 

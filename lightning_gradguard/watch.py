@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.doctor.anatomy import Anatomy, dissect
-from lightning_gradguard.naming import is_compiled, members, select
+from lightning_gradguard.doctor.anatomy import Anatomy
+from lightning_gradguard.naming import members, select
 from lightning_gradguard.signals.layout import Layout
-from lightning_gradguard.signals.samples import LOW_PRECISION, dead_shares, lost_shares, sample, update_ratios
-from lightning_gradguard.signals.stats import GradStats, mean_over_ranks, measure, weight_norms
-from lightning_gradguard.spy import TimeSpy, Usage
+from lightning_gradguard.signals.readout import read, whole_sample
+from lightning_gradguard.signals.samples import LOW_PRECISION, SAMPLES, update_ratios
+from lightning_gradguard.signals.stats import GradStats, stats_of, weight_norms
+from lightning_gradguard.spy import Usage
+from lightning_gradguard.walk import Walk
 
 #: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
 REFRESH = 8
 #: Share of its peak below which a learning rate is so low that small updates are meant.
 RESTING = 0.1
-#: Most walks over the autograd graph; a model whose parts come and go keeps its order after that.
-MAX_WALKS = 8
 
 #: What is saved of the tensors that are refreshed now and then: name in the state, attribute.
 _TENSORS = {
@@ -54,26 +54,22 @@ class Watch:
         usage: Usage | None = None,
     ) -> None:
         self.optimizer = optimizer
-        self._used: frozenset[int] | None = None
-        self._time_spy: TimeSpy | None = None
         self._peak_rate = 0.0
         self._fresh = self._sampled_last = False
-        self.anatomy: Anatomy | None = None
-        self._embeddings: frozenset[str] = frozenset()
         self._named = list(named_parameters)
-        self._usage = Usage(idle=is_compiled(self._named)) if usage is None else usage
-        self._patterns: set[tuple[bool, ...]] = set()
+        self._walk = Walk(self._named, usage)
         self._groups = members(self.optimizer)
         self.good = 0
         self.layout: Layout
         self.weights: Tensor
         self.updates: Tensor
         self._before: Tensor
-        self._cut: Tensor
-        self._unused: Tensor
-        self._ran: Tensor
-        self._recurrent: Tensor
         self._start(select(self._named, self.optimizer))
+
+    @property
+    def anatomy(self) -> Anatomy | None:
+        """What the newest walk over an autograd graph showed."""
+        return self._walk.anatomy
 
     def follow_groups(self) -> bool:
         """Reads the optimizer's parameter groups again; True if the watched tensors changed."""
@@ -101,69 +97,40 @@ class Watch:
             graph: Tensor whose autograd graph shows the order of the layers, or None.
             scaled: Whether a gradient scaler is in use.
         """
-        self.arrange(graph)
-        self._used = self._usage.close() if self._used is None else self._used
+        self.layout = self._walk.arrange(self.layout, graph)
+        asked, tilt = self._walk.take_time_tilt()
         fresh = self.good < REFRESH or self.good % REFRESH == 0
         updated = self._sampled_last
+        found = read(self.layout, loss, tilt, asked=asked, fresh=fresh, sampled=fresh or updated)
         if updated:
-            after = sample(self.layout)
-            ratios = update_ratios(self._before, after, self.layout)
+            ratios = update_ratios(self._before, _due(found.sample), self.layout)
             # No step was taken where there was no gradient: a part that is used now and then does not stand still.
             self.updates = torch.where(self._moved, ratios, self.updates)
         if fresh:
-            self.weights = weight_norms(self.layout)
-            self._before = after if updated else sample(self.layout)
-        stats = measure(
-            self.layout, self.weights, self.updates, None if loss is None else mean_over_ranks(loss)
-        )
-        if fresh:
-            self._dead = dead_shares(stats.gradients, self.layout)
-            self._lost = lost_shares(stats.gradients, self.layout)
-        tilt = self._time_spy.close() if self._time_spy is not None else None
-        self._time_spy = None
+            self.weights, self._before = _due(found.weights), _due(found.sample)
+            self._dead, self._lost = _due(found.dead), _due(found.lost)
+        stats = stats_of(self.layout, found.gradients, found.norms, self.weights, self.updates, found.loss)
         self._fresh = fresh
         self._moved: Tensor = stats.present
         return replace(
             stats,
+            **self._walk.marks._asdict(),
             dead=self._dead,
             lost=self._lost,
-            cut=self._cut,
-            unused=self._unused,
-            ran=self._ran,
             low_precision=scaled or any(p.dtype in LOW_PRECISION for p in self.layout.parameters),
-            time_tilt=stats.time_tilt if tilt is None else tilt.to(stats.total.device),
-            recurrent=self._recurrent,
+            time_tilt=stats.time_tilt if found.time_tilt is None else found.time_tilt.to(stats.total.device),
             sampled_steps=(1 if self.good <= REFRESH else REFRESH) if updated else 0,
             resting=self._is_resting(),
         )
 
     def ask_for_time(self) -> None:
         """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
-        recurrent = self.anatomy.recurrent if self.anatomy is not None else frozenset()
-        if recurrent and self._time_spy is None and self.good % REFRESH == 0:
-            parameters = zip(self.layout.names, self.layout.parameters, strict=True)
-            self._time_spy = TimeSpy(frozenset(id(p) for name, p in parameters if name in recurrent))
-
-    def arrange(self, graph: Tensor | None) -> None:
-        """Takes the order of the layers from an autograd graph, when tensors have gradients that had none before."""
-        pattern = tuple(p.grad is not None for p in self.layout.parameters)
-        known = pattern in self._patterns or len(self._patterns) >= MAX_WALKS
-        if known or graph is None or graph.grad_fn is None:
-            return
-        self._patterns.add(pattern)
-        parameters = dict(zip(self.layout.names, self.layout.parameters, strict=True))
-        self.anatomy = dissect(graph, parameters)
-        self._embeddings = self.anatomy.embeddings
-        self.layout = Layout.of(parameters, order=self.anatomy.order, embeddings=self._embeddings)
-        self._used = self._usage.close() if self._used is None else self._used
-        self._mark_paths(self.anatomy)
+        if self.good % REFRESH == 0:
+            self._walk.ask_for_time(self.layout)
 
     def close(self) -> None:
         """Takes away the hooks that are still there."""
-        self._usage.close()
-        if self._time_spy is not None:
-            self._time_spy.close()
-        self._time_spy = None
+        self._walk.close()
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
@@ -174,7 +141,7 @@ class Watch:
 
     def sample_now(self) -> None:
         """Takes a sample before a step that may be a wild one, so that the next step knows what it did."""
-        self._before, self._fresh = sample(self.layout), True
+        self._before, self._fresh = whole_sample(self.layout), True
 
     def settle(self, good: bool) -> None:
         """Counts a step that was good: bad ones do not move the schedule."""
@@ -192,7 +159,7 @@ class Watch:
         return {
             "names": list(self.layout.names),
             "order": list(self.layout.order),
-            "embeddings": sorted(self._embeddings),
+            "embeddings": sorted(self._walk.embeddings),
             "good": self.good,
             "sampled_last": self._sampled_last,
             "peak_rate": self._peak_rate,
@@ -213,11 +180,11 @@ class Watch:
                 f"differing: {', '.join(odd) or 'their order'}; start the guard afresh for another model"
             )
         device = self.layout.numel.device
-        self._embeddings = frozenset(state["embeddings"])
+        self._walk.embeddings = frozenset(state["embeddings"])
         self.layout = Layout.of(
             dict(zip(mine, self.layout.parameters, strict=True)),
             order=state["order"],
-            embeddings=self._embeddings,
+            embeddings=self._walk.embeddings,
         )
         self.good, self._sampled_last = state["good"], state["sampled_last"]
         self._peak_rate = state["peak_rate"]
@@ -226,29 +193,16 @@ class Watch:
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
         """Begins to watch these tensors, of which nothing is known yet."""
-        self._embeddings = frozenset()
-        self._patterns.clear()
         self.good, self._fresh, self._sampled_last = 0, False, False
         self.layout = Layout.of(parameters)
+        if self.layout.shards is not None:
+            self.layout.shards.check_agreement(self.layout.names)
+        self._walk.start(self.layout)
         self.weights = self.initial_weights = weight_norms(self.layout)
         self.updates = torch.full_like(self.weights, torch.nan)
-        self._before = sample(self.layout)
+        self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
         self._dead = self._lost = torch.zeros_like(self.weights)
-        self._cut = self._unused = self._ran = self._recurrent = self.weights < 0
-        self._moved = self._cut
-
-    def _mark_paths(self, anatomy: Anatomy) -> None:
-        """Marks trainable tensors without a path from the loss: those that took part in the pass, and the others."""
-        pairs = list(zip(self.layout.names, self.layout.parameters, strict=True))
-        lost = [name in anatomy.missing and p.requires_grad and bool(self._used) for name, p in pairs]
-        ran = [id(p) in (self._used or ()) for _, p in pairs]
-        device = self.layout.numel.device
-        self._ran = torch.tensor(
-            [a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)], device=device
-        )
-        self._recurrent = torch.tensor([name in anatomy.recurrent for name, _ in pairs], device=device)
-        self._cut = torch.tensor([a and b for a, b in zip(lost, ran, strict=True)], device=device)
-        self._unused = torch.tensor([a and not b for a, b in zip(lost, ran, strict=True)], device=device)
+        self._moved = self.weights < 0
 
     def _is_resting(self) -> bool:
         """Whether the learning rate is far below its peak. One that lies on the device is not asked."""
@@ -257,3 +211,8 @@ class Watch:
         rate = max(rates, default=0.0)
         self._peak_rate = max(self._peak_rate, rate)
         return bool(rates) and rate < RESTING * self._peak_rate
+
+
+def _due(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

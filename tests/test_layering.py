@@ -13,13 +13,18 @@ NAME = "lightning_gradguard"
 STDLIB = frozenset(sys.stdlib_module_names)
 
 _READINGS = {"torch", "signals.stats", "signals.trends", "signals.reading", "verdicts.faults"}
-_CLIPPING = {"torch", "signals.stats", "signals.clipping"}
+_CLIPPING = {"torch", "signals.stats", "signals.clipping", "signals.shards"}
 
 #: Room to what it may import beyond the standard library. A folder's name covers its files.
 ROOMS = {
     "_version": set(),
-    "signals.layout": {"torch"},
-    "signals.stats": {"torch", "signals.layout"},
+    "signals.shards": {"torch"},
+    "signals.layout": {"torch", "signals.shards"},
+    "signals.stats": {"torch", "signals.layout", "signals.shards"},
+    "signals.readout": {
+        "torch", "signals.layout", "signals.samples", "signals.shards", "signals.spread_samples", "signals.stats",
+    },
+    "signals.spread_samples": {"torch", "signals.layout", "signals.samples", "signals.shards", "signals.stats"},
     "signals.samples": {"torch", "signals.layout", "signals.stats"},
     "signals.trends": {"torch", "signals.layout", "signals.stats"},
     "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
@@ -27,7 +32,7 @@ ROOMS = {
     "signals.starvation_detectors": _READINGS,
     "signals.tilt_detectors": _READINGS,
     "signals.update_detectors": _READINGS,
-    "signals.clipping": {"torch", "signals.stats"},
+    "signals.clipping": {"torch", "signals.stats", "signals.shards"},
     "signals.clippers": _CLIPPING,
     "signals.adaptive_clippers": _CLIPPING,
     "signals.spike_clip": _CLIPPING,
@@ -49,8 +54,10 @@ ROOMS = {
     "letter": {"torch", "signals", "verdicts"},
     "lag": {"torch", "signals", "verdicts"},
     "spy": {"torch"},
+    "walk": {"torch", "signals.layout", "signals.shards", "doctor.anatomy", "naming", "spy", "whole"},
+    "whole": {"torch"},
     "naming": {"torch"},
-    "watch": {"torch", "signals.layout", "signals.stats", "signals.samples", "doctor.anatomy", "spy", "naming"},
+    "watch": {"torch", "signals", "doctor.anatomy", "spy", "naming", "walk"},
     "history": {"numpy", "verdicts"},
     "facts": {"torch", "numpy", "signals.stats", "verdicts", "doctor", "watch", "mailbox", "history", "parts"},
     "recorder": {"torch", "numpy", "rich", "recorder", "doctor", "verdicts", "naming"},

@@ -41,7 +41,8 @@ class Buffers:
     def heal(self) -> None:
         """Puts the newest finite value where there is none; nothing is read from the device."""
         for own, kept in self._groups:
-            for buffer, before in zip(own, kept.split([b.numel() for b in own]), strict=True):
+            parts = torch.split(kept, [b.numel() for b in own])
+            for buffer, before in zip(own, parts, strict=True):
                 buffer.copy_(torch.where(torch.isfinite(buffer), buffer, before.view_as(buffer)))
 
 

@@ -186,7 +186,9 @@ class GradGuard(Callback):
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
-        if self._recovery.has_ended(optimizer) or not any(group["params"] for group in optimizer.param_groups):
+        if self._recovery.has_ended(optimizer) or not any(
+            group["params"] for group in optimizer.param_groups
+        ):
             return  # the latter is Lightning's stand-in where configure_optimizers returns nothing
         index = optimizer_index(trainer, optimizer)
         guard = self._guards.of(trainer, pl_module, optimizer, index, self._usage)

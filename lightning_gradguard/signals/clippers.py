@@ -22,6 +22,7 @@ from lightning_gradguard.signals.clipping import (
     included_tensors,
 )
 from lightning_gradguard.signals.clipping import apply_ as apply_
+from lightning_gradguard.signals.shards import local
 from lightning_gradguard.signals.stats import GradStats, unit_norms
 
 
@@ -66,7 +67,8 @@ class AGC:
     """Adaptive gradient clipping: limits each output unit's gradient to a share of that unit's weight norm.
 
     ‖G_i‖ <= clip_factor · max(‖W_i‖, eps) for unit i, a row of a matrix or a filter of a convolution; a
-    vector or scalar is one unit. The floor ``eps`` lets a zero-initialised layer move.
+    vector or scalar is one unit. The floor ``eps`` lets a zero-initialised layer move. Of sharded tensors the norms
+    of all units are put together in an all-reduce of their own.
 
     Args:
         clip_factor: Largest ratio ‖G_i‖ / ‖W_i‖, dimensionless. Default 0.01, the paper's.
@@ -97,17 +99,14 @@ class AGC:
         """Compares each unit's gradient with its weight as it is now."""
         device = stats.norms.device
         included = included_names(stats.layout.names, self.exclude)
+        gradients = {i: g for i, g in enumerate(stats.gradients) if g is not None and included[i]}
+        units = _norms_of_units(stats, gradients)
         multipliers, norms, limits = [], [], []
-        for index, (gradient, weight) in enumerate(
-            zip(stats.gradients, stats.layout.parameters, strict=True)
-        ):
+        for index, norm in enumerate(stats.norms.unbind()):
             multiplier = torch.ones((), device=device)
-            norm = stats.norms[index]
             limit = finite_or_zero(norm)
-            if gradient is not None and included[index]:
-                multiplier, clipped, limit = self._clip_units(
-                    _unit_norms(gradient), _unit_norms(weight.detach())
-                )
+            if index in units:
+                multiplier, clipped, limit = self._clip_units(*units[index])
                 # An unclipped norm keeps its bits, so that "clipped or not" is an exact question.
                 norm = torch.where((multiplier < 1).any().to(device), clipped.to(device), norm)
             multipliers.append(multiplier)
@@ -123,6 +122,17 @@ class AGC:
         multiplier = torch.where(over, limit / torch.clamp(gradient, min=1e-6), 1.0).to(torch.float32)
         norm = torch.linalg.vector_norm(gradient * multiplier)
         return multiplier, norm.to(torch.float32), torch.linalg.vector_norm(limit).to(torch.float32)
+
+
+def _norms_of_units(stats: GradStats, gradients: dict[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Norms of the units of gradients and of their weights, by index; of all units, whichever rank holds them."""
+    weights = {i: stats.layout.parameters[i] for i in gradients}
+    shards = stats.layout.shards
+    if shards is None:
+        return {i: (_unit_norms(g), _unit_norms(weights[i].detach())) for i, g in gradients.items()}
+    parts = [_unit_norms(local(t).detach()) for t in (*gradients.values(), *weights.values())]
+    norms = shards.unit_norms([*gradients, *weights], parts)
+    return dict(zip(gradients, zip(norms, norms[len(gradients) :], strict=False), strict=True))
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_gradguard.signals.shards import is_spread, local, narrow
 from lightning_gradguard.signals.stats import GradStats
 
 
@@ -65,7 +66,7 @@ def apply_(gradients: Sequence[Tensor | None], multipliers: Tensor | Sequence[Te
     """Scales gradients in place.
 
     Args:
-        gradients: P gradients, dense or sparse, floating or complex, on any device; None is passed over.
+        gradients: P gradients, dense, sparse or sharded, floating or complex, on any device; None is passed over.
         multipliers: `Clip.multipliers` for the same tensors.
     """
     rows: dict[torch.device, Sequence[Tensor]] = {}
@@ -186,6 +187,8 @@ def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Seq
 def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     """The dense tensor to write, and the multiplier in the shape that gives the exact product."""
     target = gradient
+    if is_spread(gradient):
+        target, multiplier = local(gradient), narrow(multiplier, gradient)
     if gradient.layout == torch.sparse_coo:
         target = gradient._values()
         if multiplier.numel() > 1:

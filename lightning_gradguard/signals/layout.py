@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_gradguard.signals.shards import Shards
+
 #: Most pairs of layers that a slope over depth is taken from.
 MAX_PAIRS = 4096
 
@@ -28,8 +30,11 @@ class Layout:
         pairs: Indices [2, K] into ``layers``, upper one first: all pairs, or 4,096 of them.
         numel: float32 [P], number of elements.
         is_layer: Bool [P], the same as a mask.
+        views: What `samples` looks at of the parameters, as long as their memory stays where it is.
         floors: float32 [P], smallest weight norm that counts as such: a tenth of what a usual
             initialisation gives, so that a zero-initialised tensor has a finite gradient-to-weight ratio.
+        shards: How the tensors are spread over ranks; None where each rank holds all of them. What is said of
+            shapes and elements here is of the whole tensors.
     """
 
     names: tuple[str, ...]
@@ -42,8 +47,13 @@ class Layout:
     numel: Tensor
     is_layer: Tensor
     floors: Tensor
+    shards: Shards | None = None
     _constants: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _presence: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    views: dict[int, tuple[tuple[int, ...], list[Tensor], Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -78,6 +88,7 @@ class Layout:
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device),
             is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
             floors=torch.tensor(floors, device=device),
+            shards=Shards.of(tensors),
         )
 
     def constant(self, value: float) -> Tensor:
@@ -85,6 +96,14 @@ class Layout:
         if value not in self._constants:
             self._constants[value] = torch.tensor(float(value), device=self.numel.device)
         return self._constants[value]
+
+    def indices(self, chosen: tuple[int, ...]) -> Tensor:
+        """Indices as a tensor on the device; made once for each choice, of which there are few."""
+        if chosen not in self._indices:
+            if len(self._indices) >= 16:
+                self._indices.clear()
+            self._indices[chosen] = torch.tensor(chosen, dtype=torch.long, device=self.numel.device)
+        return self._indices[chosen]
 
     def presence(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Bool [P], where there is a gradient; built once for each pattern, of which there are few."""
@@ -108,4 +127,4 @@ def _pairs(count: int) -> Tensor:
 
 
 def _fan_in(parameter: Tensor) -> int:
-    return parameter[0].numel() if parameter.ndim >= 2 and len(parameter) else 1
+    return math.prod(parameter.shape[1:]) if parameter.ndim >= 2 and len(parameter) else 1

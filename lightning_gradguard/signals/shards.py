@@ -51,13 +51,13 @@ class Shards:
         spread = next((t for t in tensors if is_spread(t)), None)
         if spread is None:
             return None
-        mesh: Any = spread.device_mesh  # type: ignore[attr-defined]
+        here, kind = tensors[0].device, spread.device_mesh.device_type  # type: ignore[attr-defined]
         shares = [_share(tensor) for tensor in tensors]
         return cls(
             shapes=tuple(tensor.shape for tensor in tensors),
             spans=tuple(spans_of(tensor) for tensor in tensors),
-            shares=torch.tensor(shares, dtype=torch.float64, device=tensors[0].device),
-            device=torch.device(mesh.device_type),
+            shares=torch.tensor(shares, dtype=torch.float64, device=here),
+            device=here if here.type == kind else torch.device(kind),
         )
 
     def add_up(self, parts: Sequence[Tensor]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.shards import align_gradients, local
 
 if TYPE_CHECKING:
     from lightning_gradguard.signals.trends import Trends
@@ -72,14 +74,27 @@ class GradStats:
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
     """Measures the gradients that lie on the parameters now, with one read of each.
 
+    Where they are spread over ranks, every rank has to call it.
+
     Args:
         layout: The watched tensors.
         weights: float32 [P] weight norms, from `weight_norms`.
         updates: float32 [P] applied update ratios.
         loss: Scalar loss of this step, or None.
     """
-    gradients = tuple(p.grad for p in layout.parameters)
-    norms = _norms(gradients, layout.numel.device)
+    gradients = gradients_of(layout)
+    return stats_of(layout, gradients, _whole_norms(gradients, layout), weights, updates, loss)
+
+
+def stats_of(
+    layout: Layout,
+    gradients: tuple[Tensor | None, ...],
+    norms: Tensor,
+    weights: Tensor,
+    updates: Tensor,
+    loss: Tensor | None,
+) -> GradStats:
+    """What follows from the norms of gradients, float32 [P]; the other arguments as in `measure`."""
     total = torch.linalg.vector_norm(norms)
     # Its square must be finite too, or an optimizer's second moment is not; false for NaN.
     finite = total < _LARGEST
@@ -109,21 +124,21 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
     )
 
 
-def mean_over_ranks(loss: Tensor) -> Tensor:
-    """The loss averaged over all ranks, so that all come to the same verdict; one scalar all-reduce.
-
-    Every rank has to call it. Without a process group it is the loss itself.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return loss
-    mean = loss.detach().to(torch.float32).clone()
-    torch.distributed.all_reduce(mean)
-    return mean / torch.distributed.get_world_size()
+def gradients_of(layout: Layout) -> tuple[Tensor | None, ...]:
+    """The gradients as they lie on the parameters now, each spread over ranks as its parameter is."""
+    if layout.shards is not None:
+        align_gradients(layout.parameters)
+    return tuple(p.grad for p in layout.parameters)
 
 
 def weight_norms(layout: Layout) -> Tensor:
-    """L2 norm of each parameter, float32 [P]: one read of the weights, so refreshed only every few steps."""
-    return _norms(tuple(p.detach() for p in layout.parameters), layout.numel.device)
+    """L2 norm of each parameter, float32 [P]: one read of the weights, so refreshed only every few steps.
+
+    Where they are spread over ranks, every rank has to call it.
+    """
+    if layout.shards is not None:
+        return _whole_norms(layout.parameters, layout)
+    return local_norms([p.detach() for p in layout.parameters], layout)
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
@@ -141,8 +156,14 @@ def unit_norms(tensor: Tensor) -> Tensor:
     return norms
 
 
-def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
-    """L2 norm of each tensor in float32, 0 for None, on ``device``: one foreach call per device and kind of dtype."""
+def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
+    """L2 norm of what this rank holds of each tensor, float32 [P], 0 for None.
+
+    One foreach call for each device and kind of dtype.
+    """
+    device = layout.numel.device
+    if layout.shards is not None:
+        tensors = [None if t is None else local(t).detach() for t in tensors]
     buckets: dict[tuple[torch.device, bool], list[int]] = {}
     plain = [None if t is None else real(dense(t)) for t in tensors]
     for index, tensor in enumerate(plain):
@@ -164,6 +185,25 @@ def _norms(tensors: tuple[Tensor | None, ...], device: torch.device) -> Tensor:
     if where == list(range(len(tensors))):
         return joined
     return torch.zeros(len(tensors), device=device).index_copy_(0, torch.tensor(where, device=device), joined)
+
+
+def _whole_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
+    """L2 norm of each tensor, float32 [P]; where they are spread, every rank has to call it."""
+    norms = local_norms(tensors, layout)
+    if layout.shards is None:
+        return norms
+    return layout.shards.add_up([layout.shards.squares(norms)])[0].sqrt().to(torch.float32)
+
+
+def weight_means(layout: Layout) -> Tensor:
+    """Mean of each parameter's elements, float32 [P]; where they are spread over ranks, every rank has to call it."""
+    parts = [
+        real(local(p).detach()).sum(dtype=torch.float32) / (1 + p.is_complex()) for p in layout.parameters
+    ]
+    sums = torch.stack([part.to(layout.numel.device) for part in parts])
+    if layout.shards is not None:
+        sums = layout.shards.add_up([sums * layout.shards.shares])[0].to(torch.float32)
+    return sums / layout.numel
 
 
 def dense(tensor: Tensor) -> Tensor:

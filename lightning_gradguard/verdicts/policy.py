@@ -65,7 +65,12 @@ class Policy:
         plain = {Fault(fault).value: self.respond[fault] for fault in sorted(self.respond, key=str)}
         object.__setattr__(self, "respond", plain)
         _one_of("stop", self.stop, list(get_args(Stop)))
-        for name, least in (("patience", 0), ("max_consecutive_skips", 0), ("snapshot_every", 1), ("max_rollbacks", 0)):
+        for name, least in (
+            ("patience", 0),
+            ("max_consecutive_skips", 0),
+            ("snapshot_every", 1),
+            ("max_rollbacks", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")

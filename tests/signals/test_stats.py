@@ -12,6 +12,7 @@ from lightning_gradguard.signals.stats import (
     Layout,
     measure,
     unit_norms,
+    weight_means,
     weight_norms,
 )
 
@@ -126,3 +127,15 @@ def test_unit_norms_are_per_output_row():
     )
     assert unit_norms(torch.full((4,), 2.0)).item() == pytest.approx(4.0)
     assert unit_norms(torch.tensor(-3.0)).item() == pytest.approx(3.0)
+
+
+def test_means_are_torchs_means():
+    parameters = {
+        "half": nn.Parameter(torch.randn(40).half()),
+        "complex": nn.Parameter(torch.tensor([1 + 3j, 3 + 5j])),
+        "empty": nn.Parameter(torch.ones(0)),
+    }
+    half, pairs, empty = weight_means(Layout.of(parameters)).tolist()
+    assert half == pytest.approx(parameters["half"].float().mean().item(), rel=1e-5)
+    assert pairs == pytest.approx(3.0)
+    assert math.isnan(empty)

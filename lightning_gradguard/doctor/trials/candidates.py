@@ -71,7 +71,7 @@ def find_candidates(
     if Cause.MOMENTUM in causes:
         found.append(Candidate(training.momentum(case)[0], Change(momentum=USUAL_MOMENTUM)))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
-        # Where the gradient is large for another reason, that is what is to be mended, and the rate is not to follow it.
+        # Where the gradient is large for another reason, that is to be mended, and the rate is not to follow it.
         found += _lower_rate(case, profile if causes[0] == Cause.LEARNING_RATE_TOO_HIGH else ())
     found += _layers(case, plan)
     others = [*data, *(_recurrent(module) if has_recurrence(module) else ())]

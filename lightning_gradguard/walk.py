@@ -1,0 +1,145 @@
+"""What the model's passes show of the watched tensors: their order, which have a path from the loss, which recur."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.doctor.anatomy import Anatomy, dissect
+from lightning_gradguard.naming import is_compiled
+from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.shards import largest_over_ranks, world_size
+from lightning_gradguard.spy import TimeSpy, Usage
+from lightning_gradguard.whole import WholeParameters
+
+#: Most walks over the autograd graph; a model whose parts come and go keeps its order after that.
+MAX_WALKS = 8
+#: Steps for which a pass is waited for that shows the whole parameters; a module compiled in place shows none.
+MAX_WAIT = 3
+
+
+class Marks(NamedTuple):
+    """What is known of each tensor's path from the loss, bool [P] each; see `GradStats`."""
+
+    cut: Tensor
+    unused: Tensor
+    ran: Tensor
+    recurrent: Tensor
+
+
+class Walk:
+    """Follows the passes of a model; where there are several ranks, all of them know the same.
+
+    Args:
+        named: Pairs of name and parameter.
+        usage: What has been seen of the first forward passes; looked at from now on when None.
+
+    Attributes:
+        anatomy: What the newest walk over an autograd graph showed, or None.
+        embeddings: Names of look-up tables.
+        marks: What is known of the tensors of the newest `start`.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]], usage: Usage | None) -> None:
+        self.anatomy: Anatomy | None = None
+        self.embeddings: frozenset[str] = frozenset()
+        self.marks: Marks
+        self._compiled = is_compiled(named)
+        self._usage = Usage(idle=self._compiled) if usage is None else usage
+        self._used: frozenset[int] | None = None
+        self._unseen: WholeParameters | None = None
+        self._waited = 0
+        self._whole: dict[int, Tensor] = {}
+        self._patterns: set[tuple[bool, ...]] = set()
+        self._time_spy: TimeSpy | None = None
+
+    def start(self, layout: Layout) -> None:
+        """Begins with tensors of which nothing is known yet."""
+        self.embeddings = frozenset()
+        self._patterns.clear()
+        nothing = torch.zeros_like(layout.is_layer)
+        self.marks = Marks(nothing, nothing, nothing, nothing)
+        if layout.shards is not None and self._unseen is None:
+            self._unseen, self._waited = WholeParameters(idle=self._compiled), 0
+
+    def arrange(self, layout: Layout, graph: Tensor | None) -> Layout:
+        """The layout in the order that an autograd graph shows, when tensors have gradients that had none before.
+
+        In a distributed program every rank has to call it, with a graph or all without one.
+        """
+        self._used = self._usage.close() if self._used is None else self._used
+        pattern = tuple(p.grad is not None for p in layout.parameters)
+        known = pattern in self._patterns or len(self._patterns) >= MAX_WALKS
+        if known or graph is None or graph.grad_fn is None or not self._knows_whole_parameters():
+            return layout
+        self._patterns.add(pattern)
+        pairs = list(zip(layout.names, layout.parameters, strict=True))
+        anatomy = dissect(graph, {name: self._whole.get(id(p), p) for name, p in pairs})
+        self.anatomy, ran = _agree(anatomy, [id(p) in self._used for _, p in pairs], layout)
+        self.embeddings = self.anatomy.embeddings
+        self.marks = _marks(self.anatomy, ran, layout)
+        return Layout.of(dict(pairs), order=self.anatomy.order, embeddings=self.embeddings)
+
+    def ask_for_time(self, layout: Layout) -> None:
+        """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
+        recurrent = self.anatomy.recurrent if self.anatomy is not None else frozenset()
+        if recurrent and self._time_spy is None:
+            own = [p for n, p in zip(layout.names, layout.parameters, strict=True) if n in recurrent]
+            self._time_spy = TimeSpy(frozenset(id(q) for p in own for q in (p, self._whole.get(id(p), p))))
+
+    def take_time_tilt(self) -> tuple[bool, Tensor | None]:
+        """Whether the pass was looked at, and what was seen of it."""
+        spy, self._time_spy = self._time_spy, None
+        return spy is not None, None if spy is None else spy.close()
+
+    def close(self) -> None:
+        """Takes away the hooks that are still there."""
+        self._usage.close()
+        self.take_time_tilt()
+        if self._unseen is not None:
+            self._unseen.close()
+
+    def _knows_whole_parameters(self) -> bool:
+        """Whether the leaves of the graph are known; of sharded parameters after a pass that was looked at."""
+        self._waited += self._unseen is not None
+        if self._unseen is not None and (self._unseen.seen or self._waited == MAX_WAIT):
+            self._whole, self._unseen = self._unseen.close(), None
+            self._used = (self._used or frozenset()) | self._whole.keys()
+        return self._unseen is None
+
+
+def _agree(anatomy: Anatomy, ran: list[bool], layout: Layout) -> tuple[Anatomy, list[bool]]:
+    """What holds on all ranks, whose graphs may differ: the order of the first, and what any of them saw."""
+    if world_size() == 1:
+        return anatomy, ran
+    names = layout.names
+    groups = (frozenset(names) - anatomy.missing, anatomy.embeddings, anatomy.recurrent)
+    order = anatomy.order if torch.distributed.get_rank() == 0 else [0] * len(names)
+    table = [order, ran, *([name in group for name in names] for group in groups)]
+    device = layout.numel.device if layout.shards is None else layout.shards.device
+    order, seen, *flags = largest_over_ranks(table, device)
+    found, embeddings, recurrent = (frozenset(compress(names, row)) for row in flags)
+    missing = frozenset(names) - found
+    agreed = replace(anatomy, order=tuple(order), missing=missing, embeddings=embeddings, recurrent=recurrent)
+    return agreed, [bool(flag) for flag in seen]
+
+
+def _marks(anatomy: Anatomy, ran: list[bool], layout: Layout) -> Marks:
+    """Marks trainable tensors without a path from the loss: those that took part in the pass, and the others."""
+    pairs = list(zip(layout.names, layout.parameters, strict=True))
+    lost = [name in anatomy.missing and p.requires_grad and any(ran) for name, p in pairs]
+
+    def mark(flags: Sequence[bool]) -> Tensor:
+        return torch.tensor(flags, device=layout.numel.device)
+
+    return Marks(
+        cut=mark([a and b for a, b in zip(lost, ran, strict=True)]),
+        unused=mark([a and not b for a, b in zip(lost, ran, strict=True)]),
+        ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
+        recurrent=mark([name in anatomy.recurrent for name, _ in pairs]),
+    )
