@@ -1,9 +1,15 @@
 """The examples run, and do what they say."""
 
+import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lightning_gradguard import Recurrence, SpikeClip
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [
@@ -29,13 +35,100 @@ def test_digits():
     assert list(Path("runs/digits").rglob("events.*"))
 
 
+def test_language_model():
+    loss, guard = load("language_model").main(steps=120)
+    assert guard.summary == {"judged": 120, "clipped": 2, "skipped": 0, "nonfinite": 0}
+    assert loss < 3.3
+
+
+def test_gan():
+    _, guard = load("gan").main(epochs=1)
+    assert guard.summary["judged"] == 2 * 64
+    assert list(Path("runs/gan").rglob("events.*"))
+    # Each optimizer's state is kept by itself.
+    assert {"0", "1"} <= set(guard.state_dict())
+
+
+def test_fine_tuning():
+    judged, guard = load("fine_tuning").main(epochs=2)
+    assert judged[0] == ["head.weight", "head.bias"]
+    assert [name for name in judged[1] if name.startswith("body.")] == [
+        "body.0.weight", "body.0.bias", "body.2.weight", "body.2.bias",
+    ]  # fmt: skip
+    assert guard.findings == ()
+
+
+def test_distributed():
+    path = EXAMPLES / "distributed.py"
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=150)
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert said == [f"process {rank}: step [7] left out of 20" for rank in (0, 1)], done.stderr[-3000:]
+
+
+def test_fabric_loop():
+    _, guard = load("fabric_loop").main(epochs=2)
+    assert guard.counts == {"judged": 64, "clipped": 0, "skipped": 2, "nonfinite": 2}
+    assert next(iter(guard.report.norms)) == "0.weight"
+    assert torch.load("fabric.ckpt", weights_only=True)["guard"]
+
+
+def test_flight_recorder(capsys):
+    answer = load("flight_recorder").main()
+    assert (answer.verdict, answer.step, answer.rows) == (Recurrence.DATA_DEPENDENT, 10, (5,))
+    assert "Row 5 of batch 10 brings it" in capsys.readouterr().out
+
+
+def test_cli(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+    short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "5"]
+    cli = load("cli").main(["fit", "--config", str(EXAMPLES / "config.yaml"), *short])
+    guard = next(c for c in cli.trainer.callbacks if type(c).__name__ == "GradGuard")
+    assert guard.clipper == SpikeClip(exclude=("*.bias",))
+    assert guard.policy.stop == "graceful"
+    assert guard.summary["judged"] == 5
+
+
 def test_own_detector():
     (finding,) = load("own_detector").main()
     assert finding.detector == "Lopsided"
     assert finding.parameters[0] == "0.weight"
 
 
+def test_own_clipper(capsys):
+    guard = load("own_clipper").main()
+    assert 0 < guard.counts["clipped"] < 100
+    assert guard.report.clipped_norm <= guard.report.threshold
+
+
+def test_own_logger():
+    lines = load("own_logger").main()
+    assert len(lines) == 5
+    assert lines[0].startswith("step 9: gradguard/depth_tilt_decades is ")
+
+
+def test_own_policy(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    assert load("own_policy").main() is None
+    monkeypatch.setenv("CI", "1")
+    assert load("own_policy").main() == "nonfinite"
+
+
+def test_hugging_face():
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed, and is needed by this example alone"
+    )
+    guard = load("hugging_face").main()
+    assert guard.counts["skipped"] == 2
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_example_is_short_and_tested(path):
     assert len(path.read_text().splitlines()) < 80
     assert f"def test_{path.stem}(" in Path(__file__).read_text()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("own_*.py")), ids=lambda path: path.stem)
+def test_what_is_ones_own_takes_under_twenty_lines(path):
+    own = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+    assert own.end_lineno - own.lineno < 20

@@ -1,0 +1,121 @@
+"""A run that is interrupted and goes on in another process judges, clips, skips and halts as the uninterrupted one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_gradguard import GradGuard
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # the script is imported, too
+from resume_script import CASES, LATE, file_of, train  # noqa: E402
+
+quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+#: What is to be equal in the end.
+EVERYTHING = ("halted", "stop_reason", "findings", "reports", "summary", "state", "weights", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each case as trained whole, and as resumed in a process of its own from what the whole run left on its way."""
+    folder = tmp_path_factory.mktemp("resume")
+    names = [*CASES, *LATE]
+    torch.set_num_threads(1)
+    whole = {name: train(name, folder, resumed=False) for name in names}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "resume_script.py"), str(folder), *names],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = {name: torch.load(file_of(folder, name).with_suffix(".pt")) for name in names}
+    return whole, resumed, folder
+
+
+def compare(runs, name, what=EVERYTHING):
+    """Asserts that two runs are equal in everything after the checkpoint; returns the whole run."""
+    whole, resumed = dict(runs[0][name]), dict(runs[1][name])
+    whole["findings"] = whole["findings"][whole["known"] :]
+    for run in (whole, resumed):
+        run["reports"] = [report for report in run["reports"] if report[0] > whole["saved"]]
+    for key in what:
+        if key in ("weights", "optimizer"):
+            torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=0)
+        else:
+            assert resumed[key] == whole[key], key
+    return whole
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one(runs, name):
+    # Which of the experts ran first is known of the pass after the checkpoint; it decides nothing.
+    whole = compare(runs, name, [key for key in EVERYTHING if (name, key) != ("experts", "state")])
+    # Something is judged before the checkpoint, and something after it.
+    assert whole["known"] > 0
+    assert whole["findings"] or name == "experts"
+
+
+@pytest.mark.parametrize("name", [name for name in LATE if "halt" not in name])
+def test_judged_late_the_weights_are_those_of_the_uninterrupted_run(runs, name):
+    compare(runs, name, ("weights", "optimizer"))
+
+
+@pytest.mark.parametrize("name", ["DepthTilt", "DeadUnits", "Stalled", "UpdateRatio", "Disconnected"])
+def test_an_episode_that_was_under_way_becomes_critical_when_it_would_have(runs, name):
+    before, after = runs[0][name]["findings"][0], runs[1][name]["findings"]
+    assert "WARNING" in before
+    assert [finding.count("CRITICAL") for finding in after] == [1]
+
+
+def test_skips_in_a_row_are_counted_on(runs):
+    # Steps 30 and 31 before the checkpoint, 32 after it, and 33 is one too many.
+    assert runs[1]["halt"]["halted"] == runs[0]["halt"]["halted"] == 33
+
+
+def test_rollbacks_are_counted_on(runs):
+    assert runs[1]["rollback"]["summary"]["rollbacks"] == runs[0]["rollback"]["summary"]["rollbacks"] == 2
+
+
+def spoil(folder, name, change):
+    """Another checkpoint, in which the state of the guard is changed; its folder."""
+    state = torch.load(file_of(folder, name), weights_only=True)
+    (key,) = [key for key in state["callbacks"] if key.startswith("GradGuard")]
+    change(state["callbacks"][key])
+    other = folder / "spoilt"
+    other.mkdir(exist_ok=True)
+    torch.save(state, file_of(other, name))
+    return other
+
+
+def older(state):
+    state["0"] = {"version": 1, "mean": torch.ones(3)}
+
+
+def of_another_model(state):
+    state["0"]["watch"]["names"][0] = "encoder.weight"
+
+
+@pytest.mark.parametrize("change", [older, of_another_model])
+def test_a_state_that_does_not_fit_is_said_and_nothing_else_is_harmed(runs, change, monkeypatch):
+    whole, _, folder = runs
+    said = []
+    monkeypatch.setattr("lightning_gradguard.callbacks.guards.warn", lambda _, message: said.append(message))
+    again = train("DepthTilt", spoil(folder, "DepthTilt", change), resumed=True)
+    assert len(said) == 1
+    assert said[0].startswith("GradGuard starts afresh, since the checkpoint does not fit: state must be of")
+    # Nothing is clipped or skipped in this case, so that the training is the same.
+    for key in ("weights", "optimizer"):
+        torch.testing.assert_close(again[key], whole["DepthTilt"][key], rtol=0, atol=0)
+    # Afresh: only the steps since are counted.
+    assert again["summary"]["judged"] == 70 - whole["DepthTilt"]["saved"]
+
+
+@quiet
+def test_a_guard_of_another_configuration_leaves_the_state_alone(runs):
+    whole, _, folder = runs
+    again = train("DepthTilt", folder, resumed=True, guard=GradGuard(detectors=[]))
+    torch.testing.assert_close(again["weights"], whole["DepthTilt"]["weights"], rtol=0, atol=0)
+    assert again["summary"]["judged"] == 70 - whole["DepthTilt"]["saved"]
