@@ -110,7 +110,9 @@ def histograms(page: Page, address: str, target: Path) -> None:
 def diagnosis(page: Page, address: str, target: Path) -> None:
     """The page that the demo's first act leaves, down to the remedies' pictures."""
     page.goto(address)
-    page.screenshot(path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1540}, full_page=True)
+    page.screenshot(
+        path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1540}, full_page=True
+    )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.mailbox import Mailbox
 from lightning_gradguard.signals import pipeline
-from lightning_gradguard.signals.stats import measure
+from lightning_gradguard.signals.stats import stats_of
 from lightning_gradguard.verdicts.judge import Judge
 
 if TYPE_CHECKING:
@@ -78,7 +78,11 @@ def _restore(guard: Guard, state: dict[str, Any]) -> None:
     guard.steps, guard.counts = state["steps"], dict(state["counts"])
     guard.states = None
     if state["states"] is not None:
-        stats = measure(guard.watch.layout, guard.watch.weights, guard.watch.updates)
+        watch = guard.watch
+        # Of the shapes alone: nothing is read, and where tensors are sharded no rank waits for another.
+        nothing = watch.weights.new_zeros(len(watch.weights))
+        gradients = (None,) * len(nothing)
+        stats = stats_of(watch.layout, gradients, nothing, watch.weights, watch.updates, None)
         blank = pipeline.init(stats, guard.detectors, guard.clipper)
         guard.states = pipeline.from_plain(state["states"], blank)
 

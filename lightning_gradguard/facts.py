@@ -21,7 +21,7 @@ from lightning_gradguard.doctor.trials import trying
 from lightning_gradguard.history import History
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.parts import say
-from lightning_gradguard.signals.stats import GradStats, weight_norms
+from lightning_gradguard.signals.stats import GradStats, weight_means, weight_norms
 from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning, Severity
 from lightning_gradguard.watch import Watch
 
@@ -139,15 +139,18 @@ def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = Non
     watch, letter = guard.watch, guard.letter
     assert letter is not None
     calm = guard.calm or letter
-    (input_rms, target_rms), bad_rows = _look_at(batch)
     layout, order = watch.layout, watch.layout.order
+    # Of sharded tensors all ranks have to take part, so this goes before what may fail on one of them.
+    weights = weight_norms(layout)
+    means = weight_means(layout) if finding.fault == Fault.DEAD else None
+    (input_rms, target_rms), bad_rows = _look_at(batch)
     settings = _settings(watch)
     return Case(
         finding=finding,
         names=tuple(layout.names[i] for i in order),
         shapes=tuple(tuple(layout.parameters[i].shape) for i in order),
         gradients_log10=tuple(_log10(v) for v in _pick(stats.norms, order)),
-        weight_norms=_pick(weight_norms(layout), order),
+        weight_norms=_pick(weights, order),
         update_ratios=_pick(stats.updates, order),
         findings=guard.findings,
         initial_weight_norms=_pick(watch.initial_weights, order),
@@ -171,7 +174,7 @@ def gather(guard: Guard, stats: GradStats, finding: Finding, batch: object = Non
         policy=repr(guard.policy),
         input_rms=input_rms,
         target_rms=target_rms,
-        weight_means=_pick(_means(layout.parameters), order) if finding.fault == Fault.DEAD else None,
+        weight_means=None if means is None else _pick(means, order),
         bad_rows=bad_rows,
     )
 
@@ -200,13 +203,6 @@ def _dtypes(stats: GradStats, watch: Watch) -> tuple[str, ...]:
     """Of the gradients, and of what autocast computes on their way."""
     own = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
     return tuple(sorted(own | (watch.anatomy.dtypes if watch.anatomy is not None else frozenset())))
-
-
-def _means(parameters: Sequence[Tensor]) -> Tensor:
-    """Mean of each tensor's elements."""
-    return torch.stack(
-        [torch.view_as_real(p).mean() if p.is_complex() else p.mean(dtype=torch.float32) for p in parameters]
-    ).detach()
 
 
 def _module(name: str) -> str:

@@ -19,6 +19,8 @@ from lightning_gradguard import cli
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+#: What the README has in Python is run by test_readme.
+TEXTS = {**PAGES, "README.md": (ROOT / "README.md").read_text()}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r"^--8<--\n(.+)\n--8<--$", flags=re.MULTILINE)
 #: Pages whose reader has a network that does not learn.
@@ -81,7 +83,7 @@ def names_for(page):
 
 def blocks(page):
     """Language and text of each block, snippets resolved. Examples only define here, and run in test_examples."""
-    for language, text in BLOCK.findall(PAGES[page]):
+    for language, text in BLOCK.findall(TEXTS[page]):
         if not ELSEWHERE & set(SNIPPET.findall(text)):
             yield language, SNIPPET.sub(lambda found: (ROOT / found[1]).read_text(), text)
 
@@ -110,7 +112,7 @@ def test_python_runs_and_prints_what_the_page_says(page, capsys, monkeypatch):
         assert [line for line in said if line not in comparable(printed)] == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```yaml" in PAGES[page]])
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```yaml" in text])
 def test_yaml_is_read_by_lightning(page, monkeypatch, tmp_path):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["train.py"])

@@ -22,7 +22,7 @@ from lightning_gradguard.callbacks.trainer import (
     Losses,
     Metric,
     optimizer_index,
-    refuse_double_clipping,
+    refuse_what_clashes,
     say_if_nothing_trains,
     say_that_no_step_was_seen,
 )
@@ -129,8 +129,8 @@ class GradGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work together."""
-        if stage == "fit" and self.clipper is not None:
-            refuse_double_clipping(trainer, pl_module, self.clipper)
+        if stage == "fit":
+            refuse_what_clashes(trainer, pl_module, self.clipper)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what a checkpoint brought that was only validated or tested."""

@@ -32,6 +32,8 @@ def subject_of(
     # The doctor's rooms are loaded where they are asked for.
     from lightning_gradguard.doctor.trials.attempt import Subject
 
+    if any(hasattr(p, "placements") for p in module.parameters()):
+        raise ValueError("the parameters are sharded over processes, so no process can run a step by itself")
     if not module.automatic_optimization:
         raise ValueError("the module optimizes by hand, so its training step cannot be run without a step")
     needs = inspect.signature(module.training_step).parameters

@@ -21,7 +21,7 @@ class Disconnected:
     Raised after ``steps`` steps; likewise where all layers from the input up to some place have a gradient of exactly
     zero, as behind ``round()`` or a unit that is dead for good. Trainable tensors that take no part in the forward
     pass are only mentioned (INFO), and so are biases alone: that of an energy has no gradient by its nature.
-    Needs an autograd graph that can be read: silent under torch.compile and sharding.
+    Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 
     Args:
         steps: Steps without a gradient. Default 40: a part that is used only now and then has its turn in them.

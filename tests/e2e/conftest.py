@@ -1,3 +1,3 @@
 """Scripts that tests start in processes of their own are no tests."""
 
-collect_ignore = ["ddp_script.py"]
+collect_ignore_glob = ["*_script.py"]

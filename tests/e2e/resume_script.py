@@ -13,12 +13,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gradguard import AGC, AdaGC, AutoClip, GradGuard, GradientHalt, NormClip, Policy, SpikeClip, ZClip
+from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    GradGuard,
+    GradientHalt,
+    NormClip,
+    Policy,
+    SpikeClip,
+    ZClip,
+)
 from lightning_gradguard.signals.detectors import Exploding, NonFinite, Spike
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.signals.tilt_detectors import DepthTilt, TimeTilt
 from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
-from lightning_gradguard.testing import DeadRows, FaultInjector, NaN, Spike as Spiked
+from lightning_gradguard.testing import DeadRows, FaultInjector, NaN
+from lightning_gradguard.testing import Spike as Spiked
 
 BATCHES, EPOCHS = 35, 2
 

@@ -1,4 +1,4 @@
-"""Watching changes nothing: weights, optimizer, random numbers and loss scale are bit for bit those of a run without us."""
+"""Watching changes nothing: weights, optimizer, random numbers, loss scale are bit for bit those of a run without us."""
 
 import lightning.pytorch as pl
 import pytest
@@ -125,5 +125,7 @@ def test_training_is_bit_for_bit_as_without(case, tmp_path):
     assert guard.summary["judged"] >= 10
     if "overflowing" in case:
         assert guard.summary["skipped"] > 10
-    elif "scale" not in options:  # a scaler that has raised its scale too far skips a step, and would without us
+    elif (
+        "scale" not in options
+    ):  # a scaler that has raised its scale too far skips a step, and would without us
         assert guard.summary["skipped"] == 0

@@ -50,7 +50,13 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
 
     Yields:
         A function that makes a copy of something else, such as a batch, in the same way.
+
+    Raises:
+        ValueError: If parameters are sharded, or the module holds what a trial would use up.
     """
+    if any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in module.parameters()):
+        # The hooks that gather them keep their own account of the parameters, which a copy would upset for good.
+        raise ValueError("the parameters are sharded over processes, so no process can run a step by itself")
     copier = _Copier()
     with ExitStack() as stack:
         stack.callback(copier.restore)
