@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
+
+
+def as_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """The pairs of name and parameter, as a list.
+
+    Raises:
+        TypeError: If they are something else, such as a module or its ``parameters()``.
+    """
+    pairs: list[Any] = (
+        list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
+    )
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(
+                "named_parameters must be pairs of name and parameter, such as model.named_parameters(), "
+                f"got {type(pair).__name__}"
+            )
+    return pairs
 
 
 def members(optimizer: torch.optim.Optimizer | None) -> list[int]:
@@ -51,6 +70,8 @@ def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
 
 
 def _groups(optimizer: torch.optim.Optimizer | None) -> list[list[Tensor]]:
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be an optimizer with param_groups, got {type(optimizer).__name__}")
     return [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
 
 

@@ -42,7 +42,9 @@ def validate(detectors: object, clipper: object, policy: object) -> None:
     parts = [("detectors", d, "NonFinite()") for d in detectors or ()]
     parts += [("clipper", clipper, "SpikeClip()")] if clipper is not None else []
     for name, part, example in parts:
-        if isinstance(part, type) or not (hasattr(part, "init") and hasattr(part, "update")):
+        # Both have the same two methods; a detector says what fault it finds, too.
+        of_its_kind = hasattr(part, "fault") == (name == "detectors")
+        if isinstance(part, type) or not (hasattr(part, "init") and hasattr(part, "update") and of_its_kind):
             raise TypeError(
                 f"{name} must be an instance with init and update, such as {example}, got {part!r}"
             )
@@ -50,12 +52,13 @@ def validate(detectors: object, clipper: object, policy: object) -> None:
         raise TypeError(f"policy must be a Policy, such as Policy.strict(), got {policy!r}")
 
 
-def validate_options(monitor: object, trials: object, recorder: object) -> None:
+def validate_options(monitor: object, trials: object, recorder: object, per_layer: object) -> None:
     """Raises ValueError for what `GradGuard` cannot make use of."""
     if monitor is not None and (not isinstance(monitor, str) or not monitor):
         raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
-    if not isinstance(trials, bool):
-        raise ValueError(f"trials must be True or False, got {trials!r}")
+    for name, value in (("trials", trials), ("per_layer", per_layer)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
     if recorder is not None and not isinstance(recorder, Recorder):
         raise ValueError(f"recorder must be a Recorder, such as Recorder(), got {recorder!r}")
 

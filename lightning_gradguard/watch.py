@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy
-from lightning_gradguard.naming import members, select
+from lightning_gradguard.naming import as_pairs, members, select
 from lightning_gradguard.signals.layout import Layout
 from lightning_gradguard.signals.readout import read, whole_sample
 from lightning_gradguard.signals.samples import LOW_PRECISION, SAMPLES, update_ratios
@@ -56,7 +56,7 @@ class Watch:
         self.optimizer = optimizer
         self._peak_rate = 0.0
         self._fresh = self._sampled_last = False
-        self._named = list(named_parameters)
+        self._named = as_pairs(named_parameters)
         self._walk = Walk(self._named, usage)
         self._groups = members(self.optimizer)
         self.good = 0

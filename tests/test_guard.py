@@ -705,3 +705,30 @@ def test_a_sparse_batch_costs_no_diagnosis():
     with pytest.raises(GradientHalt) as halt:
         guard.step(loss=loss, batch=[torch.eye(3).to_sparse(), torch.ones(3)])
     assert "could not be examined" not in str(halt.value)
+
+
+@pytest.mark.parametrize(
+    "given", [lambda m: m, lambda m: m.parameters(), lambda m: dict(m.named_parameters())]
+)
+def test_what_is_no_pair_of_name_and_parameter_is_said(given):
+    with pytest.raises(TypeError, match=r"such as model\.named_parameters\(\), got"):
+        Guard(given(torch.nn.Linear(2, 1)))
+
+
+def test_what_is_no_optimizer_is_said():
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="optimizer must be an optimizer with param_groups, got Linear"):
+        Guard(model.named_parameters(), optimizer=model)
+
+
+def test_a_detector_is_no_clipper_nor_the_other_way_round():
+    named = list(torch.nn.Linear(2, 1).named_parameters())
+    with pytest.raises(TypeError, match=r"clipper must be .* got NonFinite\(\)"):
+        Guard(named, clipper=NonFinite())
+    with pytest.raises(TypeError, match=r"detectors must be .* got SpikeClip"):
+        Guard(named, detectors=[SpikeClip()])
+
+
+def test_names_that_fabric_adds_are_left_out():
+    named = [(f"_forward_module.{name}", p) for name, p in torch.nn.Linear(2, 1).named_parameters()]
+    assert Guard(named).watch.layout.names == ("weight", "bias")

@@ -62,7 +62,7 @@ def test_python_blocks_run(index, names, capsys):
 
 def test_there_are_blocks_of_each_kind():
     assert len(PYTHON) >= 5
-    assert {language for language, _ in BLOCKS} == {"console", "python", "text"}
+    assert {language for language, _ in BLOCKS} == {"console", "python", "text", "yaml"}
 
 
 def test_every_make_target_named_exists():

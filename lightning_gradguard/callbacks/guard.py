@@ -91,11 +91,10 @@ class GradGuard(Callback):
     ) -> None:
         validate(detectors, clipper, policy)
         validate_lag(lag)
-        validate_options(monitor, trials, recorder)
+        validate_options(monitor, trials, recorder, per_layer)
         self.detectors = None if detectors is None else tuple(detectors)
-        self.clipper, self.policy = clipper, policy
+        self.clipper, self.policy, self.recorder = clipper, policy, recorder
         self.monitor, self.per_layer, self.lag, self.trials = monitor, per_layer, lag, trials
-        self.recorder = recorder
         self.checkup: Checkup | None = None
         self.report: Report | None = None
         self.diagnosis: Diagnosis | None = None
@@ -205,6 +204,7 @@ class GradGuard(Callback):
                     guard.close()
         finally:
             self._finish()
+        self._metric.close(trainer)
         if not self._guards and self._batches and any(p.requires_grad for p in pl_module.parameters()):
             say_that_no_step_was_seen(trainer)
 

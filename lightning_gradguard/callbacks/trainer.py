@@ -83,6 +83,17 @@ class Metric:
             warn(trainer, f"GradGuard: monitor {self._name!r} is not logged; the nearest that is: {near!r}")
             self._name = None
 
+    def close(self, trainer: Trainer) -> None:
+        """Training ends: a metric that was never seen is said, since without a validation nobody looked."""
+        if self._name is None or self._values:
+            return
+        if self._name in trainer.callback_metrics:
+            warn(trainer, f"GradGuard: monitor {self._name!r} is followed at validations, and there was none")
+        elif trainer.callback_metrics:
+            self.look(trainer)
+        else:
+            warn(trainer, f"GradGuard: monitor {self._name!r} is not logged, nor is anything else")
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What there is to say of it."""

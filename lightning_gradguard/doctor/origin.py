@@ -90,7 +90,7 @@ class Origin:
             Place.PARAMETERS: f"the parameters {listing(self.names)} are not finite before the step.",
             Place.NORM: "every gradient is finite, but their norm overflows float32.",
             Place.NOWHERE: "replayed once, the batch gave a finite loss and finite gradients: random numbers (dropout) "
-            "were drawn anew, or an earlier micro-batch is to blame.",
+            "were drawn anew, or an earlier micro-batch or another process is to blame.",
             Place.UNKNOWN: f"where it came from is not known: {self.note}.",
         }
         said = tellers[self.place]() if self.place in tellers else plain[self.place]

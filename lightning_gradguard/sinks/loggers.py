@@ -36,7 +36,8 @@ def _open(logger: Any) -> Sink | None:
 
 
 def _probe(logger: Any) -> list[Sink]:
-    experiment = logger.experiment
+    # A logger of one's own need not have one.
+    experiment = getattr(logger, "experiment", None)
     get_file_writer = getattr(experiment, "_get_file_writer", None)
     if get_file_writer is not None:
         # Not before it is needed: an installation without TensorBoard has no such logger.

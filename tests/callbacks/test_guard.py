@@ -431,3 +431,8 @@ assert guard.summary["judged"] == 3, guard.summary
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("need TensorBoard") == 1  # what a CSV file cannot show is said once
     assert "gradguard/total_norm_log10" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_a_monitor_that_is_never_seen_is_said_at_the_end(fit, classifier):
+    with pytest.warns(GradientWarning, match="monitor 'val_acc' is not logged, nor is anything else"):
+        fit(classifier(), GradGuard(monitor="val_acc"), batches=2)

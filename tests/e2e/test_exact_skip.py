@@ -1,4 +1,4 @@
-"""A skipped step leaves parameters and optimizer state bit-identical: all optimizers of torch, in every form and loop."""
+"""A skipped step leaves parameters and optimizer state bit-identical: all of torch.optim, in every form and loop."""
 
 import copy
 import inspect

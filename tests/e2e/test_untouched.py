@@ -1,4 +1,4 @@
-"""Watching changes nothing: weights, optimizer, random numbers, loss scale are bit for bit those of a run without us."""
+"""Watching changes nothing: weights, optimizer, random numbers, loss scale are bit for bit those without us."""
 
 import lightning.pytorch as pl
 import pytest
