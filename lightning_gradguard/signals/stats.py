@@ -16,6 +16,8 @@ from lightning_gradguard.signals.shards import align_gradients, local
 if TYPE_CHECKING:
     from lightning_gradguard.signals.trends import Trends
 
+#: Of which a foreach norm in float32 is none, or refused.
+_WIDE = frozenset({torch.float64, torch.complex32, torch.complex64, torch.complex128})
 _LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 
 
@@ -164,6 +166,10 @@ def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
     device = layout.numel.device
     if layout.shards is not None:
         tensors = [None if t is None else local(t).detach() for t in tensors]
+    present = [t for t in tensors if t is not None]
+    if len(present) == len(tensors) and _is_one_kind(present):
+        # The everyday case, in which looking at each tensor would cost more than its norm.
+        return torch.stack(torch._foreach_norm(present, 2, dtype=torch.float32)).to(device)
     buckets: dict[tuple[torch.device, bool], list[int]] = {}
     plain = [None if t is None else real(dense(t)) for t in tensors]
     for index, tensor in enumerate(plain):
@@ -185,6 +191,17 @@ def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
     if where == list(range(len(tensors))):
         return joined
     return torch.zeros(len(tensors), device=device).index_copy_(0, torch.tensor(where, device=device), joined)
+
+
+def _is_one_kind(tensors: Sequence[Tensor]) -> bool:
+    """Whether one foreach call takes all of them: dense, real, of one dtype up to float32, on one device."""
+    dtypes = {t.dtype for t in tensors}
+    return (
+        len(dtypes) == 1
+        and not dtypes & _WIDE
+        and {t.layout for t in tensors} == {torch.strided}
+        and len({t.device for t in tensors}) == 1
+    )
 
 
 def _whole_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
