@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_gradguard.letter import Posted, norms_in
 from lightning_gradguard.mailbox import Mailbox
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.stats import stats_of
@@ -27,6 +29,17 @@ def save(guard: Guard) -> dict[str, Any]:
         "watch": guard.watch.state_dict(),
         "judge": guard.judge.state_dict(),
         "states": None if guard.states is None else pipeline.to_plain(guard.states),
+        # With lag: what was posted and not yet judged.
+        "under_way": [
+            {
+                "numbers": numbers.clone(),
+                "step": posted.step,
+                "has_loss": posted.has_loss,
+                "scaled": posted.scaled,
+                "present": [gradient is not None for gradient in posted.outcome.stats.gradients],
+            }
+            for numbers, posted in guard._mailbox.waiting()
+        ],
     }
 
 
@@ -85,6 +98,24 @@ def _restore(guard: Guard, state: dict[str, Any]) -> None:
         stats = stats_of(watch.layout, gradients, nothing, watch.weights, watch.updates, None)
         blank = pipeline.init(stats, guard.detectors, guard.clipper)
         guard.states = pipeline.from_plain(state["states"], blank)
+    guard._mailbox = Mailbox(guard._lag)
+    for letter in state.get("under_way", ()) if guard._lag else ():
+        guard._mailbox.put_back(letter["numbers"], _posted_again(guard, letter))
+
+
+def _posted_again(guard: Guard, letter: dict[str, Any]) -> Posted:
+    """What the host has to know of a letter that was under way; the gradients themselves are gone."""
+    layout = guard.watch.layout
+    norms = norms_in(letter["numbers"], len(layout.names), len(guard.detectors))
+    # A parameter stands for its gradient, of which only the type is asked.
+    marks = tuple(
+        p.detach() if there else None for p, there in zip(layout.parameters, letter["present"], strict=True)
+    )
+    stats = stats_of(
+        layout, marks, norms.to(layout.numel.device), guard.watch.weights, guard.watch.updates, None
+    )
+    outcome = pipeline.Outcome(replace(stats, has_loss=letter["has_loss"]), (), None)
+    return Posted(letter["step"], letter["has_loss"], letter["scaled"], outcome, None)
 
 
 def _kinds(guard: Guard) -> list[str]:

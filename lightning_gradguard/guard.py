@@ -143,12 +143,12 @@ class Guard:
             # Both would set found_inf, and the scaler's own skip is exact: no lag then.
             self.close()
             self._lag, self._mailbox = 0, Mailbox(0)
-        self.watch.unscale(scaler)
         number = self.steps if step is None else step
         self.steps += 1
         graph = loss if graph is None and loss is not None and loss.grad_fn is not None else graph
         if graph is None and all(gradient is None for gradient in self.watch.gradients()):
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
+        self.watch.unscale(scaler)
         if loss is None and not self._said_no_loss:
             self._said_no_loss = True
             say_what_is_off(self.detectors)
@@ -208,16 +208,25 @@ class Guard:
         self.states = pipeline.choose(outcome.stats.finite, states, self.states)
         self.watch.settle(True)
         self._ask()
-        if self.report is None:
-            # The first step is awaited: a fused optimizer cannot skip on the device before it has a state.
-            answer = self._mailbox.take()
         if answer is not None:
-            first = self.report is None
-            if self._report(*answer).skip and first:
+            self._deliver(*answer)
+        if self.report is None or lagging.has_blank_momentum(self.watch.optimizer):
+            # It is awaited: a fused optimizer cannot skip on the device before it has a state.
+            answer = self._mailbox.take()
+            if answer is not None and self._deliver(*answer).skip:
                 self.watch.drop()
-            self._raise_if_halted(answer[1].step)
         assert self.report is not None
         return dataclasses.replace(self.report, skip=False)
+
+    def _deliver(self, numbers: list[float], posted: Posted) -> Report:
+        """The report of a step that came late; raises where it was one to halt on."""
+        report = self._report(numbers, posted)
+        if self._halt is not None:
+            # The coming step is not taken, also where the halt is no error and the optimizer is called.
+            self.watch.drop()
+            lagging.forget(self.watch.optimizer)
+        self._raise_if_halted(posted.step)
+        return report
 
     def _report(self, numbers: list[float], posted: Posted) -> Report:
         """From a step's numbers to its report, findings, messages and diagnosis."""

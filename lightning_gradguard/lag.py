@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from lightning_gradguard.verdicts.policy import Policy
 
 #: Optimizers whose fused form skips on the device when ``found_inf`` is set; others ignore or refuse it.
 _HONOUR = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+#: Optimizers whose ``found_inf`` is taken away after each step.
+_HOOKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def choose(
@@ -73,12 +78,30 @@ def defuse(outcome: Outcome, optimizer: torch.optim.Optimizer | None) -> None:
             values.masked_fill_(~stats.finite.to(values.device), 0.0)
 
 
+def forget(optimizer: torch.optim.Optimizer | None, *_: Any) -> None:
+    """Takes away what `defuse` has set, after the step or where it is not taken."""
+    if optimizer is not None:
+        optimizer.__dict__.pop("found_inf", None)
+
+
+def has_blank_momentum(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether the coming step is the first with momentum for any parameter.
+
+    Fused SGD that skips it on the device leaves the new momentum uninitialised.
+    """
+    if optimizer is None or not honours_found_inf(optimizer):
+        return False
+    groups = [group for group in optimizer.param_groups if group.get("momentum")]
+    return any(p.grad is not None and p not in optimizer.state for group in groups for p in group["params"])
+
+
 def _skip_on_device(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """Sets ``found_inf`` for the coming step alone."""
-    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-
-    def forget(done: torch.optim.Optimizer, *_: Any) -> None:
-        done.__dict__.pop("found_inf", None)
-        handle.remove()
-
-    handle = optimizer.register_step_post_hook(forget)
+    bad = (~finite).to(torch.float32)
+    # Two guards may judge the same step, of which one has clipped it.
+    other = optimizer.__dict__.get("found_inf")
+    optimizer.found_inf = bad if other is None else torch.maximum(other, bad)  # type: ignore[attr-defined]
+    if optimizer not in _HOOKED:
+        _HOOKED.add(optimizer)
+        # It stays: a hook that removes itself breaks torch's walk over the hooks where there is another one.
+        optimizer.register_step_post_hook(forget)

@@ -60,6 +60,12 @@ def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
     return torch.cat(parts)
 
 
+def norms_in(numbers: Tensor, tensors: int, detectors: int) -> Tensor:
+    """The norms of so many tensors, float32 [P], in what `pack` wrote."""
+    cut = _HEAD + _PER_READING * detectors
+    return numbers[cut : cut + tensors]
+
+
 def unpack(numbers: list[float], outcome: Outcome, detectors: Sequence[Detector]) -> Letter:
     """Reads back what `pack` wrote; of ``outcome`` only what the host knew before is used."""
     layout, gradients = outcome.stats.layout, outcome.stats.gradients

@@ -41,6 +41,24 @@ class Mailbox(Generic[Context]):
         self._waiting.append((copy, arrived, context))
         return self.take() if len(self._waiting) > self.lag else None
 
+    def waiting(self) -> list[tuple[Tensor, Context]]:
+        """The letters under way in the host's memory, oldest first; they stay under way."""
+        for _, arrived, _ in self._waiting:
+            if arrived is not None:
+                arrived.synchronize()
+        return [(letter.cpu(), context) for letter, _, context in self._waiting]
+
+    def put_back(self, letter: Tensor, context: Context) -> None:
+        """Puts a letter behind those under way, as `waiting` gave it."""
+        self._waiting.append((letter, None, context))
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has the letters themselves."""
+        return {
+            "lag": self.lag,
+            "_waiting": deque((letter, None, context) for letter, context in self.waiting()),
+        }
+
     def take(self) -> tuple[list[float], Context] | None:
         """Takes out the oldest letter, waiting for it if need be; None when there is none."""
         if not self._waiting:

@@ -22,7 +22,14 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._tensors = [(tensor, _kept(tensor)) for tensor in _tensors(module)]
+        self._parameters = [(tensor, _kept(tensor)) for tensor in module.parameters()]
+        # By name, for a module may put a new tensor in a buffer's place.
+        self._buffers = [
+            (part._buffers, name, _kept(buffer))
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
         self._states = [
             (
                 optimizer,
@@ -34,9 +41,11 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Writes all of it back in place, and takes away the gradients; can be called again."""
-        for tensor, kept in self._tensors:
+        for tensor, kept in self._parameters:
             _local(tensor).copy_(_local(kept))
             tensor.grad = None
+        for buffers, name, kept in self._buffers:
+            _put_back(buffers, name, kept)
         for optimizer, states in self._states:
             for parameter in _parameters(optimizer):
                 parameter.grad = None
@@ -48,7 +57,8 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Size in the host's memory."""
-        kept = [kept for _, kept in self._tensors] + [states for _, states in self._states]
+        kept = [kept for _, kept in self._parameters] + [kept for _, _, kept in self._buffers]
+        kept += [states for _, states in self._states]
         return sum(t.numel() * t.element_size() for t in _inside(kept))
 
 
@@ -89,9 +99,15 @@ def _multiply(group: dict[str, Any], name: str, factor: float) -> None:
         group[name] = group[name] * factor
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _put_back(buffers: dict[str, Tensor | None], name: str, kept: Tensor) -> None:
+    """Writes a buffer back, into the tensor that is there where that can be written to."""
+    now = buffers.get(name)
+    if now is None or _local(now).shape != kept.shape:
+        return
+    if now.is_inference():
+        buffers[name] = kept.to(now.device, copy=True)
+    elif not torch._debug_has_internal_overlap(_local(now)):  # one that is expanded holds what it held
+        _local(now).copy_(kept)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

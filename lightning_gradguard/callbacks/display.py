@@ -32,6 +32,10 @@ class Display:
         self._views: dict[int, tuple[tuple[str, ...], Overview]] = {}
         self._restored: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy writes nowhere: an open file has one writer."""
+        return {**self.__dict__, "_sinks": [], "_trainer": None}
+
     def start(self, trainer: Trainer) -> None:
         """A run begins, whose loggers are written to on rank 0; or goes on from a checkpoint, with its pictures."""
         self._trainer, self._views = trainer, {}

@@ -111,6 +111,10 @@ class GradGuard(Callback):
         self._recording = Recording(recorder)
         self._recovery = Recovery(policy)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows what was found and how to judge on, and holds no trainer, batch, graph or file."""
+        return {**self.__dict__, "_losses": Losses(), "_newest": (None, 0), "_usage": None}
+
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What was found, oldest first; the newest 1,000."""
@@ -167,6 +171,7 @@ class GradGuard(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Lets go of the batch and its graph."""
         self._newest, self._losses.graph = (None, 0), None
+        self._recovery.end()
         self._recording.end()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,6 +216,7 @@ class GradGuard(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finishes the pictures: after an exception Lightning calls no other hook."""
         self._guards.rest()
+        self._recovery.end()
         self.bundle = self._recording.stopped(exception) or self.bundle
         self._finish()
 

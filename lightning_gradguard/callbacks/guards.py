@@ -10,6 +10,7 @@ import torch
 from lightning_gradguard.callbacks.trainer import warn
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.spy import Usage
+from lightning_gradguard.verdicts.faults import Severity
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -55,6 +56,13 @@ class Guards:
             except (ValueError, KeyError, TypeError) as error:
                 warn(trainer, f"GradGuard starts afresh, since the checkpoint does not fit: {error}")
         return guard
+
+    @property
+    def are_raised(self) -> bool:
+        """Whether a condition is on that was warned of, here or in the run that a checkpoint is of."""
+        saved = [e for s in self.restored.values() for e in s.get("judge", {}).get("episodes", {}).values()]
+        was_on = any(severity >= Severity.WARNING for _, _, severity in saved)
+        return was_on or any(guard.judge.is_raised for guard in self.made.values())
 
     def rest(self) -> None:
         """Takes the hooks off the model."""

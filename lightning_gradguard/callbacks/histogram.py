@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,14 @@ from torch import Tensor
 from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.patterns import Patterns
 from lightning_gradguard.callbacks.tensors import Tensors
-from lightning_gradguard.callbacks.trainer import Losses, logging_step, optimizer_index, scaler_of, warn
+from lightning_gradguard.callbacks.trainer import (
+    Losses,
+    logging_step,
+    optimizer_index,
+    scaler_of,
+    takes_no_step,
+    warn,
+)
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.naming import select
 from lightning_gradguard.signals.histogram import AXES, EDGES, Axis, count
@@ -98,6 +105,10 @@ class GradHistogram(Callback):
         self._sinks: list[Sink] = []
         self._fuse = Fuse("GradHistogram")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy writes nowhere: an open file has one writer."""
+        return {**self.__dict__, "_sinks": [], "_losses": Losses(), "_tensors": {}, "_worst": {}}
+
     @property
     def state_key(self) -> str:
         """Equal for equal configuration."""
@@ -117,10 +128,15 @@ class GradHistogram(Callback):
         if self.axis == "value" and any(is_spread(p) for _, p in named):
             warn(trainer, 'GradHistogram(axis="value") leaves out sharded gradients; axis="log10" shows them')
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forgets the last batch's loss."""
+        self._losses.graph = None
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the loss, whose graph tells the order of the layers."""
-        if self._sinks:
-            self._losses.graph = loss
+        self._losses.graph = loss
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -129,7 +145,7 @@ class GradHistogram(Callback):
         graph, self._losses.graph = self._losses.graph, None
         step = trainer.global_step // max(1, len(trainer.optimizers))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if step % self.every_n_steps or not parameters:
+        if step % self.every_n_steps or not parameters or takes_no_step(pl_module, scaler_of(trainer), graph):
             return
         # Where gradients are sharded, no rank may stay away, not even rank 0 when its loggers have failed.
         if self._sinks or (trainer.loggers and any(map(is_spread, parameters))):

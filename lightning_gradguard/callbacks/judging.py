@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gradguard.callbacks.subject import subject_of
-from lightning_gradguard.callbacks.trainer import Losses, scaler_of
+from lightning_gradguard.callbacks.trainer import Losses, scaler_of, takes_no_step
 from lightning_gradguard.guard import Guard
 
 if TYPE_CHECKING:
@@ -36,14 +36,17 @@ def judge(
     Raises:
         GradientHalt: If training cannot go on.
     """
+    graph, scaler = losses.graph, scaler_of(trainer)
+    if takes_no_step(module, scaler, graph):
+        losses.take()
+        return
     if not guard._lag:
         # With lag the report is of the step before, whose weights and batch are gone.
         guard.subject = partial(subject_of, trainer, module, optimizer, *newest)
-    graph = losses.graph
     try:
         guard.step(
             losses.take(),
-            scaler=scaler_of(trainer),
+            scaler=scaler,
             graph=graph,
             step=trainer.global_step,
             # Of several micro-batches any could be the culprit, and only the last is at hand.

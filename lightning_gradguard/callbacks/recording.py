@@ -33,6 +33,14 @@ class Recording:
         self._active = False
         self.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is to be kept, and nothing of the run."""
+        return {"_recorder": self._recorder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As new."""
+        self.__init__(**{"recorder": state["_recorder"]})  # type: ignore[misc]
+
     def start(self, trainer: Trainer, module: LightningModule, guards: Guards) -> None:
         """A training begins; every process has to call it, since it speaks to the others."""
         self.close()

@@ -8,7 +8,7 @@ import torch
 
 from lightning_gradguard.callbacks.buffers import Buffers
 from lightning_gradguard.callbacks.guards import Guards
-from lightning_gradguard.callbacks.trainer import warn
+from lightning_gradguard.callbacks.trainer import scaler_of, unscale, warn
 from lightning_gradguard.checkpoint import go_back
 from lightning_gradguard.snapshot import Snapshot, lower_rates
 from lightning_gradguard.verdicts.faults import GradientHalt, Report
@@ -47,6 +47,11 @@ class Recovery:
         self._ended = False
         self._buffers = Buffers()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing of the run."""
+        nothing = {"_run": None, "_good": None, "_pending": None, "_buffers": Buffers()}
+        return {**self.__dict__, **nothing}
+
     def start(self, trainer: Trainer, module: LightningModule, guards: Guards) -> None:
         """A run begins, or goes on from a checkpoint."""
         self._run, self._good, self._pending, self._ended = (trainer, module, guards), None, None, False
@@ -59,7 +64,7 @@ class Recovery:
         if self._run is None or not self._policy.rolls_back:
             return
         trainer, _, guards = self._run
-        if any(guard.judge.is_raised for _, guard in guards.items()):
+        if guards.are_raised:
             self._pending = None
             return
         every, step = self._policy.snapshot_every, trainer.global_step
@@ -105,14 +110,20 @@ class Recovery:
         warn(trainer, f"GradGuard ends the training before step {halt.step}, as the policy asks.\n{halt}")
         return True
 
+    def end(self) -> None:
+        """Takes what is not finite out of the running statistics, before anybody saves or validates them."""
+        self._buffers.heal()
+
     def heal(self, report: Report) -> None:
-        """Takes what is not finite out of the running statistics, where a step was skipped."""
+        """The same at once, where a step was skipped."""
         if report.skip:
             self._buffers.heal()
 
     def has_ended(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether no step is to be taken any more; takes this one's gradients away then."""
-        if self._ended:
+        if self._ended and self._run is not None:
+            # A scaler insists on having seen gradients.
+            unscale(optimizer, scaler_of(self._run[0]))
             optimizer.zero_grad(set_to_none=True)
         return self._ended
 
@@ -127,5 +138,6 @@ class Recovery:
     def _keep(self) -> Kept:
         assert self._run is not None
         trainer, module, guards = self._run
-        states = {index: guard.state_dict() for index, guard in guards.items()}
+        # Also of those that a checkpoint brought, and whose optimizer has not taken a step since.
+        states = {int(index): state for index, state in guards.state_dict().items()}
         return Kept(trainer.global_step, Snapshot(module, trainer.optimizers), states)

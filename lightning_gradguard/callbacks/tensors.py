@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_gradguard.callbacks.trainer import unscale
 from lightning_gradguard.doctor.anatomy import dissect
 from lightning_gradguard.naming import members, select
 
@@ -52,8 +53,7 @@ class Tensors:
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
-        if scaler is not None and scaler._per_optimizer_states[id(self.optimizer)]["stage"].name == "READY":
-            scaler.unscale_(self.optimizer)
+        unscale(self.optimizer, scaler)
 
     def _start(self) -> None:
         self._members = members(self.optimizer)

@@ -112,6 +112,25 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
     return scaler if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled() else None
 
 
+def takes_no_step(module: LightningModule, scaler: torch.amp.GradScaler | None, graph: Tensor | None) -> bool:
+    """Whether Lightning announces a step that it will not take: with a scaler, where training_step returned None.
+
+    What is unscaled then stays so, and the next step fails.
+
+    Args:
+        module: What is trained.
+        scaler: The gradient scaler in use, or None.
+        graph: The loss of the batch under way, or None.
+    """
+    return scaler is not None and module.automatic_optimization and graph is None
+
+
+def unscale(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
+    if scaler is not None and scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
+        scaler.unscale_(optimizer)
+
+
 def optimizer_index(trainer: Trainer, optimizer: torch.optim.Optimizer) -> int:
     """Number of an optimizer among the trainer's."""
     return next((i for i, own in enumerate(trainer.optimizers) if own is optimizer), 0)

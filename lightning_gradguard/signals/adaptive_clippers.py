@@ -155,7 +155,7 @@ class ZClip:
     def init(self, stats: GradStats) -> Any:
         """Nothing seen."""
         included_names(stats.layout.names, self.exclude)
-        zero = torch.zeros((), device=stats.norms.device)
+        zero = torch.zeros((), device=stats.norms.device, dtype=torch.float32)
         return ZClipState(seen=zero.to(torch.int64), mean=zero, var=zero.clone())
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:

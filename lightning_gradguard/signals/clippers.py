@@ -103,7 +103,7 @@ class AGC:
         units = _norms_of_units(stats, gradients)
         multipliers, norms, limits = [], [], []
         for index, norm in enumerate(stats.norms.unbind()):
-            multiplier = torch.ones((), device=device)
+            multiplier = torch.ones((), device=device, dtype=torch.float32)
             limit = finite_or_zero(norm)
             if index in units:
                 multiplier, clipped, limit = self._clip_units(*units[index])

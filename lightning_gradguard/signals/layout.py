@@ -85,16 +85,16 @@ class Layout:
             layers=torch.tensor(layers, dtype=torch.long, device=device),
             layer_indices=carrying,
             pairs=_pairs(len(layers)).to(device),
-            numel=torch.tensor([float(p.numel()) for p in tensors], device=device),
+            numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
             is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
-            floors=torch.tensor(floors, device=device),
+            floors=torch.tensor(floors, device=device, dtype=torch.float32),
             shards=Shards.of(tensors),
         )
 
     def constant(self, value: float) -> Tensor:
         """A number as float32 [] on the device; made once, and not to be written to."""
         if value not in self._constants:
-            self._constants[value] = torch.tensor(float(value), device=self.numel.device)
+            self._constants[value] = torch.tensor(float(value), device=self.numel.device, dtype=torch.float32)
         return self._constants[value]
 
     def indices(self, chosen: tuple[int, ...]) -> Tensor:

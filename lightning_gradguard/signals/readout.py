@@ -95,11 +95,11 @@ class _Said(NamedTuple):
         device = device if self.loss is None else self.loss.device
         said = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
         if self.asked:
-            tilt = torch.tensor(torch.nan) if self.time_tilt is None else self.time_tilt
+            tilt = torch.tensor(torch.nan, dtype=torch.float32) if self.time_tilt is None else self.time_tilt
             tilt = tilt.to(device, torch.float32)
             known = ~tilt.isnan()
             said += [torch.where(known, tilt, 0.0), known.to(torch.float32)]
-        return torch.stack(said) if said else torch.zeros(0, device=device)
+        return torch.stack(said) if said else torch.zeros(0, device=device, dtype=torch.float32)
 
     def heard(self, means: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Mean loss, and mean time tilt of those who saw a sequence."""

@@ -27,7 +27,7 @@ def sample(layout: Layout) -> Tensor:
     if any(view.device != device for view in views):
         views = [view.to(device) for view in views]
     picked = torch.cat(views).to(torch.float32)
-    rows = torch.zeros(len(views) * SAMPLES, device=device)
+    rows = torch.zeros(len(views) * SAMPLES, device=device, dtype=torch.float32)
     return rows.index_copy_(0, places, picked).view(len(views), SAMPLES)
 
 
@@ -65,7 +65,7 @@ def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
             if part.numel():
                 shares.append((part == 0).all(2).mean(1, dtype=torch.float32).to(device))
                 where += indices[begin : begin + together]
-    zeros = torch.zeros(len(gradients), device=device)
+    zeros = torch.zeros(len(gradients), device=device, dtype=torch.float32)
     return zeros.index_copy_(0, layout.indices(tuple(where)), torch.cat(shares)) if shares else zeros
 
 
@@ -74,7 +74,7 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
     By count, from up to `SAMPLES` elements; 0 for gradients of higher precision, which lose nothing that matters.
     """
-    zero = torch.zeros((), device=layout.numel.device)
+    zero = torch.zeros((), device=layout.numel.device, dtype=torch.float32)
     shares = []
     for gradient in gradients:
         if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():

@@ -186,11 +186,13 @@ def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
         pieces.append(torch.stack(norms).to(device, torch.float32))
         where += indices
     if not pieces:
-        return torch.zeros(len(tensors), device=device)
+        return torch.zeros(len(tensors), device=device, dtype=torch.float32)
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if where == list(range(len(tensors))):
         return joined
-    return torch.zeros(len(tensors), device=device).index_copy_(0, torch.tensor(where, device=device), joined)
+    # By hand with precision="64-true" the default is another.
+    zeros = torch.zeros(len(tensors), device=device, dtype=torch.float32)
+    return zeros.index_copy_(0, torch.tensor(where, device=device), joined)
 
 
 def _is_one_kind(tensors: Sequence[Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a training, at random moments and places, its weights survive, its ranks agree, and nothing hangs."""
+"""Whatever goes wrong in a training, at random places and moments: weights survive, ranks agree, and nothing hangs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 HERE = Path(__file__).parent
 #: Seconds after which processes count as hanging.
 LIMIT = 200
-ALONE, TOGETHER = range(90), range(1000, 1040)
+ALONE, TOGETHER = range(70), range(1000, 1030)
 KILLS = 4
 TROUBLES = ["full", "closed", "removed", "replaced"]
 
@@ -21,16 +21,19 @@ TROUBLES = ["full", "closed", "removed", "replaced"]
 def start(script, *arguments):
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", str(HERE / script), *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # One arena: what a thread that draws has given back is not kept for the next one.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
 
 
 def await_all(processes):
-    """Waits for them all; one that hangs is ended and fails the test."""
+    """Waits for them all, and returns what they printed; one that hangs is ended and fails the test."""
     try:
-        for process in processes:
-            said = process.communicate(timeout=LIMIT)[1]
-            assert process.returncode == 0, said[-3000:]
+        said = [process.communicate(timeout=LIMIT) for process in processes]
+        for process, (_, errors) in zip(processes, said, strict=True):
+            assert process.returncode == 0, errors[-3000:]
+        return [printed for printed, _ in said]
     finally:
         for process in processes:
             process.kill()
@@ -45,9 +48,9 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the scripts leave: trainings with faults, trainings that are killed, and those that cannot write."""
+    """What the scripts leave: trainings with faults, killed ones, those that cannot write, and long ones."""
     folder = tmp_path_factory.mktemp("chaos")
-    for name in ("alone", "together", "killed", "writers"):
+    for name in ("alone", "together", "killed", "writers", "growth"):
         (folder / name).mkdir()
     port = free_port()
     # Two at a time: the ranks wait for each other.
@@ -55,7 +58,9 @@ def folder(tmp_path_factory):
                start("kill_script.py", folder / "killed", 0, KILLS)])  # fmt: skip
     await_all([start("chaos_script.py", folder / "together", TOGETHER.start, len(TOGETHER), rank, 2, port)
                for rank in (0, 1)])  # fmt: skip
-    await_all([start("writers_script.py", folder / "writers")])
+    _, grown = await_all([start("writers_script.py", folder / "writers"),
+                          start("growth_script.py", folder / "growth", 300, 700, 500)])  # fmt: skip
+    (folder / "growth" / "grown.json").write_text(grown.splitlines()[-1])
     return folder
 
 
@@ -71,7 +76,7 @@ def test_nothing_that_is_not_finite_reaches_a_weight_or_a_moment(folder, way, se
         assert run["problem"] is None, f"{run['problem']} in {run['said']}"
         assert run["ruined"] == [], run["said"]
     # What there was to survive: trainings in which something struck, some of them halted, and some ended gracefully.
-    assert sum(run["struck"] for run in seen) >= 100
+    assert sum(run["struck"] for run in seen) >= 60
     halted = [run["agreed"]["halted"] is not None for run in seen]
     assert 3 <= sum(halted) <= len(seen) / 2
     assert sum(run["agreed"]["stop_reason"] is not None for run in seen) > sum(halted)
@@ -89,7 +94,7 @@ def test_ranks_agree_to_the_last_bit(folder):
 def test_after_kills_at_any_moment_the_run_is_the_uninterrupted_one(folder):
     statuses = torch.load(folder / "killed" / "statuses.pt")
     assert statuses["whole"] == [0]
-    assert statuses["killed"].count(-9) >= KILLS - 1  # the last may come too late
+    assert statuses["killed"] == [-9] * KILLS + [0]
     assert_whole(folder / "killed", "killed")
 
 
@@ -134,3 +139,11 @@ def test_a_writer_that_fails_hides_no_halt(folder, logger, trouble):
     seen = torch.load(folder / "writers" / f"{logger}-{trouble}-halt.pt")
     assert seen["errors"][-1] == "halt before 46"
     assert (seen["judged"], seen["ended"]) == (47, False)
+
+
+def test_memory_does_not_grow(folder):
+    """With findings that come and go; measured over 20,000 steps in benchmarks/chaos.md."""
+    grown = json.loads((folder / "growth" / "grown.json").read_text())
+    assert len(grown) == 3
+    for what, megabytes in grown.items():
+        assert megabytes < 1, what

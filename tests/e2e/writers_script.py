@@ -89,7 +89,9 @@ def train(folder, kind, trouble, ruined):
             error = raised
     errors = []
     while error is not None:
-        errors.append(type(error).__name__ if not isinstance(error, GradientHalt) else f"halt before {error.step}")
+        errors.append(
+            type(error).__name__ if not isinstance(error, GradientHalt) else f"halt before {error.step}"
+        )
         error = error.__context__
     return {
         "weights": module.state_dict(), "judged": guard.summary["judged"], "ended": module.ended, "errors": errors,
