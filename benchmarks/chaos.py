@@ -149,7 +149,7 @@ def main() -> None:
     lines = [
         "# What a guarded training survives",
         "",
-        f"Made by `python benchmarks/chaos.py` with torch {torch.__version__}, on a CPU. NaN, infinity and values up to",
+        f"Made by `python benchmarks/chaos.py` with torch {torch.__version__} on a CPU. NaN, infinity and values up to",
         "3e38 appear in gradients, activations, losses and batches, at random layers, steps and ranks, under random",
         "policies, clippers, detectors, optimizers, precisions and accumulations, by Lightning and by hand. A training",
         "of two processes counts twice. `kill -9` comes at random moments, also while a checkpoint is written.",
