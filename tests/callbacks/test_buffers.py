@@ -1,0 +1,141 @@
+"""Running statistics survive a batch that is not finite, and nothing else of a module's buffers is touched."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradguard import GradGuard, Policy
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+BAD = 7
+
+
+class Net(pl.LightningModule):
+    """A net with batch norm, statistics of its own, and buffers that are none; batch 7 is multiplied by ``value``."""
+
+    def __init__(self, value=math.nan, by_hand=False, optimizer=torch.optim.AdamW):
+        super().__init__()
+        torch.manual_seed(0)
+        self.value, self.automatic_optimization, self.optimizer = value, not by_hand, optimizer
+        self.body, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 2)])
+        self.register_buffer("replaced", torch.zeros(8))
+        self.register_buffer("expanded", torch.zeros(1).expand(8))
+        self.register_buffer("mask", torch.full((3,), -math.inf))
+        self.register_buffer("best", torch.tensor(math.inf))
+
+    def training_step(self, batch, number):
+        x, y = batch
+        x = x * (self.value if number == BAD else 1.0)
+        with torch.no_grad():
+            self.replaced = 0.9 * self.replaced + 0.1 * x.mean(0)
+            self.best = torch.tensor(math.inf) if number == 12 else self.best.clamp(max=float(20 - number))
+        hidden = self.norm(self.body(x))
+        losses = [nn.functional.cross_entropy(head(hidden), y) for head in self.heads]
+        if self.automatic_optimization:
+            return sum(losses)
+        for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+            optimizer.zero_grad()
+            # The graph, which has the statistics in it, is gone through again after the first was skipped.
+            self.manual_backward(loss, retain_graph=True)
+            optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        if self.automatic_optimization:
+            return self.optimizer(self.parameters(), lr=1e-2)
+        own = [*self.body.parameters(), *self.norm.parameters(), *self.heads[1].parameters()]
+        return self.optimizer(self.heads[0].parameters(), lr=1e-2), self.optimizer(own, lr=1e-2)
+
+
+class Look(pl.Callback):
+    """Keeps the buffers after each batch, as whoever saves or validates them sees them."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        self.seen[number] = {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def fused(parameters, lr):
+    return torch.optim.AdamW(parameters, lr=lr, fused=True)
+
+
+def fit(module, guard, accumulate=1):
+    """The buffers after each batch."""
+    look = Look()
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[guard, look], accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    x = torch.randn(160, 8, generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), 8))
+    return look.seen
+
+
+def assert_as_before(seen, names=("norm.running_mean", "norm.running_var", "replaced")):
+    for name in names:
+        assert torch.equal(seen[BAD][name], seen[BAD - 1][name]), name
+        assert seen[max(seen)][name].isfinite().all()
+        assert not torch.equal(seen[BAD + 1][name], seen[BAD][name]), name
+
+
+CASES = {
+    "automatic": ({}, {}),
+    "by hand": ({"by_hand": True}, {}),
+    "late": ({"optimizer": fused}, {"lag": 1}),
+    "late, by hand": ({"optimizer": fused, "by_hand": True}, {"lag": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_batch_leaves_no_trace_when_it_ends(case):
+    """So that neither a checkpoint nor a validation between two batches sees any of it."""
+    arguments, options = CASES[case]
+    guard = GradGuard(**options)
+    seen = fit(Net(**arguments), guard)
+    assert guard.summary["skipped"] >= 1
+    assert_as_before(seen)
+
+
+@pytest.mark.parametrize("value", [1e25, 1e38])
+def test_a_variance_that_overflows_is_not_kept_though_the_step_is_taken(value):
+    guard = GradGuard()
+    seen = fit(Net(value), guard)
+    assert guard.summary["skipped"] == 0
+    assert_as_before(seen, ("norm.running_var",))
+
+
+def test_of_accumulated_batches_the_good_ones_count():
+    seen = fit(Net(), GradGuard(), accumulate=4)
+    assert_as_before(seen)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_after_a_graceful_end_they_are_sound(by_hand):
+    guard = GradGuard(policy=Policy(respond={"nonfinite": "halt"}, stop="graceful"))
+    seen = fit(Net(by_hand=by_hand), guard)
+    assert guard.stop_reason == "nonfinite"
+    assert max(seen) == BAD
+    assert all(
+        torch.equal(seen[BAD][f"norm.{n}"], seen[BAD - 1][f"norm.{n}"])
+        for n in ("running_mean", "running_var")
+    )
+
+
+def test_infinity_that_is_meant_stays():
+    seen = fit(Net(), GradGuard())
+    assert all(buffers["mask"].isinf().all() for buffers in seen.values())
+    # It was finite before it was set to infinity, and goes on from there: only the batch that sets it is taken back.
+    assert (seen[11]["best"], seen[13]["best"], seen[19]["best"]) == (9, 7, 1)
+
+
+def test_a_buffer_that_cannot_be_written_to_is_left_alone():
+    module = Net()
+    fit(module, GradGuard())
+    assert module.expanded.stride() == (0,)
