@@ -6,17 +6,18 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradguard.letter import Posted, norms_in
+from lightning_gradguard.letter import Posted
 from lightning_gradguard.mailbox import Mailbox
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.stats import stats_of
 from lightning_gradguard.verdicts.judge import Judge
+from lightning_gradguard.verdicts.letter import Sight
 
 if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
 
 #: Raised when a saved state can no longer be read.
-VERSION = 3
+VERSION = 4
 
 
 def save(guard: Guard) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def save(guard: Guard) -> dict[str, Any]:
         "counts": dict(guard.counts),
         "watch": guard.watch.state_dict(),
         "judge": guard.judge.state_dict(),
+        "sights": [sight.to_plain() for sight in guard.sights],
         "states": None if guard.states is None else pipeline.to_plain(guard.states),
         # With lag: what was posted and not yet judged.
         "under_way": [
@@ -37,6 +39,7 @@ def save(guard: Guard) -> dict[str, Any]:
                 "has_loss": posted.has_loss,
                 "scaled": posted.scaled,
                 "present": [gradient is not None for gradient in posted.outcome.stats.gradients],
+                "asked": list(posted.asked),
             }
             for numbers, posted in guard._mailbox.waiting()
         ],
@@ -78,7 +81,7 @@ def go_back(guard: Guard, state: dict[str, Any] | None) -> None:
     """
     steps, counts = guard.steps, guard.counts
     if state is None:
-        guard.states, guard.judge = None, Judge(guard.policy, guard.judge.optimizer)
+        guard.states, guard.judge, guard.sights = None, Judge(guard.policy, guard.judge.optimizer), []
     else:
         load(guard, state)
     guard.steps, guard.counts = steps, counts
@@ -89,6 +92,7 @@ def _restore(guard: Guard, state: dict[str, Any]) -> None:
     guard.watch.load_state_dict(state["watch"])
     guard.judge.load_state_dict(state["judge"])
     guard.steps, guard.counts = state["steps"], dict(state["counts"])
+    guard.sights = [Sight.from_plain(sight) for sight in state["sights"]]
     guard.states = None
     if state["states"] is not None:
         watch = guard.watch
@@ -106,7 +110,7 @@ def _restore(guard: Guard, state: dict[str, Any]) -> None:
 def _posted_again(guard: Guard, letter: dict[str, Any]) -> Posted:
     """What the host has to know of a letter that was under way; the gradients themselves are gone."""
     layout = guard.watch.layout
-    norms = norms_in(letter["numbers"], len(layout.names), len(guard.detectors))
+    norms = letter["numbers"][: len(layout.names)]
     # A parameter stands for its gradient, of which only the type is asked.
     marks = tuple(
         p.detach() if there else None for p, there in zip(layout.parameters, letter["present"], strict=True)
@@ -115,7 +119,8 @@ def _posted_again(guard: Guard, letter: dict[str, Any]) -> Posted:
         layout, marks, norms.to(layout.numel.device), guard.watch.weights, guard.watch.updates, None
     )
     outcome = pipeline.Outcome(replace(stats, has_loss=letter["has_loss"]), (), None)
-    return Posted(letter["step"], letter["has_loss"], letter["scaled"], outcome, None)
+    asked = tuple(letter["asked"])
+    return Posted(letter["step"], letter["has_loss"], letter["scaled"], outcome, None, asked)
 
 
 def _kinds(guard: Guard) -> list[str]:

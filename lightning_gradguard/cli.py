@@ -54,6 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     replay.add_argument("--device", default="cpu", help="where to run; default: cpu")
     replay.set_defaults(act=_replay)
+    cost = commands.add_parser("cost", help="what a guarded step costs on your own model")
+    cost.add_argument(
+        "model", metavar="PKG:NAME", help="a model, or what gives one when called, such as train:make_model"
+    )
+    cost.add_argument("--clipper", default="SpikeClip", metavar="NAME", help="default: SpikeClip")
+    cost.add_argument("--steps", type=_positive, default=200, help="steps that are timed; default: 200")
+    cost.set_defaults(act=_cost)
     options = parser.parse_args(arguments)
     return int(options.act(options))
 
@@ -100,6 +107,19 @@ def _replay(options: argparse.Namespace) -> int:
         console.print(answer) if console.is_terminal else print(answer)
     except (ReplayError, OSError) as error:
         print(f"gradguard replay: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+    return 0
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lightning_gradguard.cost_command import CostError, run
+
+    try:
+        run(options.model, options.clipper, options.steps, Console(highlight=False))
+    except CostError as error:
+        print(f"gradguard cost: {error}", file=sys.stderr)
         return _USAGE_ERROR
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ from lightning_gradguard.doctor.trials import trying
 from lightning_gradguard.history import History
 from lightning_gradguard.mailbox import read
 from lightning_gradguard.parts import say
-from lightning_gradguard.signals.stats import GradStats, weight_means, weight_norms
-from lightning_gradguard.verdicts.faults import Fault, Finding, GradientWarning, Severity
+from lightning_gradguard.signals.norms import weight_means, weight_norms
+from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.verdicts.faults import Fault, Finding, Severity
 from lightning_gradguard.watch import Watch
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         problem = f"the causes could not be examined ({type(error).__name__}: {reason})"
-        warnings.warn(f"GradGuard: {problem}", GradientWarning, stacklevel=5)
+        say(problem)
         unknown = (Cause.UNKNOWN,)
         diagnosis = Diagnosis(
             finding.fault,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from lightning_gradguard.signals.trends import WARM_UP
 from lightning_gradguard.spy import Usage
 from lightning_gradguard.verdicts.faults import Fault, Finding, GradientHalt, Report
 from lightning_gradguard.verdicts.judge import Judge
-from lightning_gradguard.verdicts.letter import Letter
+from lightning_gradguard.verdicts.letter import Letter, Sight
 from lightning_gradguard.verdicts.policy import Policy
 from lightning_gradguard.watch import Watch
 
@@ -89,6 +88,7 @@ class Guard:
         self.report: Report | None = None
         self.letter: Letter | None = None
         self.calm: Letter | None = None
+        self.sights: list[Sight] = []
         self.notes: tuple[str, ...] = ()
         self.subject: Callable[[], Subject] | None = None
         self.origin: Origin | None = None
@@ -156,10 +156,12 @@ class Guard:
         if self.states is None:
             self.states = pipeline.init(stats, self.detectors, self.clipper)
         outcome, states = pipeline.advance(stats, self.states, self.detectors, self.clipper)
-        posted = Posted(number, loss is not None, scaler is not None, outcome, None if self._lag else batch)
+        asked = tuple([reading is not None for reading in outcome.readings])
+        kept = None if self._lag else batch
+        posted = Posted(number, loss is not None, scaler is not None, outcome, kept, asked)
         answer = self._mailbox.exchange(pack(outcome, None if scaler is None else scaler._scale), posted)
         if self._lag:
-            return self._late(outcome, states, answer)
+            return lagging.judge_late(self, outcome, states, answer)
         assert answer is not None
         report = self._report(*answer)
         if report.skip:
@@ -193,44 +195,18 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave.
 
+        Args:
+            state: As it was given.
+
         Raises:
             ValueError: If it is of another version, other parameters, or other detectors or clipper; nothing
                 is changed then.
         """
         checkpoint.load(self, state)
 
-    def _late(
-        self, outcome: pipeline.Outcome, states: pipeline.States, answer: tuple[list[float], Posted] | None
-    ) -> Report:
-        """The way with lag: what must be done is done on the device, and the report is of the step before."""
-        assert self.states is not None
-        lagging.defuse(outcome, self.watch.optimizer)
-        self.states = pipeline.choose(outcome.stats.finite, states, self.states)
-        self.watch.settle(True)
-        self._ask()
-        if answer is not None:
-            self._deliver(*answer)
-        if self.report is None or lagging.has_blank_momentum(self.watch.optimizer):
-            # It is awaited: a fused optimizer cannot skip on the device before it has a state.
-            answer = self._mailbox.take()
-            if answer is not None and self._deliver(*answer).skip:
-                self.watch.drop()
-        assert self.report is not None
-        return dataclasses.replace(self.report, skip=False)
-
-    def _deliver(self, numbers: list[float], posted: Posted) -> Report:
-        """The report of a step that came late; raises where it was one to halt on."""
-        report = self._report(numbers, posted)
-        if self._halt is not None:
-            # The coming step is not taken, also where the halt is no error and the optimizer is called.
-            self.watch.drop()
-            lagging.forget(self.watch.optimizer)
-        self._raise_if_halted(posted.step)
-        return report
-
     def _report(self, numbers: list[float], posted: Posted) -> Report:
         """From a step's numbers to its report, findings, messages and diagnosis."""
-        self.letter = unpack(numbers, posted.outcome, self.detectors)
+        self.letter = unpack(numbers, posted, self.detectors, self.sights)
         verdict = self.judge.judge(
             posted.step,
             self.letter,
@@ -243,7 +219,8 @@ class Guard:
         if layout.names != self.history.names:
             self.history = history_of(layout, self.history.steps)
         self.history.add(self.report)
-        self.calm = self.letter if self.letter.finite else self.calm
+        if self.letter.finite:
+            self.calm, self.sights = self.letter, self.letter.sights
         self.counts["judged"] += 1
         self.counts["clipped"] += self.letter.clipped and not self.report.skip
         self.counts["skipped"] += self.report.skip

@@ -56,6 +56,9 @@ class History:
         """Takes in a step; the oldest one goes when there is no room.
 
         A norm that is not finite is kept as inf, since NaN stands for a tensor that has no gradient.
+
+        Args:
+            report: Of that step.
         """
         norms = report.norms
         if not math.isfinite(report.total_norm):
@@ -87,6 +90,9 @@ class History:
 
     def resize(self, steps: int) -> None:
         """Keeps that many steps from now on, and of those that are there the newest.
+
+        Args:
+            steps: How many.
 
         Raises:
             ValueError: If ``steps`` is not a positive whole number.

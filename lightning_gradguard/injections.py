@@ -54,12 +54,20 @@ class Injection(ABC):
         """
 
     def is_due(self, step: int, rank: int) -> bool:
-        """Whether it goes wrong at this step, in this process."""
+        """Whether it goes wrong now and here.
+
+        Args:
+            step: The step under way.
+            rank: Of this process.
+        """
         assert isinstance(self.at, Sequence)
         return step in self.at and self.rank in (None, rank)
 
     def targets(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Name to parameter, of those concerned.
+
+        Args:
+            named_parameters: Pairs of name and parameter, as ``model.named_parameters()`` gives them.
 
         Raises:
             ValueError: If the pattern matches no name, or only those of frozen parameters.

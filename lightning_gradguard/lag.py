@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradguard.parts import say
 from lightning_gradguard.signals.clipping import apply_
-from lightning_gradguard.signals.pipeline import Outcome
+from lightning_gradguard.signals.pipeline import Outcome, States, choose_states
 from lightning_gradguard.signals.shards import local
-from lightning_gradguard.verdicts.faults import Fault, GradientWarning
+from lightning_gradguard.verdicts.faults import Fault, Report
 from lightning_gradguard.verdicts.policy import Policy
+
+if TYPE_CHECKING:
+    from lightning_gradguard.guard import Guard
+    from lightning_gradguard.letter import Posted
 
 #: Optimizers whose fused form skips on the device when ``found_inf`` is set; others ignore or refuse it.
 _HONOUR = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
@@ -39,11 +44,9 @@ def choose(
     if lag and late:
         raise ValueError(f"lag must be 0 with a policy that skips on {', '.join(late)}, got 1")
     if lag and not honours_found_inf(optimizer):
-        warnings.warn(
+        say(
             "lag=1 with an optimizer that does not honour found_inf: a non-finite gradient is set to zero, which is "
-            "no exact skip, since moments decay and weight decay acts; use fused=True, or lag=0",
-            GradientWarning,
-            stacklevel=4,
+            "no exact skip, since moments decay and weight decay acts; use fused=True, or lag=0"
         )
     return lag
 
@@ -61,6 +64,47 @@ def honours_found_inf(optimizer: torch.optim.Optimizer | None) -> bool:
         and type(optimizer) in _HONOUR
         and all(group.get("fused") for group in optimizer.param_groups)
     )
+
+
+def judge_late(
+    guard: Guard, outcome: Outcome, states: States, answer: tuple[list[float], Posted] | None
+) -> Report:
+    """What must be done with a step is done on the device, and the report is of the step before.
+
+    Args:
+        guard: Whose step it is.
+        outcome: What the device made of the step.
+        states: The states after it.
+        answer: Numbers of the step before, if they have come.
+
+    Raises:
+        GradientHalt: If the step before was one to halt on.
+    """
+    assert guard.states is not None
+    defuse(outcome, guard.watch.optimizer)
+    guard.states = choose_states(outcome.stats.finite, states, guard.states)
+    guard.watch.settle(True)
+    guard._ask()
+    if answer is not None:
+        _deliver(guard, *answer)
+    if guard.report is None or has_blank_momentum(guard.watch.optimizer):
+        # It is awaited: a fused optimizer cannot skip on the device before it has a state.
+        answer = guard._mailbox.take()
+        if answer is not None and _deliver(guard, *answer).skip:
+            guard.watch.drop()
+    assert guard.report is not None
+    return dataclasses.replace(guard.report, skip=False)
+
+
+def _deliver(guard: Guard, numbers: list[float], posted: Posted) -> Report:
+    """The report of a step that came late; raises where it was one to halt on."""
+    report = guard._report(numbers, posted)
+    if guard._halt is not None:
+        # The coming step is not taken, also where the halt is no error and the optimizer is called.
+        guard.watch.drop()
+        forget(guard.watch.optimizer)
+    guard._raise_if_halted(posted.step)
+    return report
 
 
 def defuse(outcome: Outcome, optimizer: torch.optim.Optimizer | None) -> None:

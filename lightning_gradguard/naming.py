@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,9 +31,14 @@ def as_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, 
     return pairs
 
 
-def members(optimizer: torch.optim.Optimizer | None) -> list[int]:
-    """Ids of an optimizer's parameters, which tell whether any came, went, or was replaced."""
-    return [id(p) for group in _groups(optimizer) for p in group]
+def members(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """An optimizer's parameters, group after group."""
+    return [*chain.from_iterable(_groups(optimizer))]
+
+
+def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists hold the same tensors, which tells whether any came, went, or was replaced."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -72,7 +79,7 @@ def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
 def _groups(optimizer: torch.optim.Optimizer | None) -> list[list[Tensor]]:
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise TypeError(f"optimizer must be an optimizer with param_groups, got {type(optimizer).__name__}")
-    return [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
+    return [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
 
 
 def _plain(name: str) -> str:

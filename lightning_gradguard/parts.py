@@ -52,11 +52,11 @@ def validate(detectors: object, clipper: object, policy: object) -> None:
         raise TypeError(f"policy must be a Policy, such as Policy.strict(), got {policy!r}")
 
 
-def validate_options(monitor: object, trials: object, recorder: object, per_layer: object) -> None:
+def validate_options(monitor: object, recorder: object, **switches: object) -> None:
     """Raises ValueError for what `GradGuard` cannot make use of."""
     if monitor is not None and (not isinstance(monitor, str) or not monitor):
         raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
-    for name, value in (("trials", trials), ("per_layer", per_layer)):
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
     if recorder is not None and not isinstance(recorder, Recorder):

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy
-from lightning_gradguard.naming import as_pairs, members, select
+from lightning_gradguard.naming import are_same, as_pairs, members, select
 from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.norms import weight_norms
 from lightning_gradguard.signals.readout import read, whole_sample
-from lightning_gradguard.signals.samples import LOW_PRECISION, SAMPLES, update_ratios
-from lightning_gradguard.signals.stats import GradStats, stats_of, weight_norms
+from lightning_gradguard.signals.samples import SAMPLES, median_update, update_ratios
+from lightning_gradguard.signals.stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.spy import Usage
 from lightning_gradguard.walk import Walk
 
 #: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
 REFRESH = 8
+#: Good steps, from the first and from the first loss, at each of which slow detectors are asked: most that is sick is
+#: so from the start.
+EAGER = 32
+#: Good steps after which a refresh is due less often, and how often.
+SETTLED, LATER = 256, 32
 #: Share of its peak below which a learning rate is so low that small updates are meant.
 RESTING = 0.1
 
@@ -64,6 +69,11 @@ class Watch:
         self.weights: Tensor
         self.updates: Tensor
         self._before: Tensor
+        self._closest: int
+        self._close: bool
+        self._was_good: bool
+        self._eager: int
+        self._had_loss: bool
         self._start(select(self._named, self.optimizer))
 
     @property
@@ -74,7 +84,7 @@ class Watch:
     def follow_groups(self) -> bool:
         """Reads the optimizer's parameter groups again; True if the watched tensors changed."""
         found = members(self.optimizer)
-        if found == self._groups:
+        if are_same(found, self._groups):
             return False
         self._groups = found
         self._start(select(self._named, self.optimizer))
@@ -89,6 +99,7 @@ class Watch:
         """The gradients as they lie on the parameters now."""
         return [p.grad for p in self.layout.parameters]
 
+    @torch.no_grad()
     def look(self, loss: Tensor | None, graph: Tensor | None, scaled: bool = False) -> GradStats:
         """Measures this step, and refreshes what is due.
 
@@ -97,35 +108,49 @@ class Watch:
             graph: Tensor whose autograd graph shows the order of the layers, or None.
             scaled: Whether a gradient scaler is in use.
         """
-        self.layout = self._walk.arrange(self.layout, graph)
+        gradients = gradients_of(self.layout)
+        self.layout = self._walk.arrange(self.layout, gradients, graph)
         asked, tilt = self._walk.take_time_tilt()
-        fresh = self.good < REFRESH or self.good % REFRESH == 0
+        fresh = self.good < REFRESH or self.good % self._period == 0
         updated = self._sampled_last
-        found = read(self.layout, loss, tilt, asked=asked, fresh=fresh, sampled=fresh or updated)
+        # Also after a step that was not taken, which the detectors do not remember.
+        if loss is not None and not self._had_loss:
+            self._eager, self._had_loss = self.good + EAGER, True
+        close = updated or self.good < self._eager or not self._was_good
+        found = read(self.layout, gradients, loss, tilt, asked=asked, fresh=fresh, sampled=fresh or updated)
         if updated:
             ratios = update_ratios(self._before, _due(found.sample), self.layout)
             # No step was taken where there was no gradient: a part that is used now and then does not stand still.
             self.updates = torch.where(self._moved, ratios, self.updates)
+            self._ratio = median_update(self.updates, self.layout)
         if fresh:
             self.weights, self._before = _due(found.weights), _due(found.sample)
             self._dead, self._lost = _due(found.dead), _due(found.lost)
-        stats = stats_of(self.layout, found.gradients, found.norms, self.weights, self.updates, found.loss)
-        self._fresh = fresh
-        self._moved: Tensor = stats.present
-        return replace(
-            stats,
+        known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
+        stats = stats_of(
+            self.layout,
+            gradients,
+            found.norms,
+            self.weights,
+            self.updates,
+            found.loss,
             **self._walk.marks._asdict(),
+            **known,
             dead=self._dead,
             lost=self._lost,
-            low_precision=scaled or any(p.dtype in LOW_PRECISION for p in self.layout.parameters),
-            time_tilt=stats.time_tilt if found.time_tilt is None else found.time_tilt.to(stats.total.device),
+            update_ratio=self._ratio,
+            low_precision=scaled or self.layout.low_precision,
             sampled_steps=(1 if self.good <= REFRESH else REFRESH) if updated else 0,
+            elapsed=min(max(self.good - self._closest, 1), REFRESH) if close else 0,
             resting=self._is_resting(),
         )
+        self._fresh, self._close = fresh, close
+        self._moved: Tensor = stats.present
+        return stats
 
     def ask_for_time(self) -> None:
         """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
-        if self.good % REFRESH == 0:
+        if self._sampled_last:  # the next step is a closer look
             self._walk.ask_for_time(self.layout)
 
     def close(self) -> None:
@@ -145,8 +170,10 @@ class Watch:
 
     def settle(self, good: bool) -> None:
         """Counts a step that was good: bad ones do not move the schedule."""
+        if good and self._close:
+            self._closest = self.good
         self.good += good
-        self._sampled_last = good and self._fresh
+        self._sampled_last, self._was_good = good and self._fresh, good
 
     def drop(self) -> None:
         """Removes all gradients of the optimizer, which is an exact skip for every optimizer."""
@@ -162,6 +189,10 @@ class Watch:
             "embeddings": sorted(self._walk.embeddings),
             "good": self.good,
             "sampled_last": self._sampled_last,
+            "closest": self._closest,
+            "was_good": self._was_good,
+            "eager": self._eager,
+            "had_loss": self._had_loss,
             "peak_rate": self._peak_rate,
             **{name: getattr(self, attribute).clone() for name, attribute in _TENSORS.items()},
         }
@@ -187,13 +218,18 @@ class Watch:
             embeddings=self._walk.embeddings,
         )
         self.good, self._sampled_last = state["good"], state["sampled_last"]
+        self._closest, self._was_good = state["closest"], state["was_good"]
+        self._eager, self._had_loss = state["eager"], state["had_loss"]
         self._peak_rate = state["peak_rate"]
         for name, attribute in _TENSORS.items():
             setattr(self, attribute, state[name].to(device))
+        self._ratio = median_update(self.updates, self.layout)
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
         """Begins to watch these tensors, of which nothing is known yet."""
         self.good, self._fresh, self._sampled_last = 0, False, False
+        self._closest, self._close, self._was_good = -1, True, True
+        self._eager, self._had_loss = EAGER, False
         self.layout = Layout.of(parameters)
         if self.layout.shards is not None:
             self.layout.shards.check_agreement(self.layout.names)
@@ -201,8 +237,14 @@ class Watch:
         self.weights = self.initial_weights = weight_norms(self.layout)
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
+        self._ratio = self.layout.constant(torch.nan)
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._moved = self.weights < 0
+
+    @property
+    def _period(self) -> int:
+        """Good steps between two refreshes."""
+        return REFRESH if self.good < SETTLED else LATER
 
     def _is_resting(self) -> bool:
         """Whether the learning rate is far below its peak. One that lies on the device is not asked."""

@@ -13,20 +13,23 @@ NAME = "lightning_gradguard"
 STDLIB = frozenset(sys.stdlib_module_names)
 
 _READINGS = {"torch", "signals.stats", "signals.trends", "signals.reading", "verdicts.faults"}
-_CLIPPING = {"torch", "signals.stats", "signals.clipping", "signals.shards"}
+_CLIPPING = {"torch", "signals.stats", "signals.clipping", "signals.norms", "signals.shards"}
 
 #: Room to what it may import beyond the standard library. A folder's name covers its files.
 ROOMS = {
     "_version": set(),
     "signals.shards": {"torch"},
     "signals.layout": {"torch", "signals.shards"},
-    "signals.stats": {"torch", "signals.layout", "signals.shards"},
+    "signals.norms": {"torch", "signals.layout", "signals.shards"},
+    "signals.stats": {"torch", "signals.layout", "signals.norms", "signals.shards"},
+    "signals.profile": {"torch", "signals.layout"},
     "signals.readout": {
-        "torch", "signals.layout", "signals.samples", "signals.shards", "signals.spread_samples", "signals.stats",
+        "torch", "signals.layout", "signals.norms", "signals.samples", "signals.shards", "signals.spread_samples",
     },
-    "signals.spread_samples": {"torch", "signals.layout", "signals.samples", "signals.shards", "signals.stats"},
-    "signals.samples": {"torch", "signals.layout", "signals.stats"},
-    "signals.trends": {"torch", "signals.layout", "signals.stats"},
+    "signals.spread_samples": {"torch", "signals.layout", "signals.norms", "signals.samples", "signals.shards"},
+    "signals.samples": {"torch", "signals.layout", "signals.norms"},
+    "signals.losses": {"torch", "signals.stats", "signals.trends"},
+    "signals.trends": {"torch", "signals.losses", "signals.profile", "signals.stats"},
     "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
     "signals.detectors": _READINGS,
     "signals.starvation_detectors": _READINGS,
@@ -52,14 +55,17 @@ ROOMS = {
     },
     "metrics": {"torch", "torchmetrics"},
     "letter": {"torch", "signals", "verdicts"},
-    "lag": {"torch", "signals", "verdicts"},
+    "lag": {"torch", "signals", "verdicts", "guard", "letter", "parts"},
     "spy": {"torch"},
     "walk": {"torch", "signals.layout", "signals.shards", "doctor.anatomy", "naming", "spy", "whole"},
     "whole": {"torch"},
     "naming": {"torch"},
     "watch": {"torch", "signals", "doctor.anatomy", "spy", "naming", "walk"},
     "history": {"numpy", "verdicts"},
-    "facts": {"torch", "numpy", "signals.stats", "verdicts", "doctor", "watch", "mailbox", "history", "parts"},
+    "facts": {
+        "torch", "numpy", "signals.norms", "signals.stats", "verdicts", "doctor", "watch", "mailbox", "history",
+        "parts",
+    },
     "recorder": {"torch", "numpy", "rich", "recorder", "doctor", "verdicts", "naming"},
     "recorder.recorder": set(),
     "parts": {"torch", "signals", "verdicts", "recorder.recorder"},
@@ -79,6 +85,8 @@ ROOMS = {
     "testing": {"torch", "injections", "callbacks.injecting"},
     # The demo is a user of the product, kept in the package so that an installed one can show itself.
     "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},
+    "cost": {"torch", "guard", "signals.clipping", "watch"},
+    "cost_command": {"torch", "rich", "cost", "signals"},
     "cli": {"rich", "torch", "*"},
     "": {"*"},
 }  # fmt: skip

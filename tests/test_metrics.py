@@ -194,7 +194,6 @@ for metric in (GradientNorm(), ClipRate(), SpikeScore(window=40, sigma=3.0), Spi
     metric.update(second)  # what was pooled above must not have become this rank's own
     answers.append((before, metric.compute().item()))
 torch.save(answers, f"{folder}/{rank}.pt")
-torch.distributed.destroy_process_group()
 """
 
 

@@ -30,12 +30,16 @@ def started(net):
     return walk, layout
 
 
+def arrange(walk, layout, loss):
+    return walk.arrange(layout, [p.grad for p in layout.parameters], loss)
+
+
 def test_order_tables_and_paths_are_those_of_the_graph():
     net = Net()
     walk, layout = started(net)
     loss = net(torch.tensor([1, 2]))
     loss.backward()
-    layout = walk.arrange(layout, loss)
+    layout = arrange(walk, layout, loss)
     assert layout.order[0] == layout.names.index("table.weight")
     assert walk.embeddings == {"table.weight"}
     marks = walk.marks._asdict().items()
@@ -51,11 +55,11 @@ def test_a_graph_is_walked_once_for_each_pattern_of_gradients():
     walk, layout = started(net)
     loss = net(torch.ones(1, 2)).sum()
     loss.backward()
-    first = walk.arrange(layout, loss)
+    first = arrange(walk, layout, loss)
     assert first is not layout
-    assert walk.arrange(first, loss) is first
+    assert arrange(walk, first, loss) is first
     net.bias.grad = None
-    assert walk.arrange(first, loss) is not first
+    assert arrange(walk, first, loss) is not first
 
 
 def test_time_is_looked_at_on_request_alone():
@@ -65,7 +69,7 @@ def test_time_is_looked_at_on_request_alone():
     def step():
         loss = net(torch.ones(2, 30, 3))[0][:, -1].sum()
         loss.backward()
-        return walk.arrange(layout, loss)
+        return arrange(walk, layout, loss)
 
     assert walk.take_time_tilt() == (False, None)
     step()

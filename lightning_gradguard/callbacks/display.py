@@ -1,4 +1,4 @@
-"""What a training shows of itself: the views of its optimizers, and the sinks that they are written to."""
+"""What a training shows of itself: the views of its optimizers, the sinks they are written to, the progress bar."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lightning_gradguard.callbacks.progress import ProgressBar
 from lightning_gradguard.callbacks.trainer import logging_step
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.sinks.loggers import open_sinks
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 
 
 class Display:
-    """Feeds the overview of each optimizer, and writes it where Lightning logs.
+    """Feeds the overview of each optimizer, and writes it where Lightning logs; and the progress bar.
 
     Args:
         per_layer: Also write a scalar for each tensor.
+        progress_bar: Also show two values in the progress bar.
     """
 
-    def __init__(self, per_layer: bool) -> None:
-        self._per_layer = per_layer
+    def __init__(self, per_layer: bool, progress_bar: bool) -> None:
+        self._per_layer, self._bar = per_layer, ProgressBar(progress_bar)
         self._trainer: Trainer | None = None
         self._sinks: list[Sink] = []
         self._views: dict[int, tuple[tuple[str, ...], Overview]] = {}
@@ -39,11 +41,13 @@ class Display:
     def start(self, trainer: Trainer) -> None:
         """A run begins, whose loggers are written to on rank 0; or goes on from a checkpoint, with its pictures."""
         self._trainer, self._views = trainer, {}
+        self._bar.start(trainer)
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._restored = self._restored if trainer.ckpt_path else {}
 
     def observe(self, guard: Guard, index: int, diagnosis: Diagnosis | None) -> None:
         """Takes in the newest step of an optimizer, and a diagnosis if there is a new one; writes where it is due."""
+        self._bar.observe(guard, index)
         if not self._sinks or self._trainer is None or guard.report is None:
             return
         view = self._view(guard, index)
@@ -75,6 +79,7 @@ class Display:
         for sink in self._sinks:
             sink.close()
         self._sinks, self._trainer = [], None
+        self._bar.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """The pictures so far, so that those of a resumed run go on; plain types."""

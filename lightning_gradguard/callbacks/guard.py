@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +13,25 @@ from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.display import Display
 from lightning_gradguard.callbacks.guards import Guards
 from lightning_gradguard.callbacks.judging import judge
+from lightning_gradguard.callbacks.outcome import Outcome
 from lightning_gradguard.callbacks.recording import Recording
 from lightning_gradguard.callbacks.recovery import Recovery
 from lightning_gradguard.callbacks.subject import check_up
 from lightning_gradguard.callbacks.trainer import (
     Losses,
     Metric,
+    is_stand_in,
     optimizer_index,
     refuse_what_clashes,
     say_if_nothing_trains,
     say_that_no_step_was_seen,
 )
-from lightning_gradguard.guard import KEPT_FINDINGS, Guard
 from lightning_gradguard.lag import validate_lag
-from lightning_gradguard.naming import is_compiled
 from lightning_gradguard.parts import validate, validate_options
 from lightning_gradguard.recorder.recorder import Recorder
 from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.reading import Detector
-from lightning_gradguard.spy import Usage
-from lightning_gradguard.verdicts.faults import Finding, GradientHalt, Report
+from lightning_gradguard.verdicts.faults import Finding, Report
 from lightning_gradguard.verdicts.policy import Policy
 
 if TYPE_CHECKING:
@@ -62,15 +59,12 @@ class GradGuard(Callback):
         trials: Try remedies when something critical is found, in 30 passes over the newest batch; changes nothing.
         recorder: A ``Recorder()`` leaves a bundle when training is halted, for ``gradguard replay``; None leaves none.
         per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/NNN_name``.
+        progress_bar: Show two values in the progress bar: ``grad_norm``, the gradients' norm before clipping, and
+            ``clip_rate``, the share of the run's steps that were clipped, or ``skipped`` where there is no clipper.
         lag: 0, 1, or None for the cheapest that still skips exactly; see `Guard`.
 
     Attributes:
         checkup: With ``trials``, what the check-up of the first batch found; None if there was none.
-        findings: What was found, oldest first; the newest 1,000.
-        report: Report of the newest judged step, or None.
-        diagnosis: After a critical finding: what, where, why, and what to do.
-        stop_reason: After a halt, the fault's value, such as "nonfinite".
-        bundle: File that the recorder left, or None.
 
     Raises:
         ValueError: For a wrong value.
@@ -88,37 +82,51 @@ class GradGuard(Callback):
         recorder: Recorder | None = None,
         per_layer: bool = False,
         lag: int | None = None,
+        progress_bar: bool = False,
     ) -> None:
         validate(detectors, clipper, policy)
         validate_lag(lag)
-        validate_options(monitor, trials, recorder, per_layer)
+        validate_options(monitor, recorder, trials=trials, per_layer=per_layer, progress_bar=progress_bar)
         self.detectors = None if detectors is None else tuple(detectors)
         self.clipper, self.policy, self.recorder = clipper, policy, recorder
-        self.monitor, self.per_layer, self.lag, self.trials = monitor, per_layer, lag, trials
+        self.monitor, self.lag, self.trials = monitor, lag, trials
+        self.per_layer, self.progress_bar = per_layer, progress_bar
         self.checkup: Checkup | None = None
-        self.report: Report | None = None
-        self.diagnosis: Diagnosis | None = None
-        self.stop_reason: str | None = None
-        self.bundle: Path | None = None
-        self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
-        self._guards = Guards(self._judging, {})
-        self._losses = Losses()
-        self._batches = 0
+        self._guards, self._batches = Guards(self._judging, {}), 0
+        self._losses, self._metric = Losses(), Metric(monitor)
         self._newest: tuple[Any, int] = (None, 0)
-        self._metric = Metric(monitor)
-        self._usage: Usage | None = None
-        self._display = Display(per_layer)
-        self._recording = Recording(recorder)
-        self._recovery = Recovery(policy)
+        self._recording, self._recovery = Recording(recorder), Recovery(policy)
+        self._display = Display(per_layer, progress_bar)
+        self._outcome = Outcome(self._recovery, self._recording, self._display)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows what was found and how to judge on, and holds no trainer, batch, graph or file."""
-        return {**self.__dict__, "_losses": Losses(), "_newest": (None, 0), "_usage": None}
+        return {**self.__dict__, "_losses": Losses(), "_newest": (None, 0)}
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What was found, oldest first; the newest 1,000."""
-        return tuple(self._findings)
+        return tuple(self._outcome.findings)
+
+    @property
+    def report(self) -> Report | None:
+        """Report of the newest judged step, or None."""
+        return self._outcome.report
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """After a critical finding: what, where, why, and what to do."""
+        return self._outcome.diagnosis
+
+    @property
+    def stop_reason(self) -> str | None:
+        """After a halt, the fault's value, such as "nonfinite"."""
+        return self._outcome.stop_reason
+
+    @property
+    def bundle(self) -> Path | None:
+        """File that the recorder left, or None."""
+        return self._outcome.bundle
 
     @property
     def state_key(self) -> str:
@@ -136,16 +144,17 @@ class GradGuard(Callback):
             refuse_what_clashes(trainer, pl_module, self.clipper)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets what a checkpoint brought that was only validated or tested."""
-        if stage != "fit":
+        """Says what came of the training, or forgets what a checkpoint brought that was only validated or tested."""
+        if stage == "fit":
+            self._outcome.say(trainer, self._guards)
+        else:
             self._guards.restored = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts afresh."""
         self._guards, self._losses = Guards(self._judging, self._guards.restored), Losses()
         self._newest, self._batches = (None, 0), 0
-        self.report, self.diagnosis, self.stop_reason, self.bundle = None, None, None, None
-        self._findings.clear()
+        self._outcome.start()
         self._metric = Metric(self.monitor)
         self._display.start(trainer)
         self._recording.start(trainer, pl_module, self._guards)
@@ -153,7 +162,7 @@ class GradGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to look at which parameters are used, after the sanity check of the validation."""
-        self._usage = Usage(idle=is_compiled(list(pl_module.named_parameters())))
+        self._guards.look(pl_module)
         self._recovery.start(trainer, pl_module, self._guards)
 
     def on_train_batch_start(
@@ -190,77 +199,52 @@ class GradGuard(Callback):
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
-        if self._recovery.has_ended(optimizer) or not any(
-            group["params"] for group in optimizer.param_groups
-        ):
-            return  # the latter is Lightning's stand-in where configure_optimizers returns nothing
+        if self._recovery.has_ended(optimizer) or is_stand_in(optimizer):
+            return
         index = optimizer_index(trainer, optimizer)
-        guard = self._guards.of(trainer, pl_module, optimizer, index, self._usage)
+        guard = self._guards.of(trainer, pl_module, optimizer, index)
         guard.notes, guard.trials = self._metric.notes, self.trials
         self._recording.step(guard, trainer.global_step)
-        with self._following(guard, index):
+        with self._outcome.following(guard, index):
             judge(guard, trainer, pl_module, optimizer, self._losses, self._newest)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judges what is still under way, and finishes the pictures."""
         try:
             for index, guard in self._guards.items():
-                with self._following(guard, index):
+                with self._outcome.following(guard, index):
                     guard.close()
         finally:
             self._finish()
         self._metric.close(trainer)
-        if not self._guards and self._batches and any(p.requires_grad for p in pl_module.parameters()):
-            say_that_no_step_was_seen(trainer)
+        if self._batches and not self._guards:
+            say_that_no_step_was_seen(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finishes the pictures: after an exception Lightning calls no other hook."""
+        """Finishes the pictures, and says what came of it: after an exception Lightning calls no other hook."""
         self._guards.rest()
         self._recovery.end()
-        self.bundle = self._recording.stopped(exception) or self.bundle
+        self._outcome.stopped(exception)
         self._finish()
+        self._outcome.say(trainer, self._guards)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, so that it loads under ``weights_only=True``."""
-        parts = {"recovery": self._recovery.state_dict(), "display": self._display.state_dict()}
-        return self._guards.state_dict() | parts
+        return self._guards.state_dict() | self._outcome.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until the optimizers are known."""
         self._guards.restored = dict(state_dict)
-        self._recovery.load_state_dict(self._guards.restored.pop("recovery", {}))
-        self._display.load_state_dict(self._guards.restored.pop("display", {}))
+        self._outcome.load_state_dict(self._guards.restored)
 
     @property
     def _judging(self) -> dict[str, Any]:
         """What decides how a step is judged; what is shown or recorded does not."""
         return {name: getattr(self, name) for name in ("detectors", "clipper", "policy", "lag")}
 
-    @contextmanager
-    def _following(self, guard: Guard, index: int) -> Iterator[None]:
-        """Makes what a guard judges, and a halt, the callback's own."""
-        before = guard.report
-        try:
-            yield
-        except GradientHalt as halt:
-            if not self._recovery.went_back(halt):
-                self.stop_reason = halt.diagnosis.fault.value
-                self.bundle = self._recording.halted(halt, index)
-                if not self._recovery.ended(halt):
-                    raise
-        finally:
-            if guard.report is not before and guard.report is not None:
-                self.report = guard.report
-                self._recovery.heal(guard.report)
-                self._findings.extend(guard.report.findings)
-                news = guard.diagnosis if guard.diagnosis is not self.diagnosis else None
-                self.diagnosis = news or self.diagnosis
-                self._display.observe(guard, index, news)
-
     def _finish(self) -> None:
         """Writes the last pictures and lets the sinks go."""
         self._newest = (None, 0)
         self._recording.close()
-        if self._usage is not None:
-            self._usage.close()
+        self._guards.look_away()
         self._display.finish(self._guards.items())

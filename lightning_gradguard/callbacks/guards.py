@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_gradguard.callbacks.patterns import clipper_of
 from lightning_gradguard.callbacks.trainer import warn
 from lightning_gradguard.guard import Guard
+from lightning_gradguard.naming import is_compiled, select
 from lightning_gradguard.spy import Usage
 from lightning_gradguard.verdicts.faults import Severity
 
@@ -27,6 +29,11 @@ class Guards:
     def __init__(self, arguments: dict[str, Any], restored: dict[str, Any]) -> None:
         self.arguments, self.restored = arguments, restored
         self.made: dict[int, Guard] = {}
+        self._usage: Usage | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks at no model."""
+        return {**self.__dict__, "_usage": None}
 
     def __bool__(self) -> bool:
         return bool(self.made)
@@ -35,19 +42,31 @@ class Guards:
         """Pairs of index and guard."""
         yield from self.made.items()
 
+    def look(self, module: LightningModule) -> None:
+        """Begins to look at which parameters are used, for all guards at once."""
+        self._usage = Usage(idle=is_compiled(list(module.named_parameters())))
+
+    def look_away(self) -> None:
+        """Takes the hooks for that off the model."""
+        if self._usage is not None:
+            self._usage.close()
+
     def of(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        optimizer: torch.optim.Optimizer,
-        index: int,
-        usage: Usage | None,
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
     ) -> Guard:
-        """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one."""
+        """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one.
+
+        Raises:
+            ValueError: If the clipper leaves out what is in no model.
+        """
         if index in self.made and self.made[index].watch.optimizer is optimizer:
             return self.made[index]
+        named = list(module.named_parameters())
+        everything = list(select(named, None)) if named else []
+        clipper = clipper_of(self.arguments.get("clipper"), list(select(named, optimizer)), everything)
+        arguments = {**self.arguments, "clipper": clipper}
         guard = self.made[index] = Guard(
-            module.named_parameters(), optimizer=optimizer, index=index, usage=usage, **self.arguments
+            named, optimizer=optimizer, index=index, usage=self._usage, **arguments
         )
         state = self.restored.pop(str(index), None)
         if state is not None:

@@ -15,6 +15,7 @@ from lightning_gradguard.callbacks.trainer import (
     Losses,
     logging_step,
     optimizer_index,
+    refuse_hidden_gradients,
     scaler_of,
     takes_no_step,
     warn,
@@ -114,6 +115,11 @@ class GradHistogram(Callback):
         """Equal for equal configuration."""
         names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses strategies that hide gradients."""
+        if stage == "fit":
+            refuse_hidden_gradients(trainer, "GradHistogram", "show")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the sinks, and says what cannot be shown."""

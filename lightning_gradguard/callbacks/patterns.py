@@ -1,10 +1,14 @@
-"""Which parameters are shown: patterns of names to include and to exclude."""
+"""Which parameters are shown, or clipped: patterns of names to include and to exclude."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Sequence
+from typing import Any
+
+from lightning_gradguard.signals.clipping import Clipper, included_names
 
 
 class Patterns:
@@ -45,3 +49,23 @@ class Patterns:
                 f"include={self._include!r} and exclude={self._exclude!r} leave no parameter to show"
             )
         return found
+
+
+def clipper_of(clipper: Clipper | None, own: Sequence[str], model: Sequence[str]) -> Clipper | None:
+    """The clipper of one optimizer, which knows nothing of patterns for what others, or nobody, trains.
+
+    Args:
+        clipper: What the user gave.
+        own: Names of the optimizer's parameters.
+        model: Those of all parameters.
+
+    Raises:
+        ValueError: If an entry of ``exclude`` matches no name at all.
+    """
+    exclude = getattr(clipper, "exclude", ())
+    if not exclude or not isinstance(exclude, tuple) or not dataclasses.is_dataclass(clipper):
+        return clipper
+    included_names(tuple(dict.fromkeys((*model, *own))), exclude)
+    concerned = tuple(p for p in exclude if p in own or any(fnmatch.fnmatchcase(name, p) for name in own))
+    changed: Any = clipper if concerned == exclude else dataclasses.replace(clipper, exclude=concerned)
+    return changed

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.callbacks.base import PACKAGES
-from lightning_gradguard.callbacks.trainer import scaler_of, warn
+from lightning_gradguard.callbacks.trainer import package_of, scaler_of, warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -98,5 +97,4 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 def _silent(trainer: Trainer) -> list[Any]:
     """A logger that writes nowhere."""
-    package = next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
-    return [importlib.import_module(f"{package}.loggers.logger").DummyLogger()]
+    return [importlib.import_module(f"{package_of(trainer)}.loggers.logger").DummyLogger()]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.trainer import unscale
 from lightning_gradguard.doctor.anatomy import dissect
-from lightning_gradguard.naming import members, select
+from lightning_gradguard.naming import are_same, members, select
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -38,7 +38,7 @@ class Tensors:
 
     def follow_groups(self) -> None:
         """Reads the optimizer's parameter groups again."""
-        if members(self.optimizer) != self._members:
+        if not are_same(members(self.optimizer), self._members):
             self._start()
 
     def arrange(self, graph: Tensor | None) -> None:

@@ -131,6 +131,11 @@ def unscale(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | Non
         scaler.unscale_(optimizer)
 
 
+def is_stand_in(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it moves nothing, as Lightning's own where ``configure_optimizers`` returns nothing."""
+    return not any(group["params"] for group in optimizer.param_groups)
+
+
 def optimizer_index(trainer: Trainer, optimizer: torch.optim.Optimizer) -> int:
     """Number of an optimizer among the trainer's."""
     return next((i for i, own in enumerate(trainer.optimizers) if own is optimizer), 0)
@@ -147,7 +152,7 @@ def refuse_what_clashes(trainer: Trainer, module: LightningModule, clipper: obje
     Raises:
         MisconfigurationException: Lightning's, under strategies that hide gradients, and where both would clip.
     """
-    _refuse_hidden_gradients(trainer)
+    refuse_hidden_gradients(trainer, "GradGuard", "judge")
     if clipper is not None:
         refuse_double_clipping(trainer, module, clipper)
 
@@ -163,7 +168,7 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
             f"GradGuard(clipper={clipper!r}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
             "clip; leave out one of them"
         )
-    original = importlib.import_module(_package(trainer)).LightningModule.configure_gradient_clipping
+    original = importlib.import_module(package_of(trainer)).LightningModule.configure_gradient_clipping
     if type(module).configure_gradient_clipping is not original:
         warn(
             trainer,
@@ -172,8 +177,13 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
         )
 
 
-def _refuse_hidden_gradients(trainer: Trainer) -> None:
+def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
     """Raises where the strategy keeps the gradients to itself.
+
+    Args:
+        trainer: Of the run.
+        callback: Whose work that makes impossible, such as "GradGuard".
+        act: What it would do with gradients, such as "judge".
 
     Raises:
         MisconfigurationException: Lightning's, with DeepSpeed and the first FSDP.
@@ -181,8 +191,8 @@ def _refuse_hidden_gradients(trainer: Trainer) -> None:
     for kind in type(trainer.strategy).__mro__:
         if kind.__name__ in _HIDING:
             raise _misconfiguration(trainer)(
-                f"GradGuard cannot judge gradients under {kind.__name__}: {_HIDING[kind.__name__]}; take "
-                "ModelParallelStrategy, with fully_shard (FSDP2) in configure_model, or leave out GradGuard"
+                f"{callback} cannot {act} gradients under {kind.__name__}: {_HIDING[kind.__name__]}; take "
+                f"ModelParallelStrategy, with fully_shard (FSDP2) in configure_model, or leave out {callback}"
             )
 
 
@@ -192,13 +202,14 @@ def say_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
         warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
 
 
-def say_that_no_step_was_seen(trainer: Trainer) -> None:
-    """Warns where Lightning announced no optimizer step."""
-    warn(
-        trainer,
-        "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
-        "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
-    )
+def say_that_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
+    """Warns where Lightning announced no optimizer step of a model that could learn."""
+    if any(p.requires_grad for p in module.parameters()):
+        warn(
+            trainer,
+            "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
+            "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
+        )
 
 
 def warn(trainer: Trainer, message: str) -> None:
@@ -207,13 +218,13 @@ def warn(trainer: Trainer, message: str) -> None:
         warnings.warn(message, GradientWarning, stacklevel=3)
 
 
-def _package(trainer: Trainer) -> str:
-    """Name of the Lightning package that the trainer is of."""
+def package_of(trainer: Trainer) -> str:
+    """Name of the Lightning package that a trainer is of."""
     return next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
 
 
 def _misconfiguration(trainer: Trainer) -> type[Exception]:
     """Lightning's own error for what does not go together."""
-    exceptions = importlib.import_module(f"{_package(trainer)}.utilities.exceptions")
+    exceptions = importlib.import_module(f"{package_of(trainer)}.utilities.exceptions")
     error: type[Exception] = exceptions.MisconfigurationException
     return error

@@ -111,8 +111,11 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if _NAME.fullmatch(p.name))
-        hint = f"name a bundle in it, such as {inside[-1]}" if inside else "and holds no bundle"
-        raise ReplayError(f"{path} is a folder; {hint}")
+        if not inside:
+            raise ReplayError(
+                f"{path} is a folder without a bundle; name the file that was left, such as {name_of(150, 0, 1)}"
+            )
+        raise ReplayError(f"{path} is a folder; name a bundle in it, such as {inside[-1]}")
     try:
         file = path.open("rb")
     except FileNotFoundError:

@@ -22,8 +22,9 @@ from lightning_gradguard.signals.clipping import (
     included_tensors,
 )
 from lightning_gradguard.signals.clipping import apply_ as apply_
+from lightning_gradguard.signals.norms import unit_norms
 from lightning_gradguard.signals.shards import local
-from lightning_gradguard.signals.stats import GradStats, unit_norms
+from lightning_gradguard.signals.stats import GradStats
 
 
 @dataclass(frozen=True)

@@ -113,22 +113,25 @@ def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
         included: Bool [P].
         limits: float32 [P], largest norm allowed; inf where there is no limit.
     """
-    over = included & torch.isfinite(stats.norms) & (stats.norms > limits)
-    multipliers = torch.where(over, limits / stats.norms, 1.0)
-    in_force = torch.where(included & (stats.norms != 0), limits, finite_or_zero(stats.norms))
-    return Clip(multipliers, stats.norms * multipliers, torch.linalg.vector_norm(in_force))
+    number, norms = stats.layout.constant, stats.norms
+    finite = norms < number(torch.inf)
+    over = included & finite & (norms > limits)
+    multipliers = torch.where(over, limits / norms, number(1.0))
+    counts = included & (norms != stats.layout.zeros)
+    in_force = torch.where(counts, limits, torch.where(finite, norms, stats.layout.zeros))
+    return Clip(multipliers, norms * multipliers, torch.linalg.vector_norm(in_force))
 
 
 def finite_or_zero(norms: Tensor) -> Tensor:
     """The norms, 0 where one is not finite: a threshold should be a number on a bad step too."""
-    return torch.where(torch.isfinite(norms), norms, 0.0)
+    return torch.where(norms < torch.inf, norms, 0.0)
 
 
 def included_tensors(stats: GradStats, exclude: tuple[str, ...]) -> Tensor:
     """Which tensors ``exclude`` leaves in, bool [P]."""
     if not exclude:
-        return torch.ones_like(stats.present)
-    return torch.tensor(included_names(stats.layout.names, exclude), device=stats.present.device)
+        return stats.layout.everywhere
+    return stats.layout.flags(included_names(stats.layout.names, exclude))
 
 
 @lru_cache(maxsize=64)

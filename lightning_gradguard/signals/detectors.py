@@ -23,7 +23,6 @@ from lightning_gradguard.signals.reading import (
     Reading,
     above,
     hot,
-    norm_score,
     positive,
     profile_score,
     reading,
@@ -60,13 +59,17 @@ class NonFinite:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        bad = ~torch.isfinite(stats.norms)
-        score = torch.where(bad, stats.layout.depth, -torch.inf)
-        # Neither: the global norm of finite norms overflows, and all of them are at it.
-        only_loss = ~bad.any() & ~stats.loss.isfinite() & stats.has_loss
-        count = torch.where(only_loss, 1, bad.sum())
-        measure = torch.where(only_loss, 1.0, 0.0)
-        return reading(stats, ~stats.finite, count, 0.0, score=score, measure=measure), state
+        infinite = stats.layout.constant(torch.inf)
+        good = stats.norms < infinite  # which NaN is not
+        score = torch.where(good, -infinite, stats.layout.depth)
+        count, measure = (~good).sum(), None
+        if stats.has_loss:
+            # Neither: the global norm of finite norms overflows, and all of them are at it.
+            measure = ~(stats.loss.abs() < infinite) & good.all()
+            count = count + measure
+        return reading(
+            stats, ~stats.finite, count, 0.0, score=score, cleared=stats.finite, measure=measure
+        ), state
 
 
 @dataclass(frozen=True)
@@ -100,22 +103,27 @@ class Spike:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends = trends_of(stats)
-        raised = hot(trends, self.z, self.ratio)
-        high = stats.loss > trends.loss_start - 0.5 * trends.loss_start.abs()
-        leapt = (trends.loss_jump > 20) & high & (trends.jump > 10)
+        trends, number = trends_of(stats), stats.layout.constant
+        start, jump = trends.loss_start, trends.jump
+        high = stats.loss > torch.sub(start, start.abs(), alpha=0.5)
+        leapt = (trends.loss_jump > number(20)) & high & (jump > number(10))
         # NaN, before there is an early norm, counts as large.
-        large = (trends.jump > 1e6) & ~(torch.log10(trends.jump) + trends.surge < 1)
-        loud = leapt | large | trends.loss.isnan()
-        ceiling = torch.where(loud, 1.0, 0.0)
-        seen = reading(stats, raised, trends.jump, self.ratio, score=norm_score(stats), ceiling=ceiling)
-        return seen, state
+        large = (jump > number(1e6)) & ~(jump.log10() + trends.surge < number(1))
+        loud = leapt | large | (trends.loss != trends.loss)
+        raised = hot(stats, self.z, self.ratio)
+        return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=loud), state
 
 
 class HotState(NamedTuple):
-    """Leaky count of hot steps, float32 []."""
+    """What is remembered.
+
+    Attributes:
+        steps: float32 [], leaky count of hot steps.
+        tilted: Bool [], whether the tilt called for it at the last closer look.
+    """
 
     steps: Tensor
+    tilted: Tensor
 
 
 @dataclass(frozen=True)
@@ -153,35 +161,38 @@ class Exploding:
 
     def init(self, stats: GradStats) -> Any:
         """No hot step yet."""
-        return HotState(torch.zeros_like(stats.total))
+        return HotState(torch.zeros_like(stats.total), stats.total < 0)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends = trends_of(stats)
-        change = torch.where(hot(trends, ALARM_Z, 3.0), 1.0, -1.0)
+        trends, number = trends_of(stats), stats.layout.constant
+        change = torch.where(hot(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
         count = torch.clamp(state.steps + change, 0.0, 2.0 * self.hot_steps)
-        far = trends.surge > _SURGE
-        growth = torch.where(trends.loss_start > 0, trends.loss / trends.loss_start, torch.nan)
-        bottomless = (trends.loss < -self.loss_ratio * trends.loss_start.abs()) & far
-        growth = torch.where(bottomless, trends.loss.abs() / trends.loss_start.abs(), growth)
-        still = trends.stuck | trends.flat
-        tilted = (trends.tilt <= self.tilt) & still & (trends.steps >= _CHAOS)
-        updates = torch.where(stats.layout.is_layer, torch.nan_to_num(stats.updates), 0.0)
-        risen = (growth > self.loss_ratio) & (stats.loss > self.loss_ratio * trends.loss_start)
-        driven = (updates.max() > _LARGE_UPDATE) & (trends.steps >= 4)
-        heated, grown = count >= self.hot_steps, (risen & (driven | far)) | bottomless
-        measure = torch.where(heated, 1.0, torch.where(grown, 2.0, 0.0))
+        heated = count >= number(self.hot_steps)
+        growth, grown, near = self._growth(stats)
+        tilted = state.tilted
+        if stats.elapsed:
+            tilted = (trends.tilt <= self.tilt) & (trends.stuck | trends.flat) & (trends.steps >= _CHAOS)
+        measure = torch.where(heated, number(1.0), torch.where(grown, number(2.0), number(0.0)))
         value = torch.where(heated, count, torch.where(grown, growth, trends.tilt))
-        limit = torch.where(heated, float(self.hot_steps), torch.where(grown, self.loss_ratio, self.tilt))
+        limit = torch.where(grown, number(self.loss_ratio), number(self.tilt))
+        limit = torch.where(heated, number(self.hot_steps), limit)
         # The profile says which layers when it is what raised; else the largest gradients.
-        score = torch.where(
-            tilted & ~heated & ~grown, profile_score(stats, worst_low=False), norm_score(stats)
-        )
-        raised = tilted | heated | grown
-        cleared = (
-            ~raised & (count == 0) & ~(growth > 0.8 * self.loss_ratio) & ~(trends.tilt <= self.tilt + 0.5)
-        )
-        return (
-            reading(stats, raised, value, limit, score=score, cleared=cleared, measure=measure),
-            HotState(count),
-        )
+        other = heated | grown
+        score = torch.where(tilted & ~other, profile_score(stats, worst_low=False), stats.relative)
+        raised = tilted | other
+        cleared = ~(raised | near | (count > number(0.0)) | (trends.tilt <= number(self.tilt + 0.5)))
+        seen = reading(stats, raised, value, limit, score=score, cleared=cleared, measure=measure)
+        return seen, HotState(count, tilted)
+
+    def _growth(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor]:
+        """Size of the mean loss over its start, whether it has grown for good, and whether it is near to that."""
+        trends, number = trends_of(stats), stats.layout.constant
+        start, limit = trends.loss_start, number(self.loss_ratio)
+        growth, far, rising = trends.loss / start, trends.surge > number(_SURGE), start > number(0.0)
+        bottomless = (trends.loss < -limit * start.abs()) & far
+        large = (stats.updates > number(_LARGE_UPDATE)) & stats.layout.is_layer
+        driven = (large.any() & (trends.steps >= number(4))) | far
+        grown = (rising & (growth > limit) & (stats.loss > limit * start) & driven) | bottomless
+        near = (rising & (growth > number(0.8 * self.loss_ratio))) | bottomless
+        return growth.abs(), grown, near

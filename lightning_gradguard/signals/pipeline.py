@@ -19,10 +19,10 @@ States = tuple[Any, ...]
 
 
 class Outcome(NamedTuple):
-    """What one step gives: its statistics with trends, one reading per detector, and the clip or None."""
+    """What one step gives: statistics with trends, readings of the detectors that were asked, the clip or None."""
 
     stats: GradStats
-    readings: tuple[Reading, ...]
+    readings: tuple[Reading | None, ...]
     clip: Clip | None
 
 
@@ -38,9 +38,11 @@ def advance(
     """Judges one step; the new states are valid only if ``stats.finite``."""
     trend, trend_state = trends.update(stats, states[0])
     stats = replace(stats, trends=trend)
-    readings, new = [], [trend_state]
+    readings: list[Reading | None] = []
+    new = [trend_state]
     for detector, state in zip(detectors, states[1:], strict=False):
-        seen, after = detector.update(stats, state)
+        asked = stats.elapsed or not getattr(detector, "slow", False)
+        seen, after = detector.update(stats, state) if asked else (None, state)
         readings.append(seen)
         new.append(after)
     clip = None
@@ -50,7 +52,7 @@ def advance(
     return Outcome(stats, tuple(readings), clip), tuple(new)
 
 
-def choose(good: Tensor, new: States, old: States) -> States:
+def choose_states(good: Tensor, new: States, old: States) -> States:
     """New states where the step was good, else the old ones, decided on the device."""
     return tuple(
         type(after)(*(torch.where(good, a, b) for a, b in zip(after, before, strict=True)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.signals.stats import GradStats
-from lightning_gradguard.signals.trends import Trends, trends_of
+from lightning_gradguard.signals.trends import trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
 
@@ -19,11 +19,11 @@ class Reading(NamedTuple):
     Attributes:
         raised: Bool [], the condition holds.
         cleared: Bool [], the condition is over; neither raised nor cleared leaves things as they are (hysteresis).
-        value: float32 [], the number the verdict rests on.
+        value: Number [] that the verdict rests on.
         limit: float32 [], where the verdict begins, same unit.
         score: float32 [P], how sick each tensor is, larger is worse; -inf for those not concerned.
-        ceiling: float32 [], highest `Severity` that the condition may reach: 0 info, 1 warning, 2 critical.
-        measure: float32 [], index into the detector's ``measures``: what ``value`` is.
+        ceiling: Number [], highest `Severity` that the condition may reach: 0 info, 1 warning, 2 critical.
+        measure: Number [], index into the detector's ``measures``: what ``value`` is.
     """
 
     raised: Tensor
@@ -43,6 +43,8 @@ class Detector(Protocol):
         measures: What ``value`` is, in words with a unit.
         event: True if each raised reading stands for itself and never becomes critical; optional, default False.
         needs_loss: True if the detector is silent unless the loss is given; optional, default False.
+        slow: True if what it looks at changes slowly, so that it is asked at closer looks only, ``stats.elapsed`` steps
+            after the last one, and its reading stands until the next; optional, default False.
     """
 
     fault: ClassVar[Fault]
@@ -78,12 +80,20 @@ def reading(
 ) -> Reading:
     """A `Reading` with the usual defaults.
 
-    Cleared as soon as it is not raised, no tensor named, may become critical, first measure.
+    Args:
+        stats: Of the step.
+        raised: Bool [], the condition holds.
+        value: Number [] that the verdict rests on.
+        limit: Where the verdict begins, same unit.
+        score: float32 [P], how sick each tensor is, larger is worse; no tensor is named when None.
+        cleared: Bool [], the condition is over; as soon as it is not raised when None.
+        ceiling: Number [], highest `Severity` that the condition may reach; critical when None.
+        measure: Number [], index into the detector's ``measures``; the first when None.
     """
     return Reading(
         raised=raised,
         cleared=~raised if cleared is None else cleared,
-        value=value.to(torch.float32),
+        value=value,
         limit=limit if isinstance(limit, Tensor) else stats.layout.constant(limit),
         score=stats.layout.constant(-torch.inf).expand_as(stats.norms) if score is None else score,
         ceiling=stats.layout.constant(2.0) if ceiling is None else ceiling,
@@ -91,14 +101,10 @@ def reading(
     )
 
 
-def hot(trends: Trends, z: float, ratio: float) -> Tensor:
+def hot(stats: GradStats, z: float, ratio: float) -> Tensor:
     """Whether the step's norm is far above the usual one, bool []."""
-    return (trends.spike_score > z) & (trends.jump > ratio)
-
-
-def norm_score(stats: GradStats) -> Tensor:
-    """Largest gradient in relation to its weight first, float32 [P]."""
-    return torch.where(stats.norms > 0, torch.log10(stats.norms / stats.weights), -torch.inf)
+    trends, number = trends_of(stats), stats.layout.constant
+    return (trends.spike_score > number(z)) & (trends.jump > number(ratio))
 
 
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:

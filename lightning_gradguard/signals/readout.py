@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.norms import local_norms, weight_norms
 from lightning_gradguard.signals.samples import dead_shares, lost_shares, sample
 from lightning_gradguard.signals.shards import Shards, mean_over_ranks, world_size
 from lightning_gradguard.signals.spread_samples import dead_from, live_part, lost_part, sample_part
-from lightning_gradguard.signals.stats import gradients_of, local_norms, weight_norms
 
 
 class Readout(NamedTuple):
     """What was read, the same on every rank; None for what was not due.
 
     Attributes:
-        gradients: The P gradients, None where there is none.
         norms: float32 [P], their L2 norms.
         loss: float32 [], mean over ranks.
         time_tilt: float32 [], mean over the ranks that saw a sequence; NaN if none did.
@@ -28,7 +27,6 @@ class Readout(NamedTuple):
         lost: float32 [P], as `samples.lost_shares`.
     """
 
-    gradients: tuple[Tensor | None, ...]
     norms: Tensor
     loss: Tensor | None
     time_tilt: Tensor | None
@@ -40,6 +38,7 @@ class Readout(NamedTuple):
 
 def read(
     layout: Layout,
+    gradients: tuple[Tensor | None, ...],
     loss: Tensor | None,
     time_tilt: Tensor | None = None,
     *,
@@ -47,17 +46,17 @@ def read(
     fresh: bool = False,
     sampled: bool = False,
 ) -> Readout:
-    """Reads the gradients that lie on the parameters now, and what else is due.
+    """Reads the gradients, and what else is due.
 
     Args:
         layout: The watched tensors.
+        gradients: The P gradients, as `gradients_of` gives them.
         loss: Scalar loss of this rank, or None.
         time_tilt: What this rank saw of a sequence, if anything.
         asked: Whether all ranks were asked for it.
         fresh: Whether weight norms and the shares of dead rows and lost elements are due.
         sampled: Whether a sample of the weights is due.
     """
-    gradients = gradients_of(layout)
     norms = local_norms(gradients, layout)
     said = _Said(loss, time_tilt, asked)
     if layout.shards is not None:
@@ -65,7 +64,6 @@ def read(
     if world_size() > 1 and (asked or loss is not None):
         loss, time_tilt = said.heard(mean_over_ranks(said.numbers(norms.device)))
     return Readout(
-        gradients=gradients,
         norms=norms,
         loss=loss,
         time_tilt=time_tilt,
@@ -130,7 +128,6 @@ def _put_together(
     total = dict(zip(parts, shards.add_up(list(parts.values())), strict=True))
     loss, tilt = said.heard(total["said"].to(torch.float32))
     return Readout(
-        gradients=gradients,
         norms=total["norms"].sqrt().to(torch.float32),
         loss=loss,
         time_tilt=tilt,

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.layout import Layout
-from lightning_gradguard.signals.stats import dense, real
+from lightning_gradguard.signals.layout import LOW_PRECISION, Layout
+from lightning_gradguard.signals.norms import dense, real
 
 #: Elements of each tensor, and output rows of each weight, that stand for it.
 SAMPLES = 64
-#: Elements that are compared with zero at once.
-_TOGETHER = 2**22
-
-LOW_PRECISION = (torch.float16, torch.bfloat16)
+#: Elements that are compared with zero at once: so few that they stay in a CPU's cache.
+_TOGETHER = 2**16
 
 
 def sample(layout: Layout) -> Tensor:
@@ -27,6 +24,8 @@ def sample(layout: Layout) -> Tensor:
     if any(view.device != device for view in views):
         views = [view.to(device) for view in views]
     picked = torch.cat(views).to(torch.float32)
+    if places is None:
+        return picked.view(len(views), SAMPLES)
     rows = torch.zeros(len(views) * SAMPLES, device=device, dtype=torch.float32)
     return rows.index_copy_(0, places, picked).view(len(views), SAMPLES)
 
@@ -44,29 +43,44 @@ def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
     return moved / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
 
 
+def median_update(updates: Tensor, layout: Layout) -> Tensor:
+    """Median of the update ratios of the layers, float32 []; NaN where none is known."""
+    return updates[layout.layers].nanmedian() if layout.layers.numel() else layout.constant(torch.nan)
+
+
 def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     """Share of a layer's output rows whose gradient is exactly zero, float32 [P]; 0 for other tensors.
 
-    From up to `SAMPLES` evenly strided rows, each read whole.
+    From up to `SAMPLES` evenly strided rows, each read whole. What is too small for its square, below 1e-22 in float32,
+    counts as zero, as it does in the norms.
     """
-    device = layout.numel.device
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, gradient in enumerate(gradients):
-        if gradient is not None and index in layout.layer_indices and gradient.layout == torch.strided:
-            groups[gradient.shape, gradient.dtype, gradient.device].append(index)
     where: list[int] = []
     shares: list[Tensor] = []
-    for indices in groups.values():
-        rows = [_rows(gradients[i]) for i in indices]
-        # Layers of one shape together, since calls cost more than arithmetic; not all, since memory is bounded.
-        together = max(1, _TOGETHER // max(1, rows[0].numel()))
-        for begin in range(0, len(rows), together):
-            part = torch.stack(rows[begin : begin + together]).flatten(2)
-            if part.numel():
-                shares.append((part == 0).all(2).mean(1, dtype=torch.float32).to(device))
-                where += indices[begin : begin + together]
-    zeros = torch.zeros(len(gradients), device=device, dtype=torch.float32)
-    return zeros.index_copy_(0, layout.indices(tuple(where)), torch.cat(shares)) if shares else zeros
+    for layers in layout.alike:
+        some = {i: _rows(g) for i in layers if (g := gradients[i]) is not None and g.layout == torch.strided}
+        if some:
+            norms = torch.cat(_row_norms(list(some.values())))
+            shares.append((norms == 0).mean(1, dtype=torch.float32).to(layout.zeros.device))
+            where += some
+    return (
+        layout.zeros.index_copy(0, layout.indices(tuple(where)), torch.cat(shares))
+        if shares
+        else layout.zeros
+    )
+
+
+def _row_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Norm of each row of tensors of one shape, float32 or float64 [n, rows] each.
+
+    To compare each element with zero would take a CPU four times as long.
+    """
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    if 2 * tensors[0].numel() > _TOGETHER:
+        return [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=wide)[None] for t in tensors]
+    # Several at a time, since calls cost more than arithmetic; not all, since memory is bounded.
+    width = _TOGETHER // max(1, tensors[0].numel())
+    chunks = [torch.stack(tensors[begin : begin + width]) for begin in range(0, len(tensors), width)]
+    return [torch.linalg.vector_norm(chunk.flatten(2), dim=2, dtype=wide) for chunk in chunks]
 
 
 def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
@@ -74,15 +88,15 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
     By count, from up to `SAMPLES` elements; 0 for gradients of higher precision, which lose nothing that matters.
     """
-    zero = torch.zeros((), device=layout.numel.device, dtype=torch.float32)
-    shares = []
-    for gradient in gradients:
-        if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():
-            shares.append(zero)
-            continue
-        small = _strided(dense(gradient)).abs() < torch.finfo(gradient.dtype).tiny
-        shares.append(small.float().mean().to(zero.device))
-    return torch.stack(shares)
+    shares, where = [], []
+    for index, gradient in enumerate(gradients):
+        if gradient is not None and gradient.dtype in LOW_PRECISION and gradient.numel():
+            small = _strided(dense(gradient)).abs() < torch.finfo(gradient.dtype).tiny
+            shares.append(small.float().mean().to(layout.zeros.device))
+            where.append(index)
+    if not shares:
+        return layout.zeros
+    return layout.zeros.index_copy(0, layout.indices(tuple(where)), torch.stack(shares))
 
 
 def stride_of(shape: Sequence[int]) -> int:
@@ -99,15 +113,17 @@ def row_stride(rows: int) -> int:
     return max(1, rows // SAMPLES)
 
 
-def _rows(gradient: Tensor | None) -> Tensor:
+def _rows(gradient: Tensor) -> Tensor:
     """Up to `SAMPLES` rows."""
-    assert gradient is not None
     rows = real(gradient)
     return rows if len(rows) <= SAMPLES else rows[:: row_stride(len(rows))][:SAMPLES]
 
 
-def _views(layout: Layout) -> tuple[list[Tensor], Tensor]:
-    """Views of the sampled elements of each parameter, and their places in rows; made anew when memory moves."""
+def _views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
+    """Views of the sampled elements of each parameter, and their places in rows unless they fill them.
+
+    Made anew when memory moves.
+    """
     try:
         memory = tuple([p.data_ptr() for p in layout.parameters])
     except RuntimeError:  # a fake tensor has none
@@ -115,9 +131,12 @@ def _views(layout: Layout) -> tuple[list[Tensor], Tensor]:
     known = layout.views.get(SAMPLES)
     if known is None or known[0] != memory or not memory:
         views = [_strided(real(p.detach())) for p in layout.parameters]
-        spans = [range(i * SAMPLES, i * SAMPLES + view.numel()) for i, view in enumerate(views)]
-        places = torch.tensor([place for span in spans for place in span], dtype=torch.long)
-        known = layout.views[SAMPLES] = memory, views, places.to(layout.numel.device)
+        places = None
+        if any(view.numel() < SAMPLES for view in views):
+            spans = [range(i * SAMPLES, i * SAMPLES + view.numel()) for i, view in enumerate(views)]
+            numbers = [place for span in spans for place in span]
+            places = torch.tensor(numbers, dtype=torch.long).to(layout.numel.device)
+        known = layout.views[SAMPLES] = memory, views, places
     return known[1], known[2]
 
 

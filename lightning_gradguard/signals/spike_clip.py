@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,71 +115,80 @@ class SpikeClip:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
         """Compares each norm with the tensor's own past, and all of them with theirs."""
+        number, zeros = stats.layout.constant, stats.layout.zeros
         included = included_tensors(stats, self.exclude)
-        counts = stats.finite & included & (stats.norms > 0)
-        known = counts & (state.seen > 0)
+        counts = stats.finite & included & (stats.norms > zeros)
+        fresh = state.seen == zeros
+        known = counts & ~fresh
         # A norm that does not count, or has no past, is taken for the typical one.
         x = torch.where(counts, stats.norms.log(), state.mean)
-        distance = torch.where(known, x - state.mean, 0.0)
-        sigma = state.var.sqrt().clamp(min=SIGMA_FLOOR)
-        reach = self.z_threshold * sigma
+        distance = (x - state.mean) * known
+        floor, among = number(SIGMA_FLOOR), torch.maximum(known.sum(), number(1.0))
+        sigma, joint_sigma = (
+            torch.maximum(state.var.sqrt(), floor),
+            torch.maximum(state.joint_var.sqrt(), floor),
+        )
+        reach, joint_reach = number(self.z_threshold) * sigma, number(self.joint_threshold) * joint_sigma
         # No single tensor can make a spike of all.
-        joint = torch.clamp(distance, -reach, reach).sum() / known.sum().clamp(min=1)
-        joint_sigma = state.joint_var.sqrt().clamp(min=SIGMA_FLOOR)
-        joint_reach = self.joint_threshold * joint_sigma
-        outlier = known & ((distance.abs() > reach) | (joint.abs() > joint_reach))
-        streak = torch.where(outlier, state.streak + 1, 0.0)
-        fresh = (state.seen == 0) | (streak > state.seen.clamp(max=self.patience))
+        joint = torch.clamp(distance, -reach, reach).sum() / among
+        outlier = ((distance.abs() > reach) | (joint.abs() > joint_reach)) & known
+        streak = state.streak + number(1.0)
+        fresh = fresh | (outlier & (streak > torch.minimum(state.seen, number(self.patience))))
 
         # Relative to the norm itself, so that no rounding in log or exp puts the limit of an ordinary norm below it.
         spike = (distance > reach) | (joint > joint_reach)
-        excess = torch.where(spike, 0.0, reach) - distance
+        excess = reach * ~spike - distance
         norms = torch.where(counts, stats.norms, state.mean.exp())
-        limits = torch.where(fresh, math.inf, norms * excess.exp())
+        limits = torch.where(fresh, number(math.inf), norms * excess.exp())
 
-        change = torch.where(known & ~outlier, x - state.last, 0.0)
-        new = self._learn(state, x, distance, change, sigma, outlier, fresh)
-        kept = [torch.where(counts, a, b) for a, b in zip(new, state[:5], strict=True)]
-        steps = torch.where(known, state.seen, 0.0).max()
-        joint_change = change.sum() / known.sum().clamp(min=1)
-        joint_var = torch.where(
-            (known & ~outlier).any(),
-            _spread(state.joint_var, joint_change, joint_sigma, steps),
-            state.joint_var,
-        )
-        seen, mean, var, streak, last = kept
-        return tensor_clip(stats, included, limits), SpikeClipState(seen, mean, var, streak, last, joint_var)
+        usual = known & ~outlier
+        change = (x - state.last) * usual
+        new = self._learn(number, state, x, distance, change, sigma, usual, fresh & counts, counts)
+        steps, joint_change = (state.seen * known).amax(), change.sum() / among
+        joint_var = _spread(number, state.joint_var, joint_change, joint_sigma, steps, usual.any())
+        return tensor_clip(stats, included, limits), SpikeClipState(*new, joint_var)
 
     def _learn(
         self,
+        number: Callable[[float], Tensor],
         state: SpikeClipState,
         x: Tensor,
         distance: Tensor,
         change: Tensor,
         sigma: Tensor,
-        outlier: Tensor,
+        usual: Tensor,
         fresh: Tensor,
+        counts: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The tensors' part of the state after a step that counts; a ``fresh`` level starts from it alone."""
-        learnt = torch.where(outlier, _shorten(distance, sigma), distance)
-        gain = (1 / (state.seen + 1)).clamp(min=1 - self.decay)
-        var = torch.where(outlier, state.var, _spread(state.var, change, sigma, state.seen))
-        ordinary = fresh | ~outlier
+        """The tensors' part of the state after this step; a ``fresh`` level starts from it alone."""
+        learnt = torch.where(usual, distance, _shorten(number, distance, sigma))
+        gain = torch.maximum((state.seen + number(1.0)).reciprocal(), number(1 - self.decay))
+        var = _spread(number, state.var, change, sigma, state.seen, usual)
+        ordinary = fresh | usual
         return (
-            torch.where(fresh, 0.0, state.seen) + ordinary,
-            torch.where(fresh, x, state.mean + gain * learnt),
-            torch.where(fresh, PRIOR_SIGMA**2, var),
-            torch.where(ordinary, 0.0, state.streak + 1),
+            state.seen * ~fresh + ordinary,
+            torch.where(fresh, x, torch.addcmul(state.mean, gain, learnt)),
+            torch.where(fresh, number(PRIOR_SIGMA**2), var),
+            (state.streak + counts) * ~ordinary,
             torch.where(ordinary, x, state.last),
         )
 
 
-def _shorten(distance: Tensor, sigma: Tensor) -> Tensor:
-    return torch.clamp(distance, -INFLUENCE * sigma, INFLUENCE * sigma)
+def _shorten(number: Callable[[float], Tensor], distance: Tensor, sigma: Tensor) -> Tensor:
+    reach = number(INFLUENCE) * sigma
+    return torch.clamp(distance, -reach, reach)
 
 
-def _spread(var: Tensor, change: Tensor, sigma: Tensor, seen: Tensor) -> Tensor:
+def _spread(
+    number: Callable[[float], Tensor],
+    var: Tensor,
+    change: Tensor,
+    sigma: Tensor,
+    seen: Tensor,
+    counts: Tensor,
+) -> Tensor:
     """The variance after one more change between two steps, whose own sigma is larger by the root of two."""
-    square = _shorten(change / math.sqrt(2), sigma).square()
+    square = _shorten(number, change * number(math.sqrt(0.5)), sigma).square()
     # A prior worth so many steps comes first.
-    return var + (1 / (seen + PRIOR_STEPS)).clamp(min=1 - SPREAD_DECAY) * (square - var)
+    gain = torch.maximum((seen + number(PRIOR_STEPS)).reciprocal(), number(1 - SPREAD_DECAY))
+    return var.lerp(square, gain * counts)

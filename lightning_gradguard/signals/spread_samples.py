@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.layout import Layout
-from lightning_gradguard.signals.samples import LOW_PRECISION, SAMPLES, row_stride, stride_of
+from lightning_gradguard.signals.layout import LOW_PRECISION, Layout
+from lightning_gradguard.signals.norms import real
+from lightning_gradguard.signals.samples import SAMPLES, row_stride, stride_of
 from lightning_gradguard.signals.shards import Shards, local
-from lightning_gradguard.signals.stats import real
 
 
 def sample_part(layout: Layout, shards: Shards) -> Tensor:

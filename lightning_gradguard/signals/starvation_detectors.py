@@ -14,6 +14,13 @@ from lightning_gradguard.signals.trends import trends_of
 from lightning_gradguard.verdicts.faults import Fault
 
 
+def starved(stats: GradStats) -> Tensor:
+    """Layers with a gradient of exactly zero before the first one that has any, bool [P]."""
+    layout, live = stats.layout, trends_of(stats).live
+    first = torch.where(layout.is_layer & live, layout.depth, torch.inf).amin()
+    return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()
+
+
 @dataclass(frozen=True)
 class Disconnected:
     """Flags tensors that take part in the forward pass but get no gradient, since no path leads there from the loss.
@@ -33,6 +40,7 @@ class Disconnected:
         "tensors without a path from the loss",
         "trainable tensors that are not used",
     )
+    slow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         above("steps", self.steps, 0)
@@ -44,10 +52,12 @@ class Disconnected:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         zero = stats.norms == 0
-        cut = stats.cut | (stats.ran & trends_of(stats).starved)
+        cut = stats.cut | (stats.ran & starved(stats))
         # What once had a gradient has a path, and has its turn again: an expert that no token chooses.
         alive_once = (state.steps < 0) | (stats.cut & ~zero)
-        held = torch.where(alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + 1, 0.0))
+        held = torch.where(
+            alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + stats.elapsed, 0.0)
+        )
         found = held >= self.steps
         # Where nothing at all has a gradient, the optimizer holds the parameters of another model.
         cut = torch.where(stats.present.any(), found & cut, found)
@@ -84,6 +94,7 @@ class DeadUnits:
     steps: int = 20
     fault: ClassVar[Fault] = Fault.DEAD
     measures: ClassVar[tuple[str, ...]] = ("share of a layer's units without any gradient",)
+    slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -101,7 +112,7 @@ class DeadUnits:
         depth = torch.where(layers, stats.layout.depth, -1.0)
         # Which outputs a loss asks for is its own affair, such as the actions that were taken.
         dead = dead & ((depth < depth.max()) | (stats.norms == 0))
-        held = torch.where(dead, state.steps + 1, 0.0)
+        held = torch.where(dead, state.steps + stats.elapsed, 0.0)
         found = held >= self.steps
         trends = trends_of(stats)
         # Of equally dead layers the one nearest to the output: behind it, what is dead follows from it.
@@ -109,7 +120,7 @@ class DeadUnits:
             found, stats.dead + 1e-3 * stats.layout.depth / stats.layout.depth.numel(), -torch.inf
         )
         value = torch.where(found, stats.dead, 0.0).max()
-        raised = (found.any() & trends.stuck) | (found & trends.starved).any()
+        raised = (found.any() & trends.stuck) | (found & starved(stats)).any()
         return reading(stats, raised, value, self.limit, score=score), Held(held)
 
 
@@ -135,6 +146,7 @@ class Underflow:
     steps: int = 10
     fault: ClassVar[Fault] = Fault.UNDERFLOW
     measures: ClassVar[tuple[str, ...]] = ("share of the output layer's gradient below its number format",)
+    slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -153,7 +165,7 @@ class Underflow:
         gone = torch.where(stats.norms == 0, 1.0, stats.lost) if stats.low_precision else stats.lost
         last = torch.where(output, gone, 0.0).max()
         lost = (last >= self.limit) & (stats.loss != 0)
-        held = torch.where(lost, state.held + 1, 0.0)
+        held = torch.where(lost, state.held + stats.elapsed, 0.0)
         lowest = (stats.lost >= self.limit) | (stats.norms == 0)
         score = torch.where(lowest & stats.present, stats.layout.depth, -torch.inf)
         return reading(stats, held >= self.steps, last, self.limit, score=score), Steps(held)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard.signals.layout import Layout
-from lightning_gradguard.signals.shards import align_gradients, local
+from lightning_gradguard.signals.norms import norms_of
+from lightning_gradguard.signals.norms import weight_norms as weight_norms
+from lightning_gradguard.signals.shards import align_gradients
 
 if TYPE_CHECKING:
     from lightning_gradguard.signals.trends import Trends
 
-#: Of which a foreach norm in float32 is none, or refused.
-_WIDE = frozenset({torch.float64, torch.complex32, torch.complex64, torch.complex128})
 _LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 
 
@@ -34,7 +34,10 @@ class GradStats:
         updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
         dead: float32 [P], share of output rows with an all-zero gradient at the newest sampled step.
         lost: float32 [P], share of a half-precision gradient lost to its dtype, likewise.
+        update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 where it is an old one.
+        elapsed: Good steps since the last closer look, which this one stands for; 0 on a step that is no closer look,
+            at which `slow` detectors are not asked.
         low_precision: Whether gradients are computed, or scaled, in half precision.
         resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant.
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
@@ -67,10 +70,17 @@ class GradStats:
     ran: Tensor
     recurrent: Tensor
     time_tilt: Tensor
+    update_ratio: Tensor
     sampled_steps: int = 0
+    elapsed: int = 1
     resting: bool = False
     low_precision: bool = False
     trends: Trends | None = None
+
+    @cached_property
+    def relative(self) -> Tensor:
+        """Size of each gradient in relation to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
+        return (self.norms / self.weights).log10()
 
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
@@ -85,7 +95,7 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         loss: Scalar loss of this step, or None.
     """
     gradients = gradients_of(layout)
-    return stats_of(layout, gradients, _whole_norms(gradients, layout), weights, updates, loss)
+    return stats_of(layout, gradients, norms_of(gradients, layout), weights, updates, loss)
 
 
 def stats_of(
@@ -95,16 +105,29 @@ def stats_of(
     weights: Tensor,
     updates: Tensor,
     loss: Tensor | None,
+    **known: Any,
 ) -> GradStats:
-    """What follows from the norms of gradients, float32 [P]; the other arguments as in `measure`."""
+    """What follows from the norms of gradients, float32 [P]; the other arguments as in `measure`.
+
+    Args:
+        layout: The watched tensors.
+        gradients: The P gradients.
+        norms: Their norms.
+        weights: Norms of the weights.
+        updates: Applied update ratios.
+        loss: Scalar loss of this step, or None.
+        **known: Other fields of `GradStats`; what is left out counts as not seen.
+    """
     total = torch.linalg.vector_norm(norms)
     # Its square must be finite too, or an optimizer's second moment is not; false for NaN.
     finite = total < _LARGEST
-    value = torch.full_like(total, torch.nan)
+    unknown, zeros, nowhere = layout.constant(torch.nan), layout.zeros, layout.nowhere
+    value = unknown
     if loss is not None:
         value = loss.detach().to(total.device, torch.float32).reshape(())
-        finite = finite & torch.isfinite(value)
-    zeros = torch.zeros_like(norms)
+        finite = finite & (value.abs() < torch.inf)
+    unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
+    unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     return GradStats(
         layout=layout,
         gradients=gradients,
@@ -116,13 +139,7 @@ def stats_of(
         loss=value,
         finite=finite,
         has_loss=loss is not None,
-        dead=zeros,
-        lost=zeros,
-        cut=zeros > 0,
-        unused=zeros > 0,
-        ran=zeros > 0,
-        recurrent=zeros > 0,
-        time_tilt=torch.full_like(total, torch.nan),
+        **(unseen | known),
     )
 
 
@@ -130,106 +147,4 @@ def gradients_of(layout: Layout) -> tuple[Tensor | None, ...]:
     """The gradients as they lie on the parameters now, each spread over ranks as its parameter is."""
     if layout.shards is not None:
         align_gradients(layout.parameters)
-    return tuple(p.grad for p in layout.parameters)
-
-
-def weight_norms(layout: Layout) -> Tensor:
-    """L2 norm of each parameter, float32 [P]: one read of the weights, so refreshed only every few steps.
-
-    Where they are spread over ranks, every rank has to call it.
-    """
-    if layout.shards is not None:
-        return _whole_norms(layout.parameters, layout)
-    return local_norms([p.detach() for p in layout.parameters], layout)
-
-
-def unit_norms(tensor: Tensor) -> Tensor:
-    """L2 norm per output unit, broadcastable to ``tensor``: over all but the first dimension.
-
-    Vectors and scalars are one unit. float32, or float64 for float64 input.
-
-    Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
-    """
-    stored = dense(tensor)
-    dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    dims = list(range(1, stored.ndim)) if stored.ndim > 1 else None
-    stored = stored.abs() if stored.is_complex() else stored  # refuses a real dtype argument
-    norms: Tensor = torch.linalg.vector_norm(stored, dim=dims, keepdim=dims is not None, dtype=dtype)
-    return norms
-
-
-def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """L2 norm of what this rank holds of each tensor, float32 [P], 0 for None.
-
-    One foreach call for each device and kind of dtype.
-    """
-    device = layout.numel.device
-    if layout.shards is not None:
-        tensors = [None if t is None else local(t).detach() for t in tensors]
-    present = [t for t in tensors if t is not None]
-    if len(present) == len(tensors) and _is_one_kind(present):
-        # The everyday case, in which looking at each tensor would cost more than its norm.
-        return torch.stack(torch._foreach_norm(present, 2, dtype=torch.float32)).to(device)
-    buckets: dict[tuple[torch.device, bool], list[int]] = {}
-    plain = [None if t is None else real(dense(t)) for t in tensors]
-    for index, tensor in enumerate(plain):
-        if tensor is not None:
-            buckets.setdefault((tensor.device, tensor.dtype == torch.float64), []).append(index)
-    pieces: list[Tensor] = []
-    where: list[int] = []
-    for (_, double), indices in buckets.items():
-        group = [t for i in indices if (t := plain[i]) is not None]
-        # float64 refuses a narrower dtype argument; half precision would overflow in its own.
-        norms = (
-            torch._foreach_norm(group, 2) if double else torch._foreach_norm(group, 2, dtype=torch.float32)
-        )
-        pieces.append(torch.stack(norms).to(device, torch.float32))
-        where += indices
-    if not pieces:
-        return torch.zeros(len(tensors), device=device, dtype=torch.float32)
-    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if where == list(range(len(tensors))):
-        return joined
-    # By hand with precision="64-true" the default is another.
-    zeros = torch.zeros(len(tensors), device=device, dtype=torch.float32)
-    return zeros.index_copy_(0, torch.tensor(where, device=device), joined)
-
-
-def _is_one_kind(tensors: Sequence[Tensor]) -> bool:
-    """Whether one foreach call takes all of them: dense, real, of one dtype up to float32, on one device."""
-    dtypes = {t.dtype for t in tensors}
-    return (
-        len(dtypes) == 1
-        and not dtypes & _WIDE
-        and {t.layout for t in tensors} == {torch.strided}
-        and len({t.device for t in tensors}) == 1
-    )
-
-
-def _whole_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """L2 norm of each tensor, float32 [P]; where they are spread, every rank has to call it."""
-    norms = local_norms(tensors, layout)
-    if layout.shards is None:
-        return norms
-    return layout.shards.add_up([layout.shards.squares(norms)])[0].sqrt().to(torch.float32)
-
-
-def weight_means(layout: Layout) -> Tensor:
-    """Mean of each parameter's elements, float32 [P]; where they are spread over ranks, every rank has to call it."""
-    parts = [
-        real(local(p).detach()).sum(dtype=torch.float32) / (1 + p.is_complex()) for p in layout.parameters
-    ]
-    sums = torch.stack([part.to(layout.numel.device) for part in parts])
-    if layout.shards is not None:
-        sums = layout.shards.add_up([sums * layout.shards.shares])[0].to(torch.float32)
-    return sums / layout.numel
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The values that a sparse tensor stores, each once; any other tensor as it is."""
-    return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
-
-
-def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers; any other tensor as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tuple([p.grad for p in layout.parameters])

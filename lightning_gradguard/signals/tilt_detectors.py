@@ -45,6 +45,7 @@ class DepthTilt:
         "depth tilt in decades from input to output",
         "decades by which a layer lies below the middle one",
     )
+    slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -105,6 +106,7 @@ class TimeTilt:
     limit: float = 6.0
     fault: ClassVar[Fault] = Fault.VANISHING_IN_TIME
     measures: ClassVar[tuple[str, ...]] = ("decades lost from the last to the first steps of the sequence",)
+    slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

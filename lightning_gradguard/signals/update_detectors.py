@@ -61,6 +61,7 @@ class UpdateRatio:
     steps: int = 4
     fault: ClassVar[Fault] = Fault.OVERSIZED_UPDATE
     measures: ClassVar[tuple[str, ...]] = ("largest applied update over weight",)
+    slow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("limit", self.limit)
@@ -81,11 +82,11 @@ class UpdateRatio:
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
         # One step that leaves nothing of a weight will do, except at the start.
         wiped = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
-        since = torch.where((count >= self.steps) | wiped, 0.0, state.since + 1)
+        since = torch.where((count >= self.steps) | wiped, 0.0, state.since + stats.elapsed)
         unknown = trends.loss.isnan()
         # This loss too: the mean may still carry what the first steps did.
         here = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        idle = torch.where((trends.stuck & here) | trends.relapsed, state.idle + 1, state.idle - 1)
+        idle = state.idle + torch.where((trends.stuck & here) | trends.relapsed, 1.0, -1.0) * stats.elapsed
         remembered = (since <= _MEMORY) | (state.idle > _WAIT)
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)
@@ -124,6 +125,7 @@ class Stalled:
     steps: int = 24
     fault: ClassVar[Fault] = Fault.STALLED
     measures: ClassVar[tuple[str, ...]] = ("median applied update over weight",)
+    slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -142,7 +144,7 @@ class Stalled:
         median = torch.nanmedian(ratios)
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
         still = (median < self.limit) & (fastest < 100 * self.limit)
-        held = torch.where(still, state.steps + 1, 0.0)
+        held = torch.where(still, state.steps + stats.elapsed, 0.0)
         raised = (held >= self.steps) & trends.stuck & (trends.steps >= WARM_UP + 5) & (not stats.resting)
         score = torch.where(carries, -stats.updates, -torch.inf)
         return reading(stats, raised, median, self.limit, score=score), StillSteps(held)

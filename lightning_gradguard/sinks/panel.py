@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from lightning_gradguard.verdicts.faults import GradientWarning
+
 T = TypeVar("T")
 
 #: Errors in a row after which an output is given up.
@@ -87,6 +89,6 @@ class Fuse:
             warnings.warn(
                 f"{self._name} failed ({type(error).__name__}: {error}). Training goes on. Later errors "
                 f"are not reported; after {PATIENCE} in a row nothing more is tried.",
-                UserWarning,
+                GradientWarning,
                 stacklevel=4,
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_gradguard.verdicts.faults import Fault, Severity
 
@@ -36,6 +37,29 @@ class Sight(NamedTuple):
     limit: float
     measure: str
     parameters: tuple[str, ...]
+
+    def to_plain(self) -> list[object]:
+        """Itself in plain types, for `from_plain`."""
+        fault, ceiling = self.fault.value, int(self.ceiling)
+        flags = self.event, self.needs_loss, self.raised, self.cleared
+        return [
+            self.detector,
+            fault,
+            *flags,
+            ceiling,
+            self.value,
+            self.limit,
+            self.measure,
+            list(self.parameters),
+        ]
+
+    @classmethod
+    def from_plain(cls, plain: Sequence[Any]) -> Sight:
+        """What `to_plain` gave."""
+        sight = cls(*plain)
+        return sight._replace(
+            fault=Fault(sight.fault), ceiling=Severity(sight.ceiling), parameters=tuple(sight.parameters)
+        )
 
 
 @dataclass(frozen=True)

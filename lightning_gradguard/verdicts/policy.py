@@ -45,6 +45,7 @@ class Policy:
 
     Raises:
         ValueError: For an unknown fault or response, or a number out of range.
+        TypeError: If ``respond`` maps nothing.
     """
 
     respond: Mapping[str, Response] = field(default_factory=dict)
@@ -79,7 +80,11 @@ class Policy:
             raise ValueError(f"lr_factor must be above 0 and at most 1, got {factor!r}")
 
     def response(self, fault: str) -> Response:
-        """The response to a fault, given by its value."""
+        """The response to a fault.
+
+        Args:
+            fault: Its value, such as "nonfinite".
+        """
         default: Response = "skip" if fault == Fault.NONFINITE else "warn"
         return self.respond.get(Fault(fault).value, default)
 

@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradguard
-from lightning_gradguard import GradGuard, GradHistogram, Policy, Recorder, SpikeClip, testing
+from lightning_gradguard import (
+    GradGuard,
+    GradHistogram,
+    GradientWarning,
+    Policy,
+    Recorder,
+    SpikeClip,
+    testing,
+)
 from lightning_gradguard.callbacks.injecting import FaultInjector
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
@@ -58,6 +66,7 @@ callbacks:
       recorder: {folder: flights, steps: 9, keep_batch: false, "on": [halt, sigterm], max_bytes: 1000, keep: 1}
       per_layer: true
       lag: 0
+      progress_bar: true
 """
 
 
@@ -107,8 +116,8 @@ def guard_with(**arguments):
 
 def test_every_argument(cli):
     histogram, guard = cli(ALL, fit=True)
-    assert (guard.clipper, guard.monitor, guard.trials, guard.per_layer, guard.lag) == (
-        SpikeClip(z_threshold=8.0, exclude=("head.*",)), "loss", True, True, 0,
+    assert (guard.clipper, guard.monitor, guard.trials, guard.per_layer, guard.lag, guard.progress_bar) == (
+        SpikeClip(z_threshold=8.0, exclude=("head.*",)), "loss", True, True, 0, True,
     )  # fmt: skip
     assert guard.detectors == (lightning_gradguard.NonFinite(), lightning_gradguard.DepthTilt(limit=3.5))
     assert guard.policy == Policy(
@@ -195,6 +204,7 @@ WRONG = {
     "a class of others": ({"clipper": "torch.optim.SGD"}, "does not implement protocol Clipper"),
     "without what is needed": ({"clipper": "lightning_gradguard.NormClip"}, "max_norm"),
     "lag": ({"lag": 2}, "lag must be None, 0 or 1, got 2"),
+    "switch": ({"progress_bar": "two"}, "Expected a <class 'bool'>. Got value: two"),
     "occasion": ({"recorder": {"on": ["halted"]}}, "Got value: halted"),
 }
 
@@ -206,6 +216,19 @@ def test_what_is_wrong_is_said(cli, capsys, case):
         cli(guard_with(**arguments))
     said = capsys.readouterr().err + str(error.value)
     assert message in said
+
+
+def test_patterns_and_a_monitor_from_yaml_are_held_against_the_model(cli):
+    clipper = {"class_path": "lightning_gradguard.AGC", "init_args": {"exclude": ["haed.*"]}}
+    with pytest.raises(ValueError, match=r"got 'haed\.\*'; nearest names: head\."):
+        cli(guard_with(clipper=clipper), fit=True)
+    histogram = {"class_path": "lightning_gradguard.GradHistogram", "init_args": {"include": ["boddy.*"]}}
+    with pytest.warns(
+        GradientWarning, match=r"pattern 'boddy\.\*' matches no parameter; the nearest is 'body\."
+    ):
+        cli(yaml.safe_dump({"callbacks": [histogram]}), fit=True)
+    with pytest.warns(GradientWarning, match="monitor 'vall_acc' is not logged"):
+        cli(guard_with(monitor="vall_acc"), fit=True)
 
 
 def test_a_bare_on_is_not_the_recorders(cli, capsys):

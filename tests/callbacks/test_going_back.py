@@ -67,9 +67,10 @@ def fit(folder, *bad, saved=None, ckpt_path=None, expanded=False, **options):
 def test_right_after_a_resume_the_guard_goes_back_to_what_it_knew(tmp_path):
     """And not to a guard that knows nothing, whose clipper begins its warm-up anew."""
     fit(tmp_path, saved=40)
-    guard, follow, _ = fit(tmp_path, 41, ckpt_path=tmp_path / "half.ckpt")
+    guard, follow, module = fit(tmp_path, 41, ckpt_path=tmp_path / "half.ckpt")
     assert guard.summary["rollbacks"] == 1
-    assert guard.summary["judged"] == BATCHES
+    # Lightning 2.4 takes the batch twice at whose end it was saved.
+    assert guard.summary["judged"] == module.trainer.global_step >= BATCHES
     assert all(math.isfinite(follow.thresholds[number]) for number in range(42, BATCHES))
 
 

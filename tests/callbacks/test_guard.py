@@ -326,6 +326,7 @@ def test_frozen_and_thawed_layers_raise_no_alarm(fit, classifier):
         ({"monitor": 3}, ValueError, "got 3"),
         ({"lag": 7}, ValueError, "lag must be None, 0 or 1, got 7"),
         ({"trials": 3}, ValueError, "trials must be True or False, got 3"),
+        ({"progress_bar": 2}, ValueError, "progress_bar must be True or False, got 2"),
         ({"policy": "strict"}, TypeError, "policy must be a Policy"),
         ({"clipper": NormClip}, TypeError, "clipper must be an instance"),
         ({"detectors": "all"}, TypeError, "detectors must be an instance"),

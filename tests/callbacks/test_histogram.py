@@ -1,13 +1,15 @@
 """`GradHistogram` in a real Trainer, its event files read back."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, strategies
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 from torch import nn
@@ -357,3 +359,13 @@ def test_with_a_scaler_of_a_fused_optimizer_gradients_are_unscaled(fit, classifi
         ((_, got),) = scaled[tag]
         far = np.abs(np.cumsum(got[:, 2]) - np.cumsum(expected[:, 2])).max()
         assert far <= 0.2 * expected[:, 2].sum()  # half precision moves a few over an edge
+
+
+@pytest.mark.parametrize("kind", ["DeepSpeedStrategy", "FSDPStrategy"])
+def test_strategies_that_hide_gradients_are_refused(kind):
+    trainer = SimpleNamespace(strategy=object.__new__(getattr(strategies, kind)), gradient_clip_val=None)
+    with pytest.raises(
+        MisconfigurationException, match=f"GradHistogram cannot show gradients under {kind}.*ModelParallel"
+    ):
+        GradHistogram().setup(trainer, None, "fit")
+    GradHistogram().setup(trainer, None, "test")

@@ -8,9 +8,13 @@ import pytest
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from torch.distributed import fsdp
 
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo"
+)
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(fsdp, "fully_shard"), reason="FSDP2 needs a GPU before torch 2.6"
 )
 
 SCRIPT = """
@@ -83,6 +87,7 @@ def train(folder, devices):
 
 
 @needs_gloo
+@needs_fsdp2
 def test_two_ranks_count_what_one_does(tmp_path):
     whole, shares, _ = train(tmp_path / "one", 1)
     sharded, their_shares, said = train(tmp_path / "two", 2)

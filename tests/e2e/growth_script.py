@@ -75,13 +75,15 @@ def guarded(warm, steps, lag):
 
 
 class Module(pl.LightningModule):
-    def __init__(self, warm):
+    """Measures its process before the batches ``at``: what closing the files takes is none of training's."""
+
+    def __init__(self, *at):
         super().__init__()
-        self.net, self.warm = network(), warm
+        self.net, self.at, self.measured = network(), at, []
 
     def training_step(self, batch, number):
-        if number == self.warm:
-            self.before = resident()
+        if number in self.at:
+            self.measured.append(resident())
         return loss_of(self.net, number)
 
     def on_after_backward(self):
@@ -93,7 +95,7 @@ class Module(pl.LightningModule):
 
 def trained(folder, warm, steps):
     """Growth over steps of a Trainer."""
-    module = Module(warm)
+    module = Module(warm, warm + steps)
     callbacks = [
         GradHistogram(every_n_steps=20),
         GradGuard(clipper=SpikeClip(), policy=POLICY, per_layer=True),
@@ -102,8 +104,8 @@ def trained(folder, warm, steps):
         max_epochs=1, accelerator="cpu", logger=TensorBoardLogger(folder), log_every_n_steps=10,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(range(warm + steps), batch_size=None))
-    return resident() - module.before
+    trainer.fit(module, DataLoader(range(warm + steps + 1), batch_size=None))
+    return module.measured[1] - module.measured[0]
 
 
 def main(folder, warm, steps, trained_steps):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,6 +33,9 @@ from lightning_gradguard.testing import DeadRows, FaultInjector, NaN
 from lightning_gradguard.testing import Spike as Spiked
 
 BATCHES, EPOCHS = 35, 2
+#: Whether Lightning, going on within an epoch, takes the batch again at whose end it was saved, and ends the epoch
+#: twice for a schedule. Then it is saved where the next batch begins, and there is no schedule.
+TWICE = Version(pl.__version__) < Version("2.5")
 
 
 class Net(pl.LightningModule):
@@ -74,7 +78,7 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = self.optimizer(self.parameters(), lr=self.lr)
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        return [optimizer], [] if TWICE else [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
 class Follow(pl.Callback):
@@ -82,7 +86,11 @@ class Follow(pl.Callback):
 
     def __init__(self, guard, path, at):
         self.guard, self.path, self.at = guard, path, at
-        self.saved, self.reports, self.known = 0, [], 0
+        self.saved, self.reports, self.known, self.due = 0, [], 0, False
+
+    def on_train_batch_start(self, trainer, *_):
+        if self.due and TWICE:
+            self.save(trainer)
 
     def on_train_batch_end(self, trainer, module, *_):
         step = trainer.global_step
@@ -90,8 +98,13 @@ class Follow(pl.Callback):
         if self.at is None and self.guard.findings:
             self.at = step + 5
         if step == self.at and not self.saved and self.path is not None:
-            self.saved, self.known = step, len(self.guard.findings)
-            trainer.save_checkpoint(self.path)
+            self.saved, self.known, self.due = step, len(self.guard.findings), True
+            if not TWICE:
+                self.save(trainer)
+
+    def save(self, trainer):
+        self.due = False
+        trainer.save_checkpoint(self.path)
 
 
 def fused(parameters, lr):

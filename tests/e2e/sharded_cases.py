@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_gradguard import AGC, GradientHalt, Guard, NormClip, Policy, SpikeClip
+from lightning_gradguard.signals.norms import weight_means
 from lightning_gradguard.signals.shards import local
-from lightning_gradguard.signals.stats import weight_means
 
 ROWS = 8
 

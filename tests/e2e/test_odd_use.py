@@ -231,7 +231,7 @@ def test_a_search_for_the_rate_and_the_batch_size_is_not_judged(tmp_path):
     searching = trainer(tmp_path, guard, enable_checkpointing=True)
     tuner = Tuner(searching)
     assert tuner.lr_find(module, num_training=30, max_lr=1e6).suggestion() is not None
-    assert tuner.scale_batch_size(module, max_trials=2) == 4
+    assert tuner.scale_batch_size(module, max_trials=2) in (4, 8)  # before Lightning 2.5 one trial more
     assert (guard.summary["judged"], guard.findings) == (0, ())
     module.lr, module.batch_size = 1e-2, 8
     searching.fit(module)

@@ -44,19 +44,19 @@ def run(script, folder, world):
     return [json.loads(file.read_text()) for file in files]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _able():
+@pytest.fixture(scope="module")
+def _fsdp2():
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip("fully_shard is public from torch 2.6 on")
+        pytest.skip("FSDP2 needs a GPU before torch 2.6")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(_fsdp2, tmp_path_factory):
     return run("sharded_script.py", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def four(_fsdp2, tmp_path_factory):
     return run("sharded_script.py", tmp_path_factory.mktemp("four"), 4)
 
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_judged_is_refused_on_every_rank(two):
 
 
 @pytest.fixture(scope="module")
-def lightning(tmp_path_factory):
+def lightning(_fsdp2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lightning")
     done = subprocess.run(
         [sys.executable, str(HERE / "sharded_lightning_script.py"), str(folder)],

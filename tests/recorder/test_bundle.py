@@ -157,7 +157,9 @@ def test_a_missing_field_is_named(make_bundle, tmp_path):
 def test_a_path_that_is_none(make_bundle, tmp_path):
     with pytest.raises(ReplayError, match=r"no-such-file.pt does not exist"):
         read("no-such-file.pt")
-    with pytest.raises(ReplayError, match="is a folder; and holds no bundle"):
+    with pytest.raises(
+        ReplayError, match=r"is a folder without a bundle; name the file .* such as step-00000150.pt$"
+    ):
         read(tmp_path)
     write(make_bundle(), tmp_path, keep=3)
     with pytest.raises(ReplayError, match=r"is a folder; name a bundle in it, such as step-00000007.pt"):

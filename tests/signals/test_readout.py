@@ -7,7 +7,7 @@ from torch import nn
 from lightning_gradguard.signals.layout import Layout
 from lightning_gradguard.signals.readout import read, whole_sample
 from lightning_gradguard.signals.samples import dead_shares, lost_shares, sample
-from lightning_gradguard.signals.stats import measure, weight_norms
+from lightning_gradguard.signals.stats import gradients_of, measure, weight_norms
 
 
 @pytest.fixture
@@ -20,20 +20,18 @@ def layout():
 
 def test_what_is_due_is_what_its_functions_give(layout):
     loss = torch.tensor(2.0)
-    found = read(layout, loss, torch.tensor(3.0), asked=True, fresh=True, sampled=True)
+    gradients = gradients_of(layout)
+    found = read(layout, gradients, loss, torch.tensor(3.0), asked=True, fresh=True, sampled=True)
     assert torch.equal(found.norms, measure(layout, layout.floors, layout.floors).norms)
     assert torch.equal(found.weights, weight_norms(layout))
     assert torch.equal(found.sample, sample(layout))
     assert torch.equal(whole_sample(layout), sample(layout))
-    assert found.dead.tolist() == dead_shares(found.gradients, layout).tolist() == [0.5, 0.0]
-    assert found.lost.tolist() == lost_shares(found.gradients, layout).tolist() == [0.0, 1.0]
+    assert found.dead.tolist() == dead_shares(gradients, layout).tolist() == [0.5, 0.0]
+    assert found.lost.tolist() == lost_shares(gradients, layout).tolist() == [0.0, 1.0]
     assert found.loss is loss
     assert found.time_tilt == 3.0
 
 
 def test_what_is_not_due_is_not_read(layout):
-    found = read(layout, None)
-    assert [f for f, value in zip(found._fields, found, strict=True) if value is not None] == [
-        "gradients",
-        "norms",
-    ]
+    found = read(layout, gradients_of(layout), None)
+    assert [f for f, value in zip(found._fields, found, strict=True) if value is not None] == ["norms"]

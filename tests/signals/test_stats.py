@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.signals.stats import (
-    Layout,
-    measure,
-    unit_norms,
-    weight_means,
-    weight_norms,
-)
+from lightning_gradguard.signals.norms import unit_norms, weight_means, weight_norms
+from lightning_gradguard.signals.stats import Layout, measure
 
 
 def parameters_of(*gradients):

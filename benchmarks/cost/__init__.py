@@ -1,0 +1,1 @@
+"""What a guarded step and a guarded training cost: parts of ``benchmarks/overhead.py``."""

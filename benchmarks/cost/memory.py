@@ -1,0 +1,91 @@
+"""What a guard keeps in memory: bytes by who holds them, found by following references."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from types import BuiltinFunctionType, CodeType, FrameType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard import Guard, SpikeClip
+from lightning_gradguard.cost import CYCLE, QuietTraining
+
+#: Not followed: they belong to the program and not to the guard.
+_SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)
+
+
+def after_steps(model: nn.Module, steps: int = 3 * CYCLE) -> Guard:
+    """A guard with the default detectors and SpikeClip that has judged some quiet steps."""
+    training = QuietTraining(model)
+    guard = Guard(model.named_parameters(), clipper=SpikeClip())
+    for _ in range(steps):
+        training.advance()
+        training.restore()
+        guard.step(loss=training.loss)
+    return guard
+
+
+def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counter[str]:
+    """Bytes of tensors and arrays that a guard holds, by the attribute through which they are reached first.
+
+    Parameters and gradients, and views into them, are the model's and not counted.
+    """
+    parameters = guard.watch.layout.parameters
+    seen = {_memory(t) for p in parameters for t in (p, p.grad) if t is not None}
+    met: set[int] = {id(p) for p in parameters}
+    found: Counter[str] = Counter()
+    owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.watch).items()}
+    owners |= {name: value for name, value in vars(guard).items() if name != "watch"}
+    for owner, value in owners.items():
+        for array in _reached(value, met):
+            place = _memory(array)
+            if place not in seen and isinstance(array, kinds):
+                seen.add(place)
+                found[owner] += (
+                    array.untyped_storage().nbytes() if isinstance(array, Tensor) else array.nbytes
+                )
+    return +found
+
+
+def python_bytes(make: Callable[[], object]) -> int:
+    """Bytes of Python objects, arrays of NumPy among them and tensors not, that stay while what was made lives."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0]
+        del made
+        gc.collect()
+        return size - tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def _reached(root: object, met: set[int]) -> list[Any]:
+    """The tensors and arrays that can be reached from here, and had not been before."""
+    found, waiting = [], [root]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in met or isinstance(thing, _SHARED):
+            continue
+        met.add(id(thing))
+        if isinstance(thing, Tensor | np.ndarray):
+            found.append(thing)
+        elif not (callable(thing) and hasattr(thing, "__globals__")):
+            waiting += gc.get_referents(thing)
+        else:
+            waiting += [cell.cell_contents for cell in thing.__closure__ or ()]
+    return found
+
+
+def _memory(array: Any) -> int:
+    if isinstance(array, Tensor):
+        return array.untyped_storage().data_ptr() if array.layout == torch.strided else id(array)
+    return id(array if array.base is None else array.base)

@@ -1,0 +1,180 @@
+"""The page: results to tables and sentences, nothing said that is not computed from them."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from benchmarks.cost import arms, peers, trainer_arms
+from benchmarks.cost.measuring import Rounds
+from benchmarks.cost.plan import SMALL, Results
+from lightning_gradguard.cost import BARE, CLIP, CYCLE, Spread
+
+INTRODUCTION = """# What a guard costs
+
+Made by `python benchmarks/overhead.py`: Python {python}, torch {torch}, CPU, {threads} thread{s}, {clock}.
+`gradguard cost package.module:make_model` measures the first table on a model of your own.
+
+Arms are interleaved in one process. A ratio is taken within each round, in which both arms found the same machine; what
+stands here is the median of the ratios, with the quartiles in brackets."""
+
+STEPS = """## A step
+
+`Guard.step` on quiet steps beside one norm of all gradients, which any judgement of them needs, and torch's
+`clip_grad_norm_`, in shuffled order, every arm with gradients that were just written. A guard reads weights in one of
+{cycle} steps: figures are means over such a cycle, of the median of each of its steps, so that the costly one counts;
+the median step is beside them. Peers are called as their pages say, as far as their part of a step can be called by
+itself."""
+
+TRAININGS = """## A training
+
+`Trainer.fit` of a small transformer, arms in rotation, from the start of a batch to the start of the next: the mean
+over {steps} steps after the first {warm_up}, of each step's median over the rounds. In these steps the loss is logged
+to TensorBoard {logged} times, and histograms are written once by all that draw some. Ours is
+`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults. `SkipStepAdamW` begins to judge after
+64 steps."""
+
+GROWTH = """## Growth
+
+`Guard.step` with `SpikeClip` on more tensors, of 32 × 32 each, and on more parameters, in 100 tensors."""
+
+
+def report(found: Results, clock: str, picture: str) -> str:
+    """The page in Markdown.
+
+    Args:
+        found: What is told.
+        clock: What seconds were counted.
+        picture: Name of the file beside the page.
+    """
+    threads = torch.get_num_threads()
+    head = INTRODUCTION.format(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        threads=threads,
+        s="s" if threads > 1 else "",
+        clock=clock,
+    )
+    parts = [head, f"![Cost of steps, trainings and memory]({picture})"]
+    parts += [STEPS.format(cycle=CYCLE), _steps(found), _said_of_steps(found), TRAININGS.format(**_length())]
+    for title, rounds in found.trainings.items():
+        count = len(next(iter(rounds.seconds.values())))
+        parts += [f"### {title}, {_number(count, 'round')}", _training(rounds), _rank(rounds)]
+    parts.append(f"The guards found {found.findings or 'nothing'} in these trainings.")
+    parts += [_versions(), GROWTH, _growth(found), "## Memory", _memory(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _steps(found: Results) -> str:
+    rows = []
+    for title, timings in found.steps.items():
+        for arm in timings.seconds:
+            step = timings.step(arm)
+            rows.append(
+                [
+                    title,
+                    arm,
+                    f"{1e3 * step.median:.2f}",
+                    f"{1e3 * timings.median(arm):.2f}",
+                    _spread(timings.ratio(arm, BARE)),
+                    _spread(timings.ratio(arm, CLIP)),
+                ]
+            )
+    return table(
+        ["gradients", "arm", "ms", "median step, ms", "over bare norm", "over `clip_grad_norm_`"], rows
+    )
+
+
+def _said_of_steps(found: Results) -> str:
+    few, many = (found.steps[title].step(arms.OURS).median for title in (arms.THOUSAND, arms.FOUR_THOUSAND))
+    counts = [found.shapes[title][0] for title in (arms.THOUSAND, arms.FOUR_THOUSAND)]
+    each = 1e6 * few / counts[0], 1e6 * many / counts[1]
+    disturbed = sum(t.findings for t in found.steps.values())
+    clipped = max(t.clipped for t in found.steps.values())
+    return (
+        f"A tensor costs {each[0]:.2f} µs among {counts[0]:,} and {each[1]:.2f} µs among {counts[1]:,}, "
+        f"{each[1] / each[0]:.2f} times as much. The guards found {disturbed or 'nothing'} in these steps, and clipped "
+        f"{clipped:.0%} of them."
+    )
+
+
+def _training(rounds: Rounds) -> str:
+    rows = [
+        [
+            f"**{name}**" if name == trainer_arms.OURS else name,
+            trainer_arms.EVERY[name].does,
+            f"{1e3 * rounds.step(name).median:.1f}",
+            _spread(rounds.ratio(name, trainer_arms.BARE), digits=3),
+            _spread(rounds.ratio(name, trainer_arms.CLIP), digits=3),
+        ]
+        for name in rounds.seconds
+    ]
+    return table(["arm", "what it does", "ms a step", "over bare", "over `gradient_clip_val`"], rows)
+
+
+def _rank(rounds: Rounds) -> str:
+    """Where ours stands among those that look at every gradient at every step."""
+    looking = [name for name in rounds.seconds if trainer_arms.EVERY[name].each_step]
+    if len(looking) < 3:
+        return ""
+    order = sorted(looking, key=lambda name: rounds.ratio(name, trainer_arms.BARE).median)
+    place = order.index(trainer_arms.OURS) + 1
+    return (
+        f"Of the {len(order)} that look at all gradients at every step, ours is number {place}; "
+        f"from cheapest to dearest: {', '.join(order)}."
+    )
+
+
+def _versions() -> str:
+    there = [
+        f"{name} ({peers.PACKAGES[name][0]} {peers.version(name)})"
+        for name in peers.PACKAGES
+        if peers.find(name)
+    ]
+    missing = [f"{name} (`pip install --no-deps {peers.PACKAGES[name][0]}`)" for name in peers.absent()]
+    lines = [f"Peers, as installed: {', '.join(there)}."] if there else []
+    lines += [f"Left out, since they are not installed: {', '.join(missing)}."] if missing else []
+    return " ".join(lines)
+
+
+def _growth(found: Results) -> str:
+    rows = [
+        [what, f"{count:,}", *(f"{1e3 * timings.step(arm).median:.2f}" for arm in (BARE, CLIP, arms.OURS))]
+        for what, column in (("tensors", found.by_tensors), ("parameters", found.by_elements))
+        for count, timings in column.items()
+    ]
+    return table(["of", "number", f"{BARE}, ms", f"`{CLIP}`, ms", f"{arms.OURS}, ms"], rows)
+
+
+def _memory(found: Results) -> str:
+    held = found.held[found.reference]
+    counts = sorted(found.held)
+    rows = [[f"`{name}`", f"{size / 1e3:,.0f}"] for name, size in held.most_common() if size >= 1000]
+    rows.append(["all", f"{held.total() / 1e3:,.0f}"])
+    per = [found.held[n].total() / n for n in counts]
+    return (
+        f"A guard with the default detectors and SpikeClip over {found.reference:,} tensors of 32 × 32 holds "
+        f"{held.total() / 1e6:.2f} MB, {found.held_tensors / 1e6:.2f} MB of it in torch's tensors; over as many of "
+        f"64 × 64, {found.held_wide / 1e6:.2f} MB. From {counts[0]:,} to {counts[-1]:,} tensors it is {min(per):,.0f} "
+        f"to {max(per):,.0f} bytes a tensor. Python's objects, the history among them, are "
+        f"{found.python / 1e6:.2f} MB. By holder:\n\n" + table(["attribute of `Guard`", "kB"], rows)
+    )
+
+
+def _length() -> dict[str, int]:
+    return {"steps": SMALL.steps, "warm_up": SMALL.warm_up, "logged": SMALL.steps // 50}
+
+
+def _spread(spread: Spread, digits: int = 2) -> str:
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}–{spread.high:.{digits}f})"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    first, *others = ("| " + " | ".join(line) + " |" for line in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *others])

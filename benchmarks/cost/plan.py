@@ -1,0 +1,145 @@
+"""What is run, and what comes of it: everything, or the same in small to see it run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from benchmarks.cost import arms, memory, trainer_arms
+from benchmarks.cost.measuring import Rounds, interleave
+from benchmarks.cost.models import Transformer, tensors
+from benchmarks.cost.trainer_arms import BARE, CLIP, OURS, Size
+from lightning_gradguard.cost import Timings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        workloads: Models whose gradients single steps are timed on.
+        steps: Timed steps of each.
+        tensors: Numbers P of tensors of 32 × 32 that cost and memory are told of.
+        elements: Numbers of parameters, in 100 tensors, that cost is told of.
+        growth_steps: Timed steps of each of those.
+        trainings: Title to size, rounds, and the arms; all of them when None.
+    """
+
+    workloads: dict[str, Callable[[], nn.Module]]
+    steps: int
+    tensors: tuple[int, ...]
+    elements: tuple[int, ...]
+    growth_steps: int
+    trainings: dict[str, tuple[Size, int, tuple[str, ...] | None]]
+
+
+SMALL = Size(layers=4, width=128, vocabulary=512, batch=5, length=64)
+LARGE = Size(layers=4, width=256, vocabulary=1024, batch=6, length=64)
+
+FULL = Plan(
+    workloads=arms.WORKLOADS,
+    steps=72,
+    tensors=(30, 100, 300, 1000, 3000),
+    elements=(100_000, 1_000_000, 10_000_000, 30_000_000),
+    growth_steps=40,
+    trainings={
+        "0.86 million parameters, 51 tensors": (SMALL, 3, None),
+        "3.4 million parameters, 51 tensors": (LARGE, 3, (BARE, CLIP, OURS)),
+    },
+)
+
+QUICK = Plan(
+    workloads={
+        arms.TRANSFORMER: lambda: Transformer(layers=1, width=32, vocabulary=64, context=16),
+        arms.THOUSAND: lambda: tensors([(4, 4)] * 10),
+        arms.FOUR_THOUSAND: lambda: tensors([(4, 4)] * 40),
+    },
+    steps=8,
+    tensors=(10, 20),
+    elements=(1000, 10_000),
+    growth_steps=8,
+    trainings={
+        "tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1, None),
+    },
+)
+
+
+@dataclass
+class Results:
+    """What came of it.
+
+    Attributes:
+        shapes: Title of a workload to its numbers of tensors and of elements.
+        steps: Title of a workload to the timings of single steps.
+        by_tensors: P to the timings on P tensors of 32 × 32.
+        by_elements: Number of parameters to the timings on so many in 100 tensors.
+        trainings: Title to the seconds of whole trainings.
+        findings: What guards found in all of these trainings.
+        held: P to the bytes held by a guard over P tensors of 32 × 32, by holder.
+        held_wide: Bytes held over the second largest P of 64 × 64, in all.
+        python: Bytes of Python objects and arrays of a guard over that P.
+    """
+
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    steps: dict[str, Timings] = field(default_factory=dict)
+    by_tensors: dict[int, Timings] = field(default_factory=dict)
+    by_elements: dict[int, Timings] = field(default_factory=dict)
+    trainings: dict[str, Rounds] = field(default_factory=dict)
+    findings: int = 0
+    held: dict[int, Counter[str]] = field(default_factory=dict)
+    held_tensors: int = 0
+    held_wide: int = 0
+    python: int = 0
+
+    @property
+    def reference(self) -> int:
+        """The P that memory is told of in detail: the second largest."""
+        return sorted(self.held)[-2]
+
+
+def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callable[[str], None]) -> Results:
+    """Everything that is planned; ``rounds`` overrides how often trainings are repeated."""
+    found = Results()
+    for count in plan.tensors:
+        say(f"memory, {count} tensors")
+        found.held[count] = memory.held(memory.after_steps(_squares(count)))
+    reference = _squares(found.reference)
+    found.held_tensors = memory.held(memory.after_steps(reference), (Tensor,)).total()
+    found.held_wide = memory.held(memory.after_steps(tensors([(64, 64)] * found.reference))).total()
+    found.python = memory.python_bytes(lambda: memory.after_steps(reference))
+    for title, make in plan.workloads.items():
+        say(f"steps, {title}")
+        model = make()
+        sizes = [p.numel() for p in model.parameters()]
+        found.shapes[title] = len(sizes), sum(sizes)
+        found.steps[title] = arms.timings(model, plan.steps, clock)
+    for count in plan.tensors:
+        say(f"growth, {count} tensors")
+        found.by_tensors[count] = arms.timings(_squares(count), plan.growth_steps, clock, with_peers=False)
+    for count in plan.elements:
+        say(f"growth, {count:,} parameters")
+        model = tensors([(count // 1000, 10)] * 100)
+        found.by_elements[count] = arms.timings(model, plan.growth_steps, clock, with_peers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        for title, (size, usual, names) in plan.trainings.items():
+            ready = trainer_arms.available()
+
+            def train(name: str, size: Size = size, title: str = title) -> list[float]:
+                say(f"training, {title}: {name}")
+                seconds, findings = trainer_arms.train(
+                    trainer_arms.available()[name], size, Path(folder), clock
+                )
+                found.findings += findings
+                return seconds
+
+            found.trainings[title] = interleave(names or ready, rounds or usual, train)
+    return found
+
+
+def _squares(count: int) -> nn.Module:
+    return tensors([(32, 32)] * count)

@@ -1,0 +1,86 @@
+"""The picture: cost by number of tensors and of parameters, cost of trainings, and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.cost import arms, trainer_arms
+from benchmarks.cost.measuring import Rounds
+from benchmarks.cost.plan import Results
+from lightning_gradguard.cost import BARE, CLIP, Timings
+
+#: Of Okabe and Ito, told apart by the colour-blind; markers and dashes tell them apart in grey.
+LOOKS = {
+    BARE: {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
+    CLIP: {"color": "#E69F00", "marker": "^", "linestyle": "--"},
+    arms.OURS: {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2},
+}
+
+
+def picture(found: Results, path: Path) -> None:
+    """Draws all four panels."""
+    figure, ((by_tensors, by_elements), (training, memory)) = plt.subplots(
+        2, 2, figsize=(11.5, 8), layout="constrained"
+    )
+    _growth(by_tensors, found.by_tensors, "A step, by number of tensors", "tensors of 32 × 32")
+    _growth(by_elements, found.by_elements, "A step, by number of parameters", "parameters, in 100 tensors")
+    title, rounds = next(iter(found.trainings.items()))
+    _training(training, rounds, f"A step of the Trainer: {title}")
+    _memory(memory, found)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _growth(panel: Axes, column: dict[int, Timings], title: str, label: str) -> None:
+    for arm, look in LOOKS.items():
+        spreads = [timings.step(arm) for timings in column.values()]
+        heights = [1e3 * s.median for s in spreads]
+        reach = [[1e3 * (s.median - s.low) for s in spreads], [1e3 * (s.high - s.median) for s in spreads]]
+        panel.errorbar(list(column), heights, reach, label=arm, capsize=3, **look)
+    panel.set(xscale="log", yscale="log", title=title, xlabel=label, ylabel="milliseconds a step")
+    _plain(panel)
+
+
+def _training(panel: Axes, rounds: Rounds, title: str) -> None:
+    others = [name for name in rounds.seconds if name != trainer_arms.BARE]
+    order = sorted(others, key=lambda name: -rounds.ratio(name, trainer_arms.BARE).median)
+    for place, name in enumerate(order):
+        spread = rounds.ratio(name, trainer_arms.BARE)
+        reach = [[spread.median - spread.low], [spread.high - spread.median]]
+        ours = name == trainer_arms.OURS
+        look = {"color": "#000000", "marker": "o"} if ours else {"color": "#0072B2", "marker": "D"}
+        panel.errorbar([spread.median], [place], xerr=reach, capsize=3, linestyle="none", **look)
+    panel.axvline(1, color="#777777", linewidth=1, linestyle="--")
+    panel.set_yticks(range(len(order)), order)
+    panel.get_yticklabels()[order.index(trainer_arms.OURS)].set_fontweight("bold")
+    panel.set_title(title, loc="right")
+    panel.set_xlabel("seconds a step, over the bare Trainer")
+    panel.grid(alpha=0.3, axis="x")
+
+
+def _memory(panel: Axes, found: Results) -> None:
+    counts = list(found.held)
+    panel.plot(
+        counts, [found.held[n].total() / 1e6 for n in counts], label="held by a guard", **LOOKS[arms.OURS]
+    )
+    weights = [n * 32 * 32 * 4 / 1e6 for n in counts]
+    panel.plot(counts, weights, label="the weights themselves", color="#D55E00", marker="v", linestyle="-.")
+    panel.set(xscale="log", yscale="log", title="Memory, by number of tensors")
+    panel.set(xlabel="tensors of 32 × 32", ylabel="megabytes")
+    _plain(panel)
+
+
+def _plain(panel: Axes) -> None:
+    """Numbers as they are spoken, at the powers of ten and where the axis has room between."""
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+        axis.set_minor_formatter(NullFormatter())
+    panel.grid(alpha=0.3, which="both")
+    panel.legend()

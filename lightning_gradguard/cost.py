@@ -1,0 +1,204 @@
+"""What a guarded step costs on a model's gradients, beside a bare norm and torch's clipping: ``gradguard cost``."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.guard import Guard
+from lightning_gradguard.signals.clipping import Clipper
+from lightning_gradguard.watch import REFRESH
+
+#: Steps in a cycle: a guard reads weights in one of so many, and figures are means over all of them.
+CYCLE = REFRESH
+#: Cycles before the clock counts: at first a guard samples every step, and learns what is ordinary.
+WARM_UP = 4
+
+#: Limit of ``clip_grad_norm_``; the gradients of a quiet step are about half as large.
+MAX_NORM = 1.0
+
+BARE, CLIP = "bare norm", "clip_grad_norm_"
+
+Arms = Mapping[str, Callable[[], object]]
+
+
+class Spread(NamedTuple):
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Of at least one number."""
+        low, median, high = statistics.quantiles(
+            values * 2 if len(values) == 1 else values, method="inclusive"
+        )
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What interleaved arms took.
+
+    Attributes:
+        seconds: Name of an arm to its seconds, one number a round; the rounds are whole cycles.
+        findings: What the guards found, which should be nothing on quiet steps.
+        clipped: Share of the guards' steps that were clipped, and so rewrote the gradients.
+    """
+
+    seconds: dict[str, list[float]]
+    findings: int = 0
+    clipped: float = 0.0
+
+    def step(self, arm: str) -> Spread:
+        """Seconds of a step, the mean over a cycle; see `over_a_cycle`."""
+        return over_a_cycle(_cycles(self.seconds[arm]))
+
+    def median(self, arm: str) -> float:
+        """Seconds of the median step, which hides the costly one in each cycle."""
+        return statistics.median(self.seconds[arm])
+
+    def ratio(self, arm: str, base: str) -> Spread:
+        """Seconds of an arm over those of another in the same round, the mean over a cycle.
+
+        What slows a machine down for a while slows both, so that the ratio is steadier than either.
+        """
+        pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
+        return over_a_cycle(_cycles([mine / other for mine, other in pairs]))
+
+
+def over_a_cycle(cycles: list[list[float]]) -> Spread:
+    """The mean, over the places in a cycle, of median and quartiles over the cycles.
+
+    So a step that costs more in every cycle counts in full, and an interruption by another program does not.
+
+    Args:
+        cycles: Numbers of each cycle, all of one length.
+    """
+    places = [Spread.of(list(values)) for values in zip(*cycles, strict=True)]
+    low, median, high = (
+        statistics.fmean(getattr(p, name) for p in places) for name in ("low", "median", "high")
+    )
+    return Spread(median, low, high)
+
+
+def _cycles(values: list[float]) -> list[list[float]]:
+    return [values[begin : begin + CYCLE] for begin in range(0, len(values), CYCLE)]
+
+
+class QuietTraining:
+    """Random gradients on a model's parameters, which vary a little, while weights move and the loss falls.
+
+    Takes the memory of the parameters twice more. The parameters are changed.
+
+    Args:
+        model: Whose trainable parameters get gradients.
+        norm: Typical global norm of the gradients, L2.
+        step: Root mean square of what each weight moves by: so little that no update is out of the ordinary.
+    """
+
+    def __init__(self, model: nn.Module, norm: float = 0.5 * MAX_NORM, step: float = 1e-5) -> None:
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        size = norm / math.sqrt(max(1, sum(p.numel() for p in self.parameters)))
+        self._kept = [torch.randn_like(p) * size for p in self.parameters]
+        self._places = [torch.empty_like(g) for g in self._kept]
+        self.loss = torch.tensor(2.0)
+        self._random, self._rate, self._noise, self._steps = random.Random(0), step / size, 0.0, 0
+        self.restore()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The next step: other gradients, weights that moved, a lower loss."""
+        torch._foreach_add_(self.parameters, self._kept, alpha=-self._rate)
+        before, self._noise = self._noise, self._random.gauss(0.0, 0.1)
+        torch._foreach_mul_(self._kept, math.exp(self._noise - before))
+        self._steps += 1
+        self.loss = torch.tensor(2.0 * math.exp(-self._steps / 500) * (1 + 0.01 * self._random.random()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Writes this step's gradients again, as a backward pass would, so that every arm finds the same in memory.
+
+        They are new tensors, as after ``zero_grad``, so that nobody can know them from before.
+        """
+        torch._foreach_copy_(self._places, self._kept)
+        self.gradients = [place.detach() for place in self._places]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
+    def wait(self) -> None:
+        """Waits for an accelerator, whose work is not done when a call returns."""
+        kind = self.parameters[0].device.type
+        if kind != "cpu":
+            getattr(torch, kind).synchronize()
+
+
+def measure(
+    model: nn.Module,
+    clipper: Clipper | None = None,
+    steps: int = 200,
+    more: Arms | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Times `Guard.step` on quiet steps beside a bare norm of all gradients and ``clip_grad_norm_``.
+
+    Interleaved step by step in one process, in an order that is shuffled anew each step.
+
+    Args:
+        model: Whose parameters get random gradients, on the device where they lie; they are changed.
+        clipper: Adds an arm of a guard with it.
+        steps: Timed steps; made up to whole cycles.
+        more: Further arms, called with gradients on the model's parameters.
+        clock: What tells seconds; ``time.process_time`` leaves out what other programs take from a shared CPU.
+
+    Returns:
+        The timings of "bare norm", "clip_grad_norm_", "Guard", "Guard, <clipper>" and the further arms.
+    """
+    training = QuietTraining(model)
+    guards = {"Guard": Guard(model.named_parameters())}
+    if clipper is not None:
+        guards[f"Guard, {type(clipper).__name__}"] = Guard(model.named_parameters(), clipper=clipper)
+    arms: dict[str, Callable[[], object]] = {
+        BARE: lambda: torch.stack(torch._foreach_norm(training.gradients)).norm(),
+        # Nothing exceeds the limit; it multiplies all the same.
+        CLIP: lambda: nn.utils.clip_grad_norm_(training.parameters, MAX_NORM),
+        **{name: lambda guard=guard: guard.step(loss=training.loss) for name, guard in guards.items()},  # type: ignore[misc]
+        **(more or {}),
+    }
+    rounds = CYCLE * (WARM_UP + math.ceil(steps / CYCLE))
+    seconds = _interleave(arms, rounds, training, clock)
+    judged = sum(guard.counts["judged"] for guard in guards.values())
+    return Timings(
+        {name: values[CYCLE * WARM_UP :] for name, values in seconds.items()},
+        findings=sum(len(guard.findings) for guard in guards.values()),
+        clipped=sum(guard.counts["clipped"] for guard in guards.values()) / judged,
+    )
+
+
+def _interleave(
+    arms: Arms, rounds: int, training: QuietTraining, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each arm in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    order, dice = list(arms), random.Random(0)
+    for _ in range(rounds):
+        training.advance()
+        dice.shuffle(order)
+        for name in order:
+            training.restore()
+            training.wait()
+            begun = clock()
+            arms[name]()
+            training.wait()
+            seconds[name].append(clock() - begun)
+    return seconds

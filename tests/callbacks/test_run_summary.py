@@ -1,0 +1,411 @@
+"""The table at the end of a run: what it says, when, to whom, and how it is silenced."""
+
+import contextlib
+import logging
+import math
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_gradguard import (
+    Fault,
+    Finding,
+    GradGuard,
+    GradientHalt,
+    GradientWarning,
+    NormClip,
+    Policy,
+    Recorder,
+    Report,
+    Severity,
+    SpikeClip,
+)
+from lightning_gradguard.callbacks.run_summary import RunSummary, _footer
+
+quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+NAME = "lightning_gradguard"
+
+
+@pytest.fixture
+def tables(caplog):
+    """The tables that were said, as lines."""
+    logger = logging.getLogger(NAME)
+    before = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield lambda: [r.getMessage().strip("\n").splitlines() for r in caplog.records if r.name == NAME]
+    logger.setLevel(before)
+
+
+class End(pl.Callback):
+    """Ends a training after some batches."""
+
+    def __init__(self, error, after=3):
+        self.error, self.after = error, after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.after - 1:
+            raise self.error
+
+
+def test_a_quiet_run_needs_three_lines(fit, classifier, tables):
+    fit(classifier(), GradGuard())
+    assert tables() == [
+        [
+            "GradGuard | Judged | Skipped | Non-finite | Faults found",
+            "--------------------------------------------------------",
+            "SGD       | 40     | 0       | 0          | none",
+        ]
+    ]
+
+
+def test_with_a_clipper_the_share_of_clipped_steps(fit, classifier, tables):
+    fit(classifier(), GradGuard(clipper=NormClip(1e-3)))
+    (table,) = tables()
+    assert table[0].startswith("GradGuard | Judged | Clipped     | Skipped")
+    assert table[2].startswith("SGD       | 40     | 40 (100.0%) | 0 ")
+
+
+@quiet
+def test_faults_by_fault_with_place_step_and_number(fit, classifier, tables):
+    guard = GradGuard()
+    fit(classifier(bad=[3, 4, 9]), guard)
+    first = guard.findings[0].parameters[0]
+    (table,) = tables()
+    assert table[2:] == [
+        "SGD       | 40     | 3       | 3          | 1",
+        "--------------------------------------------------------",
+        f"nonfinite  warning, 2 times, first at step 3 in {first}",
+    ]
+
+
+@quiet
+@pytest.mark.parametrize("stop", ["raise", "graceful"])
+def test_a_halt_and_its_bundle(fit, classifier, tables, tmp_path, stop):
+    guard = GradGuard(
+        policy=Policy(respond={"nonfinite": "halt"}, stop=stop), recorder=Recorder(folder=tmp_path)
+    )
+    with contextlib.suppress(GradientHalt):
+        fit(classifier(bad=[5]), guard)
+    (table,) = tables()
+    assert table[2].startswith("SGD       | 6      | 1 ")
+    assert table[4].startswith("nonfinite  critical, once, first at step 5 in net.")
+    assert table[5:] == ["halted     for nonfinite", f"bundle     {guard.bundle}"]
+    assert guard.bundle.exists()
+
+
+@quiet
+def test_rollbacks(fit, classifier, tables):
+    policy = Policy(respond={"nonfinite": "rollback"}, max_consecutive_skips=1)
+    fit(classifier(bad=[5, 6]), GradGuard(policy=policy))
+    (table,) = tables()
+    assert "rollbacks  1" in table
+    assert not any(line.startswith("halted") for line in table)
+
+
+@quiet
+def test_of_several_optimizers_each_has_a_row(fit, tables):
+    class Two(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.one, self.other = nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def training_step(self, batch, batch_idx):
+            for i, (optimizer, net) in enumerate(zip(self.optimizers(), (self.one, self.other), strict=True)):
+                loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss * (float("nan") if i and batch_idx == 4 else 1))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.one.parameters(), 0.1), torch.optim.Adam(self.other.parameters())
+
+    fit(Two(), GradGuard(), batches=10)
+    (table,) = tables()
+    assert table[2:4] == [
+        "0 SGD     | 10     | 0       | 0          | none",
+        "1 Adam    | 10     | 1       | 1          | 1",
+    ]
+    assert table[5].startswith("nonfinite  warning, once, first at step")
+    assert table[5].endswith(", optimizer 1")
+
+
+def test_an_error_and_ctrl_c_get_it_too(fit, classifier, tables):
+    with pytest.raises(RuntimeError, match="mine"):
+        fit(classifier(), GradGuard(), End(RuntimeError("mine")))
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        # Whether Lightning exits or returns is its own business.
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            fit(classifier(), GradGuard(), End(KeyboardInterrupt()))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert [table[2] for table in tables()] == ["SGD       | 3      | 0       | 0          | none"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
+def test_it_is_said_once(fit, classifier, tables):
+    class Validated(type(classifier())):
+        def validation_step(self, batch, batch_idx):
+            raise RuntimeError("later")
+
+    guard, module = GradGuard(), Validated()
+    trainer = fit(module, guard, limit_val_batches=0)
+    trainer.limit_val_batches = 1
+    with pytest.raises(RuntimeError, match="later"):
+        trainer.validate(module, trainer.train_dataloader, verbose=False)
+    assert len(tables()) == 1
+
+
+def test_where_nothing_was_judged_nothing_is_said(fit, classifier, tables):
+    with pytest.raises(RuntimeError, match="early"):
+        fit(classifier(), GradGuard(), EarlyError())
+    with contextlib.suppress(RuntimeError):
+        fit(classifier(), GradGuard(), max_steps=0)
+    assert tables() == []
+
+
+class EarlyError(pl.Callback):
+    def on_train_start(self, *_):
+        raise RuntimeError("early")
+
+
+def test_a_second_fit_begins_anew(fit, classifier, tables):
+    guard = GradGuard()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(classifier(bad=[2]), guard)
+    fit(classifier(), guard)
+    first, second = tables()
+    assert len(first) == 5
+    assert second[2:] == ["SGD       | 40     | 0       | 0          | none"]
+
+
+def test_a_resumed_run_counts_on(fit, classifier, tables, tmp_path):
+    path = tmp_path / "half.ckpt"
+    fit(classifier(), GradGuard(), batches=10).save_checkpoint(path)
+    fit(classifier(), GradGuard(), batches=10, max_epochs=2, ckpt_path=path)
+    assert [table[2].split(" | ")[1].strip() for table in tables()] == ["10", "20"]
+
+
+@quiet
+def test_it_fits_in_80_columns(tables, fit, classifier):
+    module = classifier(bad=[2])
+    name = "a_block_with_quite_a_long_name" * 2
+    module.net = nn.Sequential()
+    module.net.add_module(name, nn.Linear(8, 2))
+    fit(module, GradGuard())
+    (table,) = tables()
+    assert max(map(len, table)) <= 80
+    assert f"           net.{name}.weight" in table or f"           net.{name}.bias" in table
+
+
+def test_long_lines_are_indented():
+    path = "/a b/" + "c" * 90
+    notes = [("stalled", "word " * 20), ("vanishing_in_time", "once"), ("bundle", path)]
+    lines = _footer(notes, rule="-" * 30)
+    assert lines[0] == "-" * 30
+    assert lines[1].startswith("stalled            word")
+    assert lines[2].startswith("                   word")
+    assert lines[3:] == ["vanishing_in_time  once", f"bundle             {path}"]
+
+
+def finding(fault=Fault.NONFINITE, severity=Severity.INFO, step=1, optimizer=0):
+    return Finding(fault, severity, step, ("w",), 1.0, 0.0, "D", optimizer)
+
+
+def report(*findings):
+    return Report(7, None, 1.0, 1.0, None, 1.0, skip=False, findings=findings)
+
+
+def test_what_is_only_recorded_is_not_told():
+    summary = RunSummary()
+    summary.add(report(finding()))
+    assert list(summary._found(several=False)) == []
+
+
+def test_a_condition_that_becomes_critical_is_one():
+    summary = RunSummary()
+    for severity in (Severity.WARNING, Severity.CRITICAL):
+        summary.add(report(finding(Fault.VANISHING, severity, 40)))
+    summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 3)))
+    summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 9)))
+    assert list(summary._found(several=False)) == [
+        ("vanishing", "critical, once, first at step 40 in w"),
+        ("spike", "warning, 2 times, first at step 3 in w"),
+    ]
+
+
+@pytest.mark.parametrize("logger", [NAME, "lightning.pytorch"])
+def test_it_is_silenced_by_its_logger_and_with_lightning(fit, classifier, tables, logger):
+    own = logging.getLogger(logger)
+    before = own.level
+    own.setLevel(logging.WARNING)
+    try:
+        fit(classifier(), GradGuard())
+        assert tables() == []
+    finally:
+        own.setLevel(before)
+    fit(classifier(), GradGuard())
+    assert len(tables()) == 1
+
+
+PRODUCTION = (Path(__file__).parents[2] / "docs" / "how-to" / "production.md").read_text()
+
+
+class Trouble(pl.LightningModule):
+    """Has the bad hour that the documentation shows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def training_step(self, batch, batch_idx):
+        factor = {50: math.nan, 51: math.nan, 120: math.nan, 90: 200, 140: 200}.get(batch_idx, 1)
+        return nn.functional.cross_entropy(self.net(batch[0] * factor), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+@quiet
+def test_the_documentation_shows_the_table_as_it_is(fit, tables):
+    fit(Trouble(), GradGuard(clipper=SpikeClip()), batches=160)
+    (shown,) = re.findall(r"^```log\n(.*?)^```", PRODUCTION, flags=re.MULTILINE | re.DOTALL)
+    # The share that is clipped depends on the last digit of a norm.
+    (table,) = ([re.sub(r"\d \(\d\.\d%\)", "# (#)", line) for line in lines] for lines in tables())
+    assert table == [re.sub(r"\d \(\d\.\d%\)", "# (#)", line) for line in shown.splitlines()]
+
+
+def filters():
+    """The documented filters, by what they leave out."""
+    rows = re.findall(r"^\| `((?:warnings|logging)\..*?)` \| (.*?) \|$", PRODUCTION, flags=re.MULTILINE)
+    return {leaves_out: code for code, leaves_out in rows}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "nonfinite", "spike", "table"),
+    [
+        (None, True, True, True),
+        ("all warnings", False, False, True),
+        ("those of one fault", True, False, True),
+        ("the table", True, True, False),
+    ],
+)
+def test_the_documented_filters(fit, tables, left_out, nonfinite, spike, table):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if left_out is not None:
+            names = {"warnings": warnings, "logging": logging, "GradientWarning": GradientWarning}
+            exec(filters()[left_out], names)
+        fit(Trouble(), GradGuard(clipper=SpikeClip()), batches=160)
+    said = [str(w.message) for w in caught]
+    assert any(text.startswith("GradGuard: nonfinite since step 50") for text in said) is nonfinite
+    assert any(text.startswith("GradGuard: spike since step 90") for text in said) is spike
+    assert len(tables()) == table
+
+
+def test_the_documented_way_to_fail_on_a_warning(fit, tables):
+    with warnings.catch_warnings():
+        exec(
+            filters()["nothing: the first warning fails the run, for CI"],
+            {"warnings": warnings, "GradientWarning": GradientWarning},
+        )
+        with pytest.raises(GradientWarning, match="nonfinite since step 50"):
+            fit(Trouble(), GradGuard(), batches=160)
+    assert tables()[0][4] == "nonfinite  warning, once, first at step 50 in net.4.bias"
+
+
+def test_the_documented_policy_leaves_out_the_fault_itself(fit, tables):
+    (code,) = re.findall(r"`(Policy\(respond=\{\"spike\".*?\))`", PRODUCTION)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Trouble(), GradGuard(policy=eval(code, {"Policy": Policy})), batches=160)
+    assert not any("spike" in str(w.message) for w in caught)
+    assert not any("spike" in line for line in tables()[0])
+
+
+def test_each_fault_is_said_once_for_a_tensor(fit):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Trouble(), GradGuard(), batches=160)
+    said = [str(w.message) for w in caught if issubclass(w.category, GradientWarning)]
+    of = [re.search(r"GradGuard: (\w+) .*?worst in ([\w.]+)", text).groups() for text in said]
+    assert {fault for fault, _ in of} == {"nonfinite", "spike"}
+    assert len(of) == len(set(of))
+
+
+SCRIPT = """
+{before}
+import warnings, lightning.pytorch as pl, torch
+from lightning_gradguard import GradGuard, GradientWarning
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, i):
+        return self.layer(batch[0]).square().mean() * (float("nan") if i in (2, 4) else 1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+warnings.simplefilter("ignore")
+warnings.simplefilter("always", GradientWarning)
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 4)), batch_size=4)
+pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+           callbacks=[GradGuard(progress_bar=True)], {options}).fit(Module(), data)
+"""
+HEAD = "\nGradGuard | Judged | Skipped | Non-finite | Faults found\n"
+
+
+@pytest.fixture
+def train(tmp_path):
+    """What a user sees on stdout and stderr of a program of its own."""
+
+    def run(before="", options="enable_progress_bar=False"):
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT.format(before=before, options=options))
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def test_by_default_it_stands_on_stderr_with_lightnings_messages(train):
+    done = train()
+    assert done.stderr.count(HEAD) == 1
+    assert done.stderr.index("`Trainer.fit` stopped") < done.stderr.index(HEAD)
+    assert done.stderr.count("GradGuard: nonfinite since step 2") == 1
+    assert "GradGuard" not in done.stdout
+
+
+def test_under_a_bar_it_has_lines_of_its_own(train):
+    done = train(options="enable_progress_bar=True")
+    assert (done.stdout + done.stderr).count(HEAD) == 1
+
+
+def test_a_program_with_a_log_of_its_own_finds_it_there(train, tmp_path):
+    log = tmp_path / "train.log"
+    done = train(f"import logging\nlogging.basicConfig(filename={str(log)!r})")
+    assert HEAD in log.read_text()
+    assert HEAD not in done.stderr
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo")
+def test_of_two_processes_one_speaks_and_says_each_thing_once(train):
+    done = train(options='enable_progress_bar=False, strategy="ddp", devices=2')
+    assert done.stderr.count(HEAD) == 1
+    assert done.stderr.count("GradGuard: nonfinite since step 2") == 1

@@ -1,0 +1,187 @@
+"""What is built holds the package and nothing else, can be built from what is given away, and names its version."""
+
+import configparser
+import importlib.util
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import lightning_gradguard
+from lightning_gradguard.cli import main
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_gradguard"
+VERSION = lightning_gradguard.__version__
+#: As semver.org has it, without build metadata.
+SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[\dA-Za-z-]+(\.[\dA-Za-z-]+)*)?")
+
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").exists() or importlib.util.find_spec("hatchling") is None,
+    reason="needs the sources, and hatchling",
+)
+
+
+def call(*command, cwd):
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    call("-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    assert archive.name == f"lightning_gradguard-{VERSION}.tar.gz"
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel, built without network from the source distribution, unpacked: what an installer would copy."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "--quiet")
+    call("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(sdist), cwd=folder)
+    (archive,) = folder.glob("*.whl")
+    assert archive.name == f"lightning_gradguard-{VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder / "unpacked")
+    return folder / "unpacked"
+
+
+def files_below(folder):
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@needs_sources
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    files = files_below(wheel / "lightning_gradguard")
+    assert files == files_below(PACKAGE)
+    assert {
+        "py.typed",
+        "report/templates/page.html",
+        "doctor/templates/diagnosis.css",
+        "callbacks/guard.py",
+    } - files == set()
+    assert {path.name for path in wheel.iterdir()} == {
+        "lightning_gradguard",
+        f"lightning_gradguard-{VERSION}.dist-info",
+    }
+    assert {Path(name).suffix for name in files} == {".css", ".html", ".js", ".py", ".typed"}
+
+
+@needs_sources
+def test_what_the_wheel_says_of_itself(wheel):
+    (info,) = wheel.glob("*.dist-info")
+    said = Parser().parsestr((info / "METADATA").read_text())
+    assert (said["Name"], said["Version"], said["Requires-Python"]) == (
+        "lightning-gradguard",
+        VERSION,
+        ">=3.10",
+    )
+    assert said["License-Expression"] == "Apache-2.0"
+    assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert said.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert {"lightning", "pytorch-lightning", "cli"} <= set(said.get_all("Provides-Extra"))
+    needed = [Requirement(text) for text in said.get_all("Requires-Dist")]
+    # Either of the two namespaces will do, so that neither may be pulled in.
+    always = {one.name for one in needed if one.marker is None}
+    assert "torch" in always
+    assert not {"lightning", "pytorch-lightning"} & always
+    entries = configparser.ConfigParser()
+    entries.read(info / "entry_points.txt")
+    assert dict(entries["console_scripts"]) == {"gradguard": "lightning_gradguard.cli:main"}
+    for namespace in ("lightning.pytorch", "pytorch_lightning"):
+        group = entries[f"{namespace}.callbacks_factory"]
+        assert dict(group) == {"gradguard": "lightning_gradguard.autoload:callbacks"}
+
+
+@needs_sources
+def test_what_was_built_runs(wheel, tmp_path):
+    """From the unpacked wheel, beside which there is no checkout."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(wheel)!r})
+import importlib, pkgutil, lightning_gradguard
+assert lightning_gradguard.__file__.startswith({str(wheel)!r})
+for module in pkgutil.walk_packages(lightning_gradguard.__path__, "lightning_gradguard."):
+    importlib.import_module(module.name)
+from lightning_gradguard.cli import main
+main(["--version"])
+"""
+    assert call("-W", "ignore", "-c", code, cwd=tmp_path) == f"gradguard {VERSION}\n"
+
+
+@needs_sources
+def test_the_source_distribution_is_complete(sdist):
+    files = files_below(sdist)
+    assert {"PKG-INFO", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md"} <= files
+    for folder in ("tests", "docs", "examples", "benchmarks"):
+        assert any(name.startswith(f"{folder}/") for name in files), folder
+    # What its Makefile asks for is in it.
+    named = set(re.findall(r"constraints[\w-]*\.txt", (ROOT / "Makefile").read_text()))
+    assert named <= files
+    assert not {name.partition("/")[0] for name in files} & {
+        "runs",
+        "build",
+        ".venv",
+        ".ci",
+        "test-artifacts",
+    }
+
+
+def test_the_version_is_one_and_semantic(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"gradguard {VERSION}\n"
+    assert SEMVER.fullmatch(VERSION)
+    assert metadata.version("lightning-gradguard") == VERSION
+
+
+def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():
+    headings = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    newest, released = headings[0][0], [name for name, _ in headings if name != "Unreleased"]
+    assert newest in ("Unreleased", VERSION)
+    assert released[:1] in ([], [VERSION])
+    for name, date in headings:
+        assert name == "Unreleased" or (
+            SEMVER.fullmatch(name) and re.fullmatch(r" - \d{4}-\d\d-\d\d", date)
+        ), name
+
+
+def test_what_is_required_is_installed_and_goes_together():
+    """Ours, and what that requires in turn; other packages of the environment are no concern of ours."""
+    waiting, seen, wrong = [Requirement("lightning-gradguard[lightning]")], set(), []
+    while waiting:
+        wanted = waiting.pop()
+        extras = wanted.extras or {""}
+        key = wanted.name.lower().replace("_", "-"), *sorted(extras)
+        if wanted.specifier and not wanted.specifier.contains(
+            metadata.version(wanted.name), prereleases=True
+        ):
+            wrong.append(f"{wanted}, got {metadata.version(wanted.name)}")
+        if key in seen:
+            continue
+        seen.add(key)
+        for text in metadata.requires(wanted.name) or ():
+            needed = Requirement(text)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(needed)
+    assert wrong == []
+    assert len(seen) > 20
