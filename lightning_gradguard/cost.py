@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.guard import Guard
+from lightning_gradguard.schedule import LATER, SETTLED
 from lightning_gradguard.signals.clipping import Clipper
-from lightning_gradguard.watch import REFRESH
 
 #: Steps in a cycle: a guard reads weights in one of so many, and figures are means over all of them.
-CYCLE = REFRESH
-#: Cycles before the clock counts: at first a guard samples every step, and learns what is ordinary.
-WARM_UP = 4
+CYCLE = LATER
+#: Steps that guards take before the clock counts: at first they look closer, and learn what is ordinary.
+WARM_UP = SETTLED
 
 #: Limit of ``clip_grad_norm_``; the gradients of a quiet step are about half as large.
 MAX_NORM = 1.0
@@ -175,11 +175,12 @@ def measure(
         **{name: lambda guard=guard: guard.step(loss=training.loss) for name, guard in guards.items()},  # type: ignore[misc]
         **(more or {}),
     }
-    rounds = CYCLE * (WARM_UP + math.ceil(steps / CYCLE))
-    seconds = _interleave(arms, rounds, training, clock)
+    _interleave({name: arms[name] for name in guards}, WARM_UP - CYCLE, training, clock)
+    seconds = _interleave(arms, CYCLE * (1 + math.ceil(steps / CYCLE)), training, clock)
     judged = sum(guard.counts["judged"] for guard in guards.values())
     return Timings(
-        {name: values[CYCLE * WARM_UP :] for name, values in seconds.items()},
+        # The first cycle is the other arms' warm-up.
+        {name: values[CYCLE:] for name, values in seconds.items()},
         findings=sum(len(guard.findings) for guard in guards.values()),
         clipped=sum(guard.counts["clipped"] for guard in guards.values()) / judged,
     )

@@ -172,7 +172,7 @@ class Guard:
                 apply_(stats.gradients, outcome.clip.multipliers)
         if any(f.fault == Fault.SPIKE for f in report.findings):
             self.watch.sample_now()
-        self.watch.settle(not report.skip)
+        self.watch.schedule.settle(not report.skip)
         self._ask()
         self._raise_if_halted(number)
         return report
@@ -240,5 +240,9 @@ class Guard:
     def _ask(self) -> None:
         """Asks how gradients fall over time, where the loss makes no progress."""
         letter = self.letter
-        if letter is not None and self.watch.good > WARM_UP and letter.loss_mean > 0.9 * letter.loss_start:
+        if (
+            letter is not None
+            and self.watch.schedule.good > WARM_UP
+            and letter.loss_mean > 0.9 * letter.loss_start
+        ):
             self.watch.ask_for_time()

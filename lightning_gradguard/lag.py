@@ -83,7 +83,7 @@ def judge_late(
     assert guard.states is not None
     defuse(outcome, guard.watch.optimizer)
     guard.states = choose_states(outcome.stats.finite, states, guard.states)
-    guard.watch.settle(True)
+    guard.watch.schedule.settle(True)
     guard._ask()
     if answer is not None:
         _deliver(guard, *answer)

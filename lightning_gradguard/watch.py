@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy
 from lightning_gradguard.naming import are_same, as_pairs, members, select
+from lightning_gradguard.schedule import Schedule
 from lightning_gradguard.signals.layout import Layout
 from lightning_gradguard.signals.norms import weight_norms
 from lightning_gradguard.signals.readout import read, whole_sample
@@ -18,13 +19,6 @@ from lightning_gradguard.signals.stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.spy import Usage
 from lightning_gradguard.walk import Walk
 
-#: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
-REFRESH = 8
-#: Good steps, from the first and from the first loss, at each of which slow detectors are asked: most that is sick is
-#: so from the start.
-EAGER = 32
-#: Good steps after which a refresh is due less often, and how often.
-SETTLED, LATER = 256, 32
 #: Share of its peak below which a learning rate is so low that small updates are meant.
 RESTING = 0.1
 
@@ -60,20 +54,14 @@ class Watch:
     ) -> None:
         self.optimizer = optimizer
         self._peak_rate = 0.0
-        self._fresh = self._sampled_last = False
         self._named = as_pairs(named_parameters)
         self._walk = Walk(self._named, usage)
         self._groups = members(self.optimizer)
-        self.good = 0
         self.layout: Layout
         self.weights: Tensor
         self.updates: Tensor
         self._before: Tensor
-        self._closest: int
-        self._close: bool
-        self._was_good: bool
-        self._eager: int
-        self._had_loss: bool
+        self.schedule: Schedule
         self._start(select(self._named, self.optimizer))
 
     @property
@@ -111,19 +99,15 @@ class Watch:
         gradients = gradients_of(self.layout)
         self.layout = self._walk.arrange(self.layout, gradients, graph)
         asked, tilt = self._walk.take_time_tilt()
-        fresh = self.good < REFRESH or self.good % self._period == 0
-        updated = self._sampled_last
-        # Also after a step that was not taken, which the detectors do not remember.
-        if loss is not None and not self._had_loss:
-            self._eager, self._had_loss = self.good + EAGER, True
-        close = updated or self.good < self._eager or not self._was_good
-        found = read(self.layout, gradients, loss, tilt, asked=asked, fresh=fresh, sampled=fresh or updated)
-        if updated:
+        due = self.schedule.due(loss is not None)
+        sampled = due.fresh or due.updated
+        found = read(self.layout, gradients, loss, tilt, asked=asked, fresh=due.fresh, sampled=sampled)
+        if due.updated:
             ratios = update_ratios(self._before, _due(found.sample), self.layout)
             # No step was taken where there was no gradient: a part that is used now and then does not stand still.
             self.updates = torch.where(self._moved, ratios, self.updates)
             self._ratio = median_update(self.updates, self.layout)
-        if fresh:
+        if due.fresh:
             self.weights, self._before = _due(found.weights), _due(found.sample)
             self._dead, self._lost = _due(found.dead), _due(found.lost)
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
@@ -140,17 +124,16 @@ class Watch:
             lost=self._lost,
             update_ratio=self._ratio,
             low_precision=scaled or self.layout.low_precision,
-            sampled_steps=(1 if self.good <= REFRESH else REFRESH) if updated else 0,
-            elapsed=min(max(self.good - self._closest, 1), REFRESH) if close else 0,
+            sampled_steps=due.sampled_steps,
+            elapsed=due.elapsed,
             resting=self._is_resting(),
         )
-        self._fresh, self._close = fresh, close
         self._moved: Tensor = stats.present
         return stats
 
     def ask_for_time(self) -> None:
         """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
-        if self._sampled_last:  # the next step is a closer look
+        if self.schedule.sampled_last:  # the next step is a closer look
             self._walk.ask_for_time(self.layout)
 
     def close(self) -> None:
@@ -166,14 +149,8 @@ class Watch:
 
     def sample_now(self) -> None:
         """Takes a sample before a step that may be a wild one, so that the next step knows what it did."""
-        self._before, self._fresh = whole_sample(self.layout), True
-
-    def settle(self, good: bool) -> None:
-        """Counts a step that was good: bad ones do not move the schedule."""
-        if good and self._close:
-            self._closest = self.good
-        self.good += good
-        self._sampled_last, self._was_good = good and self._fresh, good
+        self._before = whole_sample(self.layout)
+        self.schedule.sample_now()
 
     def drop(self) -> None:
         """Removes all gradients of the optimizer, which is an exact skip for every optimizer."""
@@ -187,12 +164,7 @@ class Watch:
             "names": list(self.layout.names),
             "order": list(self.layout.order),
             "embeddings": sorted(self._walk.embeddings),
-            "good": self.good,
-            "sampled_last": self._sampled_last,
-            "closest": self._closest,
-            "was_good": self._was_good,
-            "eager": self._eager,
-            "had_loss": self._had_loss,
+            "schedule": self.schedule.state_dict(),
             "peak_rate": self._peak_rate,
             **{name: getattr(self, attribute).clone() for name, attribute in _TENSORS.items()},
         }
@@ -217,9 +189,7 @@ class Watch:
             order=state["order"],
             embeddings=self._walk.embeddings,
         )
-        self.good, self._sampled_last = state["good"], state["sampled_last"]
-        self._closest, self._was_good = state["closest"], state["was_good"]
-        self._eager, self._had_loss = state["eager"], state["had_loss"]
+        self.schedule.load_state_dict(state["schedule"])
         self._peak_rate = state["peak_rate"]
         for name, attribute in _TENSORS.items():
             setattr(self, attribute, state[name].to(device))
@@ -227,9 +197,7 @@ class Watch:
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
         """Begins to watch these tensors, of which nothing is known yet."""
-        self.good, self._fresh, self._sampled_last = 0, False, False
-        self._closest, self._close, self._was_good = -1, True, True
-        self._eager, self._had_loss = EAGER, False
+        self.schedule = Schedule()
         self.layout = Layout.of(parameters)
         if self.layout.shards is not None:
             self.layout.shards.check_agreement(self.layout.names)
@@ -240,11 +208,6 @@ class Watch:
         self._ratio = self.layout.constant(torch.nan)
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._moved = self.weights < 0
-
-    @property
-    def _period(self) -> int:
-        """Good steps between two refreshes."""
-        return REFRESH if self.good < SETTLED else LATER
 
     def _is_resting(self) -> bool:
         """Whether the learning rate is far below its peak. One that lies on the device is not asked."""

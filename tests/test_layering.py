@@ -60,7 +60,8 @@ ROOMS = {
     "walk": {"torch", "signals.layout", "signals.shards", "doctor.anatomy", "naming", "spy", "whole"},
     "whole": {"torch"},
     "naming": {"torch"},
-    "watch": {"torch", "signals", "doctor.anatomy", "spy", "naming", "walk"},
+    "schedule": set(),
+    "watch": {"torch", "signals", "doctor.anatomy", "spy", "naming", "walk", "schedule"},
     "history": {"numpy", "verdicts"},
     "facts": {
         "torch", "numpy", "signals.norms", "signals.stats", "verdicts", "doctor", "watch", "mailbox", "history",
@@ -85,7 +86,7 @@ ROOMS = {
     "testing": {"torch", "injections", "callbacks.injecting"},
     # The demo is a user of the product, kept in the package so that an installed one can show itself.
     "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},
-    "cost": {"torch", "guard", "signals.clipping", "watch"},
+    "cost": {"torch", "guard", "signals.clipping", "schedule"},
     "cost_command": {"torch", "rich", "cost", "signals"},
     "cli": {"rich", "torch", "*"},
     "": {"*"},

@@ -114,16 +114,21 @@ class Spike:
         return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=loud), state
 
 
-class HotState(NamedTuple):
+class ExplodingState(NamedTuple):
     """What is remembered.
 
     Attributes:
         steps: float32 [], leaky count of hot steps.
-        tilted: Bool [], whether the tilt called for it at the last closer look.
+        raised, over: Bool [], what tilt and loss said at the last closer look: that it explodes, or that it is over.
+        value, limit, measure: float32 [], likewise.
     """
 
     steps: Tensor
-    tilted: Tensor
+    raised: Tensor
+    over: Tensor
+    value: Tensor
+    limit: Tensor
+    measure: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Exploding:
     when the loss and its running mean exceed
     ``loss_ratio`` times its start and a layer is changed by more than a tenth of its weight: harder data, or an
     adversary, raise a loss without that. It will do, too, if the usual norm has grown by three decades; then a loss
-    that falls as far below zero counts as well, for it will never end.
+    that falls as far below zero counts as well, for it will never end. Tilt and loss are looked at in closer looks only.
 
     Args:
         tilt: Depth tilt in decades from input to output, negative. Default -1.8: healthy runs without progress stay
@@ -161,38 +166,49 @@ class Exploding:
 
     def init(self, stats: GradStats) -> Any:
         """No hot step yet."""
-        return HotState(torch.zeros_like(stats.total), stats.total < 0)
+        zero, unknown = torch.zeros_like(stats.total), torch.full_like(stats.total, torch.nan)
+        return ExplodingState(zero, zero > 0, zero == 0, unknown, unknown, zero)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends, number = trends_of(stats), stats.layout.constant
+        number = stats.layout.constant
+        _, raised, over, value, limit, measure = state
+        if stats.elapsed:
+            raised, over, value, limit, measure = self._look(stats)
         change = torch.where(hot(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
         count = torch.clamp(state.steps + change, 0.0, 2.0 * self.hot_steps)
         heated = count >= number(self.hot_steps)
-        growth, grown, near = self._growth(stats)
-        tilted = state.tilted
-        if stats.elapsed:
-            tilted = (trends.tilt <= self.tilt) & (trends.stuck | trends.flat) & (trends.steps >= _CHAOS)
-        measure = torch.where(heated, number(1.0), torch.where(grown, number(2.0), number(0.0)))
-        value = torch.where(heated, count, torch.where(grown, growth, trends.tilt))
-        limit = torch.where(grown, number(self.loss_ratio), number(self.tilt))
-        limit = torch.where(heated, number(self.hot_steps), limit)
         # The profile says which layers when it is what raised; else the largest gradients.
-        other = heated | grown
-        score = torch.where(tilted & ~other, profile_score(stats, worst_low=False), stats.relative)
-        raised = tilted | other
-        cleared = ~(raised | near | (count > number(0.0)) | (trends.tilt <= number(self.tilt + 0.5)))
-        seen = reading(stats, raised, value, limit, score=score, cleared=cleared, measure=measure)
-        return seen, HotState(count, tilted)
+        tilted = raised & (measure == number(0.0)) & ~heated
+        seen = reading(
+            stats,
+            raised | heated,
+            torch.where(heated, count, value),
+            torch.where(heated, number(self.hot_steps), limit),
+            score=torch.where(tilted, profile_score(stats, worst_low=False), stats.relative),
+            cleared=over & (count == number(0.0)),
+            measure=torch.where(heated, number(1.0), measure),
+        )
+        return seen, ExplodingState(count, raised, over, value, limit, measure)
 
-    def _growth(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor]:
-        """Size of the mean loss over its start, whether it has grown for good, and whether it is near to that."""
-        trends, number = trends_of(stats), stats.layout.constant
-        start, limit = trends.loss_start, number(self.loss_ratio)
-        growth, far, rising = trends.loss / start, trends.surge > number(_SURGE), start > number(0.0)
-        bottomless = (trends.loss < -limit * start.abs()) & far
-        large = (stats.updates > number(_LARGE_UPDATE)) & stats.layout.is_layer
-        driven = (large.any() & (trends.steps >= number(4))) | far
-        grown = (rising & (growth > limit) & (stats.loss > limit * start) & driven) | bottomless
-        near = (rising & (growth > number(0.8 * self.loss_ratio))) | bottomless
-        return growth.abs(), grown, near
+    def _look(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What tilt and loss say: raised, over, value, limit and measure."""
+        trends = trends_of(stats)
+        still = trends.stuck | trends.flat
+        tilted = (trends.tilt <= self.tilt) & still & (trends.steps >= _CHAOS)
+        start, far = trends.loss_start, trends.surge > _SURGE
+        growth, rising = trends.loss / start, start > 0
+        bottomless = (trends.loss < -self.loss_ratio * start.abs()) & far
+        large = (stats.updates > _LARGE_UPDATE) & stats.layout.is_layer
+        driven = (large.any() & (trends.steps >= 4)) | far
+        risen = rising & (growth > self.loss_ratio) & (stats.loss > self.loss_ratio * start)
+        grown = (risen & driven) | bottomless
+        raised = tilted | grown
+        near = (rising & (growth > 0.8 * self.loss_ratio)) | (trends.tilt <= self.tilt + 0.5)
+        return (
+            raised,
+            ~(raised | near),
+            torch.where(grown, growth.abs(), trends.tilt),
+            torch.where(grown, self.loss_ratio, self.tilt),
+            torch.where(grown, 2.0, 0.0),
+        )

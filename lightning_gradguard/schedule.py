@@ -1,0 +1,83 @@
+"""When what is sampled is refreshed and slow detectors are asked: often at first, rarely when a training has settled."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+#: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
+REFRESH = 8
+#: Good steps, from the first and from the first loss, at each of which slow detectors are asked: most that is sick is
+#: so from the start.
+EAGER = 32
+#: Good steps after which a refresh is due less often, and how often.
+SETTLED, LATER = 256, 32
+
+_SAVED = ("good", "sampled_last", "closest", "was_good", "eager", "had_loss")
+
+
+class Due(NamedTuple):
+    """What is due at a step.
+
+    Attributes:
+        fresh: Weight norms, a sample of weights and of gradients.
+        updated: The sample after a sampled step, which shows what the step did.
+        sampled_steps: Steps that such an update stands for; 0 without.
+        elapsed: Steps that a closer look stands for; 0 if this step is none.
+    """
+
+    fresh: bool
+    updated: bool
+    sampled_steps: int
+    elapsed: int
+
+
+class Schedule:
+    """Counts good steps, since bad ones move nothing.
+
+    Attributes:
+        good: Good steps so far.
+        sampled_last: The last step was sampled, so that this one is a closer look.
+    """
+
+    def __init__(self) -> None:
+        self.good, self.sampled_last = 0, False
+        self.closest, self.was_good = -1, True
+        self.eager, self.had_loss = EAGER, False
+        self._sampled = self._close = False
+
+    def due(self, has_loss: bool) -> Due:
+        """What is due at the coming step.
+
+        Args:
+            has_loss: A loss is given.
+        """
+        if has_loss and not self.had_loss:
+            self.eager, self.had_loss = self.good + EAGER, True
+        period = REFRESH if self.good < SETTLED else LATER
+        self._sampled = self.good < REFRESH or self.good % period == 0
+        # Also after a step that was not taken, of which detectors remember nothing.
+        self._close = self.sampled_last or self.good < self.eager or not self.was_good
+        # However rare the looks, a condition has to hold for as many of them.
+        elapsed = min(max(self.good - self.closest, 1), REFRESH) if self._close else 0
+        sampled = (1 if self.good <= REFRESH else REFRESH) if self.sampled_last else 0
+        return Due(self._sampled, self.sampled_last, sampled, elapsed)
+
+    def sample_now(self) -> None:
+        """This step is sampled, whatever is due."""
+        self._sampled = True
+
+    def settle(self, good: bool) -> None:
+        """The step was taken, or not."""
+        if good and self._close:
+            self.closest = self.good
+        self.good += good
+        self.sampled_last, self.was_good = good and self._sampled, good
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
