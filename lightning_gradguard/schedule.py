@@ -1,4 +1,4 @@
-"""When what is sampled is refreshed and slow detectors are asked: often at first, rarely when a training has settled."""
+"""When samples are refreshed and slow detectors asked: often at first, rarely when a training has settled."""
 
 from __future__ import annotations
 

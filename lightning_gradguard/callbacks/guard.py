@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +129,9 @@ class GradGuard(Callback):
         """File that the recorder left, or None."""
         return self._outcome.bundle
 
-    @property
+    @cached_property
     def state_key(self) -> str:
-        """Equal for equal configuration, so that a resumed run finds its state."""
+        """Equal for equal configuration, so that a resumed run finds its state; asked for at each hook."""
         return self._generate_state_key(**self._judging)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -110,9 +111,9 @@ class GradHistogram(Callback):
         """A copy writes nowhere: an open file has one writer."""
         return {**self.__dict__, "_sinks": [], "_losses": Losses(), "_tensors": {}, "_worst": {}}
 
-    @property
+    @cached_property
     def state_key(self) -> str:
-        """Equal for equal configuration."""
+        """Equal for equal configuration; asked for at each hook."""
         names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 

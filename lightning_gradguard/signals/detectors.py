@@ -140,7 +140,7 @@ class Exploding:
     when the loss and its running mean exceed
     ``loss_ratio`` times its start and a layer is changed by more than a tenth of its weight: harder data, or an
     adversary, raise a loss without that. It will do, too, if the usual norm has grown by three decades; then a loss
-    that falls as far below zero counts as well, for it will never end. Tilt and loss are looked at in closer looks only.
+    that falls as far below zero counts as well, for it will never end. Tilt and loss are looked at in closer looks.
 
     Args:
         tilt: Depth tilt in decades from input to output, negative. Default -1.8: healthy runs without progress stay
