@@ -94,8 +94,7 @@ class GradGuard(Callback):
         self.per_layer, self.progress_bar = per_layer, progress_bar
         self.checkup: Checkup | None = None
         self._guards, self._batches = Guards(self._judging, {}), 0
-        self._losses, self._metric = Losses(), Metric(monitor)
-        self._newest: tuple[Any, int] = (None, 0)
+        self._losses, self._metric, self._newest = Losses(), Metric(monitor), (None, 0)
         self._recording, self._recovery = Recording(recorder), Recovery(policy)
         self._display = Display(per_layer, progress_bar)
         self._outcome = Outcome(self._recovery, self._recording, self._display)

@@ -162,9 +162,8 @@ class Graph:
                 if earliest in self.edges[node]:
                     return True
                 # What came before the value cannot be computed from it.
-                fresh = {
-                    c for c, _ in self.edges[node] if self.sequence[c] >= self.sequence[earliest[0]]
-                } - seen
+                begin = self.sequence[earliest[0]]
+                fresh = {c for c, _ in self.edges[node] if self.sequence[c] >= begin} - seen
                 seen |= fresh
                 pending += [c for c in fresh if self.edges[c]]
             budget -= len(seen) + 1
@@ -219,9 +218,8 @@ class Graph:
         while ready:
             index = ready.pop()
             products[index] += self.node_kinds[index] == "product"
-            in_loss[index] &= self.node_kinds[index] not in ("product", "recurrent") and bool(
-                self.edges[index]
-            )
+            is_layer = self.node_kinds[index] in ("product", "recurrent")
+            in_loss[index] &= not is_layer and bool(self.edges[index])
             for child, _ in self.edges[index]:
                 longest[child] = max(longest[child], longest[index] + 1)
                 products[child] = max(products[child], products[index])
@@ -243,13 +241,10 @@ def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, .
 
 
 def _missing(parameters: Mapping[str, Tensor], leaves: Mapping[str, int]) -> frozenset[str]:
-    sharded = {name for name, p in parameters.items() if hasattr(p, "placements")}
-    return frozenset(
-        n for n, p in parameters.items() if p.requires_grad and n not in leaves and n not in sharded
-    )
+    whole = {name for name, p in parameters.items() if p.requires_grad and not hasattr(p, "placements")}
+    return frozenset(whole - leaves.keys())
 
 
 def _is_table(operations: list[str]) -> bool:
-    return bool(operations) and (
-        any(op in LOOKUPS for op in operations) or all(op in MERGES for op in operations)
-    )
+    looked_up = any(op in LOOKUPS for op in operations)
+    return looked_up or (bool(operations) and all(op in MERGES for op in operations))

@@ -217,7 +217,6 @@ class _Reached(Exception):
     """The step, or the loss, in question is at hand."""
 
     def __init__(self, loss: Tensor | None) -> None:
-        super().__init__()
         self.loss = loss
 
 

@@ -128,9 +128,8 @@ class Session:
         """A look at each, then virtual steps with the most promising, and with the best two together."""
         looks = [self._try(c, 1) for c in candidates[: MOST_PASSES - self.passes - 2 * _FULL]]
         failed = [trial for trial in looks if trial.outcome is None]
-        looks = sorted(
-            (t for t in looks if t.outcome is not None), key=lambda t: round(unhealthy(t.outcome), 1)
-        )
+        looks = [trial for trial in looks if trial.outcome is not None]
+        looks.sort(key=lambda t: round(unhealthy(t.outcome), 1))
         finals: list[Trial] = []
         while looks and MOST_PASSES - self.passes >= 2 * _FULL:
             finals.append(self._try(looks.pop(0).candidate, _FULL))
