@@ -51,16 +51,15 @@ def median_update(updates: Tensor, layout: Layout) -> Tensor:
 def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     """Share of a layer's output rows whose gradient is exactly zero, float32 [P]; 0 for other tensors.
 
-    From up to `SAMPLES` evenly strided rows, each read whole. What is too small for its square, below 1e-22 in float32,
-    counts as zero, as it does in the norms.
+    From up to `SAMPLES` evenly strided rows, each read whole.
     """
     where: list[int] = []
     shares: list[Tensor] = []
     for layers in layout.alike:
         some = {i: _rows(g) for i in layers if (g := gradients[i]) is not None and g.layout == torch.strided}
         if some:
-            norms = torch.cat(_row_norms(list(some.values())))
-            shares.append((norms == 0).mean(1, dtype=torch.float32).to(layout.zeros.device))
+            largest = torch.cat(_largest_of_rows(list(some.values())))
+            shares.append((largest == 0).mean(1, dtype=torch.float32).to(layout.zeros.device))
             where += some
     return (
         layout.zeros.index_copy(0, layout.indices(tuple(where)), torch.cat(shares))
@@ -69,18 +68,17 @@ def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     )
 
 
-def _row_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Norm of each row of tensors of one shape, float32 or float64 [n, rows] each.
+def _largest_of_rows(tensors: list[Tensor]) -> list[Tensor]:
+    """Largest magnitude in each row of tensors of one shape, [n, rows] each.
 
-    To compare each element with zero would take a CPU four times as long.
+    To compare each element with zero would take a CPU four times as long, and a norm's squares would underflow.
     """
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
     if 2 * tensors[0].numel() > _TOGETHER:
-        return [torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=wide)[None] for t in tensors]
+        return [t.flatten(1).abs().amax(1)[None] for t in tensors]
     # Several at a time, since calls cost more than arithmetic; not all, since memory is bounded.
     width = _TOGETHER // max(1, tensors[0].numel())
     chunks = [torch.stack(tensors[begin : begin + width]) for begin in range(0, len(tensors), width)]
-    return [torch.linalg.vector_norm(chunk.flatten(2), dim=2, dtype=wide) for chunk in chunks]
+    return [chunk.flatten(2).abs().amax(2) for chunk in chunks]
 
 
 def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:

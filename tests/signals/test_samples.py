@@ -50,6 +50,14 @@ def test_dead_share_counts_rows_that_are_all_zero(dead):
     assert shares.tolist() == pytest.approx([dead / 10, 0.0])
 
 
+@pytest.mark.parametrize("size", [4, 300])
+def test_a_row_of_the_smallest_numbers_is_not_dead(size):
+    gradient = torch.full((8, size), 1e-40)
+    gradient[2:4] = 0
+    layout = Layout.of({"w": torch.ones(8, size), "v": torch.ones(8, size)})
+    assert dead_shares([gradient, -gradient], layout).tolist() == [0.25, 0.25]
+
+
 def test_dead_share_of_convolutions_and_missing_gradients():
     layout = Layout.of(
         {"conv": torch.ones(200, 2, 3, 3), "none": torch.ones(2, 2), "empty": torch.ones(0, 3)}
