@@ -123,7 +123,7 @@ class QuietTraining:
         before, self._noise = self._noise, self._random.gauss(0.0, 0.1)
         torch._foreach_mul_(self._kept, math.exp(self._noise - before))
         self._steps += 1
-        self.loss = torch.tensor(2.0 * math.exp(-self._steps / 500) * (1 + 0.01 * self._random.random()))
+        self.loss = torch.tensor(2.0 * math.exp(-self._steps / 200) * (1 + 0.01 * self._random.random()))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -83,7 +83,8 @@ class Guard:
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
         self.clipper = clipper
         self.policy = Policy.watch() if policy is None else policy
-        self.watch = Watch(named_parameters, optimizer, usage)
+        always = any(self.policy.response(f) == "skip" for f in set(Fault) - {Fault.NONFINITE, Fault.SPIKE})
+        self.watch = Watch(named_parameters, optimizer, usage, always)
         self.history = history_of(self.watch.layout)
         self.report: Report | None = None
         self.letter: Letter | None = None
@@ -225,6 +226,7 @@ class Guard:
         self.counts["clipped"] += self.letter.clipped and not self.report.skip
         self.counts["skipped"] += self.report.skip
         self.counts["nonfinite"] += not self.letter.finite
+        self.watch.schedule.alert = bool(self.judge.episodes) or self.letter.is_far_from_done
         self._findings.extend(self.report.findings)
         if self.report.findings:
             from lightning_gradguard import facts  # the doctor is not asked for before something is found

@@ -84,7 +84,6 @@ def judge_late(
     defuse(outcome, guard.watch.optimizer)
     guard.states = choose_states(outcome.stats.finite, states, guard.states)
     guard.watch.schedule.settle(True)
-    guard._ask()
     if answer is not None:
         _deliver(guard, *answer)
     if guard.report is None or has_blank_momentum(guard.watch.optimizer):
@@ -93,6 +92,7 @@ def judge_late(
         if answer is not None and _deliver(guard, *answer).skip:
             guard.watch.drop()
     assert guard.report is not None
+    guard._ask()
     return dataclasses.replace(guard.report, skip=False)
 
 

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 #: Good steps between two refreshes of what is sampled; in the first so many, every step is sampled.
 REFRESH = 8
-#: Good steps, from the first and from the first loss, at each of which slow detectors are asked: most that is sick is
-#: so from the start.
+#: First steps, and first steps with a loss, at each of which slow detectors are asked: most that is sick is so from the
+#: start.
 EAGER = 32
-#: Good steps after which a refresh is due less often, and how often.
+#: Good steps after which a refresh is due less often, and how often; not while there is an alert.
 SETTLED, LATER = 256, 32
 
-_SAVED = ("good", "sampled_last", "closest", "was_good", "eager", "had_loss")
+_SAVED = ("good", "losses", "sampled_last", "closest", "was_good", "alert")
 
 
 class Due(NamedTuple):
@@ -34,16 +34,22 @@ class Due(NamedTuple):
 class Schedule:
     """Counts good steps, since bad ones move nothing.
 
+    Args:
+        always: Each step is a closer look: where a lasting condition is skipped on, which no skipped step changes in
+            the running statistics, it has to be seen before it is deep in them, or none would be seen to be over.
+
     Attributes:
         good: Good steps so far.
+        losses: Those of them with a loss.
         sampled_last: The last step was sampled, so that this one is a closer look.
+        alert: Something may be wrong: the loss makes no progress, or a condition is on, whose reading may not grow old.
     """
 
-    def __init__(self) -> None:
-        self.good, self.sampled_last = 0, False
-        self.closest, self.was_good = -1, True
-        self.eager, self.had_loss = EAGER, False
-        self._sampled = self._close = False
+    def __init__(self, always: bool = False) -> None:
+        self.always = always
+        self.good, self.losses, self.sampled_last = 0, 0, False
+        self.closest, self.was_good, self.alert = -1, True, False
+        self._sampled = self._close = self._has_loss = False
 
     def due(self, has_loss: bool) -> Due:
         """What is due at the coming step.
@@ -51,12 +57,13 @@ class Schedule:
         Args:
             has_loss: A loss is given.
         """
-        if has_loss and not self.had_loss:
-            self.eager, self.had_loss = self.good + EAGER, True
-        period = REFRESH if self.good < SETTLED else LATER
-        self._sampled = self.good < REFRESH or self.good % period == 0
+        period = REFRESH if self.good < SETTLED or self.alert else LATER
+        # After a step that was not taken too, or what was sampled of a sick one would stand.
+        self._sampled = self.good < REFRESH or self.good % period == 0 or not self.was_good
         # Also after a step that was not taken, of which detectors remember nothing.
-        self._close = self.sampled_last or self.good < self.eager or not self.was_good
+        self._close = self.always or self.sampled_last or self.good < EAGER or not self.was_good
+        self._close |= has_loss and self.losses < EAGER
+        self._has_loss = has_loss
         # However rare the looks, a condition has to hold for as many of them.
         elapsed = min(max(self.good - self.closest, 1), REFRESH) if self._close else 0
         sampled = (1 if self.good <= REFRESH else REFRESH) if self.sampled_last else 0
@@ -71,6 +78,7 @@ class Schedule:
         if good and self._close:
             self.closest = self.good
         self.good += good
+        self.losses += good and self._has_loss
         self.sampled_last, self.was_good = good and self._sampled, good
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Walk:
     Attributes:
         anatomy: What the newest walk over an autograd graph showed, or None.
         embeddings: Names of look-up tables.
+        asked: Names of what is looked at in the next pass.
         marks: What is known of the tensors of the newest `start`.
     """
 
@@ -57,6 +58,7 @@ class Walk:
         self._whole: dict[int, Tensor] = {}
         self._patterns: set[tuple[bool, ...]] = set()
         self._time_spy: TimeSpy | None = None
+        self.asked: frozenset[str] = frozenset()
 
     def start(self, layout: Layout) -> None:
         """Begins with tensors of which nothing is known yet."""
@@ -85,16 +87,23 @@ class Walk:
         self.marks = _marks(self.anatomy, ran, layout)
         return Layout.of(dict(pairs), order=self.anatomy.order, embeddings=self.embeddings)
 
-    def ask_for_time(self, layout: Layout) -> None:
-        """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
-        recurrent = self.anatomy.recurrent if self.anatomy is not None else frozenset()
+    def ask_for_time(self, layout: Layout, recurrent: frozenset[str] | None = None) -> None:
+        """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence.
+
+        Args:
+            layout: The watched tensors.
+            recurrent: Names of those that are applied again and again; what the newest walk showed when None.
+        """
+        if recurrent is None:
+            recurrent = self.anatomy.recurrent if self.anatomy is not None else frozenset()
         if recurrent and self._time_spy is None:
+            self.asked = recurrent
             own = [p for n, p in zip(layout.names, layout.parameters, strict=True) if n in recurrent]
             self._time_spy = TimeSpy(frozenset(id(q) for p in own for q in (p, self._whole.get(id(p), p))))
 
     def take_time_tilt(self) -> tuple[bool, Tensor | None]:
         """Whether the pass was looked at, and what was seen of it."""
-        spy, self._time_spy = self._time_spy, None
+        spy, self._time_spy, self.asked = self._time_spy, None, frozenset()
         return spy is not None, None if spy is None else spy.close()
 
     def close(self) -> None:

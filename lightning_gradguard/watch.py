@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradguard.doctor.anatomy import Anatomy
 from lightning_gradguard.naming import are_same, as_pairs, members, select
 from lightning_gradguard.schedule import Schedule
-from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.layout import LOW_PRECISION, Layout
 from lightning_gradguard.signals.norms import weight_norms
 from lightning_gradguard.signals.readout import read, whole_sample
 from lightning_gradguard.signals.samples import SAMPLES, median_update, update_ratios
@@ -41,6 +41,7 @@ class Watch:
         named_parameters: Pairs of name and parameter.
         optimizer: Restricts the watch to its parameter groups, which are read again at every step.
         usage: What has been seen of the first forward passes; looked at from now on when None.
+        always: Each step is a closer look, as in `Schedule`.
 
     Raises:
         ValueError: If there is nothing to watch.
@@ -51,8 +52,9 @@ class Watch:
         named_parameters: Iterable[tuple[str, Tensor]],
         optimizer: torch.optim.Optimizer | None,
         usage: Usage | None = None,
+        always: bool = False,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self._always = optimizer, always
         self._peak_rate = 0.0
         self._named = as_pairs(named_parameters)
         self._walk = Walk(self._named, usage)
@@ -110,6 +112,7 @@ class Watch:
         if due.fresh:
             self.weights, self._before = _due(found.weights), _due(found.sample)
             self._dead, self._lost = _due(found.dead), _due(found.lost)
+            self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
         stats = stats_of(
             self.layout,
@@ -123,7 +126,7 @@ class Watch:
             dead=self._dead,
             lost=self._lost,
             update_ratio=self._ratio,
-            low_precision=scaled or self.layout.low_precision,
+            low_precision=scaled or self._is_low,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
             resting=self._is_resting(),
@@ -164,6 +167,7 @@ class Watch:
             "names": list(self.layout.names),
             "order": list(self.layout.order),
             "embeddings": sorted(self._walk.embeddings),
+            "asked": sorted(self._walk.asked),
             "schedule": self.schedule.state_dict(),
             "peak_rate": self._peak_rate,
             **{name: getattr(self, attribute).clone() for name, attribute in _TENSORS.items()},
@@ -190,6 +194,8 @@ class Watch:
             embeddings=self._walk.embeddings,
         )
         self.schedule.load_state_dict(state["schedule"])
+        self._walk.take_time_tilt()
+        self._walk.ask_for_time(self.layout, frozenset(state.get("asked", ())))
         self._peak_rate = state["peak_rate"]
         for name, attribute in _TENSORS.items():
             setattr(self, attribute, state[name].to(device))
@@ -197,7 +203,7 @@ class Watch:
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
         """Begins to watch these tensors, of which nothing is known yet."""
-        self.schedule = Schedule()
+        self.schedule = Schedule(self._always)
         self.layout = Layout.of(parameters)
         if self.layout.shards is not None:
             self.layout.shards.check_agreement(self.layout.names)
@@ -206,6 +212,7 @@ class Watch:
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
         self._ratio = self.layout.constant(torch.nan)
+        self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._moved = self.weights < 0
 

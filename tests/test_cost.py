@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lightning_gradguard import NormClip, SpikeClip
+from lightning_gradguard import Guard, NormClip, SpikeClip, cost
 from lightning_gradguard.cost import BARE, CLIP, CYCLE, WARM_UP, QuietTraining, Spread, Timings, measure
 
 
@@ -50,7 +50,7 @@ def test_every_arm_finds_the_gradients_that_all_found_in_that_round():
             p.grad = None
 
     measure(model, steps=CYCLE, more={"one": look, "other": look})
-    assert len(seen) == 2 * CYCLE * (WARM_UP + 1)
+    assert len(seen) == 2 * 2 * CYCLE  # one cycle is their warm-up
     for one, other in zip(seen[::2], seen[1::2], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(seen[0][0], seen[2][0])
@@ -77,9 +77,30 @@ def test_the_order_of_the_arms_changes_from_round_to_round():
 
 def test_the_clock_is_the_one_that_was_given():
     timings = measure(net(), steps=CYCLE, clock=Ticking())
+    # First the guard alone, then a cycle of all three arms that does not count.
+    before = (WARM_UP - CYCLE) + 3 * CYCLE
     assert sorted(s for seconds in timings.seconds.values() for s in seconds) == [
-        float(i) for i in range(3 * CYCLE * WARM_UP + 1, 3 * CYCLE * (WARM_UP + 1) + 1)
+        float(i) for i in range(before + 1, before + 3 * CYCLE + 1)
     ]
+
+
+def test_guards_have_settled_before_the_clock_counts(monkeypatch):
+    """All arms take turns in the cycle before, and in those that count a guard looks closer once."""
+    seen = []
+
+    class Watched(Guard):
+        def step(self, **kwargs):
+            seen.append((self.watch.schedule.good, self.watch.schedule.sampled_last))
+            return super().step(**kwargs)
+
+    monkeypatch.setattr(cost, "Guard", Watched)
+    begun = []
+    measure(net(), steps=2 * CYCLE, more={"mine": lambda: begun.append(len(seen))})
+    assert [good for good, _ in seen] == list(range(WARM_UP + 2 * CYCLE))
+    assert begun[0] in (WARM_UP - CYCLE, WARM_UP - CYCLE + 1)
+    assert len(begun) == 3 * CYCLE
+    counted = [close for _, close in seen[WARM_UP:]]
+    assert [sum(counted[:CYCLE]), sum(counted[CYCLE:])] == [1, 1]
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -92,7 +113,7 @@ def test_frozen_parameters_get_no_gradient():
 
 
 def test_figures_are_of_whole_cycles_so_that_a_costly_step_counts():
-    cycle = [1.0] * (CYCLE - 1) + [9.0]
+    cycle = [1.0] * (CYCLE - 1) + [CYCLE + 1.0]
     timings = Timings({"a": cycle * 3, "b": [2.0] * 3 * CYCLE})
     assert timings.median("a") == 1.0
     assert timings.step("a") == Spread(2.0, 2.0, 2.0)
@@ -100,7 +121,7 @@ def test_figures_are_of_whole_cycles_so_that_a_costly_step_counts():
 
 
 def test_an_interruption_does_not_count():
-    cycle = [1.0] * (CYCLE - 1) + [9.0]
+    cycle = [1.0] * (CYCLE - 1) + [CYCLE + 1.0]
     seconds = cycle * 5
     seconds[3], seconds[12], seconds[CYCLE - 1] = 1000.0, 1000.0, 1000.0
     assert Timings({"a": seconds}).step("a").median == 2.0

@@ -95,7 +95,7 @@ def test_a_closed_guard_leaves_no_hook():
     gc.collect()
     before = len(_global_forward_hooks), len(_global_forward_pre_hooks)
     guard = Guard(model.named_parameters())
-    for _ in range(32):
+    for _ in range(33):
         model.zero_grad()
         loss = model(torch.randn(2, 30, 4))[0].square().sum() * 0 + 1.0
         loss.backward()

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard import Guard, SpikeClip
-from lightning_gradguard.cost import CYCLE, QuietTraining
+from lightning_gradguard.cost import QuietTraining
+from lightning_gradguard.schedule import EAGER, REFRESH
 
 #: Not followed: they belong to the program and not to the guard.
 _SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)
 
 
-def after_steps(model: nn.Module, steps: int = 3 * CYCLE) -> Guard:
-    """A guard with the default detectors and SpikeClip that has judged some quiet steps."""
+def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
+    """A guard with the default detectors and SpikeClip that has judged quiet steps, with closer looks and without."""
     training = QuietTraining(model)
     guard = Guard(model.named_parameters(), clipper=SpikeClip())
     for _ in range(steps):

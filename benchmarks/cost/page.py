@@ -9,7 +9,8 @@ import torch
 from benchmarks.cost import arms, peers, trainer_arms
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import SMALL, Results
-from lightning_gradguard.cost import BARE, CLIP, CYCLE, Spread
+from lightning_gradguard.cost import BARE, CLIP, CYCLE, WARM_UP, Spread
+from lightning_gradguard.schedule import REFRESH, SETTLED
 
 INTRODUCTION = """# What a guard costs
 
@@ -22,18 +23,20 @@ stands here is the median of the ratios, with the quartiles in brackets."""
 STEPS = """## A step
 
 `Guard.step` on quiet steps beside one norm of all gradients, which any judgement of them needs, and torch's
-`clip_grad_norm_`, in shuffled order, every arm with gradients that were just written. A guard reads weights in one of
-{cycle} steps: figures are means over such a cycle, of the median of each of its steps, so that the costly one counts;
-the median step is beside them. Peers are called as their pages say, as far as their part of a step can be called by
-itself."""
+`clip_grad_norm_`, in shuffled order, every arm with gradients that were just written. Before the clock counts, guards
+have judged {settled} steps; from there on one reads weights, and looks closer, in one of {cycle} steps. Figures are
+means over such a cycle, of the median of each of its steps, so that the costly ones count; the median step is beside
+them. Peers are called as their pages say, as far as their part of a step can be called by itself; on 4,000 tensors they
+are left out."""
 
 TRAININGS = """## A training
 
 `Trainer.fit` of a small transformer, arms in rotation, from the start of a batch to the start of the next: the mean
 over {steps} steps after the first {warm_up}, of each step's median over the rounds. In these steps the loss is logged
 to TensorBoard {logged} times, and histograms are written once by all that draw some. Ours is
-`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults. `SkipStepAdamW` begins to judge after
-64 steps."""
+`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults; the guard looks closer once in {often}
+steps here, as it does until step {settled}, and once in {cycle} later. `SkipStepAdamW` begins to judge after 64
+steps."""
 
 GROWTH = """## Growth
 
@@ -57,7 +60,12 @@ def report(found: Results, clock: str, picture: str) -> str:
         clock=clock,
     )
     parts = [head, f"![Cost of steps, trainings and memory]({picture})"]
-    parts += [STEPS.format(cycle=CYCLE), _steps(found), _said_of_steps(found), TRAININGS.format(**_length())]
+    parts += [
+        STEPS.format(cycle=CYCLE, settled=WARM_UP),
+        _steps(found),
+        _said_of_steps(found),
+        TRAININGS.format(**_length()),
+    ]
     for title, rounds in found.trainings.items():
         count = len(next(iter(rounds.seconds.values())))
         parts += [f"### {title}, {_number(count, 'round')}", _training(rounds), _rank(rounds)]
@@ -163,7 +171,8 @@ def _memory(found: Results) -> str:
 
 
 def _length() -> dict[str, int]:
-    return {"steps": SMALL.steps, "warm_up": SMALL.warm_up, "logged": SMALL.steps // 50}
+    often = {"often": REFRESH, "settled": SETTLED, "cycle": CYCLE}
+    return {"steps": SMALL.steps, "warm_up": SMALL.warm_up, "logged": SMALL.steps // 50, **often}
 
 
 def _spread(spread: Spread, digits: int = 2) -> str:

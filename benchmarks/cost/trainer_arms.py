@@ -29,6 +29,7 @@ from benchmarks.cost.peer_callbacks import (
     Watch,
 )
 from lightning_gradguard import GradGuard, GradHistogram, SpikeClip
+from lightning_gradguard.schedule import EAGER
 
 BARE, CLIP, OURS = "bare", "gradient_clip_val=1.0", "SpikeClip + histograms"
 #: Steps between two histograms, for all that draw some; the clock runs for one such interval.
@@ -40,7 +41,7 @@ class Size:
     """A training: the transformer, the batch, and its steps.
 
     Attributes:
-        warm_up: Steps before the clock runs; zclip takes 25 to start, and a guard samples every one of the first 8.
+        warm_up: Steps before the clock runs; zclip takes 25 to start, and a guard looks closer at each of the first 32.
         steps: Steps on the clock.
     """
 
@@ -49,7 +50,7 @@ class Size:
     vocabulary: int
     batch: int
     length: int
-    warm_up: int = 28
+    warm_up: int = EAGER + 4
     steps: int = INTERVAL
 
     def net(self) -> Transformer:

@@ -49,16 +49,17 @@ class ProgressBar:
             return
         self._guards[index] = guard
         # Both kinds of bar read it after the batch, together with what the module logs.
-        self._trainer._logger_connector._progress_bar_metrics.update(self._values())
+        self._trainer._logger_connector._progress_bar_metrics.update(self._values())  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Lets go of the run."""
         self._trainer, self._guards = None, {}
 
-    def _values(self) -> dict[str, float]:
+    def _values(self) -> dict[str, float | str]:
         guards = list(self._guards.values())
         norm = math.hypot(*(guard.report.total_norm for guard in guards if guard.report is not None))
         if guards[0].clipper is None:
-            return {"grad_norm": norm, "skipped": sum(guard.counts["skipped"] for guard in guards)}
+            # As a text, since the bar of rich gives each number three decimals.
+            return {"grad_norm": norm, "skipped": str(sum(guard.counts["skipped"] for guard in guards))}
         clipped, judged = (sum(guard.counts[name] for guard in guards) for name in ("clipped", "judged"))
         return {"grad_norm": norm, "clip_rate": clipped / judged}

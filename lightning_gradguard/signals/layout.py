@@ -40,7 +40,6 @@ class Layout:
         is_layer: Bool [P], the same as a mask.
         zeros: float32 [P], zeros; not to be written to.
         nowhere, everywhere: Bool [P], False and True; not to be written to.
-        low_precision: Whether any parameter is in half precision.
         is_one_kind: Whether one foreach call takes all of them: real, of one dtype up to float32, on one device.
         batches: What `norms` reads together, for each choice of tensors.
         views: What `samples` looks at of the parameters, as long as their memory stays where it is.
@@ -65,7 +64,6 @@ class Layout:
     zeros: Tensor
     nowhere: Tensor
     everywhere: Tensor
-    low_precision: bool
     is_one_kind: bool
     shards: Shards | None = None
     _constants: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -115,7 +113,6 @@ class Layout:
             zeros=zeros,
             nowhere=zeros > 0,
             everywhere=zeros == 0,
-            low_precision=any(p.dtype in LOW_PRECISION for p in tensors),
             is_one_kind=len({(p.dtype, p.device) for p in tensors}) == 1 and tensors[0].dtype in _NARROW,
             shards=Shards.of(tensors),
         )

@@ -55,7 +55,7 @@ def follow(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
         # Each of the first losses comes with a closer look.
         places, begun = torch.arange(_FIRST, device=count.device), before < number(_FIRST)
         known["first_losses"] = torch.where(places == before, stats.loss, state.first_losses)
-        known["loss_start"] = torch.nanmedian(known["first_losses"])
+        known["loss_start"] = torch.nanmedian(known["first_losses"], 0).values
         winsorised = torch.where(begun, offset, winsorised)
     loss = torch.addcmul(state.loss, gain, winsorised)
     # The first offset is the loss itself, and no deviation.

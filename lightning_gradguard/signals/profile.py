@@ -23,7 +23,7 @@ def shape_of(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Ten
         Distance of each layer from the middle one, float32 [P], NaN for what is no live layer; and `depth_tilt`.
     """
     layered = torch.where(live & layout.is_layer, profile, torch.nan)
-    return layered - torch.nanmedian(layered), depth_tilt(profile, live, layout)
+    return layered - torch.nanmedian(layered, 0).values, depth_tilt(profile, live, layout)
 
 
 def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
@@ -40,11 +40,11 @@ def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
     Source: Sen 1968, "Estimates of the regression coefficient based on Kendall's tau".
     """
     if layout.layers.numel() < MIN_LAYERS:
-        return profile.new_tensor(torch.nan)
+        return layout.constant(torch.nan)
     values, counts = profile[layout.layers], live[layout.layers]
     depth = torch.cumsum(counts, 0) - 1
     first, second = layout.pairs
     rise = values[second] - values[first]
     slopes = torch.where(counts[first] & counts[second], rise / (depth[second] - depth[first]), torch.nan)
     total = counts.sum()
-    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes) * (total - 1), torch.nan)
+    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes, 0).values * (total - 1), torch.nan)

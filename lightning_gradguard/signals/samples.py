@@ -45,7 +45,7 @@ def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
 
 def median_update(updates: Tensor, layout: Layout) -> Tensor:
     """Median of the update ratios of the layers, float32 []; NaN where none is known."""
-    return updates[layout.layers].nanmedian() if layout.layers.numel() else layout.constant(torch.nan)
+    return updates[layout.layers].nanmedian(0).values if layout.layers.numel() else layout.constant(torch.nan)
 
 
 def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
@@ -140,4 +140,11 @@ def _views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
 
 def _strided(tensor: Tensor) -> Tensor:
     """Up to `SAMPLES` elements."""
-    return tensor.reshape(-1)[:: stride_of(tensor.shape)][:SAMPLES]
+    return _flat(tensor)[:: stride_of(tensor.shape)][:SAMPLES]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements in the order of memory: a view of a tensor that is laid out otherwise too, such as channels last."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)

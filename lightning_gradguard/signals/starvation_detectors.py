@@ -21,6 +21,18 @@ def starved(stats: GradStats) -> Tensor:
     return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()
 
 
+class Unreached(NamedTuple):
+    """What is remembered of each tensor.
+
+    Attributes:
+        steps: float32 [P], steps without a gradient; -1 for what once had one.
+        seen: float32 [P], steps with a gradient up to the last closer look.
+    """
+
+    steps: Tensor
+    seen: Tensor
+
+
 @dataclass(frozen=True)
 class Disconnected:
     """Flags tensors that take part in the forward pass but get no gradient, since no path leads there from the loss.
@@ -47,17 +59,19 @@ class Disconnected:
 
     def init(self, stats: GradStats) -> Any:
         """Nothing held yet."""
-        return Held(torch.zeros_like(stats.norms))
+        zeros = torch.zeros_like(stats.norms)
+        return Unreached(zeros, zeros)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        zero = stats.norms == 0
+        # Steps with a gradient are counted at every step, so that none between two looks is missed.
+        seen = trends_of(stats).state.seen
+        reached = seen > state.seen
         cut = stats.cut | (stats.ran & starved(stats))
-        # What once had a gradient has a path, and has its turn again: an expert that no token chooses.
-        alive_once = (state.steps < 0) | (stats.cut & ~zero)
-        held = torch.where(
-            alive_once, -1.0, torch.where((cut | stats.unused) & zero, state.steps + stats.elapsed, 0.0)
-        )
+        # What has a gradient after it had none has a path, and its turn again: an expert that no token chooses.
+        again = stats.cut & ((stats.norms > 0) | (reached & (state.steps > 0)))
+        held = torch.where((cut | stats.unused) & ~reached, state.steps + stats.elapsed, 0.0)
+        held = torch.where((state.steps < 0) | again, -1.0, held)
         found = held >= self.steps
         # Where nothing at all has a gradient, the optimizer holds the parameters of another model.
         cut = torch.where(stats.present.any(), found & cut, found)
@@ -66,7 +80,7 @@ class Disconnected:
         named = torch.where(grave, cut, found)
         # The cut itself lies behind the last tensor that gets nothing.
         score = torch.where(named, stats.layout.depth, -torch.inf)
-        seen = reading(
+        said = reading(
             stats,
             named.any(),
             named.sum(),
@@ -75,7 +89,7 @@ class Disconnected:
             ceiling=torch.where(grave, 2.0, 0.0),
             measure=torch.where(grave, 0.0, 1.0),
         )
-        return seen, Held(held)
+        return said, Unreached(held, seen)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class GradStats:
     @cached_property
     def relative(self) -> Tensor:
         """Size of each gradient in relation to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
-        return (self.norms / self.weights).log10()
+        return self.norms.log10() - self.weights.log10()
 
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:

@@ -69,7 +69,9 @@ class DepthTilt:
         over = ~(trends.tilt >= self.clear) & ~(gap >= self.clear)
         # Not by indexing, which would read the index on the host.
         sickest = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
-        usual = torch.nanmedian(torch.where(stats.layout.is_layer & trends.live, stats.updates, torch.nan))
+        usual = torch.nanmedian(
+            torch.where(stats.layout.is_layer & trends.live, stats.updates, torch.nan), 0
+        ).values
         left_behind = (trends.steps >= 4 * WARM_UP) & ~(sickest > 0.1 * usual)
         starved = (gap >= self.limit) & still & left_behind & ~tilted
         return (

@@ -237,7 +237,8 @@ def _deviation(stats: GradStats, state: TrendState, known: Tensor) -> tuple[Tens
     Returns:
         Log of the usual norm, the deviation of this step's from it, 0 if no tensor had been seen, and whether any had.
     """
-    any_known = known.any()
     observed = torch.linalg.vector_norm(stats.norms * known).log()
     usual = torch.linalg.vector_norm(state.level.exp() * known).log() + state.drift
+    # A norm whose square is below float32 says nothing, as if it had not been seen.
+    any_known = torch.minimum(observed, usual) > -torch.inf
     return usual, torch.where(any_known, observed - usual, stats.layout.constant(0.0)), any_known

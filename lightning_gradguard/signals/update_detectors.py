@@ -141,7 +141,7 @@ class Stalled:
         trends = trends_of(stats)
         carries = stats.layout.is_layer & trends.live
         ratios = torch.where(carries, stats.updates, torch.nan)
-        median = torch.nanmedian(ratios)
+        median = torch.nanmedian(ratios, 0).values
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
         still = (median < self.limit) & (fastest < 100 * self.limit)
         held = torch.where(still, state.steps + stats.elapsed, 0.0)

@@ -1,15 +1,12 @@
-"""`measure` against torch's own norms, over shapes, dtypes and layouts."""
+"""What `measure` makes of norms and loss, and what a layout knows before any gradient."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.signals.norms import unit_norms, weight_means, weight_norms
-from lightning_gradguard.signals.stats import Layout, measure
+from lightning_gradguard.signals.stats import Layout, measure, weight_norms
 
 
 def parameters_of(*gradients):
@@ -28,40 +25,11 @@ def stats_of(*gradients, loss=None):
     return measure(layout, weight_norms(layout), unknown, loss)
 
 
-@given(
-    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
-    seed=st.integers(0, 2**31),
-)
-def test_norms_are_torchs_norms(shapes, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    stats = stats_of(*gradients)
-    wide = [g.to(torch.complex128 if g.is_complex() else torch.float64) for g in gradients]
-    expected = torch.stack([torch.linalg.vector_norm(g).to(torch.float64) for g in wide])
-    torch.testing.assert_close(stats.norms.double(), expected, rtol=1e-5, atol=1e-12)
-    torch.testing.assert_close(
-        stats.total.double(), torch.linalg.vector_norm(expected), rtol=1e-5, atol=1e-12
-    )
-
-
-def test_dtypes_devices_and_missing_gradients_may_be_mixed():
-    gradients = [
-        torch.full((3,), 2.0), None, torch.full((4,), 1.0, dtype=torch.float64), torch.full((2,), 3.0, dtype=torch.half)
-    ]  # fmt: skip
-    stats = stats_of(*gradients)
-    assert stats.norms.tolist() == pytest.approx([math.sqrt(12), 0.0, 2.0, math.sqrt(18)])
-    assert stats.present.tolist() == [True, False, True, True]
-
-
-def test_half_precision_does_not_overflow_in_its_own_range():
-    assert stats_of(torch.full((100,), 60000.0, dtype=torch.half)).total.item() == pytest.approx(600000.0)
-
-
-def test_sparse_gradients_are_coalesced_first():
-    values = torch.tensor([[1.0, 2.0], [2.0, 2.0]])
-    gradient = torch.sparse_coo_tensor([[1, 1]], values, (4, 2), check_invariants=True)
-    assert stats_of(gradient).total.item() == pytest.approx(5.0)
+def test_what_is_there_is_known():
+    stats = stats_of(torch.full((3,), 2.0), None, torch.full((4,), 1.0, dtype=torch.float64))
+    assert stats.present.tolist() == [True, False, True]
+    assert stats.norms.tolist() == pytest.approx([math.sqrt(12), 0.0, 2.0])
+    assert stats.total.item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -114,23 +82,3 @@ def test_a_zero_weight_has_a_floor_of_a_tenth_of_a_usual_initialisation():
     usual = torch.linalg.vector_norm(weight).item()
     floor = Layout.of({"w": torch.zeros(64, 256)}).floors.item()
     assert 0.05 < floor / usual < 0.2
-
-
-def test_unit_norms_are_per_output_row():
-    torch.testing.assert_close(
-        unit_norms(torch.full((2, 3, 4), 2.0)).flatten(), torch.full((2,), math.sqrt(48))
-    )
-    assert unit_norms(torch.full((4,), 2.0)).item() == pytest.approx(4.0)
-    assert unit_norms(torch.tensor(-3.0)).item() == pytest.approx(3.0)
-
-
-def test_means_are_torchs_means():
-    parameters = {
-        "half": nn.Parameter(torch.randn(40).half()),
-        "complex": nn.Parameter(torch.tensor([1 + 3j, 3 + 5j])),
-        "empty": nn.Parameter(torch.ones(0)),
-    }
-    half, pairs, empty = weight_means(Layout.of(parameters)).tolist()
-    assert half == pytest.approx(parameters["half"].float().mean().item(), rel=1e-5)
-    assert pairs == pytest.approx(3.0)
-    assert math.isnan(empty)

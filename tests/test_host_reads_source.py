@@ -1,0 +1,243 @@
+"""The source of the device side, walked for what reads a tensor on the host; slow paths are named, and why they may."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_gradguard
+
+PACKAGE = Path(lightning_gradguard.__file__).parent
+SIGNALS = sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "signals").glob("*.py"))
+FILES = [*SIGNALS, "guard.py", "letter.py", "watch.py", "walk.py", "lag.py", "schedule.py"]
+
+#: Methods that give a tensor's values to the host, or a tensor whose shape depends on them.
+READS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "argwhere",
+    "is_nonzero",
+    "unique",
+    "masked_select",
+    "equal",
+}
+#: Makes a tensor of Python's numbers, which is copied to the device and waited for.
+SENDS = {"new_tensor"}
+#: Reads on CUDA in older torch, and on XPU, unless it is along a dimension.
+MEDIANS = {"median", "nanmedian"}
+
+#: File, function, what it does there: why it may.
+SLOW = {
+    ("signals/shards.py", "held", "nonzero"): "of the host's own numbers, once for each tensor",
+    ("signals/shards.py", "check_agreement", "tolist"): "once, when a guard is made",
+    ("signals/shards.py", "largest_over_ranks", "tolist"): "after a walk over the graph, eight times at most",
+}
+
+#: What of a tensor is known to the host without a look at its values.
+_KNOWN = {
+    "shape", "ndim", "dtype", "device", "layout", "grad", "grad_fn", "requires_grad", "is_cuda", "is_meta", "type",
+    "numel", "dim", "size", "stride", "element_size", "data_ptr", "is_complex", "is_floating_point", "is_contiguous",
+}  # fmt: skip
+
+
+def fields(files):
+    """Names of fields that are tensors wherever they are annotated, of classes and of their instances."""
+    kinds = {}
+    for file in files:
+        for line in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            if isinstance(line, ast.AnnAssign):
+                name = getattr(line.target, "id", getattr(line.target, "attr", ""))
+                kinds.setdefault(name, set()).add(ast.unparse(line.annotation))
+    return frozenset(name for name, said in kinds.items() if said == {"Tensor"})
+
+
+OF_SIGNALS = fields(SIGNALS)
+#: What the rooms beyond get to see of that; a letter has numbers of the same names.
+BEYOND = fields(
+    [
+        *(f"signals/{room}.py" for room in ("stats", "reading", "clipping")),
+        "verdicts/letter.py",
+        "verdicts/faults.py",
+    ]
+)
+
+
+class Reader(ast.NodeVisitor):
+    """Collects, for each function, what reads a tensor: by its name, by its fields, by what it was made from."""
+
+    def __init__(self, attributes):
+        self.attributes, self.found = attributes, set()
+        self.function, self.names = "", set()
+
+    def visit_FunctionDef(self, node):
+        outer = self.function, self.names
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        said = {a.arg for a in arguments if a.annotation is not None and "Tensor" in _kinds(a.annotation)}
+        self.function, self.names = node.name, (self.names - {a.arg for a in arguments}) | said
+        self.generic_visit(node)
+        self.function, self.names = outer
+
+    def visit_Assign(self, node):
+        self.generic_visit(node)
+        names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+        self.names = self.names | set(names) if self.is_tensor(node.value) else self.names - set(names)
+
+    def visit_AnnAssign(self, node):
+        self.generic_visit(node)
+        if isinstance(node.target, ast.Name) and "Tensor" in _kinds(node.annotation):
+            self.names = self.names | {node.target.id}
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        if isinstance(called, ast.Attribute) and name in READS | SENDS:
+            self._add(name)
+        dims = node.args[1:] if ast.unparse(called).startswith("torch.") else node.args
+        if isinstance(called, ast.Attribute) and name in MEDIANS and not dims and not node.keywords:
+            self._add(name)
+        if isinstance(called, ast.Name) and name in {
+            "bool",
+            "int",
+            "float",
+            "any",
+            "all",
+            "max",
+            "min",
+            "list",
+        }:
+            self._test(*node.args, how=name)
+
+    def visit_If(self, node):
+        self._test(node.test, how="if")
+        self.generic_visit(node)
+
+    visit_IfExp = visit_If
+
+    def visit_While(self, node):
+        self._test(node.test, how="while")
+        self.generic_visit(node)
+
+    def visit_Assert(self, node):
+        self._test(node.test, how="assert")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node):
+        self._test(*node.values, how="and" if isinstance(node.op, ast.And) else "or")
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node):
+        if isinstance(node.op, ast.Not):
+            self._test(node.operand, how="not")
+        self.generic_visit(node)
+
+    def visit_comprehension(self, node):
+        self._test(*node.ifs, how="if")
+        self.generic_visit(node)
+
+    def is_tensor(self, node):
+        """Whether an expression is a tensor, as far as can be told."""
+        if isinstance(node, ast.Name):
+            return node.id in self.names
+        if isinstance(node, ast.Attribute):
+            return node.attr in self.attributes and not (self.is_tensor(node.value) and node.attr in _KNOWN)
+        if isinstance(node, ast.Compare):
+            told = not any(isinstance(op, (ast.Is, ast.IsNot, ast.In, ast.NotIn)) for op in node.ops)
+            return told and any(map(self.is_tensor, (node.left, *node.comparators)))
+        if isinstance(node, ast.BinOp):
+            return self.is_tensor(node.left) or self.is_tensor(node.right)
+        if isinstance(node, (ast.UnaryOp, ast.Subscript)):
+            inner = node.operand if isinstance(node, ast.UnaryOp) else node.value
+            return self.is_tensor(inner) and not isinstance(getattr(node, "op", None), ast.Not)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return node.func.attr not in _KNOWN | READS and (
+                self.is_tensor(node.func.value) or ast.unparse(node.func) in {"torch.where", "torch.isfinite"}
+            )
+        return False
+
+    def _test(self, *nodes, how):
+        if any(map(self.is_tensor, nodes)):
+            self._add(how)
+
+    def _add(self, what):
+        self.found.add((self.function, what))
+
+
+def _kinds(annotation):
+    return {part.strip() for part in ast.unparse(annotation).split("|")}
+
+
+def reads(source, attributes=OF_SIGNALS):
+    """Pairs of function and what it does there."""
+    reader = Reader(attributes)
+    reader.visit(ast.parse(source))
+    return reader.found
+
+
+def found(file):
+    attributes = OF_SIGNALS if file in SIGNALS else BEYOND | fields([file])
+    return {(file, *pair) for pair in reads((PACKAGE / file).read_text(), attributes)}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_device_side_reads_nothing(file):
+    assert found(file) - SLOW.keys() == set()
+
+
+def test_every_slow_path_is_still_there():
+    assert SLOW.keys() - {pair for file in FILES for pair in found(file)} == set()
+
+
+def test_the_door_is_where_the_reads_are():
+    assert {what for _, what in reads((PACKAGE / "mailbox.py").read_text())} == {"cpu", "numpy", "tolist"}
+
+
+def test_the_fields_are_known():
+    assert {"norms", "finite", "raised", "total", "seen"} <= OF_SIGNALS
+    assert {"present", "lost", "total"} <= BEYOND
+    assert BEYOND.isdisjoint({"finite", "seen"})
+    assert fields(["watch.py"]) >= {"weights", "updates", "_moved"}
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("x.item()", "item"),
+        ("stats.norms.tolist()", "tolist"),
+        ("x.detach().cpu().numpy()", "cpu"),
+        ("bool(x)", "bool"),
+        ("float(x + 1)", "float"),
+        ("int(stats.norms.sum())", "int"),
+        ("any(stats.norms > 0)", "any"),
+        ("y = 1 if x > 0 else 2", "if"),
+        ("assert stats.finite", "assert"),
+        ("y = x.sum() > 3\n    while y: pass", "while"),
+        ("return maybe is None or maybe > 0", "or"),
+        ("return other and not stats.finite", "not"),
+        ("return [z for z in other if x[0]]", "if"),
+        ("y: Tensor = other()\n    if ~y: pass", "if"),
+        ("torch.nanmedian(x)", "nanmedian"),
+        ("x.new_tensor(1.0)", "new_tensor"),
+    ],
+)
+def test_a_read_would_be_found(line, what):
+    assert ("f", what) in reads(f"def f(x: Tensor, stats, maybe: Tensor | None, other):\n    {line}\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if maybe is None: pass",
+        "if x.numel() and x.dtype == other: pass",
+        "y = [g for g in other if (h := g) is not None]",
+        "torch.nanmedian(x, 0).values",
+        "x.nanmedian(dim=0)",
+        "x = other()\n    if x: pass",
+        "if x.shape[0] > 3 or len(x): pass",
+    ],
+)
+def test_what_is_known_without_a_read_may_be_asked(line):
+    assert reads(f"def f(x: Tensor, stats, maybe: Tensor | None, other):\n    {line}\n") == set()
