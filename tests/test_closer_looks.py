@@ -10,6 +10,7 @@ from torch import nn
 from lightning_gradguard import Fault, GradientHalt, Guard, Policy, Severity
 from lightning_gradguard.parts import default_detectors
 from lightning_gradguard.schedule import LATER, REFRESH, SETTLED, Schedule
+from lightning_gradguard.signals.detectors import Exploding
 from lightning_gradguard.signals.reading import Nothing, reading
 from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.signals.tilt_detectors import DepthTilt
@@ -300,7 +301,7 @@ def test_what_has_its_turn_now_and_then_is_not_cut_off():
 
 def test_while_something_is_wrong_nothing_stands_for_long():
     """Else two looks would use up the patience for a condition that was soon over."""
-    hand = Hand("vanishing", lambda step: 282 <= step < 317, policy=Policy.strict(), detectors=(DepthTilt(),))
+    hand = Hand("exploding", lambda step: 284 <= step < 313, policy=Policy.strict(), detectors=(Exploding(),))
     for step in range(400):
         hand.step(step)
     assert [finding.severity for finding in hand.guard.findings] == [Severity.WARNING]
