@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_gradguard import AGC, Guard, SpikeClip
 from lightning_gradguard.signals.layout import Layout
 from lightning_gradguard.signals.readout import read
-from lightning_gradguard.signals.stats import measure
+from lightning_gradguard.signals.stats import gradients_of, measure
 
 
 def fsdp(net, mesh=None, **kwargs):
@@ -93,7 +93,7 @@ def rank_local(rank):
     report = guard.step(loss=loss)
     watch = guard.watch
     layout = Layout.of(dict(net.named_parameters()))
-    tilt = read(layout, loss, None if rank else torch.tensor(3.0), asked=True).time_tilt
+    tilt = read(layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True).time_tilt
     silence = read(layout, loss, None, asked=True).time_tilt
     return {
         "loss": [report.loss, loss.item()],
