@@ -94,7 +94,7 @@ def rank_local(rank):
     watch = guard.watch
     layout = Layout.of(dict(net.named_parameters()))
     tilt = read(layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True).time_tilt
-    silence = read(layout, loss, None, asked=True).time_tilt
+    silence = read(layout, gradients_of(layout), loss, None, asked=True).time_tilt
     return {
         "loss": [report.loss, loss.item()],
         "order": list(watch.ordered_names),
