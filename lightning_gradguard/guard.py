@@ -226,7 +226,7 @@ class Guard:
         self.counts["clipped"] += self.letter.clipped and not self.report.skip
         self.counts["skipped"] += self.report.skip
         self.counts["nonfinite"] += not self.letter.finite
-        self.watch.schedule.alert = bool(self.judge.episodes) or self.letter.is_far_from_done
+        self.watch.schedule.heed(self.letter.loss_start, self.letter.loss_mean, bool(self.judge.episodes))
         self._findings.extend(self.report.findings)
         if self.report.findings:
             from lightning_gradguard import facts  # the doctor is not asked for before something is found

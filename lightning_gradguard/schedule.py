@@ -12,7 +12,7 @@ EAGER = 32
 #: Good steps after which a refresh is due less often, and how often; not while there is an alert.
 SETTLED, LATER = 256, 32
 
-_SAVED = ("good", "losses", "sampled_last", "closest", "was_good", "alert")
+_SAVED = ("good", "losses", "sampled_last", "closest", "was_good", "alert", "alarm")
 
 
 class Due(NamedTuple):
@@ -43,12 +43,14 @@ class Schedule:
         losses: Those of them with a loss.
         sampled_last: The last step was sampled, so that this one is a closer look.
         alert: Something may be wrong: the loss makes no progress, or a condition is on, whose reading may not grow old.
+        alarm: The loss has grown, so that each step is a closer look: it may be the last that can be taken.
     """
 
     def __init__(self, always: bool = False) -> None:
         self.always = always
         self.good, self.losses, self.sampled_last = 0, 0, False
-        self.closest, self.was_good, self.alert = -1, True, False
+        self.closest, self.was_good = -1, True
+        self.alert = self.alarm = False
         self._sampled = self._close = self._has_loss = False
 
     def due(self, has_loss: bool) -> Due:
@@ -62,7 +64,7 @@ class Schedule:
         self._sampled = self.good < REFRESH or self.good % period == 0 or not self.was_good
         # Also after a step that was not taken, of which detectors remember nothing.
         self._close = self.always or self.sampled_last or self.good < EAGER or not self.was_good
-        self._close |= has_loss and self.losses < EAGER
+        self._close |= self.alarm or (has_loss and self.losses < EAGER)
         self._has_loss = has_loss
         # However rare the looks, a condition has to hold for as many of them.
         elapsed = min(max(self.good - self.closest, 1), REFRESH) if self._close else 0
@@ -80,6 +82,18 @@ class Schedule:
         self.good += good
         self.losses += good and self._has_loss
         self.sampled_last, self.was_good = good and self._sampled, good
+
+    def heed(self, loss_start: float, loss_mean: float, is_on: bool) -> None:
+        """Takes in what is known after a step.
+
+        Args:
+            loss_start: What the loss began with; NaN if none is given.
+            loss_mean: Its running mean.
+            is_on: Whether any condition is on.
+        """
+        half = 0.5 * abs(loss_start)
+        self.alert = is_on or loss_mean > loss_start - half
+        self.alarm = loss_mean > loss_start + half
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types."""

@@ -1,5 +1,7 @@
 """Laws of when to look closer, over all ways that good and bad steps and losses may come."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,13 +136,24 @@ def test_each_of_the_first_losses_is_looked_at(steps):
         losses += is_good and has_loss
 
 
-def test_under_an_alert_looks_stay_as_frequent_as_they_were():
+@pytest.mark.parametrize(
+    ("start", "mean", "is_on", "expected"),
+    [
+        (2.0, 0.9, False, 1),
+        (2.0, 0.9, True, LATER // REFRESH),
+        (2.0, 1.1, False, LATER // REFRESH),
+        (2.0, 3.1, False, LATER),
+        (-2.0, -3.1, False, 1),
+        (-2.0, -0.9, False, LATER),
+        (math.nan, math.nan, False, 1),
+        (math.nan, math.nan, True, LATER // REFRESH),
+    ],
+)
+def test_a_loss_that_makes_no_progress_or_grows_makes_looks_frequent(start, mean, is_on, expected):
     schedule = Schedule()
     go(schedule, quiet(SETTLED + 2))
-    schedule.alert = True
-    assert len(looks(go(schedule, quiet(LATER)))) == LATER // REFRESH
-    schedule.alert = False
-    assert len(looks(go(schedule, quiet(LATER)))) == 1
+    schedule.heed(start, mean, is_on)
+    assert len(looks(go(schedule, quiet(LATER)))) == expected
 
 
 @given(steps=STEPS, cut=st.integers(0, SETTLED + 3 * LATER))

@@ -97,8 +97,3 @@ class Letter:
     update_ratio: float
     norms: dict[str, float]
     sights: list[Sight]
-
-    @property
-    def is_far_from_done(self) -> bool:
-        """Whether the mean loss has not fallen by half; False when no loss is given."""
-        return self.loss_mean > self.loss_start - 0.5 * abs(self.loss_start)
