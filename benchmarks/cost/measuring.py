@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -25,8 +26,15 @@ class Rounds:
 
     def ratio(self, arm: str, base: str) -> Spread:
         """Seconds of an arm over those of another at the same step of the same round, likewise."""
+        return over_a_cycle(self._ratios(arm, base))
+
+    def usual(self, arm: str, base: str) -> float:
+        """The same of the median step, which leaves out steps that write histograms, and those beside a drawing."""
+        return statistics.median(map(statistics.median, zip(*self._ratios(arm, base), strict=True)))
+
+    def _ratios(self, arm: str, base: str) -> list[list[float]]:
         pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
-        return over_a_cycle([[a / b for a, b in zip(*pair, strict=True)] for pair in pairs])
+        return [[a / b for a, b in zip(*pair, strict=True)] for pair in pairs]
 
 
 def interleave(arms: Iterable[str], rounds: int, train: Callable[[str], list[float]]) -> Rounds:

@@ -35,8 +35,8 @@ TRAININGS = """## A training
 over {steps} steps after the first {warm_up}, of each step's median over the rounds. In these steps the loss is logged
 to TensorBoard {logged} times, and histograms are written once by all that draw some. Ours is
 `GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults; the guard looks closer once in {often}
-steps here, as it does until step {settled}, and once in {cycle} later. `SkipStepAdamW` begins to judge after 64
-steps."""
+steps here, as it does until step {settled}, and once in {cycle} later. Its picture is drawn twice in these steps, on a
+thread, and ever more rarely later; the median step is without that. `SkipStepAdamW` begins to judge after 64 steps."""
 
 GROWTH = """## Growth
 
@@ -114,11 +114,20 @@ def _training(rounds: Rounds) -> str:
             trainer_arms.EVERY[name].does,
             f"{1e3 * rounds.step(name).median:.1f}",
             _spread(rounds.ratio(name, trainer_arms.BARE), digits=3),
+            f"{rounds.usual(name, trainer_arms.BARE):.3f}",
             _spread(rounds.ratio(name, trainer_arms.CLIP), digits=3),
         ]
         for name in rounds.seconds
     ]
-    return table(["arm", "what it does", "ms a step", "over bare", "over `gradient_clip_val`"], rows)
+    head = [
+        "arm",
+        "what it does",
+        "ms a step",
+        "over bare",
+        "median step, over bare",
+        "over `gradient_clip_val`",
+    ]
+    return table(head, rows)
 
 
 def _rank(rounds: Rounds) -> str:
