@@ -6,11 +6,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -148,10 +150,7 @@ def train(
     place = folder / str(next(_numbers))
     place.mkdir(parents=True)
     starts, callbacks = Starts(clock), arm.callbacks(place)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        os.environ["WANDB_SILENT"] = "true"
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with _quietly():
         trainer = L.Trainer(
             max_steps=size.warm_up + size.steps + 1,
             accelerator="cpu",
@@ -167,6 +166,20 @@ def train(
     found = sum(len(c.findings) for c in callbacks if isinstance(c, GradGuard))
     times = starts.times[size.warm_up : size.warm_up + size.steps + 1]
     return [end - begin for begin, end in pairwise(times)], found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Lightning and wandb from telling of each training, and leaves them as they were."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    with warnings.catch_warnings(), patch.dict(os.environ, {"WANDB_SILENT": "true"}):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
 
 
 class Starts(L.Callback):
