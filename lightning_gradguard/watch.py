@@ -83,7 +83,7 @@ class Watch:
     @property
     def ordered_names(self) -> tuple[str, ...]:
         """The names from input to output."""
-        return tuple(self.layout.names[i] for i in self.layout.order)
+        return self.layout.ordered_names
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients as they lie on the parameters now."""

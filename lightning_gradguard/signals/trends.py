@@ -105,6 +105,11 @@ class Trends:
         """Median of the first five losses, float32 []; NaN when none was given."""
         return self.state.loss_start
 
+    @property
+    def relative(self) -> Tensor:
+        """`GradStats.relative`, computed once a step."""
+        return self.stats.relative
+
     @cached_property
     def first_loss(self) -> Tensor:
         """The very first loss, of weights that no step has touched, float32 []."""
