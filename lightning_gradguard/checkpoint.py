@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
 
 #: Raised when a saved state can no longer be read.
-VERSION = 4
+VERSION = 5
 
 
 def save(guard: Guard) -> dict[str, Any]:
     """The state of a guard, which loads under ``weights_only=True``."""
+    guard.catch_up()
     return {
         "version": VERSION,
         "kinds": _kinds(guard),
@@ -30,7 +31,8 @@ def save(guard: Guard) -> dict[str, Any]:
         "watch": guard.watch.state_dict(),
         "judge": guard.judge.state_dict(),
         "sights": [sight.to_plain() for sight in guard.sights],
-        "states": None if guard.states is None else pipeline.to_plain(guard.states),
+        "quiet": guard.quiet.state_dict(),
+        "states": None if guard._states is None else pipeline.to_plain(guard._states),
         # With lag: what was posted and not yet judged.
         "under_way": [
             {
@@ -79,9 +81,11 @@ def go_back(guard: Guard, state: dict[str, Any] | None) -> None:
         guard: Whose state it was.
         state: What `save` gave; None for the beginning.
     """
+    guard.catch_up()
     steps, counts = guard.steps, guard.counts
     if state is None:
-        guard.states, guard.judge, guard.sights = None, Judge(guard.policy, guard.judge.optimizer), []
+        guard._states, guard.judge, guard.sights = None, Judge(guard.policy, guard.judge.optimizer), []
+        guard.quiet.stop()
     else:
         load(guard, state)
     guard.steps, guard.counts = steps, counts
@@ -93,7 +97,8 @@ def _restore(guard: Guard, state: dict[str, Any]) -> None:
     guard.judge.load_state_dict(state["judge"])
     guard.steps, guard.counts = state["steps"], dict(state["counts"])
     guard.sights = [Sight.from_plain(sight) for sight in state["sights"]]
-    guard.states = None
+    guard.quiet.load_state_dict(state["quiet"], guard.watch.layout.numel.device)
+    guard._states = None
     if state["states"] is not None:
         watch = guard.watch
         # Of the shapes alone: nothing is read, and where tensors are sharded no rank waits for another.
@@ -101,7 +106,7 @@ def _restore(guard: Guard, state: dict[str, Any]) -> None:
         gradients = (None,) * len(nothing)
         stats = stats_of(watch.layout, gradients, nothing, watch.weights, watch.updates, None)
         blank = pipeline.init(stats, guard.detectors, guard.clipper)
-        guard.states = pipeline.from_plain(state["states"], blank)
+        guard._states = pipeline.from_plain(state["states"], blank)
     guard._mailbox = Mailbox(guard._lag)
     for letter in state.get("under_way", ()) if guard._lag else ():
         guard._mailbox.put_back(letter["numbers"], _posted_again(guard, letter))

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard import checkpoint
+from lightning_gradguard import checkpoint, judging
 from lightning_gradguard import lag as lagging
-from lightning_gradguard.history import history_of
-from lightning_gradguard.letter import Posted, pack, unpack
-from lightning_gradguard.mailbox import Mailbox
+from lightning_gradguard.history import History, history_of
+from lightning_gradguard.letter import Posted
+from lightning_gradguard.mailbox import Mailbox, read
 from lightning_gradguard.parts import as_scalar, default_detectors, say_what_is_off, validate
+from lightning_gradguard.quiet import Quiet
 from lightning_gradguard.signals import pipeline
-from lightning_gradguard.signals.clipping import Clipper, apply_
+from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.trends import WARM_UP
 from lightning_gradguard.spy import Usage
@@ -59,9 +60,6 @@ class Guard:
         index: Number of the optimizer, for findings.
         usage: What is known of the forward passes so far; None to look at those that come.
 
-    Attributes:
-        history: A `History` of the newest judged steps; begun anew with other parameters, and not saved.
-
     Raises:
         ValueError: If there is no parameter, or ``lag`` is none of the three.
         TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is none.
@@ -85,7 +83,8 @@ class Guard:
         self.policy = Policy.watch() if policy is None else policy
         always = any(self.policy.response(f) == "skip" for f in set(Fault) - {Fault.NONFINITE, Fault.SPIKE})
         self.watch = Watch(named_parameters, optimizer, usage, always)
-        self.history = history_of(self.watch.layout)
+        self._history = history_of(self.watch.layout)
+        self.quiet = Quiet(self.detectors, clipper)
         self.report: Report | None = None
         self.letter: Letter | None = None
         self.calm: Letter | None = None
@@ -100,8 +99,20 @@ class Guard:
         self.steps, self.trials, self._said_no_loss = 0, False, False
         self._lag = lagging.choose(lag, optimizer, self.watch.layout.numel.device, self.policy)
         self._mailbox: Mailbox[Posted] = Mailbox(self._lag)
-        self.states: pipeline.States | None = None
+        self._states: pipeline.States | None = None
         self._halt: Finding | None = None
+
+    @property
+    def history(self) -> History:
+        """The newest judged steps; begun anew with other parameters, and not saved."""
+        self.catch_up()
+        return self._history
+
+    @property
+    def states(self) -> pipeline.States | None:
+        """States of trends, detectors and clipper after the newest good step; None before the first."""
+        self.catch_up()
+        return self._states
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -139,7 +150,9 @@ class Guard:
         """
         loss = as_scalar(loss)
         if self.watch.follow_groups():
-            self.states = None
+            self.catch_up()
+            self._states = None
+            self.quiet.stop()
         if scaler is not None and self._lag:
             # Both would set found_inf, and the scaler's own skip is exact: no lag then.
             self.close()
@@ -154,28 +167,14 @@ class Guard:
             self._said_no_loss = True
             say_what_is_off(self.detectors)
         stats = self.watch.look(loss, graph, scaled=scaler is not None)
-        if self.states is None:
-            self.states = pipeline.init(stats, self.detectors, self.clipper)
-        outcome, states = pipeline.advance(stats, self.states, self.detectors, self.clipper)
-        asked = tuple([reading is not None for reading in outcome.readings])
-        kept = None if self._lag else batch
-        posted = Posted(number, loss is not None, scaler is not None, outcome, kept, asked)
-        answer = self._mailbox.exchange(pack(outcome, None if scaler is None else scaler._scale), posted)
-        if self._lag:
-            return lagging.judge_late(self, outcome, states, answer)
-        assert answer is not None
-        report = self._report(*answer)
-        if report.skip:
-            self.watch.drop()
-        else:
-            self.states = states
-            if outcome.clip is not None and self.letter is not None and self.letter.clipped:
-                apply_(stats.gradients, outcome.clip.multipliers)
-        if any(f.fault == Fault.SPIKE for f in report.findings):
-            self.watch.sample_now()
-        self.watch.schedule.settle(not report.skip)
+        report = None if scaler is not None else self.quiet.pass_over(self, stats, number)
+        if report is None:
+            return judging.judge(self, stats, number, scaler, batch)
+        self.report = report
+        self.counts["judged"] += 1
+        self.judge.judged += 1
+        self.watch.schedule.settle(True)
         self._ask()
-        self._raise_if_halted(number)
         return report
 
     def close(self) -> None:
@@ -185,9 +184,15 @@ class Guard:
             GradientHalt: If the last step was one to halt on.
         """
         self.watch.close()
+        self.catch_up()
         while (answer := self._mailbox.take()) is not None:
-            self._report(*answer)
+            judging.report(self, *answer)
             self._raise_if_halted(answer[1].step)
+
+    def catch_up(self) -> None:
+        """Lets what is usual learn from quiet steps that wait for that; who asks for `states` need not call it."""
+        if thresholds := self.quiet.learn(self):
+            self.quiet.let_go(self, read(torch.stack(thresholds)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to judge and clip as this one would; plain types and tensors."""
@@ -205,34 +210,10 @@ class Guard:
         """
         checkpoint.load(self, state)
 
-    def _report(self, numbers: list[float], posted: Posted) -> Report:
-        """From a step's numbers to its report, findings, messages and diagnosis."""
-        self.letter = unpack(numbers, posted, self.detectors, self.sights)
-        verdict = self.judge.judge(
-            posted.step,
-            self.letter,
-            has_loss=posted.has_loss,
-            scaled=posted.scaled,
-            clipping=self.clipper is not None,
-        )
-        self.report, self._halt = verdict.report, verdict.halt
-        layout = posted.outcome.stats.layout
-        if layout.names != self.history.names:
-            self.history = history_of(layout, self.history.steps)
-        self.history.add(self.report)
-        if self.letter.finite:
-            self.calm, self.sights = self.letter, self.letter.sights
-        self.counts["judged"] += 1
-        self.counts["clipped"] += self.letter.clipped and not self.report.skip
-        self.counts["skipped"] += self.report.skip
-        self.counts["nonfinite"] += not self.letter.finite
-        self.watch.schedule.heed(self.letter.loss_start, self.letter.loss_mean, bool(self.judge.episodes))
-        self._findings.extend(self.report.findings)
-        if self.report.findings:
-            from lightning_gradguard import facts  # the doctor is not asked for before something is found
-
-            self.diagnosis = facts.explain(self, verdict, posted) or self.diagnosis
-        return self.report
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has learnt from every step."""
+        self.catch_up()
+        return self.__dict__
 
     def _raise_if_halted(self, step: int) -> None:
         if self._halt is not None:

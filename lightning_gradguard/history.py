@@ -52,17 +52,17 @@ class History:
     def __len__(self) -> int:
         return min(self._added, self.steps)
 
-    def add(self, report: Report) -> None:
+    def add(self, report: Report, norms: NDArray[Any] | None = None) -> None:
         """Takes in a step; the oldest one goes when there is no room.
 
         A norm that is not finite is kept as inf, since NaN stands for a tensor that has no gradient.
 
         Args:
             report: Of that step.
+            norms: Its norms as float32 [P], NaN where there is no gradient; taken from the report when None.
         """
-        norms = report.norms
-        if not math.isfinite(report.total_norm):
-            norms = {name: norm if math.isfinite(norm) else math.inf for name, norm in norms.items()}
+        if norms is None:
+            norms = self._norms_of(report)
         # What is None or missing becomes NaN in both.
         self._ring[self._added % self.steps] = (
             report.step,
@@ -72,7 +72,7 @@ class History:
             report.threshold,
             report.scale,
             report.skip,
-            np.fromiter(map(norms.get, self.names), np.float32, len(self.names)),
+            norms,
         )
         self._added += 1
 
@@ -102,6 +102,12 @@ class History:
         self._ring = self._blank()
         for name, column in kept.items():
             self._ring[name][: self._added] = column[len(column) - self._added :]
+
+    def _norms_of(self, report: Report) -> NDArray[Any]:
+        norms = report.norms
+        if not math.isfinite(report.total_norm):
+            norms = {name: norm if math.isfinite(norm) else math.inf for name, norm in norms.items()}
+        return np.fromiter(map(norms.get, self.names), np.float32, len(self.names))
 
     def _blank(self) -> NDArray[Any]:
         scalars = [(name, np.float32) for name in _SCALARS]

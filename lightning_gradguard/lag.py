@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_gradguard import judging
 from lightning_gradguard.parts import say
 from lightning_gradguard.signals.clipping import apply_
 from lightning_gradguard.signals.pipeline import Outcome, States, choose_states
@@ -67,22 +68,22 @@ def honours_found_inf(optimizer: torch.optim.Optimizer | None) -> bool:
 
 
 def judge_late(
-    guard: Guard, outcome: Outcome, states: States, answer: tuple[list[float], Posted] | None
+    guard: Guard, outcome: Outcome, before: States, states: States, answer: tuple[list[float], Posted] | None
 ) -> Report:
     """What must be done with a step is done on the device, and the report is of the step before.
 
     Args:
         guard: Whose step it is.
         outcome: What the device made of the step.
+        before: The states before it.
         states: The states after it.
         answer: Numbers of the step before, if they have come.
 
     Raises:
         GradientHalt: If the step before was one to halt on.
     """
-    assert guard.states is not None
     defuse(outcome, guard.watch.optimizer)
-    guard.states = choose_states(outcome.stats.finite, states, guard.states)
+    guard._states = choose_states(outcome.stats.finite, states, before)
     guard.watch.schedule.settle(True)
     if answer is not None:
         _deliver(guard, *answer)
@@ -98,7 +99,7 @@ def judge_late(
 
 def _deliver(guard: Guard, numbers: list[float], posted: Posted) -> Report:
     """The report of a step that came late; raises where it was one to halt on."""
-    report = guard._report(numbers, posted)
+    report = judging.report(guard, numbers, posted)
     if guard._halt is not None:
         # The coming step is not taken, also where the halt is no error and the optimizer is called.
         guard.watch.drop()

@@ -20,7 +20,7 @@ from lightning_gradguard.verdicts.letter import Letter, Sight
 #: Tensors named in a finding.
 NAMED = 8
 
-_HEAD, _VALUES, _FLAGS = 10, 4, 2
+_HEAD, _VALUES, _FLAGS = 11, 4, 2
 #: The reading of a detector that was never asked: neither raised nor cleared.
 _UNSEEN = [0.0, 0.0, 0.0, math.nan, math.nan, 0.0]
 
@@ -45,8 +45,14 @@ class Posted(NamedTuple):
     asked: tuple[bool, ...]
 
 
-def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
-    """Everything the host is to know of a step, as one float32 vector [N] on the device."""
+def pack(outcome: Outcome, loss_scale: Tensor | None = None, late: Sequence[Tensor] = ()) -> Tensor:
+    """Everything the host is to know of a step, as one float32 vector [N] on the device.
+
+    Args:
+        outcome: What the device made of it.
+        loss_scale: Of a gradient scaler, float32 [], or None.
+        late: Other numbers, float32 [] each, which are put last, and which `unpack` passes over.
+    """
     stats, readings, clip = outcome
     trends, asked = trends_of(stats), [r for r in readings if r is not None]
     unknown = stats.layout.constant(torch.nan)
@@ -62,6 +68,7 @@ def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
         unknown if loss_scale is None else loss_scale.to(unknown.device).reshape(()),
         trends.tilt,
         stats.update_ratio,
+        trends.usual.exp(),
     ]
     for r in asked:
         flags += [r.raised, r.cleared]
@@ -70,7 +77,7 @@ def pack(outcome: Outcome, loss_scale: Tensor | None = None) -> Tensor:
     if asked:
         worst = torch.topk(torch.stack([r.score for r in asked]), min(NAMED, stats.norms.numel()))
         parts += [worst.indices.to(torch.float32).flatten(), worst.values.flatten()]
-    return torch.cat(parts)
+    return torch.cat([*parts, torch.stack(tuple(late))] if late else parts)
 
 
 def unpack(
@@ -99,7 +106,7 @@ def unpack(
         said = flags[2 + _FLAGS * at :][:_FLAGS] + head[_HEAD + _VALUES * at :][:_VALUES]
         sights.append(_sight(detector, said, named))
         at += 1
-    total, after, threshold, loss, start, mean, first, scale, tilt, ratio = head[:_HEAD]
+    total, after, threshold, loss, start, mean, first, scale, tilt, ratio, usual = head[:_HEAD]
     present = dict(zip(layout.ordered_names, map(norms.__getitem__, layout.order), strict=True))
     for name in compress(layout.names, map(is_, gradients, repeat(None))):
         del present[name]
@@ -116,6 +123,7 @@ def unpack(
         loss_scale=scale,
         tilt=tilt,
         update_ratio=ratio,
+        usual_norm=usual,
         norms=present,
         sights=sights,
     )

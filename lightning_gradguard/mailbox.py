@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Context = TypeVar("Context")
 
@@ -72,5 +75,11 @@ class Mailbox(Generic[Context]):
 def read(vector: Tensor) -> list[float]:
     """Reads a vector [N] now, waiting for the device; not for the step path, except through a `Mailbox`."""
     # NumPy's conversion is ten times as fast as the tensor's own.
-    numbers: list[float] = vector.detach().cpu().numpy().tolist()
+    numbers: list[float] = read_array(vector).tolist()
+    return numbers
+
+
+def read_array(vector: Tensor) -> NDArray[Any]:
+    """The same as an array, which takes less memory than a list."""
+    numbers: NDArray[Any] = vector.detach().cpu().numpy()
     return numbers

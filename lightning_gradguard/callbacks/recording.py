@@ -77,7 +77,7 @@ class Recording:
         if self._recorder is None or not self._active:
             return
         self._late = bool(guard._lag)
-        if guard.history.steps != self._recorder.steps:
+        if guard._history.steps != self._recorder.steps:
             guard.history.resize(self._recorder.steps)
         if self._now is not None:
             self._now.steps.append(step)

@@ -52,6 +52,7 @@ class NonFinite:
         "tensors with a non-finite gradient norm",
         "losses that are not finite",
     )
+    quiet: ClassVar[bool] = True
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing."""
@@ -96,6 +97,11 @@ class Spike:
     def __post_init__(self) -> None:
         positive("z", self.z)
         above("ratio", self.ratio, 1.0)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether twice the usual norm is certainly none: what is usual changes a little in a row of quiet steps."""
+        return self.ratio >= 3.0
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing; the baseline is in the shared trends."""
@@ -158,6 +164,7 @@ class Exploding:
         "steps in a row with a norm far above the usual",
         "running mean of the loss over its start, in size",
     )
+    quiet: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("-tilt", -self.tilt)
@@ -175,8 +182,9 @@ class Exploding:
         _, raised, over, value, limit, measure = state
         if stats.elapsed:
             raised, over, value, limit, measure = self._look(stats)
+        steps = torch.clamp(state.steps - stats.passed, min=0.0) if stats.passed else state.steps
         change = torch.where(hot(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
-        count = torch.clamp(state.steps + change, 0.0, 2.0 * self.hot_steps)
+        count = torch.clamp(steps + change, 0.0, 2.0 * self.hot_steps)
         heated = count >= number(self.hot_steps)
         # The profile says which layers when it is what raised; else the largest gradients.
         tilted = raised & (measure == number(0.0)) & ~heated

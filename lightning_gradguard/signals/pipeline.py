@@ -33,11 +33,11 @@ def init(stats: GradStats, detectors: Sequence[Detector], clipper: Clipper | Non
 
 
 def advance(
-    stats: GradStats, states: States, detectors: Sequence[Detector], clipper: Clipper | None
+    stats: GradStats, states: States, detectors: Sequence[Detector], clipper: Clipper | None, passed: int = 0
 ) -> tuple[Outcome, States]:
-    """Judges one step; the new states are valid only if ``stats.finite``."""
+    """Judges one step, ``passed`` quiet ones after the last; the new states are valid only if ``stats.finite``."""
     trend, trend_state = trends.update(stats, states[0])
-    stats = replace(stats, trends=trend)
+    stats = replace(stats, trends=trend, passed=passed)
     readings: list[Reading | None] = []
     new = [trend_state]
     for detector, state in zip(detectors, states[1:], strict=False):
@@ -50,6 +50,19 @@ def advance(
         clip, after = clipper.update(stats, states[-1])
         new.append(after)
     return Outcome(stats, tuple(readings), clip), tuple(new)
+
+
+def pass_over(stats: GradStats, states: States, clipper: Clipper | None) -> tuple[Tensor, States]:
+    """A quiet step: what is usual learns from it, and no detector is asked.
+
+    Returns:
+        The clipper's threshold, float32 [], NaN without one; and the states after the step.
+    """
+    _, trend = trends.update(stats, states[0])
+    if clipper is None:
+        return stats.layout.constant(torch.nan), (trend, *states[1:])
+    clip, after = clipper.update(stats, states[-1])
+    return clip.threshold, (trend, *states[1:-1], after)
 
 
 def choose_states(good: Tensor, new: States, old: States) -> States:

@@ -38,6 +38,7 @@ class GradStats:
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 where it is an old one.
         elapsed: Good steps since the last closer look, which this one stands for; 0 on a step that is no closer look,
             at which `slow` detectors are not asked.
+        passed: Quiet steps since the last one that was judged, at which no detector was asked.
         low_precision: Whether gradients are computed, or scaled, in half precision.
         resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant.
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
@@ -73,6 +74,7 @@ class GradStats:
     update_ratio: Tensor
     sampled_steps: int = 0
     elapsed: int = 1
+    passed: int = 0
     resting: bool = False
     low_precision: bool = False
     trends: Trends | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from lightning_gradguard.doctor.diagnosis import Diagnosis
@@ -79,6 +79,16 @@ class Finding:
         )
 
 
+class Later(Protocol):
+    """What knows the fields of a `Report` that are worked out when they are asked for."""
+
+    def threshold(self) -> float | None:
+        """As in `Report`."""
+
+    def norms(self) -> Mapping[str, float]:
+        """As in `Report`."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What was measured and done at one optimizer step; all numbers are of that step.
@@ -104,6 +114,33 @@ class Report:
     skip: bool
     findings: tuple[Finding, ...] = ()
     norms: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_quiet_step(cls, step: int, loss: float | None, norm: float, later: Later) -> Report:
+        """The report of a step at which nothing was found or done, and that seldom anybody asks more of.
+
+        Args:
+            step: As in `Report`, like the others.
+            loss: Of it.
+            norm: Its global norm, before and after clipping.
+            later: Knows the rest.
+        """
+        report = object.__new__(cls)
+        known = {"step": step, "loss": loss, "total_norm": norm, "clipped_norm": norm, "scale": 1.0}
+        vars(report).update(known, skip=False, findings=(), _later=later)
+        return report
+
+    def __getattr__(self, name: str) -> Any:
+        """Works out what is left, once."""
+        later = vars(self).get("_later")
+        if later is None or name not in ("threshold", "norms"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = vars(self)[name] = getattr(later, name)()
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has everything."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 class GradientWarning(UserWarning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -96,6 +97,14 @@ class Judge:
         """Whether a condition is on that was warned of."""
         return any(episode.severity >= Severity.WARNING for episode in self.episodes.values())
 
+    def is_still(self, sights: Sequence[Sight]) -> bool:
+        """Whether judging the same sights again would find nothing, and change nothing.
+
+        Args:
+            sights: Of the newest judged step.
+        """
+        return all(self._is_still(sight) for sight in sights)
+
     def state_dict(self) -> dict[str, object]:
         """Plain types only."""
         return {
@@ -164,7 +173,7 @@ class Judge:
 
     def _episode(self, sight: Sight, step: int, explained: bool) -> Finding | None:
         """Follows a condition that lasts; a finding when it begins and when it becomes critical."""
-        key = f"{sight.fault.value}/{sight.detector}"
+        key = _key(sight)
         episode = self.episodes.get(key)
         if episode is None:
             if not sight.raised:
@@ -188,6 +197,12 @@ class Judge:
             return None
         episode.severity = int(severity)
         return self._finding(sight, episode.onset, severity)
+
+    def _is_still(self, sight: Sight) -> bool:
+        episode = self.episodes.get(_key(sight))
+        if not sight.raised or episode is None:
+            return not sight.raised and episode is None
+        return not sight.event and episode.severity >= sight.ceiling
 
     def _count_skip(self, finding: Finding) -> Finding | None:
         """Counts a skipped step; the finding to halt on when there were too many in a row."""
@@ -218,6 +233,10 @@ class Judge:
             optimizer=self.optimizer,
             measure=sight.measure,
         )
+
+
+def _key(sight: Sight) -> str:
+    return f"{sight.fault.value}/{sight.detector}"
 
 
 def _critical(finding: Finding) -> Finding:

@@ -79,6 +79,7 @@ class Letter:
         loss_scale: Of a gradient scaler.
         tilt: Depth tilt in decades.
         update_ratio: Median applied update ratio of the layers.
+        usual_norm: Usual global norm; 0 before there is one.
         norms: Name of each tensor with a gradient to its norm before clipping, from input to output.
         sights: One for each detector.
     """
@@ -95,5 +96,6 @@ class Letter:
     loss_scale: float
     tilt: float
     update_ratio: float
+    usual_norm: float
     norms: dict[str, float]
     sights: list[Sight]

@@ -1,0 +1,180 @@
+"""Quiet steps: nothing is due and nothing stands out, so that a step is remembered, and learnt from with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gradguard.mailbox import read, read_array
+from lightning_gradguard.signals import pipeline
+from lightning_gradguard.signals.clipping import Clipper
+from lightning_gradguard.signals.layout import pattern_of
+from lightning_gradguard.signals.reading import Detector
+from lightning_gradguard.signals.spike_clip import WINDOW, Bounds
+from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.verdicts.faults import Report
+from lightning_gradguard.verdicts.judge import Judge
+from lightning_gradguard.verdicts.letter import Letter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lightning_gradguard.guard import Guard
+
+#: A quiet step's global norm over the usual one: at least, and at most.
+_LOW, _HIGH = 0.5, 2.0
+#: Rise of the loss above its start, as a part of it, from which each step is judged.
+_RISE = 0.4
+
+_SAVED = ("passed", "_usual", "_ceiling", "_is_open")
+
+
+class Row:
+    """A step that was passed over, of which some things are worked out when they are asked for.
+
+    Args:
+        stats: Of the step, without its gradients; forgotten when what is usual has learnt from it.
+        norms: float32 [P], for the host.
+        pattern: Which tensors have a gradient.
+        guard: Which has to learn from it.
+
+    Attributes:
+        array: float32 [P], norms of gradients, NaN where there is none.
+        limit: float32 [], the clipper's threshold, when what is usual has learnt from it.
+    """
+
+    def __init__(
+        self, stats: GradStats, norms: NDArray[Any], pattern: tuple[bool, ...], guard: Guard
+    ) -> None:
+        self.stats: GradStats | None = stats
+        self.limit: Tensor | None = None
+        self._layout, self._pattern, self._guard = stats.layout, pattern, guard
+        self.array = norms if all(pattern) else np.where(pattern, norms, np.float32(np.nan))
+
+    def learn(self, guard: Guard) -> Tensor:
+        """Lets what is usual learn from it, once; the clipper's threshold, float32 []."""
+        if self.stats is not None:
+            assert guard._states is not None
+            self.limit, guard._states = pipeline.pass_over(self.stats, guard._states, guard.clipper)
+            self.stats = None
+        assert self.limit is not None
+        return self.limit
+
+    def threshold(self) -> float | None:
+        """Largest global norm that the clipper would have allowed; None without one."""
+        if self._guard.clipper is None:
+            return None
+        self._guard.catch_up()
+        assert self.limit is not None
+        return read(self.limit.reshape(1))[0]
+
+    def norms(self) -> dict[str, float]:
+        """Norms by name, from input to output."""
+        numbers = self.array.tolist()
+        return {self._layout.names[i]: numbers[i] for i in self._layout.order if self._pattern[i]}
+
+
+class Quiet:
+    """Which steps may be passed over, and those that were since the last step that was judged.
+
+    A step is quiet if it is no closer look, everything is finite, its global norm is between half and twice the usual
+    one, no tensor is near where it would be clipped, the loss is not far above its start, the same tensors have
+    gradients as before, and judging the newest readings again would change nothing. It is not judged then, and
+    up to seven are learnt from together: the same arithmetic, in the same order, in a cache that is warm.
+
+    Args:
+        detectors: All of them; those that are not slow must be ``quiet``.
+        clipper: None, or one that gives ``bounds``; with another one no step is quiet.
+    """
+
+    def __init__(self, detectors: Sequence[Detector], clipper: Clipper | None) -> None:
+        self._fast = [not getattr(d, "slow", False) for d in detectors]
+        quiet = [getattr(d, "slow", False) or getattr(d, "quiet", False) for d in detectors]
+        self.clipper: Any = clipper
+        self._is_able = all(quiet) and (clipper is None or hasattr(clipper, "bounds"))
+        self.waiting: list[tuple[Row, Report]] = []
+        self.stop()
+
+    def stop(self) -> None:
+        """The next step has to be judged."""
+        self.passed, self._usual, self._ceiling = 0, 0.0, 0.0
+        self._is_open = False
+        self._pattern: tuple[bool, ...] = ()
+        self._names: tuple[str, ...] = ()
+        self._bounds: Bounds | None = None
+
+    def start(self, letter: Letter, stats: GradStats, state: Any, judge: Judge) -> None:
+        """A step was judged and taken.
+
+        Args:
+            letter: Its numbers.
+            stats: On the device.
+            state: The clipper's state after it.
+            judge: What has judged it.
+        """
+        self.stop()
+        raised = any(sight.raised for sight, fast in zip(letter.sights, self._fast, strict=True) if fast)
+        if not self._is_able or raised or not judge.is_still(letter.sights):
+            return
+        self._is_open, self._pattern = True, pattern_of(stats.gradients)
+        self._names = stats.layout.ordered_names
+        self._usual = letter.usual_norm
+        self._ceiling = letter.loss_start + _RISE * abs(letter.loss_start)
+        self._bounds = None if self.clipper is None else self.clipper.bounds(stats, state)
+
+    def pass_over(self, guard: Guard, stats: GradStats, step: int) -> Report | None:
+        """The report of a step that is quiet; None of any other."""
+        if stats.elapsed or not self._is_open or self.passed == WINDOW - 1:
+            return None
+        pattern = pattern_of(stats.gradients)
+        if pattern != self._pattern or stats.layout.ordered_names != self._names:
+            return None
+        numbers = read_array(self._glance(stats))
+        norms, (total, loss, calm) = numbers[:-3], numbers[-3:].tolist()
+        if not (calm and _LOW * self._usual <= total <= _HIGH * self._usual):
+            return None
+        if stats.has_loss and not loss <= self._ceiling:
+            return None
+        self.passed += 1
+        row = Row(replace(stats, gradients=()), norms, pattern, guard)
+        report = Report.of_quiet_step(step, loss if stats.has_loss else None, total, row)
+        self.waiting.append((row, report))
+        return report
+
+    def learn(self, guard: Guard) -> list[Tensor]:
+        """Lets what is usual learn from the steps that wait; the clipper's thresholds in them, float32 [] each."""
+        return [row.learn(guard) for row, _ in self.waiting]
+
+    def let_go(self, guard: Guard, thresholds: Sequence[float]) -> None:
+        """Completes the steps that waited, when their thresholds have been read."""
+        for (row, report), threshold in zip(self.waiting, thresholds, strict=True):
+            vars(report)["threshold"] = None if guard.clipper is None else threshold
+            guard._history.add(report, row.array)
+        self.waiting = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors; steps that wait must have been learnt from."""
+        state = {name: getattr(self, name) for name in _SAVED}
+        bounds = None if self._bounds is None else {k: v.clone() for k, v in self._bounds._asdict().items()}
+        return {**state, "_pattern": list(self._pattern), "_names": list(self._names), "_bounds": bounds}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restores what `state_dict` gave."""
+        self.waiting = []
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        self._pattern, self._names = tuple(state["_pattern"]), tuple(state["_names"])
+        bounds = state["_bounds"]
+        self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
+
+    def _glance(self, stats: GradStats) -> Tensor:
+        """What the host has to know of a step that may be quiet, float32 [P + 3]."""
+        calm = stats.finite
+        if self._bounds is not None:
+            calm = calm & self.clipper.is_within(stats, self._bounds)
+        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, calm.to(torch.float32)])])
