@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.mailbox import read, read_array
+from lightning_gradguard import mailbox
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.layout import pattern_of
 from lightning_gradguard.signals.reading import Detector
-from lightning_gradguard.signals.spike_clip import WINDOW, Bounds
+from lightning_gradguard.signals.spike_bounds import WINDOW, Bounds
 from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.verdicts.faults import Report
 from lightning_gradguard.verdicts.judge import Judge
@@ -71,7 +71,7 @@ class Row:
             return None
         self._guard.catch_up()
         assert self.limit is not None
-        return read(self.limit.reshape(1))[0]
+        return mailbox.read(self.limit.reshape(1))[0]
 
     def norms(self) -> dict[str, float]:
         """Norms by name, from input to output."""
@@ -134,7 +134,7 @@ class Quiet:
         pattern = pattern_of(stats.gradients)
         if pattern != self._pattern or stats.layout.ordered_names != self._names:
             return None
-        numbers = read_array(self._glance(stats))
+        numbers = mailbox.read_array(self._glance(stats))
         norms, (total, loss, calm) = numbers[:-3], numbers[-3:].tolist()
         if not (calm and _LOW * self._usual <= total <= _HIGH * self._usual):
             return None
@@ -176,5 +176,5 @@ class Quiet:
         """What the host has to know of a step that may be quiet, float32 [P + 3]."""
         calm = stats.finite
         if self._bounds is not None:
-            calm = calm & self.clipper.is_within(stats, self._bounds)
+            calm = calm & self._bounds.hold(stats)
         return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, calm.to(torch.float32)])])

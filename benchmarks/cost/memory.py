@@ -39,7 +39,8 @@ def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counte
     """
     parameters = guard.watch.layout.parameters
     seen = {_memory(t) for p in parameters for t in (p, p.grad) if t is not None}
-    met: set[int] = {id(p) for p in parameters}
+    # What leads back to the guard tells nothing new.
+    met: set[int] = {id(guard), *map(id, parameters)}
     found: Counter[str] = Counter()
     owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.watch).items()}
     owners |= {name: value for name, value in vars(guard).items() if name != "watch"}

@@ -20,6 +20,7 @@ from lightning_gradguard.signals.clipping import (
     included_tensors,
     tensor_clip,
 )
+from lightning_gradguard.signals.spike_bounds import Bounds, Learnt, bounds_of
 from lightning_gradguard.signals.stats import GradStats
 
 #: Sigma of log‖g‖ before there is evidence, and how many steps of evidence it counts for: a factor of 7 in all
@@ -32,14 +33,8 @@ SIGMA_FLOOR = 0.15
 #: Weight of the past in the variances, a memory of 33 steps: the spread changes more slowly than the level.
 SPREAD_DECAY = 0.97
 
-#: Steps in a row, with what they are compared with, for which `Bounds` hold.
-WINDOW = 8
-
 #: Sigmas to which an outlier's distance, and any change, is shortened before the averages learn it.
 INFLUENCE = 2.5
-
-#: Smallest number whose logarithm is taken of a norm that does not count.
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class SpikeClipState(NamedTuple):
@@ -60,22 +55,6 @@ class SpikeClipState(NamedTuple):
     streak: Tensor
     last: Tensor
     joint_var: Tensor
-
-
-class Bounds(NamedTuple):
-    """Where norms cannot be outliers in the next `WINDOW` - 1 steps, if those of all of these steps lie there, float32.
-
-    Attributes:
-        low, high: [P], of each tensor's norm; 0 for one that has no gradient now, NaN where nothing is certain.
-        weights: [P], share of each tensor in the mean of all.
-        level, reach: [], mean of log‖g‖ of the tensors that are known, and how far it may be from there.
-    """
-
-    low: Tensor
-    high: Tensor
-    weights: Tensor
-    level: Tensor
-    reach: Tensor
 
 
 @dataclass(frozen=True)
@@ -173,37 +152,18 @@ class SpikeClip:
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
         """Within which the next steps are certainly ordinary, so that they need not be judged one by one.
 
-        Steps within f of the distance at which they were outliers move a level, over a window, by no more than
-        (1 - decay^(WINDOW-1)) f of it, while sigma shrinks to 0.85 of itself at most; f = 0.8 / (1 + that) leaves a
-        margin. All tensors must have been seen often enough to learn at one rate.
-
         Args:
             stats: The newest step.
             state: The state after it.
         """
-        number, zeros = stats.layout.constant, stats.layout.zeros
-        share = 0.8 / (2 - self.decay ** (WINDOW - 1))
-        live = included_tensors(stats, self.exclude) & (stats.norms > zeros)
-        learnt = state.seen >= max(16.0, 1 / (1 - self.decay))
-        floor = number(SIGMA_FLOOR)
-        reach = torch.maximum(state.var.sqrt(), floor) * (share * self.z_threshold)
-        known = torch.where(learnt, reach, number(torch.nan))
-        free = number(torch.inf) if self.exclude else zeros
-        weights = live / torch.maximum(live.sum(), number(1.0))
-        excluded = ~included_tensors(stats, self.exclude) & (stats.norms > zeros)
-        return Bounds(
-            low=torch.where(live, (state.mean - known).exp(), zeros),
-            high=torch.where(live, (state.mean + known).exp(), torch.where(excluded, free, zeros)),
-            weights=weights,
-            level=torch.dot(weights, state.mean),
-            reach=torch.maximum(state.joint_var.sqrt(), floor) * (share * self.joint_threshold),
+        reach, floor = state.var.sqrt(), stats.layout.constant(SIGMA_FLOOR)
+        return bounds_of(
+            stats,
+            included_tensors(stats, self.exclude),
+            Learnt(state.seen, state.mean, torch.maximum(reach, floor) * self.z_threshold),
+            torch.maximum(state.joint_var.sqrt(), floor) * self.joint_threshold,
+            self.decay,
         )
-
-    def is_within(self, stats: GradStats, bounds: Bounds) -> Tensor:
-        """Whether a step lies within bounds, bool []."""
-        inside = ((stats.norms >= bounds.low) & (stats.norms <= bounds.high)).all()
-        logs = torch.maximum(stats.norms, stats.layout.constant(_TINY)).log()
-        return inside & ((torch.dot(logs, bounds.weights) - bounds.level).abs() <= bounds.reach)
 
     def _learn(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lightning_gradguard.verdicts.faults import Fault, Finding, Report, Severity
-from lightning_gradguard.verdicts.letter import Letter, Sight
+from lightning_gradguard.verdicts.letter import UNSEEN, Letter, Sight
 from lightning_gradguard.verdicts.policy import Policy
 
 #: Judged steps between two messages of the same fault and tensor.
@@ -126,7 +126,7 @@ class Judge:
     ) -> tuple[list[Finding], bool, Finding | None]:
         """A step that is skipped in any case, and of which nothing else can be said."""
         response = self.policy.response(Fault.NONFINITE)
-        sight = next((s for s in letter.sights if s.fault == Fault.NONFINITE), _UNSEEN)
+        sight = next((s for s in letter.sights if s.fault == Fault.NONFINITE), UNSEEN)
         if routine:
             return [self._finding(sight, step, Severity.INFO)], True, None
         if response == "ignore":
@@ -241,19 +241,3 @@ def _key(sight: Sight) -> str:
 
 def _critical(finding: Finding) -> Finding:
     return replace(finding, severity=Severity.CRITICAL)
-
-
-#: Stands in where no detector of non-finite steps is set: such steps are skipped all the same.
-_UNSEEN = Sight(
-    detector="Guard",
-    fault=Fault.NONFINITE,
-    event=True,
-    needs_loss=False,
-    raised=True,
-    cleared=False,
-    ceiling=Severity.CRITICAL,
-    value=1.0,
-    limit=0.0,
-    measure="steps with a non-finite gradient or loss",
-    parameters=(),
-)

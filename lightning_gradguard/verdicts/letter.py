@@ -62,6 +62,22 @@ class Sight(NamedTuple):
         )
 
 
+#: Stands in where no detector of non-finite steps is set: such steps are skipped all the same.
+UNSEEN = Sight(
+    detector="Guard",
+    fault=Fault.NONFINITE,
+    event=True,
+    needs_loss=False,
+    raised=True,
+    cleared=False,
+    ceiling=Severity.CRITICAL,
+    value=1.0,
+    limit=0.0,
+    measure="steps with a non-finite gradient or loss",
+    parameters=(),
+)
+
+
 @dataclass(frozen=True)
 class Letter:
     """One step; NaN stands for what is not known.
