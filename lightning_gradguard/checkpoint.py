@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.letter import Posted
@@ -123,7 +122,7 @@ def _posted_again(guard: Guard, letter: dict[str, Any]) -> Posted:
     stats = stats_of(
         layout, marks, norms.to(layout.numel.device), guard.watch.weights, guard.watch.updates, None
     )
-    outcome = pipeline.Outcome(replace(stats, has_loss=letter["has_loss"]), (), None)
+    outcome = pipeline.Outcome(stats.but(has_loss=letter["has_loss"]), (), None)
     asked = tuple(letter["asked"])
     return Posted(letter["step"], letter["has_loss"], letter["scaled"], outcome, None, asked)
 

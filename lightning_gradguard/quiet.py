@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 from lightning_gradguard import mailbox
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper
-from lightning_gradguard.signals.layout import pattern_of
 from lightning_gradguard.signals.reading import Detector
 from lightning_gradguard.signals.spike_bounds import WINDOW, Bounds
 from lightning_gradguard.signals.stats import GradStats
@@ -40,7 +38,6 @@ class Row:
     Args:
         stats: Of the step, without its gradients; forgotten when what is usual has learnt from it.
         norms: float32 [P], for the host.
-        pattern: Which tensors have a gradient.
         guard: Which has to learn from it.
 
     Attributes:
@@ -48,13 +45,12 @@ class Row:
         limit: float32 [], the clipper's threshold, when what is usual has learnt from it.
     """
 
-    def __init__(
-        self, stats: GradStats, norms: NDArray[Any], pattern: tuple[bool, ...], guard: Guard
-    ) -> None:
+    def __init__(self, stats: GradStats, norms: NDArray[Any], guard: Guard) -> None:
         self.stats: GradStats | None = stats
         self.limit: Tensor | None = None
-        self._layout, self._pattern, self._guard = stats.layout, pattern, guard
-        self.array = norms if all(pattern) else np.where(pattern, norms, np.float32(np.nan))
+        self._layout, self._pattern, self._guard = stats.layout, stats.pattern, guard
+        whole = stats.present is stats.layout.everywhere
+        self.array = norms if whole else np.where(stats.pattern, norms, np.float32(np.nan))
 
     def learn(self, guard: Guard) -> Tensor:
         """Lets what is usual learn from it, once; the clipper's threshold, float32 []."""
@@ -121,7 +117,7 @@ class Quiet:
         raised = any(sight.raised for sight, fast in zip(letter.sights, self._fast, strict=True) if fast)
         if not self._is_able or raised or not judge.is_still(letter.sights):
             return
-        self._is_open, self._pattern = True, pattern_of(stats.gradients)
+        self._is_open, self._pattern = True, stats.pattern
         self._names = stats.layout.ordered_names
         self._usual = letter.usual_norm
         self._ceiling = letter.loss_start + _RISE * abs(letter.loss_start)
@@ -131,17 +127,18 @@ class Quiet:
         """The report of a step that is quiet; None of any other."""
         if stats.elapsed or not self._is_open or self.passed == WINDOW - 1:
             return None
-        pattern = pattern_of(stats.gradients)
-        if pattern != self._pattern or stats.layout.ordered_names != self._names:
+        if stats.pattern != self._pattern or stats.layout.ordered_names != self._names:
             return None
-        numbers = mailbox.read_array(self._glance(stats))
+        letter = self._glance(stats)
+        numbers = mailbox.read_array(letter)
         norms, (total, loss, calm) = numbers[:-3], numbers[-3:].tolist()
         if not (calm and _LOW * self._usual <= total <= _HIGH * self._usual):
             return None
         if stats.has_loss and not loss <= self._ceiling:
             return None
         self.passed += 1
-        row = Row(replace(stats, gradients=()), norms, pattern, guard)
+        # On a CPU that is one copy of the norms, for both sides.
+        row = Row(stats.but(gradients=(), norms=letter[:-3]), norms, guard)
         report = Report.of_quiet_step(step, loss if stats.has_loss else None, total, row)
         self.waiting.append((row, report))
         return report

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradguard.doctor.anatomy import Anatomy, dissect
 from lightning_gradguard.naming import is_compiled
-from lightning_gradguard.signals.layout import Layout, pattern_of
+from lightning_gradguard.signals.layout import Layout
 from lightning_gradguard.signals.shards import largest_over_ranks, world_size
 from lightning_gradguard.spy import TimeSpy, Usage
 from lightning_gradguard.whole import WholeParameters
@@ -69,13 +69,17 @@ class Walk:
         if layout.shards is not None and self._unseen is None:
             self._unseen, self._waited = WholeParameters(idle=self._compiled), 0
 
-    def arrange(self, layout: Layout, gradients: Sequence[Tensor | None], graph: Tensor | None) -> Layout:
+    def arrange(self, layout: Layout, pattern: tuple[bool, ...], graph: Tensor | None) -> Layout:
         """The layout in the order that an autograd graph shows, when tensors have gradients that had none before.
 
         In a distributed program every rank has to call it, with a graph or all without one.
+
+        Args:
+            layout: The order that is known.
+            pattern: Which tensors have a gradient.
+            graph: Tensor whose autograd graph shows the order, or None.
         """
         self._used = self._usage.close() if self._used is None else self._used
-        pattern = pattern_of(gradients)
         known = pattern in self._patterns or len(self._patterns) >= MAX_WALKS
         if known or graph is None or graph.grad_fn is None or not self._knows_whole_parameters():
             return layout

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradguard.doctor.anatomy import Anatomy
 from lightning_gradguard.naming import are_same, as_pairs, members, select
 from lightning_gradguard.schedule import Schedule
-from lightning_gradguard.signals.layout import LOW_PRECISION, Layout
+from lightning_gradguard.signals.layout import LOW_PRECISION, Layout, pattern_of
 from lightning_gradguard.signals.norms import weight_norms
 from lightning_gradguard.signals.readout import read, whole_sample
 from lightning_gradguard.signals.samples import SAMPLES, median_update, update_ratios
@@ -99,7 +99,8 @@ class Watch:
             scaled: Whether a gradient scaler is in use.
         """
         gradients = gradients_of(self.layout)
-        self.layout = self._walk.arrange(self.layout, gradients, graph)
+        pattern = pattern_of(gradients)
+        self.layout = self._walk.arrange(self.layout, pattern, graph)
         asked, tilt = self._walk.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
@@ -111,6 +112,7 @@ class Watch:
             self._ratio = median_update(self.updates, self.layout)
         if due.fresh:
             self.weights, self._before = _due(found.weights), _due(found.sample)
+            self._sizes = torch.maximum(self.weights, self.layout.floors)
             self._dead, self._lost = _due(found.dead), _due(found.lost)
             self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
@@ -118,11 +120,12 @@ class Watch:
             self.layout,
             gradients,
             found.norms,
-            self.weights,
+            self._sizes,
             self.updates,
             found.loss,
             **self._walk.marks._asdict(),
             **known,
+            pattern=pattern,
             dead=self._dead,
             lost=self._lost,
             update_ratio=self._ratio,
@@ -199,6 +202,7 @@ class Watch:
         self._peak_rate = state["peak_rate"]
         for name, attribute in _TENSORS.items():
             setattr(self, attribute, state[name].to(device))
+        self._sizes = torch.maximum(self.weights, self.layout.floors)
         self._ratio = median_update(self.updates, self.layout)
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
@@ -209,6 +213,7 @@ class Watch:
             self.layout.shards.check_agreement(self.layout.names)
         self._walk.start(self.layout)
         self.weights = self.initial_weights = weight_norms(self.layout)
+        self._sizes = torch.maximum(self.weights, self.layout.floors)
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
         self._ratio = self.layout.constant(torch.nan)

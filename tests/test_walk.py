@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.layout import Layout, pattern_of
 from lightning_gradguard.walk import Walk
 
 
@@ -31,7 +31,7 @@ def started(net):
 
 
 def arrange(walk, layout, loss):
-    return walk.arrange(layout, [p.grad for p in layout.parameters], loss)
+    return walk.arrange(layout, pattern_of([p.grad for p in layout.parameters]), loss)
 
 
 def test_order_tables_and_paths_are_those_of_the_graph():

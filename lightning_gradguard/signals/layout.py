@@ -35,7 +35,7 @@ class Layout:
             dimensions or more, embeddings and empty ones left out.
         layer_indices: The same indices, for the host.
         alike: The same, those of one shape, dtype and device together.
-        pairs: Indices [2, K] into ``layers``, upper one first: all pairs, or 4,096 of them.
+        pairs: int32 [2, K], indices into ``layers``, upper one first: all pairs, or 4,096 of them.
         numel: float32 [P], number of elements.
         is_layer: Bool [P], the same as a mask.
         zeros: float32 [P], zeros; not to be written to.
@@ -106,7 +106,7 @@ class Layout:
             layers=torch.tensor(layers, dtype=torch.long, device=device),
             layer_indices=carrying,
             alike=_alike(layers, tensors),
-            pairs=_pairs(len(layers)).to(device),
+            pairs=_pairs(len(layers)).to(device, torch.int32),
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
             is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
             floors=torch.tensor(floors, device=device, dtype=torch.float32),
@@ -131,9 +131,8 @@ class Layout:
             self._indices[chosen] = torch.tensor(chosen, dtype=torch.long, device=self.numel.device)
         return self._indices[chosen]
 
-    def presence(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Bool [P], where there is a gradient."""
-        pattern = pattern_of(gradients)
+    def presence(self, pattern: tuple[bool, ...]) -> Tensor:
+        """Bool [P], where there is a gradient, from `pattern_of`."""
         return self.everywhere if all(pattern) else self.flags(pattern)
 
     def flags(self, pattern: tuple[bool, ...]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ def advance(
 ) -> tuple[Outcome, States]:
     """Judges one step, ``passed`` quiet ones after the last; the new states are valid only if ``stats.finite``."""
     trend, trend_state = trends.update(stats, states[0])
-    stats = replace(stats, trends=trend, passed=passed)
+    stats = stats.but(trends=trend, passed=passed)
     readings: list[Reading | None] = []
     new = [trend_state]
     for detector, state in zip(detectors, states[1:], strict=False):

@@ -43,7 +43,7 @@ def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
         return layout.constant(torch.nan)
     values, counts = profile[layout.layers], live[layout.layers]
     depth = torch.cumsum(counts, 0) - 1
-    first, second = layout.pairs
+    first, second = layout.pairs.long()
     rise = values[second] - values[first]
     slopes = torch.where(counts[first] & counts[second], rise / (depth[second] - depth[first]), torch.nan)
     total = counts.sum()

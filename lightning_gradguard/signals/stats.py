@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.layout import Layout, pattern_of
 from lightning_gradguard.signals.norms import norms_of
 from lightning_gradguard.signals.norms import weight_norms as weight_norms
 from lightning_gradguard.signals.shards import align_gradients
@@ -28,6 +28,7 @@ class GradStats:
     Attributes:
         layout: The static facts.
         gradients: The P gradients, None where there is none.
+        pattern: P times, for the host: whether there is a gradient.
         norms: float32 [P], L2 norm of each gradient; 0 where there is none.
         present: Bool [P], whether there is a gradient.
         weights: float32 [P], L2 norm of each parameter at its last refresh, at least ``layout.floors``.
@@ -56,6 +57,7 @@ class GradStats:
 
     layout: Layout
     gradients: tuple[Tensor | None, ...]
+    pattern: tuple[bool, ...]
     norms: Tensor
     present: Tensor
     weights: Tensor
@@ -84,6 +86,12 @@ class GradStats:
         """Size of each gradient in relation to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
         return self.norms.log10() - self.weights.log10()
 
+    def but(self, **changes: Any) -> GradStats:
+        """A copy with other values for some fields, made at once and not field by field."""
+        copy = object.__new__(GradStats)
+        vars(copy).update(vars(self), **changes)
+        return copy
+
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
     """Measures the gradients that lie on the parameters now, with one read of each.
@@ -97,6 +105,7 @@ def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | Non
         loss: Scalar loss of this step, or None.
     """
     gradients = gradients_of(layout)
+    weights = torch.maximum(weights, layout.floors)
     return stats_of(layout, gradients, norms_of(gradients, layout), weights, updates, loss)
 
 
@@ -115,27 +124,30 @@ def stats_of(
         layout: The watched tensors.
         gradients: The P gradients.
         norms: Their norms.
-        weights: Norms of the weights.
+        weights: Norms of the weights, at least ``layout.floors``.
         updates: Applied update ratios.
         loss: Scalar loss of this step, or None.
         **known: Other fields of `GradStats`; what is left out counts as not seen.
     """
-    total = torch.linalg.vector_norm(norms)
-    # Its square must be finite too, or an optimizer's second moment is not; false for NaN.
-    finite = total < _LARGEST
-    unknown, zeros, nowhere = layout.constant(torch.nan), layout.zeros, layout.nowhere
-    value = unknown
+    total, number = torch.linalg.vector_norm(norms), layout.constant
+    unknown, zeros, nowhere = number(torch.nan), layout.zeros, layout.nowhere
+    value, sum_of_both = unknown, total
     if loss is not None:
         value = loss.detach().to(total.device, torch.float32).reshape(())
-        finite = finite & (value.abs() < torch.inf)
+        # Zero times what is not finite is NaN.
+        sum_of_both = torch.addcmul(total, value, number(0.0))
+    # The square of the norm must be finite too, or an optimizer's second moment is not; false for NaN.
+    finite = sum_of_both < number(_LARGEST)
+    pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     return GradStats(
         layout=layout,
         gradients=gradients,
+        pattern=pattern,
         norms=norms,
-        present=layout.presence(gradients),
-        weights=torch.maximum(weights, layout.floors),
+        present=layout.presence(pattern),
+        weights=weights,
         updates=updates,
         total=total,
         loss=value,

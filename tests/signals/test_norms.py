@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_gradguard.signals.layout import Layout
+from lightning_gradguard.signals.layout import Layout, pattern_of
 from lightning_gradguard.signals.norms import (
     local_norms,
     norms_of,
@@ -188,7 +188,7 @@ def test_what_is_remembered_stays_small_when_parts_come_and_go(dtype):
         assert_norms(norms_of(tensors, layout), tensors)
         assert len(layout.batches) <= 16
         assert len(layout._indices) <= 16
-        layout.presence(tensors)
+        layout.presence(pattern_of(tensors))
         assert len(layout._flags) <= 64
 
 
