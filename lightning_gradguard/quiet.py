@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_gradguard import mailbox
 from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper
+from lightning_gradguard.signals.ordinary import WINDOW, Bounds
 from lightning_gradguard.signals.reading import Detector
-from lightning_gradguard.signals.spike_bounds import WINDOW, Bounds
 from lightning_gradguard.signals.stats import GradStats
 from lightning_gradguard.verdicts.faults import Report
 from lightning_gradguard.verdicts.judge import Judge
@@ -51,15 +51,6 @@ class Row:
         self._layout, self._pattern, self._guard = stats.layout, stats.pattern, guard
         whole = stats.present is stats.layout.everywhere
         self.array = norms if whole else np.where(stats.pattern, norms, np.float32(np.nan))
-
-    def learn(self, guard: Guard) -> Tensor:
-        """Lets what is usual learn from it, once; the clipper's threshold, float32 []."""
-        if self.stats is not None:
-            assert guard._states is not None
-            self.limit, guard._states = pipeline.pass_over(self.stats, guard._states, guard.clipper)
-            self.stats = None
-        assert self.limit is not None
-        return self.limit
 
     def threshold(self) -> float | None:
         """Largest global norm that the clipper would have allowed; None without one."""
@@ -145,7 +136,14 @@ class Quiet:
 
     def learn(self, guard: Guard) -> list[Tensor]:
         """Lets what is usual learn from the steps that wait; the clipper's thresholds in them, float32 [] each."""
-        return [row.learn(guard) for row, _ in self.waiting]
+        new = [row for row, _ in self.waiting if row.stats is not None]
+        if new:
+            assert guard._states is not None
+            rows = [row.stats for row in new if row.stats is not None]
+            limits, guard._states = pipeline.pass_over(rows, guard._states, guard.clipper)
+            for row, limit in zip(new, limits, strict=True):
+                row.stats, row.limit = None, limit
+        return [row.limit for row, _ in self.waiting if row.limit is not None]
 
     def let_go(self, guard: Guard, thresholds: Sequence[float]) -> None:
         """Completes the steps that waited, when their thresholds have been read."""

@@ -114,7 +114,7 @@ STREAMS = {
     "loud": lambda: noise(0.8),
     "nearly constant": lambda: noise(0.001),
     **{f"all x{s:g}": lambda s=s: spikes(s, slice(None)) for s in (1.5, 2.5, 10, 1e4, 0.4, 1e-3)},
-    **{f"one x{s:g}": lambda s=s: spikes(s, 5) for s in (1.5, 2.5, 1e4, 1e-3)},
+    **{f"one x{s:g}": lambda s=s: spikes(s, 5) for s in (1.5, 2.5, 1e3, 1e4, 1e-3)},
     **{f"small one x{s:g}": lambda s=s: spikes(s, 0) for s in (2.5, 1e4)},
     "drift up": lambda: drift(0.01),
     "drift down": lambda: drift(-0.03),
@@ -174,3 +174,152 @@ def test_so_it_does_with_any_spike_clip(stream, clipper):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_so_it_does_with_any_loss(loss, clipper):
     go(noise(), LOSSES[loss], clipper=CLIPPERS[clipper])
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20),
+    sigma=st.floats(0.005, 0.6),
+    often=st.floats(0, 0.1),
+    loss=st.sampled_from(sorted(LOSSES)),
+    clipper=st.sampled_from(sorted(CLIPPERS)),
+)
+def test_so_it_does_whatever_comes(seed, sigma, often, loss, clipper):
+    rng, rows = np.random.default_rng(seed), noise(sigma, 100, seed).astype(object)
+    for step in np.flatnonzero(rng.random(100) < often):
+        tensors = slice(None) if rng.random() < 0.5 else rng.integers(TENSORS)
+        odds = [None, 0.0, math.nan] if clipper != "none" else [None, math.nan]
+        rows[step : step + rng.integers(1, 12), tensors] *= rng.choice([0.6, 1.5, 3, 10, 1e3, 1e-3])
+        if rng.random() < 0.3:
+            rows[step, tensors] = rng.choice(odds)
+    go(rows, LOSSES[loss], clipper=CLIPPERS[clipper])
+
+
+def test_of_the_quiet_steps_seven_in_eight_are_passed_over():
+    """From the first steps on of which each is a closer look, or at which a level is not sure."""
+    for name, first in (("none", 33), ("default", 33), ("exclude", 33), ("quick", 33), ("slow", 57)):
+        passed = go(noise(), clipper=CLIPPERS[name]).passed
+        assert set(range(first, STEPS)) - set(passed) == set(range(first, STEPS, 8)), name
+    assert len(go(STREAMS["one x1000"](), clipper=SpikeClip()).passed) > 60
+    assert len(go(STREAMS["drift down"](), clipper=SpikeClip()).passed) > 60
+
+
+class Wordy:
+    """A detector that has to be asked at each step."""
+
+    fault, measures = Fault.STALLED, ("nothing",)
+
+    def __init__(self):
+        self.asked = 0
+
+    def init(self, stats):
+        return Nothing()
+
+    def update(self, stats, state):
+        self.asked += 1
+        return reading(stats, stats.loss < 0, stats.total, 0.0), state
+
+
+class Mute(Wordy):
+    """One that says it need not be."""
+
+    quiet = True
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"detectors": (*default_detectors(), Wordy())},
+        {"detectors": (Spike(ratio=2.0),)},
+        {"clipper": NormClip(1e6)},
+        {"policy": Policy(respond={"vanishing": "skip"})},
+        {"lag": 1},
+    ],
+    ids=["detector", "ratio", "clipper", "policy", "lag"],
+)
+def test_no_step_is_passed_over_where_each_has_to_be_judged(options):
+    assert go(noise(), **options).passed == []
+
+
+def test_nor_is_one_with_a_gradient_scaler():
+    twins, scaler = Twins(), torch.amp.GradScaler("cpu")
+    for row in noise():
+        twins.step(row, 1.0, scaler=scaler)
+    twins.agree()
+    assert twins.passed == []
+
+
+def test_a_detector_that_says_so_is_asked_less():
+    mute = Mute()
+    twins = go(noise(), detectors=(mute,))
+    assert len(twins.passed) > 60
+    assert mute.asked == 2 * STEPS - len(twins.passed)
+
+
+@pytest.mark.parametrize("stream", ["nan", "all x10", "one x10000", "none", "zeros"])
+def test_what_stands_out_is_judged(stream):
+    """Whatever is skipped, clipped or found; where another tensor has a gradient; and at the looks after it."""
+    twins, rows = Twins(clipper=SpikeClip()), STREAMS[stream]()
+    for step, row in enumerate(rows):
+        schedule, before = twins.guards[1].watch.schedule, len(twins.passed)
+        twins.step(row, 1.0)
+        was_passed, said = len(twins.passed) > before, twins.reports[1][-1]
+        looked_at = schedule.closest == schedule.good - 1 and not said.skip
+        if looked_at or said.skip or said.scale < 1 or said.findings:
+            assert not was_passed, step
+        if step not in (0, 76) and [x is None for x in row] != [x is None for x in rows[step - 1]]:
+            assert not was_passed, step
+    assert len(twins.passed) > 20
+
+
+def test_hot_steps_are_forgotten_in_quiet_ones_also_before_a_step_that_is_not_taken():
+    """`Exploding` counts down at each step, passed over or not."""
+    rows = noise()
+    rows[42:46] *= 1e4
+    rows[48] = math.nan
+    twins = Twins()
+    for step, row in enumerate(rows[:52]):
+        twins.step(row, falling(step))
+        if step == 47:
+            assert twins.passed[-1] == 47
+    twins.agree()
+
+
+class Grave(Wordy):
+    """A slow detector of a condition that lasts, and that is grave from a step on."""
+
+    fault, slow = Fault.VANISHING, True
+
+    def update(self, stats, state):
+        grave = torch.where(stats.trends.steps > 60, 2.0, 1.0)
+        return reading(stats, stats.total > 0, stats.total, 0.0, ceiling=grave), state
+
+
+def test_for_how_long_a_condition_is_held_counts_quiet_steps():
+    assert len(go(noise(), detectors=(Grave(),), policy=Policy(patience=50)).guards[0].findings) == 2
+
+
+@pytest.mark.parametrize("clipper", ["none", "default"])
+def test_the_host_reads_once_at_a_quiet_step_and_once_at_a_look(clipper, monkeypatch):
+    import lightning_gradguard.mailbox as module
+
+    reads, plainly = [], module.read_array
+    monkeypatch.setattr(module, "read_array", lambda vector: reads.append(len(vector)) or plainly(vector))
+    letters, exchange = [], Mailbox.exchange
+    monkeypatch.setattr(Mailbox, "exchange", lambda *args: letters.append(0) or exchange(*args))
+    twins, counts = Twins(clipper=CLIPPERS[clipper]), []
+    guard = twins.guards[0]
+    twins.weights, twins.guards = twins.weights[:1], twins.guards[:1]
+    twins.reports = twins.reports[:1]
+    for step, row in enumerate(STREAMS["all x10"]()):
+        waiting, before = len(guard.quiet.waiting), len(twins.passed)
+        reads.clear(), letters.clear()
+        twins.step(row, falling(step))
+        quiet = len(twins.passed) > before
+        assert len(letters) == (not quiet)
+        counts.append((waiting, quiet, len(reads)))
+        assert len(guard.quiet.waiting) == (waiting + 1 if quiet else 0)
+    assert {reads for _, quiet, reads in counts if quiet} == {1}
+    assert {reads for waiting, quiet, reads in counts if waiting == 7} == {1}
+    # What stands out has been glanced at before.
+    assert max(reads for *_, reads in counts) == 2

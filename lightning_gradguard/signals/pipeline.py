@@ -51,17 +51,24 @@ def advance(
     return Outcome(stats, tuple(readings), clip), tuple(new)
 
 
-def pass_over(stats: GradStats, states: States, clipper: Clipper | None) -> tuple[Tensor, States]:
-    """A quiet step: what is usual learns from it, and no detector is asked.
+def pass_over(rows: Sequence[GradStats], states: States, clipper: Any) -> tuple[Sequence[Tensor], States]:
+    """Quiet steps, at least one: what is usual learns from them, and no detector is asked.
+
+    Args:
+        rows: The k steps, oldest first.
+        states: The states before them.
+        clipper: One that has ``bounds``, or None.
 
     Returns:
-        The clipper's threshold, float32 [], NaN without one; and the states after the step.
+        The clipper's threshold in each, k times float32 [], NaN without one; and the states after the steps.
     """
-    _, trend = trends.update(stats, states[0])
+    trend = states[0]
+    for stats in rows:
+        _, trend = trends.update(stats, trend)
     if clipper is None:
-        return stats.layout.constant(torch.nan), (trend, *states[1:])
-    clip, after = clipper.update(stats, states[-1])
-    return clip.threshold, (trend, *states[1:-1], after)
+        return [rows[0].layout.constant(torch.nan)] * len(rows), (trend, *states[1:])
+    thresholds, after = clipper.learn(rows, states[-1])
+    return thresholds.unbind(), (trend, *states[1:-1], after)
 
 
 def choose_states(good: Tensor, new: States, old: States) -> States:

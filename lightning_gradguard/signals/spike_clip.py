@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,41 +20,17 @@ from lightning_gradguard.signals.clipping import (
     included_tensors,
     tensor_clip,
 )
-from lightning_gradguard.signals.spike_bounds import Bounds, Learnt, bounds_of
+from lightning_gradguard.signals.ordinary import (
+    PRIOR_SIGMA,
+    Bounds,
+    SpikeClipState,
+    bounds_of,
+    learn,
+    shorten,
+    sigma_of,
+    spread_gain,
+)
 from lightning_gradguard.signals.stats import GradStats
-
-#: Sigma of log‖g‖ before there is evidence, and how many steps of evidence it counts for: a factor of 7 in all
-#: tensors is a spike at step 1 then, while the first steps of healthy trainings pass.
-PRIOR_SIGMA, PRIOR_STEPS = 0.4, 10
-
-#: Smallest sigma of log‖g‖, so that a full-batch training may wiggle: less than a factor of 2.1 in all is no spike.
-SIGMA_FLOOR = 0.15
-
-#: Weight of the past in the variances, a memory of 33 steps: the spread changes more slowly than the level.
-SPREAD_DECAY = 0.97
-
-#: Sigmas to which an outlier's distance, and any change, is shortened before the averages learn it.
-INFLUENCE = 2.5
-
-
-class SpikeClipState(NamedTuple):
-    """What is ordinary, float32: [P], but ``joint_var`` [].
-
-    Attributes:
-        seen: Ordinary steps that a tensor's level rests on; 0 before its first gradient.
-        mean: Moving average of log‖g‖, the level.
-        var: Moving variance of log‖g‖, half the mean square of its change from one ordinary step to the next.
-        streak: Outliers since the last ordinary step.
-        last: log‖g‖ of the last ordinary step.
-        joint_var: Moving variance of the mean of log‖g‖ over the tensors, likewise.
-    """
-
-    seen: Tensor
-    mean: Tensor
-    var: Tensor
-    streak: Tensor
-    last: Tensor
-    joint_var: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,11 +100,8 @@ class SpikeClip:
         # A norm that does not count, or has no past, is taken for the typical one.
         x = torch.where(counts, stats.norms.log(), state.mean)
         distance = (x - state.mean) * known
-        floor, among = number(SIGMA_FLOOR), torch.maximum(known.sum(), number(1.0))
-        sigma, joint_sigma = (
-            torch.maximum(state.var.sqrt(), floor),
-            torch.maximum(state.joint_var.sqrt(), floor),
-        )
+        among = torch.maximum(known.sum(), number(1.0))
+        sigma, joint_sigma = sigma_of(stats, state.var), sigma_of(stats, state.joint_var)
         reach, joint_reach = number(self.z_threshold) * sigma, number(self.joint_threshold) * joint_sigma
         # No single tensor can make a spike of all.
         joint = torch.clamp(distance, -reach, reach).sum() / among
@@ -156,14 +129,18 @@ class SpikeClip:
             stats: The newest step.
             state: The state after it.
         """
-        reach, floor = state.var.sqrt(), stats.layout.constant(SIGMA_FLOOR)
-        return bounds_of(
-            stats,
-            included_tensors(stats, self.exclude),
-            Learnt(state.seen, state.mean, torch.maximum(reach, floor) * self.z_threshold),
-            torch.maximum(state.joint_var.sqrt(), floor) * self.joint_threshold,
-            self.decay,
-        )
+        both = self.z_threshold, self.joint_threshold
+        return bounds_of(stats, state, included_tensors(stats, self.exclude), both, self.decay)
+
+    def learn(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
+        """The threshold in each of some steps that lay within `bounds`, float32 [k], and the state after them.
+
+        Args:
+            rows: The k steps, oldest first.
+            state: The state before them.
+        """
+        included = included_tensors(rows[0], self.exclude)
+        return learn(rows, state, included, self.z_threshold, self.decay)
 
     def _learn(
         self,
@@ -178,7 +155,7 @@ class SpikeClip:
         counts: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The tensors' part of the state after this step; a ``fresh`` level starts from it alone."""
-        learnt = torch.where(usual, distance, _shorten(number, distance, sigma))
+        learnt = torch.where(usual, distance, shorten(number, distance, sigma))
         gain = torch.maximum((state.seen + number(1.0)).reciprocal(), number(1 - self.decay))
         var = _spread(number, state.var, change, sigma, state.seen, usual)
         ordinary = fresh | usual
@@ -191,11 +168,6 @@ class SpikeClip:
         )
 
 
-def _shorten(number: Callable[[float], Tensor], distance: Tensor, sigma: Tensor) -> Tensor:
-    reach = number(INFLUENCE) * sigma
-    return torch.clamp(distance, -reach, reach)
-
-
 def _spread(
     number: Callable[[float], Tensor],
     var: Tensor,
@@ -205,7 +177,5 @@ def _spread(
     counts: Tensor,
 ) -> Tensor:
     """The variance after one more change between two steps, whose own sigma is larger by the root of two."""
-    square = _shorten(number, change * number(math.sqrt(0.5)), sigma).square()
-    # A prior worth so many steps comes first.
-    gain = torch.maximum((seen + number(PRIOR_STEPS)).reciprocal(), number(1 - SPREAD_DECAY))
-    return var.lerp(square, gain * counts)
+    square = shorten(number, change * number(math.sqrt(0.5)), sigma).square()
+    return var.lerp(square, spread_gain(number, seen) * counts)
