@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 _LOW, _HIGH = 0.5, 2.0
 #: Rise of the loss above its start, as a part of it, from which each step is judged.
 _RISE = 0.4
+
+#: Numbers behind the norms in what the host reads of a step that may be quiet.
+_TAIL = 4
 
 _SAVED = ("passed", "_usual", "_ceiling", "_is_open")
 
@@ -122,14 +126,15 @@ class Quiet:
             return None
         letter = self._glance(stats)
         numbers = mailbox.read_array(letter)
-        norms, (total, loss, calm) = numbers[:-3], numbers[-3:].tolist()
-        if not (calm and _LOW * self._usual <= total <= _HIGH * self._usual):
+        norms, (total, loss, outside, joint) = numbers[:-_TAIL], numbers[-_TAIL:].tolist()
+        # A NaN is in no relation to anything.
+        if not (_LOW * self._usual <= total <= _HIGH * self._usual and outside == 0 and abs(joint) <= 1):
             return None
-        if stats.has_loss and not loss <= self._ceiling:
+        if stats.has_loss and not -math.inf < loss <= self._ceiling:
             return None
         self.passed += 1
         # On a CPU that is one copy of the norms, for both sides.
-        row = Row(stats.but(gradients=(), norms=letter[:-3]), norms, guard)
+        row = Row(stats.but(gradients=(), norms=letter[:-_TAIL]), norms, guard)
         report = Report.of_quiet_step(step, loss if stats.has_loss else None, total, row)
         self.waiting.append((row, report))
         return report
@@ -168,8 +173,6 @@ class Quiet:
         self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
 
     def _glance(self, stats: GradStats) -> Tensor:
-        """What the host has to know of a step that may be quiet, float32 [P + 3]."""
-        calm = stats.finite
-        if self._bounds is not None:
-            calm = calm & self._bounds.hold(stats)
-        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, calm.to(torch.float32)])])
+        """What the host has to know of a step that may be quiet, float32 [P + 4]."""
+        calm = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
+        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *calm])])

@@ -112,7 +112,7 @@ class Watch:
             self._ratio = median_update(self.updates, self.layout)
         if due.fresh:
             self.weights, self._before = _due(found.weights), _due(found.sample)
-            self._sizes = torch.maximum(self.weights, self.layout.floors)
+            self._set_sizes()
             self._dead, self._lost = _due(found.dead), _due(found.lost)
             self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
@@ -126,6 +126,7 @@ class Watch:
             **self._walk.marks._asdict(),
             **known,
             pattern=pattern,
+            log_weights=self._log_sizes,
             dead=self._dead,
             lost=self._lost,
             update_ratio=self._ratio,
@@ -202,7 +203,7 @@ class Watch:
         self._peak_rate = state["peak_rate"]
         for name, attribute in _TENSORS.items():
             setattr(self, attribute, state[name].to(device))
-        self._sizes = torch.maximum(self.weights, self.layout.floors)
+        self._set_sizes()
         self._ratio = median_update(self.updates, self.layout)
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
@@ -213,13 +214,17 @@ class Watch:
             self.layout.shards.check_agreement(self.layout.names)
         self._walk.start(self.layout)
         self.weights = self.initial_weights = weight_norms(self.layout)
-        self._sizes = torch.maximum(self.weights, self.layout.floors)
+        self._set_sizes()
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
         self._ratio = self.layout.constant(torch.nan)
         self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._moved = self.weights < 0
+
+    def _set_sizes(self) -> None:
+        self._sizes = torch.maximum(self.weights, self.layout.floors)
+        self._log_sizes = self._sizes.log()
 
     def _is_resting(self) -> bool:
         """Whether the learning rate is far below its peak. One that lies on the device is not asked."""

@@ -192,7 +192,7 @@ def through(runs, door, steps=(*FIRST, *SETTLING), odd=lambda step: {}):
 
 def letters_of(letters, run):
     """How many letters a step took: a glance that shows that a step stands out does not count."""
-    glance = len(run.guard.watch.layout.names) + 3
+    glance = len(run.guard.watch.layout.names) + 4
     return len(letters) - (len(letters) == 2 and letters[0].numel() == glance)
 
 

@@ -44,10 +44,14 @@ _KNOWN = {
 
 
 def fields(files):
-    """Names of fields that are tensors wherever they are annotated, of classes and of their instances."""
+    """Names of fields and properties that are tensors wherever they are annotated, of classes and of instances."""
     kinds = {}
     for file in files:
         for line in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            if isinstance(line, ast.FunctionDef) and any(
+                "property" in ast.unparse(d) for d in line.decorator_list
+            ):
+                kinds.setdefault(line.name, set()).add(ast.unparse(line.returns))
             if isinstance(line, ast.AnnAssign):
                 name = getattr(line.target, "id", getattr(line.target, "attr", ""))
                 kinds.setdefault(name, set()).add(ast.unparse(line.annotation))

@@ -31,9 +31,7 @@ class Twins:
     """
 
     def __init__(self, **kwargs):
-        self.weights = [
-            {f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS)} for _ in range(2)
-        ]
+        self.weights = [{f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS)} for _ in range(2)]
         self.guards = [Guard(weights.items(), **kwargs) for weights in self.weights]
         self.guards[1].quiet._is_able = False
         self.passed, self.reports = [], ([], [])
@@ -204,6 +202,13 @@ def test_of_the_quiet_steps_seven_in_eight_are_passed_over():
     assert len(go(STREAMS["drift down"](), clipper=SpikeClip()).passed) > 60
 
 
+def test_a_loss_far_above_its_start_is_judged():
+    """At 1.5 times its start the mean would be an alarm, and each step a closer look."""
+    for factor, expected in ((1.3, 11), (1.45, 0), (-1.0, 11)):
+        passed = go(noise(), lambda step, factor=factor: factor if 50 <= step < 62 else 1.0).passed
+        assert sum(50 <= step < 62 for step in passed) == expected, factor
+
+
 class Wordy:
     """A detector that has to be asked at each step."""
 
@@ -257,9 +262,10 @@ def test_a_detector_that_says_so_is_asked_less():
 
 
 @pytest.mark.parametrize("stream", ["nan", "all x10", "one x10000", "none", "zeros"])
-def test_what_stands_out_is_judged(stream):
+@pytest.mark.parametrize("clipper", ["none", "default"])
+def test_what_stands_out_is_judged(stream, clipper):
     """Whatever is skipped, clipped or found; where another tensor has a gradient; and at the looks after it."""
-    twins, rows = Twins(clipper=SpikeClip()), STREAMS[stream]()
+    twins, rows = Twins(clipper=CLIPPERS[clipper]), STREAMS[stream]()
     for step, row in enumerate(rows):
         schedule, before = twins.guards[1].watch.schedule, len(twins.passed)
         twins.step(row, 1.0)

@@ -44,7 +44,8 @@ class Losses:
         if scaler is not None and scaler._scale is not None:
             plain = plain / scaler._scale.to(plain.device)
         if module.automatic_optimization:
-            self._losses.append(plain * trainer.accumulate_grad_batches)
+            parts = trainer.accumulate_grad_batches
+            self._losses.append(plain if parts == 1 else plain * parts)
         else:
             # By hand, one backward need not belong to the same optimizer as the next.
             self._losses = [plain]
@@ -52,7 +53,7 @@ class Losses:
     def take(self) -> Tensor | None:
         """Mean over the micro-batches since the last step; where there are none, that of this batch's last step."""
         if self._losses:
-            self._last = torch.stack(self._losses).mean()
+            self._last = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
         self._losses = []
         return self._last
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gradguard.signals.stats import GradStats
 
 if TYPE_CHECKING:
-    from lightning_gradguard.signals.trends import TrendState
+    from lightning_gradguard.signals.view import TrendState
 
 _GAIN, _SLOW_GAIN = 0.05, 0.01
 _FIRST = 5

@@ -58,26 +58,27 @@ class Bounds(NamedTuple):
 
     Attributes:
         low, high: [P], of each tensor's norm; 0 for one that has no gradient now, NaN where nothing is certain.
-        weights: [P], share of each tensor in the mean of all.
-        level, reach: [], mean of log‖g‖ of the tensors that count, and how far it may be from there.
+        weights: [P], share of each tensor in the mean of all, over how far that may be from its level.
+        level: [], mean of log‖g‖ of the tensors that count, in the same unit.
     """
 
     low: Tensor
     high: Tensor
     weights: Tensor
     level: Tensor
-    reach: Tensor
 
-    def hold(self, stats: GradStats) -> Tensor:
-        """Whether a step lies within them, bool [].
+    def compare(self, stats: GradStats) -> tuple[Tensor, Tensor]:
+        """How a step lies to them, float32 [] each, NaN where nothing is certain.
 
         Args:
             stats: Of the step.
+
+        Returns:
+            How far a tensor is outside, 0 if none is; and how far all of them are from their level: 1 is at the bound.
         """
-        inside = (torch.clamp(stats.norms, self.low, self.high) == stats.norms).all()
+        outside = torch.linalg.vector_norm(torch.clamp(stats.norms, self.low, self.high) - stats.norms)
         # Where a weight is 0, a norm of 0 does not matter.
-        distance = torch.xlogy(self.weights, stats.norms).sum() - self.level
-        return inside & (distance.abs() <= self.reach)
+        return outside, torch.xlogy(self.weights, stats.norms).sum() - self.level
 
 
 def bounds_of(
@@ -102,7 +103,8 @@ def bounds_of(
     counts = has_gradient & included
     is_known = state.seen >= number(max(_SEEN, 1 / (1 - decay)))
     away = torch.where(is_known, sigma_of(stats, state.var) * alone, number(torch.nan))
-    weights = counts / torch.maximum(counts.sum(), number(1.0))
+    reach = torch.maximum(counts.sum(), number(1.0)) * sigma_of(stats, state.joint_var) * joint
+    weights = counts / reach
     # What is left out may do as it likes, if it goes on having a gradient.
     free = torch.where(has_gradient, number(torch.inf), zeros)
     return Bounds(
@@ -110,7 +112,6 @@ def bounds_of(
         high=torch.where(counts, (state.mean + away).exp(), free),
         weights=weights,
         level=(weights * state.mean).sum(),
-        reach=sigma_of(stats, state.joint_var) * joint,
     )
 
 
@@ -150,7 +151,7 @@ def learn(
     reach = number(z_threshold) * torch.stack(sigmas)[:, :-1]
     limits = torch.where(included, norms * (reach - (x - torch.stack(means))).exp(), norms)
     return torch.linalg.vector_norm(limits, dim=1), SpikeClipState(
-        seen=state.seen + counts * number(float(len(rows))),
+        seen=state.seen + counts * len(rows),
         mean=mean,
         var=var[:-1],
         streak=state.streak * ~counts,

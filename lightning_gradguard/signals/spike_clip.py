@@ -98,7 +98,7 @@ class SpikeClip:
         fresh = state.seen == zeros
         known = counts & ~fresh
         # A norm that does not count, or has no past, is taken for the typical one.
-        x = torch.where(counts, stats.norms.log(), state.mean)
+        x = torch.where(counts, stats.log_norms, state.mean)
         distance = (x - state.mean) * known
         among = torch.maximum(known.sum(), number(1.0))
         sigma, joint_sigma = sigma_of(stats, state.var), sigma_of(stats, state.joint_var)

@@ -16,7 +16,7 @@ from lightning_gradguard.signals.norms import weight_norms as weight_norms
 from lightning_gradguard.signals.shards import align_gradients
 
 if TYPE_CHECKING:
-    from lightning_gradguard.signals.trends import Trends
+    from lightning_gradguard.signals.view import Trends
 
 _LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 
@@ -32,6 +32,7 @@ class GradStats:
         norms: float32 [P], L2 norm of each gradient; 0 where there is none.
         present: Bool [P], whether there is a gradient.
         weights: float32 [P], L2 norm of each parameter at its last refresh, at least ``layout.floors``.
+        log_weights: float32 [P], their natural logarithms.
         updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
         dead: float32 [P], share of output rows with an all-zero gradient at the newest sampled step.
         lost: float32 [P], share of a half-precision gradient lost to its dtype, likewise.
@@ -50,7 +51,6 @@ class GradStats:
             NaN where nobody asked.
         total: float32 [], global norm.
         loss: float32 [], NaN when none was given.
-        finite: Bool [], whether the global norm, and the loss if given, are finite.
         has_loss: Whether a loss was given.
         trends: Running statistics up to this step, which detectors share; set by the guard.
     """
@@ -61,10 +61,10 @@ class GradStats:
     norms: Tensor
     present: Tensor
     weights: Tensor
+    log_weights: Tensor
     updates: Tensor
     total: Tensor
     loss: Tensor
-    finite: Tensor
     has_loss: bool
     dead: Tensor
     lost: Tensor
@@ -82,9 +82,23 @@ class GradStats:
     trends: Trends | None = None
 
     @cached_property
+    def finite(self) -> Tensor:
+        """Whether the global norm, and the loss if given, are finite, bool []."""
+        number = self.layout.constant
+        # Zero times what is not finite is NaN.
+        both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
+        # The square of the norm must be finite too, or an optimizer's second moment is not; false for NaN.
+        return both < number(_LARGEST)
+
+    @cached_property
     def relative(self) -> Tensor:
         """Size of each gradient in relation to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
-        return self.norms.log10() - self.weights.log10()
+        return (self.log_norms - self.log_weights) * self.layout.constant(1 / math.log(10))
+
+    @cached_property
+    def log_norms(self) -> Tensor:
+        """Natural logarithms of the norms, float32 [P]; -inf where one is zero."""
+        return self.norms.log()
 
     def but(self, **changes: Any) -> GradStats:
         """A copy with other values for some fields, made at once and not field by field."""
@@ -131,15 +145,11 @@ def stats_of(
     """
     total, number = torch.linalg.vector_norm(norms), layout.constant
     unknown, zeros, nowhere = number(torch.nan), layout.zeros, layout.nowhere
-    value, sum_of_both = unknown, total
-    if loss is not None:
-        value = loss.detach().to(total.device, torch.float32).reshape(())
-        # Zero times what is not finite is NaN.
-        sum_of_both = torch.addcmul(total, value, number(0.0))
-    # The square of the norm must be finite too, or an optimizer's second moment is not; false for NaN.
-    finite = sum_of_both < number(_LARGEST)
+    value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
+    if "log_weights" not in known:
+        known["log_weights"] = weights.log()
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     return GradStats(
         layout=layout,
@@ -150,8 +160,7 @@ def stats_of(
         weights=weights,
         updates=updates,
         total=total,
-        loss=value,
-        finite=finite,
+        loss=value if value.ndim == 0 else value.reshape(()),
         has_loss=loss is not None,
         **(unseen | known),
     )

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.signals.spike_clip import (
+from lightning_gradguard.signals.ordinary import (
     INFLUENCE,
     PRIOR_SIGMA,
     PRIOR_STEPS,
     SIGMA_FLOOR,
     SPREAD_DECAY,
-    SpikeClip,
 )
+from lightning_gradguard.signals.spike_clip import SpikeClip
 from lightning_gradguard.signals.stats import Layout, measure
 
 few = settings(max_examples=5)
