@@ -66,7 +66,7 @@ def load(guard: Guard, state: dict[str, Any]) -> None:
     before = copy.deepcopy(save(guard))
     try:
         _restore(guard, state)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         _restore(guard, before)
         raise ValueError(
             f"state must be what Guard.state_dict gave, but {type(error).__name__}: {error}"

@@ -167,7 +167,7 @@ class Guard:
             self._said_no_loss = True
             say_what_is_off(self.detectors)
         stats = self.watch.look(loss, graph, scaled=scaler is not None)
-        report = None if scaler is not None else self.quiet.pass_over(self, stats, number)
+        report = None if scaler is not None or self._lag else self.quiet.pass_over(self, stats, number)
         if report is None:
             return judging.judge(self, stats, number, scaler, batch)
         self.report = report

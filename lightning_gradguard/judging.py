@@ -42,10 +42,12 @@ def judge(
     packed = pack(outcome, None if scaler is None else scaler._scale, late)
     answer = guard._mailbox.exchange(packed, posted)
     if guard._lag:
+        guard.quiet.stop()
         return lagging.judge_late(guard, outcome, before, states, answer)
     assert answer is not None
     guard.quiet.let_go(guard, answer[0][len(answer[0]) - len(late) :])
     guard.quiet.stop()
+    guard.quiet.passed = passed  # until a step is taken, detectors have not heard of them
     said = report(guard, *answer)
     assert guard.letter is not None
     if said.skip:

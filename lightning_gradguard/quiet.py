@@ -33,7 +33,7 @@ _RISE = 0.4
 #: Numbers behind the norms in what the host reads of a step that may be quiet.
 _TAIL = 4
 
-_SAVED = ("passed", "_usual", "_ceiling", "_is_open")
+_SAVED = ("passed", "_usual", "_ceiling", "_is_open", "_pattern", "_names", "_live")
 
 
 class Row:
@@ -42,7 +42,7 @@ class Row:
     Args:
         stats: Of the step, without its gradients; forgotten when what is usual has learnt from it.
         norms: float32 [P], for the host.
-        guard: Which has to learn from it.
+        guard: Which has to learn from it; let go of then.
 
     Attributes:
         array: float32 [P], norms of gradients, NaN where there is none.
@@ -50,17 +50,18 @@ class Row:
     """
 
     def __init__(self, stats: GradStats, norms: NDArray[Any], guard: Guard) -> None:
+        self.guard: Guard | None = guard
         self.stats: GradStats | None = stats
         self.limit: Tensor | None = None
-        self._layout, self._pattern, self._guard = stats.layout, stats.pattern, guard
+        self._layout, self._pattern = stats.layout, stats.pattern
         whole = stats.present is stats.layout.everywhere
         self.array = norms if whole else np.where(stats.pattern, norms, np.float32(np.nan))
 
     def threshold(self) -> float | None:
         """Largest global norm that the clipper would have allowed; None without one."""
-        if self._guard.clipper is None:
+        if self.guard is None or self.guard.clipper is None:
             return None
-        self._guard.catch_up()
+        self.guard.catch_up()
         assert self.limit is not None
         return mailbox.read(self.limit.reshape(1))[0]
 
@@ -97,6 +98,7 @@ class Quiet:
         self._is_open = False
         self._pattern: tuple[bool, ...] = ()
         self._names: tuple[str, ...] = ()
+        self._live: tuple[bool, ...] = ()
         self._bounds: Bounds | None = None
 
     def start(self, letter: Letter, stats: GradStats, state: Any, judge: Judge) -> None:
@@ -116,7 +118,10 @@ class Quiet:
         self._names = stats.layout.ordered_names
         self._usual = letter.usual_norm
         self._ceiling = letter.loss_start + _RISE * abs(letter.loss_start)
-        self._bounds = None if self.clipper is None else self.clipper.bounds(stats, state)
+        if self.clipper is not None:
+            self._bounds = self.clipper.bounds(stats, state)
+        else:
+            self._live = tuple(letter.norms.get(name, 0.0) > 0 for name in stats.layout.names)
 
     def pass_over(self, guard: Guard, stats: GradStats, step: int) -> Report | None:
         """The report of a step that is quiet; None of any other."""
@@ -129,6 +134,8 @@ class Quiet:
         norms, (total, loss, outside, joint) = numbers[:-_TAIL], numbers[-_TAIL:].tolist()
         # A NaN is in no relation to anything.
         if not (_LOW * self._usual <= total <= _HIGH * self._usual and outside == 0 and abs(joint) <= 1):
+            return None
+        if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
             return None
         if stats.has_loss and not -math.inf < loss <= self._ceiling:
             return None
@@ -155,20 +162,22 @@ class Quiet:
         for (row, report), threshold in zip(self.waiting, thresholds, strict=True):
             vars(report)["threshold"] = None if guard.clipper is None else threshold
             guard._history.add(report, row.array)
+            row.guard = None
         self.waiting = []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; steps that wait must have been learnt from."""
         state = {name: getattr(self, name) for name in _SAVED}
         bounds = None if self._bounds is None else {k: v.clone() for k, v in self._bounds._asdict().items()}
-        return {**state, "_pattern": list(self._pattern), "_names": list(self._names), "_bounds": bounds}
+        return {**state, "_bounds": bounds, "clipper": repr(self.clipper)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restores what `state_dict` gave."""
         self.waiting = []
         for name in _SAVED:
             setattr(self, name, state[name])
-        self._pattern, self._names = tuple(state["_pattern"]), tuple(state["_names"])
+        # The parts may be of the same class, and other options.
+        self._is_open &= self._is_able and state["clipper"] == repr(self.clipper)
         bounds = state["_bounds"]
         self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
 

@@ -189,7 +189,8 @@ class Judge:
                 return None
             severity = min(sight.ceiling, Severity.WARNING if self.policy.patience else Severity.CRITICAL)
         else:
-            episode.held += sight.raised
+            # Capped, so that no step changes anything once it is as grave as it may be.
+            episode.held = min(episode.held + sight.raised, self.policy.patience)
             if episode.severity != Severity.WARNING or episode.held < self.policy.patience:
                 return None
             severity = sight.ceiling
@@ -202,7 +203,8 @@ class Judge:
         episode = self.episodes.get(_key(sight))
         if not sight.raised or episode is None:
             return not sight.raised and episode is None
-        return not sight.event and episode.severity >= sight.ceiling
+        lasted = episode.held >= self.policy.patience
+        return not sight.event and lasted and episode.severity >= sight.ceiling
 
     def _count_skip(self, finding: Finding) -> Finding | None:
         """Counts a skipped step; the finding to halt on when there were too many in a row."""
