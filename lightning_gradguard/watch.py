@@ -133,7 +133,7 @@ class Watch:
             low_precision=scaled or self._is_low,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
-            resting=self._is_resting(),
+            resting=due.elapsed > 0 and self._is_resting(),
         )
         self._moved: Tensor = stats.present
         return stats

@@ -1,4 +1,4 @@
-"""Nothing is read on the host but one letter a step, two where a step stands out: seen by spies, on tensors without values, and in the source.
+"""Nothing is read on the host but one letter a step, two where it stands out: seen by spies, and in the source.
 
 A read of a tensor without values raises, so that a step which goes through on such tensors has read nothing. A guard
 over them is told at the door what a twin over real tensors has read there, and so goes the same ways.
@@ -97,7 +97,7 @@ def _flat(args):
 
 
 class Door:
-    """Stands in for `mailbox.read_array`: counts letters, and answers for tensors without values what the twin has read."""
+    """Stands in for `mailbox.read_array`: counts letters, and answers for tensors without values what the twin read."""
 
     def __init__(self, monkeypatch):
         self.read, self.letters, self.answers = mailbox.read_array, [], []

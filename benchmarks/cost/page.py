@@ -9,8 +9,8 @@ import torch
 from benchmarks.cost import arms, peers, trainer_arms
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import SMALL, Results
+from benchmarks.cost.turns import TURN
 from lightning_gradguard.cost import BARE, CLIP, CYCLE, WARM_UP, Spread
-from lightning_gradguard.schedule import REFRESH, SETTLED
 
 INTRODUCTION = """# What a guard costs
 
@@ -29,14 +29,19 @@ means over such a cycle, of the median of each of its steps, so that the costly 
 them. Peers are called as their pages say, as far as their part of a step can be called by itself; on 4,000 tensors they
 are left out."""
 
-TRAININGS = """## A training
+TURNS = """## A training
 
-`Trainer.fit` of a small transformer, arms in rotation, from the start of a batch to the start of the next: the mean
-over {steps} steps after the first {warm_up}, of each step's median over the rounds. In these steps the loss is logged
-to TensorBoard {logged} times, and histograms are written once by all that draw some. Ours is
-`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults; the guard looks closer once in {often}
-steps here, as it does until step {settled}, and once in {cycle} later. Its picture is drawn twice in these steps, on a
-thread, and ever more rarely later; the median step is without that. `SkipStepAdamW` begins to judge after 64 steps."""
+One `Trainer.fit` of a small transformer, in which three arms take turns of {turn} steps: callbacks and clipping are
+put in and taken out, so that all find the same machine, weights and memory. From the start of a batch to the start of
+the next, after {warm_up} steps with ours: the median over rounds of one turn each. Ours is
+`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults, with histograms, scalars and pictures
+going to TensorBoard; its cost is the same from step to step, and so a smaller part of a longer one."""
+
+TRAININGS = """## Whole trainings, with others
+
+Every arm by itself, in rotation: the mean over {steps} steps after the first {warm_up}, of each step's median over
+the rounds. In these steps the loss is logged to TensorBoard {logged} times, and histograms are written once by all
+that draw some. Trainings that are minutes apart do not find the same machine, so that a few percent mean nothing."""
 
 GROWTH = """## Growth
 
@@ -64,7 +69,9 @@ def report(found: Results, clock: str, picture: str) -> str:
         STEPS.format(cycle=CYCLE, settled=WARM_UP),
         _steps(found),
         _said_of_steps(found),
-        TRAININGS.format(**_length()),
+        TURNS.format(turn=TURN, warm_up=SMALL.warm_up),
+        _turns(found),
+        TRAININGS.format(steps=SMALL.steps, warm_up=SMALL.warm_up, logged=SMALL.steps // 50),
     ]
     for title, rounds in found.trainings.items():
         count = len(next(iter(rounds.seconds.values())))
@@ -105,6 +112,21 @@ def _said_of_steps(found: Results) -> str:
         f"{each[1] / each[0]:.2f} times as much. The guards found {disturbed or 'nothing'} in these steps, and clipped "
         f"{clipped:.0%} of them."
     )
+
+
+def _turns(found: Results) -> str:
+    rows = [
+        [
+            title,
+            f"**{name}**" if name == trainer_arms.OURS else name,
+            f"{1e3 * rounds.step(name).median:.1f}",
+            _spread(rounds.ratio(name, trainer_arms.BARE), digits=3),
+            _spread(rounds.ratio(name, trainer_arms.CLIP), digits=3),
+        ]
+        for title, rounds in found.turns.items()
+        for name in rounds.seconds
+    ]
+    return table(["model", "arm", "ms a step", "over bare", "over `gradient_clip_val`"], rows)
 
 
 def _training(rounds: Rounds) -> str:
@@ -177,11 +199,6 @@ def _memory(found: Results) -> str:
         f"to {max(per):,.0f} bytes a tensor. Python's objects, the history among them, are "
         f"{found.python / 1e6:.2f} MB. By holder:\n\n" + table(["attribute of `Guard`", "kB"], rows)
     )
-
-
-def _length() -> dict[str, int]:
-    often = {"often": REFRESH, "settled": SETTLED, "cycle": CYCLE}
-    return {"steps": SMALL.steps, "warm_up": SMALL.warm_up, "logged": SMALL.steps // 50, **often}
 
 
 def _spread(spread: Spread, digits: int = 2) -> str:

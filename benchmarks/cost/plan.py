@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from benchmarks.cost import arms, memory, trainer_arms
 from benchmarks.cost.measuring import Rounds, interleave
 from benchmarks.cost.models import Transformer, tensors
-from benchmarks.cost.trainer_arms import BARE, CLIP, OURS, Size
+from benchmarks.cost.trainer_arms import Size
+from benchmarks.cost.turns import take_turns
 from lightning_gradguard.cost import CYCLE, Timings
 
 
@@ -27,7 +28,8 @@ class Plan:
         tensors: Numbers P of tensors of 32 × 32 that cost and memory are told of.
         elements: Numbers of parameters, in 100 tensors, that cost is told of.
         growth_steps: Timed steps of each of those.
-        trainings: Title to size, rounds, and the arms; all of them when None.
+        trainings: Title to size, and rounds, of all arms.
+        turns: Title to size, and rounds, of those that take turns in one training.
     """
 
     workloads: dict[str, Callable[[], nn.Module]]
@@ -35,7 +37,8 @@ class Plan:
     tensors: tuple[int, ...]
     elements: tuple[int, ...]
     growth_steps: int
-    trainings: dict[str, tuple[Size, int, tuple[str, ...] | None]]
+    trainings: dict[str, tuple[Size, int]]
+    turns: dict[str, tuple[Size, int]]
 
 
 SMALL = Size(layers=4, width=128, vocabulary=512, batch=5, length=64)
@@ -47,9 +50,10 @@ FULL = Plan(
     tensors=(30, 100, 300, 1000, 3000),
     elements=(100_000, 1_000_000, 10_000_000),
     growth_steps=CYCLE,
-    trainings={
-        "0.86 million parameters, 51 tensors": (SMALL, 2, None),
-        "3.4 million parameters, 51 tensors": (LARGE, 2, (BARE, CLIP, OURS)),
+    trainings={"0.86 million parameters, 51 tensors": (SMALL, 2)},
+    turns={
+        "0.86 million parameters, 51 tensors": (SMALL, 40),
+        "3.4 million parameters, 51 tensors": (LARGE, 20),
     },
 )
 
@@ -63,9 +67,8 @@ QUICK = Plan(
     tensors=(10, 20),
     elements=(1000, 10_000),
     growth_steps=CYCLE,
-    trainings={
-        "tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1, None),
-    },
+    trainings={"tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1)},
+    turns={"tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1)},
 )
 
 
@@ -79,6 +82,7 @@ class Results:
         by_tensors: P to the timings on P tensors of 32 × 32.
         by_elements: Number of parameters to the timings on so many in 100 tensors.
         trainings: Title to the seconds of whole trainings.
+        turns: Title to the seconds of turns in one training.
         findings: What guards found in all of these trainings.
         held: P to the bytes held by a guard over P tensors of 32 × 32, by holder.
         held_wide: Bytes held over the second largest P of 64 × 64, in all.
@@ -90,6 +94,7 @@ class Results:
     by_tensors: dict[int, Timings] = field(default_factory=dict)
     by_elements: dict[int, Timings] = field(default_factory=dict)
     trainings: dict[str, Rounds] = field(default_factory=dict)
+    turns: dict[str, Rounds] = field(default_factory=dict)
     findings: int = 0
     held: dict[int, Counter[str]] = field(default_factory=dict)
     held_tensors: int = 0
@@ -127,7 +132,11 @@ def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callabl
         model = tensors([(count // 1000, 10)] * 100)
         found.by_elements[count] = arms.timings(model, plan.growth_steps, clock, with_peers=False)
     with tempfile.TemporaryDirectory() as folder:
-        for title, (size, usual, names) in plan.trainings.items():
+        for title, (size, usual) in plan.turns.items():
+            say(f"turns, {title}")
+            found.turns[title], findings = take_turns(size, rounds or usual, Path(folder) / title, clock)
+            found.findings += findings
+        for title, (size, usual) in plan.trainings.items():
             ready = trainer_arms.available()
 
             def train(name: str, size: Size = size, title: str = title) -> list[float]:
@@ -138,7 +147,7 @@ def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callabl
                 found.findings += findings
                 return seconds
 
-            found.trainings[title] = interleave(names or ready, rounds or usual, train)
+            found.trainings[title] = interleave(ready, rounds or usual, train)
     return found
 
 

@@ -31,7 +31,7 @@ from benchmarks.cost.peer_callbacks import (
     Watch,
 )
 from lightning_gradguard import GradGuard, GradHistogram, SpikeClip
-from lightning_gradguard.schedule import EAGER
+from lightning_gradguard.schedule import EAGER, SETTLED
 
 BARE, CLIP, OURS = "bare", "gradient_clip_val=1.0", "SpikeClip + histograms"
 #: Steps between two histograms, for all that draw some; the clock runs for one such interval.
@@ -43,7 +43,7 @@ class Size:
     """A training: the transformer, the batch, and its steps.
 
     Attributes:
-        warm_up: Steps before the clock runs; zclip takes 25 to start, and a guard looks closer at each of the first 32.
+        warm_up: Steps before the clock runs: a guard looks closer more often until then.
         steps: Steps on the clock.
     """
 
@@ -52,7 +52,7 @@ class Size:
     vocabulary: int
     batch: int
     length: int
-    warm_up: int = EAGER + 4
+    warm_up: int = SETTLED + EAGER + 4
     steps: int = INTERVAL
 
     def net(self) -> Transformer:
@@ -150,7 +150,7 @@ def train(
     place = folder / str(next(_numbers))
     place.mkdir(parents=True)
     starts, callbacks = Starts(clock), arm.callbacks(place)
-    with _quietly():
+    with quietly():
         trainer = L.Trainer(
             max_steps=size.warm_up + size.steps + 1,
             accelerator="cpu",
@@ -169,7 +169,7 @@ def train(
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keeps Lightning and wandb from telling of each training, and leaves them as they were."""
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import overhead
-from benchmarks.cost import arms, page, peers, plan, trainer_arms
+from benchmarks.cost import arms, page, peers, plan, trainer_arms, turns
 from benchmarks.cost.measuring import Rounds, interleave
 from benchmarks.cost.models import Transformer, loader
 from lightning_gradguard.cost import BARE, CLIP, Spread
@@ -54,6 +54,10 @@ def test_the_quick_form_measures_everything_and_says_what_is_absent(
             for arm in ready
             for base in (trainer_arms.BARE, trainer_arms.CLIP)
         )
+    for rounds in found.turns.values():
+        assert list(rounds.seconds) == list(turns.ARMS_IN_TURN)
+        assert {len(of_arm) for of_arm in rounds.seconds.values()} == {1}
+        assert all(_is_sound(rounds.ratio(arm, trainer_arms.BARE)) for arm in rounds.seconds)
     assert min(size.total() for size in found.held.values()) > 0
     text = out.read_text()
     assert capsys.readouterr().out.strip() == text.strip()
@@ -81,7 +85,7 @@ def test_workloads_are_what_they_are_called(workload, tensors, millions):
 
 
 def test_the_trainings_are_what_they_are_called():
-    for title, (size, _, _) in plan.FULL.trainings.items():
+    for title, (size, _) in [*plan.FULL.trainings.items(), *plan.FULL.turns.items()]:
         sizes = [p.numel() for p in size.net().parameters()]
         assert title == f"{sum(sizes) / 1e6:.2g} million parameters, {len(sizes)} tensors"
         assert size.steps % trainer_arms.INTERVAL == 0
@@ -128,3 +132,24 @@ def test_the_rank_is_among_those_that_look_at_every_gradient():
         "Of the 3 that look at all gradients at every step, ours is number 2; from cheapest to dearest: zclip, "
         f"{trainer_arms.OURS}, {trainer_arms.CLIP}."
     )
+
+
+def test_arms_take_turns_and_each_is_what_it_is_called(tmp_path, monkeypatch):
+    """In its turn an arm has its callbacks and its clipping, and no other's; who comes first changes."""
+    seen, plain = [], turns.Turns.on_train_batch_start
+
+    def spy(self, trainer, *rest):
+        plain(self, trainer, *rest)
+        if self._steps > self.warm_up:
+            seen.append((self._arm, len(trainer.callbacks), trainer.gradient_clip_val))
+
+    monkeypatch.setattr(turns.Turns, "on_train_batch_start", spy)
+    size = trainer_arms.Size(1, 32, 64, 2, 8, warm_up=2)
+    rounds, found = turns.take_turns(size, 3, tmp_path / "runs")
+    expected = {trainer_arms.BARE: (1, None), trainer_arms.CLIP: (1, 1.0), trainer_arms.OURS: (3, None)}
+    assert all(expected[arm] == (callbacks, clipping) for arm, callbacks, clipping in seen)
+    order = [arm for arm, _, _ in seen[:: turns.TURN]][:9]
+    assert [sorted(order[i : i + 3]) for i in (0, 3, 6)] == [sorted(expected)] * 3
+    assert len({tuple(order[i : i + 3]) for i in (0, 3, 6)}) == 3
+    assert [len(v) for v in rounds.seconds.values()] == [3, 3, 3]
+    assert found == 0

@@ -30,8 +30,8 @@ def letter(*sights, finite=True, total=1.0, clipped=1.0, loss=1.0, loss_scale=ma
     nan = math.nan
     return Letter(
         total_norm=total, clipped_norm=clipped, threshold=nan, clipped=clipped < total, finite=finite, loss=loss,
-        loss_start=1.0, loss_mean=1.0, loss_first=1.0, loss_scale=loss_scale, tilt=nan, update_ratio=nan, usual_norm=1.0,
-        norms={"a": 1.0}, sights=list(sights),
+        loss_start=1.0, loss_mean=1.0, loss_first=1.0, loss_scale=loss_scale, tilt=nan, update_ratio=nan,
+        usual_norm=1.0, norms={"a": 1.0}, sights=list(sights),
     )  # fmt: skip
 
 
