@@ -42,8 +42,8 @@ class GradStats:
             at which `slow` detectors are not asked.
         passed: Quiet steps since the last one that was judged, at which no detector was asked.
         low_precision: Whether gradients are computed, or scaled, in half precision.
-        resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant; asked at closer
-            looks alone.
+        resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant; False where no
+            closer look asks for it.
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
