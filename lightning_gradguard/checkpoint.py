@@ -85,6 +85,7 @@ def go_back(guard: Guard, state: dict[str, Any] | None) -> None:
     if state is None:
         guard._states, guard.judge, guard.sights = None, Judge(guard.policy, guard.judge.optimizer), []
         guard.quiet.stop()
+        guard.watch.begin_anew()
     else:
         load(guard, state)
     guard.steps, guard.counts = steps, counts

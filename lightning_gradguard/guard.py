@@ -190,7 +190,7 @@ class Guard:
             self._raise_if_halted(answer[1].step)
 
     def catch_up(self) -> None:
-        """Lets what is usual learn from quiet steps that wait for that; who asks for `states` need not call it."""
+        """Lets what is usual learn from quiet steps that wait for that; `states` and `history` call it."""
         if thresholds := self.quiet.learn(self):
             self.quiet.let_go(self, read(torch.stack(thresholds)))
 

@@ -1,4 +1,4 @@
-"""The one door from device to host: one packed tensor per step, read now or one step later."""
+"""The one door from device to host: one packed tensor per step, read now or one step later; a short one if quiet."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class Mailbox(Generic[Context]):
 
 
 def read(vector: Tensor) -> list[float]:
-    """Reads a vector [N] now, waiting for the device; not for the step path, except through a `Mailbox`."""
+    """Reads a vector [N] now, waiting for the device; in the step path only through a `Mailbox`."""
     # NumPy's conversion is ten times as fast as the tensor's own.
     numbers: list[float] = read_array(vector).tolist()
     return numbers
 
 
 def read_array(vector: Tensor) -> NDArray[Any]:
-    """The same as an array, which takes less memory than a list."""
+    """The same as an array, which takes less memory than a list; in the step path a glance at what may be quiet."""
     numbers: NDArray[Any] = vector.detach().cpu().numpy()
     return numbers

@@ -15,7 +15,7 @@ from lightning_gradguard.signals import pipeline
 from lightning_gradguard.signals.clipping import Clipper
 from lightning_gradguard.signals.ordinary import WINDOW, Bounds
 from lightning_gradguard.signals.reading import Detector
-from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.signals.stats import LARGEST, GradStats
 from lightning_gradguard.verdicts.faults import Report
 from lightning_gradguard.verdicts.judge import Judge
 from lightning_gradguard.verdicts.letter import Letter
@@ -46,29 +46,31 @@ class Row:
 
     Attributes:
         array: float32 [P], norms of gradients, NaN where there is none.
-        limit: float32 [], the clipper's threshold, when what is usual has learnt from it.
+        limit: float32 [], the clipper's threshold, when what is usual has learnt from it, until it is read.
+        value: The same for the host.
     """
 
     def __init__(self, stats: GradStats, norms: NDArray[Any], guard: Guard) -> None:
         self.guard: Guard | None = guard
         self.stats: GradStats | None = stats
         self.limit: Tensor | None = None
-        self._layout, self._pattern = stats.layout, stats.pattern
+        self.value: float | None = None
+        # Names alone: a report that is kept would keep the parameters too.
+        self._names = stats.layout.names
+        self._shown = [i for i in stats.layout.order if stats.pattern[i]]
         whole = stats.present is stats.layout.everywhere
         self.array = norms if whole else np.where(stats.pattern, norms, np.float32(np.nan))
 
     def threshold(self) -> float | None:
         """Largest global norm that the clipper would have allowed; None without one."""
-        if self.guard is None or self.guard.clipper is None:
-            return None
-        self.guard.catch_up()
-        assert self.limit is not None
-        return mailbox.read(self.limit.reshape(1))[0]
+        if self.guard is not None:
+            self.guard.catch_up()
+        return self.value
 
     def norms(self) -> dict[str, float]:
         """Norms by name, from input to output."""
         numbers = self.array.tolist()
-        return {self._layout.names[i]: numbers[i] for i in self._layout.order if self._pattern[i]}
+        return {self._names[i]: numbers[i] for i in self._shown}
 
 
 class Quiet:
@@ -76,8 +78,8 @@ class Quiet:
 
     A step is quiet if it is no closer look, everything is finite, its global norm is between half and twice the usual
     one, no tensor is near where it would be clipped, the loss is not far above its start, the same tensors have
-    gradients as before, and judging the newest readings again would change nothing. It is not judged then, and
-    up to seven are learnt from together: the same arithmetic, in the same order, in a cache that is warm.
+    gradients as before, and judging the newest readings again would change nothing. No detector is asked then, though
+    it counts as judged, and up to seven are learnt from together: the same arithmetic, in a cache that is warm.
 
     Args:
         detectors: All of them; those that are not slow must be ``quiet``.
@@ -86,9 +88,12 @@ class Quiet:
 
     def __init__(self, detectors: Sequence[Detector], clipper: Clipper | None) -> None:
         self._fast = [not getattr(d, "slow", False) for d in detectors]
-        quiet = [getattr(d, "slow", False) or getattr(d, "quiet", False) for d in detectors]
+        quiet = [
+            getattr(d, "slow", False) or (_speaks_for(d, "quiet") and getattr(d, "quiet", False))
+            for d in detectors
+        ]
         self.clipper: Any = clipper
-        self._is_able = all(quiet) and (clipper is None or hasattr(clipper, "bounds"))
+        self._is_able = all(quiet) and (clipper is None or _speaks_for(clipper, "bounds"))
         self.waiting: list[tuple[Row, Report]] = []
         self.stop()
 
@@ -135,6 +140,8 @@ class Quiet:
         # A NaN is in no relation to anything.
         if not (_LOW * self._usual <= total <= _HIGH * self._usual and outside == 0 and abs(joint) <= 1):
             return None
+        if total >= LARGEST:
+            return None
         if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
             return None
         if stats.has_loss and not -math.inf < loss <= self._ceiling:
@@ -148,21 +155,21 @@ class Quiet:
 
     def learn(self, guard: Guard) -> list[Tensor]:
         """Lets what is usual learn from the steps that wait; the clipper's thresholds in them, float32 [] each."""
-        new = [row for row, _ in self.waiting if row.stats is not None]
+        new = [(row, row.stats) for row, _ in self.waiting if row.stats is not None]
         if new:
             assert guard._states is not None
-            rows = [row.stats for row in new if row.stats is not None]
+            rows = [stats for _, stats in new]
             limits, guard._states = pipeline.pass_over(rows, guard._states, guard.clipper)
-            for row, limit in zip(new, limits, strict=True):
+            for (row, _), limit in zip(new, limits, strict=True):
                 row.stats, row.limit = None, limit
         return [row.limit for row, _ in self.waiting if row.limit is not None]
 
     def let_go(self, guard: Guard, thresholds: Sequence[float]) -> None:
         """Completes the steps that waited, when their thresholds have been read."""
         for (row, report), threshold in zip(self.waiting, thresholds, strict=True):
-            vars(report)["threshold"] = None if guard.clipper is None else threshold
+            row.value = None if guard.clipper is None else threshold
+            row.guard = row.limit = None
             guard._history.add(report, row.array)
-            row.guard = None
         self.waiting = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,3 +192,11 @@ class Quiet:
         """What the host has to know of a step that may be quiet, float32 [P + 4]."""
         calm = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
         return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *calm])])
+
+
+def _speaks_for(part: object, word: str) -> bool:
+    """Whether the class whose ``update`` is in force says ``word`` of it; a subclass with another one says it anew."""
+    for kind in type(part).__mro__:
+        if word in vars(kind) or "update" in vars(kind):
+            return word in vars(kind)
+    return False

@@ -165,6 +165,10 @@ class Watch:
         for parameter in [p for g in groups for p in g["params"]] or self.layout.parameters:
             parameter.grad = None
 
+    def begin_anew(self) -> None:
+        """What is due is due as at the first step; what is known of the tensors stays."""
+        self.schedule = Schedule(self._always)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""
         return {

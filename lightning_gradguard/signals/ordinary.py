@@ -74,9 +74,13 @@ class Bounds(NamedTuple):
             stats: Of the step.
 
         Returns:
-            How far a tensor is outside, 0 if none is; and how far all of them are from their level: 1 is at the bound.
+            How far the farthest tensor is outside, 0 if none is; and how far all of them are from their level, where 1
+            is at the bound.
         """
-        outside = torch.linalg.vector_norm(torch.clamp(stats.norms, self.low, self.high) - stats.norms)
+        # The largest, since the square of a small one would be 0; NaN stays NaN.
+        outside = torch.linalg.vector_norm(
+            torch.clamp(stats.norms, self.low, self.high) - stats.norms, torch.inf
+        )
         # Where a weight is 0, a norm of 0 does not matter.
         return outside, torch.xlogy(self.weights, stats.norms).sum() - self.level
 

@@ -46,7 +46,8 @@ class Detector(Protocol):
         slow: True if what it looks at changes slowly, so that it is asked at closer looks only, ``stats.elapsed`` steps
             after the last one, and its reading stands until the next; optional, default False.
         quiet: True if it has nothing to say of a step whose gradients and loss are finite, and whose global norm is
-            between half and twice the usual, so that it need not be asked then; optional, default False.
+            between half and twice the usual, so that it need not be asked then; optional, default False. A subclass
+            that overrides ``update`` has to say so again.
     """
 
     fault: ClassVar[Fault]

@@ -18,7 +18,8 @@ from lightning_gradguard.signals.shards import align_gradients
 if TYPE_CHECKING:
     from lightning_gradguard.signals.view import Trends
 
-_LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+#: Norm from which a step is not finite: its square overflows, and with it a second moment.
+LARGEST = math.sqrt(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class GradStats:
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 where it is an old one.
         elapsed: Good steps since the last closer look, which this one stands for; 0 on a step that is no closer look,
             at which `slow` detectors are not asked.
-        passed: Quiet steps since the last one that was judged, at which no detector was asked.
+        passed: Quiet steps since the last one at which detectors were asked.
         low_precision: Whether gradients are computed, or scaled, in half precision.
         resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant; False where no
             closer look asks for it.
@@ -89,7 +90,7 @@ class GradStats:
         # Zero times what is not finite is NaN.
         both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
         # The square of the norm must be finite too, or an optimizer's second moment is not; false for NaN.
-        return both < number(_LARGEST)
+        return both < number(LARGEST)
 
     @cached_property
     def relative(self) -> Tensor:

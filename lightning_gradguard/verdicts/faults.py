@@ -93,6 +93,8 @@ class Later(Protocol):
 class Report:
     """What was measured and done at one optimizer step; all numbers are of that step.
 
+    For a dict take ``dataclasses.asdict``: of most steps ``threshold`` and ``norms`` are worked out when asked for.
+
     Attributes:
         step: The step in question, counted before it is taken.
         loss: The loss given, or None.

@@ -100,6 +100,8 @@ class Judge:
     def is_still(self, sights: Sequence[Sight]) -> bool:
         """Whether judging the same sights again would find nothing, and change nothing.
 
+        Not while one is raised whose response is "ignore", or that another explains: it may become the first.
+
         Args:
             sights: Of the newest judged step.
         """
