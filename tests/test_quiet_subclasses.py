@@ -10,6 +10,8 @@ from torch import nn
 from lightning_gradguard import Guard, Spike, SpikeClip
 from lightning_gradguard.checkpoint import go_back
 
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+
 STEPS = 80
 
 
