@@ -68,6 +68,8 @@ def load(guard: Guard, state: dict[str, Any]) -> None:
         _restore(guard, state)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         _restore(guard, before)
+        if str(error).startswith("state must"):  # it says already what is wrong
+            raise
         raise ValueError(
             f"state must be what Guard.state_dict gave, but {type(error).__name__}: {error}"
         ) from error
