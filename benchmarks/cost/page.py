@@ -31,11 +31,11 @@ are left out."""
 
 TURNS = """## A training
 
-One `Trainer.fit` of a small transformer, in which three arms take turns of {turn} steps: callbacks and clipping are
-put in and taken out, so that all find the same machine, weights and memory. From the start of a batch to the start of
-the next, after {warm_up} steps with ours: the median over rounds of one turn each. Ours is
-`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults, with histograms, scalars and pictures
-going to TensorBoard; its cost is the same from step to step, and so a smaller part of a longer one."""
+One `Trainer.fit` of a small transformer, in which arms take turns of {turn} steps: callbacks and clipping are put in
+and taken out, so that all find the same machine, weights and memory. From the start of a batch to the start of the
+next, after {warm_up} steps with ours: the median over rounds of one turn each. Ours is `GradGuard(clipper=SpikeClip())`
+and `GradHistogram()`, both on their defaults, with histograms, scalars and pictures going to TensorBoard. What it costs
+is nearly the same whatever the model, and so a smaller part of a longer step."""
 
 TRAININGS = """## Whole trainings, with others
 
@@ -71,11 +71,12 @@ def report(found: Results, clock: str, picture: str) -> str:
         _said_of_steps(found),
         TURNS.format(turn=TURN, warm_up=SMALL.warm_up),
         _turns(found),
+        *(_rank(rounds) for rounds in found.turns.values()),
         TRAININGS.format(steps=SMALL.steps, warm_up=SMALL.warm_up, logged=SMALL.steps // 50),
     ]
     for title, rounds in found.trainings.items():
         count = len(next(iter(rounds.seconds.values())))
-        parts += [f"### {title}, {_number(count, 'round')}", _training(rounds), _rank(rounds)]
+        parts += [f"### {title}, {_number(count, 'round')}", _training(rounds)]
     parts.append(f"The guards found {found.findings or 'nothing'} in these trainings.")
     parts += [_versions(), GROWTH, _growth(found), "## Memory", _memory(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -119,6 +120,7 @@ def _turns(found: Results) -> str:
         [
             title,
             f"**{name}**" if name == trainer_arms.OURS else name,
+            trainer_arms.EVERY[name].does,
             f"{1e3 * rounds.step(name).median:.1f}",
             _spread(rounds.ratio(name, trainer_arms.BARE), digits=3),
             _spread(rounds.ratio(name, trainer_arms.CLIP), digits=3),
@@ -126,7 +128,7 @@ def _turns(found: Results) -> str:
         for title, rounds in found.turns.items()
         for name in rounds.seconds
     ]
-    return table(["model", "arm", "ms a step", "over bare", "over `gradient_clip_val`"], rows)
+    return table(["model", "arm", "what it does", "ms a step", "over bare", "over `gradient_clip_val`"], rows)
 
 
 def _training(rounds: Rounds) -> str:
@@ -160,7 +162,7 @@ def _rank(rounds: Rounds) -> str:
     order = sorted(looking, key=lambda name: rounds.ratio(name, trainer_arms.BARE).median)
     place = order.index(trainer_arms.OURS) + 1
     return (
-        f"Of the {len(order)} that look at all gradients at every step, ours is number {place}; "
+        f"Of the {len(order)} here that look at all gradients at every step, ours is number {place}; "
         f"from cheapest to dearest: {', '.join(order)}."
     )
 

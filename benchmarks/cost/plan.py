@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from benchmarks.cost import arms, memory, trainer_arms
 from benchmarks.cost.measuring import Rounds, interleave
 from benchmarks.cost.models import Transformer, tensors
-from benchmarks.cost.trainer_arms import Size
-from benchmarks.cost.turns import take_turns
+from benchmarks.cost.trainer_arms import BARE, CLIP, OURS, Size
+from benchmarks.cost.turns import ABLE, take_turns
 from lightning_gradguard.cost import CYCLE, Timings
 
 
@@ -29,7 +29,7 @@ class Plan:
         elements: Numbers of parameters, in 100 tensors, that cost is told of.
         growth_steps: Timed steps of each of those.
         trainings: Title to size, and rounds, of all arms.
-        turns: Title to size, and rounds, of those that take turns in one training.
+        turns: Title to size, rounds, and who takes turns in one training, all that can be when None.
     """
 
     workloads: dict[str, Callable[[], nn.Module]]
@@ -38,7 +38,7 @@ class Plan:
     elements: tuple[int, ...]
     growth_steps: int
     trainings: dict[str, tuple[Size, int]]
-    turns: dict[str, tuple[Size, int]]
+    turns: dict[str, tuple[Size, int, tuple[str, ...] | None]]
 
 
 SMALL = Size(layers=4, width=128, vocabulary=512, batch=5, length=64)
@@ -52,8 +52,8 @@ FULL = Plan(
     growth_steps=CYCLE,
     trainings={"0.86 million parameters, 51 tensors": (SMALL, 2)},
     turns={
-        "0.86 million parameters, 51 tensors": (SMALL, 40),
-        "3.4 million parameters, 51 tensors": (LARGE, 20),
+        "0.86 million parameters, 51 tensors": (SMALL, 20, None),
+        "3.4 million parameters, 51 tensors": (LARGE, 20, (BARE, CLIP, OURS)),
     },
 )
 
@@ -68,7 +68,7 @@ QUICK = Plan(
     elements=(1000, 10_000),
     growth_steps=CYCLE,
     trainings={"tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1)},
-    turns={"tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1)},
+    turns={"tiny": (Size(1, 32, 64, 2, 8, warm_up=2, steps=4), 1, None)},
 )
 
 
@@ -132,9 +132,12 @@ def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callabl
         model = tensors([(count // 1000, 10)] * 100)
         found.by_elements[count] = arms.timings(model, plan.growth_steps, clock, with_peers=False)
     with tempfile.TemporaryDirectory() as folder:
-        for title, (size, usual) in plan.turns.items():
+        for title, (size, usual, names) in plan.turns.items():
             say(f"turns, {title}")
-            found.turns[title], findings = take_turns(size, rounds or usual, Path(folder) / title, clock)
+            able = [name for name in names or ABLE if name in trainer_arms.available()]
+            found.turns[title], findings = take_turns(
+                able, size, rounds or usual, Path(folder) / title, clock
+            )
             found.findings += findings
         for title, (size, usual) in plan.trainings.items():
             ready = trainer_arms.available()

@@ -31,7 +31,7 @@ def picture(found: Results, path: Path) -> None:
     )
     _growth(by_tensors, found.by_tensors, "A step, by number of tensors", "tensors of 32 × 32")
     _growth(by_elements, found.by_elements, "A step, by number of parameters", "parameters, in 100 tensors")
-    title, rounds = next(iter(found.trainings.items()))
+    title, rounds = next(iter(found.turns.items()))
     _training(training, rounds, f"A step of the Trainer: {title}")
     _memory(memory, found)
     figure.savefig(path, dpi=110)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
-from benchmarks.cost.trainer_arms import ARMS, BARE, CLIP, OURS, Size, quietly
+from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, quietly
 from lightning_gradguard.cost import CYCLE
 
-#: Who takes turns.
-ARMS_IN_TURN = (BARE, CLIP, OURS)
+#: Arms that are nothing but callbacks, so that they can take turns.
+ABLE = (BARE, CLIP, OURS, "grad_norm", "add_histogram", "zclip", "timm AGC", "torch-module-monitor")
 #: Steps of a turn: few, so that a machine that slows down slows all of them; and a whole cycle of ours.
 TURN = CYCLE
 #: First steps of a turn, which pay for the change.
@@ -28,7 +28,7 @@ class Turns(L.Callback):
     """Comes first; takes callbacks and clipping out of a Trainer, and puts them back, every so many steps.
 
     Args:
-        callbacks: Of our arm.
+        callbacks: Name of an arm to its callbacks.
         warm_up: Steps of ours before the first turn.
         clock: What seconds are taken from.
 
@@ -36,9 +36,11 @@ class Turns(L.Callback):
         seconds: Name of an arm to its turns, and of each the mean seconds of a step.
     """
 
-    def __init__(self, callbacks: list[L.Callback], warm_up: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, callbacks: dict[str, list[L.Callback]], warm_up: int, clock: Callable[[], float]
+    ) -> None:
         self.callbacks, self.warm_up, self.clock = callbacks, warm_up, clock
-        self.seconds: dict[str, list[list[float]]] = {arm: [] for arm in ARMS_IN_TURN}
+        self.seconds: dict[str, list[list[float]]] = {arm: [] for arm in callbacks}
         self._arm, self._begun, self._steps = OURS, 0.0, 0
 
     def on_train_batch_start(
@@ -47,52 +49,66 @@ class Turns(L.Callback):
         step, now = self._steps - self.warm_up, self.clock()
         self._steps += 1
         if step < 0:
+            self._set(trainer)
             return
         turn, place = divmod(step, TURN)
         if place == 0:
             if turn:
                 self.seconds[self._arm].append([(now - self._begun) / (TURN - _SETTLING)])
-            # Who comes first moves on, so that nobody always follows the same one.
-            cycle, number = divmod(turn, len(ARMS_IN_TURN))
-            order = ARMS_IN_TURN if cycle % 2 else ARMS_IN_TURN[::-1]
-            self._arm = order[(number + cycle) % len(order)]
+            # Who comes first moves on, and every other round goes backwards: nobody always follows the same one.
+            order = list(self.callbacks)
+            cycle, number = divmod(turn, len(order))
+            self._arm = order[((number if cycle % 2 else -number) + cycle) % len(order)]
             self._set(trainer)
         elif place == _SETTLING:
             self._begun = self.clock()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning goes through this list right now, so that these hear of the end too.
-        trainer.callbacks.extend(c for c in self.callbacks if c not in trainer.callbacks)
+        every = [c for callbacks in self.callbacks.values() for c in callbacks]
+        trainer.callbacks.extend(c for c in every if c not in trainer.callbacks)
 
     def _set(self, trainer: L.Trainer) -> None:
-        trainer.callbacks = [self, *(self.callbacks if self._arm == OURS else [])]
+        trainer.callbacks = [self, *self.callbacks[self._arm]]
         trainer.gradient_clip_val = 1.0 if self._arm == CLIP else None
 
 
 def take_turns(
-    size: Size, rounds: int, folder: Path, clock: Callable[[], float] = time.perf_counter
+    names: Sequence[str],
+    size: Size,
+    rounds: int,
+    folder: Path,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Rounds, int]:
     """Trains once, and lets each arm take so many turns, after a warm-up with ours.
+
+    Args:
+        names: Of the arms, ours among them; each of `ABLE`.
+        size: The training.
+        rounds: Turns of each on the clock, after a first one that is not.
+        folder: Where event files go.
+        clock: What seconds are taken from.
 
     Returns:
         Mean seconds of a step in each turn, and how much our guard found.
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    callbacks = ARMS[OURS].callbacks(folder)
+    callbacks = {name: EVERY[name].callbacks(folder) for name in names}
     turns = Turns(callbacks, size.warm_up, clock)
-    count = rounds * len(ARMS_IN_TURN) * TURN
+    count = (rounds + 1) * len(names) * TURN
     with quietly():
         trainer = L.Trainer(
             max_steps=size.warm_up + count + 1,
             accelerator="cpu",
             devices=1,
             logger=TensorBoardLogger(folder, name=None),
-            callbacks=[turns, *callbacks],
+            callbacks=[turns, *(c for own in callbacks.values() for c in own)],
             gradient_clip_algorithm="norm",
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(Training(size.net()), loader(size.batch, size.length, size.vocabulary))
-    return Rounds(turns.seconds), sum(len(getattr(c, "findings", ())) for c in callbacks)
+    seconds = {name: turns.seconds[name][1:] for name in names}
+    return Rounds(seconds), sum(len(getattr(c, "findings", ())) for c in callbacks[OURS])
