@@ -56,8 +56,7 @@ class Row:
         self.limit: Tensor | None = None
         self.value: float | None = None
         # Names alone: a report that is kept would keep the parameters too.
-        self._names = stats.layout.names
-        self._shown = [i for i in stats.layout.order if stats.pattern[i]]
+        self._names, self._order, self._pattern = stats.layout.names, stats.layout.order, stats.pattern
         whole = stats.present is stats.layout.everywhere
         self.array = norms if whole else np.where(stats.pattern, norms, np.float32(np.nan))
 
@@ -70,7 +69,7 @@ class Row:
     def norms(self) -> dict[str, float]:
         """Norms by name, from input to output."""
         numbers = self.array.tolist()
-        return {self._names[i]: numbers[i] for i in self._shown}
+        return {self._names[i]: numbers[i] for i in self._order if self._pattern[i]}
 
 
 class Quiet:
