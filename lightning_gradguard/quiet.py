@@ -139,7 +139,7 @@ class Quiet:
         # A NaN is in no relation to anything.
         if not (_LOW * self._usual <= total <= _HIGH * self._usual and outside == 0 and abs(joint) <= 1):
             return None
-        if total >= LARGEST:
+        if total >= LARGEST:  # which may be less than twice the usual
             return None
         if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
             return None
