@@ -117,7 +117,7 @@ class Spike:
         large = (jump > number(1e6)) & ~(jump.log10() + trends.surge < number(1))
         loud = leapt | large | (trends.loss != trends.loss)
         raised = hot(stats, self.z, self.ratio)
-        return reading(stats, raised, jump, self.ratio, score=trends.relative, ceiling=loud), state
+        return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=loud), state
 
 
 class ExplodingState(NamedTuple):
@@ -193,7 +193,7 @@ class Exploding:
             raised | heated,
             torch.where(heated, count, value),
             torch.where(heated, number(self.hot_steps), limit),
-            score=torch.where(tilted, profile_score(stats, worst_low=False), trends_of(stats).relative),
+            score=torch.where(tilted, profile_score(stats, worst_low=False), stats.relative),
             cleared=over & (count == number(0.0)),
             measure=torch.where(heated, number(1.0), measure),
         )

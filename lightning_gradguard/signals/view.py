@@ -91,11 +91,6 @@ class Trends:
         """Median of the first five losses, float32 []; NaN when none was given."""
         return self.state.loss_start
 
-    @property
-    def relative(self) -> Tensor:
-        """`GradStats.relative`, computed once a step."""
-        return self.stats.relative
-
     @cached_property
     def jump(self) -> Tensor:
         """Global norm divided by its usual value, dimensionless, float32 []."""
