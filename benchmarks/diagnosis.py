@@ -34,11 +34,11 @@ from benchmarks.zoo.case import Case, select  # noqa: E402
 from benchmarks.zoo.running import fit, quiet  # noqa: E402
 from benchmarks.zoo.training import Training  # noqa: E402
 from lightning_gradguard import Fault, GradGuard, Policy  # noqa: E402
-from lightning_gradguard.doctor.trials.attempt import Subject, apply_, attempt  # noqa: E402
-from lightning_gradguard.doctor.trials.batches import Scale, prepared  # noqa: E402
-from lightning_gradguard.doctor.trials.change import Change  # noqa: E402
-from lightning_gradguard.doctor.trials.layers import Plan  # noqa: E402
-from lightning_gradguard.doctor.trials.swaps import Swaps  # noqa: E402
+from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, apply_, attempt  # noqa: E402
+from lightning_gradguard.diagnosis.trials.batches import Scale, prepared  # noqa: E402
+from lightning_gradguard.diagnosis.trials.change import Change  # noqa: E402
+from lightning_gradguard.diagnosis.trials.swaps import Swaps  # noqa: E402
+from lightning_gradguard.introspection.layer_calls import Plan  # noqa: E402
 
 #: Faults whose remedies are tried, and the others, of which only the cause is asked; in the order of the page.
 FAULTS = (Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.EXPLODING, Fault.DEAD)
@@ -127,7 +127,9 @@ def _plan(training: Training) -> Plan:
     """What an unchanged forward pass shows."""
     idle = torch.optim.SGD(training.parameters(), lr=0.0)
     with quiet():
-        subject = Subject(training, lambda batch: training.training_step(batch, 0), training.batch(0), idle)
+        subject = SandboxedStep(
+            training, lambda batch: training.training_step(batch, 0), training.batch(0), idle
+        )
         return attempt(subject, Change(), layers=(), passes=1).plan
 
 

@@ -20,10 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_gradguard.mailbox import read
-from lightning_gradguard.signals.histogram import count
-from lightning_gradguard.sinks.tags import histogram_panel, tag_names
-from lightning_gradguard.sinks.tensorboard import TensorBoardSink
+from lightning_gradguard.engine.readback import read
+from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.tensorboard import TensorBoardSink
+from lightning_gradguard.stats.histogram import count
 
 TENSORS, SIDE, ROUNDS = 100, 548, 20
 NAMES = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(TENSORS)]

@@ -22,7 +22,7 @@ import torch
 from playwright.sync_api import Page, sync_playwright
 
 from lightning_gradguard import GradGuard, GradientHalt
-from lightning_gradguard.demo import Digits, train
+from lightning_gradguard.cli.demo import Digits, train
 
 #: Standard deviation of the exploding run's weights, over that which keeps a signal's size.
 WEIGHTS = 8.0

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Guard
-from lightning_gradguard.signals.clipping import Clip, NoState, tensor_clip
-from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.clippers.base import Clip, NoState, tensor_clip
+from lightning_gradguard.stats.grad_stats import GradStats
 
 
 @dataclass(frozen=True)

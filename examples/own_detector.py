@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, GradientWarning, Guard
-from lightning_gradguard.signals.reading import Nothing, reading
+from lightning_gradguard.detectors.base import Nothing, reading
 
 
 @dataclass(frozen=True)

@@ -14,63 +14,108 @@ from lightning_gradguard._version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_gradguard.callbacks import GradGuard as GradGuard
     from lightning_gradguard.callbacks import GradHistogram as GradHistogram
-    from lightning_gradguard.doctor.checkup import Checkup as Checkup
-    from lightning_gradguard.doctor.checkup import checkup as checkup
-    from lightning_gradguard.doctor.diagnosis import Cause as Cause
-    from lightning_gradguard.doctor.diagnosis import Diagnosis as Diagnosis
-    from lightning_gradguard.doctor.diagnosis import Remedy as Remedy
+    from lightning_gradguard.clippers.adaptive import AdaGC as AdaGC
+    from lightning_gradguard.clippers.adaptive import AutoClip as AutoClip
+    from lightning_gradguard.clippers.adaptive import ZClip as ZClip
+    from lightning_gradguard.clippers.fixed import AGC as AGC
+    from lightning_gradguard.clippers.fixed import NormClip as NormClip
+    from lightning_gradguard.clippers.spike_clip import SpikeClip as SpikeClip
+    from lightning_gradguard.detectors.depth import DepthTilt as DepthTilt
+    from lightning_gradguard.detectors.depth import TimeTilt as TimeTilt
+    from lightning_gradguard.detectors.explosion import Exploding as Exploding
+    from lightning_gradguard.detectors.explosion import NonFinite as NonFinite
+    from lightning_gradguard.detectors.explosion import Spike as Spike
+    from lightning_gradguard.detectors.inactivity import DeadUnits as DeadUnits
+    from lightning_gradguard.detectors.inactivity import Disconnected as Disconnected
+    from lightning_gradguard.detectors.inactivity import Underflow as Underflow
+    from lightning_gradguard.detectors.updates import Stalled as Stalled
+    from lightning_gradguard.detectors.updates import UpdateRatio as UpdateRatio
+    from lightning_gradguard.diagnosis.checkup import Checkup as Checkup
+    from lightning_gradguard.diagnosis.checkup import checkup as checkup
+    from lightning_gradguard.diagnosis.diagnosis import Cause as Cause
+    from lightning_gradguard.diagnosis.diagnosis import Diagnosis as Diagnosis
+    from lightning_gradguard.diagnosis.diagnosis import Remedy as Remedy
+    from lightning_gradguard.flight_recorder.bundle import ReplayError as ReplayError
+    from lightning_gradguard.flight_recorder.recorder import Recorder as Recorder
+    from lightning_gradguard.flight_recorder.replay import replay as replay
+    from lightning_gradguard.flight_recorder.replay_result import Recurrence as Recurrence
+    from lightning_gradguard.flight_recorder.replay_result import Replay as Replay
     from lightning_gradguard.guard import Guard as Guard
     from lightning_gradguard.metrics import ClipRate as ClipRate
     from lightning_gradguard.metrics import GradientNorm as GradientNorm
     from lightning_gradguard.metrics import SpikeScore as SpikeScore
-    from lightning_gradguard.recorder.answer import Recurrence as Recurrence
-    from lightning_gradguard.recorder.answer import Replay as Replay
-    from lightning_gradguard.recorder.bundle import ReplayError as ReplayError
-    from lightning_gradguard.recorder.recorder import Recorder as Recorder
-    from lightning_gradguard.recorder.replay import replay as replay
-    from lightning_gradguard.signals.adaptive_clippers import AdaGC as AdaGC
-    from lightning_gradguard.signals.adaptive_clippers import AutoClip as AutoClip
-    from lightning_gradguard.signals.adaptive_clippers import ZClip as ZClip
-    from lightning_gradguard.signals.clippers import AGC as AGC
-    from lightning_gradguard.signals.clippers import NormClip as NormClip
-    from lightning_gradguard.signals.detectors import Exploding as Exploding
-    from lightning_gradguard.signals.detectors import NonFinite as NonFinite
-    from lightning_gradguard.signals.detectors import Spike as Spike
-    from lightning_gradguard.signals.spike_clip import SpikeClip as SpikeClip
-    from lightning_gradguard.signals.starvation_detectors import DeadUnits as DeadUnits
-    from lightning_gradguard.signals.starvation_detectors import Disconnected as Disconnected
-    from lightning_gradguard.signals.starvation_detectors import Underflow as Underflow
-    from lightning_gradguard.signals.tilt_detectors import DepthTilt as DepthTilt
-    from lightning_gradguard.signals.tilt_detectors import TimeTilt as TimeTilt
-    from lightning_gradguard.signals.update_detectors import Stalled as Stalled
-    from lightning_gradguard.signals.update_detectors import UpdateRatio as UpdateRatio
-    from lightning_gradguard.verdicts.faults import Fault as Fault
-    from lightning_gradguard.verdicts.faults import Finding as Finding
-    from lightning_gradguard.verdicts.faults import GradientHalt as GradientHalt
-    from lightning_gradguard.verdicts.faults import GradientWarning as GradientWarning
-    from lightning_gradguard.verdicts.faults import Report as Report
-    from lightning_gradguard.verdicts.faults import Severity as Severity
-    from lightning_gradguard.verdicts.policy import Policy as Policy
+    from lightning_gradguard.policy import Policy as Policy
+    from lightning_gradguard.results import Fault as Fault
+    from lightning_gradguard.results import Finding as Finding
+    from lightning_gradguard.results import GradientHalt as GradientHalt
+    from lightning_gradguard.results import GradientWarning as GradientWarning
+    from lightning_gradguard.results import Report as Report
+    from lightning_gradguard.results import Severity as Severity
 
 _PLACES = {
-    "callbacks": ("GradGuard", "GradHistogram"),
-    "doctor.checkup": ("Checkup", "checkup"),
-    "doctor.diagnosis": ("Cause", "Diagnosis", "Remedy"),
+    "callbacks": (
+        "GradGuard",
+        "GradHistogram",
+    ),
+    "clippers.adaptive": (
+        "AdaGC",
+        "AutoClip",
+        "ZClip",
+    ),
+    "clippers.fixed": (
+        "AGC",
+        "NormClip",
+    ),
+    "clippers.spike_clip": ("SpikeClip",),
+    "detectors.depth": (
+        "DepthTilt",
+        "TimeTilt",
+    ),
+    "detectors.explosion": (
+        "Exploding",
+        "NonFinite",
+        "Spike",
+    ),
+    "detectors.inactivity": (
+        "DeadUnits",
+        "Disconnected",
+        "Underflow",
+    ),
+    "detectors.updates": (
+        "Stalled",
+        "UpdateRatio",
+    ),
+    "diagnosis.checkup": (
+        "Checkup",
+        "checkup",
+    ),
+    "diagnosis.diagnosis": (
+        "Cause",
+        "Diagnosis",
+        "Remedy",
+    ),
+    "flight_recorder.bundle": ("ReplayError",),
+    "flight_recorder.recorder": ("Recorder",),
+    "flight_recorder.replay": ("replay",),
+    "flight_recorder.replay_result": (
+        "Recurrence",
+        "Replay",
+    ),
     "guard": ("Guard",),
-    "metrics": ("ClipRate", "GradientNorm", "SpikeScore"),
-    "recorder.answer": ("Recurrence", "Replay"),
-    "recorder.bundle": ("ReplayError",),
-    "recorder.recorder": ("Recorder",),
-    "recorder.replay": ("replay",),
-    "signals.adaptive_clippers": ("AdaGC", "AutoClip", "ZClip"),
-    "signals.clippers": ("AGC", "NormClip"),
-    "signals.detectors": ("Exploding", "NonFinite", "Spike"),
-    "signals.tilt_detectors": ("DepthTilt", "TimeTilt"),
-    "signals.spike_clip": ("SpikeClip",),
-    "signals.starvation_detectors": ("DeadUnits", "Disconnected", "Underflow"),
-    "signals.update_detectors": ("Stalled", "UpdateRatio"),
-    "verdicts.faults": ("Fault", "Finding", "GradientHalt", "GradientWarning", "Report", "Severity"),
-    "verdicts.policy": ("Policy",),
+    "metrics": (
+        "ClipRate",
+        "GradientNorm",
+        "SpikeScore",
+    ),
+    "policy": ("Policy",),
+    "results": (
+        "Fault",
+        "Finding",
+        "GradientHalt",
+        "GradientWarning",
+        "Report",
+        "Severity",
+    ),
 }
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -37,6 +37,6 @@ def callbacks() -> list[Any]:
             f"the environment variable {VARIABLE} must be one of {choices}, got {wanted!r}{hint}"
         )
     # Half a second, which only those who asked for it pay.
-    from lightning_gradguard.callbacks.autoload import AutoGuard
+    from lightning_gradguard.callbacks.auto_guard import AutoGuard
 
     return [AutoGuard(wanted)]

@@ -9,28 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard import checkpoint, judging
-from lightning_gradguard import lag as lagging
-from lightning_gradguard.history import History, history_of
-from lightning_gradguard.letter import Posted
-from lightning_gradguard.mailbox import Mailbox, read
-from lightning_gradguard.parts import as_scalar, default_detectors, say_what_is_off, validate
-from lightning_gradguard.quiet import Quiet
-from lightning_gradguard.signals import pipeline
-from lightning_gradguard.signals.clipping import Clipper
-from lightning_gradguard.signals.reading import Detector
-from lightning_gradguard.signals.trends import WARM_UP
-from lightning_gradguard.spy import Usage
-from lightning_gradguard.verdicts.faults import Fault, Finding, GradientHalt, Report
-from lightning_gradguard.verdicts.judge import Judge
-from lightning_gradguard.verdicts.letter import Letter, Sight
-from lightning_gradguard.verdicts.policy import Policy
-from lightning_gradguard.watch import Watch
+from lightning_gradguard.clippers.base import Clipper
+from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.engine import checkpoint, judging
+from lightning_gradguard.engine import device_skip as lagging
+from lightning_gradguard.engine import evaluate as pipeline
+from lightning_gradguard.engine.arguments import as_scalar, default_detectors, say_what_is_off, validate
+from lightning_gradguard.engine.fast_path import FastPath
+from lightning_gradguard.engine.fault_tracker import FaultTracker
+from lightning_gradguard.engine.history import History, history_of
+from lightning_gradguard.engine.parameter_tracker import ParameterTracker
+from lightning_gradguard.engine.readback import DetectorResult, PendingStep, Readback, StepRecord, read
+from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.policy import Policy
+from lightning_gradguard.results import Fault, Finding, GradientHalt, Report
+from lightning_gradguard.stats.trends import WARM_UP
 
 if TYPE_CHECKING:
-    from lightning_gradguard.doctor.diagnosis import Diagnosis
-    from lightning_gradguard.doctor.origin import Origin
-    from lightning_gradguard.doctor.trials.attempt import Subject
+    from lightning_gradguard.diagnosis.diagnosis import Diagnosis
+    from lightning_gradguard.diagnosis.nan_origin import Origin
+    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
 
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
@@ -75,30 +73,30 @@ class Guard:
         policy: Policy | None = None,
         lag: int | None = None,
         index: int = 0,
-        usage: Usage | None = None,
+        usage: ForwardUsage | None = None,
     ) -> None:
         validate(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
         self.clipper = clipper
         self.policy = Policy.watch() if policy is None else policy
         always = any(self.policy.response(f) == "skip" for f in set(Fault) - {Fault.NONFINITE, Fault.SPIKE})
-        self.watch = Watch(named_parameters, optimizer, usage, always)
+        self.watch = ParameterTracker(named_parameters, optimizer, usage, always)
         self._history = history_of(self.watch.layout)
-        self.quiet = Quiet(self.detectors, clipper)
+        self.quiet = FastPath(self.detectors, clipper)
         self.report: Report | None = None
-        self.letter: Letter | None = None
-        self.calm: Letter | None = None
-        self.sights: list[Sight] = []
+        self.letter: StepRecord | None = None
+        self.calm: StepRecord | None = None
+        self.sights: list[DetectorResult] = []
         self.notes: tuple[str, ...] = ()
-        self.subject: Callable[[], Subject] | None = None
+        self.subject: Callable[[], SandboxedStep] | None = None
         self.origin: Origin | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
-        self.judge = Judge(self.policy, index)
+        self.judge = FaultTracker(self.policy, index)
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
         self.steps, self.trials, self._said_no_loss = 0, False, False
         self._lag = lagging.choose(lag, optimizer, self.watch.layout.numel.device, self.policy)
-        self._mailbox: Mailbox[Posted] = Mailbox(self._lag)
+        self._mailbox: Readback[PendingStep] = Readback(self._lag)
         self._states: pipeline.States | None = None
         self._halt: Finding | None = None
 
@@ -156,7 +154,7 @@ class Guard:
         if scaler is not None and self._lag:
             # Both would set found_inf, and the scaler's own skip is exact: no lag then.
             self.close()
-            self._lag, self._mailbox = 0, Mailbox(0)
+            self._lag, self._mailbox = 0, Readback(0)
         number = self.steps if step is None else step
         self.steps += 1
         graph = loss if graph is None and loss is not None and loss.grad_fn is not None else graph

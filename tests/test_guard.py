@@ -21,8 +21,8 @@ from lightning_gradguard import (
     Severity,
     SpikeClip,
 )
-from lightning_gradguard.signals.detectors import NonFinite
-from lightning_gradguard.signals.tilt_detectors import DepthTilt
+from lightning_gradguard.detectors.depth import DepthTilt
+from lightning_gradguard.detectors.explosion import NonFinite
 
 quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SILENT = Policy(respond={fault.value: "ignore" for fault in Fault})

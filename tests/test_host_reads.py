@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradguard import Guard, NormClip, SpikeClip, facts, mailbox
-from lightning_gradguard.schedule import EAGER, LATER, REFRESH, SETTLED
-from lightning_gradguard.signals.adaptive_clippers import AdaGC, AutoClip, ZClip
-from lightning_gradguard.signals.clippers import AGC
+from lightning_gradguard import Guard, NormClip, SpikeClip
+from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
+from lightning_gradguard.clippers.fixed import AGC
+from lightning_gradguard.diagnosis import facts
+from lightning_gradguard.engine import readback as mailbox
+from lightning_gradguard.engine.sampling_schedule import EAGER, LATER, REFRESH, SETTLED
 
 CLIPPERS = [None, NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=3), AdaGC(warmup_steps=4), SpikeClip()]
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
@@ -239,12 +241,12 @@ def test_steps_that_are_out_of_the_ordinary_read_no_more(device, door):
 def test_with_lag_the_letter_just_posted_is_never_waited_for(device, fused, door, monkeypatch):
     taken = []
 
-    def take(self, plain=mailbox.Mailbox.take):
+    def take(self, plain=mailbox.Readback.take):
         answer = plain(self)
         taken.append(None if answer is None else answer[1].step)
         return answer
 
-    monkeypatch.setattr(mailbox.Mailbox, "take", take)
+    monkeypatch.setattr(mailbox.Readback, "take", take)
     steps = range(EAGER, EAGER + 2 * REFRESH + 2)
     for step, _, waits, asks, letters in through(both(device, SpikeClip(), lag=1, fused=fused), door, steps):
         number = step - EAGER

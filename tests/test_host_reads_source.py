@@ -8,8 +8,14 @@ import pytest
 import lightning_gradguard
 
 PACKAGE = Path(lightning_gradguard.__file__).parent
-SIGNALS = sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "signals").glob("*.py"))
-FILES = [*SIGNALS, "guard.py", "letter.py", "watch.py", "walk.py", "lag.py", "schedule.py"]
+DEVICE = sorted(
+    str(path.relative_to(PACKAGE))
+    for folder in ("stats", "detectors", "clippers")
+    for path in (PACKAGE / folder).glob("*.py")
+)
+DEVICE.append("engine/evaluate.py")
+ENGINE = ("parameter_tracker", "graph_observer", "device_skip", "sampling_schedule")
+FILES = [*DEVICE, "guard.py", *(f"engine/{name}.py" for name in ENGINE)]
 
 #: Methods that give a tensor's values to the host, or a tensor whose shape depends on them.
 READS = {
@@ -31,9 +37,9 @@ MEDIANS = {"median", "nanmedian"}
 
 #: File, function, what it does there: why it may.
 SLOW = {
-    ("signals/shards.py", "held", "nonzero"): "of the host's own numbers, once for each tensor",
-    ("signals/shards.py", "check_agreement", "tolist"): "once, when a guard is made",
-    ("signals/shards.py", "largest_over_ranks", "tolist"): "after a walk over the graph, eight times at most",
+    ("stats/sharding.py", "held", "nonzero"): "of the host's own numbers, once for each tensor",
+    ("stats/sharding.py", "check_agreement", "tolist"): "once, when a guard is made",
+    ("stats/sharding.py", "largest_over_ranks", "tolist"): "after a walk over the graph, eight times at most",
 }
 
 #: What of a tensor is known to the host without a look at its values.
@@ -58,13 +64,14 @@ def fields(files):
     return frozenset(name for name, said in kinds.items() if said == {"Tensor"})
 
 
-OF_SIGNALS = fields(SIGNALS)
+ON_DEVICE = fields(DEVICE)
 #: What the rooms beyond get to see of that; a letter has numbers of the same names.
 BEYOND = fields(
     [
-        *(f"signals/{room}.py" for room in ("stats", "reading", "clipping")),
-        "verdicts/letter.py",
-        "verdicts/faults.py",
+        "stats/grad_stats.py",
+        "detectors/base.py",
+        "clippers/base.py",
+        "results.py",
     ]
 )
 
@@ -174,7 +181,7 @@ def _kinds(annotation):
     return {part.strip() for part in ast.unparse(annotation).split("|")}
 
 
-def reads(source, attributes=OF_SIGNALS):
+def reads(source, attributes=ON_DEVICE):
     """Pairs of function and what it does there."""
     reader = Reader(attributes)
     reader.visit(ast.parse(source))
@@ -182,7 +189,7 @@ def reads(source, attributes=OF_SIGNALS):
 
 
 def found(file):
-    attributes = OF_SIGNALS if file in SIGNALS else BEYOND | fields([file])
+    attributes = ON_DEVICE if file in DEVICE else BEYOND | fields([file])
     return {(file, *pair) for pair in reads((PACKAGE / file).read_text(), attributes)}
 
 
@@ -196,14 +203,18 @@ def test_every_slow_path_is_still_there():
 
 
 def test_the_door_is_where_the_reads_are():
-    assert {what for _, what in reads((PACKAGE / "mailbox.py").read_text())} == {"cpu", "numpy", "tolist"}
+    assert {what for _, what in reads((PACKAGE / "engine/readback.py").read_text())} == {
+        "cpu",
+        "numpy",
+        "tolist",
+    }
 
 
 def test_the_fields_are_known():
-    assert {"norms", "finite", "raised", "total", "seen"} <= OF_SIGNALS
+    assert {"norms", "finite", "raised", "total", "seen"} <= ON_DEVICE
     assert {"present", "lost", "total"} <= BEYOND
     assert BEYOND.isdisjoint({"finite", "seen"})
-    assert fields(["watch.py"]) >= {"weights", "updates", "_moved"}
+    assert fields(["engine/parameter_tracker.py"]) >= {"weights", "updates", "_moved"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The table of rooms, as data, held against the real imports: a room may import only what stands beside it."""
+"""Imports go one way: the table of layers, as data, held against the real imports of every module."""
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,135 +12,38 @@ import lightning_gradguard
 PACKAGE = Path(lightning_gradguard.__file__).parent
 NAME = "lightning_gradguard"
 STDLIB = frozenset(sys.stdlib_module_names)
+LIGHTNING = {"lightning", "pytorch_lightning"}
 
-_READINGS = {"torch", "signals.stats", "signals.trends", "signals.reading", "verdicts.faults"}
-_CLIPPING = {"torch", "signals.stats", "signals.clipping", "signals.norms", "signals.shards"}
-
-#: Room to what it may import beyond the standard library. A folder's name covers its files.
-ROOMS = {
+#: Layer to what it may import: other layers, and packages beyond the standard library. A layer is a folder, or a
+#: module at the top level. Everything may import itself, `results` and `_version`.
+LAYERS = {
     "_version": set(),
-    "signals.shards": {"torch"},
-    "signals.layout": {"torch", "signals.shards"},
-    "signals.norms": {"torch", "signals.layout", "signals.shards"},
-    "signals.stats": {"torch", "signals.layout", "signals.norms", "signals.shards"},
-    "signals.profile": {"torch", "signals.layout"},
-    "signals.readout": {
-        "torch", "signals.layout", "signals.norms", "signals.samples", "signals.shards", "signals.spread_samples",
-    },
-    "signals.spread_samples": {"torch", "signals.layout", "signals.norms", "signals.samples", "signals.shards"},
-    "signals.samples": {"torch", "signals.layout", "signals.norms"},
-    "signals.losses": {"torch", "signals.stats", "signals.trends"},
-    "signals.view": {"torch", "signals.stats"},
-    "signals.trends": {"torch", "signals.losses", "signals.profile", "signals.stats", "signals.view"},
-    "signals.reading": {"torch", "signals.stats", "signals.trends", "verdicts.faults"},
-    "signals.detectors": _READINGS,
-    "signals.starvation_detectors": _READINGS,
-    "signals.tilt_detectors": _READINGS,
-    "signals.update_detectors": _READINGS,
-    "signals.clipping": {"torch", "signals.stats", "signals.shards"},
-    "signals.clippers": _CLIPPING,
-    "signals.adaptive_clippers": _CLIPPING,
-    "signals.spike_clip": {*_CLIPPING, "signals.ordinary"},
-    "signals.ordinary": {"torch", "signals.stats"},
-    "signals.histogram": {"torch"},
-    "signals.pipeline": {"torch", "signals"},
-    "signals": set(),
-    "mailbox": {"torch"},
-    "verdicts": {"verdicts"},
-    "doctor": {"torch", "rich", "doctor", "verdicts"},
-    "doctor.rendering": {"rich", "jinja2", "markupsafe", "doctor", "verdicts"},
-    # The one heat map has the colours of the other.
-    "doctor.pictures": {"numpy", "matplotlib", "doctor", "sinks.cells", "sinks.tags"},
-    "sinks": {"torch", "numpy", "matplotlib", "tensorboard", "tensorboardX", "sinks", "verdicts", "signals.histogram"},
-    "report": {
-        "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "matplotlib", "report", "sinks", "verdicts",
-        "doctor.rendering", "signals.histogram", "_version",
+    "results": set(),
+    "policy": set(),
+    "stats": {"torch"},
+    "detectors": {"torch", "stats"},
+    "clippers": {"torch", "stats"},
+    "introspection": {"torch", "stats"},
+    "charts": {"numpy", "matplotlib"},
+    "engine": {"torch", "numpy", "stats", "detectors", "clippers", "introspection", "policy"},
+    "flight_recorder.recorder": set(),
+    "diagnosis": {"torch", "numpy", "rich", "jinja2", "markupsafe", "stats", "introspection", "engine", "charts"},
+    "guard": {"torch", "stats", "detectors", "clippers", "introspection", "engine", "diagnosis", "policy"},
+    "flight_recorder": {"torch", "numpy", "rich", "stats", "introspection", "diagnosis"},
+    "loggers": {"torch", "numpy", "tensorboard", "tensorboardX", "stats", "charts"},
+    "html_report": {
+        "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "stats", "charts", "loggers", "diagnosis",
     },
     "metrics": {"torch", "torchmetrics"},
-    "letter": {"torch", "signals", "verdicts"},
-    "lag": {"torch", "signals", "verdicts", "judging", "letter", "parts"},
-    "quiet": {"torch", "numpy", "signals", "verdicts", "mailbox"},
-    "judging": {"torch", "signals", "verdicts", "history", "lag", "letter", "facts"},
-    "spy": {"torch"},
-    "walk": {"torch", "signals.layout", "signals.shards", "doctor.anatomy", "naming", "spy", "whole"},
-    "whole": {"torch"},
-    "naming": {"torch"},
-    "schedule": set(),
-    "watch": {"torch", "signals", "doctor.anatomy", "spy", "naming", "walk", "schedule"},
-    "history": {"numpy", "verdicts"},
-    "facts": {
-        "torch", "numpy", "signals.norms", "signals.stats", "verdicts", "doctor", "watch", "mailbox", "history",
-        "parts",
-    },
-    "recorder": {"torch", "numpy", "rich", "recorder", "doctor", "verdicts", "naming"},
-    "recorder.recorder": set(),
-    "parts": {"torch", "signals", "verdicts", "recorder.recorder"},
-    "checkpoint": {"signals", "verdicts", "mailbox", "letter"},
-    "snapshot": {"torch"},
-    "guard": {
-        "torch", "signals", "verdicts", "doctor", "mailbox", "letter", "lag", "spy", "watch", "parts",
-        "checkpoint", "history", "quiet", "judging",
-    },
+    "testing": {"torch", "stats", "callbacks.fault_injector"},
     "callbacks": {
-        "torch", "lightning", "pytorch_lightning", "callbacks", "guard", "sinks", "verdicts", "signals", "doctor",
-        "mailbox", "lag", "naming", "parts", "spy", "watch", "recorder", "numpy", "_version",
-        "snapshot", "checkpoint", "testing",
+        "torch", "numpy", *LIGHTNING, "stats", "detectors", "clippers", "introspection", "engine", "diagnosis",
+        "guard", "policy", "loggers", "flight_recorder", "testing",
     },
-    "autoload": {"callbacks.autoload"},
-    "injections": {"torch", "naming"},
-    "testing": {"torch", "injections", "callbacks.injecting"},
-    # The demo is a user of the product, kept in the package so that an installed one can show itself.
-    "demo": {"torch", "lightning", "pytorch_lightning", "sklearn", "numpy", "rich", "*"},
-    "cost": {"torch", "guard", "signals.clipping", "schedule"},
-    "cost_command": {"torch", "rich", "cost", "signals"},
-    "cli": {"rich", "torch", "*"},
+    "autoload": {"callbacks"},
+    "cli": {"torch", "numpy", "rich", "sklearn", *LIGHTNING, "*"},
     "": {"*"},
 }  # fmt: skip
-
-
-def room_of(module: str) -> str:
-    """The nearest room: the module itself, else the folder it lies in."""
-    while module not in ROOMS:
-        module = module.rpartition(".")[0]
-    return module
-
-
-def imports(source: str) -> set[str]:
-    """Modules imported at run time, dotted; ours without the package's name."""
-    found: set[str] = set()
-
-    class Visitor(ast.NodeVisitor):
-        def visit_If(self, node: ast.If) -> None:
-            if "TYPE_CHECKING" not in ast.unparse(node.test):
-                self.generic_visit(node)
-
-        def visit_Import(self, node: ast.Import) -> None:
-            found.update(alias.name for alias in node.names)
-
-        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-            assert node.level == 0, "relative imports hide the room"
-            for alias in node.names:
-                deeper = f"{node.module}.{alias.name}"
-                path = PACKAGE.parent / deeper.replace(".", "/")
-                is_module = path.with_suffix(".py").exists() or path.is_dir()
-                found.add(deeper if is_module else str(node.module))
-
-    Visitor().visit(ast.parse(source))
-    return {f.removeprefix(f"{NAME}.") for f in found}
-
-
-def trespasses(module: str, source: str) -> set[str]:
-    """Imports that the table does not allow."""
-    allowed = ROOMS[room_of(module)]
-    if "*" in allowed:
-        allowed = allowed | set(ROOMS) - {""}
-
-    def is_allowed(name: str) -> bool:
-        root = name.partition(".")[0]
-        return root in STDLIB or name == NAME or any(name == a or name.startswith(f"{a}.") for a in allowed)
-
-    return {name for name in imports(source) if not is_allowed(name)}
-
 
 MODULES = {
     ".".join(p.relative_to(PACKAGE).with_suffix("").parts)
@@ -149,19 +53,143 @@ MODULES = {
 }
 
 
+def layer_of(module: str) -> str:
+    """Return the layer of a module: the longest entry of the table that it lies in."""
+    while module not in LAYERS:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def statements(tree: ast.AST, *, deferred: bool) -> Iterator[ast.stmt]:
+    """Yield import statements that run; those inside functions only if ``deferred``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif deferred or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from statements(node, deferred=deferred)
+
+
+def imports(source: str, *, deferred: bool = True) -> set[str]:
+    """Return the modules imported at run time, dotted; ours without the package's name."""
+    found: set[str] = set()
+    for node in statements(ast.parse(source), deferred=deferred):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+            continue
+        assert node.level == 0, "relative imports hide the layer"
+        for alias in node.names:
+            deeper = f"{node.module}.{alias.name}".removeprefix(f"{NAME}.")
+            found.add(deeper if deeper in MODULES else str(node.module))
+    return {f.removeprefix(f"{NAME}.") for f in found}
+
+
+def trespasses(module: str, source: str) -> set[str]:
+    """Return the imports that the table does not allow."""
+    layer = layer_of(module)
+    allowed = LAYERS[layer] | {layer, "results", "_version"}
+
+    def is_allowed(name: str) -> bool:
+        if "*" in allowed and name in MODULES:
+            return True
+        root = name.partition(".")[0]
+        return root in STDLIB or name == NAME or any(name == a or name.startswith(f"{a}.") for a in allowed)
+
+    return {name for name in imports(source) if not is_allowed(name)}
+
+
+def cycles(sources: dict[str, str]) -> list[list[str]]:
+    """Return the groups of modules that import one another at run time, wherever the import stands."""
+    edges = {m: {i for i in imports(s) if i in sources and i != m} for m, s in sources.items()}
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(module: str, graph: dict[str, set[str]], out: list[str]) -> None:
+        if module not in seen:
+            seen.add(module)
+            for other in sorted(graph[module]):
+                visit(other, graph, out)
+            out.append(module)
+
+    for module in sources:
+        visit(module, edges, order)
+    back = {m: {o for o in sources if m in edges[o]} for m in sources}
+    seen.clear()
+    groups: list[list[str]] = []
+    for module in reversed(order):
+        group: list[str] = []
+        visit(module, back, group)
+        groups.append(sorted(group))
+    return [g for g in groups if len(g) > 1]
+
+
+def private_uses(source: str) -> set[str]:
+    """Return private names that a module takes from another: by an import, or as an attribute of an object of ours.
+
+    ``self._x`` and ``cls._x`` are a class's own, and so is a private attribute that the same file assigns, declares or
+    defines. Dunder names and NamedTuple's own methods are public. What torch and Lightning keep private is theirs to
+    break, and is listed in `FOREIGN`.
+    """
+    tree = ast.parse(source)
+    own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and _is_self(n.value)}
+    own |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(NAME):
+            found |= {f"{node.module}.{a.name}" for a in node.names if _is_private(a.name)}
+            found |= {str(node.module) for part in str(node.module).split(".") if _is_private(part)}
+        if (
+            isinstance(node, ast.Attribute)
+            and _is_private(node.attr)
+            and not (_is_self(node.value) or node.attr in own or node.attr in FOREIGN)
+        ):
+            found.add(ast.unparse(node))
+    return found
+
+
+#: Private attributes of torch, Lightning and Python that the package reads, for want of a public way.
+FOREIGN = {
+    "_asdict", "_fields", "_replace", "_make", "_getframe",
+}  # fmt: skip
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_version"
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_follow_the_table(module):
     assert trespasses(module, MODULES[module].read_text()) == set()
 
 
+def test_no_module_imports_itself_through_others():
+    assert cycles({name: path.read_text() for name, path in MODULES.items() if name}) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_uses_what_another_keeps_private(module):
+    assert private_uses(MODULES[module].read_text()) == set()
+
+
+def test_only_callbacks_and_the_command_line_import_lightning():
+    assert {layer for layer, allowed in LAYERS.items() if allowed & LIGHTNING} == {"callbacks", "cli"}
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("signals.stats", "import lightning"),
-        ("signals.detectors", "from lightning_gradguard.guard import Guard"),
-        ("verdicts.judge", "import torch"),
+        ("stats.grad_stats", "import lightning"),
+        ("detectors.explosion", "from lightning_gradguard.guard import Guard"),
+        ("engine.history", "def f():\n    from lightning_gradguard import diagnosis"),
         ("guard", "from lightning.pytorch import Callback"),
-        ("doctor.anatomy", "from lightning_gradguard import sinks"),
+        ("introspection.sandbox", "from lightning_gradguard.engine import history"),
+        ("results", "import torch"),
     ],
 )
 def test_the_table_can_be_broken(module, source):
@@ -169,9 +197,30 @@ def test_the_table_can_be_broken(module, source):
 
 
 def test_type_checking_imports_do_not_count():
-    assert trespasses("verdicts.faults", "if TYPE_CHECKING:\n    import torch\n") == set()
+    assert trespasses("results", "if TYPE_CHECKING:\n    import torch\n") == set()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_rooms_fit_in_the_head(module):
-    assert len(MODULES[module].read_text().splitlines()) <= 250
+def test_a_cycle_would_be_found():
+    a = f"from {NAME}.engine import history"
+    b = f"def late():\n    from {NAME}.engine.evaluate import x"
+    assert cycles({"engine.evaluate": a, "engine.history": b, "policy": ""}) == [
+        ["engine.evaluate", "engine.history"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"from {NAME}.guard import _x",
+        f"from {NAME}._private import x",
+        "def f(guard):\n    return guard._state",
+        "class A:\n    def f(self):\n        return self.guard._state",
+    ],
+)
+def test_a_private_use_would_be_found(source):
+    assert private_uses(source)
+
+
+@pytest.mark.parametrize("source", ["class A:\n    def f(self, other):\n        return self._x == other._x"])
+def test_a_class_may_use_its_own_private_names(source):
+    assert private_uses(source) == set()

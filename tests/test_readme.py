@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradguard
 from lightning_gradguard import Fault
-from lightning_gradguard.sinks.tags import NOTES
+from lightning_gradguard.loggers.tags import NOTES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

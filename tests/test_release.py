@@ -74,8 +74,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert files == files_below(PACKAGE)
     assert {
         "py.typed",
-        "report/templates/page.html",
-        "doctor/templates/diagnosis.css",
+        "html_report/templates/page.html",
+        "diagnosis/templates/diagnosis.css",
         "callbacks/guard.py",
     } - files == set()
     assert {path.name for path in wheel.iterdir()} == {

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.cost import peers
 from benchmarks.cost.models import Transformer, tensors
 from lightning_gradguard import SpikeClip
-from lightning_gradguard.cost import Timings, measure
+from lightning_gradguard.cli.cost import Timings, measure
 
 OURS = "Guard, SpikeClip"
 

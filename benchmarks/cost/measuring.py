@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lightning_gradguard.cost import Spread, over_a_cycle
+from lightning_gradguard.cli.cost import Spread, over_a_cycle
 
 
 @dataclass

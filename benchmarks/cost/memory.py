@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard import Guard, SpikeClip
-from lightning_gradguard.cost import QuietTraining
-from lightning_gradguard.schedule import EAGER, REFRESH
+from lightning_gradguard.cli.cost import QuietTraining
+from lightning_gradguard.engine.sampling_schedule import EAGER, REFRESH
 
 #: Not followed: they belong to the program and not to the guard.
 _SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)

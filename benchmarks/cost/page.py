@@ -10,7 +10,7 @@ from benchmarks.cost import arms, peers, trainer_arms
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import SMALL, Results
 from benchmarks.cost.turns import TURN
-from lightning_gradguard.cost import BARE, CLIP, CYCLE, WARM_UP, Spread
+from lightning_gradguard.cli.cost import BARE, CLIP, CYCLE, WARM_UP, Spread
 
 INTRODUCTION = """# What a guard costs
 

@@ -15,7 +15,7 @@ from benchmarks.cost.measuring import Rounds, interleave
 from benchmarks.cost.models import Transformer, tensors
 from benchmarks.cost.trainer_arms import BARE, CLIP, OURS, Size
 from benchmarks.cost.turns import ABLE, take_turns
-from lightning_gradguard.cost import CYCLE, Timings
+from lightning_gradguard.cli.cost import CYCLE, Timings
 
 
 @dataclass(frozen=True)

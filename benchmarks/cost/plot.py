@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks.cost import arms, trainer_arms
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import Results
-from lightning_gradguard.cost import BARE, CLIP, Timings
+from lightning_gradguard.cli.cost import BARE, CLIP, Timings
 
 #: Of Okabe and Ito, told apart by the colour-blind; markers and dashes tell them apart in grey.
 LOOKS = {

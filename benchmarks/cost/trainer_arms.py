@@ -31,7 +31,7 @@ from benchmarks.cost.peer_callbacks import (
     Watch,
 )
 from lightning_gradguard import GradGuard, GradHistogram, SpikeClip
-from lightning_gradguard.schedule import EAGER, SETTLED
+from lightning_gradguard.engine.sampling_schedule import EAGER, SETTLED
 
 BARE, CLIP, OURS = "bare", "gradient_clip_val=1.0", "SpikeClip + histograms"
 #: Steps between two histograms, for all that draw some; the clock runs for one such interval.

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
 from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, quietly
-from lightning_gradguard.cost import CYCLE
+from lightning_gradguard.cli.cost import CYCLE
 
 #: Arms that are nothing but callbacks, so that they can take turns.
 ABLE = (BARE, CLIP, OURS, "grad_norm", "add_histogram", "zclip", "timm AGC", "torch-module-monitor")

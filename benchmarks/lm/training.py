@@ -12,7 +12,7 @@ from benchmarks.lm.model import CONTEXT, LanguageModel
 from benchmarks.lm.regimes import Accidents
 from benchmarks.lm.text import library, windows
 from lightning_gradguard import AGC, AdaGC, AutoClip, ClipRate, Guard, NormClip, SpikeClip, SpikeScore, ZClip
-from lightning_gradguard.verdicts.faults import GradientHalt, Report
+from lightning_gradguard.results import GradientHalt, Report
 
 #: Arm to its clipper, each as published; the package's paper or reference names the values.
 ARMS: dict[str, Any] = {

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.signals.clipping import Clip, tensor_clip
-from lightning_gradguard.signals.stats import GradStats
+from lightning_gradguard.clippers.base import Clip, tensor_clip
+from lightning_gradguard.stats.grad_stats import GradStats
 
 PRIOR_SIGMA, PRIOR_STEPS, PATIENCE, SPREAD_DECAY = 0.4, 10, 20, 0.97
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.callbacks.trainer import package_of
+from lightning_gradguard.callbacks.trainer_adapter import package_of
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.verdicts.faults import Fault, Finding, Report, Severity
+from lightning_gradguard.results import Fault, Finding, Report, Severity
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -14,8 +14,8 @@ from benchmarks.judging.watching import OURS, watch
 from benchmarks.zoo import case
 from benchmarks.zoo.case import Case
 from lightning_gradguard import Cause, Fault, GradGuard
-from lightning_gradguard.signals.reading import Nothing, reading
-from lightning_gradguard.signals.trends import trends_of
+from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.stats.trends import trends_of
 
 SICK = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("net.layers.0.*",), onset=20)
 

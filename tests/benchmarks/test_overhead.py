@@ -14,7 +14,7 @@ from benchmarks import overhead
 from benchmarks.cost import arms, page, peers, plan, trainer_arms, turns
 from benchmarks.cost.measuring import Rounds, interleave
 from benchmarks.cost.models import Transformer, loader
-from lightning_gradguard.cost import BARE, CLIP, Spread
+from lightning_gradguard.cli.cost import BARE, CLIP, Spread
 
 HIDDEN = "zclip"
 

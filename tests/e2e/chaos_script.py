@@ -33,7 +33,7 @@ from lightning_gradguard import (
     SpikeClip,
     ZClip,
 )
-from lightning_gradguard.signals.detectors import NonFinite, Spike
+from lightning_gradguard.detectors.explosion import NonFinite, Spike
 
 ROWS = 6
 CLIPPERS = [None, NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=4), AdaGC(warmup_steps=4), SpikeClip()]

@@ -25,10 +25,10 @@ from lightning_gradguard import (
     SpikeClip,
     ZClip,
 )
-from lightning_gradguard.signals.detectors import Exploding, NonFinite, Spike
-from lightning_gradguard.signals.starvation_detectors import DeadUnits, Disconnected, Underflow
-from lightning_gradguard.signals.tilt_detectors import DepthTilt, TimeTilt
-from lightning_gradguard.signals.update_detectors import Stalled, UpdateRatio
+from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
+from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
+from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
+from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
 from lightning_gradguard.testing import DeadRows, FaultInjector, NaN
 from lightning_gradguard.testing import Spike as Spiked
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_gradguard import AGC, GradientHalt, Guard, NormClip, Policy, SpikeClip
-from lightning_gradguard.signals.norms import weight_means
-from lightning_gradguard.signals.shards import local
+from lightning_gradguard.stats.norms import weight_means
+from lightning_gradguard.stats.sharding import local
 
 ROWS = 8
 
@@ -228,7 +228,7 @@ class Training:
                 [f.fault.value, f.severity, f.step, list(f.parameters)] for f in self.guard.findings
             ],
             "order": list(watch.ordered_names),
-            "embeddings": sorted(watch.anatomy.embeddings),
+            "embeddings": sorted(watch.graph_summary.embeddings),
             "weight norms": watch.weights.tolist(),
             "update ratios": watch.updates.tolist(),
             "dead": watch._dead.tolist(),

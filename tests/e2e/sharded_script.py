@@ -20,9 +20,9 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import AGC, Guard, SpikeClip
-from lightning_gradguard.signals.layout import Layout
-from lightning_gradguard.signals.readout import read
-from lightning_gradguard.signals.stats import gradients_of, measure
+from lightning_gradguard.stats.collect import read
+from lightning_gradguard.stats.grad_stats import gradients_of, measure
+from lightning_gradguard.stats.layout import Layout
 
 
 def fsdp(net, mesh=None, **kwargs):

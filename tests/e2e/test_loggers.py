@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientWarning
-from lightning_gradguard.signals.histogram import EDGES
+from lightning_gradguard.stats.histogram import EDGES
 
 SCALARS = {
     "total_norm_log10", "worst_layer_rms_log10", "update_ratio_log10", "clip_scale", "nonfinite_total",

@@ -11,7 +11,7 @@ import torch
 
 from lightning_gradguard import GradientHalt, Recorder, Recurrence, ReplayError, replay
 from lightning_gradguard.cli import main
-from lightning_gradguard.recorder.bundle import read
+from lightning_gradguard.flight_recorder.bundle import read
 
 HERE = Path(__file__).parent
 BAD = 7

@@ -102,7 +102,9 @@ def of_another_model(state):
 def test_a_state_that_does_not_fit_is_said_and_nothing_else_is_harmed(runs, change, monkeypatch):
     whole, _, folder = runs
     said = []
-    monkeypatch.setattr("lightning_gradguard.callbacks.guards.warn", lambda _, message: said.append(message))
+    monkeypatch.setattr(
+        "lightning_gradguard.callbacks.guard_registry.warn", lambda _, message: said.append(message)
+    )
     again = train("DepthTilt", spoil(folder, "DepthTilt", change), resumed=True)
     assert len(said) == 1
     assert said[0].startswith("GradGuard starts afresh, since the checkpoint does not fit: state must be of")

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard.signals.histogram import EDGES, count, edges
-from lightning_gradguard.sinks.exponents import THRESHOLDS, exponents_panel
-from lightning_gradguard.sinks.overview import Overview
-from lightning_gradguard.sinks.tags import histogram_panel, tag_names
-from lightning_gradguard.sinks.tensorboard import TensorBoardSink
-from lightning_gradguard.verdicts.faults import Fault, Finding, Report, Severity
+from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_panel
+from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.tensorboard import TensorBoardSink
+from lightning_gradguard.results import Fault, Finding, Report, Severity
+from lightning_gradguard.stats.histogram import EDGES, count, edges
 
 LOADERS = ["true", "false"]
 NAMES = [f"net.{i}.weight" for i in range(3)]

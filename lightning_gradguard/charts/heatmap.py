@@ -1,0 +1,188 @@
+"""The cells of a picture of layers by steps: their colours, the same in every picture, and how many there are."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_gradguard.loggers.tags import shorten, without_prefix
+
+if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+#: Colour axis in decades, the same for all runs, so that pictures compare.
+SCALE = (-10.0, 2.0)
+#: Colours of what is not on it.
+NOT_FINITE, NO_GRADIENT = "magenta", "lightgrey"
+
+
+def colours() -> ScalarMappable:
+    """Decades to colours; beyond `SCALE` it is its end."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
+
+
+def paint(cells: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Pixels of cells, one for each.
+
+    Args:
+        cells: [rows, columns], log10 gradient RMS; NaN is not finite, -inf no gradient.
+
+    Returns:
+        uint8 [rows, columns, 4]: red, green, blue, and full opacity.
+    """
+    from matplotlib.colors import to_rgba
+
+    pixels: NDArray[np.uint8] = np.array(colours().to_rgba(np.nan_to_num(cells), bytes=True))
+    for where, colour in ((np.isnan(cells), NOT_FINITE), (np.isneginf(cells), NO_GRADIENT)):
+        pixels[where] = np.round(255 * np.array(to_rgba(colour)))
+    return pixels
+
+
+def binned(
+    names: Sequence[str], cells: NDArray[np.floating], most: int
+) -> tuple[list[str], NDArray[np.floating]]:
+    """At most so many rows: of each bin the worst cell, not finite, or farthest from the column's median.
+
+    Args:
+        names: One for each row.
+        cells: [rows, columns], as `paint` takes them.
+        most: Rows that can still be told apart.
+
+    Returns:
+        The name of each bin's first row, and the cells [bins, columns].
+    """
+    size = math.ceil(len(names) / most)
+    if size == 1:
+        return list(names), cells
+    known = np.where(np.isfinite(cells), cells, np.nan)
+    known[:, np.isnan(known).all(axis=0)] = 0  # of nothing there is no median
+    median = np.nanmedian(known, axis=0)
+    distance = np.nan_to_num(np.abs(cells - median), nan=np.inf, posinf=-1)
+    starts = range(0, len(names), size)
+    worst = np.stack([i + distance[i : i + size].argmax(axis=0) for i in starts])
+    return [names[i] for i in starts], np.take_along_axis(cells, worst, axis=0)
+
+
+#: Rows that can still be told apart; more are binned.
+ROWS = 64
+
+_SIZE, _DPI, _FONT, _STROKE = (4.8, 3.2), 150, 8, 0.4  # what is legible on a card
+_LABELS, _LABEL_ROOM = 16, 18
+_CLIPPED = "darkorange"
+# Where the cells lie on the figure, and where the strip above them ends.
+_LEFT, _WIDTH, _BOTTOM, _HEIGHT = 0.25, 0.625, 0.135, 0.605
+_TOP = _BOTTOM + _HEIGHT + 0.09
+
+
+class Marks(NamedTuple):
+    """What is shown on the strip above the picture.
+
+    Attributes:
+        clipped: One byte a column, 1 where a step was clipped.
+        skipped: One byte a column, 1 where a step was skipped.
+        faults: Fault to the step at which it was first found.
+    """
+
+    clipped: bytes
+    skipped: bytes
+    faults: Mapping[str, int]
+
+
+def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: int, marks: Marks) -> bytes:
+    """Draws a heat map, without pyplot and its global state, so on any thread.
+
+    Args:
+        names: Layers from input (top) to output (bottom).
+        cells: float32 [layers, columns], log10 gradient RMS; NaN is not finite, -inf no gradient.
+        first: Step at which the first column begins.
+        stride: Steps a column stands for.
+        marks: What happened in each column.
+
+    Returns:
+        A PNG of 720 x 480 pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
+
+    labels, rows = binned(without_prefix(names), cells, ROWS)
+    span = (first, first + max(1, rows.shape[1]) * stride)
+    figure = Figure(figsize=_SIZE, dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    title = "log10 of gradient RMS by layer      magenta: NaN or Inf      grey: no gradient"
+    figure.text(0.5, 0.99, title, fontsize=_FONT, ha="center", va="top")
+    _draw_cells(figure, labels, rows, span)
+    _draw_events(figure, span, marks)
+    _draw_faults(figure, span, marks.faults)
+    for text in figure.findobj(Text):
+        # TensorBoard shrinks pictures by leaving out pixels, which thin strokes do not survive.
+        text.set_path_effects([withStroke(linewidth=_STROKE, foreground="black")])
+    file = io.BytesIO()
+    canvas.print_png(file)  # type: ignore[no-untyped-call]
+    return file.getvalue()
+
+
+def _draw_cells(
+    figure: Figure, labels: Sequence[str], rows: NDArray[np.floating[Any]], span: tuple[int, int]
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_axes((_LEFT, _BOTTOM, _WIDTH, _HEIGHT))
+    axes.imshow(paint(rows), aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
+    shown = range(0, len(labels), math.ceil(len(labels) / _LABELS))
+    axes.set_yticks([i + 0.5 for i in shown])
+    # ASCII, since the font lacks many other letters; no math, since a dollar sign begins no formula here.
+    short = [shorten(labels[i], _LABEL_ROOM).encode("ascii", "replace").decode() for i in shown]
+    axes.set_yticklabels(short, parse_math=False)
+    steps = [x for x in MaxNLocator(5, integer=True).tick_values(*span) if span[0] <= x <= span[1]]
+    axes.set_xticks(steps, [f"{x:,.0f}" for x in steps])
+    axes.tick_params(labelsize=_FONT, length=2)
+    axes.set_xlabel("step", fontsize=_FONT, labelpad=2)
+    scale = figure.colorbar(colours(), cax=figure.add_axes((_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)))
+    scale.set_ticks(range(int(SCALE[0]), int(SCALE[1]) + 1, 2))
+    scale.ax.tick_params(labelsize=_FONT, length=2)
+
+
+def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
+    """Two rows above the cells: where steps were skipped, and where they were clipped."""
+    from matplotlib.colors import to_rgba
+
+    rows = {"skipped": (marks.skipped, NOT_FINITE), "clipped": (marks.clipped, _CLIPPED)}
+    pixels = np.full((len(rows), max(1, len(marks.clipped)), 4), to_rgba("whitesmoke"))
+    for row, (flags, colour) in zip(pixels, rows.values(), strict=True):
+        row[np.frombuffer(flags, dtype=bool).nonzero()] = to_rgba(colour)
+    axes = figure.add_axes((_LEFT, _BOTTOM + _HEIGHT + 0.015, _WIDTH, 0.075))
+    axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(*span, len(rows), 0))
+    axes.set_xticks([])
+    axes.set_yticks([0.5, 1.5])
+    axes.set_yticklabels(list(rows))
+    axes.tick_params(labelsize=_FONT, length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int]) -> None:
+    """A triangle where each fault was first found, and its name in one of two lines where there is room."""
+    taken = [0.0, 0.0]
+    for fault, step in sorted(faults.items(), key=lambda item: item[1]):
+        x = _LEFT + _WIDTH * min(max((step - span[0]) / (span[1] - span[0]), 0.0), 1.0)
+        figure.text(x, _TOP, "\u25bc", fontsize=_FONT - 2, ha="center", va="bottom")
+        half = 0.006 * len(fault)  # of the figure's width
+        middle = min(max(x, half), 1 - half)
+        for line, end in enumerate(taken):
+            if middle - half > end:
+                figure.text(
+                    middle, _TOP + 0.03 + 0.04 * line, fault, fontsize=_FONT, ha="center", va="bottom"
+                )
+                taken[line] = middle + half
+                break

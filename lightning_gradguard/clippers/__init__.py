@@ -1,0 +1,1 @@
+"""Clippers: how gradients are scaled, and the interface of a clipper."""

@@ -1,0 +1,250 @@
+"""Clippers of the literature whose threshold follows the norms seen so far: `AutoClip`, `ZClip`, `AdaGC`.
+
+They equal their references on finite streams and differ where those fail: a step that is not finite, or whose
+norm is exactly 0, does not enter the history, since one such step can blind or freeze a clipper for good.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.clippers.base import (
+    Clip,
+    check_decay,
+    check_exclude,
+    check_number,
+    check_positive,
+    check_steps,
+    global_clip,
+    global_norm,
+    included_names,
+    included_tensors,
+    tensor_clip,
+)
+from lightning_gradguard.stats.grad_stats import GradStats
+
+#: Norms that `AutoClip` keeps exactly, and how many positive finite bfloat16 numbers there are, 0 included.
+EXACT, BINS = 2048, 0x7F80
+
+
+class AutoClipState(NamedTuple):
+    """Norms seen: how many, int64 []; the first of them, float32 [EXACT], inf where there is none yet.
+
+    And ``bins``, int32 [BINS]: how many of them all round to each bfloat16 number.
+    """
+
+    seen: Tensor
+    first: Tensor
+    bins: Tensor
+
+
+@dataclass(frozen=True)
+class AutoClip:
+    """Limits the global norm to a percentile of all global norms so far, the current one included.
+
+    The percentile is exact, with linear interpolation, for the first 2,048 steps. From then on each norm
+    counts as the nearest bfloat16 number, which puts the threshold within 2^-8 (0.4 %) of the exact one, in
+    constant memory (140 kB).
+
+    Args:
+        percentile: Above 0, up to 100. Default 10, as in the paper: nine steps of ten are scaled down.
+        exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
+
+    Raises:
+        ValueError: If ``percentile`` is out of range.
+
+    Source: Seetharaman et al. 2020, arXiv:2007.14469.
+    """
+
+    percentile: float = 10.0
+    exclude: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number("percentile", self.percentile, "above 0, up to 100", lambda v: 0 < v <= 100)
+        check_exclude(self.exclude)
+
+    def init(self, stats: GradStats) -> Any:
+        """An empty history."""
+        included_names(stats.layout.names, self.exclude)
+        bins = torch.zeros(BINS, dtype=torch.int32, device=stats.norms.device)
+        return AutoClipState(bins[0].to(torch.int64), stats.norms.new_full((EXACT,), math.inf), bins)
+
+    def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
+        """Adds the norm to the history, then compares it with the percentile."""
+        included = included_tensors(stats, self.exclude)
+        norm = global_norm(stats, included)
+        new = _remember(state, norm, stats.finite & (norm > 0))
+        limit = self._threshold(new)
+        coefficient = torch.where(norm > limit, limit / norm, 1.0)
+        return global_clip(stats, included, norm, coefficient, limit), new
+
+    def _threshold(self, state: AutoClipState) -> Tensor:
+        last = torch.clamp(state.seen - 1, min=0)
+        # In whole numbers, since float32 loses the fraction of a large rank, and not every device has float64.
+        rank = last * round(self.percentile * 10**7)
+        low, fraction = rank // 10**9, (rank % 10**9).to(torch.float32) / 10**9
+        ranks = torch.stack([low, torch.minimum(low + 1, last)])
+        exact = state.first.sort().values[torch.clamp(ranks, max=EXACT - 1)]
+        numbers = torch.searchsorted(state.bins.cumsum(0), ranks, right=True).clamp(max=BINS - 1)
+        rounded = numbers.to(torch.int16).view(torch.bfloat16).to(torch.float32)
+        below, above = torch.where(state.seen <= EXACT, exact, rounded).unbind()
+        return torch.where(state.seen > 0, below + fraction * (above - below), math.inf)
+
+
+def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipState:
+    """The history with ``norm`` in it, if it ``counts``."""
+    place = torch.arange(EXACT, device=norm.device) == state.seen
+    # Positive floats sort as their bits do, so that the bits of a bfloat16 are the number of its bin.
+    number = torch.where(counts, norm, 0.0).to(torch.bfloat16).view(torch.int16).to(torch.int64)
+    return AutoClipState(
+        seen=state.seen + counts.to(torch.int64),
+        first=torch.where(place & counts, norm, state.first),
+        bins=state.bins.index_add(
+            0, number.clamp(max=BINS - 1).reshape(1), counts.to(torch.int32).reshape(1)
+        ),
+    )
+
+
+class ZClipState(NamedTuple):
+    """Number of norms seen, int64 []; mean and variance of the global norm, float32 []."""
+
+    seen: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class ZClip:
+    """Limits the global norm where its z-score is an outlier's, the more so the further out it lies.
+
+    z = (‖g‖ - mean) / (sigma + 1e-6). Where z > z_threshold the limit is mean + z_threshold² / z · sigma, and
+    enters the moving averages in place of the norm. The first ``warmup_steps`` norms give mean and variance.
+
+    Args:
+        z_threshold: z-score of an outlier, dimensionless.
+        decay: Weight of the past in the moving averages.
+        warmup_steps: Steps before the first judgement.
+        max_grad_norm: Largest global norm at any step, warm-up included; None for no such limit.
+        exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Kumar et al. 2025, arXiv:2504.02507; defaults and order of operations of ``zclip`` 1.0.0.
+    """
+
+    z_threshold: float = 2.5
+    decay: float = 0.97
+    warmup_steps: int = 25
+    max_grad_norm: float | None = 1.0
+    exclude: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive("z_threshold", self.z_threshold)
+        check_decay("decay", self.decay)
+        check_steps("warmup_steps", self.warmup_steps)
+        if self.max_grad_norm is not None:
+            check_positive("max_grad_norm", self.max_grad_norm)
+        check_exclude(self.exclude)
+
+    def init(self, stats: GradStats) -> Any:
+        """Nothing seen."""
+        included_names(stats.layout.names, self.exclude)
+        zero = torch.zeros((), device=stats.norms.device, dtype=torch.float32)
+        return ZClipState(seen=zero.to(torch.int64), mean=zero, var=zero.clone())
+
+    def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
+        """Compares the global norm with the averages of the steps before it."""
+        included = included_tensors(stats, self.exclude)
+        norm = global_norm(stats, included)
+        warm = state.seen < self.warmup_steps
+        sigma = state.var.sqrt()
+        z = (norm - state.mean) / (sigma + 1e-6)
+        outlier = ~warm & (z > self.z_threshold)
+        reach = torch.where(outlier, self.z_threshold**2 / z * sigma, self.z_threshold * (sigma + 1e-6))
+        adaptive = torch.where(warm, math.inf, state.mean + reach)
+        limit = adaptive if self.max_grad_norm is None else adaptive.clamp(max=self.max_grad_norm)
+        coefficient = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
+        new = self._average(state, torch.where(outlier, adaptive, norm), warm)
+        counts = stats.finite & (norm > 0)
+        kept = ZClipState(*(torch.where(counts, a, b) for a, b in zip(new, state, strict=True)))
+        return global_clip(stats, included, norm, coefficient, limit), kept
+
+    def _average(self, state: ZClipState, norm: Tensor, warm: Tensor) -> ZClipState:
+        """Mean and population variance of all norms while ``warm``, moving ones after."""
+        gain = torch.where(warm, 1 / (state.seen + 1), 1 - self.decay)
+        mean = state.mean + gain * (norm - state.mean)
+        # The reference takes the distance from the new mean; the exact variance needs both (Welford).
+        square = torch.where(warm, (norm - state.mean) * (norm - mean), (norm - mean).square())
+        return ZClipState(seen=state.seen + 1, mean=mean, var=state.var + gain * (square - state.var))
+
+
+class AdaGCState(NamedTuple):
+    """Steps seen, int64 []; usual norm per tensor, float32 [P], inf where no gradient was seen."""
+
+    seen: Tensor
+    gamma: Tensor
+
+
+@dataclass(frozen=True)
+class AdaGC:
+    """Limits each tensor's norm to a multiple of a moving average of its own clipped norms.
+
+    For ``warmup_steps``: global clipping to ``warmup_norm``, and γ = the tensor's smallest clipped norm.
+    Then ‖g‖ <= factor · γ, and γ = decay · γ + (1 - decay) · ‖clipped g‖.
+
+    Args:
+        factor: Largest ratio ‖g‖ / γ, dimensionless. At 1.05 the limit grows by at most 0.1 % a step.
+        decay: Weight of the past in γ.
+        warmup_steps: Steps of global clipping.
+        warmup_norm: Largest global norm during warm-up, in the gradient's unit.
+        exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Wang et al. 2025, arXiv:2502.11034, algorithm 1.
+    """
+
+    factor: float = 1.05
+    decay: float = 0.98
+    warmup_steps: int = 100
+    warmup_norm: float = 1.0
+    exclude: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number("factor", self.factor, "1 or more, and finite", lambda v: 1 <= v < math.inf)
+        check_decay("decay", self.decay)
+        check_steps("warmup_steps", self.warmup_steps)
+        check_positive("warmup_norm", self.warmup_norm)
+        check_exclude(self.exclude)
+
+    def init(self, stats: GradStats) -> Any:
+        """Nothing seen."""
+        included_names(stats.layout.names, self.exclude)
+        seen = torch.zeros((), dtype=torch.int64, device=stats.norms.device)
+        return AdaGCState(seen=seen, gamma=torch.full_like(stats.norms, math.inf))
+
+    def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
+        """Compares each norm with the tensor's usual one."""
+        included = included_tensors(stats, self.exclude)
+        total = global_norm(stats, included)
+        warm = state.seen < self.warmup_steps
+        ceiling = torch.full_like(total, self.warmup_norm)
+        early = global_clip(stats, included, total, torch.clamp(ceiling / total, max=1.0), ceiling)
+        late = tensor_clip(stats, included, self.factor * state.gamma)
+        pairs: Any = zip(early, late, strict=True)
+        clip = Clip(*(torch.where(warm, a, b) for a, b in pairs))
+        average = self.decay * state.gamma + (1 - self.decay) * clip.norms
+        lowest = torch.minimum(state.gamma, clip.norms)
+        gamma = torch.where(warm | torch.isinf(state.gamma), lowest, average)
+        counts = stats.finite & included & (stats.norms > 0)
+        return clip, AdaGCState(
+            seen=state.seen + (stats.finite & (total > 0)).to(torch.int64),
+            gamma=torch.where(counts, gamma, state.gamma),
+        )

@@ -1,0 +1,1 @@
+"""Detectors: what counts as a fault, one file a family."""

@@ -1,0 +1,1 @@
+"""Diagnosis of a critical finding: symptoms, causes, fixes, and trials of them."""

@@ -1,0 +1,1 @@
+"""Rules that find the causes of a fault, most likely first."""

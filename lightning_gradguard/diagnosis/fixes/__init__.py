@@ -1,0 +1,1 @@
+"""Fixes for each cause, best first."""

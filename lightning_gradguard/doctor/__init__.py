@@ -1,1 +1,0 @@
-"""Why gradients are sick, and what helps."""

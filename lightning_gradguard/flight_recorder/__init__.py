@@ -1,0 +1,1 @@
+"""The flight recorder: the bundle a halted run leaves behind, and its replay."""

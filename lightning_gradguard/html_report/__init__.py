@@ -1,0 +1,1 @@
+"""`gradguard report`: a run's event files as one HTML page."""

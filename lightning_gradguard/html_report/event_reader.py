@@ -1,0 +1,223 @@
+"""Reads what the callbacks left in TensorBoard event files, also where a run was killed half way."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
+
+from lightning_gradguard.loggers.overview import ROWS
+from lightning_gradguard.stats.histogram import EDGES
+
+T = TypeVar("T")
+Curve = dict[int, T]
+"""Step to what was written there."""
+
+_OURS = re.compile(r"(gradguard(?:_\d+)?)(_hist_log10|_hist_value|_rms_log10|_exponents)?/(.+)")
+
+
+class ReportError(Exception):
+    """There is nothing to report on; the message says where it was looked for."""
+
+
+@dataclass
+class Track:
+    """What is known of one optimizer.
+
+    Attributes:
+        layers: Rows of the heat map, from input to output.
+        rows: float16 [1 + layers] at a step: what was done (0 nothing, 1 clipped, 2 skipped), then log10 gradient RMS;
+            NaN is not finite, -inf no gradient.
+        scalars: Name without its group, to values.
+        histograms: Title ``NNN_name`` to 30 counts.
+        texts: The text of the diagnosis, each standing for the run up to its step.
+        exponents: Markdown of what narrow number formats would lose, at each step.
+        values: Titles of the tensors with histograms of values, which only TensorBoard shows.
+    """
+
+    layers: tuple[str, ...] = ()
+    rows: Curve[NDArray[np.float16]] = field(default_factory=dict)
+    scalars: dict[str, Curve[float]] = field(default_factory=dict)
+    histograms: dict[str, Curve[NDArray[np.float32]]] = field(default_factory=dict)
+    texts: Curve[str] = field(default_factory=dict)
+    exponents: Curve[str] = field(default_factory=dict)
+    values: set[str] = field(default_factory=set)
+
+    def follow(self, later: Track) -> None:
+        """Appends what a later file holds; where a resumed run took steps again, the later ones count."""
+        if later.rows:
+            kept = self.rows if self.layers == later.layers else {}
+            self.layers, self.rows = later.layers, _splice(kept, later.rows, min(later.rows))
+        self.texts = _splice(self.texts, later.texts, _begin(later.scalars))
+        self.scalars = _splice_all(self.scalars, later.scalars)
+        self.histograms = _splice_all(self.histograms, later.histograms)
+        self.exponents = _splice(self.exponents, later.exponents, min(later.exponents, default=math.inf))
+        self.values |= later.values
+
+
+@dataclass
+class Run:
+    """What the event files of one folder hold.
+
+    Attributes:
+        name: Shortest path that tells it from the other runs.
+        tracks: ``gradguard``, ``gradguard_1``, ...: one for each optimizer.
+        losses: The training's own scalars with "loss" in their name.
+        damaged: Names of files that end in the middle of a record, or break off.
+        files: Number of event files.
+    """
+
+    name: str
+    tracks: dict[str, Track] = field(default_factory=dict)
+    losses: dict[str, Curve[float]] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    files: int = 0
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads the runs in some folders: of each folder its own event files, or else all folders below that have some.
+
+    Raises:
+        ReportError: If a folder does not exist, or neither it nor one below holds anything of this package.
+    """
+    return [run for folder in folders for run in _read_below(folder)]
+
+
+def _read_below(folder: Path) -> list[Run]:
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder; name the folder that a logger wrote its event files to")
+    homes = sorted({file.parent for file in folder.rglob("*tfevents*") if file.is_file()})
+    if not homes:
+        raise ReportError(
+            f"{folder} holds no TensorBoard event files (*tfevents*), nor does a folder below it; "
+            "a run writes them with Trainer(logger=TensorBoardLogger(...))"
+        )
+    if folder in homes:
+        homes = [folder]
+    runs = [run for run in (_read_run(home, _name(home, folder)) for home in homes) if run.tracks]
+    if not runs:
+        raise ReportError(
+            f"the event files in {folder} hold nothing of gradguard; "
+            "a run writes it with Trainer(callbacks=[GradHistogram(), GradGuard()])"
+        )
+    return runs
+
+
+def _name(home: Path, root: Path) -> str:
+    return home.resolve().name if home == root else str(home.relative_to(root))
+
+
+def _read_run(home: Path, name: str) -> Run:
+    parts = [_File(path) for path in home.iterdir() if "tfevents" in path.name and path.is_file()]
+    run = Run(name, files=len(parts))
+    for part in sorted(parts, key=lambda part: (part.began, part.path.name)):
+        for group, track in part.tracks.items():
+            run.tracks.setdefault(group, Track()).follow(track)
+        run.losses = _splice_all(run.losses, part.losses)
+        if part.is_damaged:
+            run.damaged.append(part.path.name)
+    run.tracks = dict(sorted(run.tracks.items(), key=lambda item: (len(item[0]), item[0])))
+    return run
+
+
+class _File:
+    """One event file, read as far as it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.began = math.inf
+        self.tracks: dict[str, Track] = {}
+        self.losses: dict[str, Curve[float]] = {}
+        events = 0
+        for event in LegacyEventFileLoader(str(path)).Load():
+            events += 1
+            self.began = min(self.began, event.wall_time)
+            for value in event.summary.value:
+                self._take(event.step, value)
+        self.is_damaged = events != _records(path)
+
+    def _take(self, step: int, value: Any) -> None:
+        ours = _OURS.fullmatch(value.tag)
+        if ours is None:
+            if "loss" in value.tag.lower() and (number := _number(value)) is not None:
+                self.losses.setdefault(value.tag, {})[step] = number
+            return
+        group, kind, name = ours.groups()
+        track = self.tracks.setdefault(group, Track())
+        if kind == "_hist_log10" and value.HasField("tensor"):
+            track.histograms.setdefault(name, {})[step] = _counts(make_ndarray(value.tensor))
+        elif kind == "_hist_value":
+            track.values.add(name)
+        elif kind == "_exponents":
+            if value.HasField("tensor"):
+                track.exponents[step] = value.tensor.string_val[0].decode("utf-8", "replace")
+        elif name == ROWS and value.HasField("tensor"):
+            if columns := value.metadata.plugin_data.content:
+                track.layers = tuple(json.loads(columns)[1:])
+            track.rows[step] = make_ndarray(value.tensor)
+        elif name == "diagnosis" and value.HasField("tensor"):
+            track.texts[step] = value.tensor.string_val[0].decode("utf-8", "replace")
+        elif kind is None and (number := _number(value)) is not None:
+            track.scalars.setdefault(name, {})[step] = number
+
+
+def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """30 counts from rows of left edge, right edge and count, in which empty neighbours are one row."""
+    full = table[table[:, 2] > 0]
+    counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
+    counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]
+    return counts
+
+
+def _number(value: Any) -> float | None:
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if value.HasField("tensor"):
+        array = make_ndarray(value.tensor)
+        if array.size == 1 and array.dtype.kind == "f":
+            return float(array.item())
+    return None
+
+
+def _splice(earlier: Curve[T], later: Curve[T], begin: float) -> Curve[T]:
+    """Both, in order of steps; of the earlier one only what lies before ``begin``, where the later file begins."""
+    kept = {step: x for step, x in earlier.items() if step < begin}
+    return {step: x for step, x in sorted((kept | later).items(), key=lambda item: item[0])}
+
+
+def _splice_all(earlier: dict[str, Curve[T]], later: dict[str, Curve[T]]) -> dict[str, Curve[T]]:
+    begin = _begin(later)
+    names = dict.fromkeys([*earlier, *later])
+    return {name: _splice(earlier.get(name, {}), later.get(name, {}), begin) for name in names}
+
+
+def _begin(curves: dict[str, Curve[T]]) -> float:
+    """First step of a file's curves; infinity where it has none, so that nothing gives way to it."""
+    return min((step for curve in curves.values() for step in curve), default=math.inf)
+
+
+def _records(path: Path) -> int:
+    """Number of records that a file has room for, a broken one at its end included; -1 if it ends in one.
+
+    A record is its length (8 bytes), a checksum (4), the data, and a checksum (4). The reader stops without a word
+    at one that is cut off or whose checksum is wrong.
+    """
+    size, count = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while (place := file.tell()) < size:
+            header = file.read(8)
+            if len(header) < 8 or place + 16 + (length := struct.unpack("<Q", header)[0]) > size:
+                return -1
+            file.seek(4 + length + 4, 1)
+            count += 1
+    return count

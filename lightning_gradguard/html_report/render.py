@@ -1,0 +1,91 @@
+"""The page: one HTML file that opens from disk, fetches nothing and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from lightning_gradguard._version import __version__
+from lightning_gradguard.charts.heatmap import SCALE
+from lightning_gradguard.html_report.event_reader import ReportError, read_runs
+from lightning_gradguard.html_report.summary import Sheet, charts_of, sheets_of
+from lightning_gradguard.stats.histogram import EDGES
+
+#: Most runs side by side; more columns than that cannot be read.
+RUNS = 12
+
+_SCRIPTS = ("drawing.js", "heatmap.js", "charts.js", "page.js")
+# Raw HTML is escaped; pictures would be fetched, and links lead away from what is only text of a log.
+_MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
+
+
+def write_report(folders: Sequence[Path], out: Path) -> list[Sheet]:
+    """Reads runs and writes the page about them.
+
+    Args:
+        folders: Folders of runs, or folders with such below them.
+        out: The HTML file; what is there is replaced.
+
+    Returns:
+        What the page says of each run.
+
+    Raises:
+        ReportError: If a folder holds nothing to report on, or there are too many runs; nothing is written then.
+        OSError: If the file cannot be written.
+    """
+    runs = read_runs(folders)
+    sheets = [sheet for run in runs for sheet in sheets_of(run)]
+    if len(sheets) > RUNS:
+        raise ReportError(f"{len(sheets)} runs are too many for one page; name up to {RUNS} of their folders")
+    out.write_text(render(sheets), encoding="utf-8")
+    return sheets
+
+
+def render(sheets: Sequence[Sheet]) -> str:
+    """The page as text."""
+    pages = Environment(
+        loader=PackageLoader("lightning_gradguard.html_report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["markdown"] = lambda text: Markup(_MARKDOWN.render(text))
+    pages.filters["inline"] = lambda text: Markup(_MARKDOWN.renderInline(text))
+    pages.filters["count"] = lambda number: "–" if number is None else f"{number:,}"
+    script = "\n".join(_source(pages, name) for name in _SCRIPTS)
+    charts = charts_of(sheets)
+    data = {
+        "runs": [sheet.figures for sheet in sheets],
+        "charts": [{key: chart[key] for key in ("name", "title", "limits")} for chart in charts],
+        "colours": {"scale": SCALE, "stops": _colours()},
+        "edges": EDGES,
+    }
+    return pages.get_template("page.html").render(
+        sheets=sheets,
+        charts=charts,
+        data=data,
+        style=Markup(_source(pages, "page.css")),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode(),
+        version=__version__,
+    )
+
+
+def _source(pages: Environment, name: str) -> str:
+    assert pages.loader is not None
+    return pages.loader.get_source(pages, name)[0]
+
+
+def _colours() -> list[list[Any]]:
+    """Red, green, blue at the eleven points between which the map of the picture in TensorBoard is linear."""
+    from matplotlib import colormaps
+
+    return [[round(255 * x) for x in colormaps["RdYlBu_r"](k / 10)[:3]] for k in range(11)]

@@ -1,0 +1,1 @@
+"""Findings and statistics in TensorBoard, W&B, MLflow and any Lightning logger."""

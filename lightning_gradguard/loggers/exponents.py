@@ -1,0 +1,142 @@
+"""Would a gradient survive in fewer bits? Shares of it that lie outside the numbers of four narrow formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lightning_gradguard.loggers.base import LogRecord
+
+
+class Format(NamedTuple):
+    """The ends of a number format.
+
+    Attributes:
+        tag: In the tags.
+        title: In the table.
+        normal: Smallest normal number; below it digits are lost.
+        subnormal: Smallest number but zero.
+        overflow: Smallest float32 that is larger than the largest number.
+    """
+
+    tag: str
+    title: str
+    normal: float
+    subnormal: float
+    overflow: float
+
+    @classmethod
+    def of(cls, tag: str, title: str, dtype: torch.dtype) -> Format:
+        """Of a torch dtype."""
+        numbers = torch.finfo(dtype)
+        overflow = float(np.nextafter(np.float32(numbers.max), np.float32(np.inf)))
+        return cls(tag, title, numbers.smallest_normal, numbers.smallest_normal * numbers.eps, overflow)
+
+
+FORMATS = (
+    Format.of("fp16", "fp16", torch.float16),
+    Format.of("bf16", "bf16", torch.bfloat16),
+    Format.of("e4m3", "fp8 e4m3", torch.float8_e4m3fn),
+    Format.of("e5m2", "fp8 e5m2", torch.float8_e5m2),
+)
+
+#: What to count below: the three numbers of each format, and all that is finite.
+THRESHOLDS: tuple[float, ...] = (*(x for f in FORMATS for x in (f.normal, f.subnormal, f.overflow)), math.inf)
+
+#: Share of elements lost at either end from which on a cell of the table is bold.
+BOLD = 0.01
+
+_TABLE_NOTE = (
+    "Share of the gradient's nonzero elements that would **lose digits** (below the smallest normal number) / "
+    "**be lost** (below the smallest number of all, so they round to it or to zero), cast without a scale; and "
+    "that would **overflow**, if any. A loss scale of 2^k divides all bounds of a format by 2^k, and fp8 is meant to "
+    "be used with one."
+)
+_SCALAR_NOTE = (
+    "Share of all nonzero gradient elements below {bound:.3g}, the smallest {kind}number of {title}."
+)
+
+
+def exponents_panel(
+    below: Mapping[str, Sequence[float]],
+    titles: Mapping[str, str],
+    rows: Sequence[str],
+    *,
+    step: int,
+    group: str = "gradguard",
+) -> LogRecord:
+    """Eight scalars over all tensors, and one table with a row for some of them.
+
+    Args:
+        below: For each parameter the number of its nonzero elements below each of `THRESHOLDS`.
+        titles: Parameter name to its `lightning_gradguard.loggers.tags.tag_names`.
+        rows: Parameters that have a row in the table.
+        step: For the table's heading.
+        group: Beginning of the tag group, for a second optimizer say ``"gradguard_1"``.
+    """
+    group = f"{group}_exponents"
+    whole = [sum(column) for column in zip(*below.values(), strict=True)]
+    bounds = [("subnormal", "normal "), ("lost", "")]
+    tags = {
+        f"{group}/{f.tag}_{name}": _SCALAR_NOTE.format(bound=bound, kind=kind, title=f.title)
+        for f in FORMATS
+        for (name, kind), bound in zip(bounds, (f.normal, f.subnormal), strict=True)
+    }
+    shares = [x for coarse, lost, _ in _shares(whole) for x in (coarse, lost)]
+    lines = [
+        f"### Gradients in fewer bits, step {step:,}",
+        _TABLE_NOTE,
+        "\n".join(
+            [
+                "| loses digits / lost | " + " | ".join(f.title for f in FORMATS) + " |",
+                "|---" * (1 + len(FORMATS)) + "|",
+                "| smallest normal / number | "
+                + " | ".join(f"{f.normal:.1e} / {f.subnormal:.1e}" for f in FORMATS)
+                + " |",
+                _row(f"**all {len(below):,} tensors**", whole),
+                *(_row(f"`{titles[name]}`", below[name]) for name in rows),
+            ]
+        ),
+    ]
+    table = f"{group}/table"
+    return LogRecord(
+        scalars=dict(zip(tags, shares, strict=True)),
+        texts={table: "\n\n".join(lines)},
+        notes={**tags, table: _TABLE_NOTE},
+    )
+
+
+def _shares(below: Sequence[float]) -> list[tuple[float, float, float]]:
+    """For each format the shares that lose digits, are lost, and overflow; NaN where all is zero."""
+    whole = below[-1]
+    parts = [x / whole if whole else math.nan for x in below[:-1]]
+    # Where nothing overflows both counts came about alike, so the difference is zero to the last bit.
+    return [
+        (coarse, lost, 1 - fits)
+        for coarse, lost, fits in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    ]
+
+
+def _row(title: str, below: Sequence[float]) -> str:
+    if not below[-1]:
+        return f"| {title} |" + " all zero |" * len(FORMATS)
+    return f"| {title} | " + " | ".join(_cell(*shares) for shares in _shares(below)) + " |"
+
+
+def _cell(coarse: float, lost: float, over: float) -> str:
+    parts = [f"{_percent(coarse)} / {_percent(lost)}"] if coarse or not over else []
+    parts += [f"{_percent(over)} overflow"] if over else []
+    text = ", ".join(parts)
+    return f"**{text}**" if max(lost, over) >= BOLD else text
+
+
+def _percent(share: float) -> str:
+    """No more digits than are read, but what is not nothing is not called so."""
+    percent = 100 * share
+    if 0 < percent < 0.1:
+        return "<0.1 %"
+    return f"{percent:.1f} %" if 0 < percent < 9.95 else f"{percent:.0f} %"

@@ -1,0 +1,177 @@
+"""Writes panels for TensorBoard: one event for each step, in a form that both of its loaders show alike."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_BLOB_SEQUENCE,
+    DATA_CLASS_SCALAR,
+    DATA_CLASS_TENSOR,
+    Summary,
+    SummaryMetadata,
+)
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_HALF, DT_STRING
+
+from lightning_gradguard.loggers.base import FailSafe, LogRecord
+from lightning_gradguard.loggers.pictures import Picture, Pictures
+from lightning_gradguard.stats.histogram import EDGES
+
+_AXIS = np.array(EDGES, dtype=np.float32)
+_SHAPES = [TensorShapeProto(dim=[{"size": bins}, {"size": 3}]) for bins in range(len(EDGES))]
+_SCALAR_LIMIT = 3.4028234e38  # of the float32 in which TensorBoard keeps numbers
+
+
+class TensorBoardSink:
+    """Shows panels in TensorBoard.
+
+    Histograms are written as tensors [bins, 3] of left edge, right edge and count: the older form is trimmed and
+    stretched by TensorBoard's two loaders in different ways. All values of a step are one event. Pictures are
+    drawn on a thread and written with a later panel, or on closing, at the step which they show.
+
+    A writer that fails is warned of once, and training goes on.
+
+    Args:
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, or tensorboardX's. It is not closed by the sink.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self._fuse, self._pictures = FailSafe("TensorBoard output"), Pictures("TensorBoard")
+        self._described: set[str] = set()
+
+    def write(self, step: int, panel: LogRecord) -> None:
+        """Writes a panel as one event and starts its drawings.
+
+        Args:
+            step: Position on the x axis.
+            panel: What to show.
+        """
+        if panel.scalars or panel.histograms or panel.texts:
+            self._fuse.run(lambda: self._write_values(step, panel))
+        if panel.rows:
+            self._fuse.run(lambda: self._write_rows(panel))
+        if not self._fuse.blown:
+            self._pictures.start(step, panel)
+        self._write_pictures(wait=False)
+
+    def close(self) -> None:
+        """Finishes and writes pending drawings and flushes the file; the writer stays open."""
+        self._write_pictures(wait=True)
+        self._pictures.close()
+        self._fuse.run(self._writer.flush)
+
+    def _write_values(self, step: int, panel: LogRecord) -> None:
+        notes = panel.notes
+        values = [self._value(t, notes, "scalars", simple_value=_number(x)) for t, x in panel.scalars.items()]
+        values += [
+            self._value(t, notes, "histograms", tensor=b)
+            for t, b in zip(panel.histograms, _buckets(panel.histograms, panel.edges), strict=True)
+        ]
+        values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in panel.texts.items()]
+        self._add(values, step)
+
+    def _write_rows(self, panel: LogRecord) -> None:
+        for tag, rows in panel.rows.items():
+            columns = json.dumps(list(panel.columns.get(tag, ())), separators=(",", ":")).encode()
+            for step, row in rows:
+                self._add([self._value(tag, panel.notes, "gradguard", columns, tensor=_row(row))], step)
+
+    def _write_pictures(self, wait: bool) -> None:
+        for picture in self._pictures.done(wait=wait):
+            self._fuse.run(partial(self._write_picture, picture))
+
+    def _write_picture(self, picture: Picture) -> None:
+        width, height = struct.unpack(">II", picture.png[16:24])  # of the header chunk, which comes first
+        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture.png)
+        notes = {picture.tag: picture.note}
+        self._add([self._value(picture.tag, notes, "images", image=image)], picture.step)
+
+    def _value(
+        self, tag: str, notes: Mapping[str, str], plugin: str, columns: bytes = b"", **content: Any
+    ) -> Summary.Value:
+        value = Summary.Value(tag=tag, **content)
+        if tag not in self._described:
+            value.metadata.CopyFrom(
+                SummaryMetadata(
+                    summary_description=notes.get(tag, ""),
+                    plugin_data=SummaryMetadata.PluginData(plugin_name=plugin, content=columns),
+                    data_class=_DATA_CLASS[plugin],
+                )
+            )
+        return value
+
+    def _add(self, values: list[Summary.Value], step: int) -> None:
+        file = self._writer._get_file_writer()
+        summary: Any = Summary(value=values)
+        if type(file).__module__.startswith("tensorboardX"):  # has classes of its own for the same bytes
+            other = importlib.import_module("tensorboardX.proto.summary_pb2")
+            summary = other.Summary.FromString(summary.SerializeToString())
+        file.add_summary(summary, step)
+        self._described.update(v.tag for v in values)
+
+
+_DATA_CLASS = {
+    "scalars": DATA_CLASS_SCALAR,
+    "histograms": DATA_CLASS_TENSOR,
+    "text": DATA_CLASS_TENSOR,
+    "images": DATA_CLASS_BLOB_SEQUENCE,
+    # No dashboard has this name, so TensorBoard leaves it alone.
+    "gradguard": DATA_CLASS_TENSOR,
+}
+
+
+def _number(value: float) -> float:
+    # An infinite value is left out of the chart without a word, while NaN is marked.
+    return value if abs(value) <= _SCALAR_LIMIT else math.nan
+
+
+def _buckets(
+    histograms: Mapping[str, Sequence[float]], edges: Mapping[str, Sequence[float]]
+) -> Iterator[TensorProto]:
+    """Left edge, right edge and count of each bin, where empty neighbours are one bin.
+
+    Half of the bytes, whose checksum is what writing costs; the axis keeps its ends, and the picture is the same.
+    """
+    if not histograms:
+        return
+    counts = np.array(list(histograms.values()), dtype=np.float32)
+    is_full = counts > 0
+    # A bin follows on a full one, or is full itself.
+    begins = is_full | np.roll(is_full, 1, axis=1)
+    begins[:, 0] = True
+    row, place = begins.nonzero()
+    axes = np.broadcast_to(_AXIS, (len(counts), len(EDGES)))
+    if edges:
+        axes = np.array([edges.get(tag, _AXIS) for tag in histograms], dtype=np.float32)
+    left = axes[row, place]
+    right = np.roll(left, -1)
+    ends = np.cumsum(begins.sum(axis=1))
+    right[ends - 1] = axes[:, -1]
+    table = np.stack([left, right, counts[row, place]], axis=1)
+    begin = 0
+    for end in ends.tolist():
+        content = table[begin:end].tobytes()
+        yield TensorProto(dtype=DT_FLOAT, tensor_shape=_SHAPES[end - begin], tensor_content=content)
+        begin = end
+
+
+def _row(values: Sequence[float]) -> TensorProto:
+    # Half precision tells 0.01 decades apart, at half of the bytes.
+    content = np.array(values, dtype=np.float16).tobytes()
+    return TensorProto(
+        dtype=DT_HALF, tensor_shape=TensorShapeProto(dim=[{"size": len(values)}]), tensor_content=content
+    )
+
+
+def _text(markdown: str) -> TensorProto:
+    return TensorProto(dtype=DT_STRING, string_val=[markdown.encode()])

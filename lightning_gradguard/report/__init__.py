@@ -1,1 +1,0 @@
-"""`gradguard report`: what a run's event files hold, as one HTML page."""

@@ -1,0 +1,169 @@
+"""What can be wrong with a step, and how that is told: plain data, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from lightning_gradguard.diagnosis.diagnosis import Diagnosis
+
+
+class Fault(str, Enum):
+    """The kinds of sick gradients, in order of precedence: an earlier one explains the later ones away."""
+
+    NONFINITE = "nonfinite"
+    UNDERFLOW = "underflow"
+    DISCONNECTED = "disconnected"
+    DEAD = "dead"
+    VANISHING = "vanishing"
+    VANISHING_IN_TIME = "vanishing_in_time"
+    EXPLODING = "exploding"
+    SPIKE = "spike"
+    OVERSIZED_UPDATE = "oversized_update"
+    STALLED = "stalled"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def precedence(self) -> int:
+        """Rank among the faults, 0 first."""
+        return list(Fault).index(self)
+
+
+class Severity(IntEnum):
+    """How much a finding matters: INFO is only recorded, WARNING is said, CRITICAL may halt."""
+
+    INFO = 0
+    WARNING = 1
+    CRITICAL = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found wrong.
+
+    Attributes:
+        fault: What it is.
+        severity: How much it matters.
+        step: Where the condition began.
+        parameters: Names of the tensors concerned, worst first; at most 8. Empty when only the loss is.
+        value: The number the verdict rests on, in the unit that ``measure`` names.
+        limit: The value at which the verdict begins, same unit.
+        detector: Class name of the detector.
+        optimizer: Index of the optimizer whose step was judged.
+        measure: What ``value`` is, in words with a unit.
+    """
+
+    fault: Fault
+    severity: Severity
+    step: int
+    parameters: tuple[str, ...]
+    value: float
+    limit: float
+    detector: str
+    optimizer: int = 0
+    measure: str = ""
+
+    def __str__(self) -> str:
+        named, more = ", ".join(self.parameters[:3]), len(self.parameters) - 3
+        where = f", worst in {named}" if named else ""
+        others = f" and {more} more" if more > 0 else ""
+        measure = self.measure or self.detector
+        return (
+            f"{self.fault.value} since step {self.step}{where}{others} "
+            f"({measure}: {self.value:.3g}, limit {self.limit:.3g})"
+        )
+
+
+class Later(Protocol):
+    """What knows the fields of a `Report` that are worked out when they are asked for."""
+
+    def threshold(self) -> float | None:
+        """As in `Report`."""
+
+    def norms(self) -> Mapping[str, float]:
+        """As in `Report`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured and done at one optimizer step; all numbers are of that step.
+
+    For a dict take ``dataclasses.asdict``: of most steps ``threshold`` and ``norms`` are worked out when asked for.
+
+    Attributes:
+        step: The step in question, counted before it is taken.
+        loss: The loss given, or None.
+        total_norm: Global gradient norm before clipping.
+        clipped_norm: Global gradient norm that the optimizer gets; 0.0 when the step is skipped.
+        threshold: Largest global norm that the clipper allowed, or None without a clipper.
+        scale: ``clipped_norm / total_norm``: 1.0 when nothing was clipped, 0.0 when the step is skipped.
+        skip: Whether the step must not be taken.
+        findings: What was newly found at this step, by precedence.
+        norms: Name of each tensor with a gradient, and its norm before clipping.
+    """
+
+    step: int
+    loss: float | None
+    total_norm: float
+    clipped_norm: float
+    threshold: float | None
+    scale: float
+    skip: bool
+    findings: tuple[Finding, ...] = ()
+    norms: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_quiet_step(cls, step: int, loss: float | None, norm: float, later: Later) -> Report:
+        """The report of a step at which nothing was found or done, and that seldom anybody asks more of.
+
+        Args:
+            step: As in `Report`, like the others.
+            loss: Of it.
+            norm: Its global norm, before and after clipping.
+            later: Knows the rest.
+        """
+        report = object.__new__(cls)
+        known = {"step": step, "loss": loss, "total_norm": norm, "clipped_norm": norm, "scale": 1.0}
+        vars(report).update(known, skip=False, findings=(), _later=later)
+        return report
+
+    def __getattr__(self, name: str) -> Any:
+        """Works out what is left, once."""
+        later = vars(self).get("_later")
+        if later is None or name not in ("threshold", "norms"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = vars(self)[name] = getattr(later, name)()
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has everything."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class GradientWarning(UserWarning):
+    """What the guard has to say while training goes on; the category to filter its messages by."""
+
+
+class GradientHalt(RuntimeError):
+    """Training cannot go on; raised before the bad step is taken.
+
+    Attributes:
+        diagnosis: What, where, why and what to do; its text is this exception's message.
+        findings: All findings of the run so far, oldest first.
+        step: The step that was not taken.
+    """
+
+    def __init__(self, diagnosis: Diagnosis, findings: tuple[Finding, ...], step: int) -> None:
+        super().__init__(str(diagnosis))
+        self.diagnosis = diagnosis
+        self.findings = findings
+        self.step = step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default rebuilds from the message alone, which breaks when a rank sends it to its parent.
+        return (type(self), (self.diagnosis, self.findings, self.step), {"args": self.args})

@@ -1,1 +1,0 @@
-"""Where findings and statistics are shown: TensorBoard, and any logger."""

@@ -1,0 +1,1 @@
+"""The one pass over the gradients, and the running statistics that detectors and clippers share."""

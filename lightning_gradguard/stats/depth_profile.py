@@ -1,0 +1,50 @@
+"""How gradients change over depth: the distance of each layer from the middle one, and the tilt of all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.stats.layout import Layout
+
+#: Fewest layers for which a tilt over depth is a statement.
+MIN_LAYERS = 4
+
+
+def shape_of(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """What a profile over depth looks like.
+
+    Args:
+        profile: float32 [P], log10(‖g‖/‖w‖) of each tensor, decades.
+        live: Bool [P], tensors that count.
+        layout: Tells which tensors are layers, and their order.
+
+    Returns:
+        Distance of each layer from the middle one, float32 [P], NaN for what is no live layer; and `depth_tilt`.
+    """
+    layered = torch.where(live & layout.is_layer, profile, torch.nan)
+    return layered - torch.nanmedian(layered, 0).values, depth_tilt(profile, live, layout)
+
+
+def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
+    """Decades by which the profile rises from the first to the last layer, float32 [].
+
+    (L-1) times the Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single
+    odd layers do not matter. Positive: gradients shrink towards the input.
+
+    Args:
+        profile: float32 [P], decades.
+        live: Bool [P], tensors that count. With fewer than four layers among them the tilt is NaN.
+        layout: Tells which tensors are layers, and their order.
+
+    Source: Sen 1968, "Estimates of the regression coefficient based on Kendall's tau".
+    """
+    if layout.layers.numel() < MIN_LAYERS:
+        return layout.constant(torch.nan)
+    values, counts = profile[layout.layers], live[layout.layers]
+    depth = torch.cumsum(counts, 0) - 1
+    first, second = layout.pairs.long()
+    rise = values[second] - values[first]
+    slopes = torch.where(counts[first] & counts[second], rise / (depth[second] - depth[first]), torch.nan)
+    total = counts.sum()
+    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes, 0).values * (total - 1), torch.nan)

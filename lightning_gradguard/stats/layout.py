@@ -1,0 +1,171 @@
+"""What is known of the watched tensors before any gradient: names, order over depth, and which carry the profile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.stats.sharding import Shards
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+#: Of which a foreach norm in float32 can be taken.
+_NARROW = (torch.float32, *LOW_PRECISION)
+#: Most pairs of layers that a slope over depth is taken from.
+MAX_PAIRS = 4096
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the watched tensors before any gradient: built once, and again when they change.
+
+    Attributes:
+        names: P names, as in ``named_parameters``.
+        parameters: The P parameters.
+        order: P indices from input to output: the order of their first use in the forward pass.
+        ordered_names: The names in that order.
+        depth: float32 [P], place of each tensor in that order.
+        layers: Indices [L], in that order, of the tensors that carry the depth profile: weights of two
+            dimensions or more, embeddings and empty ones left out.
+        layer_indices: The same indices, for the host.
+        alike: The same, those of one shape, dtype and device together.
+        pairs: int32 [2, K], indices into ``layers``, upper one first: all pairs, or 4,096 of them.
+        numel: float32 [P], number of elements.
+        is_layer: Bool [P], the same as a mask.
+        zeros: float32 [P], zeros; not to be written to.
+        nowhere, everywhere: Bool [P], False and True; not to be written to.
+        is_one_kind: Whether one foreach call takes all of them: real, of one dtype up to float32, on one device.
+        batches: What `norms` reads together, for each choice of tensors.
+        views: What `samples` looks at of the parameters, as long as their memory stays where it is.
+        floors: float32 [P], smallest weight norm that counts as such: a tenth of what a usual
+            initialisation gives, so that a zero-initialised tensor has a finite gradient-to-weight ratio.
+        shards: How the tensors are spread over ranks; None where each rank holds all of them. What is said of
+            shapes and elements here is of the whole tensors.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    order: tuple[int, ...]
+    ordered_names: tuple[str, ...]
+    depth: Tensor
+    layers: Tensor
+    layer_indices: frozenset[int]
+    alike: tuple[tuple[int, ...], ...]
+    pairs: Tensor
+    numel: Tensor
+    is_layer: Tensor
+    floors: Tensor
+    zeros: Tensor
+    nowhere: Tensor
+    everywhere: Tensor
+    is_one_kind: bool
+    shards: Shards | None = None
+    _constants: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _flags: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    batches: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    views: dict[int, tuple[tuple[int, ...], list[Tensor], Tensor | None]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Mapping[str, Tensor],
+        *,
+        order: Sequence[int] | None = None,
+        embeddings: frozenset[str] = frozenset(),
+    ) -> Layout:
+        """Describes named parameters.
+
+        Args:
+            parameters: Name to parameter, at least one.
+            order: Indices from input to output; the order of the mapping if None.
+            embeddings: Names of look-up tables, whose gradient says nothing of depth.
+        """
+        names, tensors = tuple(parameters), tuple(parameters.values())
+        device = tensors[0].device
+        places = tuple(range(len(names)) if order is None else order)
+        weights = [i for i in places if tensors[i].ndim >= 2 and tensors[i].numel()]
+        layers = [i for i in weights if names[i] not in embeddings]
+        carrying = frozenset(layers)
+        floors = [0.1 * math.sqrt(max(p.numel(), 1) / max(_fan_in(p), 1)) for p in tensors]
+        zeros = torch.zeros(len(names), device=device, dtype=torch.float32)
+        return cls(
+            names=names,
+            parameters=tensors,
+            order=places,
+            ordered_names=tuple(names[i] for i in places),
+            depth=torch.tensor([float(i) for i in places], device=device).argsort().float(),
+            layers=torch.tensor(layers, dtype=torch.long, device=device),
+            layer_indices=carrying,
+            alike=_alike(layers, tensors),
+            pairs=_pairs(len(layers)).to(device, torch.int32),
+            numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
+            is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
+            floors=torch.tensor(floors, device=device, dtype=torch.float32),
+            zeros=zeros,
+            nowhere=zeros > 0,
+            everywhere=zeros == 0,
+            is_one_kind=len({(p.dtype, p.device) for p in tensors}) == 1 and tensors[0].dtype in _NARROW,
+            shards=Shards.of(tensors),
+        )
+
+    def constant(self, value: float) -> Tensor:
+        """A number as float32 [] on the device; made once, and not to be written to."""
+        if value not in self._constants:
+            self._constants[value] = torch.tensor(float(value), device=self.numel.device, dtype=torch.float32)
+        return self._constants[value]
+
+    def indices(self, chosen: tuple[int, ...]) -> Tensor:
+        """Indices as a tensor on the device; made once for each choice, of which there are few."""
+        if chosen not in self._indices:
+            if len(self._indices) >= 16:
+                self._indices.clear()
+            self._indices[chosen] = torch.tensor(chosen, dtype=torch.long, device=self.numel.device)
+        return self._indices[chosen]
+
+    def presence(self, pattern: tuple[bool, ...]) -> Tensor:
+        """Bool [P], where there is a gradient, from `pattern_of`."""
+        return self.everywhere if all(pattern) else self.flags(pattern)
+
+    def flags(self, pattern: tuple[bool, ...]) -> Tensor:
+        """A mask of the tensors as bool [P] on the device; built once for each pattern, of which there are few."""
+        if pattern not in self._flags:
+            if len(self._flags) >= 64:
+                self._flags.clear()
+            self._flags[pattern] = torch.tensor(pattern, device=self.numel.device)
+        return self._flags[pattern]
+
+
+def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    """Which of the gradients there are."""
+    return tuple(map(is_not, gradients, repeat(None)))
+
+
+def _pairs(count: int) -> Tensor:
+    """Pairs (i < j) out of ``count``, Indices [2, K]: all, or `MAX_PAIRS` drawn evenly, so that memory is bounded."""
+    if count * (count - 1) // 2 <= MAX_PAIRS:
+        return torch.triu_indices(count, count, 1)
+    # Every distance between two layers gets its share, in the same random numbers at each start.
+    generator = torch.Generator().manual_seed(count)
+    first = torch.randint(count, (MAX_PAIRS,), generator=generator)
+    second = (first + torch.randint(1, count, (MAX_PAIRS,), generator=generator)) % count
+    return torch.stack([torch.minimum(first, second), torch.maximum(first, second)])
+
+
+def _alike(layers: Sequence[int], tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    kinds: dict[object, list[int]] = {}
+    for i in layers:
+        kinds.setdefault((tensors[i].shape, tensors[i].dtype, tensors[i].device), []).append(i)
+    return tuple(map(tuple, kinds.values()))
+
+
+def _fan_in(parameter: Tensor) -> int:
+    return math.prod(parameter.shape[1:]) if parameter.ndim >= 2 and len(parameter) else 1

@@ -1,0 +1,157 @@
+"""L2 norms of many tensors with one read of each, and what else is read of whole tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.sharding import local
+
+#: Elements up to which a tensor is small: on a CPU a call for its norm costs more than to copy it beside others.
+_SMALL = 2**11
+#: Elements that are copied together, so few that they stay in a CPU's cache.
+_TOGETHER = 2**16
+
+
+class Batches(NamedTuple):
+    """Which tensors are read by one call.
+
+    Attributes:
+        together: Numbers of small tensors of one shape, for each call.
+        alone: Numbers of all others, which a foreach call takes.
+        places: Indices [n], whose norms these are, in that order.
+    """
+
+    together: list[list[int]]
+    alone: list[int]
+    places: Tensor
+
+
+def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
+    """L2 norm of each tensor, float32 [P], 0 for None; where they are spread over ranks, every rank has to call it."""
+    norms = local_norms(tensors, layout)
+    if layout.shards is None:
+        return norms
+    return layout.shards.add_up([layout.shards.squares(norms)])[0].sqrt().to(torch.float32)
+
+
+@torch.no_grad()
+def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
+    """L2 norm of what this rank holds of each tensor, float32 [P], 0 for None."""
+    if layout.shards is not None:
+        tensors = [None if t is None else local(t).detach() for t in tensors]
+    present, whose = [t for t in tensors if t is not None], None
+    if not present:
+        return layout.zeros
+    if len(present) < len(tensors):
+        whose = tuple([i for i, t in enumerate(tensors) if t is not None])
+    if layout.is_one_kind:
+        # The everyday case, in which a look at each tensor would cost more than its norm. It is refused for a sparse
+        # gradient, and for one of another dtype than its parameter.
+        with contextlib.suppress(RuntimeError):
+            return _norms_of_one_kind(present, whose, layout)
+    return _norms_of_any_kind(present, range(len(tensors)) if whose is None else whose, layout)
+
+
+def weight_norms(layout: Layout) -> Tensor:
+    """L2 norm of each parameter, float32 [P]: one read of the weights, so refreshed only every few steps.
+
+    Where they are spread over ranks, every rank has to call it.
+    """
+    return norms_of(layout.parameters, layout)
+
+
+def weight_means(layout: Layout) -> Tensor:
+    """Mean of each parameter's elements, float32 [P]; where they are spread over ranks, every rank has to call it."""
+    parts = [
+        real(local(p).detach()).sum(dtype=torch.float32) / (1 + p.is_complex()) for p in layout.parameters
+    ]
+    sums = torch.stack([part.to(layout.numel.device) for part in parts])
+    if layout.shards is not None:
+        sums = layout.shards.add_up([sums * layout.shards.shares])[0].to(torch.float32)
+    return sums / layout.numel
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """L2 norm per output unit, broadcastable to ``tensor``: over all but the first dimension.
+
+    Vectors and scalars are one unit. float32, or float64 for float64 input.
+
+    Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
+    """
+    stored = dense(tensor)
+    dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    dims = list(range(1, stored.ndim)) if stored.ndim > 1 else None
+    stored = stored.abs() if stored.is_complex() else stored  # refuses a real dtype argument
+    norms: Tensor = torch.linalg.vector_norm(stored, dim=dims, keepdim=dims is not None, dtype=dtype)
+    return norms
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The values that a sparse tensor stores, each once; any other tensor as it is."""
+    return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers; any other tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _norms_of_one_kind(tensors: list[Tensor], whose: tuple[int, ...] | None, layout: Layout) -> Tensor:
+    """Norms of tensors that are alike, float32 [P]: small ones side by side, all others by one foreach call."""
+    batches = layout.batches.get(whose)
+    if batches is None:
+        if len(layout.batches) >= 16:
+            layout.batches.clear()
+        batches = layout.batches[whose] = _batches_of(tensors, whose, layout)
+    pieces = []
+    for some in batches.together:
+        rows = torch.stack([tensors[i] for i in some]).view(len(some), -1)
+        pieces.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+    if batches.alone:
+        rest = tensors if not pieces else [tensors[i] for i in batches.alone]
+        pieces.append(torch.stack(torch._foreach_norm(rest, 2, dtype=torch.float32)))
+    return layout.zeros.index_copy(0, batches.places, torch.cat(pieces))
+
+
+def _batches_of(tensors: list[Tensor], whose: tuple[int, ...] | None, layout: Layout) -> Batches:
+    """Groups small tensors by shape; an accelerator's foreach call needs no such help."""
+    shapes: dict[torch.Size, list[int]] = {}
+    alone: list[int] = []
+    for i, tensor in enumerate(tensors):
+        small = tensor.device.type == "cpu" and 0 < tensor.numel() <= _SMALL
+        (shapes.setdefault(tensor.shape, []) if small else alone).append(i)
+    together = []
+    for shape, some in shapes.items():
+        if len(some) == 1:
+            alone += some
+            continue
+        width = max(2, _TOGETHER // shape.numel())
+        together += [some[begin : begin + width] for begin in range(0, len(some), width)]
+    alone.sort()
+    order = [i for some in together for i in some] + alone
+    places = order if whose is None else [whose[i] for i in order]
+    return Batches(together, alone, torch.tensor(places, dtype=torch.long, device=layout.zeros.device))
+
+
+def _norms_of_any_kind(tensors: list[Tensor], whose: Sequence[int], layout: Layout) -> Tensor:
+    """Norms of tensors of several dtypes, devices or layouts, float32 [P]: one foreach call for each kind."""
+    buckets: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
+    for place, stored in zip(whose, tensors, strict=True):
+        tensor = real(dense(stored))
+        buckets.setdefault((tensor.device, tensor.dtype == torch.float64), []).append((place, tensor))
+    pieces: list[Tensor] = []
+    for (_, double), bucket in buckets.items():
+        group = [tensor for _, tensor in bucket]
+        # float64 refuses a narrower dtype argument; half precision would overflow in its own.
+        norms = (
+            torch._foreach_norm(group, 2) if double else torch._foreach_norm(group, 2, dtype=torch.float32)
+        )
+        pieces.append(torch.stack(norms).to(layout.zeros.device, torch.float32))
+    places = layout.indices(tuple([place for bucket in buckets.values() for place, _ in bucket]))
+    return layout.zeros.index_copy(0, places, torch.cat(pieces))

@@ -1,0 +1,202 @@
+"""The one writer of gradients, and tensors left out by name."""
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
+from lightning_gradguard.clippers.base import Clipper, apply_, included_names
+from lightning_gradguard.clippers.fixed import AGC, NormClip
+from lightning_gradguard.clippers.spike_clip import SpikeClip
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+SHAPES = [(), (0,), (5,), (0, 3), (3, 4), (2, 3, 3, 2)]
+
+
+def wide(tensor):
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=10)
+@given(factor=st.floats(0, 1, width=32))
+def test_apply_is_the_exact_product_rounded_once(shape, dtype, factor):
+    before = torch.randn(shape, dtype=dtype)
+    gradient = before.clone()
+    apply_([gradient], torch.tensor([factor]))
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, (wide(before) * factor).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_apply_scales_each_unit_by_its_own_multiplier(dtype):
+    before = torch.randn(3, 4, 2, dtype=dtype)
+    gradient, factors = before.clone(), torch.tensor([1.0, 0.5, 0.1]).reshape(3, 1, 1)
+    apply_([gradient], (factors,))
+    torch.testing.assert_close(gradient, (wide(before) * factors.double()).to(dtype))
+    assert torch.equal(gradient[0], before[0])
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_strong_clip_of_half_precision_does_not_become_zero(dtype, shape):
+    gradient = torch.full(shape, 60000.0, dtype=dtype)
+    apply_([gradient], torch.tensor([1e-9]))
+    torch.testing.assert_close(gradient.double(), torch.full(shape, 6e-5).double(), rtol=0.01, atol=0)
+
+
+def test_apply_passes_over_none_and_mixes_dtypes():
+    gradients = [
+        torch.ones(2, dtype=torch.float64),
+        None,
+        torch.ones(2, 2, dtype=torch.bfloat16),
+        torch.ones(()),
+    ]
+    apply_(gradients, torch.tensor([0.5, 0.1, 0.25, 0.75]))
+    assert [None if g is None else g.flatten()[0].item() for g in gradients] == [0.5, None, 0.25, 0.75]
+    apply_([None], torch.tensor([0.5]))
+    apply_([], torch.ones(0))
+
+
+@pytest.mark.parametrize("multiplier", [torch.tensor(0.5), torch.tensor([[1.0], [0.5], [0.25], [0.1]])])
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_apply_writes_the_values_of_a_sparse_gradient(multiplier, coalesced):
+    gradient = torch.sparse_coo_tensor(
+        [[3, 1, 3]], torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), (4, 2), check_invariants=True
+    )
+    gradient = gradient.coalesce() if coalesced else gradient
+    expected = gradient.to_dense() * multiplier
+    apply_([gradient], (multiplier,))
+    torch.testing.assert_close(gradient.to_dense(), expected)
+
+
+def test_apply_writes_a_sparse_gradient_of_one_dimension_and_an_empty_one():
+    vector = torch.sparse_coo_tensor([[1, 1]], torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
+    empty = torch.sparse_coo_tensor(
+        torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 2), (4, 2), check_invariants=True
+    )
+    apply_([vector, empty], (torch.tensor(0.5), torch.full((4, 1), 0.5)))
+    assert vector.to_dense().tolist() == [0.0, 1.5, 0.0]
+    assert empty.to_dense().norm() == 0
+
+
+def test_training_goes_on_after_apply():
+    model = nn.Linear(3, 2)
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        apply_([p.grad for p in model.parameters()], torch.tensor([0.5, 1.0]))
+    # What was accumulated before is scaled with the rest: (1/2 + 1) / 2 and 1 + 1.
+    assert model.weight.grad[0, 0].item() == 0.75
+    assert model.bias.grad[0].item() == 2.0
+
+
+def test_a_gradient_that_is_part_of_a_graph_is_scaled_too():
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = weight.square()
+    apply_([weight.grad], torch.tensor([0.5]))
+    assert weight.grad.tolist() == [0.5, 0.5]
+
+
+def test_a_tied_weight_is_scaled_once():
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    model = nn.Sequential(first, second)
+    model(torch.ones(1, 3)).sum().backward()
+    before = first.weight.grad.clone()
+    apply_([p.grad for _, p in model.named_parameters()], torch.tensor([0.5]))
+    assert torch.equal(second.weight.grad, before * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ((), ["body.weight", "head.weight", "head.bias", "odd[0].w"]),
+        (("head.bias",), ["body.weight", "head.weight", "odd[0].w"]),
+        (("head.*", "*.weight"), ["odd[0].w"]),
+        (("odd[0].w",), ["body.weight", "head.weight", "head.bias"]),
+        (("*",), []),
+    ],
+)
+def test_exclude_takes_names_and_patterns(exclude, left):
+    names = ("body.weight", "head.weight", "head.bias", "odd[0].w")
+    assert [n for n, kept in zip(names, included_names(names, exclude), strict=True) if kept] == left
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"exclude must match .*got 'haed\.weight'; nearest names: head\.weight"
+    ):
+        included_names(("body.weight", "head.weight", "head.bias"), ("haed.weight",))
+
+
+@pytest.mark.parametrize("exclude", ["head", ["head"], (1,), None])
+def test_exclude_of_the_wrong_kind_says_what_to_write(exclude):
+    with pytest.raises(TypeError, match=r'exclude must be a tuple .*"head\.\*",.*got'):
+        NormClip(1.0, exclude=exclude)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: NormClip(-1.0), ValueError, "max_norm must be positive and finite, got -1.0"),
+        (lambda: NormClip(math.nan), ValueError, "max_norm must be positive and finite, got nan"),
+        (lambda: NormClip("1"), TypeError, "max_norm must be positive and finite, got '1'"),
+        (lambda: NormClip(True), TypeError, "max_norm must be positive and finite, got True"),
+        (lambda: ZClip(decay=1.0), ValueError, "decay must be between 0 and 1, got 1.0"),
+        (lambda: ZClip(warmup_steps=0), ValueError, "warmup_steps must be a whole number, 1 or more, got 0"),
+        (lambda: SpikeClip(patience=2.5), ValueError, "patience must be a whole number, 1 or more, got 2.5"),
+    ],
+)
+def test_an_argument_out_of_range_says_name_value_and_need(make, error, message):
+    with pytest.raises(error) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+#: Every number that a clipper takes, and values that it must refuse beside those that all must.
+NUMBERS = {
+    (NormClip, "max_norm"): [],
+    (AGC, "clip_factor"): [],
+    (AGC, "eps"): [],
+    (AutoClip, "percentile"): [100.1],
+    (ZClip, "z_threshold"): [],
+    (ZClip, "decay"): [1, 1.5],
+    (ZClip, "warmup_steps"): [0.5, 25.0],
+    (ZClip, "max_grad_norm"): [],
+    (AdaGC, "factor"): [0.99],
+    (AdaGC, "decay"): [1],
+    (AdaGC, "warmup_steps"): [1.5],
+    (AdaGC, "warmup_norm"): [],
+    (SpikeClip, "z_threshold"): [],
+    (SpikeClip, "joint_threshold"): [],
+    (SpikeClip, "decay"): [1],
+    (SpikeClip, "patience"): [2.5],
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda v: getattr(v, "__name__", v))
+def test_every_number_is_looked_at_when_a_clipper_is_made(kind, name):
+    needed = {} if kind is not NormClip else {"max_norm": 1.0}
+    for value in (0, -1, -0.5, math.nan, math.inf, -math.inf, *NUMBERS[kind, name]):
+        with pytest.raises(ValueError, match=f"^{name} must be .*got {value!r}"):
+            kind(**{**needed, name: value})
+    for value in ("1", True, [1.0], torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=f"^{name} must be "):
+            kind(**{**needed, name: value})
+
+
+def test_no_number_is_missing_above():
+    for kind in {kind for kind, _ in NUMBERS}:
+        fields = {f.name for f in dataclasses.fields(kind)} - {"exclude"}
+        assert fields == {name for k, name in NUMBERS if k is kind}
+
+
+def test_the_interface_says_what_each_class_must_repeat():
+    assert list(inspect.signature(Clipper.update).parameters) == ["self", "stats", "state"]

@@ -1,0 +1,467 @@
+"""Laws that hold for every detector, and what each alone is for."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
+from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
+from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
+from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
+from lightning_gradguard.engine import evaluate as pipeline
+from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.results import Fault
+from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+
+DETECTORS = default_detectors()
+
+
+class Stream:
+    """Gradients set by hand, judged by some detectors; ``facts`` overrides what is measured otherwise."""
+
+    def __init__(self, *detectors, layers=6, device="cpu"):
+        self.detectors = detectors
+        self.weights = {f"w{i}": nn.Parameter(torch.ones(4, 4, device=device)) for i in range(layers)}
+        self.layout = Layout.of(self.weights)
+        self.updates = torch.full((layers,), 1e-3, device=device)
+        self.states = None
+
+    def feed(self, norms, loss=1.0, **facts):
+        for weight, norm in zip(self.weights.values(), norms, strict=True):
+            weight.grad = None if norm is None else torch.full_like(weight, norm / 4)
+        loss = None if loss is None else torch.tensor(float(loss))
+        stats = measure(self.layout, weight_norms(self.layout), self.updates, loss)
+        stats = dataclasses.replace(stats, **facts)
+        if self.states is None:
+            self.states = pipeline.init(stats, self.detectors, None)
+        outcome, new = pipeline.advance(stats, self.states, self.detectors, None)
+        if stats.finite:
+            self.states = new
+        return outcome.readings
+
+
+def healthy(rng, layers=6):
+    return [math.exp(rng.normal(0, 0.2)) for _ in range(layers)]
+
+
+@pytest.mark.parametrize("detector", DETECTORS, ids=repr)
+class TestEveryDetector:
+    def test_is_frozen_configuration_with_a_fault_and_measures(self, detector):
+        assert dataclasses.is_dataclass(detector)
+        assert detector == dataclasses.replace(detector)
+        assert isinstance(detector.fault, Fault)
+        assert all(detector.measures)
+
+    def test_is_silent_on_a_healthy_stream(self, detector):
+        rng, stream = np.random.default_rng(0), Stream(detector)
+        assert not any(stream.feed(healthy(rng), 2 / (1 + s / 50))[0].raised for s in range(500))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_bad_step_leaves_no_trace(self, detector, bad):
+        rng_a, rng_b = np.random.default_rng(1), np.random.default_rng(1)
+        clean, hit = Stream(detector), Stream(detector)
+        for step in range(60):
+            if step == 40:
+                hit.feed([1.0, bad, 1.0, 1.0, 1.0, 1.0])
+            a, b = clean.feed(healthy(rng_a)), hit.feed(healthy(rng_b))
+            for x, y in zip(a[0], b[0], strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+    def test_reading_has_the_shapes_it_promises(self, detector):
+        seen = Stream(detector).feed([1.0] * 6)[0]
+        assert seen.score.shape == (6,)
+        assert all(getattr(seen, field).shape == () for field in seen._fields if field != "score")
+        assert not (seen.raised & seen.cleared)
+
+    def test_reads_nothing_on_the_host(self, detector):
+        weights = {f"w{i}": nn.Parameter(torch.ones(4, 4, device="meta")) for i in range(6)}
+        for weight in weights.values():
+            weight.grad = torch.ones(4, 4, device="meta")
+        layout = Layout.of(weights)
+        updates = torch.full((6,), 1.0, device="meta")
+        stats = measure(layout, weight_norms(layout), updates, torch.tensor(1.0, device="meta"))
+        states = pipeline.init(stats, (detector,), None)
+        for _ in range(2):
+            _, states = pipeline.advance(stats, states, (detector,), None)
+
+    @pytest.mark.parametrize("norms", [[0.0] * 6, [None, 1.0, None, 2.0, 1.0, 1.0], [1e-30] * 6, [1e18] * 6])
+    def test_odd_gradients_raise_no_alarm(self, detector, norms):
+        stream = Stream(detector)
+        assert not any(stream.feed(norms)[0].raised for _ in range(60))
+
+    def test_few_layers_do_not_matter(self, detector):
+        stream = Stream(detector, layers=1)
+        assert not any(stream.feed([1.0])[0].raised for _ in range(60))
+
+
+def test_nonfinite_names_the_tensors_in_backward_order():
+    seen = Stream(NonFinite()).feed([1.0, math.nan, 1.0, math.inf, 1.0, 1.0])[0]
+    assert seen.raised
+    assert seen.value == 2
+    assert torch.topk(seen.score, 2).indices.tolist() == [3, 1]
+    assert torch.isneginf(seen.score).sum() == 4
+
+
+def vanishing(decades, layers=6):
+    return [10 ** (-decades * (1 - i / (layers - 1))) for i in range(layers)]
+
+
+def test_tilt_raises_from_step_thirty_on_without_progress():
+    stream = Stream(DepthTilt())
+    raised = [bool(stream.feed(vanishing(8))[0].raised) for _ in range(60)]
+    assert raised.index(True) == 29
+    assert all(raised[29:])
+
+
+def test_tilt_names_the_first_layers_and_its_decades():
+    stream = Stream(DepthTilt())
+    seen = [stream.feed(vanishing(8))[0] for _ in range(40)][-1]
+    assert torch.topk(seen.score, 3).indices.tolist() == [0, 1, 2]
+    assert seen.value.item() == pytest.approx(8, abs=0.3)
+
+
+def test_tilt_is_silent_while_the_loss_falls():
+    stream = Stream(DepthTilt())
+    assert not any(stream.feed(vanishing(4), loss=2 * 0.98**s)[0].raised for s in range(100))
+
+
+def test_a_steep_tilt_is_a_warning_even_while_the_loss_falls():
+    stream = Stream(DepthTilt())
+    stream.updates = torch.full((6,), 1e-9)
+    seen = [stream.feed(vanishing(8), loss=2 * 0.98**s)[0] for s in range(100)][-1]
+    assert seen.raised
+    assert seen.ceiling == 1
+
+
+def test_a_tilt_counts_on_a_plateau_below_the_start():
+    stream = Stream(DepthTilt())
+    losses = [3.0] * 5 + [2.0] * 250
+    assert [stream.feed(vanishing(4), loss)[0].raised for loss in losses][-1]
+    converged = Stream(DepthTilt())
+    losses = [3.0] * 5 + [0.5] * 250
+    assert not any(converged.feed(vanishing(4), loss)[0].raised for loss in losses)
+
+
+def test_tilt_is_mild_while_the_layers_still_move():
+    stream = Stream(DepthTilt())
+    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 1
+    stream.updates = torch.full((6,), 1e-8)
+    assert stream.feed(vanishing(8))[0].ceiling == 2
+
+
+def starving(decades, at, layers=6):
+    return [10**-decades if i == at else 1.0 for i in range(layers)]
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_single_layer_that_starves_is_named(at):
+    stream = Stream(DepthTilt())
+    stream.updates[at] = 1e-7
+    seen = [stream.feed(starving(4, at))[0] for _ in range(110)]
+    assert [bool(r.raised) for r in seen].index(True) == 99
+    assert seen[-1].measure == 1
+    assert seen[-1].value.item() == pytest.approx(4, abs=0.1)
+    assert torch.argmax(seen[-1].score) == at
+
+
+def test_a_single_layer_may_lag_behind_while_the_loss_falls():
+    stream = Stream(DepthTilt())
+    stream.updates[2] = 1e-7
+    assert not any(stream.feed(starving(6, 2), loss=2 * 0.98**s)[0].raised for s in range(150))
+    milder = Stream(DepthTilt())
+    milder.updates[2] = 1e-7
+    assert not any(milder.feed(starving(2, 2))[0].raised for _ in range(150))
+
+
+def test_a_single_layer_that_is_moved_as_the_others_are_does_not_starve():
+    stream = Stream(DepthTilt())
+    assert not any(stream.feed(starving(6, 2))[0].raised for _ in range(150))
+
+
+def test_the_last_layers_of_a_net_that_explodes_do_not_starve():
+    stream = Stream(DepthTilt())
+    stream.updates[5] = 1e-7
+    assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(150))
+
+
+def test_exploding_by_tilt():
+    stream = Stream(Exploding())
+    seen = [stream.feed(vanishing(-6))[0] for _ in range(40)][-1]
+    assert seen.raised
+    assert seen.measure == 0
+    assert torch.argmax(seen.score) == 0
+
+
+def test_exploding_by_tilt_from_step_fifteen_on_without_progress():
+    stream = Stream(Exploding())
+    raised = [bool(stream.feed(vanishing(-6))[0].raised) for _ in range(30)]
+    assert raised.index(True) == 14
+    learning = Stream(Exploding())
+    assert not any(learning.feed(vanishing(-6), 0.9**s)[0].raised for s in range(100))
+
+
+def test_exploding_by_hot_steps():
+    rng, stream = np.random.default_rng(2), Stream(Exploding())
+    raised = [
+        bool(stream.feed([n * (1000 if s >= 100 else 1) for n in healthy(rng)])[0].raised) for s in range(110)
+    ]
+    assert raised.index(True) == 104
+
+
+def test_exploding_by_loss():
+    stream = Stream(Exploding())
+    losses = [1.0] * 50 + [1.05**s for s in range(80)]
+    assert not any(stream.feed([1.0] * 6, loss)[0].raised for loss in losses)
+    stream = Stream(Exploding())
+    stream.updates = torch.full((6,), 0.3)
+    seen = [stream.feed([1.0] * 6, loss)[0] for loss in losses]
+    first = next(i for i, r in enumerate(seen) if r.raised)
+    assert seen[first].measure == 2
+    assert seen[first].value > 3
+
+
+def test_exploding_by_a_loss_without_a_bottom():
+    stream = Stream(Exploding())
+    seen = [stream.feed([1.1**s] * 6, 0.1 - 1.1**s)[0] for s in range(120)]
+    assert seen[-1].raised
+    assert seen[-1].measure == 2
+    steady = Stream(Exploding())
+    assert not any(steady.feed([1.0] * 6, 0.1 - 1.1**s)[0].raised for s in range(120))
+    bounded = Stream(Exploding())
+    assert not any(bounded.feed([1.1**s] * 6, 1 - 0.005 * s)[0].raised for s in range(120))
+
+
+def test_single_spikes_do_not_add_up_to_an_explosion():
+    rng, stream = np.random.default_rng(3), Stream(Exploding(), Spike())
+    spikes = explosions = 0
+    for step in range(400):
+        exploding, spike = stream.feed(
+            [n * (100 if step > 30 and step % 20 == 0 else 1) for n in healthy(rng)]
+        )
+        spikes += bool(spike.raised)
+        explosions += bool(exploding.raised)
+    assert spikes == 18
+    assert explosions == 0
+
+
+def test_a_wiggle_of_a_deterministic_run_is_no_spike():
+    stream = Stream(Spike())
+    assert not any(stream.feed([2.0 if s == 80 else 1.0] * 6)[0].raised for s in range(100))
+    assert stream.feed([10.0] * 6)[0].raised
+
+
+def test_a_spike_after_convergence_to_nothing_is_only_noted():
+    rng, stream = np.random.default_rng(5), Stream(Spike())
+    for step in range(200):
+        stream.feed([n * 10 ** -(step / 20) for n in healthy(rng)], loss=10 ** -(step / 10))
+    assert stream.feed([1.0] * 6, loss=1e-9)[0].ceiling == 0
+    assert stream.feed([100.0] * 6, loss=1e-9)[0].ceiling == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        (Spike, {"z": 0}, "z must be positive and finite, got 0"),
+        (Spike, {"ratio": 1.0}, "ratio must be a finite number above 1, got 1.0"),
+        (Exploding, {"tilt": 2.0}, "-tilt must be positive"),
+        (Exploding, {"hot_steps": 0}, "hot_steps must be a finite number above 0"),
+        (Exploding, {"loss_ratio": math.nan}, "loss_ratio must be"),
+        (DepthTilt, {"limit": 2.0}, "limit must be a finite number above 2.5, got 2.0"),
+        (DepthTilt, {"clear": -1.0}, "clear must be positive"),
+        (DepthTilt, {"moving": math.inf}, "moving must be positive"),
+        (TimeTilt, {"limit": 0}, "limit must be positive"),
+        (DeadUnits, {"limit": 1.5}, "limit must be above 0 and at most 1, got 1.5"),
+        (DeadUnits, {"steps": 0}, "steps must be a finite number above 0"),
+        (Disconnected, {"steps": -1}, "steps must be"),
+        (Underflow, {"limit": 0}, "limit must be above 0"),
+        (UpdateRatio, {"limit": -0.1}, "limit must be positive"),
+        (UpdateRatio, {"steps": 0}, "steps must be"),
+        (Stalled, {"limit": math.nan}, "limit must be positive"),
+        (Stalled, {"steps": 0}, "steps must be"),
+    ],
+)
+def test_wrong_arguments(kind, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        kind(**arguments)
+
+
+def mask(*indices, layers=6):
+    return torch.tensor([i in indices for i in range(layers)])
+
+
+def test_disconnected_after_forty_steps_without_a_gradient():
+    stream = Stream(Disconnected())
+    seen = [stream.feed([None, None, 1.0, 1.0, 1.0, 1.0], cut=mask(0, 1))[0] for _ in range(50)]
+    assert [bool(r.raised) for r in seen].index(True) == 39
+    assert seen[-1].value == 2
+    assert seen[-1].ceiling == 2
+    assert torch.topk(seen[-1].score, 2).indices.tolist() == [1, 0]
+
+
+def test_a_part_that_has_its_turn_now_and_then_is_not_disconnected():
+    stream = Stream(Disconnected())
+    for step in range(200):
+        norm = 1.0 if step % 30 == 0 else None
+        assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
+
+
+def test_an_unused_part_is_only_mentioned():
+    stream = Stream(Disconnected())
+    seen = [stream.feed([None, 1.0, 1.0, 1.0, 1.0, 1.0], unused=mask(0))[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 0
+    assert seen.measure == 1
+
+
+def test_a_bias_alone_may_lie_off_every_path():
+    stream = Stream(Disconnected())
+    stream.weights["w5"] = nn.Parameter(torch.ones(16))
+    stream.layout = Layout.of(stream.weights)
+    seen = [stream.feed([1.0] * 5 + [None], cut=mask(5))[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 0
+
+
+def test_layers_that_get_nothing_are_dead_although_those_behind_them_learn():
+    stream = Stream(DeadUnits())
+    norms, shares = [0.0] * 4 + [1.0] * 2, torch.tensor([1.0] * 4 + [0.0] * 2)
+    seen = [stream.feed(norms, 0.97**s, dead=shares)[0] for s in range(40)]
+    assert [bool(r.raised) for r in seen].index(True) == 19
+    assert torch.argmax(seen[-1].score) == 3
+    middle = Stream(DeadUnits())
+    norms, shares = [1.0, 0.0] + [1.0] * 4, torch.tensor([0.0, 1.0] + [0.0] * 4)
+    assert not any(middle.feed(norms, 0.97**s, dead=shares)[0].raised for s in range(40))
+
+
+def test_dead_units_need_ninety_per_cent_for_twenty_steps_and_no_progress():
+    shares = torch.tensor([0.0, 0.95, 0.95, 0.5, 0.0, 0.0])
+    stream = Stream(DeadUnits())
+    seen = [stream.feed([1.0] * 6, dead=shares)[0] for _ in range(30)]
+    assert [bool(r.raised) for r in seen].index(True) == 19
+    assert torch.topk(seen[-1].score, 2).indices.tolist() == [2, 1]
+    learning = Stream(DeadUnits())
+    assert not any(learning.feed([1.0] * 6, 0.97**s, dead=shares)[0].raised for s in range(60))
+    half = Stream(DeadUnits())
+    assert not any(half.feed([1.0] * 6, dead=shares / 2)[0].raised for s in range(60))
+
+
+def test_outputs_that_the_loss_does_not_ask_for_are_not_dead():
+    stream = Stream(DeadUnits())
+    shares = torch.tensor([0.0] * 5 + [0.95])
+    assert not any(stream.feed([1.0] * 6, dead=shares)[0].raised for _ in range(60))
+    assert [stream.feed([1.0] * 5 + [0.0], dead=shares)[0].raised for _ in range(30)][-1]
+
+
+def test_an_optimizer_of_another_model_is_more_than_unused_tensors():
+    stream = Stream(Disconnected())
+    seen = [stream.feed([None] * 6, unused=mask(*range(6)))[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 2
+
+
+def test_a_loss_that_is_not_finite_is_called_so():
+    seen = Stream(NonFinite()).feed([1.0] * 6, math.nan)[0]
+    assert (seen.raised, seen.measure, seen.value) == (True, 1, 1)
+
+
+def test_underflow_is_judged_by_the_output_layer():
+    early, late = torch.tensor([1.0] * 5 + [0.2]), torch.tensor([0.0] * 5 + [1.0])
+    stream = Stream(Underflow())
+    assert not any(stream.feed([1.0] * 6, lost=early)[0].raised for _ in range(30))
+    raised = [bool(stream.feed([1.0] * 6, lost=late)[0].raised) for _ in range(12)]
+    assert raised.index(True) == 9
+    assert not any(Stream(Underflow()).feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
+
+
+def test_oversized_updates_must_go_on():
+    large = torch.tensor([1e-3] * 5 + [0.5])
+    stream = Stream(UpdateRatio())
+    raised = [bool(stream.feed([1.0] * 6, updates=large, sampled_steps=1)[0].raised) for _ in range(60)]
+    assert raised.index(True) == 20
+    first = Stream(UpdateRatio())
+    for step in range(40):
+        facts = {
+            "updates": large if step < 3 else large / 10,
+            "sampled_steps": 1 if step < 8 else 8 * (step % 8 == 0),
+        }
+        assert not first.feed([1.0] * 6, **facts)[0].raised
+
+
+def test_oversized_updates_are_none_while_the_loss_falls():
+    stream = Stream(UpdateRatio())
+    large = torch.full((6,), 0.5)
+    seen = [stream.feed([1.0] * 6, 0.9**s, updates=large, sampled_steps=1)[0] for s in range(60)]
+    assert not any(r.raised for r in seen[20:])
+
+
+def test_oversized_updates_are_over_when_nothing_moves_any_more():
+    stream = Stream(UpdateRatio())
+    large, frozen = torch.full((6,), 0.5), torch.full((6,), 1e-9)
+    seen = [
+        stream.feed([1.0] * 6, updates=large if s < 10 else frozen, sampled_steps=1)[0] for s in range(60)
+    ]
+    assert not any(r.raised for r in seen)
+    assert seen[-1].cleared
+
+
+def test_large_updates_during_progress_are_not_held_against_a_later_plateau():
+    stream = Stream(UpdateRatio())
+    large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    for step in range(100):
+        stream.feed([1.0] * 6, 0.95**step, updates=large, sampled_steps=1)
+    later = [stream.feed([1.0] * 6, 1.0, updates=usual, sampled_steps=1)[0] for _ in range(12)]
+    assert not any(r.raised for r in later)
+
+
+def test_a_weight_that_begins_at_zero_may_grow():
+    stream = Stream(UpdateRatio())
+    with torch.no_grad():
+        stream.weights["w5"].zero_()
+    growing = [torch.tensor([1e-3] * 5 + [1 / (s + 1)]) for s in range(100)]
+    assert not any(stream.feed([1.0] * 6, updates=u, sampled_steps=1)[0].raised for u in growing)
+    assert stream.states[1].solid.tolist() == [True] * 5 + [False]
+
+
+def test_large_updates_are_remembered_for_a_while():
+    large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    stream = Stream(UpdateRatio())
+    seen = [stream.feed([1.0] * 6, updates=large if s < 5 else usual, sampled_steps=1)[0] for s in range(300)]
+    assert seen[25].raised
+    assert seen[-1].raised  # the loss never moved, and what ruined it is known
+
+
+def test_stalled_unless_the_learning_rate_rests():
+    stream = Stream(Stalled())
+    still = torch.full((6,), 1e-9)
+    raised = [bool(stream.feed([1.0] * 6, updates=still)[0].raised) for _ in range(60)]
+    assert raised.index(True) == 29
+    assert not stream.feed([1.0] * 6, updates=still, resting=True)[0].raised
+    assert not stream.feed([1.0] * 6, updates=still * 1e4)[0].raised
+
+
+def test_a_converged_net_that_moves_now_and_then_has_not_stalled():
+    stream = Stream(Stalled())
+    for step in range(200):
+        ratio = 1e-7 if step // 8 % 3 else 1e-5
+        assert not stream.feed([1.0] * 6, updates=torch.full((6,), ratio))[0].raised
+
+
+def test_most_layers_may_rest_while_one_moves():
+    stream = Stream(Stalled())
+    updates = torch.tensor([1e-9] * 5 + [1e-3])
+    assert not any(stream.feed([1.0] * 6, updates=updates)[0].raised for _ in range(60))
+
+
+def test_time_tilt_keeps_the_newest_answer():
+    stream = Stream(TimeTilt())
+    unknown, steep = torch.tensor(math.nan), torch.tensor(16.0)
+    assert not stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
+    seen = stream.feed([1.0] * 6, time_tilt=steep, recurrent=mask(2))[0]
+    assert seen.raised
+    assert seen.score.argmax() == 2
+    assert stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
+    assert not stream.feed([1.0] * 6, time_tilt=torch.tensor(3.0))[0].raised

@@ -1,0 +1,372 @@
+"""Rules on plain numbers: what each is silent about, and how its weight depends on what was measured."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, FADING, GROWING
+from lightning_gradguard.diagnosis.causes.ranking import RULES, find_causes
+from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.fixes.selection import find_remedies
+from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.results import Fault, Finding, Severity
+
+NAMES = tuple(f"{i}.weight" for i in range(6))
+
+
+def case_with(
+    fault=Fault.VANISHING, *, value=5.0, kinds=None, gain=1.0, step=30, parameters=NAMES[:1], **known
+):
+    """Six layers of width 16 of the given gain, in which all is as it should be."""
+    graph_summary = GraphSummary(
+        names=NAMES,
+        order=tuple(range(6)),
+        kinds={NAMES[0]: kinds if kinds is not None else {"product": 6, "tanh": 5}},
+        nodes=50,
+        **known.pop("graph", {}),
+    )
+    facts = {
+        "finding": Finding(fault, Severity.CRITICAL, step, parameters, value, 3.0, "Detector"),
+        "names": NAMES,
+        "shapes": ((16, 16),) * 6,
+        "gradients_log10": (-2.0,) * 6,
+        "weight_norms": (gain * 4.0,) * 6,
+        "update_ratios": (1e-3,) * 6,
+        "graph_summary": graph_summary,
+        "tilt": 0.0,
+        "loss_start": 2.0,
+        "loss_now": 1.9,
+        "loss_last": 1.9,
+        "optimizer": "SGD",
+        "learning_rates": (0.01,),
+        "defaults": {"momentum": 0.0},
+        "steps": 100,
+        "dtypes": ("float32",),
+    }
+    return DiagnosticContext(**{**facts, **known})
+
+
+def weights(case):
+    best = {}
+    for rule in RULES:
+        for clue in rule(case):
+            best[clue.cause] = max(best.get(clue.cause, -math.inf), clue.weight)
+    return best
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [f for f in Fault if f not in (Fault.DEAD, Fault.UNDERFLOW, Fault.SPIKE, Fault.VANISHING_IN_TIME)],
+)
+def test_a_case_in_which_all_is_as_it_should_be_has_no_cause(fault):
+    assert find_causes(case_with(fault, value=0.0, steps=3))[0][0] in (
+        Cause.UNKNOWN,
+        Cause.LEARNING_RATE_TOO_LOW,
+    )
+
+
+@given(sigmoids=st.integers(1, 30), norms=st.integers(0, 40))
+def test_sigmoids_weigh_what_their_slopes_cost(sigmoids, norms):
+    case = case_with(kinds={"product": 6, "sigmoid": sigmoids, "normalisation": norms})
+    expected = max(0, sigmoids - norms) * math.log10(4)
+    assert weights(case)[Cause.SATURATING_ACTIVATION] == pytest.approx(expected)
+
+
+@given(tilt=st.floats(0, 40), gain=st.floats(0.01, 1))
+def test_flat_activations_weigh_what_the_weights_leave_unexplained(tilt, gain):
+    case = case_with(tilt=tilt, gain=gain)
+    assert weights(case)[Cause.SATURATING_ACTIVATION] == pytest.approx(
+        max(0, tilt + 6 * math.log10(gain)), abs=1e-6
+    )
+
+
+@given(gain=st.floats(0.01, 100), fault=st.sampled_from(sorted(FADING + GROWING)))
+def test_gains_weigh_their_decades_times_the_layers_in_the_right_direction(gain, fault):
+    found = weights(case_with(fault, gain=gain)).get(Cause.BAD_INITIALIZATION, 0.0)
+    decades = math.log10(gain) * (1 if fault in GROWING else -1)
+    least = 0.15 if fault in (Fault.VANISHING, *GROWING) else 0.6
+    assert found == pytest.approx(6 * decades if decades > least + 1e-9 else 0.0, abs=1e-6)
+
+
+def test_weights_that_were_ruined_before_the_first_step():
+    case = case_with(Fault.NONFINITE, initial_weight_norms=(4.0, math.nan, 4.0, 4.0, 4.0, 4.0))
+    cause, evidence = find_causes(case)[0]
+    assert cause == Cause.BAD_INITIALIZATION
+    assert "`1.weight` are not finite" in evidence
+    later = case_with(Fault.NONFINITE, initial_weight_norms=(4.0,) * 6, weight_norms=(math.inf,) * 6)
+    assert weights(later).get(Cause.BAD_INITIALIZATION) is None
+
+
+@pytest.mark.parametrize("graph", [{"skips": True}, {"recurrent": frozenset({"0.weight"})}, {"opaque": True}])
+def test_depth_is_blamed_only_where_there_is_no_way_around(graph):
+    deep = {"product": 30, "relu": 29}
+    assert Cause.TOO_DEEP in weights(case_with(kinds=deep))
+    assert Cause.TOO_DEEP not in weights(case_with(kinds=deep, graph=graph))
+    assert Cause.TOO_DEEP not in weights(case_with(kinds={**deep, "normalisation": 29}))
+    assert Cause.TOO_DEEP not in weights(case_with(kinds={"product": 9, "relu": 8}))
+
+
+@given(gain=st.floats(0.3, 3), steps=st.integers(4, 200))
+def test_recurrences_weigh_their_gain_for_each_step(gain, steps):
+    graph = {"recurrent": frozenset({"3.weight"}), "recurrences": steps}
+    decades = math.log10(gain) * steps
+    fading, growing = (
+        weights(case_with(f, gain=gain, graph=graph)) for f in (Fault.VANISHING, Fault.EXPLODING)
+    )
+    assert fading.get(Cause.RECURRENCE, 0.0) == pytest.approx(max(0.0, -decades), abs=1e-6)
+    assert growing.get(Cause.RECURRENCE, 0.0) == pytest.approx(max(0.0, decades), abs=1e-6)
+
+
+def test_time_tilt_is_evidence_in_any_fault():
+    assert weights(case_with(Fault.STALLED, time_tilt=9.0))[Cause.RECURRENCE] == 9.0
+    assert Cause.RECURRENCE not in weights(case_with(Fault.STALLED, time_tilt=0.4))
+
+
+@given(ratio=st.floats(1e-6, 1e4))
+def test_oversized_updates_weigh_decades_above_a_hundredth(ratio):
+    found = weights(case_with(Fault.EXPLODING, update_ratios=(1e-3,) * 5 + (ratio,)))
+    expected = math.log10(ratio / 0.01) if ratio > 0.1 else None
+    assert found.get(Cause.LEARNING_RATE_TOO_HIGH) == (None if expected is None else pytest.approx(expected))
+
+
+def test_adam_at_a_rate_that_ruins_the_first_steps():
+    case = case_with(
+        Fault.EXPLODING, optimizer="Adam", learning_rates=(0.3,), initial_weight_norms=(1.6,) * 6
+    )
+    cause, evidence = find_causes(case)[0]
+    assert cause == Cause.LEARNING_RATE_TOO_HIGH
+    assert (
+        "Adam change the median layer by 3 of its size, 30 times the limit" in evidence or "grown" in evidence
+    )
+    assert weights(dataclasses.replace(case, learning_rates=(1e-3,), initial_weight_norms=(4.0,) * 6)) == {}
+
+
+@given(momentum=st.floats(0, 0.999))
+def test_momentum_takes_its_part_from_the_learning_rate(momentum):
+    case = case_with(Fault.EXPLODING, update_ratios=(5.0,) * 6, defaults={"momentum": momentum}, step=3)
+    found = weights(case)
+    left = math.log10(500) - max(0.0, math.log10(0.1 / (1 - momentum)))
+    assert found[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(left if left > 0 else 1.0)
+    assert (Cause.MOMENTUM in found) == (momentum >= 0.95)
+
+
+def test_what_comes_when_a_velocity_has_built_up_is_the_momentums():
+    case = case_with(Fault.EXPLODING, update_ratios=(5.0,) * 6, defaults={"momentum": 0.99}, step=40)
+    found = find_causes(case)
+    assert [cause for cause, _ in found[:2]] == [Cause.MOMENTUM, Cause.LEARNING_RATE_TOO_HIGH]
+
+
+@given(eps=st.floats(1e-12, 1e6), log=st.floats(-12, 2))
+def test_epsilon_weighs_the_decades_by_which_it_exceeds_the_gradient(eps, log):
+    case = case_with(
+        Fault.STALLED,
+        optimizer="Adam",
+        learning_rates=(1e-3,),
+        defaults={"eps": eps},
+        gradients_log10=(log,) * 6,
+    )
+    decades = math.log10(eps) - (log - math.log10(16))
+    assert weights(case).get(Cause.OPTIMIZER_EPSILON, 0.0) == pytest.approx(max(0.0, decades), abs=1e-6)
+    sgd = dataclasses.replace(case, optimizer="SGD")
+    assert Cause.OPTIMIZER_EPSILON not in weights(sgd)
+    vanishing = dataclasses.replace(case, finding=dataclasses.replace(case.finding, fault=Fault.VANISHING))
+    assert weights(vanishing).get(Cause.OPTIMIZER_EPSILON, 0.0) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("grown", "found", "first"),
+    [
+        (2.0, False, Cause.LOSS_FUNCTION),
+        (50.0, False, Cause.LEARNING_RATE_TOO_HIGH),
+        (2.0, True, Cause.LEARNING_RATE_TOO_HIGH),
+    ],
+)
+def test_a_loss_that_overflows_after_wild_steps_is_the_learning_rates_fault(grown, found, first):
+    before = (Finding(Fault.EXPLODING, Severity.WARNING, 20, (), 5.0, 3.0, "Exploding"),) if found else ()
+    case = case_with(
+        Fault.NONFINITE,
+        graph={"loss_ops": {"Exp": 1}},
+        update_ratios=(0.5,) * 6,
+        loss_now=grown,
+        loss_last=math.inf,
+        findings=before,
+        bad_rows=(),
+    )
+    assert find_causes(case)[0][0] == first
+
+
+def test_a_learning_rate_is_charged_only_with_what_nothing_else_explains():
+    wild = {"fault": Fault.EXPLODING, "update_ratios": (1e5,) * 6}
+    plain = weights(case_with(**wild))[Cause.LEARNING_RATE_TOO_HIGH]
+    heavy = case_with(**wild, initial_weight_norms=(40.0,) * 6)
+    assert weights(heavy)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain - 6.0)
+    assert find_causes(heavy)[0][0] == Cause.BAD_INITIALIZATION
+    large = case_with(**wild, input_rms=100.0)
+    assert weights(large)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain - 4.0)
+    adam = dataclasses.replace(large, optimizer="Adam", learning_rates=(1e-3,))
+    assert weights(adam)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain)
+
+
+def test_a_sudden_nan_points_at_the_batch_until_it_was_looked_at():
+    unseen = case_with(Fault.NONFINITE, loss_last=math.nan, loss_now=math.nan)
+    assert find_causes(unseen)[0][0] == Cause.BAD_DATA
+    assert Cause.BAD_DATA not in weights(dataclasses.replace(unseen, bad_rows=()))
+    assert Cause.BAD_DATA not in weights(dataclasses.replace(unseen, loss_last=1.0))
+
+
+def test_bad_rows_settle_it():
+    case = case_with(
+        Fault.NONFINITE, graph={"loss_ops": {"Log": 1}}, loss_last=math.nan, bad_rows=tuple(range(20))
+    )
+    assert weights(case) == {Cause.BAD_DATA: CERTAIN}
+    assert find_causes(case)[0][1].endswith("rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more.")
+
+
+def test_calm_before_a_batch_that_is_not_finite_speaks_of_an_outlier():
+    assert Cause.OUTLIER_BATCH in weights(case_with(Fault.NONFINITE, loss_last=math.nan))
+    assert Cause.OUTLIER_BATCH not in weights(case_with(Fault.NONFINITE, loss_last=math.nan, loss_now=9.0))
+    spike = weights(case_with(Fault.SPIKE, value=100.0))
+    assert spike[Cause.OUTLIER_BATCH] == pytest.approx(3.0)
+
+
+def test_low_precision():
+    assert weights(case_with(Fault.UNDERFLOW, value=0.97, dtypes=("bfloat16",)))[Cause.LOW_PRECISION] == 10.0
+    assert Cause.LOW_PRECISION in weights(case_with(Fault.NONFINITE, dtypes=("float16", "float32")))
+    assert Cause.LOW_PRECISION not in weights(case_with(Fault.NONFINITE, dtypes=("bfloat16",)))
+
+
+@pytest.mark.parametrize("operation", ["MseLoss", "Pow"])
+def test_a_squared_loss_tells_the_scale_of_its_targets(operation):
+    case = case_with(Fault.EXPLODING, graph={"loss_ops": {operation: 1}}, loss_start=1e8)
+    assert weights(case)[Cause.TARGET_SCALE] == pytest.approx(4.0)
+    assert Cause.TARGET_SCALE not in weights(dataclasses.replace(case, loss_start=50.0))
+    assert Cause.TARGET_SCALE not in weights(case_with(Fault.EXPLODING, loss_start=1e8))
+    seen = find_causes(dataclasses.replace(case, target_rms=1e4))
+    assert seen[0][0] == Cause.TARGET_SCALE
+    assert "RMS of 10000" in seen[0][1] or "RMS of 1e+04" in seen[0][1]
+    # Targets of usual size: it is what the model gives that is large.
+    assert find_causes(dataclasses.replace(case, target_rms=1.0))[0][0] == Cause.BAD_INITIALIZATION
+
+
+def test_a_first_loss_that_only_large_outputs_give():
+    graph = {"loss_ops": {"NllLoss": 1, "LogSoftmax": 1}}
+    large = case_with(Fault.EXPLODING, graph=graph, loss_start=3000.0)
+    assert weights(large)[Cause.BAD_INITIALIZATION] == pytest.approx(3.0)
+    assert not weights(dataclasses.replace(large, loss_start=9.0))
+    names = tuple(f"{i}.weight" for i in range(40))
+    deep = dataclasses.replace(
+        large,
+        names=names,
+        shapes=((16, 16),) * 40,
+        gradients_log10=(-2.0,) * 40,
+        weight_norms=(4.0,) * 40,
+        update_ratios=(1e-3,) * 40,
+    )
+    assert find_causes(deep)[0][0] == Cause.TOO_DEEP
+
+
+def test_weights_that_decay_has_shrunk_have_no_name_but_words():
+    known = {"initial_weight_norms": (4.0,) * 6, "weight_norms": (0.1,) * 6, "tilt": 0.0}
+    shrunk = case_with(
+        Fault.OVERSIZED_UPDATE, defaults={"weight_decay": 1.0}, update_ratios=(0.2,) * 6, **known
+    )
+    ((cause, evidence),) = find_causes(shrunk)
+    assert cause == Cause.UNKNOWN
+    assert "2.5 %" in evidence
+    assert "decay of 1 " in evidence
+    undecayed = dataclasses.replace(shrunk, defaults={"weight_decay": 0.0})
+    assert find_causes(undecayed)[0][0] == Cause.LEARNING_RATE_TOO_HIGH
+
+
+def test_units_that_died_after_they_had_learnt_were_killed_by_the_steps():
+    born = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5}, initial_weight_norms=(4.0,) * 6)
+    assert find_causes(born)[0][0] == Cause.DEAD_ACTIVATION
+    killed = dataclasses.replace(born, weight_norms=(12.0,) * 6)
+    assert [cause for cause, _ in find_causes(killed)] == [
+        Cause.LEARNING_RATE_TOO_HIGH,
+        Cause.DEAD_ACTIVATION,
+    ]
+    signed = dataclasses.replace(born, weight_means=(0.2,) * 6)
+    assert find_causes(signed)[0][0] == Cause.BAD_INITIALIZATION
+    assert find_causes(dataclasses.replace(born, weight_means=(0.01,) * 6))[0][0] == Cause.DEAD_ACTIVATION
+
+
+def test_a_path_through_rounding_has_no_slope():
+    rounded = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5, "step": 1})
+    assert find_causes(rounded)[0][0] == Cause.DETACHED_GRAPH
+    assert find_remedies(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
+
+
+def test_a_loss_without_a_bottom_and_one_that_is_flat():
+    falls = case_with(Fault.EXPLODING, loss_start=-1.0, loss_now=-1e6, update_ratios=(5.0,) * 6)
+    assert find_causes(falls)[0][0] == Cause.LOSS_FUNCTION
+    assert find_causes(dataclasses.replace(falls, loss_now=-50.0))[0][0] == Cause.LEARNING_RATE_TOO_HIGH
+    graph = {"loss_ops": {"Softplus": 1, "Mean": 1, "Neg": 1}}
+    flat = case_with(Fault.STALLED, graph=graph, loss_start=-1e-9, loss_now=-1e-9, update_ratios=(0.0,) * 6)
+    assert find_causes(flat)[0][0] == Cause.LOSS_FUNCTION
+    assert find_causes(dataclasses.replace(flat, loss_start=-0.5))[0][0] == Cause.LEARNING_RATE_TOO_LOW
+
+
+def test_biases_that_hold_an_activation_where_it_is_flat():
+    shapes, norms = ((16, 16), (16,)) * 3, (4.0, 20.0) * 3
+    shifted = case_with(kinds={"product": 6, "soft relu": 5}, shapes=shapes, weight_norms=norms, tilt=15.0)
+    assert find_causes(shifted)[0][0] == Cause.SATURATING_ACTIVATION
+    centred = dataclasses.replace(shifted, weight_norms=(4.0, 0.1) * 3)
+    assert Cause.SATURATING_ACTIVATION not in weights(centred)
+
+
+@pytest.mark.parametrize(("apart", "outlier"), [(0, True), (10, False)])
+def test_one_batch_that_adagrad_never_forgets(apart, outlier):
+    spike = Finding(Fault.SPIKE, Severity.WARNING, 30 - apart, NAMES[:1], 900.0, 20.0, "Spike")
+    stalled = case_with(Fault.STALLED, findings=(spike,), optimizer="Adagrad", learning_rates=(0.02,))
+    assert (find_causes(stalled)[0][0] == Cause.OUTLIER_BATCH) == outlier
+
+
+def test_parameters_that_are_missing_but_not_concerned_are_not_blamed():
+    graph = {"missing": frozenset({"5.weight"})}
+    assert Cause.DETACHED_GRAPH not in weights(case_with(graph=graph))
+    assert weights(case_with(graph=graph, parameters=("5.weight",)))[Cause.DETACHED_GRAPH] == CERTAIN
+    assert weights(case_with(Fault.DISCONNECTED, graph=graph))[Cause.DETACHED_GRAPH] == CERTAIN
+
+
+def test_zero_gradients_where_a_path_leads():
+    dead = case_with(
+        Fault.STALLED, kinds={"product": 6, "relu": 5}, gradients_log10=(-math.inf,) * 5 + (-2.0,)
+    )
+    assert find_causes(dead)[0][0] == Cause.DEAD_ACTIVATION
+
+
+@given(rms=st.floats(1e-4, 1e4))
+def test_inputs_weigh_by_their_distance_from_one(rms):
+    found = weights(case_with(Fault.EXPLODING, input_rms=rms)).get(Cause.UNNORMALIZED_INPUT, 0.0)
+    decades = abs(math.log10(rms))
+    assert found == pytest.approx(2 * decades if decades >= 0.7 else 0.0)
+
+
+@given(st.data())
+def test_causes_are_ranked_by_weight_and_few(data):
+    case = case_with(
+        data.draw(st.sampled_from(Fault)),
+        value=data.draw(st.floats(0, 50)),
+        gain=data.draw(st.floats(0, 100)),
+        kinds=data.draw(
+            st.dictionaries(
+                st.sampled_from(["product", "sigmoid", "relu", "normalisation"]), st.integers(1, 40)
+            )
+        ),
+        update_ratios=(data.draw(st.floats(0, 10)),) * 6,
+        tilt=data.draw(st.floats(-20, 40)),
+        input_rms=data.draw(st.floats(0, 1e5)),
+        defaults={"momentum": data.draw(st.floats(0, 1)), "eps": data.draw(st.floats(0, 1e3))},
+        optimizer=data.draw(st.sampled_from(["SGD", "Adam", ""])),
+        bad_rows=data.draw(st.sampled_from([None, (), (1, 2)])),
+    )
+    causes, found = find_causes(case), weights(case)
+    assert 1 <= len(causes) <= 4
+    ranks = [found[cause] for cause, _ in causes if cause != Cause.UNKNOWN]
+    assert ranks == sorted(ranks, reverse=True)
+    assert all(evidence.endswith(".") and "nan" not in evidence for _, evidence in causes)

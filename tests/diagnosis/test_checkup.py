@@ -1,0 +1,269 @@
+"""A bad set-up is seen in one batch, a good one is passed, and the model is as it was."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_gradguard.diagnosis.checkup import Checkup, checkup
+from lightning_gradguard.diagnosis.diagnosis import Cause
+
+ENTROPY = {"loss": F.cross_entropy}
+
+
+def batch_of(inputs=32, size=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, inputs, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def he(net, gain=1.0):
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / layer.in_features))
+    return net
+
+
+def found(net, batch=None, **options):
+    return checkup(net, batch_of() if batch is None else batch, **(options or ENTROPY))
+
+
+def names(result):
+    return [check.name for check in result.findings]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def good(lab):
+    return he(lab.mlp(8))
+
+
+def test_a_good_set_up_has_nothing_to_say(good):
+    result = found(good)
+    assert result.ok
+    assert result.causes == ()
+    assert "nothing to say" in str(result)
+    assert {check.name for check in result.checks} >= {
+        "paths",
+        "dead units",
+        "loss at the start",
+        "initialization",
+    }
+
+
+def test_twelve_sigmoids_vanish(lab):
+    result = found(lab.mlp(12, activation=nn.Sigmoid))
+    assert names(result)[0] == "gradients over depth"
+    assert Cause.SATURATING_ACTIVATION in result.causes
+
+
+def test_chaos_grows_towards_the_input(lab):
+    net = lab.mlp(24, 64, nn.Tanh)
+    for layer in net[::2]:
+        nn.init.normal_(layer.weight, std=4 / math.sqrt(layer.in_features))
+    assert "gradients over depth" in names(found(net))
+
+
+def test_weights_that_are_too_small_or_too_large(lab):
+    assert "initialization" in names(found(he(lab.mlp(12), 0.2)))
+    large = found(he(lab.mlp(12), 3.0))
+    assert names(large) == ["initialization", "loss at the start"]
+    assert large.causes == (Cause.BAD_INITIALIZATION,)
+
+
+def test_dead_layers(good):
+    with torch.no_grad():
+        good[4].bias.fill_(-50.0)
+    result = found(good)
+    assert names(result) == ["dead units"]
+    assert result.causes == (Cause.DEAD_ACTIVATION,)
+
+
+def test_a_residual_that_starts_at_zero_is_healthy():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x):
+            return x + self.b(torch.relu(self.a(x)))
+
+    assert found(nn.Sequential(nn.Linear(32, 32), Block(), Block(), nn.Linear(32, 10))).ok
+
+
+def test_adapters_that_start_at_nothing_are_healthy():
+    class Adapter(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.base = nn.Linear(32, width).requires_grad_(False)
+            self.down, self.up = nn.Linear(32, 4, bias=False), nn.Linear(4, width, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    assert found(nn.Sequential(Adapter(32), nn.ReLU(), Adapter(10))).ok
+
+
+def test_flat_activations(lab):
+    net = lab.mlp(4, activation=nn.Tanh)
+    with torch.no_grad():
+        net[0].bias.fill_(6.0)
+    assert "activations" in names(found(net))
+
+
+def test_a_path_that_is_cut():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(32, 32), nn.Linear(32, 10)
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.decoder(torch.relu(self.encoder(x)).detach())
+
+    result = found(Cut())
+    assert names(result) == ["paths"]
+    (cut,) = result.findings
+    assert "encoder.weight" in cut.value
+    assert "unused" not in cut.value
+
+
+def test_a_copy_of_the_net_that_only_answers_is_not_cut():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(32, 10), nn.Linear(32, 10)
+
+        def forward(self, x):
+            with torch.no_grad():
+                aim = self.teacher(x)
+            return self.student(x) - 0.1 * aim
+
+    assert found(Teacher()).ok
+
+
+def test_scales_of_inputs_and_targets(good):
+    x, y = batch_of()
+    assert "scale of the inputs" in names(found(good, (100 * x, y)))
+    normalised = nn.Sequential(nn.BatchNorm1d(32), *good)
+    assert found(normalised, (100 * x, y)).ok
+    targets = torch.randn(64, 10)
+    assert found(good, (x, targets), loss=F.mse_loss).ok
+    result = found(good, (x, 1e4 * targets), loss=F.mse_loss)
+    assert result.causes == (Cause.TARGET_SCALE,)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_a_constant_factor_of_the_loss_changes_nothing(lab, factor):
+    sick = lab.mlp(12, activation=nn.Sigmoid)
+    x, y = batch_of()
+    result = found(sick, (x, y), loss=lambda output, target: factor * F.cross_entropy(output, target))
+    assert names(result) == names(found(sick))
+
+
+def test_what_is_not_finite_is_traced(good):
+    x, y = batch_of()
+    x[5, 1] = math.nan
+    (check,) = found(good, (x, y)).findings
+    assert (check.cause, "row 5" in check.value) == (Cause.BAD_DATA, True)
+    (check,) = found(good, loss=lambda output, target: (output * 0).sqrt().sum()).findings
+    assert check.cause == Cause.LOSS_FUNCTION
+    assert "SqrtBackward0" in check.value
+    with torch.no_grad():
+        good[0].weight[0, 0] = math.inf
+    assert found(good).causes == (Cause.BAD_INITIALIZATION,)
+
+
+def test_a_loss_scale_that_overflows_is_the_scalers_business(lab):
+    net = he(lab.mlp(3)).half()
+    result = found(net, loss_of=lambda b: F.cross_entropy(net(b[0].half()).float(), b[1]), scale=1e30)
+    assert result.ok
+
+
+def test_any_batch_with_a_loss_of_its_own(good):
+    x, y = batch_of()
+    batch = {"image": x, "label": [y]}
+    assert found(good, batch, loss_of=lambda b: F.cross_entropy(good(b["image"]), b["label"][0])).ok
+
+
+class Step(nn.Module):
+    """What a LightningModule is without its Trainer."""
+
+    def __init__(self, net, returns=lambda loss: loss):
+        super().__init__()
+        self.net, self.returns = net, returns
+
+    def log(self, *args):
+        raise RuntimeError("no trainer")
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return self.returns(loss)
+
+
+@pytest.mark.parametrize("returns", [lambda loss: loss, lambda loss: {"loss": loss, "more": 1}])
+def test_a_training_step_without_a_trainer(good, returns):
+    assert checkup(Step(good, returns), batch_of()).ok
+
+
+def test_what_cannot_be_looked_at_says_what_is_missing(good):
+    with pytest.raises(TypeError, match="checkup needs loss="):
+        checkup(good, batch_of())
+    with pytest.raises(TypeError, match="must not both be given"):
+        checkup(good, batch_of(), loss=F.cross_entropy, loss_of=lambda b: b)
+    with pytest.raises(ValueError, match="batch must be a pair"):
+        checkup(good, {"x": 1}, loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="training_step must return a loss, got NoneType"):
+        checkup(Step(good, lambda loss: None), batch_of())
+    by_hand = Step(good)
+    by_hand.automatic_optimization = False
+    with pytest.raises(ValueError, match="optimizes by hand"):
+        checkup(by_hand, batch_of())
+
+
+def test_everything_is_as_it_was():
+    net = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 10))
+    x, y = batch_of()
+    before, data = {k: t.clone() for k, t in net.state_dict().items()}, x.clone()
+    random = torch.get_rng_state()
+    found(net, (x, y))
+    assert all(torch.equal(before[k], t) for k, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(data, x)
+
+
+def test_it_is_printed_as_text_and_as_a_table(lab):
+    result = found(he(lab.mlp(12), 3.0))
+    first, *lines = str(result).splitlines()
+    assert first == "Check-up before training: 2 things to look at"
+    assert lines[0].startswith("  LOOK  initialization")
+    assert all(len(line) <= 100 for line in lines)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(result)
+    assert "bad initialization" in console.export_text()
+
+
+def test_it_is_plain_data(good):
+    result = found(good)
+    assert isinstance(result, Checkup)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.checks = ()
+    assert result == found(good)
+
+
+@pytest.mark.parametrize("loss", [lambda out, y: out.square(), lambda out, y: 1.0])
+def test_a_loss_that_is_no_scalar_tensor_is_named(loss):
+    with pytest.raises(ValueError, match="the loss must be a tensor with one element"):
+        checkup(nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2)), loss=loss)

@@ -1,0 +1,131 @@
+"""What is derived from the facts of a case, against numbers worked out by hand."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gradguard.diagnosis.context import DiagnosticContext, middle_of
+from lightning_gradguard.results import Fault, Finding, Severity
+
+
+@pytest.fixture
+def case(lab):
+    """Three layers of width 4, a bias, and a table."""
+    return DiagnosticContext(
+        lab.finding(Fault.STALLED),
+        names=("a.weight", "a.bias", "b.weight", "c.weight"),
+        shapes=((4, 4), (4,), (4, 4), (2, 4)),
+        gradients_log10=(-3.0, -1.0, -2.0, -math.inf),
+        weight_norms=(2.0, 1.0, 4.0, 8.0),
+        update_ratios=(1e-3, 0.5, 2e-3, math.nan),
+        optimizer="SGD",
+        learning_rates=(0.1, 0.3),
+        defaults={"momentum": 0.9, "betas": (0.9, 0.99), "nesterov": False},
+    )
+
+
+def test_lengths_must_agree(case):
+    with pytest.raises(ValueError, match="update_ratios must have one entry for each of 4 names, got 1"):
+        dataclasses.replace(case, update_ratios=(1.0,))
+
+
+def test_layers_are_matrices(case):
+    assert case.layers == [0, 2, 3]
+
+
+def test_medians_leave_out_biases_and_what_is_unknown(case):
+    assert case.typical_update == pytest.approx(1.5e-3)
+    assert case.typical_gradient == pytest.approx((1e-3 / 2 + 1e-2 / 4) / 2)
+    assert case.largest_update == (2e-3, "b.weight")
+
+
+def test_an_oversized_update_found_before_is_remembered(case, lab):
+    finding = lab.finding(Fault.OVERSIZED_UPDATE, value=3.0, parameters=["c.weight"], step=2)
+    later = lab.finding(Fault.OVERSIZED_UPDATE, value=1e9, parameters=["a.weight"], step=9)
+    assert dataclasses.replace(case, findings=(finding, later)).largest_update == (3.0, "c.weight")
+    assert dataclasses.replace(case, findings=(finding,)).found_before(Fault.OVERSIZED_UPDATE)
+    assert not dataclasses.replace(case, findings=(case.finding,)).found_before(*Fault)
+
+
+def test_root_mean_squares(case):
+    assert case.gradient_rms_log10(0) == pytest.approx(-3 - math.log10(4))
+    assert case.weight_rms(1) == pytest.approx(0.5)
+
+
+def test_settings_that_are_numbers(case):
+    assert case.setting("momentum") == 0.9
+    assert math.isnan(case.setting("betas"))
+    assert math.isnan(case.setting("eps"))
+    assert case.learning_rate == 0.3
+
+
+@given(
+    gain=st.floats(1e-2, 1e2),
+    fan_in=st.integers(1, 300),
+    fan_out=st.integers(1, 300),
+    depth=st.integers(1, 9),
+)
+def test_gain_is_what_a_layer_does_to_a_signal(gain, fan_in, fan_out, depth):
+    """Weights of RMS gain/sqrt(fan_in) have that gain, whatever their shape; outliers do not move the median."""
+    norm = gain / math.sqrt(fan_in) * math.sqrt(fan_in * fan_out)
+    names = tuple(str(i) for i in range(2 * depth + 1))
+    norms = (norm,) * (depth + 1) + (0.0,) * depth
+    nan = (math.nan,) * len(names)
+    finding = Finding(Fault.STALLED, Severity.CRITICAL, 0, (), 0.0, 0.0, "")
+    case = DiagnosticContext(finding, names, ((fan_out, fan_in),) * len(names), nan, norms, nan)
+    assert case.excess_gain == pytest.approx(math.log10(gain), abs=1e-6)
+    zeros = dataclasses.replace(case, initial_weight_norms=(0.0,) * len(names))
+    assert zeros.excess_gain == -3.0
+
+
+@pytest.mark.parametrize(
+    ("initialise", "activation"),
+    [
+        (nn.init.kaiming_normal_, nn.ReLU),
+        (nn.init.xavier_normal_, nn.Tanh),
+        (nn.init.xavier_uniform_, nn.Sigmoid),
+    ],
+)
+def test_usual_initialisations_have_the_usual_gain(lab, initialise, activation):
+    model = lab.mlp(9, 64, activation, inputs=64, outputs=64)
+    for layer in model[::2]:
+        initialise(layer.weight, nonlinearity="relu") if activation is nn.ReLU else initialise(layer.weight)
+    case = lab.case_of(model, model(torch.randn(4, 64)).sum(), Fault.VANISHING)
+    assert abs(case.excess_gain) < 0.03
+    assert case.bare_layers == 9
+
+
+def test_normalised_layers_hand_on_no_scale(lab):
+    layers = [layer for _ in range(5) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]
+    model = nn.Sequential(*layers)
+    assert lab.case_of(model, model(torch.randn(4, 8)).sum(), Fault.VANISHING).bare_layers == 0
+
+
+def test_first_update_is_that_of_optimizers_which_normalise(case):
+    adam = dataclasses.replace(case, optimizer="AdamW", initial_weight_norms=(4.0, 9.0, 4.0, 0.0))
+    assert adam.first_update == pytest.approx(0.3 / 1.0)
+    assert case.first_update == 0.0
+
+
+def test_growth_leaves_out_what_began_near_zero(case):
+    grown = dataclasses.replace(case, initial_weight_norms=(1.0, 0.01, 0.5, 1e-6))
+    assert grown.growth == (8.0, "b.weight")
+    assert case.growth == (1.0, "")
+
+
+@given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=3), st.integers(0, 3))
+def test_middle_of_ignores_what_is_not_finite(odd, count):
+    values = [float(i) for i in range(count)]
+    middle = middle_of([*odd, *values])
+    assert middle == (count - 1) / 2 if count else math.isnan(middle)
+
+
+def test_whether_the_loss_is_finite(case):
+    assert case.nonfinite_loss
+    assert not dataclasses.replace(case, has_loss=False).nonfinite_loss
+    assert not dataclasses.replace(case, loss_last=0.3).nonfinite_loss

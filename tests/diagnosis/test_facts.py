@@ -1,0 +1,100 @@
+"""What a diagnosis is told of the newest steps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard import Fault, Finding, Guard, NormClip, Severity
+from lightning_gradguard.diagnosis.facts import PICTURED, course_of
+from lightning_gradguard.engine.history import history_of
+
+
+def finding_of(*names):
+    return Finding(Fault.NONFINITE, Severity.CRITICAL, 0, names, 1.0, 0.0, "NonFinite")
+
+
+def guarded(model, **options):
+    return Guard(model.named_parameters(), optimizer=torch.optim.SGD(model.parameters(), lr=0.0), **options)
+
+
+class Backwards(nn.Module):
+    """Its parameters are listed in another order than that in which they are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.norm = nn.Linear(4, 1), nn.LayerNorm(4)
+        self.first, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_layers_stand_from_input_to_output_in_root_mean_squares():
+    model, seen = Backwards(), []
+    guard = guarded(model, clipper=NormClip(1e-3))
+    for step in range(3):
+        model.zero_grad()
+        x = torch.randn(8, 3) * (math.nan if step == 1 else 1.0)
+        loss = model(x).square().mean()
+        loss.backward()
+        seen.append(
+            {
+                n: p.grad.square().mean().sqrt().item()
+                for n, p in model.named_parameters()
+                if p.grad is not None
+            }
+        )
+        guard.step(loss=loss)
+    course = course_of(guard.history, guard.watch.layout, finding_of("norm.bias", "first.bias"))
+    assert course.steps == (0, 1, 2)
+    assert (course.skipped, course.clipped) == ((False, True, False), (True, False, True))
+    used = [name for name in course.layers if name != "unused.weight"]
+    assert used == ["first.weight", "norm.bias", "last.weight"]
+    for name, row in zip(course.layers, course.rms_log10, strict=True):
+        if name == "unused.weight":
+            assert row == (-math.inf,) * 3
+        else:
+            expected = [math.nan if i == 1 else math.log10(step[name]) for i, step in enumerate(seen)]
+            assert np.allclose(row, expected, atol=1e-5, equal_nan=True)
+    assert np.array_equal(np.isnan(course.losses), [False, True, False])
+
+
+def test_a_zero_gradient_is_none():
+    model = nn.Linear(2, 2)
+    guard = guarded(model)
+    (model(torch.zeros(1, 2)).sum()).backward()
+    guard.step(loss=1.0)
+    course = course_of(guard.history, guard.watch.layout, finding_of())
+    assert (course.layers, course.rms_log10) == (("weight",), ((-math.inf,),))
+
+
+def test_without_layers_all_tensors_are_shown():
+    model = nn.LayerNorm(4)
+    guard = guarded(model)
+    model(torch.randn(8, 4)).square().sum().backward()
+    guard.step(loss=1.0)
+    assert set(course_of(guard.history, guard.watch.layout, finding_of()).layers) == {"weight", "bias"}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_a_longer_history_is_cut():
+    model = nn.Linear(2, 1)
+    guard = guarded(model)
+    guard.history.resize(2 * PICTURED)
+    for _ in range(PICTURED + 5):
+        model.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        guard.step(loss=1.0)
+    course = course_of(guard.history, guard.watch.layout, finding_of())
+    assert course.steps == tuple(range(5, PICTURED + 5))
+    assert all(len(row) == PICTURED for row in course.rms_log10)
+
+
+def test_a_history_begins_empty():
+    layout = guarded(nn.Linear(2, 1)).watch.layout
+    history = history_of(layout, 7)
+    assert (history.names, history.numel, history.steps, len(history)) == (("weight", "bias"), (2, 1), 7, 0)

@@ -1,0 +1,137 @@
+"""Small pictures of what was tried: on one scale, and blue only where gradients are healthy."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gradguard.diagnosis.charts import DOTS, HEIGHT, WIDTH, healthy_band, panels_of
+from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
+from lightning_gradguard.diagnosis.trials import runner as trying
+from lightning_gradguard.diagnosis.trials.profile import HEALTHY, whole_profile
+from lightning_gradguard.results import Fault
+
+VANISHING, FLAT = (-9.0, -7.0, -5.0, -3.0, -1.0), (-1.0, -1.1, -0.9, -1.0, -0.5)
+NONE, BAD = -math.inf, math.inf
+
+
+def tried(*profiles, before=VANISHING):
+    remedies = tuple(
+        Remedy(f"remedy {i}", "f()", tried=True, profile=p) if p is not None else Remedy("not tried", "g()")
+        for i, p in enumerate(profiles)
+    )
+    names = tuple(f"net.{i}.weight" for i in range(len(before)))
+    return Diagnosis(
+        Fault.VANISHING,
+        1,
+        (),
+        (),
+        (Cause.UNKNOWN,),
+        remedies=remedies,
+        layers=names,
+        profile=tuple(before),
+    )
+
+
+def points(line):
+    return [tuple(map(float, point.split(","))) for point in line.points.split()]
+
+
+@pytest.mark.parametrize(
+    "diagnosis",
+    [
+        tried(),
+        tried(None),
+        tried((0.0,) * 3, before=(0.0,) * 3),
+        tried((0.0,) * 4),
+        dataclasses.replace(tried(FLAT), profile=()),
+        tried((NONE,) * 5, before=(NONE,) * 5),
+    ],
+)
+def test_of_nothing_there_is_no_picture(diagnosis):
+    assert panels_of(diagnosis) is None
+
+
+def test_they_have_the_places_of_their_remedies():
+    panels = panels_of(tried(None, FLAT, None, VANISHING)).panels
+    assert [(panel.rank, panel.name) for panel in panels] == [(2, "remedy 1"), (4, "remedy 3")]
+    assert [round(panel.tilt, 1) for panel in panels] == [0.2, 8.0]
+
+
+@given(
+    profiles=st.integers(4, 60).flatmap(
+        lambda n: st.lists(st.lists(st.floats(-60, 30), min_size=n, max_size=n), min_size=2, max_size=4)
+    )
+)
+def test_all_are_drawn_on_one_scale_and_inside(profiles):
+    before, *after = map(tuple, profiles)
+    pictures = panels_of(tried(*after, before=before))
+    lines = [pictures.before, *(panel.line for panel in pictures.panels)]
+    heights = {}
+    for profile, line in zip(profiles, lines, strict=True):
+        assert len(points(line)) == len(profile)
+        assert len(line.dots) == (len(profile) if len(profile) <= DOTS else 0)
+        heights.update({y: x for x, (_, y) in zip(profile, points(line), strict=True)})
+        places = [x for x, _ in points(line)]
+        assert (places[0], places[-1]) == (0.0, WIDTH)
+        assert places == sorted(places)
+    assert all(0 <= y <= HEIGHT for y in heights)
+    ordered = [heights[y] for y in sorted(heights)]
+    assert all(a >= b - 0.1 for a, b in pairwise(ordered))
+    assert 2 <= len(pictures.ticks) <= 8
+    assert all(0 <= tick.place <= HEIGHT for tick in pictures.ticks)
+
+
+def test_layers_without_a_finite_gradient_are_crosses():
+    pictures = panels_of(tried((NONE, -1.0, math.nan, BAD, -1.0), before=(BAD, -1.0, -1.0, -1.0, NONE)))
+    (panel,) = pictures.panels
+    assert (pictures.has_absent, pictures.has_nonfinite) == (True, True)
+    assert [(cross.title, cross.y > HEIGHT, cross.y < 0) for cross in panel.line.crosses] == [
+        ("net.0.weight", True, False),
+        ("net.3.weight", False, True),
+    ]
+    assert [dot.title for dot in panel.line.dots] == ["net.1.weight: 0.1", "net.4.weight: 0.1"]
+    assert len(points(panel.line)) == 2
+    calm = panels_of(tried(FLAT))
+    assert (calm.has_absent, calm.has_nonfinite) == (False, False)
+
+
+@given(st.lists(st.floats(-30, 10), min_size=4, max_size=30), st.floats(-20, 20))
+def test_the_band_has_its_width_and_moves_with_the_profile(profile, up):
+    low, high = healthy_band(profile)
+    assert high - low == pytest.approx(HEALTHY[1] - HEALTHY[0])
+    assert healthy_band([x + up for x in profile]) == pytest.approx((low + up, high + up))
+
+
+@given(st.floats(*HEALTHY), st.integers(4, 30), st.floats(-10, 10))
+def test_a_straight_line_of_a_healthy_tilt_is_within_its_band(tilt, layers, output):
+    line = [output - tilt * (1 - i / (layers - 1)) for i in range(layers)]
+    low, high = healthy_band(line)
+    assert low - 1e-6 <= min(line)
+    assert max(line) <= high + 1e-6
+
+
+def test_good_is_what_is_level_and_not_all_too_large():
+    much, falling, dead = tuple(x + 8 for x in FLAT), tuple(x / 2 for x in VANISHING), (NONE,) * 5
+    goods = [panel.good for panel in panels_of(tried(FLAT, much, falling, dead, FLAT)).panels]
+    assert goods == [True, False, False, False, True]
+    assert [panel.good for panel in panels_of(tried(falling, dead)).panels] == [False, False]
+    assert panels_of(tried(falling)).band is None
+
+
+def test_a_profile_keeps_the_places_of_its_layers():
+    parameters = {name: nn.Parameter(torch.full((2, 2), 0.5)) for name in "abcd"}
+    for name, gradient in (("a", 0.05), ("b", 0.0), ("c", math.nan)):
+        parameters[name].grad = torch.full((2, 2), gradient)
+    profile = whole_profile(parameters, ["gone", "a", "b", "c", "d"])
+    assert profile[1:] == pytest.approx([-1.0, NONE, BAD, NONE])
+    assert math.isnan(profile[0])
+
+
+def test_healthy_means_here_what_it_means_to_the_trials():
+    assert trying._DEPTH == HEALTHY

@@ -1,0 +1,240 @@
+"""Remedies that were tried come first, are few and honest, and the first of them cures."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_gradguard.diagnosis.causes.ranking import diagnose
+from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, TrialResult, apply_, attempt
+from lightning_gradguard.diagnosis.trials.candidates import find_candidates
+from lightning_gradguard.diagnosis.trials.change import Change
+from lightning_gradguard.diagnosis.trials.runner import MOST_PASSES, _begin, try_remedies, unhealthy
+from lightning_gradguard.diagnosis.trials.swaps import Swaps
+from lightning_gradguard.introspection.layer_calls import Plan
+from lightning_gradguard.results import Fault
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def ruined(kind):
+    """A model, and what is wrong with it."""
+    torch.manual_seed(0)
+    depth, activation, weight, bias = {
+        Fault.VANISHING: (14, nn.Sigmoid, None, None),
+        Fault.EXPLODING: (14, nn.ReLU, 0.6, 0.0),
+        Fault.DEAD: (5, nn.ReLU, None, -12.0),
+    }[kind]
+    sizes = [32] + [48] * depth
+    layers = [p for a, b in zip(sizes, sizes[1:], strict=False) for p in (nn.Linear(a, b), activation())]
+    model = nn.Sequential(*layers, nn.Linear(48, 10))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and weight:
+            nn.init.normal_(parameter, 0.0, weight)
+        elif parameter.ndim == 1 and bias is not None and not name.startswith(str(len(model) - 1)):
+            nn.init.constant_(parameter, bias)
+    return model
+
+
+class Counted:
+    """A training step that counts its calls."""
+
+    def __init__(self, lab, model, breaks=None):
+        self.lab, self.model, self.calls, self.breaks = lab, model, 0, breaks
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.breaks is not None and self.calls in self.breaks:
+            raise RuntimeError("out of | <memory>\nhere")
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+
+def examined(lab, fault, **more):
+    """A model's case, its diagnosis with remedies tried, and how many passes that took."""
+    model = ruined(fault)
+    optimizer = sgd(model, 1e-6 if fault == Fault.EXPLODING else 0.1)
+    case = lab.train(model, lab.cross_entropy, optimizer, 5, fault, value=1.0)
+    case = dataclasses.replace(case, input_rms=1.0)
+    step = Counted(lab, model, **more)
+    plain = diagnose(case)
+    subject = SandboxedStep(model, step, lab.templates()(0), optimizer)
+    return model, case, plain, try_remedies(plain, case, lambda: subject), step.calls
+
+
+@pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.EXPLODING, Fault.DEAD])
+def test_the_first_remedy_cures(lab, fault):
+    _, _, _, diagnosis, calls = examined(lab, fault)
+    first = diagnosis.remedies[0]
+    assert calls <= MOST_PASSES
+    assert f"in {calls} passes" in diagnosis.trials[0]
+    assert first.tried
+    assert fault != Fault.VANISHING or unhealthy(TrialResult(0.0, first.before, None, 0.0, 1, Plan(), 1)) > 1
+    assert unhealthy(TrialResult(0.0, first.after, None, 0.0, 1, Plan(), 1)) == 0
+
+    def learns(model, change, steps=150):
+        subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
+        plan = attempt(subject, Change(), layers=(), passes=1).plan
+        apply_(model, change, plan)
+        optimizer, mode = sgd(model, 0.05), Swaps(model, change, plan)
+        for step in range(steps):
+            optimizer.zero_grad()
+            with mode:
+                loss = lab.cross_entropy(model, step)
+            loss.backward()
+            optimizer.step()
+        return loss.item() < 0.5
+
+    assert not learns(ruined(fault), Change())
+    assert learns(ruined(fault), first.change)
+
+
+@pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.DEAD])
+def test_the_ranks_are_by_health_and_then_by_loss(lab, fault):
+    _, _, plain, diagnosis, _ = examined(lab, fault)
+    tried = [r for r in diagnosis.remedies if r.tried]
+    stepped = [r for r in tried if r.loss is not None]
+    assert 2 <= len(stepped) < len(tried) <= 6
+    assert stepped == tried[: len(stepped)]
+    healthy = [r for r in stepped if unhealthy(TrialResult(0.0, r.after, None, 0.0, 1, Plan(), 1)) == 0]
+    assert healthy == stepped[: len(healthy)]
+    assert [r.loss for r in healthy] == sorted(r.loss for r in healthy)
+    untried = [r for r in diagnosis.remedies if not r.tried]
+    assert diagnosis.remedies == (*tried, *untried)
+    assert set(untried) <= set(plain.remedies)
+    assert len({r.name for r in diagnosis.remedies}) == len(diagnosis.remedies)
+    assert dataclasses.replace(diagnosis, remedies=plain.remedies, trials=()) == plain
+
+
+def test_a_remedy_that_cannot_be_tried_says_so(lab):
+    """The first look after the four passes without a change fails."""
+    _, _, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={5})
+    failed = [r for r in diagnosis.remedies if r.note]
+    assert [r.name for r in failed] == [plain.remedies[0].name]
+    assert failed[0].note == "could not be tried: RuntimeError: out of | <memory> here"
+    assert not failed[0].tried
+    assert diagnosis.remedies[0].tried
+    for text in (str(diagnosis), diagnosis.to_html()):
+        assert "could not be tried: RuntimeError" in " ".join(text.split())
+    assert "<memory>" not in diagnosis.to_html()
+    assert "<memory>" not in diagnosis.to_markdown()
+
+
+def test_where_nothing_can_be_tried_the_reason_is_told(lab):
+    _, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={1, 2})
+    assert diagnosis.remedies == plain.remedies
+    assert diagnosis.trials == ("No remedy was tried: RuntimeError: out of | <memory> here.",)
+
+    def refuse():
+        raise ValueError("the module optimizes by hand")
+
+    refused = try_remedies(plain, case, refuse)
+    assert refused.trials == ("No remedy was tried: the module optimizes by hand.",)
+    assert refused.remedies == plain.remedies
+    assert refused.trials[0] in str(refused)
+
+
+def test_other_faults_are_left_to_the_evidence(lab):
+    model = lab.mlp(4)
+    case = lab.train(model, lab.cross_entropy, sgd(model, 1e-9), 30, Fault.STALLED)
+    plain = diagnose(case)
+    told = try_remedies(plain, case, lambda: pytest.fail("not to be asked for"))
+    assert told.trials == ("No remedy was tried: none that can be tried concerns the likeliest cause.",)
+    assert dataclasses.replace(told, trials=()) == plain
+
+
+def test_weights_that_have_run_away_are_scaled_back(lab):
+    model = ruined(Fault.VANISHING)
+    optimizer = sgd(model)
+    case = lab.train(model, lab.cross_entropy, optimizer, 5, Fault.VANISHING, value=8.0)
+    with torch.no_grad():
+        [p.mul_(1e4) for p in model.parameters()]
+    norms = {n: p.detach().norm().item() for n, p in model.named_parameters()}
+    case = dataclasses.replace(case, weight_norms=tuple(norms[n] for n in case.names))
+    subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), optimizer)
+    diagnosis = try_remedies(diagnose(case), case, lambda: subject)
+    assert "brought back" in diagnosis.trials[-1]
+    assert diagnosis.remedies[0].loss < 10
+    assert model[0].weight.detach().norm().item() == norms["0.weight"]
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+def test_a_compiled_model_is_tried_as_it_is_written(lab):
+    model, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = sgd(compiled)
+    subject = SandboxedStep(
+        compiled, lambda b: F.cross_entropy(compiled(b[0]), b[1]), lab.templates()(0), optimizer
+    )
+    assert try_remedies(plain, case, lambda: subject).remedies == diagnosis.remedies
+
+
+def test_a_sequence_is_ranked_by_its_tilt_over_time(lab):
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(8, 24, batch_first=True), nn.Linear(24, 4)
+            self.rnn.weight_hh_l0.data.mul_(0.3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model, optimizer = Model(), None
+    batch = torch.randn(32, 50, 8), torch.randint(4, (32,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    case = lab.case_of(model, loss, Fault.VANISHING_IN_TIME, value=16.0, time_tilt=16.0, optimizer=optimizer)
+    subject = SandboxedStep(model, lambda b: F.cross_entropy(model(b[0]), b[1]), batch, optimizer)
+    diagnosis = try_remedies(diagnose(case), case, lambda: subject)
+    by_name = {r.name: r for r in diagnosis.remedies}
+    assert {"Orthogonal recurrent weights", "LSTM that begins by remembering", "GRU"} <= set(by_name)
+    assert diagnosis.remedies[0].before > 6
+    assert -3 < diagnosis.remedies[0].after < 6
+    assert by_name["GRU"].after > by_name["LSTM that begins by remembering"].after
+    assert isinstance(model.rnn, nn.RNN)
+
+
+def test_what_fits_is_tried(lab):
+    """Names are those of the remedies that the evidence suggests, so that none stands there twice."""
+    model, case, plain, _, _ = examined(lab, Fault.VANISHING)
+    subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
+    plan = attempt(subject, Change(), layers=(), passes=1).plan
+    names = [c.remedy.name for c in find_candidates(case, plain.causes, model, subject.batch, plan)]
+    assert {r.name for r in plain.remedies} - {"Xavier initialization"} <= set(names)
+    assert {"ReLU", "GELU", "Skip connections", "Fewer layers", "Standardize the inputs"} <= set(names)
+    assert "An activation that cannot die" not in names
+    assert len(names) == len(set(names))
+    worse = dataclasses.replace(case, finding=lab.finding(Fault.EXPLODING))
+    exploding = find_candidates(worse, plain.causes, model, subject.batch, plan)
+    assert any(c.change.rate < 1 for c in exploding)
+
+
+def test_health_is_told_by_the_farther_tilt():
+    def outcome(tilt, time_tilt=None, live=5):
+        return TrialResult(0.0, tilt, time_tilt, 0.0, live, Plan(), 1)
+
+    assert unhealthy(outcome(0.0)) == unhealthy(outcome(2.5, 3.8)) == unhealthy(outcome(None)) == 0
+    assert unhealthy(outcome(4.0)) == pytest.approx(1.5)
+    assert unhealthy(outcome(-4.0, 10.0)) == pytest.approx(4.0)
+    assert unhealthy(outcome(0.0, live=0)) == unhealthy(outcome(0.0, math.nan)) == unhealthy(None) == math.inf
+
+
+def test_a_graph_of_which_no_half_is_one_is_tried_whole():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    batch = torch.randn(12, 5), torch.eye(12), torch.randint(3, (12,))
+
+    def loss_of(batch):
+        nodes, adjacency, labels = batch
+        return torch.nn.functional.cross_entropy(model(adjacency @ nodes), labels)
+
+    subject = SandboxedStep(model, loss_of, batch, torch.optim.SGD(model.parameters(), lr=0.1))
+    session, base = _begin(subject, ("0.weight", "2.weight"), bottomless=False)
+    assert not session.subject.divisible
+    assert math.isfinite(base.loss)

@@ -1,0 +1,178 @@
+"""A swap gives what a model gives that was written with the change in it, whichever way it was written."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_gradguard.diagnosis.trials.change import Change
+from lightning_gradguard.diagnosis.trials.swaps import Swaps
+from lightning_gradguard.introspection.layer_calls import Recorder
+
+WIDTH = 6
+
+
+class Net(nn.Module):
+    """Three square layers between a narrower one and a head; ``activation`` may be a function or a module."""
+
+    def __init__(self, activation, raw=False):
+        super().__init__()
+        sizes = [3, WIDTH, WIDTH, WIDTH, WIDTH]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.head, self.activation, self.raw = nn.Linear(WIDTH, 2), activation, raw
+
+    def apply_layer(self, layer, x):
+        return torch.addmm(layer.bias, x, layer.weight.T) if self.raw else layer(x)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.activation(self.apply_layer(layer, x))
+        return self.apply_layer(self.head, x)
+
+
+def swapped(model, change, x):
+    recorder = Recorder(model)
+    with recorder:
+        plain = model(x)
+    assert torch.equal(plain, model(x))
+    swaps = Swaps(model, change, recorder.plan)
+    with swaps:
+        first = model(x)
+    with swaps:
+        assert torch.equal(model(x), first)
+    assert torch.equal(plain, model(x))
+    return first
+
+
+def written(model, x, *, activation=torch.sigmoid, norm=None, skip=False, block=False, drop=()):
+    for i, layer in enumerate(model.layers):
+        if i in drop:
+            continue
+        h = layer(norm(x) if block and i else x)
+        h = norm(h) if norm and not block else h
+        x = x + activation(h) if (skip or block) and i else activation(h)
+    return model.head(norm(x) if block else x)
+
+
+def batch_norm(x):
+    return F.batch_norm(x, None, None, training=True)
+
+
+def layer_norm(x):
+    return F.layer_norm(x, x.shape[-1:])
+
+
+SIGMOIDS = [
+    nn.Sigmoid(),
+    torch.sigmoid,
+    F.sigmoid,
+    torch.Tensor.sigmoid,
+    lambda x: x.clone().sigmoid_(),
+    torch.special.expit,
+]
+CHANGES = [
+    (Change(activation="relu"), {"activation": torch.relu}),
+    (Change(activation="gelu"), {"activation": F.gelu}),
+    (Change(activation="leaky_relu"), {"activation": lambda x: F.leaky_relu(x, 0.1)}),
+    (Change(normalise=True), {"norm": batch_norm}),
+    (Change(skip=True), {"skip": True}),
+    (Change(shorten=True), {"drop": (2,)}),
+    (Change(activation="relu", normalise=True), {"activation": torch.relu, "norm": batch_norm}),
+    (
+        Change(activation="relu", normalise=True, skip=True),
+        {"activation": torch.relu, "norm": layer_norm, "block": True},
+    ),
+]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("sigmoid", SIGMOIDS, ids=range(len(SIGMOIDS)))
+@pytest.mark.parametrize(("change", "same"), CHANGES, ids=[str(sorted(c.fields)) for c, _ in CHANGES])
+def test_functions_modules_and_products_are_swapped_alike(sigmoid, raw, change, same):
+    model, x = Net(sigmoid, raw), torch.randn(9, 3)
+    assert torch.allclose(swapped(model, change, x), written(model, x, **same), atol=1e-6)
+
+
+MODULES = [nn.ReLU(inplace=True), nn.Tanh(), nn.Softsign(), nn.Hardtanh(), nn.GELU(), nn.SiLU()]
+MODULES += [
+    nn.Softplus(),
+    nn.ELU(),
+    nn.LeakyReLU(0.3),
+    nn.LogSigmoid(),
+    nn.Hardsigmoid(),
+    nn.PReLU(),
+    nn.Mish(),
+]
+
+
+@pytest.mark.parametrize("activation", [*MODULES, torch.erf, torch.atan, F.relu6], ids=str)
+def test_every_activation_is_known(activation):
+    model, x = Net(activation), torch.randn(9, 3)
+    out = swapped(model, Change(activation="gelu"), x)
+    assert torch.allclose(out, written(model, x, activation=F.gelu), atol=1e-6)
+
+
+def test_what_comes_after_the_last_layer_is_the_losses_own():
+    model, x, y = Net(torch.tanh), torch.randn(9, 3), torch.rand(9, 2)
+    whole = nn.Module()
+    whole.net, whole.forward = model, lambda x: F.binary_cross_entropy(torch.sigmoid(model(x)), y)
+    out = swapped(whole, Change(activation="relu"), x)
+    assert torch.allclose(out, F.binary_cross_entropy(written(model, x, activation=torch.relu).sigmoid(), y))
+
+
+def test_layers_that_are_normalised_are_not_normalised_again():
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+    )
+    model[1].weight.data.fill_(3.0)
+    x = torch.randn(9, 3)
+    out = swapped(model, Change(normalise=True), x)
+    assert torch.allclose(out, model[5](batch_norm(model[3](model[:3](x))).relu()), atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_convolutions(rank):
+    conv = (nn.Conv1d, nn.Conv2d)[rank - 1]
+    model = nn.Sequential(
+        conv(2, 4, 3, padding=1),
+        nn.Tanh(),
+        conv(4, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(2),
+    )
+    x = torch.randn(5, 2, *[6] * rank)
+    model(x)
+    h = batch_norm(model[0](x)).relu()
+    expected = model[5](batch_norm(model[2](h)).relu().flatten(1))
+    assert torch.allclose(swapped(model, Change(activation="relu", normalise=True), x), expected, atol=1e-5)
+    skipped = model[5]((model[:2](x) + model[2](model[:2](x)).tanh()).flatten(1))
+    assert torch.allclose(swapped(model, Change(skip=True), x), skipped, atol=1e-5)
+
+
+def test_sequences_and_single_examples_are_normalised_over_their_features():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    for x in (torch.randn(5, 7, 3), torch.randn(1, 3)):
+        expected = model[2](F.layer_norm(model[0](x), (4,)).tanh())
+        assert torch.allclose(swapped(model, Change(normalise=True), x), expected, atol=1e-6)
+
+
+def test_a_linear_net_gets_skips_around_its_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    x = torch.randn(5, 4)
+    h = x
+    for layer in model[:3]:
+        h = h + layer(h)
+    assert torch.allclose(swapped(model, Change(skip=True), x), model[3](h), atol=1e-6)
+
+
+def test_changes_add_up_unless_they_change_the_same():
+    both = Change(activation="relu") | Change(initialise="he")
+    assert both == Change(activation="relu", initialise="he")
+    assert both.fields == {"activation", "initialise"}
+    assert both.swaps
+    assert not Change(rate=0.1).swaps
+    with pytest.raises(ValueError, match="both change activation"):
+        both | Change(activation="gelu")

@@ -1,0 +1,301 @@
+"""Reports of quiet steps are like any other, and a guard may be copied, saved or changed while some of them wait."""
+
+import copy
+import dataclasses
+import gc
+import io
+import math
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard import Guard, SpikeClip
+from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors.explosion import Spike
+from lightning_gradguard.engine import checkpoint
+from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.results import Fault, Report
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+
+TENSORS, FIRST = 4, 33
+
+
+class Hand:
+    """A guard over gradients that are set by hand, the same at each call.
+
+    Args:
+        judged: Whether each step is judged.
+    """
+
+    def __init__(self, judged=False, **kwargs):
+        self.weights = {f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS + 1)}
+        kept = [w for n, w in self.weights.items() if n != "w4"]
+        self.optimizer = torch.optim.SGD(kept, lr=0.1)
+        options = {"optimizer": self.optimizer, "clipper": SpikeClip(), **kwargs}
+        self.guard = Guard(self.weights.items(), **options)
+        self.guard.quiet._is_able &= not judged
+
+    def step(self, step, factor=1.0):
+        norms = np.exp(np.random.default_rng(step).normal(0, 0.1, TENSORS + 1)) * factor
+        for i, (weight, norm) in enumerate(zip(self.weights.values(), norms, strict=True)):
+            with torch.no_grad():
+                weight.fill_(1 + 1e-3 * (step % (7 + i)))
+            weight.grad = torch.full_like(weight, norm / 2)
+        self.weights["w2"].grad = None
+        return self.guard.step(loss=3 / (1 + 0.01 * step))
+
+    def go(self, begin, end):
+        return [self.step(step) for step in range(begin, end)]
+
+
+def same(a, b):
+    """Whether two nested values are equal to the last bit, where NaN is like NaN."""
+    if isinstance(a, torch.Tensor | np.ndarray):
+        return repr(a.tolist()) == repr(b.tolist())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return repr(a) == repr(b)
+
+
+def values(reports):
+    return [dataclasses.asdict(report) for report in reports]
+
+
+def results(hand):
+    """All that a guard has come to, but for what it may know a little late."""
+    guard = hand.guard
+    kept = (guard.states, guard.findings, guard.counts, guard.judge.state_dict(), guard.history.table())
+    return [*kept, guard.watch.schedule.state_dict() | {"alert": None}]
+
+
+@pytest.fixture
+def quiet():
+    """A report of a quiet step that waits, and its like in full."""
+    hands = Hand(), Hand(judged=True)
+    reports = [hand.go(0, FIRST + 4)[-1] for hand in hands]
+    assert len(hands[0].guard.quiet.waiting) == 3
+    return hands[0], *reports
+
+
+def test_a_report_knows_the_rest_when_it_is_asked(quiet):
+    hand, report, like = quiet
+    assert "threshold" not in vars(report)
+    assert "norms" not in vars(report)
+    assert list(report.norms) == ["w0", "w1", "w3"]
+    assert report.norms == like.norms
+    assert hand.guard.quiet.waiting
+    assert report.threshold == like.threshold
+    assert not hand.guard.quiet.waiting
+    with pytest.raises(AttributeError, match="'Report' object has no attribute 'treshold'"):
+        report.treshold  # noqa: B018
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.step = 1
+
+
+LOOKS = {
+    "==": lambda report: report == dataclasses.replace(report),
+    "repr": repr,
+    "asdict": dataclasses.asdict,
+    "astuple": dataclasses.astuple,
+    "replace": lambda report: dataclasses.asdict(dataclasses.replace(report, skip=True)),
+    "copy": lambda report: dataclasses.asdict(copy.copy(report)),
+    "deepcopy": lambda report: dataclasses.asdict(copy.deepcopy(report)),
+    "pickle": lambda report: dataclasses.asdict(pickle.loads(pickle.dumps(report))),
+}
+
+
+@pytest.mark.parametrize("when", ["at once", "later", "alone"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_report_is_like_any_other(quiet, look, when):
+    """At once, when more steps have followed, and when its guard is gone."""
+    hand, report, like = quiet
+    if when == "later":
+        hand.go(FIRST + 4, FIRST + 20)
+    if when == "alone":
+        del hand
+        gc.collect()
+    assert type(report) is type(like) is Report
+    assert LOOKS[look](report) == LOOKS[look](like)
+    assert report == like
+    assert like == report
+
+
+@pytest.mark.parametrize("later", [0, 3, 20])
+@pytest.mark.parametrize("order", [1, -1])
+def test_thresholds_may_be_asked_for_in_any_order(order, later):
+    hands = Hand(), Hand(judged=True)
+    asked, expected = [hand.go(0, FIRST + 8) for hand in hands]
+    hands[0].go(FIRST + 8, FIRST + 8 + later)
+    asked = [report.threshold for report in asked[::order]][::order]
+    assert asked == [report.threshold for report in expected]
+    assert len(set(asked)) > 30
+
+
+def test_without_a_clipper_there_is_no_threshold():
+    reports = Hand(clipper=None).go(0, FIRST + 5)
+    assert [report.threshold for report in reports] == [None] * len(reports)
+
+
+def test_a_copy_of_a_report_holds_on_to_nothing(quiet):
+    copied = copy.copy(quiet[1])
+    assert vars(copied).keys() == {field.name for field in dataclasses.fields(Report)}
+
+
+def test_no_gradient_is_kept_by_a_step_that_waits():
+    hand = Hand()
+    hand.go(0, FIRST + 3)
+    marks = [weakref.ref(w.grad) for w in hand.weights.values() if w.grad is not None]
+    assert hand.guard.quiet.waiting
+    for weight in hand.weights.values():
+        weight.grad = None
+    assert [mark() for mark in marks] == [None] * TENSORS
+
+
+def through_a_file(hand):
+    buffer, second = io.BytesIO(), Hand()
+    torch.save(hand.guard.state_dict(), buffer)
+    buffer.seek(0)
+    second.guard.load_state_dict(torch.load(buffer, weights_only=True))
+    return second
+
+
+def copied(hand):
+    return copy.deepcopy(hand)
+
+
+def pickled(hand):
+    return pickle.loads(pickle.dumps(hand))
+
+
+@pytest.mark.parametrize("way", [copied, pickled, through_a_file])
+def test_a_guard_goes_on_exactly_from_any_step_of_a_window(way):
+    plain = Hand(judged=True)
+    expected = values(plain.go(0, FIRST + 30))
+    states, hand = results(plain), Hand()
+    hand.go(0, FIRST)
+    for step in range(FIRST, FIRST + 9):
+        second = way(hand)
+        if step > FIRST:
+            assert second.guard.quiet.passed == hand.guard.quiet.passed == step - FIRST - 1
+        assert values(second.go(step, FIRST + 30)) == expected[step:]
+        last = results(second)
+        if way is through_a_file:  # history is not saved
+            last[4] = states[4]
+        assert same(last, states)
+        hand.step(step)
+
+
+def test_what_was_asked_for_in_a_window_changes_nothing():
+    plain, hand = Hand(judged=True), Hand()
+    expected, reports = values(plain.go(0, 80)), []
+    for step in range(80):
+        reports.append(hand.step(step))
+        assert len(hand.guard.history) == step + 1
+        assert hand.guard.history.table()["threshold"][-1] == np.float32(reports[-1].threshold)
+    assert values(reports) == expected
+    assert same(results(hand), results(plain))
+
+
+@pytest.mark.parametrize("spoil", ["watch", "judge", "quiet", "states", "few states", "bounds", "sights"])
+def test_a_bad_state_changes_nothing(spoil):
+    hand, plain = Hand(), Hand(judged=True)
+    hand.go(0, FIRST + 4)
+    state = copy.deepcopy(hand.guard.state_dict())
+    hand.go(FIRST + 4, FIRST + 6)
+    state["steps"] = 9999
+    if spoil == "few states":
+        state["states"].pop()
+    elif spoil == "bounds":
+        state["quiet"]["_bounds"] = {"low": torch.ones(4)}
+    elif spoil == "sights":
+        state["sights"][0][1] = "no fault"
+    else:
+        state[spoil] = {}
+    with pytest.raises(ValueError, match="state must be"):
+        hand.guard.load_state_dict(state)
+    expected = values(plain.go(0, FIRST + 20))
+    assert hand.guard.steps == FIRST + 6
+    assert values(hand.go(FIRST + 6, FIRST + 20)) == expected[FIRST + 6 :]
+    assert same(results(hand), results(plain))
+
+
+@pytest.mark.parametrize("options", [{"detectors": (Spike(ratio=2.0),)}, {"lag": 1}], ids=str)
+def test_a_state_opens_no_window_where_each_step_has_to_be_judged(options):
+    """Parts of the same classes may have other options, and a guard another lag."""
+    first = Hand(detectors=(Spike(),))
+    first.go(0, FIRST + 3)
+    assert first.guard.quiet._is_open
+    second = Hand(**{"detectors": (Spike(),), **options})
+    second.guard.load_state_dict(first.guard.state_dict())
+    for step in range(FIRST + 3, FIRST + 12):
+        second.step(step)
+        assert not second.guard.quiet.waiting
+    assert second.guard.quiet.passed == 0
+
+
+@pytest.mark.parametrize("cut", [None, FIRST + 4, FIRST + 8])
+def test_a_guard_that_goes_back_has_let_nothing_wait(cut):
+    ways = []
+    for hand in (Hand(), Hand(judged=True)):
+        reports = hand.go(0, cut or 0)
+        state = None if cut is None else checkpoint.save(hand.guard)
+        reports += hand.go(cut or 0, FIRST + 11)
+        checkpoint.go_back(hand.guard, state)
+        assert not hand.guard.quiet.waiting
+        # A guard that judges each step goes on doing so.
+        reports += hand.go(FIRST + 11, FIRST + 50)
+        ways.append((values(reports), results(hand)))
+    assert same(*ways)
+
+
+def test_a_group_that_is_added_in_a_window_begins_anew():
+    ways = []
+    for hand in (Hand(), Hand(judged=True)):
+        reports = hand.go(0, FIRST + 4)
+        hand.optimizer.add_param_group({"params": [hand.weights["w4"]]})
+        assert bool(hand.guard.quiet.waiting) == hand.guard.quiet._is_able
+        reports += hand.go(FIRST + 4, FIRST + 50)
+        assert list(reports[-1].norms) == ["w0", "w1", "w3", "w4"]
+        ways.append((values(reports), results(hand)))
+    assert same(*ways)
+
+
+class Raising:
+    """A slow detector that fails when it is told to."""
+
+    fault, measures, slow, fails = Fault.STALLED, ("nothing",), True, False
+
+    def init(self, stats):
+        return Nothing()
+
+    def update(self, stats, state):
+        if self.fails:
+            raise OSError("no detector")
+        return reading(stats, stats.total < 0, stats.total, 0.0), state
+
+
+@pytest.mark.parametrize("at", range(FIRST, FIRST + 9))
+def test_a_step_that_fails_loses_none_of_those_that_wait(at):
+    ways = []
+    for judged in (False, True):
+        detector = Raising()
+        hand = Hand(judged, detectors=(*default_detectors(), detector))
+        reports = hand.go(0, at)
+        detector.fails = True
+        # Asked at a closer look, which a step after one that was not taken is.
+        hand.guard.watch.schedule.alarm = True
+        with pytest.raises(OSError, match="no detector"):
+            hand.step(at, 1.01)
+        detector.fails = hand.guard.watch.schedule.alarm = False
+        reports += hand.go(at + 1, at + 30)
+        ways.append((values(reports), results(hand)))
+        assert len(ways[-1][1][4]["step"]) == at + 29
+    assert same(*ways)
+    assert math.isfinite(ways[0][0][-1]["threshold"])

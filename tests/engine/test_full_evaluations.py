@@ -1,0 +1,307 @@
+"""Slow detectors through a guard: what sets in late is found soon, and what was seen stands until the next look."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard import Fault, GradientHalt, Guard, Policy, Severity
+from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors.depth import DepthTilt
+from lightning_gradguard.detectors.explosion import Exploding
+from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
+from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
+from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.engine.sampling_schedule import LATER, REFRESH, SETTLED, Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+
+ONSET, LAYERS, ROWS = 300, 6, 16
+WATCH = Policy(respond={fault.value: "warn" for fault in Fault}, patience=10**6)
+
+
+class Weights(nn.Module):
+    """Weights that take part in a pass, of which all but the first so many are used."""
+
+    def forward(self, cut):
+        return sum((weight * 0).sum() for weight in list(self.parameters())[cut:]) + 1.0
+
+
+class Hand:
+    """A guard over weights and gradients set by hand, step by step; the loss makes no progress.
+
+    Args:
+        sick: Whether something is wrong at a step.
+        fault: What is.
+    """
+
+    def __init__(self, fault, sick=lambda step: step >= ONSET, **kwargs):
+        self.fault, self.sick = fault, sick
+        dtype = torch.float16 if fault == "underflow" else torch.float32
+        self.model = Weights()
+        for i in range(LAYERS):
+            self.model.register_parameter(f"w{i}", nn.Parameter(torch.ones(ROWS, ROWS, dtype=dtype)))
+        self.kwargs = {"policy": WATCH, "lag": 0, **kwargs}
+        self.guard = Guard(self.model.named_parameters(), **self.kwargs)
+        self.moved = 0.0
+
+    def set(self, step):
+        """Weights, gradients and loss of a step."""
+        sick = self.sick(step)
+        wave = 1 + 0.1 * math.sin(step)
+        self.moved += {"stalled": 0.0, "large": 0.3}.get(self.fault, 1e-3) if sick else 1e-3
+        named = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for i, weight in enumerate(named.values()):
+                weight.fill_(1 + self.moved % 8)
+                size = wave
+                if sick and self.fault in ("vanishing", "exploding"):
+                    decades = 6 if self.fault == "vanishing" else -6
+                    size = wave * 10 ** (-decades * (1 - i / (LAYERS - 1)))
+                if sick and self.fault == "underflow":
+                    size = 1e-6
+                weight.grad = torch.full_like(weight, size / ROWS)
+                if sick and self.fault == "dead" and i == 2:
+                    weight.grad[1:] = 0
+        if self.fault == "disconnected":
+            # Its path is gone: it takes part in the pass, and there is nothing from the loss.
+            if sick:
+                named["w0"].grad = None
+            return self.model(int(sick))
+        return torch.tensor(1.0)
+
+    def step(self, step):
+        return self.guard.step(loss=self.set(step))
+
+    def first(self, steps, fault=None):
+        """The first step at which something is warned of."""
+        for step in steps:
+            for finding in self.step(step).findings:
+                if finding.severity >= Severity.WARNING and fault in (None, finding.fault):
+                    return step
+        return None
+
+
+class Always(Schedule):
+    """Each step is a closer look, as if no detector were slow; what is sampled is sampled as often as else."""
+
+    def due(self, has_loss):
+        due = super().due(has_loss)
+        self._close = True
+        return due._replace(elapsed=1)
+
+
+#: What is wrong, the detectors that find it, and how many looks later they may than if they were asked at each step.
+#: One that waits for 40 steps waits for five looks, since a look stands for eight steps at most.
+LATE = {
+    "vanishing": (DepthTilt(), Fault.VANISHING, 1),
+    "stalled": (Stalled(), Fault.STALLED, 3),
+    "large": (UpdateRatio(), Fault.OVERSIZED_UPDATE, 3),
+    "dead": (DeadUnits(), Fault.DEAD, 3),
+    "underflow": (Underflow(), Fault.UNDERFLOW, 2),
+    "exploding": (None, Fault.EXPLODING, 1),
+}
+
+
+def looks_between(first, last):
+    """Closer looks of a quiet training from one step, left out, to another."""
+    schedule, found = Schedule(), 0
+    schedule.alert = True  # the loss makes no progress
+    for step in range(last + 1):
+        found += schedule.due(True).elapsed > 0 and step > first
+        schedule.settle(True)
+    return found
+
+
+@pytest.mark.parametrize("fault", LATE)
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_sets_in_late_is_found_a_few_looks_later_at_most(fault, alone):
+    detector, expected, allowed = LATE[fault]
+    detectors = (detector,) if alone and detector is not None else default_detectors()
+    plain, always = (Hand(fault, detectors=detectors) for _ in range(2))
+    always.guard.watch.schedule = Always()
+    soon = always.first(range(ONSET + 6 * LATER), expected)
+    found = plain.first(range(ONSET + 6 * LATER), expected)
+    assert soon is not None
+    assert found is not None
+    # Since a look stands for eight steps, it may come to its end some steps before.
+    assert ONSET <= soon <= found + REFRESH
+    assert looks_between(soon - 1, found) <= allowed
+
+
+@pytest.mark.parametrize("fault", [*LATE, "disconnected"])
+def test_what_is_sick_from_the_start_is_found_at_the_step_where_it_would_be_anyway(fault):
+    """Or a few steps later where that lies beyond the steps that are all looked at."""
+    plain, always = (Hand(fault, lambda step: True) for _ in range(2))
+    always.guard.watch.schedule = Always()
+    soon, found = (hand.first(range(80)) for hand in (always, plain))
+    assert soon is not None
+    assert soon == found or (soon >= 32 and soon <= found < soon + 10)
+
+
+def test_what_is_cut_off_late_is_found_six_looks_later():
+    """At the first of them it has had a gradient since the one before."""
+    hand = Hand("disconnected", detectors=(Disconnected(),))
+    found = hand.first(range(ONSET + 6 * LATER))
+    assert found is not None
+    assert looks_between(ONSET, found) == 6
+
+
+def test_a_reading_stands_so_that_patience_counts_steps():
+    """The critical finding comes exactly as many steps after the warning, looked at or not."""
+    patience = 10
+    policy = Policy(respond={"stalled": "halt"}, patience=patience)
+    hand = Hand("stalled", detectors=(Stalled(),), policy=policy)
+    warned = hand.first(range(ONSET + 6 * LATER))
+    due = [copy.copy(hand.guard.watch.schedule).due(True).elapsed]
+    for step in range(warned + 1, warned + patience):
+        assert hand.step(step).findings == ()
+        due.append(copy.copy(hand.guard.watch.schedule).due(True).elapsed)
+    assert not all(due)
+    with pytest.raises(GradientHalt) as caught:
+        hand.step(warned + patience)
+    assert caught.value.findings[-1].severity == Severity.CRITICAL
+    assert caught.value.step == warned + patience
+
+
+class Counting:
+    """A detector that notes at which of its steps it was asked, and for how many steps it was to answer."""
+
+    fault, measures = Fault.STALLED, ("nothing",)
+
+    def __init__(self, slow):
+        self.slow, self.asked = slow, []
+
+    def init(self, stats):
+        return Nothing()
+
+    def update(self, stats, state):
+        self.asked.append(stats.elapsed)
+        return reading(stats, stats.loss < 0, stats.total, 0.0), state
+
+
+def test_slow_detectors_are_asked_at_closer_looks_alone():
+    slow, fast = Counting(slow=True), Counting(slow=False)
+    hand, due = Hand("", detectors=(slow, fast)), []
+    for step in range(SETTLED + 2 * LATER):
+        due.append(copy.copy(hand.guard.watch.schedule).due(True).elapsed)
+        hand.step(step)
+    assert fast.asked == due
+    assert slow.asked == [elapsed for elapsed in due if elapsed]
+    assert len(slow.asked) < 0.25 * len(fast.asked)
+
+
+def test_the_shape_over_depth_stands_too():
+    """Of which a diagnosis tells, at whatever step it is made."""
+    hand = Hand("vanishing", lambda step: True)
+    for step in range(SETTLED + 2):
+        hand.step(step)
+    look = hand.guard.letter
+    assert look.tilt == pytest.approx(6.0, abs=0.1)
+    hand.sick = lambda step: False
+    hand.step(SETTLED + 2)
+    assert hand.guard.letter.tilt == look.tilt
+    offset = hand.guard.states[0].offset
+    assert offset.isfinite().all()
+    assert offset[0] < offset[-1] - 5
+
+
+def test_what_is_over_stands_until_it_is_looked_at():
+    healed = ONSET + 3 * LATER + 5
+    hand = Hand("vanishing", lambda step: ONSET <= step < healed, detectors=(DepthTilt(),))
+    states = []
+    for step in range(healed + 2 * LATER):
+        hand.step(step)
+        states.append((hand.guard.sights[0].raised, hand.guard.sights[0].value))
+    changes = [step for step in range(SETTLED + 2, len(states)) if states[step] != states[step - 1]]
+    # Numbers change at looks alone, the verdict with them.
+    assert changes
+    assert {step % REFRESH for step in changes} == {1}
+    assert states[healed][0]
+    assert not states[-1][0]
+
+
+@pytest.mark.parametrize("bad", ["nan", "spike"])
+def test_after_an_odd_step_everything_is_looked_at(bad):
+    hand = Hand("", detectors=default_detectors())
+    for step in range(280):
+        hand.step(step)
+    before = hand.guard.sights
+    loss = hand.set(280)
+    for weight in hand.model.parameters():
+        weight.grad.mul_(1e6 if bad == "spike" else math.nan)
+    hand.guard.step(loss=loss)
+    hand.step(281)
+    assert hand.guard.watch.schedule.closest == hand.guard.watch.schedule.good - 1
+    slow = [i for i, detector in enumerate(hand.guard.detectors) if getattr(detector, "slow", False)]
+    assert all(hand.guard.sights[i] is not before[i] for i in slow)
+    hand.step(282)
+    settled = hand.guard.sights
+    hand.step(283)
+    assert all(hand.guard.sights[i] is settled[i] for i in slow)
+
+
+@pytest.mark.parametrize("fault", ["vanishing", "exploding", "dead", "underflow"])
+@pytest.mark.parametrize("lasts", [1, 3])
+def test_what_is_skipped_is_looked_at_again_at_each_step_and_left_when_it_is_over(fault, lasts):
+    """Nothing of a skipped step is remembered, so that the first good one is seen to be good."""
+    expected = LATE[fault][1]
+    policy = Policy(respond={f.value: "skip" if f == expected else "ignore" for f in Fault})
+    hand = Hand(fault, policy=policy)
+    step, skipped = 0, 0
+    while skipped < lasts:
+        assert step < ONSET + 6 * LATER
+        skipped += hand.step(step).skip
+        if skipped:
+            assert copy.copy(hand.guard.watch.schedule).due(True).elapsed
+        step += 1
+    hand.sick = lambda _: False
+    seen = [hand.step(step + i).skip for i in range(LATER)]
+    assert not any(seen[1:])
+
+
+def test_what_is_skipped_and_lasts_is_halted_on():
+    policy = Policy(respond={"vanishing": "skip"}, max_consecutive_skips=5)
+    hand = Hand("vanishing", policy=policy, detectors=(DepthTilt(),))
+    reports = []
+    with pytest.raises(GradientHalt):
+        for step in range(ONSET + 3 * LATER):
+            reports.append(hand.step(step))
+    assert [r.skip for r in reports[-5:]] == [True] * 5
+    assert not any(r.skip for r in reports[:-5])
+
+
+class Experts(nn.Module):
+    """Of which each step uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x, chosen):
+        return self.head(sum(expert(x) * float(i == chosen) for i, expert in enumerate(self.experts)))
+
+
+def test_what_has_its_turn_now_and_then_is_not_cut_off():
+    """Between two looks it may have had it, and at none of them."""
+    torch.manual_seed(0)
+    net = Experts()
+    guard = Guard(net.named_parameters(), detectors=(Disconnected(),))
+    turns = [step % 8 for step in range(700)]  # so that the looks see the same expert each time, or none
+    for step, turn in enumerate(turns):
+        net.zero_grad()
+        loss = net(torch.ones(2, 4), turn if step >= 100 else 0).square().mean() + 700 / (step + 1)
+        loss.backward()
+        guard.step(loss=loss)
+    assert not [f for f in guard.findings if f.severity >= Severity.WARNING]
+
+
+def test_while_something_is_wrong_nothing_stands_for_long():
+    """Else two looks would use up the patience for a condition that was soon over."""
+    hand = Hand("exploding", lambda step: 284 <= step < 313, policy=Policy.strict(), detectors=(Exploding(),))
+    for step in range(400):
+        hand.step(step)
+    assert [finding.severity for finding in hand.guard.findings] == [Severity.WARNING]

@@ -1,0 +1,167 @@
+"""Event files as the callbacks write them, of any size, and a browser to look at the page with."""
+
+import math
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.tensorboard import TensorBoardSink
+from lightning_gradguard.results import Fault, Finding, Report, Severity
+from lightning_gradguard.stats.histogram import EDGES
+
+#: Where pictures of all pages that were opened are left; git ignores it.
+PICTURES = Path(__file__).parents[2] / "test-artifacts" / "pages"
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+def decades_of(kind: str, depth: float, progress: float) -> float:
+    """log10 RMS at a depth between input (0) and output (1), at a time between begin (0) and end (1)."""
+    wave = 0.2 * math.sin(40 * progress + 9 * depth)
+    slopes = {
+        "healthy": -2 - progress,
+        "vanishing": -2 - 8 * (1 - depth) * progress,
+        "exploding": -3 + 5 * (1 - depth) * progress,
+        "nan": -2 - progress,
+    }
+    return slopes[kind] + wave
+
+
+FAULTS = {"vanishing": Fault.VANISHING, "exploding": Fault.EXPLODING, "nan": Fault.NONFINITE}
+
+
+def report_of(step: int, names: list[str], kind: str, steps: int) -> Report:
+    """A step of a made-up run; of a NaN run one step in ten is skipped, and of all runs one in seven clipped."""
+    progress = step / steps
+    norms = {
+        name: 10 * 10 ** decades_of(kind, i / max(1, len(names) - 1), progress)
+        for i, name in enumerate(names)
+    }
+    skip, clipped = kind == "nan" and step % 10 == 4, step % 7 == 3
+    if skip:
+        norms[names[len(names) // 2]] = math.nan
+    total = math.sqrt(sum(n * n for n in norms.values()))
+    scale = 0.0 if skip else 0.5 if clipped else 1.0
+    found = []
+    if (skip or step in (steps // 2, steps * 3 // 4)) and kind in FAULTS:
+        severity = Severity.CRITICAL if step >= steps * 3 // 4 else Severity.WARNING
+        found = [
+            Finding(
+                FAULTS[kind], severity, step, (names[0], names[-1]), 4.25, 3.0, "D", measure="tilt, decades"
+            )
+        ]
+    return Report(step, 1.0, total, total * scale, None, scale, skip, tuple(found), norms)
+
+
+class Writing:
+    """A run that is being written."""
+
+    def __init__(self, folder, layers=5, kind="healthy", steps=200, diagnosis="", every=10):
+        self.names = [f"net.blocks.{i}.weight" for i in range(layers)]
+        self.kind, self.steps, self.diagnosis, self.every = kind, steps, diagnosis, every
+        self.folder = folder
+        self.overview = Overview(self.names, [100] * layers, matrices=[True] * layers)
+        self.titles = dict(zip(self.names, tag_names(self.names), strict=True))
+
+    def write(self, begin=0, end=None):
+        """Writes steps to a new event file."""
+        end = self.steps if end is None else end
+        with SummaryWriter(self.folder, filename_suffix=f".{begin}") as writer:
+            sink = TensorBoardSink(writer)
+            for step in range(begin, end):
+                report = report_of(step, self.names, self.kind, self.steps)
+                self.overview.observe(report)
+                if step == self.steps * 3 // 4 and self.diagnosis:
+                    self.overview.diagnose(self.diagnosis)
+                if step % self.every == 0 or step == end - 1:
+                    writer.add_scalar("train_loss", 2 - step / self.steps, step)
+                    panel = self.overview.panel(report, tilt=1.5, update_ratio=1e-3)
+                    sink.write(step, replace(panel, images={}))  # which take long, and are not read
+                    sink.write(step, histogram_panel(self._counts(report), self.titles))
+            sink.close()
+        return self.folder
+
+    def _counts(self, report):
+        shown = self.names if len(self.names) <= 24 else self.names[:: len(self.names) // 24]
+        counts = {}
+        for name in shown:
+            counts[name] = [0.0] * 30
+            if math.isfinite(report.norms[name]):
+                place = math.log10(report.norms[name]) - 1
+                for k in range(30):
+                    counts[name][k] = round(1000 * math.exp(-((EDGES[k] + 0.25 - place) ** 2)))
+        return counts
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Begins a run in a folder of that name."""
+    return lambda name="run", **options: Writing(tmp_path / name, **options)
+
+
+@pytest.fixture
+def written(begun):
+    """Writes a whole run and returns its folder."""
+    return lambda *arguments, **options: begun(*arguments, **options).write()
+
+
+@pytest.fixture(name="decades_of")
+def _decades_of():
+    """What the made-up runs hold."""
+    return decades_of
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser; without one the tests are skipped, or fail where GRADGUARD_REQUIRE_BROWSER is 1."""
+    lacks = pytest.fail if os.environ.get("GRADGUARD_REQUIRE_BROWSER") == "1" else pytest.skip
+    try:
+        from playwright import sync_api as api
+    except ImportError:
+        lacks("needs Playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        except api.Error:
+            lacks("needs a Chromium: make browser, or playwright install chromium")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium, request):
+    """Opens a page from disk; what its console says, what it fetches and what fails makes the test fail."""
+    contexts, said = [], []
+
+    def open_page(path, width=1280, height=900, scheme="light"):
+        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on(
+            "request",
+            lambda request: said.append(request.url) if request.url.startswith(("http", "ws")) else None,
+        )
+        page.goto(path.resolve().as_uri())
+        return page
+
+    yield open_page
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "_", request.node.name).strip("_")
+    for number, context in enumerate(contexts):
+        for page in context.pages:
+            page.screenshot(path=PICTURES / f"{name}_{number}.png", full_page=True)
+        context.close()
+    assert said == []

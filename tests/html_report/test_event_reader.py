@@ -1,0 +1,199 @@
+import math
+import struct
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradguard.html_report.event_reader import ReportError, read_runs
+from lightning_gradguard.loggers.base import LogRecord
+from lightning_gradguard.loggers.exponents import exponents_panel
+from lightning_gradguard.loggers.tags import histogram_panel
+from lightning_gradguard.loggers.tensorboard import TensorBoardSink
+from lightning_gradguard.stats.histogram import EDGES
+
+
+def read(folder):
+    (run,) = read_runs([folder])
+    return run
+
+
+def file_of(folder):
+    (path,) = folder.iterdir()
+    return path
+
+
+def ends_of_records(path):
+    """Places in a file where a record ends."""
+    ends, place, content = [], 0, path.read_bytes()
+    while place < len(content):
+        place += 16 + struct.unpack_from("<Q", content, place)[0]
+        ends.append(place)
+    return ends
+
+
+def test_what_was_written_is_read(written, decades_of):
+    track = read(written(layers=3, steps=50)).tracks["gradguard"]
+    assert track.layers == ("net.blocks.0", "net.blocks.1", "net.blocks.2")
+    assert list(track.rows) == list(range(50))
+    for step, row in track.rows.items():
+        expected = [decades_of("healthy", i / 2, step / 50) for i in range(3)]
+        assert row[1:].tolist() == pytest.approx(expected, abs=0.005)
+        assert row[0] == (step % 7 == 3)
+    assert track.scalars["clipped_total"][49] == 7
+    assert track.histograms.keys() == {"000_0.weight", "001_1.weight", "002_2.weight"}
+    assert sum(track.histograms["000_0.weight"][40]) > 1000
+
+
+def test_losses_are_the_trainings_own(written):
+    run = read(written(steps=50))
+    assert run.losses.keys() == {"train_loss"}
+    assert run.losses["train_loss"][40] == pytest.approx(2 - 40 / 50)
+
+
+def test_rows_do_not_grow_with_the_run(written):
+    assert len(read(written(layers=2, steps=4000, every=500, kind="nan")).tracks["gradguard"].rows) < 4 * (
+        128 + 64 * 5
+    )
+
+
+def test_nonfinite_and_missing_gradients_are_told_apart(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        rows = [(3, [2.0, math.nan, -math.inf, -2.5])]
+        panel = LogRecord(
+            rows={"gradguard/layer_rms_log10": rows},
+            columns={"gradguard/layer_rms_log10": ["mark", "a", "b", "c"]},
+        )
+        TensorBoardSink(writer).write(10, panel)
+    track = read(tmp_path).tracks["gradguard"]
+    assert track.layers == ("a", "b", "c")
+    np.testing.assert_equal(track.rows[3].tolist(), [2.0, math.nan, -math.inf, -2.5])
+
+
+@pytest.mark.parametrize("cut", ["within", "between"])
+def test_a_file_that_was_cut_off_is_read_up_to_there(written, cut):
+    folder = written(steps=100)
+    whole = read(folder)
+    assert not whole.damaged
+    path = file_of(folder)
+    end = ends_of_records(path)[60]
+    path.write_bytes(path.read_bytes()[: end + (5 if cut == "within" else 0)])
+    part = read(folder)
+    assert part.damaged == ([path.name] if cut == "within" else [])
+    rows = part.tracks["gradguard"].rows
+    assert 20 < len(rows) < len(whole.tracks["gradguard"].rows)
+    assert list(rows) == list(whole.tracks["gradguard"].rows)[: len(rows)]
+
+
+def test_a_flipped_bit_is_noticed(written):
+    folder = written(steps=100)
+    path = file_of(folder)
+    content = bytearray(path.read_bytes())
+    content[ends_of_records(path)[60] + 20] ^= 1
+    path.write_bytes(content)
+    assert len(list(RawEventFileLoader(str(path)).Load())) == 61
+    assert read(folder).damaged == [path.name]
+
+
+def test_a_resumed_run_is_joined_and_its_later_steps_count(begun, decades_of):
+    begun(steps=100).write(0, 80)
+    state = begun("other", steps=100)
+    state.write(0, 50)
+    again = begun(steps=100, kind="vanishing")
+    again.overview.load_state_dict(state.overview.state_dict())
+    again.write(50, 100)
+    run = read(again.folder)
+    track = run.tracks["gradguard"]
+    assert run.files == 2
+    assert list(track.rows) == list(range(100))
+    for step, kind in ((49, "healthy"), (70, "vanishing")):
+        assert track.rows[step][1] == pytest.approx(decades_of(kind, 0, step / 100), abs=0.005)
+    assert list(track.scalars["clip_scale"])[-6:] == [50, 60, 70, 80, 90, 99]
+    assert track.scalars["clipped_total"][99] == 14
+
+
+def test_a_run_started_anew_in_its_folder_replaces_the_old_one(written):
+    written(steps=100, kind="vanishing")
+    track = read(written(steps=40)).tracks["gradguard"]
+    assert max(track.rows) == 39
+    assert not track.texts
+
+
+def test_runs_below_a_folder_are_found(tmp_path, written):
+    for name in ("b", "a/deep"):
+        written(f"logs/{name}", steps=20)
+    assert [run.name for run in read_runs([tmp_path / "logs"])] == ["a/deep", "b"]
+    assert [run.name for run in read_runs([tmp_path / "logs" / "b", tmp_path / "logs" / "a"])] == [
+        "b",
+        "deep",
+    ]
+
+
+def test_what_others_log_is_no_run(tmp_path, written):
+    with SummaryWriter(tmp_path / "theirs") as writer:
+        writer.add_scalar("train_loss", 1.0, 0)
+    with pytest.raises(ReportError, match="hold nothing of gradguard"):
+        read_runs([tmp_path])
+    written("ours", steps=20)
+    assert [run.name for run in read_runs([tmp_path])] == ["ours"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a record at all, by its checksum"])
+def test_without_events_it_says_so(tmp_path, content):
+    if content is not None:
+        (tmp_path / "events.out.tfevents.1.x").write_bytes(content)
+    expected = "holds no TensorBoard event files" if content is None else "hold nothing of gradguard"
+    with pytest.raises(ReportError, match=expected):
+        read_runs([tmp_path])
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ReportError, match="nowhere is not a folder"):
+        read_runs([tmp_path / "nowhere"])
+
+
+def test_histograms_are_read_with_empty_bins_joined_and_as_older_files_have_them(tmp_path):
+    counts = np.random.default_rng(0).integers(0, 2, 30).astype(np.float32)
+    counts[[0, 29]] = 3, 7
+    whole = np.stack([EDGES[:-1], EDGES[1:], counts], axis=1).astype(np.float32)
+    with SummaryWriter(tmp_path) as writer:
+        sink = TensorBoardSink(writer)
+        sink.write(0, LogRecord(histograms={"gradguard_hist_log10/000_a": counts.tolist()}))
+        sink.write(1, LogRecord(histograms={"gradguard_hist_log10/000_a": [0.0] * 30}))
+        older = TensorProto(dtype="DT_FLOAT", tensor_content=whole.tobytes())
+        older.tensor_shape.MergeFrom(TensorShapeProto(dim=[{"size": 30}, {"size": 3}]))
+        value = Summary.Value(tag="gradguard_hist_log10/000_a", tensor=older)
+        writer._get_file_writer().add_summary(Summary(value=[value]), 2)
+        sink.close()
+    seen = read(tmp_path).tracks["gradguard"].histograms["000_a"]
+    assert [seen[step].tolist() for step in range(3)] == [counts.tolist(), [0.0] * 30, counts.tolist()]
+
+
+def test_what_narrow_formats_lose_is_the_newest_text(tmp_path):
+    for begin in (0, 20):
+        with SummaryWriter(tmp_path, filename_suffix=str(begin)) as writer:
+            sink = TensorBoardSink(writer)
+            for step in range(begin, begin + 30, 10):
+                panel = exponents_panel(
+                    {"w": [1.0] * 13}, {"w": "000_w"}, ["w"], step=step, group="gradguard_1"
+                )
+                sink.write(step, panel)
+            sink.close()
+    track = read(tmp_path).tracks["gradguard_1"]
+    assert list(track.exponents) == [0, 10, 20, 30, 40]
+    assert all(f"step {step}" in text for step, text in track.exponents.items())
+    assert not track.scalars
+
+
+def test_histograms_of_values_are_known_but_not_mixed_with_the_others(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        sink = TensorBoardSink(writer)
+        sink.write(0, histogram_panel({"w": [1.0] * 30}, {"w": "000_w"}, limits={"w": 2.0}))
+        sink.close()
+    track = read(tmp_path).tracks["gradguard"]
+    assert track.values == {"000_w"}
+    assert not track.histograms

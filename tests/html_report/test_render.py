@@ -1,0 +1,106 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_gradguard.charts.heatmap import SCALE
+from lightning_gradguard.html_report.event_reader import ReportError
+from lightning_gradguard.html_report.render import RUNS, write_report
+
+HOSTILE = """### <script>alert(1)</script>
+
+<img src=x onerror=alert(1)> ![p](http://example.com/p.png) [link](javascript:alert(1)) <http://example.com>
+
+| a | b |
+|---|---|
+| 1 | `x < y` |
+"""
+
+
+class Attributes(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += attrs
+
+
+def page_of(folder, out="report.html"):
+    write_report([folder], Path(out))
+    return Path(out).read_text(encoding="utf-8")
+
+
+def data_of(page):
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+    )
+
+
+def test_markdown_is_rendered_and_all_else_is_escaped(written):
+    page = page_of(written("<b>run", steps=40, diagnosis=HOSTILE))
+    assert "<td><code>x &lt; y</code></td>" in page
+    assert "<h3>&lt;script&gt;alert(1)&lt;/script&gt;</h3>" in page
+    assert "&lt;img src=x" in page
+    assert "<h1>&lt;b&gt;run</h1>" in page
+    assert not re.search(r"<img|<a href=[^#]*(javascript|http)|<b>run", page)
+    assert page.count("<script") == 2
+
+
+def test_nothing_is_fetched(written):
+    page = page_of(written(steps=40, kind="nan", diagnosis=HOSTILE))
+    parser = Attributes()
+    parser.feed(page)
+    addresses = [value for name, value in parser.found if name in ("src", "href")]
+    assert len(addresses) == 7
+    assert all(address.startswith(("#", "data:")) for address in addresses)
+    assert not [name for name, _ in parser.found if name.startswith("on")]
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("kind", ["healthy", "vanishing", "exploding", "nan"])
+@pytest.mark.parametrize("layers", [5, 30, 150, 500])
+def test_all_sizes_and_kinds(written, kind, layers):
+    page = page_of(written(layers=layers, kind=kind, steps=60, every=20))
+    (run,) = data_of(page)["runs"]
+    assert len(run["heat"]["names"]) == layers
+    assert len(page) < 500_000
+    assert ("<h2>Healthy</h2>" in page) == (kind == "healthy")
+
+
+def test_a_long_run_stays_small(written):
+    folder = written(layers=150, kind="nan", steps=10_000, every=100, diagnosis=HOSTILE)
+    assert len(page_of(folder).encode()) < 400_000
+
+
+def test_colours_are_those_of_the_picture():
+    from matplotlib import colormaps
+
+    from lightning_gradguard.html_report.render import _colours
+
+    stops = np.array(_colours())
+    for x in np.linspace(0, 1, 101):
+        mixed = [np.interp(10 * x, range(11), stops[:, channel]) for channel in range(3)]
+        assert mixed == pytest.approx([255 * c for c in colormaps["RdYlBu_r"](x)[:3]], abs=3)
+    assert SCALE == (-10, 2)
+
+
+def test_runs_stand_side_by_side(written):
+    for name in ("one", "two"):
+        written(f"logs/{name}", steps=30)
+    page = page_of(Path("logs"))
+    assert [run["title"] for run in data_of(page)["runs"]] == ["one", "two"]
+    assert "<h1>2 runs</h1>" in page
+
+
+def test_too_many_runs_are_refused_and_nothing_is_written(written):
+    for i in range(RUNS + 1):
+        written(f"logs/{i}", steps=2)
+    with pytest.raises(ReportError, match=f"{RUNS + 1} runs are too many"):
+        page_of(Path("logs"))
+    assert not Path("report.html").exists()

@@ -1,0 +1,116 @@
+import math
+
+import numpy as np
+import pytest
+
+from lightning_gradguard.html_report.event_reader import Run, Track, read_runs
+from lightning_gradguard.html_report.summary import CHARTS, charts_of, sheets_of
+
+
+def sheet_of(folder):
+    (run,) = read_runs([folder])
+    (sheet,) = sheets_of(run)
+    return sheet
+
+
+def test_a_healthy_run(written):
+    sheet = sheet_of(written(steps=100))
+    assert (sheet.verdict.level, sheet.verdict.title) == ("healthy", "Healthy")
+    assert sheet.verdict.detail == "No warning up to step 99."
+    assert (sheet.record.clipped, sheet.record.skipped, sheet.record.nonfinite) == (14, 0, 0)
+    assert sheet.record.strongest == (0.5, 10)
+    assert not sheet.notices
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("vanishing", "Gradients vanish on their way"),
+        ("exploding", "Gradients explode"),
+        ("nan", "NaN or infinite"),
+    ],
+)
+def test_a_sick_run(written, kind, title):
+    sheet = sheet_of(written(steps=100, kind=kind, diagnosis="### Why"))
+    assert sheet.verdict.level == "critical"
+    assert title in sheet.verdict.title
+    begin = 4 if kind == "nan" else 50
+    assert (
+        f"Critical, since step {begin}: tilt, decades 4.25, limit 3, in `net.blocks.0.weight`"
+        in sheet.verdict.detail
+    )
+    assert sheet.diagnoses == ["### Why"]
+    assert sheet.record.skipped == (10 if kind == "nan" else 0)
+
+
+def test_a_run_that_ended_in_a_skip_says_so(begun):
+    run = begun(steps=100, kind="nan")
+    run.write(0, 55)
+    assert "Step 54, the last one, was not taken." in sheet_of(run.folder).verdict.detail
+    run.write(55, 60)
+    assert "not taken" not in sheet_of(run.folder).verdict.detail
+
+
+def test_without_a_guard_nothing_is_judged():
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(histograms={"000_a": {0: np.ones(30)}})}))
+    assert sheet.verdict.level == "unjudged"
+    assert "put together from histograms" in sheet.notices[0]
+    assert sheet.record.clipped is None
+
+
+def test_notices_of_damaged_and_joined_files(begun):
+    run = begun(steps=40)
+    run.write(0, 20)
+    run.write(20, 40)
+    newest = max(run.folder.iterdir(), key=lambda path: path.name.endswith(".20"))
+    newest.write_bytes(newest.read_bytes()[:-3])
+    notices = sheet_of(run.folder).notices
+    assert f"`{newest.name}` breaks off in the middle of a record" in notices[0]
+    assert "Joined from 2 event files" in notices[1]
+
+
+def test_optimizers_have_sheets_of_their_own():
+    scalars = {"clip_scale": {0: 1.0}}
+    sheets = sheets_of(
+        Run("gan", {"gradguard": Track(scalars=scalars), "gradguard_1": Track(scalars=scalars)})
+    )
+    assert [sheet.title for sheet in sheets] == ["gan, optimizer 0", "gan, optimizer 1"]
+
+
+def test_charts_losses_first_and_only_what_there_is(written):
+    charts = charts_of([sheet_of(written(steps=30))])
+    names = [chart["name"] for chart in charts]
+    assert names[0] == "train_loss"
+    # These runs have no clipper.
+    assert names[1:] == [name for name in CHARTS if name not in ("clip_rate", "threshold_log10")]
+    assert all(chart["note"] for chart in charts[1:])
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1e4, 1.0, math.nan], [4.0, 0.0, None]),
+        ([2.0, 1.0, math.nan], [2.0, 1.0, None]),
+        ([1e4, -1.0], [1e4, -1.0]),
+    ],
+)
+def test_a_loss_that_spans_decades_is_shown_as_its_logarithm(values, shown):
+    run = Run("r", {"gradguard": Track(scalars={"clip_scale": {0: 1.0}})}, {"loss": dict(enumerate(values))})
+    sheets = sheets_of(run)
+    (chart, *_) = charts_of(sheets)
+    assert sheets[0].figures["curves"]["loss"]["values"] == shown
+    assert chart["title"] == ("loss, log10" if shown[0] == 4 else "loss")
+
+
+def test_what_narrow_formats_lose_is_told_as_of_the_newest_step():
+    (sheet,) = sheets_of(Run("run", {"gradguard": Track(exponents={0: "old", 10: "new"})}))
+    assert sheet.exponents == "new"
+    (sheet,) = sheets_of(Run("run", {"gradguard": Track()}))
+    assert sheet.exponents == ""
+
+
+def test_histograms_of_values_are_said_to_be_elsewhere():
+    (sheet,) = sheets_of(Run("run", {"gradguard": Track(values={"000_w"})}))
+    assert (
+        "Histograms of values are in TensorBoard only; those of log10 magnitudes are here." in sheet.notices
+    )

@@ -1,0 +1,245 @@
+"""Whatever a step does to a module in a sandbox, nothing of it is left."""
+
+import gc
+import random
+from collections import Counter, deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard.introspection import sandbox as room
+from lightning_gradguard.introspection.sandbox import sandbox
+
+
+class Tracker:
+    def __init__(self):
+        self.count, self.seen = 0, []
+
+
+class Model(nn.Module):
+    """Holds everything that a training step is known to change."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.rnn, self.head = nn.BatchNorm1d(4), nn.RNN(4, 4, batch_first=True), nn.Linear(4, 4)
+        self.tied = self.head
+        self.steps, self.losses, self.table = 0, [], {"n": [1]}
+        self.tracker, self.recent, self.counts = Tracker(), deque([1], 3), Counter()
+        self.noise = torch.Generator().manual_seed(3)
+        self.hidden, self.array, self.pair = torch.zeros(4), np.zeros(2), (torch.zeros(1), "x")
+        self.loose = [nn.BatchNorm1d(4)]
+        self.itself = self.table
+        self.iterator = iter([1, 2, 3])
+
+    def step(self, x):
+        self.steps += 1
+        self.losses.append(self.steps)
+        self.table["n"].append(2)
+        self.tracker.count += 1
+        self.tracker.seen.append(1)
+        self.recent.append(2)
+        self.hidden += 1
+        self.array += 1
+        self.pair[0].add_(1)
+        self.fresh = 1
+        self.register_buffer("late", torch.ones(1))
+        del self.norm.momentum
+        x = self.loose[0](x + torch.rand(4) + torch.rand(4, generator=self.noise))
+        x = self.rnn((x * (1 + random.random() + np.random.rand()))[:, None])[0][:, 0]
+        return self.head(nn.functional.dropout(nn.functional.batch_norm(x, None, None, training=True))).sum()
+
+
+def state_of(model):
+    return {
+        "tensors": {name: t.clone() for name, t in model.state_dict().items()},
+        "objects": [id(p) for p in model.parameters()],
+        "versions": [p._version for p in model.parameters()],
+        "flat": [id(p) for p in model.rnn._flat_weights],
+        "loose": {name: t.clone() for name, t in model.loose[0].state_dict().items()},
+        "plain": (
+            model.steps,
+            list(model.losses),
+            list(model.table["n"]),
+            list(model.recent),
+            dict(model.counts),
+        ),
+        "tracker": (model.tracker.count, list(model.tracker.seen)),
+        "held": (model.hidden.clone(), torch.tensor(model.array), model.pair[0].clone()),
+        "noise": model.noise.get_state(),
+        "keys": [list(m.__dict__) for m in model.modules()],
+        "buffers": [list(m._buffers) for m in model.modules()],
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
+    }
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        [assert_same(a[key], b[key]) for key in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        [assert_same(x, y) for x, y in zip(a, b, strict=True)]
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_as_it_was(fails):
+    model, x = Model(), torch.randn(8, 4)
+    model.head.weight.grad = torch.ones(4, 4)
+    before = state_of(model)
+    table, losses = model.table, model.losses
+    try:
+        with sandbox(model):
+            for _ in range(2):
+                model.step(x).backward()
+                model.norm.momentum = 0.1
+            torch.optim.SGD(model.parameters(), 1.0).step()
+            model.rnn = nn.GRU(4, 4)
+            model.register_forward_hook(lambda *_: None)
+            assert model.steps == 2
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert_same(state_of(model), before)
+    assert model.table is table is model.itself
+    assert model.losses is losses
+    assert not model._forward_hooks
+    assert torch.equal(model.head.weight.grad, torch.ones(4, 4))
+
+
+def test_inside_the_module_is_whole_and_its_own():
+    model = Model()
+    outside = dict(model.named_parameters())
+    with sandbox(model):
+        inside = dict(model.named_parameters())
+        assert list(inside) == list(outside)
+        assert not {p.data_ptr() for p in inside.values()} & {p.data_ptr() for p in outside.values()}
+        assert all(p.grad is None and p.is_leaf and p.requires_grad for p in inside.values())
+        assert model.tied is model.head
+        assert [id(p) for p in model.rnn._flat_weights] == [id(p) for p in model.rnn.parameters()]
+        assert model.itself is model.table
+        assert all(torch.equal(inside[name], outside[name]) for name in outside)
+
+
+def test_each_pass_gets_a_batch_of_its_own():
+    batch = {"x": torch.zeros(2), "pair": (torch.zeros(1), [1])}
+    with sandbox(nn.Linear(1, 1)) as copy:
+        first = copy(batch)
+        first["x"] += 1
+        first["pair"][0].add_(1)
+        first["pair"][1].append(2)
+        assert_same(copy(batch), batch)
+    assert_same(batch, {"x": torch.zeros(2), "pair": (torch.zeros(1), [1])})
+
+
+def test_data_that_a_module_carries_is_not_copied(monkeypatch):
+    monkeypatch.setattr(room, "LARGEST_TENSOR", 10)
+    monkeypatch.setattr(room, "LARGEST_CONTAINER", 10)
+    model = nn.Linear(5, 5)
+    model.register_buffer("buffer", torch.zeros(11))
+    model.images, model.rows, model.array = torch.zeros(11), list(range(11)), np.zeros(11)
+    held = model.images, model.rows, model.array
+    with sandbox(model):
+        assert model.images is held[0]
+        assert model.array is held[2]
+        model.rows.append(0)  # a long list is another list, of the same entries
+        model.buffer += 1
+    assert model.rows is held[1]
+    assert len(model.rows) == 11
+    assert torch.equal(model.buffer, torch.zeros(11))
+
+
+class Closing:
+    """Closes what it holds when it goes."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __del__(self):
+        self.stream.close()
+
+
+def test_what_closes_itself_is_not_copied(tmp_path):
+    model = nn.Linear(2, 2)
+    model.held = Closing((tmp_path / "log").open("w"))
+    with sandbox(model):
+        pass
+    gc.collect()
+    assert not model.held.stream.closed
+
+
+def test_a_generator_of_numpy_goes_on_as_if_nothing_had_been_drawn():
+    model = nn.Linear(2, 2)
+    model.random = np.random.default_rng(0)
+    with sandbox(model):
+        model.random.random(5)
+    assert model.random.random() == np.random.default_rng(0).random()
+
+
+@pytest.mark.parametrize("attribute", ["a generator", "a schedule"])
+def test_what_a_trial_would_use_up_is_refused(attribute):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.held = (
+        (x for x in range(3)) if attribute == "a generator" else torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    )
+    with pytest.raises(ValueError, match="the module holds a"), sandbox(model):
+        pass
+
+
+def test_nothing_is_sent_to_other_processes(monkeypatch, tmp_path):
+    """A group of one, that the sandbox is told is of two: what would wait for ever is refused."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 2)
+        with sandbox(model):
+            torch.distributed.all_reduce(torch.ones(1))
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+        with sandbox(model), pytest.raises(ValueError, match="talks to other processes"):
+            torch.distributed.all_reduce(torch.ones(1))
+        torch.distributed.all_reduce(torch.ones(1))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_hides_in_slots_and_in_kinds_of_dicts_is_copied():
+    class Slotted:
+        __slots__ = ("seen",)
+
+        def __init__(self):
+            self.seen = [1]
+
+    class Table(dict):
+        pass
+
+    model = nn.Linear(2, 2)
+    model.slotted, model.table = Slotted(), Table(n=[1])
+    with sandbox(model):
+        model.slotted.seen.append(2)
+        model.table["n"].append(2)
+    assert model.slotted.seen == [1]
+    assert model.table == {"n": [1]}
+
+
+def test_a_batch_is_copied_however_large(monkeypatch):
+    monkeypatch.setattr(room, "LARGEST_TENSOR", 4)
+    x = torch.ones(3, 3)
+    with sandbox(nn.Linear(3, 3)) as copy:
+        copy((x,))[0].mul_(0)
+    assert x.sum() == 9
+
+
+@pytest.mark.parametrize("shared", [enumerate, lambda it: zip(it, it, strict=False)])
+def test_iterators_over_an_iterator_are_refused(shared):
+    model = nn.Linear(2, 2)
+    model.it = shared(iter([1, 2, 3]))
+    with pytest.raises(ValueError, match="use up"), sandbox(model):
+        pass
+    assert len(list(model.it)) >= 1

@@ -1,0 +1,265 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.results import Fault, Finding, Report, Severity
+
+NAMES = ["net.0.weight", "net.0.bias", "net.norm.weight", "net.2.weight", "net.2.bias"]
+NUMELS = [100, 4, 4, 400, 25]
+MATRICES = [True, False, False, True, False]
+
+
+def report(step=0, norms=None, **changes):
+    norms = dict(zip(NAMES, [1.0, 2.0, 3.0, 0.02, 5.0], strict=True)) if norms is None else norms
+    total = math.sqrt(sum(n * n for n in norms.values()))
+    facts = {
+        "loss": 1.0,
+        "total_norm": total,
+        "clipped_norm": total,
+        "threshold": None,
+        "scale": 1.0,
+        "skip": False,
+    }
+    return Report(step=step, norms=norms, **facts | changes)
+
+
+def bad(step):
+    return report(step, dict.fromkeys(NAMES, 1.0) | {"net.0.bias": math.nan}, skip=True, scale=0.0)
+
+
+def finding(step=0, fault=Fault.VANISHING, severity=Severity.WARNING, parameters=("net.0.weight",)):
+    return Finding(fault, severity, step, parameters, 4.0, 3.0, "DepthTilt", measure="depth tilt")
+
+
+def overview(**changes):
+    return Overview(NAMES, NUMELS, **{"matrices": MATRICES} | changes)
+
+
+def shown(view, newest, **facts):
+    view.observe(newest)
+    return view.panel(newest, **facts)
+
+
+def test_scalars_are_those_of_the_report():
+    panel = shown(overview(), report(scale=0.25), tilt=1.5, update_ratio=1e-3)
+    assert panel.scalars == pytest.approx(
+        {
+            "gradguard/total_norm_log10": math.log10(math.sqrt(39.0004)),
+            "gradguard/worst_layer_rms_log10": -1.0,  # RMS 0.1 and 0.001: equally far from the median
+            "gradguard/depth_tilt_decades": 1.5,
+            "gradguard/update_ratio_log10": -3.0,
+            "gradguard/clip_scale": 0.25,
+            "gradguard/nonfinite_total": 0.0,
+            "gradguard/clipped_total": 1.0,
+            "gradguard/skipped_total": 0.0,
+        }
+    )
+
+
+def test_what_a_clipper_did_is_that_of_the_same_step():
+    clipped = report(scale=0.25, threshold=2.0, clipped_norm=1.5)
+    view = overview()
+    for step, scale in enumerate([1.0, 1.0, 0.5]):
+        view.observe(report(step, scale=scale, threshold=2.0))
+    view.observe(bad(3))  # not taken, so not counted
+    panel = shown(view, clipped)
+    assert panel.scalars["gradguard/clip_rate"] == 0.5
+    assert panel.scalars["gradguard/threshold_log10"] == pytest.approx(math.log10(2))
+    assert panel.scalars["gradguard/clipped_norm_log10"] == pytest.approx(math.log10(1.5))
+
+
+def test_what_is_not_known_is_not_shown():
+    scalars = shown(overview(), report()).scalars
+    assert not {"gradguard/depth_tilt_decades", "gradguard/update_ratio_log10"} & scalars.keys()
+
+
+def test_every_tag_has_a_note():
+    view = overview(per_layer=True)
+    panel = shown(view, report(findings=(finding(),)), tilt=1.0, update_ratio=1e-3, final=True)
+    tags = {*panel.scalars, *panel.texts, *panel.images}
+    assert all(panel.notes[tag] for tag in tags)
+    assert {"gradguard/heatmap", "gradguard/diagnosis"} < tags
+
+
+def test_worst_layer_is_farthest_from_the_median():
+    names, numels = ["a", "b", "c", "d"], [1, 1, 1, 1]
+    norms = {"a": 1e-3, "b": 1e-9, "c": 1e-3, "d": 0.0}
+    view = Overview(names, numels)
+    assert shown(view, report(norms=norms)).scalars["gradguard/worst_layer_rms_log10"] == pytest.approx(-9)
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e-320])
+def test_zero_gradients_have_a_finite_logarithm(zero):
+    scalars = shown(overview(), report(norms=dict.fromkeys(NAMES, zero))).scalars
+    assert all(math.isfinite(x) for x in scalars.values())
+
+
+@pytest.mark.parametrize("norms", [{}, {"net.0.bias": 1.0}, {"unknown": 1.0}])
+def test_missing_gradients_are_no_error(norms):
+    view = overview(per_layer=True)
+    assert shown(view, report(norms=norms), final=True).images["gradguard/heatmap"]()
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_nonfinite_steps_are_counted(steps):
+    view = overview()
+    for step, is_bad in enumerate(steps):
+        newest = bad(step) if is_bad else report(step)
+        scalars = shown(view, newest).scalars
+        assert scalars["gradguard/nonfinite_total"] == sum(steps[: step + 1])
+        assert math.isnan(scalars["gradguard/total_norm_log10"]) == is_bad
+
+
+def test_rows_are_the_layers_that_have_a_matrix():
+    view = overview()
+    view.observe(report())
+    assert view._heatmap.names == ("net.0", "net.2")
+    # The RMS of the matrix alone: 1 / sqrt(100), 0.02 / sqrt(400).
+    assert view._heatmap.cells[0].tolist() == pytest.approx([-1, -3])
+
+
+def test_without_matrices_every_layer_is_a_row():
+    view = overview(matrices=None)
+    view.observe(report())
+    assert view._heatmap.names == ("net.0", "net.norm", "net.2")
+    assert view._heatmap.cells[0, 0] == pytest.approx(math.log10(math.sqrt(5 / 104)))
+
+
+@pytest.mark.parametrize("step", [0, 1, 500, 12_345])
+def test_a_nonfinite_bias_spoils_its_layer_at_any_step(step):
+    view = overview()
+    for before in range(0, step, 7):
+        view.observe(report(before))
+    view.observe(bad(step))
+    for after in range(step + 1, step + 3000):
+        view.observe(report(after))
+    assert np.isnan(view._heatmap.cells).any(axis=0).tolist() == [True, False]
+
+
+def test_drawings_grow_rare():
+    view = overview()
+    drawn = [step for step in range(10_000) if shown(view, report(step)).images]
+    assert drawn[0] < 30
+    gaps = np.diff(drawn)
+    assert (gaps[1:] >= gaps[:-1]).all()
+    assert len(drawn) < 20
+    # And yet no picture is older than a third of the run.
+    assert all(b <= 1.6 * a for a, b in pairwise(drawn))
+
+
+def test_a_finding_is_drawn_soon_but_not_all_findings():
+    view = overview()
+    drawn = []
+    for step in range(2000):
+        found = (finding(step),) if step >= 1000 else ()
+        if shown(view, report(step, findings=found)).images:
+            drawn.append(step)
+    assert 1000 in drawn
+    assert len([step for step in drawn if step >= 1000]) <= 10
+
+
+def test_final_panel_has_a_picture():
+    view = overview()
+    view.observe(report())
+    assert view.panel(report(), final=True).images["gradguard/heatmap"]().startswith(b"\x89PNG")
+
+
+def test_nothing_seen_is_nothing_drawn():
+    assert not overview().panel(report(), final=True).images
+
+
+def test_picture_shows_the_step_it_was_asked_at():
+    view = overview()
+    view.observe(report())
+    draw = view.panel(report(), final=True).images["gradguard/heatmap"]
+    before = draw()
+    for step in range(1, 300):
+        view.observe(bad(step))
+    assert draw() == before
+
+
+def test_text_is_cumulative_and_written_when_there_is_news():
+    view = overview()
+    assert not shown(view, report(0)).texts
+    first = shown(view, report(1, findings=(finding(1),))).texts["gradguard/diagnosis"]
+    assert "**vanishing**" in first
+    assert "`net.0.weight`" in first
+    assert not shown(view, report(2)).texts
+    view.diagnose("## Why")
+    second = shown(view, report(3, findings=(finding(3, Fault.SPIKE),))).texts["gradguard/diagnosis"]
+    assert second.index("## Why") < second.index("**spike**") < second.index("**vanishing**")
+
+
+def test_text_does_not_grow_without_end():
+    view = overview()
+    for step in range(2000):
+        view.observe(report(step, findings=(finding(step, parameters=tuple(NAMES)),)))
+        view.diagnose("why" * 100)
+    text = view.panel(report(2000)).texts["gradguard/diagnosis"]
+    assert len(text) < 20_000
+    assert "step 1,999:" in text
+
+
+def test_rows_are_kept_with_their_own_steps_until_they_are_written():
+    view = overview()
+    for newest in (report(0), report(1, scale=0.5), bad(2)):
+        view.observe(newest)
+    panel = view.panel(report(2))
+    ((tag, rows),) = panel.rows.items()
+    assert tag == "gradguard/layer_rms_log10"
+    assert panel.columns[tag] == ["mark", "net.0", "net.2"]
+    assert [step for step, _ in rows] == [0, 1, 2]
+    assert [row[0] for _, row in rows] == [0, 1, 2]
+    assert rows[0][1][1:] == pytest.approx([-1, -3])
+    assert math.isnan(rows[2][1][1])
+    assert not view.panel(report(2)).rows
+
+
+@pytest.mark.parametrize("make", [report, bad, lambda step: report(step, scale=0.5)])
+def test_rows_do_not_grow_with_the_run(make):
+    view = overview()
+    for step in range(20_000):
+        view.observe(make(step))
+    # 128, then half as many for each doubling; and again for what was done, and for what is not finite.
+    assert len(view.panel(report(20_000)).rows["gradguard/layer_rms_log10"]) <= 3 * (128 + 64 * 8)
+
+
+def test_groups_keep_optimizers_apart():
+    first = shown(overview(per_layer=True), report(), final=True)
+    second = shown(overview(per_layer=True, group="gradguard_1"), report(), final=True)
+    assert not {*first.scalars, *first.images} & {*second.scalars, *second.images}
+
+
+def test_per_layer_scalars_are_in_execution_order():
+    tags = [
+        t for t in shown(overview(per_layer=True), report()).scalars if t.startswith("gradguard_rms_log10/")
+    ]
+    assert tags == sorted(tags)
+    assert len(tags) == len(NAMES)
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(0, 40))
+def test_resumes_as_if_it_had_not_stopped(steps, cut):
+    whole, before, after = overview(), overview(), overview()
+    for step, is_bad in enumerate(steps):
+        newest = bad(step) if is_bad else report(step, findings=(finding(step),) if step % 7 == 3 else ())
+        whole.observe(newest)
+        if step == cut:
+            after.load_state_dict(before.state_dict())
+        (before if step < cut else after).observe(newest)
+    if len(steps) > cut:
+        np.testing.assert_equal(after.state_dict(), whole.state_dict())
+
+
+def test_state_is_plain(tmp_path):
+    view = overview()
+    view.observe(bad(0))
+    view.observe(report(1, findings=(finding(),)))
+    torch.save(view.state_dict(), tmp_path / "state.pt")
+    np.testing.assert_equal(torch.load(tmp_path / "state.pt", weights_only=True), view.state_dict())

@@ -1,0 +1,174 @@
+"""The running statistics, on synthetic streams with a known truth, and against SciPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+from torch import nn
+
+from lightning_gradguard.stats import trends
+from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+
+
+class Stream:
+    """A model whose gradients are set by hand, and the trends that follow it."""
+
+    def __init__(self, layers=6, order=None):
+        self.weights = {f"w{i}": nn.Parameter(torch.randn(4, 4)) for i in range(layers)}
+        self.layout = Layout.of(self.weights, order=order)
+        self.unknown = torch.full((layers,), torch.nan)
+        self.state = None
+
+    def feed(self, norms, loss=1.0):
+        for weight, norm in zip(self.weights.values(), norms, strict=True):
+            weight.grad = None if norm is None else torch.full((4, 4), norm / 4)
+        loss = None if loss is None else torch.tensor(float(loss))
+        stats = measure(self.layout, weight_norms(self.layout), self.unknown, loss)
+        self.state = trends.init(stats) if self.state is None else self.state
+        seen, new = trends.update(stats, self.state)
+        if stats.finite:
+            self.state = new
+        return seen
+
+
+def noisy(rng, layers=6, sigma=0.2):
+    return [math.exp(rng.normal(0, sigma)) for _ in range(layers)]
+
+
+def test_tilt_is_the_theil_sen_slope_times_depth():
+    rng = np.random.default_rng(0)
+    profile = rng.normal(0, 1, 20) + np.arange(20) * 0.3
+    layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(20)})
+    tilt = trends.depth_tilt(
+        torch.tensor(profile, dtype=torch.float32), torch.ones(20, dtype=torch.bool), layout
+    )
+    slope = scipy_stats.theilslopes(profile, np.arange(20)).slope
+    assert tilt.item() == pytest.approx(19 * slope, rel=0.02)
+
+
+def test_tilt_leaves_dead_layers_out_and_closes_the_gap():
+    profile = torch.arange(10.0)
+    live = torch.ones(10, dtype=torch.bool)
+    live[3:5] = False
+    layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(10)})
+    values = torch.where(live, torch.cumsum(live, 0).float() - 1, torch.full_like(profile, 99.0))
+    assert trends.depth_tilt(values, live, layout).item() == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_tilt_of_few_layers_is_unknown(layers):
+    parameters = {"b": torch.ones(3), **{f"w{i}": torch.ones(2, 2) for i in range(layers)}}
+    layout = Layout.of(parameters)
+    profile = torch.arange(float(layers + 1))
+    assert trends.depth_tilt(profile, torch.ones(layers + 1, dtype=torch.bool), layout).isnan()
+
+
+def test_tilt_follows_the_order_given_not_the_names():
+    stream = Stream(order=[5, 4, 3, 2, 1, 0])
+    seen = [stream.feed([10.0**-i for i in range(6)]) for _ in range(30)][-1]
+    assert seen.tilt.item() == pytest.approx(5.0, abs=0.5)
+
+
+@given(st.sampled_from([65536.0, 1e-6, 1e4]))
+def test_everything_is_scale_free(factor):
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    plain = Stream()
+    torch.manual_seed(0)
+    scaled = Stream()
+    for step in range(60):
+        norms, loss = noisy(rng), math.exp(-step / 40)
+        a, b = plain.feed(norms, loss), scaled.feed([n * factor for n in norms], loss * factor)
+        torch.testing.assert_close(a.spike_score, b.spike_score, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(a.tilt, b.tilt, rtol=1e-3, atol=1e-3, equal_nan=True)
+        assert a.stuck == b.stuck
+
+
+def test_a_healthy_stream_has_no_spike():
+    rng = np.random.default_rng(2)
+    stream = Stream()
+    assert max(stream.feed(noisy(rng)).spike_score.item() for _ in range(2000)) < trends.ALARM_Z
+
+
+@pytest.mark.parametrize("at", [30, 100, 400])
+def test_a_spike_stands_out_and_is_forgotten(at):
+    rng = np.random.default_rng(3)
+    stream = Stream()
+    scores = [
+        stream.feed([n * (100 if s == at else 1) for n in noisy(rng)]).spike_score.item() for s in range(500)
+    ]
+    assert scores[at] > trends.ALARM_Z
+    assert max(scores[at + 1 :]) < trends.ALARM_Z
+    assert stream.feed([100 * n for n in noisy(rng)]).spike_score > trends.ALARM_Z
+
+
+def test_one_huge_step_in_warm_up_does_not_hide_later_spikes():
+    rng = np.random.default_rng(4)
+    stream = Stream()
+    for step in range(60):
+        stream.feed([n * (1e8 if step == 3 else 1) for n in noisy(rng)])
+    assert stream.feed([50 * n for n in noisy(rng)]).spike_score > trends.ALARM_Z
+
+
+def test_a_layer_that_thaws_is_no_spike():
+    rng = np.random.default_rng(5)
+    stream = Stream()
+    scores = []
+    for step in range(120):
+        norms = noisy(rng)
+        norms[0] = 50.0 * norms[0] if step >= 60 else None
+        scores.append(stream.feed(norms).spike_score.item())
+    assert max(scores) < trends.ALARM_Z
+
+
+def test_after_a_nan_everything_is_as_if_it_had_not_been():
+    rng_a, rng_b = np.random.default_rng(6), np.random.default_rng(6)
+    torch.manual_seed(0)
+    clean = Stream()
+    torch.manual_seed(0)
+    hit = Stream()
+    for step in range(60):
+        a = clean.feed(noisy(rng_a))
+        if step == 40:
+            hit.feed([math.nan] * 6)
+        b = hit.feed(noisy(rng_b))
+        assert torch.equal(a.spike_score, b.spike_score)
+        assert all(torch.equal(x, y) for x, y in zip(a.state, b.state, strict=True) if not x.isnan().any())
+
+
+@pytest.mark.parametrize(("end", "stuck"), [(0.5, False), (0.97, True), (1.2, True)])
+def test_progress_is_ten_per_cent_of_the_start(end, stuck):
+    stream = Stream()
+    seen = [stream.feed([1.0] * 6, 2.0 + (end - 1) * 2.0 * min(1, s / 100)) for s in range(300)][-1]
+    assert bool(seen.stuck) is stuck
+    assert seen.loss_start.item() == pytest.approx(2.0, rel=0.02)
+
+
+def test_one_outlier_moves_the_loss_little():
+    stream = Stream()
+    rng = np.random.default_rng(7)
+    for step in range(200):
+        seen = stream.feed([1.0] * 6, 1e6 if step == 150 else 1.0 + 0.1 * rng.normal())
+    assert seen.loss.item() == pytest.approx(1.0, abs=0.2)
+
+
+def test_without_a_loss_progress_is_unknown_and_nothing_is_stuck():
+    stream = Stream()
+    for _ in range(40):
+        seen = stream.feed([1.0] * 6, None)
+    assert seen.loss.isnan()
+    assert not seen.stuck
+    assert stream.feed([1.0] * 6, 3.0).loss.item() == pytest.approx(3.0)
+
+
+def test_trends_must_be_set():
+    stream = Stream()
+    for weight in stream.weights.values():
+        weight.grad = torch.ones(4, 4)
+    stats = measure(stream.layout, weight_norms(stream.layout), stream.unknown)
+    with pytest.raises(ValueError, match=r"stats\.trends must be set"):
+        trends.trends_of(stats)
