@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.diagnosis.causes import ranking as causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.diagnose import diagnose as diagnose_context
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_of_batch
 from lightning_gradguard.diagnosis.trials import runner as trying
@@ -53,7 +53,7 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
         if finding.fault == Fault.NONFINITE:
             guard.origin = trace(guard, batch)
             case = replace(case, origin=guard.origin)
-        diagnosis = causes.diagnose(case)
+        diagnosis = diagnose_context(case)
         if guard.trials and guard.subject is not None:
             diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
         diagnosis = replace(diagnosis, course=course_of(guard.history, stats.layout, finding))

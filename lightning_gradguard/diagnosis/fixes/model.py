@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_gradguard.diagnosis.causes.model import DEEP
-from lightning_gradguard.diagnosis.causes.training import LARGEST_UPDATE
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import DEEP, LARGEST_UPDATE, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Remedy
 from lightning_gradguard.diagnosis.fixes.training import CLIP, lower_learning_rate
 from lightning_gradguard.results import Fault

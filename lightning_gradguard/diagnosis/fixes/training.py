@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradguard.diagnosis.causes.evidence import FADING, GROWING
-from lightning_gradguard.diagnosis.causes.training import (
+from lightning_gradguard.diagnosis.context import (
     LARGEST_UPDATE,
-    USUAL_MOMENTUM,
-    USUAL_UPDATE,
-    usual_learning_rate,
+    TYPICAL_MOMENTUM,
+    TYPICAL_UPDATE,
+    DiagnosticContext,
 )
-from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Remedy
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.operations import RISKY
@@ -89,14 +87,14 @@ def _largest_ratio(case: DiagnosticContext) -> float:
 
 def learning_rate_too_low(case: DiagnosticContext) -> list[Remedy]:
     """To where the update ratio is the usual one, within reason."""
-    rate, usual = case.learning_rate, usual_learning_rate(case)
+    rate, usual = case.learning_rate, case.typical_learning_rate
     higher, note = usual, f"was {number(rate)}"
     # An update may be too small for the weights' precision; the gradient tells then what a plain step would do.
     ratio = case.typical_update / rate if rate > 0 and case.typical_update > 0 else math.nan
     if math.isnan(ratio) and not case.normalises:
         ratio = case.typical_gradient
     if ratio > 0:
-        higher = round_down(min(max(USUAL_UPDATE / ratio, usual), 100 * usual))
+        higher = round_down(min(max(TYPICAL_UPDATE / ratio, usual), 100 * usual))
         note += f"; gives an update ratio of about {number(higher * ratio)}"
     return [
         Remedy(
@@ -124,7 +122,7 @@ def optimizer_epsilon(case: DiagnosticContext) -> list[Remedy]:
 def momentum(case: DiagnosticContext) -> list[Remedy]:
     """The usual one."""
     was = number(case.setting("momentum"))
-    usual = number(USUAL_MOMENTUM)
+    usual = number(TYPICAL_MOMENTUM)
     return [
         Remedy(f"Lower the momentum from {was} to {usual}", f"momentum = {usual}  # was {was}"),
         *lower_learning_rate(case),
@@ -159,9 +157,9 @@ def bad_data(case: DiagnosticContext) -> list[Remedy]:
 
 def loss_function(case: DiagnosticContext) -> list[Remedy]:
     """The stable form of what the loss computes, or what bounds it, or makes it steep."""
-    if case.fault in GROWING and case.fault != Fault.NONFINITE:
+    if case.too_large and case.fault != Fault.NONFINITE:
         return [bounded_slopes(), *lower_learning_rate(case)[:1]]
-    if case.fault in FADING:
+    if case.too_small:
         how = "loss = -nn.functional.logsigmoid(logits).mean()  # in place of logsigmoid(-logits).mean()"
         return [Remedy("A loss that is steep where the model is wrong", how)]
     operations = case.graph_summary.loss_ops if case.graph_summary else {}

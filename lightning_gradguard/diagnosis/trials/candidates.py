@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_gradguard.diagnosis.causes.evidence import GROWING
-from lightning_gradguard.diagnosis.causes.training import USUAL_MOMENTUM
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import TYPICAL_MOMENTUM, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
 from lightning_gradguard.diagnosis.fixes import model, training
 from lightning_gradguard.diagnosis.trials.batches import has_targets
@@ -68,7 +66,7 @@ def find_candidates(
         if has_recurrence(module):
             return found
     if Cause.MOMENTUM in causes:
-        found.append(Candidate(training.momentum(case)[0], Change(momentum=USUAL_MOMENTUM)))
+        found.append(Candidate(training.momentum(case)[0], Change(momentum=TYPICAL_MOMENTUM)))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
         # Where the gradient is large for another reason, that is to be mended, and the rate is not to follow it.
         found += _lower_rate(case, profile if causes[0] == Cause.LEARNING_RATE_TOO_HIGH else ())
@@ -80,7 +78,7 @@ def find_candidates(
 
 def is_bottomless(case: DiagnosticContext, causes: Sequence[Cause]) -> bool:
     """Whether the loss has no lower bound, so that a lower one is not a better one."""
-    return causes[0] == Cause.LOSS_FUNCTION and case.fault in GROWING and case.loss_now < 0
+    return causes[0] == Cause.LOSS_FUNCTION and case.too_large and case.loss_now < 0
 
 
 def pair(first: Candidate, second: Candidate) -> Candidate | None:

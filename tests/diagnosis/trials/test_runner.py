@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.causes.ranking import diagnose
+from lightning_gradguard.diagnosis.diagnose import diagnose
 from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, TrialResult, apply_, attempt
 from lightning_gradguard.diagnosis.trials.candidates import find_candidates
 from lightning_gradguard.diagnosis.trials.change import Change
