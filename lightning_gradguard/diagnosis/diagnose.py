@@ -5,8 +5,8 @@ from __future__ import annotations
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Diagnosis
-from lightning_gradguard.diagnosis.fixes.selection import find_remedies
-from lightning_gradguard.diagnosis.symptoms import find_signs
+from lightning_gradguard.diagnosis.fixes import find_fixes
+from lightning_gradguard.diagnosis.symptoms import find_symptoms
 
 
 def diagnose(context: DiagnosticContext) -> Diagnosis:
@@ -20,8 +20,8 @@ def diagnose(context: DiagnosticContext) -> Diagnosis:
         fault=context.finding.fault,
         step=context.finding.step,
         parameters=context.finding.parameters,
-        signs=find_signs(context),
+        signs=find_symptoms(context),
         causes=tuple(cause for cause, _ in causes),
         evidence=dict(causes),
-        remedies=find_remedies(context, [cause for cause, _ in causes]),
+        remedies=find_fixes(context, [cause for cause, _ in causes]),
     )

@@ -16,7 +16,7 @@ _NOTABLE_FALL = 2.0
 _UNCHANGED = 1e-6
 
 
-def find_signs(case: DiagnosticContext) -> tuple[str, ...]:
+def find_symptoms(case: DiagnosticContext) -> tuple[str, ...]:
     """The signs that the case shows; the number that the verdict rests on leads."""
     rules = (_verdict, _loss, _nonfinite, _origin, _gradients_over_depth, _zero_gradients, _weights, _earlier)
     return tuple(sentence for rule in rules for sentence in rule(case))

@@ -11,7 +11,7 @@ from lightning_gradguard.diagnosis.causes import RULES, find_causes
 from lightning_gradguard.diagnosis.causes.evidence import CERTAIN
 from lightning_gradguard.diagnosis.context import TOO_LARGE, TOO_SMALL, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.fixes.selection import find_remedies
+from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -296,7 +296,7 @@ def test_units_that_died_after_they_had_learnt_were_killed_by_the_steps():
 def test_a_path_through_rounding_has_no_slope():
     rounded = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5, "step": 1})
     assert find_causes(rounded)[0][0] == Cause.DETACHED_GRAPH
-    assert find_remedies(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
+    assert find_fixes(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
 
 
 def test_a_loss_without_a_bottom_and_one_that_is_flat():

@@ -64,7 +64,7 @@ def _unknown(context: DiagnosticContext) -> str:
     if context.decayed:
         decay = number(context.setting("weight_decay"))
         return (
-            f"The weights have shrunk to {number(100 * context.shrunk)} % of their size at the start: the weight decay of "
-            f"{decay} takes more from them than gradients add."
+            f"The weights have shrunk to {number(100 * context.shrunk)} % of their size at the start: the weight decay "
+            f"of {decay} takes more from them than gradients add."
         )
     return "None of the causes that are known here shows in what was measured."

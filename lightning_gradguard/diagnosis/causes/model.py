@@ -25,8 +25,8 @@ _LARGE_BIAS, _NOTABLE_BIAS = 3.0, 2.0
 _ONE_SIGNED = 0.5
 #: Decades lost between layers of usual weights that depth does not lose by chance.
 _LOST_BETWEEN_LAYERS = 3.0
-#: Decades for which one layer is responsible in a deep network: He-initialized ReLU networks of 30 layers tilt by one or
-#: two decades by chance.
+#: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
+#: or two decades by chance.
 _DECADES_PER_LAYER = 0.05
 
 
@@ -43,8 +43,9 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         biases = _median_bias_rms(context)
         if context.path.get("soft relu") and rest >= 1 and biases > _NOTABLE_BIAS:
             text = (
-                f"{rest:.1f} decades are lost that the weights do not explain, and the median bias has an RMS of "
-                f"{number(biases)}: {count(context.path['soft relu'], 'activation')} on the path work where they are flat."
+                f"{rest:.1f} decades are lost that the weights do not explain, and the median bias has an RMS "
+                f"of {number(biases)}: {count(context.path['soft relu'], 'activation')} on the path work where they "
+                "are flat."
             )
             yield Evidence(rest, text)
         return
@@ -75,7 +76,7 @@ def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     if ruined:
         yield Evidence(CERTAIN, f"The weights of {listing(ruined)} are not finite themselves.")
         return
-    # PyTorch's default has 0.4 to 0.6 of the usual gain. That adds up over depth, but stalls or kills nothing by itself.
+    # PyTorch's default has 0.4 to 0.6 of the usual gain. That adds up over depth, but does not stall or kill by itself.
     notable = _NOTABLE_GAIN if context.too_large or context.fault == Fault.VANISHING else _CRIPPLING_GAIN
     excess, layers = context.excess_gain, context.bare_layers
     excess = max(excess, 0.0) if context.too_large else min(excess, 0.0)

@@ -108,7 +108,7 @@ def momentum(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
-    """Return the decades by which a step exceeds a hundredth of the weights, or the weights have grown, in words too."""
+    """Return the decades by which a step exceeds a hundredth of the weights, or the weights have grown; and words."""
     limit, killed = LARGEST_UPDATE, context.fault == Fault.DEAD
     ratio, name = context.largest_update
     if ratio > max(limit, 0.0 if killed else context.first_update):

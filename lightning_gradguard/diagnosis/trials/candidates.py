@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from lightning_gradguard.diagnosis import fixes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
-from lightning_gradguard.diagnosis.fixes import model, training
 from lightning_gradguard.diagnosis.trials.batches import has_targets
 from lightning_gradguard.diagnosis.trials.weights import has_gates, has_plain_recurrence, has_recurrence
 from lightning_gradguard.introspection.layer_calls import Plan
@@ -42,13 +42,13 @@ def find_candidates(
         profile: log10(‖g‖/‖w‖) of its layers without a remedy, weights brought back to their size at the start.
     """
     if case.decayed:
-        return [training.lower_decay(case)]
+        return [fixes.lower_weight_decay(case)]
     if is_bottomless(case, causes):
-        return [training.bounded_slopes()]
+        return [fixes.SPECTRAL_NORMALIZATION]
     found: list[Remedy] = []
     if Cause.TARGET_SCALE in causes and has_targets(batch):
-        found.append(training.standard_target())
-    data = [model.standard_input()] if case.input_rms is not None else []
+        found.append(fixes.STANDARD_TARGET)
+    data = [fixes.STANDARD_INPUT] if case.input_rms is not None else []
     if Cause.UNNORMALIZED_INPUT in causes:
         found += data
     if causes[0] == Cause.RECURRENCE and (has_recurrence(module) or plan.repeated):
@@ -56,7 +56,7 @@ def find_candidates(
         if has_recurrence(module):
             return found
     if Cause.MOMENTUM in causes:
-        found.append(training.momentum(case)[0])
+        found.append(fixes.lower_momentum(case))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
         # Where the gradient is large for another reason, that is to be mended, and the rate is not to follow it.
         found += _lower_rate(case, profile if causes[0] == Cause.LEARNING_RATE_TOO_HIGH else ())
@@ -88,11 +88,11 @@ def _layers(case: DiagnosticContext, plan: Plan) -> Iterator[Remedy]:
     inner = [i for i in plan.square if i < plan.last]
     kinds = {kind_of(operation_of(_node(name))) for name in plan.activations}
     rectifying = kinds <= {"relu", "soft relu"}
-    blocks = model.residual_blocks(case) if inner and kinds else []
+    blocks = [r for r in (fixes.residual_blocks(case),) if r is not None and inner and kinds]
     bare = [i for i in range(plan.last) if i not in plan.normalised]
-    norm = model.normalisation(case) if bare else []
-    he, xavier = model.he(), model.xavier()
-    swapped = [model.relu_and_norm(case)] if bare and not rectifying else []
+    norm = [r for r in (fixes.normalization(case),) if r is not None and bare]
+    he, xavier = fixes.HE, fixes.XAVIER
+    swapped = [fixes.relu_and_normalization(case)] if bare and not rectifying else []
     yield from blocks
     yield from (both for r in swapped or norm if (both := pair(r, he if kinds else xavier)))
     yield he if kinds and rectifying else xavier
@@ -100,36 +100,37 @@ def _layers(case: DiagnosticContext, plan: Plan) -> Iterator[Remedy]:
     yield from norm
     yield from (both for r in blocks if (both := pair(r, he)))
     if not rectifying:
-        yield model.relu_and_he()
+        yield fixes.RELU_AND_HE
     if inner and case.graph_summary is not None and not case.graph_summary.skips:
-        yield model.skip_connections()
+        yield fixes.SKIP_CONNECTIONS
     if kinds:
         if set(plan.activations) != {"relu"}:
-            yield model.relu()
+            yield fixes.RELU
         if rectifying:
-            yield model.leaky_relu()
+            yield fixes.LEAKY_RELU
         if "gelu" not in plan.activations:
-            yield model.gelu()
+            yield fixes.GELU
     if len(inner) >= _LONG:
-        yield model.fewer_layers()
+        yield fixes.FEWER_LAYERS
 
 
 def _recurrent(module: nn.Module) -> list[Remedy]:
-    found = [model.remembering() if has_gates(module) else model.orthogonal()]
+    found = [fixes.REMEMBERING_GATES if has_gates(module) else fixes.ORTHOGONAL]
     if has_plain_recurrence(module):
-        found += [model.remembering_lstm(), model.gru(), model.gates()]
+        found += [fixes.REMEMBERING_LSTM, fixes.GRU, fixes.LSTM]
     return found
 
 
 def _lower_rate(case: DiagnosticContext, profile: Sequence[float]) -> list[Remedy]:
-    lower = training.lowered_rate(case)
+    lower = fixes.lowered_rate(case)
     steep = max((decades for decades in profile if math.isfinite(decades)), default=-math.inf)
     if not case.normalises and steep > -math.inf:
         # An applied ratio is at most 2, whatever the step; that of a plain step from the weights at the start is not.
         momentum = case.setting("momentum")
         steady = 1 / max(1 - momentum, 1e-3) if momentum == momentum else 1.0
-        lower = min(lower, training.round_down(0.02 / (10.0**steep * steady)))
-    return training.lower_learning_rate(case, lower)[:1] if 0 < lower < case.learning_rate else []
+        lower = min(lower, fixes.round_down(0.02 / (10.0**steep * steady)))
+    remedy = fixes.lower_learning_rate(case, lower) if 0 < lower < case.learning_rate else None
+    return [] if remedy is None else [remedy]
 
 
 def _node(name: str) -> str:
