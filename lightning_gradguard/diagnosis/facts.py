@@ -56,7 +56,7 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
         diagnosis = diagnose_context(case)
         if guard.trials and guard.subject is not None:
             diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
-        diagnosis = replace(diagnosis, course=course_of(guard.history, stats.layout, finding))
+        diagnosis = replace(diagnosis, timeline=timeline_of(guard.history, stats.layout, finding))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         problem = f"the causes could not be examined ({type(error).__name__}: {reason})"
@@ -100,7 +100,7 @@ def trace(guard: Guard, batch: object, *, replay: bool = True) -> Origin | None:
     return find_origin(subject, number=subject.number, scale=scale, replay=replay)
 
 
-def course_of(history: History, layout: Layout, finding: Finding) -> Timeline:
+def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:
     """The newest steps as a picture shows them: the layers' weights, and what the finding names of other modules.
 
     Args:
