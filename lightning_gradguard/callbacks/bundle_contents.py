@@ -181,7 +181,7 @@ def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard
     }
     if guard is None:
         return plain
-    layout = guard.watch.layout
+    layout = guard.tracker.layout
     table = {name: torch.from_numpy(np.ascontiguousarray(c)) for name, c in guard.history.table().items()}
     return {
         **plain,
@@ -261,7 +261,7 @@ def _trainer(trainer: Trainer) -> dict[str, Any]:
 
 
 def _loss_scale(guard: Guard | None) -> float:
-    scale = math.nan if guard is None or guard.letter is None else guard.letter.loss_scale
+    scale = math.nan if guard is None or guard.record is None else guard.record.loss_scale
     return scale if math.isfinite(scale) and scale > 0 else 1.0
 
 
@@ -272,7 +272,7 @@ def _config(trainer: Trainer, guard: Guard | None) -> dict[str, Any]:
             "detectors": guard.detectors,
             "clipper": guard.clipper,
             "policy": guard.policy,
-            "lag": guard._lag,
+            "lag": guard.lag,
         }
         plain |= {name: repr(part) for name, part in parts.items()}
     return {name: describe(value) for name, value in plain.items()}
