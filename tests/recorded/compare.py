@@ -1,9 +1,10 @@
 """Tells what differs between two recordings that `record.py` made; the exit code is 1 if anything does.
 
-python tests/recorded/compare.py A.json B.json [--ignore-text]
+python tests/recorded/compare.py A.json B.json [--ignore-text] [--only PATTERN]
 """
 
 import argparse
+import fnmatch
 import json
 import sys
 from collections.abc import Mapping
@@ -46,12 +47,18 @@ def _short(value):
     return text if len(text) <= 400 else f"{text[:400]} ... ({len(text)} characters)"
 
 
+def chosen(runs, pattern):
+    """Gives the runs whose name fits."""
+    return {name: run for name, run in runs.items() if fnmatch.fnmatchcase(name, pattern)}
+
+
 def main(arguments=None):
     """Compares two files; returns 1 if they differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("one", type=Path)
     parser.add_argument("other", type=Path)
     parser.add_argument("--ignore-text", action="store_true", help="compare facts alone, and no wording")
+    parser.add_argument("--only", default="*", help="pattern of names, as of record.py")
     parser.add_argument("--most", type=int, default=4, help="differences shown of each run")
     options = parser.parse_args(arguments)
     one, other = (json.loads(path.read_text()) for path in (options.one, options.other))
@@ -59,7 +66,7 @@ def main(arguments=None):
         print(f"Note: recorded with {one['versions']} and with {other['versions']}; bits need not agree.")
     differ = False
     for kind in ("facts",) if options.ignore_text else ("facts", "text"):
-        lines = tell(differences(one[kind], other[kind]), options.most)
+        lines = tell(differences(*(chosen(file[kind], options.only) for file in (one, other))), options.most)
         if lines:
             differ = True
             print(f"== {kind} ==", *lines, sep="\n")

@@ -37,6 +37,7 @@ class Run:
         self.facts["first found"] = first
         if keep:
             self.facts["reports"] = rendered
+        self.text["reports"] = [repr(report) for report in (*reports[:1], *reports[-1:])]
 
     def diagnosis(self, diagnosis):
         """Keeps the fields of a diagnosis that are not prose, and apart from them those that are."""

@@ -1,7 +1,9 @@
 """Runs small loops under a `Guard`: every clipper, judged at once and late, with and without a gradient scaler."""
 
+import copy
 import io
 import math
+import pickle
 import warnings
 
 import torch
@@ -13,14 +15,19 @@ from lightning_gradguard import (
     AdaGC,
     AutoClip,
     ClipRate,
+    DeadUnits,
+    DepthTilt,
     Fault,
     GradientHalt,
     GradientNorm,
     GradientWarning,
+    NonFinite,
     NormClip,
     Policy,
+    Spike,
     SpikeClip,
     SpikeScore,
+    UpdateRatio,
     ZClip,
     checkup,
     testing,
@@ -174,6 +181,23 @@ def thawed(loop, number):
         loop.net.body[2].weight.requires_grad_(False)
 
 
+def copied(loop, number):
+    """Goes on with a copy of everything, once by copying and once through a pickle."""
+    if number in (35, 60):
+        parts = loop.net, loop.optimizer, loop.guard
+        parts = copy.deepcopy(parts) if number == 35 else pickle.loads(pickle.dumps(parts))
+        loop.net, loop.optimizer, loop.guard = parts
+
+
+CHOSEN = (
+    NonFinite(),
+    Spike(z=4.0, ratio=2.0),
+    DepthTilt(limit=0.5, clear=0.2),
+    DeadUnits(limit=0.3),
+    UpdateRatio(),
+)
+
+
 def _everything(response):
     return Policy(respond={fault.value: response for fault in Fault}, patience=5, max_consecutive_skips=1)
 
@@ -196,6 +220,9 @@ OTHERS = {
     "resumed, AutoClip": lambda: resumed(clipper=AutoClip()),
     "resumed, lag": lambda: resumed_late(),
     "thawed": lambda: Loop().run(change=thawed),
+    "copied": lambda: Loop(clipper=SpikeClip()).run(change=copied),
+    "chosen detectors": lambda: Loop(detectors=CHOSEN, clipper=SpikeClip(), policy=_everything("warn")).run(),
+    "no detector": lambda: Loop(detectors=(), clipper=ZClip()).run(),
 }
 
 

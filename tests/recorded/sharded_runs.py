@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from exact import Run, plain, weights_of
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from lightning_gradguard import AGC, GradientHalt, NormClip, Policy, SpikeClip
 from lightning_gradguard.guard import Guard
@@ -113,6 +112,8 @@ def all_ranks(keep):
 
 def train(name, rank, keep):
     """One training, on one rank's part of each batch."""
+    from torch.distributed.fsdp import fully_shard  # not there before torch 2.6
+
     make, options, scaled = RUNS[name]
     net = make()
     fully_shard(net.body)
