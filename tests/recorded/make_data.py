@@ -21,9 +21,21 @@ import surface
 import torch
 import trainer_runs
 import zoo_runs
-from guard_runs import CHOSEN, Loop
+from guard_runs import Loop
 
-from lightning_gradguard import AdaGC, AutoClip, GradGuard, GradHistogram, Policy, Recorder, SpikeClip, replay
+from benchmarks import zoo
+from lightning_gradguard import (
+    AdaGC,
+    AutoClip,
+    GradGuard,
+    GradHistogram,
+    GradientHalt,
+    Guard,
+    Policy,
+    Recorder,
+    SpikeClip,
+    replay,
+)
 
 DATA = Path(__file__).parent / "data"
 #: Trainings of the zoo: quick, each fault at least once, and none so chaotic that another processor's rounding counts.
@@ -46,11 +58,12 @@ ZOO = (
 GUARDS = {
     "spike": {"clipper": SpikeClip()},
     "percentile": {"clipper": AutoClip()},
-    "sick": {"detectors": CHOSEN, "policy": Policy(respond={"vanishing": "halt"}, patience=10)},
     "late": {"optimizer": "fused AdamW", "clipper": AdaGC(), "lag": 1},
     "scaled": {"scaled": True},
 }
 SAVED, FURTHER = 53, 20
+#: A case of the zoo whose fault is a warning when its guard's state is kept, and halts 19 steps later.
+SICK, SICK_AT = "V01", 60
 #: Batches that are spoiled in the training of the checkpoint, and its steps; the module of the flight record.
 SPOILED, CHECKPOINT, BAD = (11, 28), 33, 25
 
@@ -64,12 +77,46 @@ def make_files():
         rest = {"net": loop.net.state_dict(), "optimizer": loop.optimizer.state_dict()}
         rest["scaler"] = None if loop.scaler is None else loop.scaler.state_dict()
         torch.save(rest, DATA / f"training_{name}.pt")
+    torch.save(sick(SICK_AT)[0].state_dict(), DATA / "guard_sick.pt")
     keeper = trainer_runs.Keeper(CHECKPOINT, DATA / "checkpoint.ckpt")
     trainer_runs.fit(net(), [guard(), GradHistogram(), keeper], max_steps=CHECKPOINT + 1)
     recorder = Recorder(folder="flights", steps=20)
     recorded = GradGuard(policy=Policy.strict(), recorder=recorder)
     trainer_runs.fit(trainer_runs.Net(spoiled=(BAD,)), [recorded], max_steps=60)
     shutil.copy(recorded.bundle, DATA / "bundle.pt")
+
+
+def sick(last, state=None):
+    """Trains the sick case up to a step; with a state, a guard that has it takes over where it was kept."""
+    training = zoo.case(SICK).make(0)
+    optimizer, policy = training.configure_optimizers(), Policy.strict()
+    guard = Guard(training.named_parameters(), optimizer=optimizer, policy=policy)
+    if state is not None:
+        guard.load_state_dict(state)
+    reports, halt = [], None
+    for number in range(last):
+        optimizer.zero_grad()
+        loss = training.training_step(training.batch(number), number)
+        loss.backward()
+        if state is None or number >= SICK_AT:
+            try:
+                reports.append(guard.step(loss=loss))
+            except GradientHalt as error:
+                halt = error
+                break
+        optimizer.step()
+    return guard, reports, halt
+
+
+def sick_gone_on():
+    """What a guard says that goes on from a state in which a fault was under way."""
+    guard, reports, halt = sick(SICK_AT + FURTHER, loaded("guard_sick.pt"))
+    return {
+        "halted": None if halt is None else halt.step,
+        "causes": [] if halt is None else [cause.value for cause in halt.diagnosis.causes],
+        "reports": [report_of(report) for report in reports],
+        "findings": [finding_of(finding) for finding in guard.findings],
+    }
 
 
 def net():
@@ -214,7 +261,10 @@ def make_answers():
     write("findings.json", {name: found(name) for name in ZOO})
     write("surface.json", shown())
     going_on = {f"guard {name}": gone_on(name) for name in GUARDS}
-    write("continued.json", {**going_on, "checkpoint": resumed(), "bundle": replayed()})
+    write(
+        "continued.json",
+        {**going_on, "guard sick": sick_gone_on(), "checkpoint": resumed(), "bundle": replayed()},
+    )
 
 
 def main(what=("FILES", "ANSWERS")):

@@ -62,6 +62,12 @@ def test_a_guard_goes_on_from_a_state_of_the_earlier_version(name):
     assert_close(make_data.gone_on(name), expected("continued.json")[f"guard {name}"], name)
 
 
+def test_a_fault_that_was_under_way_halts_when_it_would_have():
+    seen = make_data.sick_gone_on()
+    assert seen["halted"] == 79
+    assert_close(seen, expected("continued.json")["guard sick"])
+
+
 def test_a_trainer_goes_on_from_a_checkpoint_of_the_earlier_version():
     assert_close(make_data.resumed(), expected("continued.json")["checkpoint"])
 
