@@ -9,30 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_gradguard.detectors import default_detectors as default_detectors
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
-from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
-from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
-from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
 from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import GradientWarning
-
-
-def default_detectors() -> tuple[Detector, ...]:
-    """All detectors, with their default limits."""
-    return (
-        NonFinite(),
-        Underflow(),
-        Disconnected(),
-        DeadUnits(),
-        DepthTilt(),
-        TimeTilt(),
-        Exploding(),
-        Spike(),
-        UpdateRatio(),
-        Stalled(),
-    )
 
 
 def validate(detectors: object, clipper: object, policy: object) -> None:

@@ -123,7 +123,7 @@ def _posted_again(guard: Guard, letter: dict[str, Any]) -> PendingStep:
     stats = stats_of(
         layout, marks, norms.to(layout.numel.device), guard.watch.weights, guard.watch.updates, None
     )
-    outcome = pipeline.Evaluation(stats.but(has_loss=letter["has_loss"]), (), None)
+    outcome = pipeline.Evaluation(stats.replace(has_loss=letter["has_loss"]), (), None)
     asked = tuple(letter["asked"])
     return PendingStep(letter["step"], letter["has_loss"], letter["scaled"], outcome, None, asked)
 

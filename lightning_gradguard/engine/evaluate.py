@@ -36,7 +36,7 @@ def advance(
 ) -> tuple[Evaluation, States]:
     """Judges one step, ``passed`` quiet ones after the last; the new states are valid only if ``stats.finite``."""
     trend, trend_state = trends.update(stats, states[0])
-    stats = stats.but(trends=trend, passed=passed)
+    stats = stats.with_trends(trend, passed)
     readings: list[Reading | None] = []
     new = [trend_state]
     for detector, state in zip(detectors, states[1:], strict=False):
@@ -67,7 +67,7 @@ def pass_over(rows: Sequence[GradStats], states: States, clipper: Any) -> tuple[
         _, trend = trends.update(stats, trend)
     if clipper is None:
         return [rows[0].layout.constant(torch.nan)] * len(rows), (trend, *states[1:])
-    thresholds, after = clipper.learn(rows, states[-1])
+    thresholds, after = clipper.fold_in(rows, states[-1])
     return thresholds.unbind(), (trend, *states[1:-1], after)
 
 

@@ -18,7 +18,7 @@ from lightning_gradguard.engine import readback as mailbox
 from lightning_gradguard.engine.fault_tracker import FaultTracker
 from lightning_gradguard.engine.readback import StepRecord
 from lightning_gradguard.results import Report
-from lightning_gradguard.stats.grad_stats import LARGEST, GradStats
+from lightning_gradguard.stats.grad_stats import LARGEST_NORM, GradStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,14 +81,15 @@ class FastPath:
     it counts as judged, and up to seven are learnt from together: the same arithmetic, in a cache that is warm.
 
     Args:
-        detectors: All of them; those that are not slow must be ``quiet``.
+        detectors: All of them; those that are not slow must be ``fast_path_safe``.
         clipper: None, or one that gives ``bounds``; with another one no step is quiet.
     """
 
     def __init__(self, detectors: Sequence[Detector], clipper: Clipper | None) -> None:
         self._fast = [not getattr(d, "slow", False) for d in detectors]
         quiet = [
-            getattr(d, "slow", False) or (_speaks_for(d, "quiet") and getattr(d, "quiet", False))
+            getattr(d, "slow", False)
+            or (_speaks_for(d, "fast_path_safe") and getattr(d, "fast_path_safe", False))
             for d in detectors
         ]
         self.clipper: Any = clipper
@@ -139,7 +140,7 @@ class FastPath:
         # A NaN is in no relation to anything.
         if not (_LOW * self._usual <= total <= _HIGH * self._usual and outside == 0 and abs(joint) <= 1):
             return None
-        if total >= LARGEST:  # which may be less than twice the usual
+        if total >= LARGEST_NORM:  # which may be less than twice the usual
             return None
         if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
             return None
@@ -147,7 +148,7 @@ class FastPath:
             return None
         self.passed += 1
         # On a CPU that is one copy of the norms, for both sides.
-        row = DeferredStep(stats.but(gradients=(), norms=letter[:-_TAIL]), norms, guard)
+        row = DeferredStep(stats.replace(gradients=(), norms=letter[:-_TAIL]), norms, guard)
         report = Report.of_quiet_step(step, loss if stats.has_loss else None, total, row)
         self.waiting.append((row, report))
         return report

@@ -12,7 +12,7 @@ from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import Schedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
-from lightning_gradguard.stats.collect import read, whole_sample
+from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
 from lightning_gradguard.stats.norms import weight_norms
@@ -104,7 +104,7 @@ class ParameterTracker:
         asked, tilt = self._walk.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
-        found = read(self.layout, gradients, loss, tilt, asked=asked, fresh=due.fresh, sampled=sampled)
+        found = collect(self.layout, gradients, loss, tilt, asked=asked, fresh=due.fresh, sampled=sampled)
         if due.updated:
             ratios = update_ratios(self._before, _due(found.sample), self.layout)
             # No step was taken where there was no gradient: a part that is used now and then does not stand still.
@@ -156,7 +156,7 @@ class ParameterTracker:
 
     def sample_now(self) -> None:
         """Takes a sample before a step that may be a wild one, so that the next step knows what it did."""
-        self._before = whole_sample(self.layout)
+        self._before = collect_sample(self.layout)
         self.schedule.sample_now()
 
     def drop(self) -> None:

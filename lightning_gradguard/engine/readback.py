@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.engine.evaluate import Evaluation
 from lightning_gradguard.results import Fault, Severity
-from lightning_gradguard.stats.trends import trends_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -240,7 +239,7 @@ def pack(outcome: Evaluation, loss_scale: Tensor | None = None, late: Sequence[T
         late: Other numbers, float32 [] each, which are put last, and which `unpack` passes over.
     """
     stats, readings, clip = outcome
-    trends, asked = trends_of(stats), [r for r in readings if r is not None]
+    trends, asked = stats.trends, [r for r in readings if r is not None]
     unknown = stats.layout.constant(torch.nan)
     flags = [stats.finite, stats.total < stats.total if clip is None else (clip.norms < stats.norms).any()]
     head = [
@@ -254,7 +253,7 @@ def pack(outcome: Evaluation, loss_scale: Tensor | None = None, late: Sequence[T
         unknown if loss_scale is None else loss_scale.to(unknown.device).reshape(()),
         trends.tilt,
         stats.update_ratio,
-        trends.usual.exp(),
+        trends.baseline.exp(),
     ]
     for r in asked:
         flags += [r.raised, r.cleared]
