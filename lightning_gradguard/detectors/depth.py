@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Nothing, Reading, above, positive, profile_score, reading
+from lightning_gradguard.detectors.base import NoState, Reading, above, positive, profile_score, reading
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import WARM_UP, trends_of
+from lightning_gradguard.stats.trends import WARM_UP
 
 #: Depth tilt below which gradients grow towards the input.
 _EXPLODING = -1.5
@@ -55,13 +55,13 @@ class DepthTilt:
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing; the profile is in the shared trends."""
-        return Nothing()
+        return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends = trends_of(stats)
+        trends = stats.trends
         score = profile_score(stats, worst_low=True)
-        still, warm = trends.stuck | trends.flat, trends.steps >= WARM_UP + 5
+        still, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
         steep = trends.tilt >= 1.5 * self.limit
         tilted = (trends.tilt >= self.limit) & (still | steep) & warm
         # Where gradients grow towards the input, it is the last layers that lie below the middle.
@@ -121,6 +121,6 @@ class TimeTilt:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step by the newest answer."""
         tilt = torch.where(stats.time_tilt.isnan(), state.decades, stats.time_tilt)
-        raised = (tilt >= self.limit) & trends_of(stats).stuck
+        raised = (tilt >= self.limit) & stats.trends.no_progress
         score = torch.where(stats.recurrent, 1.0, -torch.inf)
         return reading(stats, raised, tilt, self.limit, score=score), LastTilt(tilt)

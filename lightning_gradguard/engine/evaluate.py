@@ -84,7 +84,7 @@ def evaluate(
         The evaluation, and the state after the step, which is valid only if ``stats.finite``.
     """
     trend, trend_state = trends.update(stats, state.trends)
-    stats = stats.but(trends=trend, passed=accepted)
+    stats = stats.with_trends(trend, accepted)
     readings: list[Reading | None] = []
     after: list[Any] = []
     for detector, own in zip(detectors, state.detectors, strict=True):
@@ -114,7 +114,7 @@ def fold_in(
         _, trend = trends.update(stats, trend)
     if clipper is None:
         return [rows[0].layout.constant(torch.nan)] * len(rows), state._replace(trends=trend)
-    thresholds, clip_state = clipper.learn(rows, state.clipper)
+    thresholds, clip_state = clipper.fold_in(rows, state.clipper)
     return thresholds.unbind(), state._replace(trends=trend, clipper=clip_state)
 
 

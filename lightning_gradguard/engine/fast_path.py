@@ -17,7 +17,7 @@ from lightning_gradguard.engine import readback
 from lightning_gradguard.engine.evaluate import GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.results import Report
-from lightning_gradguard.stats.grad_stats import LARGEST, GradStats
+from lightning_gradguard.stats.grad_stats import LARGEST_NORM, GradStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,7 +104,8 @@ class FastPath:
         self.clipper: Any = clipper
         self._asked_always = [not getattr(d, "slow", False) for d in detectors]
         safe = [
-            getattr(d, "slow", False) or (_speaks_for(d, "quiet") and getattr(d, "quiet", False))
+            getattr(d, "slow", False)
+            or (_speaks_for(d, "fast_path_safe") and getattr(d, "fast_path_safe", False))
             for d in detectors
         ]
         self._is_able = all(safe) and (clipper is None or _speaks_for(clipper, "bounds"))
@@ -168,7 +169,7 @@ class FastPath:
             _LOW * self._baseline <= total <= _HIGH * self._baseline and outside == 0 and abs(joint) <= 1
         ):
             return None
-        if total >= LARGEST:  # which may be less than twice the baseline
+        if total >= LARGEST_NORM:  # which may be less than twice the baseline
             return None
         if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
             return None
@@ -176,7 +177,7 @@ class FastPath:
             return None
         self.accepted += 1
         # On a CPU the packed norms serve both sides, without a copy.
-        deferred = DeferredStep(stats.but(gradients=(), norms=packed[:-_TAIL]), norms, flush)
+        deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:-_TAIL]), norms, flush)
         report = Report.deferred(step, loss if stats.has_loss else None, total, deferred)
         self.deferred.append((deferred, report))
         return report

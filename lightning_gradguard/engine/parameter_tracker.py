@@ -13,7 +13,7 @@ from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
 from lightning_gradguard.engine.state_error import StateError
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
-from lightning_gradguard.stats.collect import read, whole_sample
+from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
 from lightning_gradguard.stats.norms import weight_norms
@@ -108,7 +108,7 @@ class ParameterTracker:
         probed, tilt = self._observer.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
-        found = read(self.layout, gradients, loss, tilt, asked=probed, fresh=due.fresh, sampled=sampled)
+        found = collect(self.layout, gradients, loss, tilt, asked=probed, fresh=due.fresh, sampled=sampled)
         if due.updated:
             ratios = update_ratios(self._before, _taken(found.sample), self.layout)
             # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.
@@ -158,7 +158,7 @@ class ParameterTracker:
 
     def sample_now(self) -> None:
         """Sample the weights before a step that may be far too large, so that the next step shows what it did."""
-        self._before = whole_sample(self.layout)
+        self._before = collect_sample(self.layout)
         self.schedule.sample_now()
 
     def drop_gradients(self) -> None:

@@ -19,7 +19,6 @@ from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.results import Severity
 from lightning_gradguard.stats.grad_stats import stats_of
 from lightning_gradguard.stats.layout import Layout
-from lightning_gradguard.stats.trends import trends_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,7 +132,7 @@ def pack(
         thresholds: Thresholds of deferred steps, float32 [] each. They come last, and `unpack` leaves them out.
     """
     stats, readings, clip = evaluation
-    trends, asked = trends_of(stats), [r for r in readings if r is not None]
+    trends, asked = stats.trends, [r for r in readings if r is not None]
     unknown = stats.layout.constant(torch.nan)
     flags = [stats.finite, stats.total < stats.total if clip is None else (clip.norms < stats.norms).any()]
     head = [
@@ -147,7 +146,7 @@ def pack(
         unknown if loss_scale is None else loss_scale.to(unknown.device).reshape(()),
         trends.tilt,
         stats.update_ratio,
-        trends.usual.exp(),
+        trends.baseline.exp(),
     ]
     for r in asked:
         flags += [r.raised, r.cleared]
@@ -253,7 +252,7 @@ def restore_under_way(
             p.detach() if there else None for p, there in zip(layout.parameters, one["present"], strict=True)
         )
         stats = stats_of(layout, gradients, norms.to(layout.numel.device), weights, updates, None)
-        evaluation = Evaluation(stats.but(has_loss=one["has_loss"]), (), None)
+        evaluation = Evaluation(stats.replace(has_loss=one["has_loss"]), (), None)
         step = PendingStep(
             one["step"], one["has_loss"], one["scaled"], evaluation, tuple(one["asked"]), StepContext()
         )

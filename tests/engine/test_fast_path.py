@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_gradguard import Fault, Guard, Policy, SpikeClip
 from lightning_gradguard.clippers.fixed import NormClip
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
 from lightning_gradguard.engine.arguments import default_detectors
 from lightning_gradguard.engine.readback import Readback
@@ -218,7 +218,7 @@ class Wordy:
         self.asked = 0
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         self.asked += 1
@@ -228,7 +228,7 @@ class Wordy:
 class Mute(Wordy):
     """One that says it need not be."""
 
-    quiet = True
+    fast_path_safe = True
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Guard, SpikeClip
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
 from lightning_gradguard.engine.arguments import default_detectors
 from lightning_gradguard.results import Fault, Report
@@ -278,7 +278,7 @@ class Raising:
     fault, measures, slow, fails = Fault.STALLED, ("nothing",), True, False
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         if self.fails:

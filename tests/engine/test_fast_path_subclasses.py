@@ -31,7 +31,7 @@ class Picky(Spike):
 class Told(Picky):
     """Says it anew."""
 
-    quiet = True
+    fast_path_safe = True
 
     def update(self, stats, state):
         return super().update(stats, state)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, GradientHalt, Guard, Policy, Severity
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import Exploding
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
@@ -175,7 +175,7 @@ class Counting:
         self.slow, self.asked = slow, []
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         self.asked.append(stats.elapsed)
