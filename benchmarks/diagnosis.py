@@ -80,7 +80,7 @@ def run(case: Case, seed: int) -> Run:
     diagnosis = halt.diagnosis
     remedy = diagnosis.remedies[0]
     quality = None
-    if remedy.change is not None and case.fault in FAULTS:
+    if remedy.tried and case.fault in FAULTS:
         training = treated(case.make(seed), remedy.change)
         fit(case, training)
         quality = float(training.quality())

@@ -1,20 +1,17 @@
-"""Which remedies are tried on a case, each with the change that stands for it."""
+"""Which remedies are tried on a case: all carry the change that stands for them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from torch import nn
 
 from lightning_gradguard.diagnosis.causes.evidence import GROWING
-from lightning_gradguard.diagnosis.causes.training import USUAL_MOMENTUM
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
 from lightning_gradguard.diagnosis.fixes import model, training
 from lightning_gradguard.diagnosis.trials.batches import has_targets
-from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.weights import has_gates, has_plain_recurrence, has_recurrence
 from lightning_gradguard.introspection.layer_calls import Plan
 from lightning_gradguard.introspection.operations import kind_of, operation_of
@@ -24,13 +21,6 @@ from lightning_gradguard.results import Fault
 _LONG = 4
 
 
-class Candidate(NamedTuple):
-    """A remedy and what it changes."""
-
-    remedy: Remedy
-    change: Change
-
-
 def find_candidates(
     case: DiagnosticContext,
     causes: Sequence[Cause],
@@ -38,7 +28,7 @@ def find_candidates(
     batch: object,
     plan: Plan,
     profile: Sequence[float] = (),
-) -> list[Candidate]:
+) -> list[Remedy]:
     """Remedies that fit, the most promising first; those of the data and of the learning rate where a cause asks.
 
     The order is of use where more are healthy than there are passes for. It was found on the zoo; see
@@ -53,14 +43,13 @@ def find_candidates(
         profile: log10(‖g‖/‖w‖) of its layers without a remedy, weights brought back to their size at the start.
     """
     if case.decayed:
-        lower = training.lowered_decay(case) / case.setting("weight_decay")
-        return [Candidate(training.lower_decay(case), Change(decay=lower))]
+        return [training.lower_decay(case)]
     if is_bottomless(case, causes):
-        return [Candidate(training.bounded_slopes(), Change(lipschitz=True))]
-    found = []
+        return [training.bounded_slopes()]
+    found: list[Remedy] = []
     if Cause.TARGET_SCALE in causes and has_targets(batch):
-        found.append(Candidate(training.standard_target(), Change(target=True)))
-    data = [Candidate(model.standard_input(), Change(input=True))] if case.input_rms is not None else []
+        found.append(training.standard_target())
+    data = [model.standard_input()] if case.input_rms is not None else []
     if Cause.UNNORMALIZED_INPUT in causes:
         found += data
     if causes[0] == Cause.RECURRENCE and (has_recurrence(module) or plan.repeated):
@@ -68,14 +57,14 @@ def find_candidates(
         if has_recurrence(module):
             return found
     if Cause.MOMENTUM in causes:
-        found.append(Candidate(training.momentum(case)[0], Change(momentum=USUAL_MOMENTUM)))
+        found.append(training.momentum(case)[0])
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
         # Where the gradient is large for another reason, that is to be mended, and the rate is not to follow it.
         found += _lower_rate(case, profile if causes[0] == Cause.LEARNING_RATE_TOO_HIGH else ())
     found += _layers(case, plan)
     others = [*data, *(_recurrent(module) if has_recurrence(module) else ())]
     others += _lower_rate(case, ()) if case.fault == Fault.EXPLODING else ()
-    return [*found, *(candidate for candidate in others if candidate not in found)]
+    return [*found, *(remedy for remedy in others if remedy not in found)]
 
 
 def is_bottomless(case: DiagnosticContext, causes: Sequence[Cause]) -> bool:
@@ -83,71 +72,57 @@ def is_bottomless(case: DiagnosticContext, causes: Sequence[Cause]) -> bool:
     return causes[0] == Cause.LOSS_FUNCTION and case.fault in GROWING and case.loss_now < 0
 
 
-def pair(first: Candidate, second: Candidate) -> Candidate | None:
+def pair(first: Remedy, second: Remedy) -> Remedy | None:
     """Both at once; None if they change the same."""
-    if first.change.fields & second.change.fields:
+    if first.change is None or second.change is None or first.change.fields & second.change.fields:
         return None
-    return Candidate(_both(first.remedy, second.remedy), first.change | second.change)
+    return Remedy(
+        f"{first.name} + {second.name}",
+        f"{first.how}\n{second.how}",
+        change=first.change | second.change,
+        key=f"{first.key} + {second.key}",
+    )
 
 
-def _layers(case: DiagnosticContext, plan: Plan) -> Iterator[Candidate]:
+def _layers(case: DiagnosticContext, plan: Plan) -> Iterator[Remedy]:
     """Activations, normalisation, skips, weights, depth."""
     inner = [i for i in plan.square if i < plan.last]
     kinds = {kind_of(operation_of(_node(name))) for name in plan.activations}
     rectifying = kinds <= {"relu", "soft relu"}
-    relu = Candidate(Remedy("ReLU", "activation = nn.ReLU()"), Change(activation="relu"))
-    blocks = [
-        Candidate(remedy, Change(activation="relu" if kinds else None, normalise=True, skip=True))
-        for remedy in (model.residual_blocks(case) if inner and kinds else ())
-    ]
+    blocks = model.residual_blocks(case) if inner and kinds else []
     bare = [i for i in range(plan.last) if i not in plan.normalised]
-    norm = [Candidate(r, Change(normalise=True)) for r in model.normalisation(case)] if bare else []
-    he = Candidate(model.he(), Change(initialise="he"))
-    xavier = Candidate(model.xavier(), Change(initialise="xavier"))
-    own = he if kinds and rectifying else xavier
-    swapped = (
-        []
-        if rectifying
-        else [Candidate(model.relu_and_norm(case), Change(activation="relu", normalise=True))]
-    )
+    norm = model.normalisation(case) if bare else []
+    he, xavier = model.he(), model.xavier()
+    swapped = [model.relu_and_norm(case)] if bare and not rectifying else []
     yield from blocks
-    yield from (made for c in (swapped if bare else []) or norm if (made := pair(c, he if kinds else xavier)))
-    yield own
-    yield from swapped if bare else ()
+    yield from (both for r in swapped or norm if (both := pair(r, he if kinds else xavier)))
+    yield he if kinds and rectifying else xavier
+    yield from swapped
     yield from norm
-    yield from (made for c in blocks if (made := pair(c, he)))
+    yield from (both for r in blocks if (both := pair(r, he)))
     if not rectifying:
-        yield Candidate(model.relu_and_he(), Change(activation="relu", initialise="he"))
+        yield model.relu_and_he()
     if inner and case.graph_summary is not None and not case.graph_summary.skips:
-        yield Candidate(Remedy("Skip connections", "h = h + activation(layer(h))"), Change(skip=True))
+        yield model.skip_connections()
     if kinds:
         if set(plan.activations) != {"relu"}:
-            yield relu
+            yield model.relu()
         if rectifying:
-            yield Candidate(model.leaky_relu(), Change(activation="leaky_relu"))
+            yield model.leaky_relu()
         if "gelu" not in plan.activations:
-            yield Candidate(Remedy("GELU", "activation = nn.GELU()"), Change(activation="gelu"))
+            yield model.gelu()
     if len(inner) >= _LONG:
-        yield Candidate(model.fewer_layers(), Change(shorten=True))
+        yield model.fewer_layers()
 
 
-def _recurrent(module: nn.Module) -> Iterator[Candidate]:
-    orthogonal = Change(initialise="orthogonal")
-    yield Candidate(model.remembering() if has_gates(module) else model.orthogonal(), orthogonal)
+def _recurrent(module: nn.Module) -> list[Remedy]:
+    found = [model.remembering() if has_gates(module) else model.orthogonal()]
     if has_plain_recurrence(module):
-        how = (
-            "rnn = nn.LSTM(inputs, width); rnn.bias_ih_l0.data[width : 2 * width] = 3.0  # in place of nn.RNN"
-        )
-        yield Candidate(
-            Remedy("LSTM that begins by remembering", how), Change(gates="LSTM", initialise="orthogonal")
-        )
-        yield Candidate(
-            Remedy("GRU", "rnn = nn.GRU(inputs, width)  # in place of nn.RNN"), Change(gates="GRU")
-        )
-        yield Candidate(model.gates(), Change(gates="LSTM"))
+        found += [model.remembering_lstm(), model.gru(), model.gates()]
+    return found
 
 
-def _lower_rate(case: DiagnosticContext, profile: Sequence[float]) -> Iterator[Candidate]:
+def _lower_rate(case: DiagnosticContext, profile: Sequence[float]) -> list[Remedy]:
     lower = training.lowered_rate(case)
     steep = max((decades for decades in profile if math.isfinite(decades)), default=-math.inf)
     if not case.normalises and steep > -math.inf:
@@ -155,12 +130,7 @@ def _lower_rate(case: DiagnosticContext, profile: Sequence[float]) -> Iterator[C
         momentum = case.setting("momentum")
         steady = 1 / max(1 - momentum, 1e-3) if momentum == momentum else 1.0
         lower = min(lower, training.round_down(0.02 / (10.0**steep * steady)))
-    if 0 < lower < case.learning_rate:
-        yield Candidate(training.lower_learning_rate(case, lower)[0], Change(rate=lower / case.learning_rate))
-
-
-def _both(first: Remedy, second: Remedy) -> Remedy:
-    return Remedy(f"{first.name} + {second.name}", f"{first.how}\n{second.how}")
+    return training.lower_learning_rate(case, lower)[:1] if 0 < lower < case.learning_rate else []
 
 
 def _node(name: str) -> str:

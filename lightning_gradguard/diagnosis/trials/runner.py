@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
 from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, TrialResult, attempt
-from lightning_gradguard.diagnosis.trials.candidates import Candidate, find_candidates, is_bottomless, pair
+from lightning_gradguard.diagnosis.trials.candidates import find_candidates, is_bottomless, pair
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.profile import HEALTHY
 from lightning_gradguard.diagnosis.wording import count, number
@@ -46,7 +46,7 @@ _UNTRIED = frozenset({Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA}
 class Trial(NamedTuple):
     """A remedy that was tried, and what came of it; without an outcome if it could not be."""
 
-    candidate: Candidate
+    remedy: Remedy
     outcome: TrialResult | None
     problem: str = ""
 
@@ -84,14 +84,11 @@ def try_remedies(
     tried = [_remedy(trial, base) for trial in trials]
     shown = [r for r in tried if r.tried][:_SHOWN]
     failed = [r for r in tried if not r.tried]
-    names = {r.name for r in tried}
-    rates = {name.partition(" to ")[0] for name in names}  # the same, with another number
-    others = [r for r in diagnosis.remedies if r.name.partition(" to ")[0] not in rates][
-        : max(1, _OTHERS - len(failed))
-    ]
+    keys = {r.key for r in tried}
+    others = [r for r in diagnosis.remedies if r.key not in keys][: max(1, _OTHERS - len(failed))]
     # What the evidence asks for first is shown, whatever came of it.
-    first = diagnosis.remedies[0].name.partition(" to ")[0] if diagnosis.remedies else ""
-    shown += [r for r in tried[_SHOWN:] if r.tried and r.name.partition(" to ")[0] == first]
+    first = diagnosis.remedies[0].key if diagnosis.remedies else ""
+    shown += [r for r in tried[_SHOWN:] if r.tried and r.key == first]
     nothing_helped = bool(trials) and not case.decayed and all(session.is_worse(trial) for trial in trials)
     best = (*others, *shown) if nothing_helped else (*shown, *others)
     return dataclasses.replace(
@@ -126,7 +123,7 @@ class Session:
         self._base = self._base or outcome
         return outcome
 
-    def run(self, candidates: list[Candidate]) -> list[Trial]:
+    def run(self, candidates: list[Remedy]) -> list[Trial]:
         """A look at each, then virtual steps with the most promising, and with the best two together."""
         looks = [self._try(c, 1) for c in candidates[: MOST_PASSES - self.passes - 2 * _FULL]]
         failed = [trial for trial in looks if trial.outcome is None]
@@ -134,13 +131,13 @@ class Session:
         looks.sort(key=lambda t: round(unhealthy(t.outcome), 1))
         finals: list[Trial] = []
         while looks and MOST_PASSES - self.passes >= 2 * _FULL:
-            finals.append(self._try(looks.pop(0).candidate, _FULL))
+            finals.append(self._try(looks.pop(0).remedy, _FULL))
         rank = self._rank
         finals.sort(key=rank)
-        pairs = (pair(a.candidate, b.candidate) for a, b in combinations(finals, 2))
+        pairs = (pair(a.remedy, b.remedy) for a, b in combinations(finals, 2))
         known = [c.change for c in candidates]
         best = next((both for both in pairs if both is not None and both.change not in known), None)
-        last = best or (looks.pop(0).candidate if looks else None)
+        last = best or (looks.pop(0).remedy if looks else None)
         if last is not None and MOST_PASSES - self.passes >= _FULL:
             finals.append(self._try(last, _FULL))
         finals.sort(key=rank)
@@ -169,11 +166,11 @@ class Session:
         loss = math.inf if trial.outcome is None or self.bottomless else trial.outcome.loss
         return self.is_worse(trial), round(unhealthy(trial.outcome), 1), loss
 
-    def _try(self, candidate: Candidate, passes: int) -> Trial:
+    def _try(self, remedy: Remedy, passes: int) -> Trial:
         try:
-            return Trial(candidate, self.attempt(candidate.change, passes))
+            return Trial(remedy, self.attempt(remedy.change or Change(), passes))
         except Exception as error:
-            return Trial(candidate, None, _reason(error))
+            return Trial(remedy, None, _reason(error))
 
 
 def _begin(
@@ -210,7 +207,7 @@ def _rewound(subject: SandboxedStep, case: DiagnosticContext) -> SandboxedStep:
 
 
 def _remedy(trial: Trial, base: TrialResult) -> Remedy:
-    remedy, outcome = trial.candidate.remedy, trial.outcome
+    remedy, outcome = trial.remedy, trial.outcome
     if outcome is None:
         return dataclasses.replace(remedy, note=f"could not be tried: {trial.problem}")
     in_time = base.time_tilt is not None and base.tilt is None
@@ -222,7 +219,6 @@ def _remedy(trial: Trial, base: TrialResult) -> Remedy:
         before=before,
         after=after,
         loss=loss,
-        change=trial.candidate.change,
         profile=outcome.profile,
     )
 

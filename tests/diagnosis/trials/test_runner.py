@@ -206,14 +206,14 @@ def test_what_fits_is_tried(lab):
     model, case, plain, _, _ = examined(lab, Fault.VANISHING)
     subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
     plan = attempt(subject, Change(), layers=(), passes=1).plan
-    names = [c.remedy.name for c in find_candidates(case, plain.causes, model, subject.batch, plan)]
+    names = [r.name for r in find_candidates(case, plain.causes, model, subject.batch, plan)]
     assert {r.name for r in plain.remedies} - {"Xavier initialization"} <= set(names)
     assert {"ReLU", "GELU", "Skip connections", "Fewer layers", "Standardize the inputs"} <= set(names)
     assert "An activation that cannot die" not in names
     assert len(names) == len(set(names))
     worse = dataclasses.replace(case, finding=lab.finding(Fault.EXPLODING))
     exploding = find_candidates(worse, plain.causes, model, subject.batch, plan)
-    assert any(c.change.rate < 1 for c in exploding)
+    assert any(r.change.rate < 1 for r in exploding)
 
 
 def test_health_is_told_by_the_farther_tilt():
