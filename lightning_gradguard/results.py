@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
@@ -11,8 +12,14 @@ if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
 
 
+_CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
 class Fault(str, Enum):
-    """The kinds of sick gradients, in order of precedence: an earlier one explains the later ones away."""
+    """Kinds of gradient fault, in order of precedence: an earlier one explains the later ones away.
+
+    A detector of your own either finds one of these, or has a fault of its own; see `Fault.custom`.
+    """
 
     NONFINITE = "nonfinite"
     UNDERFLOW = "underflow"
@@ -28,10 +35,58 @@ class Fault(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+    @classmethod
+    def custom(cls, name: str) -> Fault:
+        """Return the fault of that name for a detector of your own, the same object at each call.
+
+        It can be used wherever a built-in fault can: in ``Policy(respond={"quantized": "halt"})``, in messages, tags
+        and the report. Iterating over `Fault` gives the built-in faults only. It explains no other fault, and none
+        explains it.
+
+        Example:
+            >>> Fault.custom("quantized")
+            <Fault.QUANTIZED: 'quantized'>
+            >>> Fault("quantized") is Fault.custom("quantized")
+            True
+
+        Args:
+            name: Lower-case letters, digits and underscores, beginning with a letter.
+
+        Raises:
+            ValueError: If the name is of another form, or is that of a built-in fault.
+        """
+        if not isinstance(name, str) or not _CUSTOM_NAME.fullmatch(name):
+            raise ValueError(
+                f"name must be lower-case letters, digits and underscores, such as 'quantized', got {name!r}"
+            )
+        known = cls._value2member_map_.get(name)
+        if isinstance(known, cls):
+            if known.is_custom:
+                return known
+            raise ValueError(f"name must not be that of a built-in fault, got {name!r}; use Fault.{known.name}")
+        fault = str.__new__(cls, name)
+        fault._name_, fault._value_ = name.upper(), name
+        cls._value2member_map_[name] = fault
+        return fault
+
+    @classmethod
+    def known(cls) -> tuple[Fault, ...]:
+        """Return the built-in faults by precedence, then the custom ones in the order they were made."""
+        return tuple(member for member in cls._value2member_map_.values() if isinstance(member, cls))
+
+    @property
+    def is_custom(self) -> bool:
+        """True if the fault was made by `custom`."""
+        return self.name not in type(self).__members__
+
     @property
     def precedence(self) -> int:
-        """Rank among the faults, 0 first."""
-        return list(Fault).index(self)
+        """Rank among the faults, 0 first; custom faults share the last rank."""
+        return len(Fault) if self.is_custom else list(Fault).index(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Another process may not have made the fault yet.
+        return (Fault.custom if self.is_custom else Fault, (self.value,))
 
 
 class Severity(IntEnum):
