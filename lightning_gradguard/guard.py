@@ -28,7 +28,7 @@ from lightning_gradguard.stats.trends import WARM_UP
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
     from lightning_gradguard.diagnosis.nan_origin import Origin
-    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
+    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
 #: Findings that are kept.
 KEPT_FINDINGS = 1000

@@ -14,13 +14,13 @@ from torch import Tensor
 from lightning_gradguard.diagnosis.causes import ranking as causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
-from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_of_batch
+from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.trials import runner as trying
 from lightning_gradguard.engine.arguments import say
 from lightning_gradguard.engine.history import History
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker
 from lightning_gradguard.engine.readback import read
-from lightning_gradguard.introspection.batch import inputs_and_targets, search, tensors_of
+from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
 from lightning_gradguard.results import Fault, Finding, Severity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.norms import weight_means, weight_norms
@@ -55,7 +55,7 @@ def diagnose(guard: Guard, stats: GradStats, finding: Finding, batch: object) ->
             case = replace(case, origin=guard.origin)
         diagnosis = causes.diagnose(case)
         if guard.trials and guard.subject is not None:
-            diagnosis = trying.try_remedies(diagnosis, case, guard.subject)
+            diagnosis = trying.try_fixes(diagnosis, case, guard.subject)
         diagnosis = replace(diagnosis, course=course_of(guard.history, stats.layout, finding))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
@@ -95,9 +95,9 @@ def trace(guard: Guard, batch: object, *, replay: bool = True) -> Origin | None:
     except ValueError:  # the training step does more than compute a loss
         subject = None
     if subject is None:
-        return origin_of_batch(batch)
+        return origin_in_batch(batch)
     scale = math.nan if guard.letter is None else guard.letter.loss_scale
-    return find_origin(subject, number=subject.number, scale=scale, replay=replay)
+    return find_origin(subject, scale=scale, replay=replay)
 
 
 def course_of(history: History, layout: Layout, finding: Finding) -> Timeline:
@@ -187,7 +187,7 @@ def _look_at(batch: object) -> tuple[tuple[float | None, float | None], tuple[in
     tensors = [t for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
     if not any(t.ndim and t.numel() for t in tensors):
         return (None, None), None
-    rows = tuple(sorted({row for entry in search(batch) for row in entry.rows}))
+    rows = tuple(sorted({row for entry in find_nonfinite(batch) for row in entry.rows}))
     inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
     return (inputs, targets), rows
 
