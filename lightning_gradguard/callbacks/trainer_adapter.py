@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gradguard.diagnosis.checkup import Checkup
-    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
+    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
 #: Strategies under which parameters do not bear their own gradients, and why.
 _HIDING = {
@@ -243,7 +243,7 @@ def sandboxed_step_of(
         ValueError: If the training step does more than compute a loss.
     """
     # The doctor's rooms are loaded where they are asked for.
-    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
+    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
     if any(hasattr(p, "placements") for p in module.parameters()):
         raise ValueError("the parameters are sharded over processes, so no process can run a step by itself")

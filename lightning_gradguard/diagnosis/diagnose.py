@@ -14,14 +14,14 @@ from torch import Tensor
 from lightning_gradguard.diagnosis.causes import ranking
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
-from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_of_batch
+from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.trials import runner
 from lightning_gradguard.engine.history import History
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
-from lightning_gradguard.introspection.batch import inputs_and_targets, search, tensors_of
+from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
 from lightning_gradguard.results import Fault, Finding
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.layout import Layout
@@ -82,7 +82,7 @@ def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple
         known = replace(known, origin=origin)
     diagnosis = ranking.diagnose(known)
     if context.run_trials and context.sandboxed_step is not None:
-        diagnosis = runner.try_remedies(diagnosis, known, context.sandboxed_step)
+        diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
     diagnosis = replace(
         diagnosis,
         course=timeline_of(facts.history, facts.stats.layout, finding),
@@ -122,8 +122,8 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     except ValueError:  # the training step does more than compute a loss
         step = None
     if step is None:
-        return origin_of_batch(context.batch)
-    return find_origin(step, number=step.number, scale=loss_scale, replay=replay)
+        return origin_in_batch(context.batch)
+    return find_origin(step, scale=loss_scale, replay=replay)
 
 
 def describe(finding: Finding, origin: Origin | None) -> str:
@@ -218,7 +218,7 @@ def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tu
     tensors = [t for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
     if not any(t.ndim and t.numel() for t in tensors):
         return (None, None), None
-    rows = tuple(sorted({row for entry in search(batch) for row in entry.rows}))
+    rows = tuple(sorted({row for entry in find_nonfinite(batch) for row in entry.rows}))
     inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
     return (inputs, targets), rows
 

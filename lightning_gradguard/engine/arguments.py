@@ -11,32 +11,7 @@ from torch import Tensor
 
 from lightning_gradguard.detectors import default_detectors as default_detectors
 from lightning_gradguard.detectors.base import Detector
-<<<<<<< HEAD
-from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
-from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
-from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
-from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
-=======
-from lightning_gradguard.flight_recorder.recorder import Recorder
->>>>>>> bd744eb
 from lightning_gradguard.policy import Policy
-
-
-<<<<<<< HEAD
-def default_detectors() -> tuple[Detector, ...]:
-    """All detectors, with their default limits."""
-    return (
-        NonFinite(),
-        Underflow(),
-        Disconnected(),
-        DeadUnits(),
-        DepthTilt(),
-        TimeTilt(),
-        Exploding(),
-        Spike(),
-        UpdateRatio(),
-        Stalled(),
-    )
 
 
 def validate_parts(detectors: object, clipper: object, policy: object) -> None:
@@ -45,10 +20,6 @@ def validate_parts(detectors: object, clipper: object, policy: object) -> None:
     Raises:
         TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is not a `Policy`.
     """
-=======
-def validate(detectors: object, clipper: object, policy: object) -> None:
-    """Raises TypeError, with the mend, where one of a guard's parts is of the wrong kind."""
->>>>>>> bd744eb
     if detectors is not None and not isinstance(detectors, Sequence):
         raise TypeError(f"detectors must be a sequence such as (NonFinite(), DepthTilt()), got {detectors!r}")
     parts = [("detectors", d, "NonFinite()") for d in detectors or ()]

@@ -211,7 +211,7 @@ def test_without_a_module_the_command_says_what_there_is(bundle, capsys):
     assert main(["replay", str(bundle)]) == 0
     printed = capsys.readouterr().out
     assert "Flight record of a run that ended at step 7 (halt): nonfinite." in printed
-    assert "Batch 7 itself is not finite: `batch[0]` holds NaN in row 3." in printed
+    assert "Batch 7 contains bad data: `batch[0]` holds NaN in row 3." in printed
     assert "steps 0 to 7, 6 tensors (AdamW)" in printed
     assert f"gradguard replay {bundle} --module replay_models:Model" in " ".join(printed.split())
 
