@@ -63,7 +63,9 @@ class Fault(str, Enum):
         if isinstance(known, cls):
             if known.is_custom:
                 return known
-            raise ValueError(f"name must not be that of a built-in fault, got {name!r}; use Fault.{known.name}")
+            raise ValueError(
+                f"name must not be that of a built-in fault, got {name!r}; use Fault.{known.name}"
+            )
         fault = str.__new__(cls, name)
         fault._name_, fault._value_ = name.upper(), name
         cls._value2member_map_[name] = fault
@@ -95,6 +97,21 @@ class Severity(IntEnum):
     INFO = 0
     WARNING = 1
     CRITICAL = 2
+
+
+class Quantity(str, Enum):
+    """Quantities that a detector judges over many steps and that a single pass can measure again.
+
+    A flight record names the one that a halt rests on, so that a replay knows what to measure.
+    """
+
+    DEPTH_TILT = "depth_tilt"
+    LAYER_GAP = "layer_gap"
+    TIME_TILT = "time_tilt"
+    DEAD_UNITS = "dead_units"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
