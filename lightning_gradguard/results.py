@@ -99,6 +99,21 @@ class Severity(IntEnum):
     CRITICAL = 2
 
 
+class Quantity(str, Enum):
+    """Quantities that a detector judges over many steps and that a single pass can measure again.
+
+    A flight record names the one that a halt rests on, so that a replay knows what to measure.
+    """
+
+    DEPTH_TILT = "depth_tilt"
+    LAYER_GAP = "layer_gap"
+    TIME_TILT = "time_tilt"
+    DEAD_UNITS = "dead_units"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
 class Finding:
     """One fault found.

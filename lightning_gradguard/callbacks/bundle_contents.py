@@ -133,7 +133,7 @@ def compose(
     diagnosis = halt.diagnosis if halt is not None else guard.diagnosis if guard is not None else None
     findings = halt.findings if halt is not None else [f for own in guards.values() for f in own.findings]
     return {
-        "target": None if halt is None or target is None else _target(halt, target),
+        "target": None if halt is None or target is None else _target(halt, guards[target], target),
         "message": f"{type(error).__name__}: {error}",
         "findings": describe(findings),
         "diagnosis": None if diagnosis is None else {"text": str(diagnosis), "data": describe(diagnosis)},
@@ -163,11 +163,16 @@ def _notes(window: Window) -> list[str]:
     return notes
 
 
-def _target(halt: GradientHalt, index: int) -> dict[str, Any]:
+def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
+    """Return the finding that a step was halted on, and which quantity a replay measures again."""
     fault = halt.diagnosis.fault
     finding = next(f for f in reversed(halt.findings) if f.fault == fault and f.severity == Severity.CRITICAL)
     plain: dict[str, Any] = describe(finding)
-    return {**plain, "optimizer": index}
+    # Recorded as an identifier, since the sentence in ``measure`` may be worded otherwise by the version that replays.
+    detector = next((d for d in guard.detectors if type(d).__name__ == finding.detector), None)
+    measures, quantities = getattr(detector, "measures", ()), getattr(detector, "quantities", ())
+    quantity = dict(zip(measures, quantities, strict=False)).get(finding.measure)
+    return {**plain, "optimizer": index, "quantity": describe(quantity)}
 
 
 def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard | None) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Detector(Protocol):
     Attributes:
         fault: What a raised reading means.
         measures: What ``value`` is, in words with a unit.
+        quantities: For each of ``measures`` the `Quantity` that a replay measures again, or None; optional, default
+            ``()``.
         event: True if each raised reading stands for itself and never becomes critical; optional, default False.
         needs_loss: True if the detector is silent unless the loss is given; optional, default False.
         slow: True if what it looks at changes slowly, so that it is asked at closer looks only, ``stats.elapsed`` steps
