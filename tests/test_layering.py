@@ -152,6 +152,7 @@ def private_uses(source: str) -> set[str]:
 #: Private attributes of torch, Lightning and Python that the package reads, for want of a public way.
 FOREIGN = {
     "_asdict", "_fields", "_replace", "_make", "_getframe",
+    "_modules", "_parameters", "_sequence_nr",  # torch: what a module holds, the order of autograd nodes
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
-from lightning_gradguard.diagnosis.diagnose import diagnose
+from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.results import Fault
 
