@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradguard.diagnosis.rendering import HEADLINES
+from lightning_gradguard.diagnosis.wording import headline
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
 from lightning_gradguard.html_report.findings import Group, Line, by_fault, diagnoses_of, findings_of
@@ -171,7 +171,7 @@ def _verdict(track: Track, groups: Sequence[Group], record: Record) -> Verdict:
             f" Step {record.last:,}, the last one, was not taken." if _ended_in_a_skip(track, record) else ""
         )
         detail = f"{level.capitalize()}, since step {worst.first:,}: {line.measure} {line.value}, limit {line.limit}"
-        return Verdict(level, HEADLINES[line.fault], f"{detail}{where}.{ended}")
+        return Verdict(level, headline(line.fault), f"{detail}{where}.{ended}")
     if not track.scalars:
         return Verdict("unjudged", "Not judged", "There are histograms, but no `GradGuard` watched this run.")
     notes = sum(group.count for group in groups)

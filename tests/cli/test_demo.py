@@ -16,7 +16,7 @@ def test_the_three_acts(capsys):
     printed = capsys.readouterr().out
     assert "GradGuard halted before step 79" in printed
     assert "linears.0.weight" in printed
-    assert "Remedies, best first" in printed
+    assert "Fixes, best first" in printed
     act_two = re.search(
         r"([\d.]+) % of the validation images are right.*with (\d+) findings", printed, re.DOTALL
     )
