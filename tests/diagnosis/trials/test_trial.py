@@ -10,7 +10,6 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepare_batch
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
 from lightning_gradguard.diagnosis.trials.trial import run_trial
@@ -157,33 +156,6 @@ def test_a_step_that_is_not_finite_ends_the_attempt():
     model = chain(2, activation=nn.ReLU)
     step = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e20))
     assert run_trial(step, Change(), layers=weights(model), passes=4).loss == math.inf
-
-
-def test_standardised_data_has_no_scale():
-    x, y = 7 + 100 * torch.randn(50, 3), 1e4 * torch.randn(50)
-    batch = {"x": x, "ids": torch.arange(50), "target": y}
-    for change in (Change(input=True), Change(target=True)):
-        out = prepare_batch(batch, change, Scale.of_targets(batch))
-        changed, kept = (out["x"], out["target"])[:: 1 if change.input else -1]
-        assert changed.mean().item() == pytest.approx(0, abs=1e-5)
-        assert changed.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
-        assert any(kept is t for t in (x, y))
-        assert out["ids"] is batch["ids"]
-    assert prepare_batch(batch, Change(), None) is batch
-    assert prepare_batch([torch.zeros(9)], Change(input=True))[0].isfinite().all()
-    # Of a mapping whose names say nothing nobody knows what is what.
-    unnamed = {"price": x, "features": y}
-    assert prepare_batch(unnamed, Change(input=True)) is unnamed
-    # Tokens come first, so that what follows is no input.
-    tokens = torch.arange(50), y
-    assert prepare_batch(tokens, Change(input=True)) is tokens
-
-
-def test_half_a_batch_is_every_other_example():
-    x, y = torch.arange(20).view(10, 2), torch.arange(10)
-    assert [t.tolist() for t in half([x, y])] == [x[::2].tolist(), y[::2].tolist()]
-    for whole in ([x[:4], y[:4]], [x, y[:9]], [torch.tensor(3.0)], "text"):
-        assert half(whole) is whole
 
 
 def test_gradients_of_parameters_that_others_hold_are_put_back():
