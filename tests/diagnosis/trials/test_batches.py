@@ -7,7 +7,7 @@ from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepare_ba
 from lightning_gradguard.diagnosis.trials.change import Change
 
 
-def test_standardised_data_has_no_scale():
+def test_standardized_data_has_zero_mean_and_unit_variance():
     x, y = 7 + 100 * torch.randn(50, 3), 1e4 * torch.randn(50)
     batch = {"x": x, "ids": torch.arange(50), "target": y}
     for change in (Change(input=True), Change(target=True)):
