@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipper, apply_
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.engine import device_skip
 from lightning_gradguard.engine.arguments import (
     as_scalar,
-    default_detectors,
-    describe_arguments,
+    short_repr,
     validate_parts,
     without_loss,
 )
@@ -145,16 +145,15 @@ class Guard:
         self._warned_of_no_loss = False
 
     def __repr__(self) -> str:
-        detectors = self.detectors if self.detectors != default_detectors() else None
-        shown = describe_arguments(
+        return short_repr(
             self,
-            detectors=(detectors, None),
+            optimizer=(self.optimizer and type(self.optimizer).__name__, None),
+            detectors=(self.detectors, default_detectors()),
             clipper=(self.clipper, None),
             policy=(self.policy, Policy.watch()),
             lag=(self.lag, 0),
+            index=(self.fault_tracker.optimizer, 0),
         )
-        layout = self.tracker.layout
-        return f"{shown[:-1]}{', ' if shown[-2] != '(' else ''}tensors={len(layout.names)})"
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
