@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clipper
-from lightning_gradguard.clippers.spike_clip import WINDOW, Bounds
+from lightning_gradguard.clippers.base import WINDOW, Bounds, Clipper
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.engine import evaluate as pipeline
 from lightning_gradguard.engine import readback as mailbox

@@ -104,9 +104,11 @@ class ParameterTracker:
         asked, tilt = self._walk.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
-        found = collect(self.layout, gradients, loss, tilt, asked=asked, fresh=due.fresh, sampled=sampled)
+        found = collect(
+            self.layout, gradients, loss, tilt, tilt_due=asked, refresh_due=due.fresh, sample_due=sampled
+        )
         if due.updated:
-            ratios = update_ratios(self._before, _due(found.sample), self.layout)
+            ratios = update_ratios(self._before, _due(found.sample))
             # No step was taken where there was no gradient: a part that is used now and then does not stand still.
             self.updates = torch.where(self._moved, ratios, self.updates)
             self._ratio = median_update(self.updates, self.layout)

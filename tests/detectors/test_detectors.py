@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
 from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
 from lightning_gradguard.engine import evaluate as pipeline
-from lightning_gradguard.engine.arguments import default_detectors
 from lightning_gradguard.results import Fault
-from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 
 DETECTORS = default_detectors()
 
@@ -267,15 +269,15 @@ def test_a_spike_after_convergence_to_nothing_is_only_noted():
     [
         (Spike, {"z": 0}, "z must be positive and finite, got 0"),
         (Spike, {"ratio": 1.0}, "ratio must be a finite number above 1, got 1.0"),
-        (Exploding, {"tilt": 2.0}, "-tilt must be positive"),
-        (Exploding, {"hot_steps": 0}, "hot_steps must be a finite number above 0"),
+        (Exploding, {"tilt": 2.0}, "tilt must be negative and finite, got 2.0"),
+        (Exploding, {"hot_steps": 0}, "hot_steps must be positive and finite, got 0"),
         (Exploding, {"loss_ratio": math.nan}, "loss_ratio must be"),
         (DepthTilt, {"limit": 2.0}, "limit must be a finite number above 2.5, got 2.0"),
         (DepthTilt, {"clear": -1.0}, "clear must be positive"),
         (DepthTilt, {"moving": math.inf}, "moving must be positive"),
         (TimeTilt, {"limit": 0}, "limit must be positive"),
         (DeadUnits, {"limit": 1.5}, "limit must be above 0 and at most 1, got 1.5"),
-        (DeadUnits, {"steps": 0}, "steps must be a finite number above 0"),
+        (DeadUnits, {"steps": 0}, "steps must be positive and finite, got 0"),
         (Disconnected, {"steps": -1}, "steps must be"),
         (Underflow, {"limit": 0}, "limit must be above 0"),
         (UpdateRatio, {"limit": -0.1}, "limit must be positive"),
