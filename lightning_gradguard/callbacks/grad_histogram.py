@@ -74,7 +74,8 @@ class TrackedTensors:
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
-        unscale(self.optimizer, scaler)
+        if scaler is not None:
+            unscale(self.optimizer, scaler)
 
     def _start(self) -> None:
         self._members = members(self.optimizer)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_gradguard.results import Fault
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.grad_stats import NoState as NoState
 
@@ -70,12 +70,14 @@ class DetectorTraits(NamedTuple):
         fast_path_safe: It never raises at a step whose gradients and loss are finite and whose global norm is between
             half and twice its baseline, so it is not evaluated there. Counts only where the detector's own class
             declares it, since a subclass may override ``update``: a subclass that wants it declares it again.
+        quantities: For each of ``measures`` the `Quantity` that a replay measures again, or None.
     """
 
     event: bool = False
     needs_loss: bool = False
     slow: bool = False
     fast_path_safe: bool = False
+    quantities: tuple[Quantity | None, ...] = ()
 
 
 def traits_of(detector: Detector) -> DetectorTraits:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors.base import NoState, Reading, profile_score, reading
-from lightning_gradguard.results import Fault
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import WARM_UP
 from lightning_gradguard.validation import check_above, check_positive
@@ -54,6 +54,7 @@ class DepthTilt:
         "depth tilt in decades from input to output",
         "decades by which a layer lies below the middle one",
     )
+    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.DEPTH_TILT, Quantity.LAYER_GAP)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
@@ -121,6 +122,7 @@ class TimeTilt:
     limit: float = 6.0
     fault: ClassVar[Fault] = Fault.VANISHING_IN_TIME
     measures: ClassVar[tuple[str, ...]] = ("decades lost from the last to the first steps of the sequence",)
+    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.TIME_TILT,)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors.base import NoState, Reading, is_norm_spike, profile_score, reading
-from lightning_gradguard.results import Fault
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import ALARM_Z
 from lightning_gradguard.validation import check_above, check_number, check_positive
@@ -169,6 +169,7 @@ class Exploding:
         "steps in a row with a norm far above the usual",
         "running mean of the loss over its start, in size",
     )
+    quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, None, None)
     fast_path_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

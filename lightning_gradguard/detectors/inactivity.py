@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors.base import Reading, reading
-from lightning_gradguard.results import Fault
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.validation import check_fraction, check_positive
 
@@ -116,6 +116,7 @@ class DeadUnits:
     steps: int = 20
     fault: ClassVar[Fault] = Fault.DEAD
     measures: ClassVar[tuple[str, ...]] = ("share of a layer's units without any gradient",)
+    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.DEAD_UNITS,)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_gradguard.charts.heatmap import SCALE, binned, paint
-from lightning_gradguard.diagnosis.trials.profile import HEALTHY, MIN_LAYERS, depth_tilt
+from lightning_gradguard.charts.heatmap import SCALE, bin_rows, cells_uri, scale_uri
+from lightning_gradguard.charts.labels import shorten
 from lightning_gradguard.diagnosis.wording import power
-from lightning_gradguard.loggers.tags import shorten
+from lightning_gradguard.introspection.gradient_profile import depth_tilt
+from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT, MIN_LAYERS
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis, Timeline
@@ -110,12 +108,12 @@ def heat_map(course: Timeline | None, step: int, parameters: Sequence[str]) -> H
     """
     if course is None or not course.steps or not course.layers:
         return None
-    names, cells = binned(course.layers, np.array(course.rms_log10, dtype=np.float64), ROWS)
+    names, cells = bin_rows(course.layers, np.array(course.rms_log10, dtype=np.float64), ROWS)
     column = min(_COLUMN, _WIDTH / len(course.steps))
     height = min(_ROW * len(names), _HEIGHT)
     return HeatMap(
-        image=_png(cells),
-        scale=_png(np.linspace(*SCALE, 97).reshape(1, -1)),
+        image=cells_uri(cells),
+        scale=scale_uri(),
         ends=SCALE,
         width=column * len(course.steps),
         height=height,
@@ -205,14 +203,6 @@ def _losses(losses: Sequence[float], column: float) -> Losses | None:
     return Losses(
         tuple(" ".join(p * 2 if len(p) == 1 else p) for p in lines if p), tuple(ticks), _LOSS, logarithmic
     )
-
-
-def _png(cells: NDArray[np.floating[Any]]) -> str:
-    from matplotlib.image import imsave
-
-    file = io.BytesIO()
-    imsave(file, paint(cells), format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 #: Size of a picture without its labels, and how far crosses stand from its edges.
@@ -317,19 +307,19 @@ def panels_of(diagnosis: Diagnosis) -> Panels | None:
 
 
 def healthy_band(profile: Sequence[float]) -> tuple[float, float]:
-    """What a layer may have for the tilt to be `HEALTHY`, decades, at the level of a profile that has a tilt.
+    """What a layer may have for a healthy tilt, decades, at the level of a profile that has a tilt.
 
     Its level is where the line of the median slope ends at the output: the last layer itself may have any.
     """
     live = [x for x in profile if math.isfinite(x)]
     slope = (depth_tilt(live) or 0.0) / (len(live) - 1)
     output = median(x + slope * (len(live) - 1 - i) for i, x in enumerate(live))
-    return output - HEALTHY[1], output - HEALTHY[0]
+    return output - HEALTHY_DEPTH_TILT[1], output - HEALTHY_DEPTH_TILT[0]
 
 
 def _is_level(profile: Sequence[float]) -> bool:
     tilt = _tilt(profile)
-    return tilt is not None and HEALTHY[0] <= round(tilt, 1) <= HEALTHY[1]
+    return tilt is not None and HEALTHY_DEPTH_TILT[0] <= round(tilt, 1) <= HEALTHY_DEPTH_TILT[1]
 
 
 def _is_within(profile: Sequence[float], band: Sequence[float]) -> bool:

@@ -91,7 +91,7 @@ def rank_local(rank):
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     report = guard.step(loss=loss)
-    watch = guard.watch
+    watch = guard.tracker
     layout = Layout.of(dict(net.named_parameters()))
     tilt = collect(
         layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True
@@ -99,8 +99,8 @@ def rank_local(rank):
     silence = collect(layout, gradients_of(layout), loss, None, tilt_due=True).time_tilt
     return {
         "loss": [report.loss, loss.item()],
-        "order": list(watch.ordered_names),
-        "marks": [mark.tolist() for mark in watch._walk.marks],
+        "order": list(watch.layout.ordered_names),
+        "marks": [mark.tolist() for mark in watch._observer.marks],
         "tilt": [tilt.item(), str(silence.item())],
     }
 

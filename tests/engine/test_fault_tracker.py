@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lightning_gradguard.engine.fault_tracker import SILENCE, FaultTracker
-from lightning_gradguard.engine.readback import DetectorResult, StepRecord
+from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Severity
 
@@ -31,14 +31,14 @@ def letter(*sights, finite=True, total=1.0, clipped=1.0, loss=1.0, loss_scale=ma
     return StepRecord(
         total_norm=total, clipped_norm=clipped, threshold=nan, clipped=clipped < total, finite=finite, loss=loss,
         loss_start=1.0, loss_mean=1.0, loss_first=1.0, loss_scale=loss_scale, tilt=nan, update_ratio=nan,
-        usual_norm=1.0, norms={"a": 1.0}, sights=list(sights),
+        baseline_norm=1.0, norms={"a": 1.0}, results=list(sights),
     )  # fmt: skip
 
 
 def run(judge, step, *sights, **kwargs):
     flags = {"has_loss": True, "scaled": False, "clipping": False}
     flags = {k: kwargs.pop(k, v) for k, v in flags.items()}
-    return judge.judge(step, letter(*sights, **kwargs), **flags)
+    return judge.decide(step, letter(*sights, **kwargs), **flags)
 
 
 BAD = sight(Fault.NONFINITE)
