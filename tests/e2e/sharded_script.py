@@ -96,7 +96,7 @@ def rank_local(rank):
     tilt = collect(
         layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True
     ).time_tilt
-    silence = collect(layout, gradients_of(layout), loss, None, asked=True).time_tilt
+    silence = collect(layout, gradients_of(layout), loss, None, tilt_due=True).time_tilt
     return {
         "loss": [report.loss, loss.item()],
         "order": list(watch.layout.ordered_names),

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard import SpikeClip
-from lightning_gradguard.clippers.spike_clip import WINDOW
-from lightning_gradguard.stats.grad_stats import Layout, measure
+from lightning_gradguard.clippers.base import WINDOW
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
 
 
 class Stream:

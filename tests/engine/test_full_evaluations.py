@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, GradientHalt, Guard, Policy, Severity
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import Exploding
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
-from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.engine.sampling_schedule import LATER, REFRESH, SETTLED, SamplingSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")

@@ -11,15 +11,17 @@ from torch import nn
 from lightning_gradguard.introspection.gradient_profile import dead_share, depth_tilt, layer_profile
 from lightning_gradguard.introspection.sandbox import sandbox
 from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe, SequenceGradientProbe
-from lightning_gradguard.stats import trends
-from lightning_gradguard.stats.grad_stats import Layout
+from lightning_gradguard.stats import depth_profile
+from lightning_gradguard.stats.layout import Layout
 
 
 @given(st.lists(st.floats(-30, 5), max_size=20))
 def test_the_tilt_over_depth_is_the_verdicts(profile):
     layout = Layout.of({str(i): torch.zeros(2, 2) for i in range(max(len(profile), 1))})
     live = torch.ones(len(layout.names), dtype=torch.bool)
-    reference = trends.depth_tilt(torch.tensor([*profile, *[0.0] * (not profile)]), live, layout).item()
+    reference = depth_profile.depth_tilt(
+        torch.tensor([*profile, *[0.0] * (not profile)]), live, layout
+    ).item()
     tilt = depth_tilt(profile)
     assert (tilt is None) == math.isnan(reference)
     assert tilt is None or tilt == pytest.approx(reference, abs=1e-3)
