@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_gradguard.charts.heatmap import SCALE, binned, paint
+from lightning_gradguard.charts.heatmap import SCALE, bin_rows, cells_uri, scale_uri
+from lightning_gradguard.charts.labels import shorten
 from lightning_gradguard.diagnosis.wording import power
 from lightning_gradguard.introspection.gradient_profile import depth_tilt
-from lightning_gradguard.loggers.tags import shorten
 from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT, MIN_LAYERS
 
 if TYPE_CHECKING:
@@ -111,12 +108,12 @@ def heat_map(course: Timeline | None, step: int, parameters: Sequence[str]) -> H
     """
     if course is None or not course.steps or not course.layers:
         return None
-    names, cells = binned(course.layers, np.array(course.rms_log10, dtype=np.float64), ROWS)
+    names, cells = bin_rows(course.layers, np.array(course.rms_log10, dtype=np.float64), ROWS)
     column = min(_COLUMN, _WIDTH / len(course.steps))
     height = min(_ROW * len(names), _HEIGHT)
     return HeatMap(
-        image=_png(cells),
-        scale=_png(np.linspace(*SCALE, 97).reshape(1, -1)),
+        image=cells_uri(cells),
+        scale=scale_uri(),
         ends=SCALE,
         width=column * len(course.steps),
         height=height,
@@ -206,14 +203,6 @@ def _losses(losses: Sequence[float], column: float) -> Losses | None:
     return Losses(
         tuple(" ".join(p * 2 if len(p) == 1 else p) for p in lines if p), tuple(ticks), _LOSS, logarithmic
     )
-
-
-def _png(cells: NDArray[np.floating[Any]]) -> str:
-    from matplotlib.image import imsave
-
-    file = io.BytesIO()
-    imsave(file, paint(cells), format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 #: Size of a picture without its labels, and how far crosses stand from its edges.

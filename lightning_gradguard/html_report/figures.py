@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradguard.charts.labels import shorten, without_prefix
 from lightning_gradguard.html_report.event_reader import Curve, Track
 from lightning_gradguard.html_report.findings import Group
 from lightning_gradguard.loggers.heatmap import BLANK, Heatmap
 from lightning_gradguard.loggers.overview import CLIPPED, SKIPPED
-from lightning_gradguard.loggers.tags import shorten, without_prefix
 from lightning_gradguard.stats.histogram import EDGES
 
 #: Cells of a heat map, columns of it, and characters of a row's label.

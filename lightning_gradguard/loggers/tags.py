@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning_gradguard.charts.labels import shorten, without_prefix
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.stats.histogram import SPREAD, edges
 
@@ -65,37 +66,6 @@ def tag_names(names: Sequence[str]) -> list[str]:
     digits = max(3, len(str(len(names) - 1)))
     room = TITLE - len("gradguard_hist_log10/") - digits - 1
     return [f"{i:0{digits}}_{shorten(n, room)}" for i, n in enumerate(without_prefix(names))]
-
-
-def without_prefix(names: Sequence[str]) -> list[str]:
-    """The names without the leading modules that all of them share.
-
-    >>> without_prefix(["net.model.0.weight", "net.model.0.bias"])
-    ['weight', 'bias']
-    """
-    parts = [n.split(".") for n in names]
-    shared = 0
-    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
-
-
-def shorten(name: str, room: int) -> str:
-    """At most ``room`` characters of a dotted name; its end says most, so the beginning gives way.
-
-    Leading modules shrink to their first letter (numbers stay), then they go.
-
-    >>> shorten("encoder.layers.11.self_attn.out_proj.weight", 24)
-    'e.l.11.s.out_proj.weight'
-    """
-    parts = name.split(".")
-    for i in range(len(parts) - 1):
-        if len(".".join(parts)) <= room:
-            break
-        parts[i] = parts[i] if parts[i].isdigit() else parts[i][:1]
-    while len(parts) > 1 and len(".".join(parts)) > room:
-        del parts[0]
-    return ".".join(parts)[-room:]
 
 
 def histogram_panel(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import importlib
-import io
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lightning_gradguard.charts.heatmap import decode_png
 from lightning_gradguard.loggers.base import FailSafe, LoggerSink, LogRecord
 from lightning_gradguard.loggers.pictures import Picture, Pictures
 from lightning_gradguard.stats.histogram import EDGES
@@ -79,7 +78,9 @@ class WandbSink(MediaSink):
 
     def log_picture(self, picture: Picture) -> None:
         """Logs a picture with its note below."""
-        self.logger.log_image(picture.tag, [_pixels(picture)], step=picture.step, caption=[picture.note])
+        self.logger.log_image(
+            picture.tag, [decode_png(picture.png)], step=picture.step, caption=[picture.note]
+        )
 
 
 class MlflowSink(MediaSink):
@@ -103,13 +104,5 @@ class MlflowSink(MediaSink):
 
     def log_picture(self, picture: Picture) -> None:
         """Logs a picture at the step that it shows."""
-        run, pixels = self.logger.run_id, _pixels(picture)
+        run, pixels = self.logger.run_id, decode_png(picture.png)
         self.logger.experiment.log_image(run, pixels, key=picture.tag, step=picture.step)
-
-
-def _pixels(picture: Picture) -> NDArray[np.uint8]:
-    """A picture as uint8 [height, width, 4]."""
-    from matplotlib.image import imread
-
-    pixels: NDArray[np.uint8] = np.round(imread(io.BytesIO(picture.png)) * 255).astype(np.uint8)
-    return pixels
