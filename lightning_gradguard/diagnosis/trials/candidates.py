@@ -31,10 +31,10 @@ def find_candidates(
     structure: LayerStructure,
     profile: Sequence[float] = (),
 ) -> list[Remedy]:
-    """Return the fixes to try, most promising first; those of data and learning rate where a cause asks for them.
+    """Return the fixes to try, most promising first.
 
-    The order matters where more fixes are healthy than there are passes for. It was chosen on the benchmark's cases;
-    see ``benchmarks/diagnosis.md``.
+    Those of data and learning rate are tried where a cause asks for them. The order matters where more fixes are
+    healthy than there are passes for. It was chosen on the benchmark's cases; see ``benchmarks/diagnosis.md``.
 
     Args:
         context: The facts that the diagnosis rests on.
@@ -70,7 +70,7 @@ def find_candidates(
 
 
 def is_bottomless(context: DiagnosticContext, causes: Sequence[Cause]) -> bool:
-    """Return True if the loss has no lower bound, so that a lower one is not a better one."""
+    """Return True if the loss has no lower bound, so that lower is not better."""
     return causes[0] == Cause.LOSS_FUNCTION and context.fault in GROWING and context.loss_now < 0
 
 
@@ -125,7 +125,7 @@ def _recurrent_fixes(module: nn.Module) -> list[Remedy]:
 
 
 def _lower_rate(context: DiagnosticContext, profile: Sequence[float]) -> list[Remedy]:
-    """Return the fix with a lower learning rate; nothing if the rate that fits is not lower.
+    """Return the fix with a lower learning rate, if a lower one fits.
 
     Args:
         context: The facts that the diagnosis rests on.
@@ -142,7 +142,7 @@ def _lower_rate(context: DiagnosticContext, profile: Sequence[float]) -> list[Re
 
 
 def _node(function: str) -> str:
-    """Return the name of the autograd node of an activation function, by which its kind is known."""
+    """Return the name of the autograd node of an activation function."""
     special = {
         "logsigmoid": "LogSigmoid",
         "expit": "Sigmoid",
