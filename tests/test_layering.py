@@ -151,7 +151,7 @@ def private_uses(source: str) -> set[str]:
 
 #: Private attributes of torch, Lightning and Python that the package reads, for want of a public way.
 FOREIGN = {
-    "_asdict", "_fields", "_replace", "_make", "_getframe",
+    "_asdict", "_fields", "_replace", "_make", "_getframe", "_get_file_writer",
 }  # fmt: skip
 
 
