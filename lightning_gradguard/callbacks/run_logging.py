@@ -122,7 +122,9 @@ class RunLogging:
         if not self._sinks or self._trainer is None or guard.report is None or guard.letter is None:
             return
         tilt, ratio = _known(guard.letter.tilt), _known(guard.letter.update_ratio)
-        panel = self._view(guard, index).build_record(guard.report, tilt=tilt, update_ratio=ratio, final=final)
+        panel = self._view(guard, index).build_record(
+            guard.report, tilt=tilt, update_ratio=ratio, final=final
+        )
         for sink in self._sinks:
             sink.write(logging_step(self._trainer), panel)
 
