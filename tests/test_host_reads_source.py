@@ -71,6 +71,7 @@ BEYOND = fields(
         "stats/grad_stats.py",
         "detectors/base.py",
         "clippers/base.py",
+        "engine/step_record.py",
         "results.py",
     ]
 )

@@ -37,12 +37,12 @@ def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counte
 
     Parameters and gradients, and views into them, are the model's and not counted.
     """
-    parameters = guard.watch.layout.parameters
+    parameters = guard.tracker.layout.parameters
     seen = {_memory(t) for p in parameters for t in (p, p.grad) if t is not None}
     # What leads back to the guard tells nothing new.
     met: set[int] = {id(guard), *map(id, parameters)}
     found: Counter[str] = Counter()
-    owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.watch).items()}
+    owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.tracker).items()}
     owners |= {name: value for name, value in vars(guard).items() if name != "watch"}
     for owner, value in owners.items():
         for array in _reached(value, met):

@@ -133,7 +133,7 @@ def compose(
     diagnosis = halt.diagnosis if halt is not None else guard.diagnosis if guard is not None else None
     findings = halt.findings if halt is not None else [f for own in guards.values() for f in own.findings]
     return {
-        "target": None if halt is None or target is None else _target(halt, target),
+        "target": None if halt is None or target is None else _target(halt, guards[target], target),
         "message": f"{type(error).__name__}: {error}",
         "findings": describe(findings),
         "diagnosis": None if diagnosis is None else {"text": str(diagnosis), "data": describe(diagnosis)},
@@ -163,11 +163,16 @@ def _notes(window: Window) -> list[str]:
     return notes
 
 
-def _target(halt: GradientHalt, index: int) -> dict[str, Any]:
+def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
+    """Return the finding that a step was halted on, and which quantity a replay measures again."""
     fault = halt.diagnosis.fault
     finding = next(f for f in reversed(halt.findings) if f.fault == fault and f.severity == Severity.CRITICAL)
     plain: dict[str, Any] = describe(finding)
-    return {**plain, "optimizer": index}
+    # Recorded as an identifier, since the sentence in ``measure`` may be worded otherwise by the version that replays.
+    detector = next((d for d in guard.detectors if type(d).__name__ == finding.detector), None)
+    measures, quantities = getattr(detector, "measures", ()), getattr(detector, "quantities", ())
+    quantity = dict(zip(measures, quantities, strict=False)).get(finding.measure)
+    return {**plain, "optimizer": index, "quantity": describe(quantity)}
 
 
 def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard | None) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard
     }
     if guard is None:
         return plain
-    layout = guard.watch.layout
+    layout = guard.tracker.layout
     table = {name: torch.from_numpy(np.ascontiguousarray(c)) for name, c in guard.history.table().items()}
     return {
         **plain,
@@ -261,7 +266,7 @@ def _trainer(trainer: Trainer) -> dict[str, Any]:
 
 
 def _loss_scale(guard: Guard | None) -> float:
-    scale = math.nan if guard is None or guard.letter is None else guard.letter.loss_scale
+    scale = math.nan if guard is None or guard.record is None else guard.record.loss_scale
     return scale if math.isfinite(scale) and scale > 0 else 1.0
 
 
@@ -272,7 +277,7 @@ def _config(trainer: Trainer, guard: Guard | None) -> dict[str, Any]:
             "detectors": guard.detectors,
             "clipper": guard.clipper,
             "policy": guard.policy,
-            "lag": guard._lag,
+            "lag": guard.lag,
         }
         plain |= {name: repr(part) for name, part in parts.items()}
     return {name: describe(value) for name, value in plain.items()}

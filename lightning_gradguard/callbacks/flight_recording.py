@@ -75,9 +75,8 @@ class FlightRecording:
         """A step is about to be judged."""
         if self._recorder is None or not self._active:
             return
-        self._late = bool(guard._lag)
-        if guard._history.steps != self._recorder.steps:
-            guard.history.resize(self._recorder.steps)
+        self._late = bool(guard.lag)
+        guard.keep_history(self._recorder.steps)
         if self._now is not None:
             self._now.steps.append(step)
 

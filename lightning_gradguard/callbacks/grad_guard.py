@@ -29,7 +29,7 @@ from lightning_gradguard.callbacks.trainer_adapter import (
 )
 from lightning_gradguard.clippers.base import Clipper
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.engine.arguments import validate, validate_options
+from lightning_gradguard.engine.arguments import validate_parts
 from lightning_gradguard.engine.device_skip import validate_lag
 from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.policy import Policy
@@ -85,9 +85,9 @@ class GradGuard(Callback):
         lag: int | None = None,
         progress_bar: bool = False,
     ) -> None:
-        validate(detectors, clipper, policy)
+        validate_parts(detectors, clipper, policy)
         validate_lag(lag)
-        validate_options(monitor, recorder, trials=trials, per_layer=per_layer, progress_bar=progress_bar)
+        _validate_options(monitor, recorder, trials=trials, per_layer=per_layer, progress_bar=progress_bar)
         self.detectors = None if detectors is None else tuple(detectors)
         self.clipper, self.policy, self.recorder = clipper, policy, recorder
         self.monitor, self.lag, self.trials = monitor, lag, trials
@@ -203,10 +203,18 @@ class GradGuard(Callback):
             return
         index = optimizer_index(trainer, optimizer)
         guard = self._guards.of(trainer, pl_module, optimizer, index)
-        guard.notes, guard.trials = self._metric.notes, self.trials
         self._recording.step(guard, trainer.global_step)
         with self._outcome.following(guard, index):
-            judge(guard, trainer, pl_module, optimizer, self._losses, self._newest)
+            judge(
+                guard,
+                trainer,
+                pl_module,
+                optimizer,
+                self._losses,
+                self._newest,
+                run_trials=self.trials,
+                notes=self._metric.notes,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judges what is still under way, and finishes the pictures."""
@@ -248,3 +256,14 @@ class GradGuard(Callback):
         self._recording.close()
         self._guards.look_away()
         self._display.finish(self._guards.items())
+
+
+def _validate_options(monitor: object, recorder: object, **switches: object) -> None:
+    """Raise ValueError for options that `GradGuard` cannot use."""
+    if monitor is not None and (not isinstance(monitor, str) or not monitor):
+        raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+    if recorder is not None and not isinstance(recorder, Recorder):
+        raise ValueError(f"recorder must be a Recorder, such as Recorder(), got {recorder!r}")

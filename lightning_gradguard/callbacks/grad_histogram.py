@@ -30,7 +30,7 @@ from lightning_gradguard.loggers.histograms import WorstTensors, histogram_recor
 from lightning_gradguard.loggers.tags import tag_group, tag_names
 from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
 from lightning_gradguard.stats.parameters import are_same, members, select
-from lightning_gradguard.stats.sharding import Shards, align_gradients, is_spread, local
+from lightning_gradguard.stats.sharding import Shards, align_gradients, is_sharded, local
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -74,7 +74,8 @@ class TrackedTensors:
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
-        unscale(self.optimizer, scaler)
+        if scaler is not None:
+            unscale(self.optimizer, scaler)
 
     def _start(self) -> None:
         self._members = members(self.optimizer)
@@ -181,7 +182,7 @@ class GradHistogram(Callback):
         named = list(pl_module.named_parameters())
         for complaint in self._patterns.complaints(list(select(named, None))) if named else ():
             warn(trainer, f"GradHistogram: {complaint}")
-        if self.axis == "value" and any(is_spread(p) for _, p in named):
+        if self.axis == "value" and any(is_sharded(p) for _, p in named):
             warn(trainer, 'GradHistogram(axis="value") leaves out sharded gradients; axis="log10" shows them')
 
     def on_train_batch_start(
@@ -204,7 +205,7 @@ class GradHistogram(Callback):
         if step % self.every_n_steps or not parameters or takes_no_step(pl_module, scaler_of(trainer), graph):
             return
         # Where gradients are sharded, no rank may stay away, not even rank 0 when its loggers have failed.
-        if self._sinks or (trainer.loggers and any(map(is_spread, parameters))):
+        if self._sinks or (trainer.loggers and any(map(is_sharded, parameters))):
             self._fuse.run(lambda: self._show(trainer, pl_module, optimizer, graph))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,7 +256,7 @@ class GradHistogram(Callback):
         """What was counted of each gradient that there is; every rank reads its part where they are sharded."""
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
         if self.axis == "value":
-            wanted = {name: p for name, p in wanted.items() if not is_spread(p)}
+            wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
         if not wanted:
             return {}
         tensors = list(wanted.values())
@@ -270,7 +271,7 @@ class GradHistogram(Callback):
         )
         table = torch.cat([counts.squares.unsqueeze(1), counts.bins, counts.below], 1)
         if shards is not None:
-            table = shards.add_up([table * shards.shares.unsqueeze(1)])[0].float()
+            table = shards.sum_over_ranks([table * shards.shares.unsqueeze(1)])[0].float()
         numbers = read(torch.cat([counts.limits.unsqueeze(1), table], 1).flatten())
         width = len(numbers) // len(wanted)
         found = {}

@@ -9,9 +9,9 @@ import torch
 
 from lightning_gradguard.callbacks.name_patterns import clipper_of
 from lightning_gradguard.callbacks.trainer_adapter import warn
+from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
-from lightning_gradguard.results import Severity
 from lightning_gradguard.stats.parameters import is_compiled, select
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class GuardRegistry:
         Raises:
             ValueError: If the clipper leaves out what is in no model.
         """
-        if index in self.made and self.made[index].watch.optimizer is optimizer:
+        if index in self.made and self.made[index].optimizer is optimizer:
             return self.made[index]
         named = list(module.named_parameters())
         everything = list(select(named, None)) if named else []
@@ -79,14 +79,13 @@ class GuardRegistry:
     @property
     def are_raised(self) -> bool:
         """Whether a condition is on that was warned of, here or in the run that a checkpoint is of."""
-        saved = [e for s in self.restored.values() for e in s.get("judge", {}).get("episodes", {}).values()]
-        was_on = any(severity >= Severity.WARNING for _, _, severity in saved)
-        return was_on or any(guard.judge.is_raised for guard in self.made.values())
+        was_on = any(has_warned(state.get("judge", {})) for state in self.restored.values())
+        return was_on or any(guard.fault_tracker.has_warned for guard in self.made.values())
 
     def rest(self) -> None:
         """Takes the hooks off the model."""
         for guard in self.made.values():
-            guard.watch.close()
+            guard.tracker.close()
 
     def summary(self) -> dict[str, int]:
         """Steps so far: how many were judged, clipped, skipped, and not finite."""

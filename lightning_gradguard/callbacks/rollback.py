@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_gradguard.callbacks.guard_registry import GuardRegistry
 from lightning_gradguard.callbacks.running_buffers import RunningBuffers
 from lightning_gradguard.callbacks.trainer_adapter import scaler_of, unscale, warn
-from lightning_gradguard.engine.checkpoint import go_back
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import GradientHalt, Report
 
@@ -239,7 +238,7 @@ class Rollback:
         trainer, _, guards = self._run
         self._good.snapshot.restore()
         for index, guard in guards.items():
-            go_back(guard, self._good.guards.get(index))
+            guard.roll_back(self._good.guards.get(index))
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         before, after = lower_rates(trainer.optimizers, schedulers, policy.lr_factor)
         self.count, self._pending = self.count + 1, None
@@ -275,7 +274,9 @@ class Rollback:
         """Whether no step is to be taken any more; takes this one's gradients away then."""
         if self._ended and self._run is not None:
             # A scaler insists on having seen gradients.
-            unscale(optimizer, scaler_of(self._run[0]))
+            scaler = scaler_of(self._run[0])
+            if scaler is not None:
+                unscale(optimizer, scaler)
             optimizer.zero_grad(set_to_none=True)
         return self._ended
 

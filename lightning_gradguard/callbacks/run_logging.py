@@ -119,9 +119,9 @@ class RunLogging:
             index: Its number.
             final: Nothing follows, so that the picture has to be drawn.
         """
-        if not self._sinks or self._trainer is None or guard.report is None or guard.letter is None:
+        if not self._sinks or self._trainer is None or guard.report is None or guard.record is None:
             return
-        tilt, ratio = _known(guard.letter.tilt), _known(guard.letter.update_ratio)
+        tilt, ratio = _known(guard.record.tilt), _known(guard.record.update_ratio)
         panel = self._view(guard, index).build_record(
             guard.report, tilt=tilt, update_ratio=ratio, final=final
         )
@@ -151,7 +151,7 @@ class RunLogging:
 
     def _view(self, guard: Guard, index: int) -> Overview:
         """An optimizer's view; a new one when other tensors are watched."""
-        layout = guard.watch.layout
+        layout = guard.tracker.layout
         names = tuple(layout.names[i] for i in layout.order)
         if index not in self._views or self._views[index][0] != names:
             view = Overview(

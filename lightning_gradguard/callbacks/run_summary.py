@@ -100,7 +100,7 @@ class RunSummary:
         """A row for each optimizer."""
         rows = []
         for index, guard in sorted(guards.items()):
-            kind, counts = type(guard.watch.optimizer).__name__, guard.counts
+            kind, counts = type(guard.optimizer).__name__, guard.counts
             share = f" ({counts['clipped'] / max(counts['judged'], 1):.1%})" if counts["clipped"] else ""
             found = sum(optimizer == index for optimizer, _ in self._groups)
             rows.append(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.callbacks.base import PACKAGES
+from lightning_gradguard.engine.parameter_tracker import unscale as unscale
+from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.results import GradientWarning
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gradguard.diagnosis.checkup import Checkup
-    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
+    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
 #: Strategies under which parameters do not bear their own gradients, and why.
 _HIDING = {
@@ -133,12 +135,6 @@ def takes_no_step(module: LightningModule, scaler: torch.amp.GradScaler | None, 
     return scaler is not None and module.automatic_optimization and graph is None
 
 
-def unscale(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
-    if scaler is not None and scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
-        scaler.unscale_(optimizer)
-
-
 def is_stand_in(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it moves nothing, as Lightning's own where ``configure_optimizers`` returns nothing."""
     return not any(group["params"] for group in optimizer.param_groups)
@@ -247,7 +243,7 @@ def sandboxed_step_of(
         ValueError: If the training step does more than compute a loss.
     """
     # The doctor's rooms are loaded where they are asked for.
-    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
+    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
     if any(hasattr(p, "placements") for p in module.parameters()):
         raise ValueError("the parameters are sharded over processes, so no process can run a step by itself")
@@ -325,6 +321,9 @@ def judge(
     optimizer: torch.optim.Optimizer,
     losses: Losses,
     newest: tuple[Any, int],
+    *,
+    run_trials: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> None:
     """Lets a guard judge the step that an optimizer is about to take.
 
@@ -335,6 +334,8 @@ def judge(
         optimizer: Whose step it is.
         losses: Of the micro-batches since its last step.
         newest: The batch under way, and its number.
+        run_trials: Try fixes when something critical is found.
+        notes: Sentences for a diagnosis.
 
     Raises:
         GradientHalt: If training cannot go on.
@@ -343,17 +344,11 @@ def judge(
     if takes_no_step(module, scaler, graph):
         losses.take()
         return
-    if not guard._lag:
-        # With lag the report is of the step before, whose weights and batch are gone.
-        guard.subject = partial(sandboxed_step_of, trainer, module, optimizer, *newest)
-    try:
-        guard.step(
-            losses.take(),
-            scaler=scaler,
-            graph=graph,
-            step=trainer.global_step,
-            # Of several micro-batches any could be the culprit, and only the last is at hand.
-            batch=newest[0] if trainer.accumulate_grad_batches == 1 else None,
-        )
-    finally:
-        guard.subject = None
+    context = StepContext(
+        # Of several micro-batches any could be the culprit, and only the last is at hand.
+        batch=newest[0] if trainer.accumulate_grad_batches == 1 else None,
+        sandboxed_step=partial(sandboxed_step_of, trainer, module, optimizer, *newest),
+        run_trials=run_trials,
+        notes=notes,
+    )
+    guard.step(losses.take(), scaler=scaler, graph=graph, step=trainer.global_step, context=context)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.sharding import is_spread, local, narrow
+from lightning_gradguard.stats.grad_stats import NoState as NoState
+from lightning_gradguard.stats.sharding import is_sharded, local, local_units
 
 
 class Clip(NamedTuple):
@@ -35,10 +36,6 @@ class Clip(NamedTuple):
     multipliers: Tensor | tuple[Tensor, ...]
     norms: Tensor
     threshold: Tensor
-
-
-class NoState(NamedTuple):
-    """The state of a clipper that remembers nothing."""
 
 
 class Clipper(Protocol):
@@ -190,8 +187,8 @@ def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Seq
 def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     """The dense tensor to write, and the multiplier in the shape that gives the exact product."""
     target = gradient
-    if is_spread(gradient):
-        target, multiplier = local(gradient), narrow(multiplier, gradient)
+    if is_sharded(gradient):
+        target, multiplier = local(gradient), local_units(multiplier, gradient)
     if gradient.layout == torch.sparse_coo:
         target = gradient._values()
         if multiplier.numel() > 1:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clip as Clip
 from lightning_gradguard.clippers.base import Clipper as Clipper
+from lightning_gradguard.clippers.base import apply_ as apply_
 from lightning_gradguard.clippers.base import (
-    NoState,
     check_exclude,
     check_positive,
     finite_or_zero,
@@ -21,8 +21,7 @@ from lightning_gradguard.clippers.base import (
     included_names,
     included_tensors,
 )
-from lightning_gradguard.clippers.base import apply_ as apply_
-from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.stats.grad_stats import GradStats, NoState
 from lightning_gradguard.stats.norms import unit_norms
 from lightning_gradguard.stats.sharding import local
 

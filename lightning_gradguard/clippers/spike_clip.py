@@ -130,7 +130,7 @@ def bounds_of(
     )
 
 
-def learn(
+def fold_in(
     rows: Sequence[GradStats], state: SpikeClipState, included: Tensor, z_threshold: float, decay: float
 ) -> tuple[Tensor, SpikeClipState]:
     """What `SpikeClip.update` makes of steps within bounds, one after the other: no tensor spikes, nothing is new.
@@ -290,7 +290,7 @@ class SpikeClip:
         both = self.z_threshold, self.joint_threshold
         return bounds_of(stats, state, included_tensors(stats, self.exclude), both, self.decay)
 
-    def learn(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
+    def fold_in(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
         """The threshold in each of some steps that lay within `bounds`, float32 [k], and the state after them.
 
         Args:
@@ -298,7 +298,7 @@ class SpikeClip:
             state: The state before them.
         """
         included = included_tensors(rows[0], self.exclude)
-        return learn(rows, state, included, self.z_threshold, self.decay)
+        return fold_in(rows, state, included, self.z_threshold, self.decay)
 
     def _learn(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import trends_of
+from lightning_gradguard.stats.grad_stats import NoState as NoState
 
 
 class Reading(NamedTuple):
@@ -41,13 +41,15 @@ class Detector(Protocol):
     Attributes:
         fault: What a raised reading means.
         measures: What ``value`` is, in words with a unit.
+        quantities: For each of ``measures`` the `Quantity` that a replay measures again, or None; optional, default
+            ``()``.
         event: True if each raised reading stands for itself and never becomes critical; optional, default False.
         needs_loss: True if the detector is silent unless the loss is given; optional, default False.
         slow: True if what it looks at changes slowly, so that it is asked at closer looks only, ``stats.elapsed`` steps
             after the last one, and its reading stands until the next; optional, default False.
-        quiet: True if it has nothing to say of a step whose gradients and loss are finite, and whose global norm is
-            between half and twice the usual, so that it need not be asked then; optional, default False. A subclass
-            that overrides ``update`` has to say so again.
+        fast_path_safe: True if it has nothing to say of a step whose gradients and loss are finite, and whose global
+            norm is between half and twice the usual, so that it need not be asked then; optional, default False. A
+            subclass that overrides ``update`` has to say so again.
     """
 
     fault: ClassVar[Fault]
@@ -58,10 +60,6 @@ class Detector(Protocol):
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-
-
-class Nothing(NamedTuple):
-    """The state of a detector that remembers nothing."""
 
 
 class Held(NamedTuple):
@@ -106,13 +104,13 @@ def reading(
 
 def hot(stats: GradStats, z: float, ratio: float) -> Tensor:
     """Whether the step's norm is far above the usual one, bool []."""
-    trends, number = trends_of(stats), stats.layout.constant
+    trends, number = stats.trends, stats.layout.constant
     return (trends.spike_score > number(z)) & (trends.jump > number(ratio))
 
 
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
     """Distance of each layer's profile from the middle one, float32 [P]; -inf for what is no live layer."""
-    offset = trends_of(stats).offset
+    offset = stats.trends.offset
     return torch.nan_to_num(-offset if worst_low else offset, nan=-torch.inf)
 
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Nothing, Reading, above, positive, profile_score, reading
-from lightning_gradguard.results import Fault
+from lightning_gradguard.detectors.base import NoState, Reading, above, positive, profile_score, reading
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import WARM_UP, trends_of
+from lightning_gradguard.stats.trends import WARM_UP
 
 #: Depth tilt below which gradients grow towards the input.
 _EXPLODING = -1.5
@@ -45,6 +45,7 @@ class DepthTilt:
         "depth tilt in decades from input to output",
         "decades by which a layer lies below the middle one",
     )
+    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.DEPTH_TILT, Quantity.LAYER_GAP)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
@@ -55,13 +56,13 @@ class DepthTilt:
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing; the profile is in the shared trends."""
-        return Nothing()
+        return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends = trends_of(stats)
+        trends = stats.trends
         score = profile_score(stats, worst_low=True)
-        still, warm = trends.stuck | trends.flat, trends.steps >= WARM_UP + 5
+        still, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
         steep = trends.tilt >= 1.5 * self.limit
         tilted = (trends.tilt >= self.limit) & (still | steep) & warm
         # Where gradients grow towards the input, it is the last layers that lie below the middle.
@@ -108,6 +109,7 @@ class TimeTilt:
     limit: float = 6.0
     fault: ClassVar[Fault] = Fault.VANISHING_IN_TIME
     measures: ClassVar[tuple[str, ...]] = ("decades lost from the last to the first steps of the sequence",)
+    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.TIME_TILT,)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
@@ -121,6 +123,6 @@ class TimeTilt:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step by the newest answer."""
         tilt = torch.where(stats.time_tilt.isnan(), state.decades, stats.time_tilt)
-        raised = (tilt >= self.limit) & trends_of(stats).stuck
+        raised = (tilt >= self.limit) & stats.trends.no_progress
         score = torch.where(stats.recurrent, 1.0, -torch.inf)
         return reading(stats, raised, tilt, self.limit, score=score), LastTilt(tilt)

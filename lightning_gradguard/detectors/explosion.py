@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors.base import Detector as Detector
-from lightning_gradguard.detectors.base import Nothing, Reading, above, hot, positive, profile_score, reading
-from lightning_gradguard.results import Fault
+from lightning_gradguard.detectors.base import NoState, Reading, above, hot, positive, profile_score, reading
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import ALARM_Z, trends_of
+from lightning_gradguard.stats.trends import ALARM_Z
 
 #: Applied update ratio above which a step changes a layer by too much.
 _LARGE_UPDATE = 0.1
@@ -44,11 +44,11 @@ class NonFinite:
         "tensors with a non-finite gradient norm",
         "losses that are not finite",
     )
-    quiet: ClassVar[bool] = True
+    fast_path_safe: ClassVar[bool] = True
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing."""
-        return Nothing()
+        return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
@@ -91,17 +91,17 @@ class Spike:
         above("ratio", self.ratio, 1.0)
 
     @property
-    def quiet(self) -> bool:
+    def fast_path_safe(self) -> bool:
         """Whether twice the usual norm is certainly none: what is usual changes a little in a row of quiet steps."""
         return self.ratio >= 3.0
 
     def init(self, stats: GradStats) -> Any:
         """Remembers nothing; the baseline is in the shared trends."""
-        return Nothing()
+        return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends, number = trends_of(stats), stats.layout.constant
+        trends, number = stats.trends, stats.layout.constant
         start, jump = trends.loss_start, trends.jump
         high = stats.loss > torch.sub(start, start.abs(), alpha=0.5)
         leapt = (trends.loss_jump > number(20)) & high & (jump > number(10))
@@ -156,7 +156,8 @@ class Exploding:
         "steps in a row with a norm far above the usual",
         "running mean of the loss over its start, in size",
     )
-    quiet: ClassVar[bool] = True
+    quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, None, None)
+    fast_path_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         positive("-tilt", -self.tilt)
@@ -193,8 +194,8 @@ class Exploding:
 
     def _look(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What tilt and loss say: raised, over, value, limit and measure."""
-        trends = trends_of(stats)
-        still = trends.stuck | trends.flat
+        trends = stats.trends
+        still = trends.no_progress | trends.plateau
         tilted = (trends.tilt <= self.tilt) & still & (trends.steps >= _CHAOS)
         start, far = trends.loss_start, trends.surge > _SURGE
         growth, rising = trends.loss / start, start > 0

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors.base import Held, Reading, above, reading, share
-from lightning_gradguard.results import Fault
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import trends_of
 
 
 def starved(stats: GradStats) -> Tensor:
     """Layers with a gradient of exactly zero before the first one that has any, bool [P]."""
-    layout, live = stats.layout, trends_of(stats).live
+    layout, live = stats.layout, stats.trends.live
     first = torch.where(layout.is_layer & live, layout.depth, torch.inf).amin()
     return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()
 
@@ -65,7 +64,7 @@ class Disconnected:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
         # Steps with a gradient are counted at every step, so that none between two looks is missed.
-        seen = trends_of(stats).state.seen
+        seen = stats.trends.state.seen
         reached = seen > state.seen
         cut = stats.cut | (stats.ran & starved(stats))
         # What has a gradient after it had none has a path, and its turn again: an expert that no token chooses.
@@ -108,6 +107,7 @@ class DeadUnits:
     steps: int = 20
     fault: ClassVar[Fault] = Fault.DEAD
     measures: ClassVar[tuple[str, ...]] = ("share of a layer's units without any gradient",)
+    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.DEAD_UNITS,)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
@@ -128,13 +128,13 @@ class DeadUnits:
         dead = dead & ((depth < depth.max()) | (stats.norms == 0))
         held = torch.where(dead, state.steps + stats.elapsed, 0.0)
         found = held >= self.steps
-        trends = trends_of(stats)
+        trends = stats.trends
         # Of equally dead layers the one nearest to the output: behind it, what is dead follows from it.
         score = torch.where(
             found, stats.dead + 1e-3 * stats.layout.depth / stats.layout.depth.numel(), -torch.inf
         )
         value = torch.where(found, stats.dead, 0.0).max()
-        raised = (found.any() & trends.stuck) | (found & starved(stats)).any()
+        raised = (found.any() & trends.no_progress) | (found & starved(stats)).any()
         return reading(stats, raised, value, self.limit, score=score), Held(held)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradguard.detectors.base import Reading, above, positive, reading
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import WARM_UP, trends_of
+from lightning_gradguard.stats.trends import WARM_UP
 
 #: Steps without progress after which large updates are known to be good for nothing; fewer than it takes to call
 #: units dead.
@@ -76,7 +76,7 @@ class UpdateRatio:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends = trends_of(stats)
+        trends = stats.trends
         grown = state.solid | (trends.steps > 2 * WARM_UP)
         large = (stats.updates > self.limit) & stats.layout.is_layer & grown
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
@@ -86,7 +86,9 @@ class UpdateRatio:
         unknown = trends.loss.isnan()
         # This loss too: the mean may still carry what the first steps did.
         here = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        idle = state.idle + torch.where((trends.stuck & here) | trends.relapsed, 1.0, -1.0) * stats.elapsed
+        idle = (
+            state.idle + torch.where((trends.no_progress & here) | trends.relapsed, 1.0, -1.0) * stats.elapsed
+        )
         remembered = (since <= _MEMORY) | (state.idle > _WAIT)
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)
@@ -138,13 +140,15 @@ class Stalled:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Judges one step."""
-        trends = trends_of(stats)
+        trends = stats.trends
         carries = stats.layout.is_layer & trends.live
         ratios = torch.where(carries, stats.updates, torch.nan)
         median = torch.nanmedian(ratios, 0).values
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
         still = (median < self.limit) & (fastest < 100 * self.limit)
         held = torch.where(still, state.steps + stats.elapsed, 0.0)
-        raised = (held >= self.steps) & trends.stuck & (trends.steps >= WARM_UP + 5) & (not stats.resting)
+        raised = (
+            (held >= self.steps) & trends.no_progress & (trends.steps >= WARM_UP + 5) & (not stats.resting)
+        )
         score = torch.where(carries, -stats.updates, -torch.inf)
         return reading(stats, raised, median, self.limit, score=score), StillSteps(held)

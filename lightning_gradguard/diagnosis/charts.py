@@ -11,8 +11,9 @@ import numpy as np
 
 from lightning_gradguard.charts.heatmap import SCALE, bin_rows, cells_uri, scale_uri
 from lightning_gradguard.charts.labels import shorten
-from lightning_gradguard.diagnosis.trials.profile import HEALTHY, MIN_LAYERS, depth_tilt
 from lightning_gradguard.diagnosis.wording import power
+from lightning_gradguard.introspection.gradient_profile import depth_tilt
+from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT, MIN_LAYERS
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis, Timeline
@@ -306,19 +307,19 @@ def panels_of(diagnosis: Diagnosis) -> Panels | None:
 
 
 def healthy_band(profile: Sequence[float]) -> tuple[float, float]:
-    """What a layer may have for the tilt to be `HEALTHY`, decades, at the level of a profile that has a tilt.
+    """What a layer may have for a healthy tilt, decades, at the level of a profile that has a tilt.
 
     Its level is where the line of the median slope ends at the output: the last layer itself may have any.
     """
     live = [x for x in profile if math.isfinite(x)]
     slope = (depth_tilt(live) or 0.0) / (len(live) - 1)
     output = median(x + slope * (len(live) - 1 - i) for i, x in enumerate(live))
-    return output - HEALTHY[1], output - HEALTHY[0]
+    return output - HEALTHY_DEPTH_TILT[1], output - HEALTHY_DEPTH_TILT[0]
 
 
 def _is_level(profile: Sequence[float]) -> bool:
     tilt = _tilt(profile)
-    return tilt is not None and HEALTHY[0] <= round(tilt, 1) <= HEALTHY[1]
+    return tilt is not None and HEALTHY_DEPTH_TILT[0] <= round(tilt, 1) <= HEALTHY_DEPTH_TILT[1]
 
 
 def _is_within(profile: Sequence[float], band: Sequence[float]) -> bool:

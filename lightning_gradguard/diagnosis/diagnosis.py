@@ -51,9 +51,10 @@ class Remedy:
         after: The same with the remedy.
         loss: Loss on the batch of the trial after a few virtual steps with the remedy; None if they were not taken.
         note: Why it could not be tried; empty otherwise.
-        change: What the trial changed; None if there was none.
+        change: What a trial of it changes; None if it cannot be tried.
         profile: log10(‖g‖/‖w‖) of each of `Diagnosis.layers` with the remedy; -inf where there is no gradient, inf
             where it is not finite, NaN where the layer is no longer there. Empty if it was not tried.
+        key: Identity: the same for the same fix with other numbers in its name. The name if not given.
     """
 
     name: str
@@ -65,6 +66,10 @@ class Remedy:
     note: str = ""
     change: Change | None = None
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    key: str = field(default="", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key or self.name)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.nan_origin import Origin, find_origin
-from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
-from lightning_gradguard.diagnosis.trials.batches import prepared
+from lightning_gradguard.diagnosis.trials.batches import prepare_batch
 from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.profile import TimeProfile, dead_share, depth_tilt, layer_profile
 from lightning_gradguard.flight_recorder import randomness
 from lightning_gradguard.flight_recorder.bundle import ReplayError
 from lightning_gradguard.flight_recorder.randomness import Randomness, from_plain
@@ -23,7 +21,10 @@ from lightning_gradguard.flight_recorder.rebuild_module import load, tensors_by_
 from lightning_gradguard.flight_recorder.serialization import decode
 from lightning_gradguard.flight_recorder.trainer_stub import TrainerStub, precision_context
 from lightning_gradguard.introspection.batch import tensors_of
+from lightning_gradguard.introspection.gradient_profile import dead_share, depth_tilt, layer_profile
 from lightning_gradguard.introspection.sandbox import sandbox
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,11 @@ class ReplaySession:
         """
         result = Pass()
         with sandbox(self.module), torch.enable_grad():
-            times = TimeProfile(self.module) if self._asks_for_time else None
+            times = SandboxedSequenceProbe(self.module) if self._asks_for_time else None
             host: TrainerStub | None = None
             for part in parts:
                 batch = self.batch_of(part, rows) if other is None else other
-                batch = prepared(batch, Change(input=True)) if standardised else batch
+                batch = prepare_batch(batch, Change(input=True)) if standardised else batch
                 bad = None if host is None else host.first_bad
                 host = self._host(part, self._scale / len(parts))
                 host.first_bad = bad
@@ -169,9 +170,7 @@ class ReplaySession:
             randomness.restore(part.random)  # they are put back by the sandbox
             return self._host(part, 1.0).loss_of(batch, part.number, self._context(), backward)
 
-        idle = torch.optim.SGD(list(self.module.parameters()), lr=0.0)
-        subject = SandboxedStep(self.module, loss_of, batch, idle)
-        return find_origin(subject, number=part.number, scale=self._scale)
+        return find_origin(SandboxedStep(self.module, loss_of, batch, number=part.number), scale=self._scale)
 
     def batch_of(self, part: ReplayBatch, rows: Tensor | None = None) -> Any:
         """A part's batch, decoded anew, with rows in the places of others."""
@@ -217,7 +216,7 @@ class ReplaySession:
         before = randomness.capture()
         yield lambda: not randomness.same(before, randomness.capture())
 
-    def _measure(self, host: TrainerStub, times: TimeProfile | None, drew: bool) -> Pass:
+    def _measure(self, host: TrainerStub, times: SandboxedSequenceProbe | None, drew: bool) -> Pass:
         """The gradients that lie on the parameters of the optimizer in question."""
         known = tensors_by_name(self.module)
         own = {id(p) for p in host.parameters}
@@ -240,7 +239,7 @@ class ReplaySession:
         finite = math.isfinite(total) and total <= torch.finfo(torch.float32).max
         finite = finite and (host.loss is None or math.isfinite(loss))
         tilt, gap, dead = _over_depth(known, self._layers) if finite else (None, None, 0.0)
-        time_tilt = times.tilt() if times is not None and finite else None
+        time_tilt = times.take() if times is not None and finite else None
         return Pass(loss, norms, total, finite, tilt, gap, time_tilt, dead, drew, "", host.first_bad)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.flight_recorder.replay_session import Pass
+from lightning_gradguard.results import Quantity
 
 #: Share of its limit from which on a value counts as the fault: verdicts rest on running means, around which single
 #: steps scatter. DepthTilt's own hysteresis, 2.5 of 3 decades.
@@ -15,13 +16,22 @@ HOLDS = 5 / 6
 #: Relative difference of two gradient norms that count as the same.
 SAME_NORM = 0.1
 
-#: What a finding measures, by the beginning of its words, and how one pass shows it.
-_MEASURES: tuple[tuple[str, str, Callable[[Pass], float | None]], ...] = (
-    ("depth tilt in decades", "depth tilt in decades", lambda seen: seen.tilt),
-    ("decades by which a layer", "decades below the middle layer", lambda seen: seen.gap),
-    ("decades lost from the last", "decades lost over the sequence", lambda seen: seen.time_tilt),
-    ("share of a layer's units", "share of units without any gradient", lambda seen: seen.dead),
-)
+#: How one pass shows each quantity that it can measure again.
+_MEASURED: dict[str, tuple[str, Callable[[Pass], float | None]]] = {
+    Quantity.DEPTH_TILT.value: ("depth tilt in decades", lambda seen: seen.tilt),
+    Quantity.LAYER_GAP.value: ("decades below the middle layer", lambda seen: seen.gap),
+    Quantity.TIME_TILT.value: ("decades lost over the sequence", lambda seen: seen.time_tilt),
+    Quantity.DEAD_UNITS.value: ("share of units without any gradient", lambda seen: seen.dead),
+}
+
+#: Only for bundles written before quantities were recorded: the sentences that they hold instead.
+_OLD_SENTENCES = {
+    "depth tilt in decades from input to output": Quantity.DEPTH_TILT,
+    "depth tilt in decades (negative: growing towards the input)": Quantity.DEPTH_TILT,
+    "decades by which a layer lies below the middle one": Quantity.LAYER_GAP,
+    "decades lost from the last to the first steps of the sequence": Quantity.TIME_TILT,
+    "share of a layer's units without any gradient": Quantity.DEAD_UNITS,
+}
 
 
 class Symptom:
@@ -48,8 +58,8 @@ class Symptom:
         self._error: str = bundle["message"].partition(":")[0]
         self._fault: str = self._target.get("fault", "")
         self._recorded: float = (bundle["report"] or {}).get("total_norm", math.nan)
-        words = self._target.get("measure", "")
-        self._measure = next((m for m in _MEASURES if words.startswith(m[0])), None)
+        quantity = self._target.get("quantity") or _OLD_SENTENCES.get(self._target.get("measure", ""))
+        self._measure = _MEASURED.get(str(quantity))
         alone = self._fault in ("", "nonfinite", "disconnected")
         self.splits = alone or self._is_direct or self._measure is not None
 
@@ -88,7 +98,7 @@ class Symptom:
         if self._measure is not None:
             value = self._value(seen)
             shown = "not measurable" if value is None else number(value)
-            return f"{self._measure[1]}: {shown}, and {recorded} when it was halted"
+            return f"{self._measure[0]}: {shown}, and {recorded} when it was halted"
         if self._fault == "disconnected":
             return f"{'no' if self.shows(seen) else 'a'} gradient arrives at what had none"
         return f"gradient norm {number(seen.total)}, and {number(self._recorded)} when it was recorded"
@@ -101,4 +111,4 @@ class Symptom:
         if self._is_direct:
             # The finding's value is the norm over the usual one.
             return seen.total / self._recorded * float(self._target["value"])
-        return None if self._measure is None else self._measure[2](seen)
+        return None if self._measure is None else self._measure[1](seen)

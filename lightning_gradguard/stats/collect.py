@@ -10,13 +10,13 @@ from torch import Tensor
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import local_norms, weight_norms
 from lightning_gradguard.stats.samples import (
-    dead_from,
     dead_shares,
-    live_part,
-    lost_part,
+    dead_shares_from_rows,
+    local_live_rows,
+    local_lost_shares,
+    local_sample,
     lost_shares,
     sample,
-    sample_part,
 )
 from lightning_gradguard.stats.sharding import Shards, mean_over_ranks, world_size
 
@@ -43,7 +43,7 @@ class Collected(NamedTuple):
     lost: Tensor | None
 
 
-def read(
+def collect(
     layout: Layout,
     gradients: tuple[Tensor | None, ...],
     loss: Tensor | None,
@@ -81,11 +81,11 @@ def read(
     )
 
 
-def whole_sample(layout: Layout) -> Tensor:
+def collect_sample(layout: Layout) -> Tensor:
     """`samples.sample` of the whole tensors; where they are spread, every rank has to call it."""
     if layout.shards is None:
         return sample(layout)
-    return layout.shards.add_up([sample_part(layout, layout.shards)])[0].to(torch.float32)
+    return layout.shards.sum_over_ranks([local_sample(layout, layout.shards)])[0].to(torch.float32)
 
 
 class _Said(NamedTuple):
@@ -128,11 +128,11 @@ def _put_together(
     }
     if fresh:
         parts["weights"] = shards.squares(local_norms(layout.parameters, layout))
-        parts["live"] = live_part(gradients, layout, shards)
-        parts["lost"] = lost_part(gradients, layout, shards)
+        parts["live"] = local_live_rows(gradients, layout, shards)
+        parts["lost"] = local_lost_shares(gradients, layout, shards)
     if sampled:
-        parts["sample"] = sample_part(layout, shards)
-    total = dict(zip(parts, shards.add_up(list(parts.values())), strict=True))
+        parts["sample"] = local_sample(layout, shards)
+    total = dict(zip(parts, shards.sum_over_ranks(list(parts.values())), strict=True))
     loss, tilt = said.heard(total["said"].to(torch.float32))
     return Collected(
         norms=total["norms"].sqrt().to(torch.float32),
@@ -140,6 +140,6 @@ def _put_together(
         time_tilt=tilt,
         weights=total["weights"].sqrt().to(torch.float32) if fresh else None,
         sample=total["sample"].to(torch.float32) if sampled else None,
-        dead=dead_from(total["live"], gradients, layout, shards) if fresh else None,
+        dead=dead_shares_from_rows(total["live"], gradients, layout, shards) if fresh else None,
         lost=total["lost"].to(torch.float32) if fresh else None,
     )

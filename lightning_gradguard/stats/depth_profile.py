@@ -9,6 +9,10 @@ from lightning_gradguard.stats.layout import Layout
 
 #: Fewest layers for which a tilt over depth is a statement.
 MIN_LAYERS = 4
+#: Depth tilts that are healthy, in decades from input to output. Below lies the limit of `Exploding`; healthy trainings
+#: reach -1.56 (benchmarks/detection.md). Above, `DepthTilt` counts the condition as over; healthy trainings reach 2.27,
+#: and 2.58 in cases that nothing was chosen on (benchmarks/held_out.md).
+HEALTHY_DEPTH_TILT = (-1.8, 2.5)
 
 
 def shape_of(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

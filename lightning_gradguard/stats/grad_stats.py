@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.stats.trends import Trends
 
 #: Norm from which a step is not finite: its square overflows, and with it a second moment.
-LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class GradStats:
         total: float32 [], global norm.
         loss: float32 [], NaN when none was given.
         has_loss: Whether a loss was given.
-        trends: Running statistics up to this step, which detectors share; set by the guard.
     """
 
     layout: Layout
@@ -81,7 +80,21 @@ class GradStats:
     passed: int = 0
     resting: bool = False
     low_precision: bool = False
-    trends: Trends | None = None
+    _trends: Trends | None = field(default=None, repr=False)
+
+    @property
+    def trends(self) -> Trends:
+        """Running statistics up to this step, which detectors share.
+
+        Raises:
+            ValueError: If they have not been set, which the guard does.
+        """
+        if self._trends is None:
+            raise ValueError(
+                "stats.trends must be set before detectors run: "
+                "trends, state = update(stats, state); stats = stats.with_trends(trends)"
+            )
+        return self._trends
 
     @cached_property
     def finite(self) -> Tensor:
@@ -90,7 +103,7 @@ class GradStats:
         # Zero times what is not finite is NaN.
         both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
         # The square of the norm must be finite too, or an optimizer's second moment is not; false for NaN.
-        return both < number(LARGEST)
+        return both < number(LARGEST_NORM)
 
     @cached_property
     def relative(self) -> Tensor:
@@ -102,11 +115,24 @@ class GradStats:
         """Natural logarithms of the norms, float32 [P]; -inf where one is zero."""
         return self.norms.log()
 
-    def but(self, **changes: Any) -> GradStats:
+    def replace(self, **changes: Any) -> GradStats:
         """A copy with other values for some fields, made at once and not field by field."""
         copy = object.__new__(GradStats)
         vars(copy).update(vars(self), **changes)
         return copy
+
+    def with_trends(self, trends: Trends, passed: int = 0) -> GradStats:
+        """A copy for detectors.
+
+        Args:
+            trends: Running statistics up to this step.
+            passed: Steps since the last one at which detectors were asked.
+        """
+        return self.replace(_trends=trends, passed=passed)
+
+
+class NoState(NamedTuple):
+    """The state of a detector or clipper that remembers nothing."""
 
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:

@@ -37,7 +37,7 @@ def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
     norms = local_norms(tensors, layout)
     if layout.shards is None:
         return norms
-    return layout.shards.add_up([layout.shards.squares(norms)])[0].sqrt().to(torch.float32)
+    return layout.shards.sum_over_ranks([layout.shards.squares(norms)])[0].sqrt().to(torch.float32)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def weight_means(layout: Layout) -> Tensor:
     ]
     sums = torch.stack([part.to(layout.numel.device) for part in parts])
     if layout.shards is not None:
-        sums = layout.shards.add_up([sums * layout.shards.shares])[0].to(torch.float32)
+        sums = layout.shards.sum_over_ranks([sums * layout.shards.shares])[0].to(torch.float32)
     return sums / layout.numel
 
 

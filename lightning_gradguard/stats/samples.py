@@ -151,7 +151,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
 
 
-def sample_part(layout: Layout, shards: Shards) -> Tensor:
+def local_sample(layout: Layout, shards: Shards) -> Tensor:
     """What this rank holds of `samples.sample`, float64 [P, SAMPLES]; summed over ranks it is the sample."""
     rows = []
     for index, parameter in enumerate(layout.parameters):
@@ -161,18 +161,20 @@ def sample_part(layout: Layout, shards: Shards) -> Tensor:
     return torch.stack(rows) * shards.shares[:, None]
 
 
-def live_part(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
+def local_live_rows(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
     """Which sampled rows have an element other than zero in this rank's part, float64 [P, SAMPLES]."""
     rows = [shards.shares.new_zeros(SAMPLES) for _ in gradients]
     for index, part in _layers(gradients, layout):
         count = shards.shapes[index][0]
-        numbers, places = shards.held(index, (count,), row_stride(count), SAMPLES)
+        numbers, places = shards.local_entries(index, (count,), row_stride(count), SAMPLES)
         rows[index] = _at(numbers, (real(part)[places].flatten(1) != 0).any(1), shards)
     return torch.stack(rows)
 
 
-def dead_from(live: Tensor, gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """`samples.dead_shares` from the sum of `live_part` over ranks, float32 [P]."""
+def dead_shares_from_rows(
+    live: Tensor, gradients: Sequence[Tensor | None], layout: Layout, shards: Shards
+) -> Tensor:
+    """`samples.dead_shares` from the sum of `local_live_rows` over ranks, float32 [P]."""
     counts = [0.0] * len(gradients)
     for index, _ in _layers(gradients, layout):
         rows = shards.shapes[index][0]
@@ -181,7 +183,7 @@ def dead_from(live: Tensor, gradients: Sequence[Tensor | None], layout: Layout, 
     return torch.where(read > 0, 1 - (live > 0).sum(1) / read.clamp(min=1), 0.0)
 
 
-def lost_part(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
+def local_lost_shares(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
     """What this rank adds to `samples.lost_shares`, float64 [P]."""
     shares = [shards.shares.new_zeros(())] * len(gradients)
     for index, gradient in enumerate(gradients):
@@ -207,7 +209,7 @@ def _elements(shards: Shards, index: int, part: Tensor) -> tuple[Tensor, Tensor]
     """Numbers and places of the sampled elements that this rank holds; ``part`` is what it holds, as real numbers."""
     shape = tuple(shards.shapes[index])
     shape += (2,) * (part.ndim - len(shape))
-    return shards.held(index, shape, stride_of(shape), SAMPLES)
+    return shards.local_entries(index, shape, stride_of(shape), SAMPLES)
 
 
 def _at(numbers: Tensor, values: Tensor, shards: Shards) -> Tensor:

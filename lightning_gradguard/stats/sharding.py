@@ -35,7 +35,7 @@ class Shards:
     spans: tuple[Spans, ...]
     shares: Tensor
     device: torch.device
-    _held: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = field(
+    _local_entries: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -48,7 +48,7 @@ class Shards:
         """
         for tensor in tensors:
             _refuse_hidden(tensor)
-        spread = next((t for t in tensors if is_spread(t)), None)
+        spread = next((t for t in tensors if is_sharded(t)), None)
         if spread is None:
             return None
         here, kind = tensors[0].device, spread.device_mesh.device_type  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ class Shards:
             device=here if here.type == kind else torch.device(kind),
         )
 
-    def add_up(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Sums each part over all ranks, as float64; one all-reduce, which every rank has to call."""
         joined = torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts])
         total = joined.to(self.device)
@@ -88,10 +88,12 @@ class Shards:
                 whole[begin:end] = part
                 part = whole
             parts.append(part)
-        totals = self.add_up(parts)
+        totals = self.sum_over_ranks(parts)
         return [total.sqrt().to(norm.dtype) for total, norm in zip(totals, norms, strict=True)]
 
-    def held(self, index: int, shape: tuple[int, ...], stride: int, most: int) -> tuple[Tensor, Tensor]:
+    def local_entries(
+        self, index: int, shape: tuple[int, ...], stride: int, most: int
+    ) -> tuple[Tensor, Tensor]:
         """Of evenly strided entries of a tensor those that this rank holds; made once.
 
         Args:
@@ -104,7 +106,7 @@ class Shards:
             int64 [K] each: the numbers of those K among the entries, and their places in this rank's part.
         """
         key = index, shape
-        if key not in self._held:
+        if key not in self._local_entries:
             spans = (*self.spans[index], (0, 2))[: len(shape)]
             entries = torch.arange(0, math.prod(shape), stride)[:most]
             inside, places = torch.ones_like(entries, dtype=torch.bool), torch.zeros_like(entries)
@@ -115,8 +117,8 @@ class Shards:
                 places += (where - begin) * inner
                 width, inner = width * size, inner * (end - begin)
             numbers, device = inside.nonzero().reshape(-1), self.shares.device
-            self._held[key] = numbers.to(device), places[numbers].to(device)
-        return self._held[key]
+            self._local_entries[key] = numbers.to(device), places[numbers].to(device)
+        return self._local_entries[key]
 
     def check_agreement(self, names: Sequence[str]) -> None:
         """Makes sure that all ranks have tensors of these names; one all-reduce.
@@ -135,14 +137,14 @@ class Shards:
             )
 
 
-def is_spread(tensor: object) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether a tensor is distributed over ranks."""
     return hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, in the same memory; one that is not spread as it is."""
-    if not is_spread(tensor):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -156,13 +158,13 @@ def align_gradients(parameters: Sequence[Tensor]) -> None:
     """
     for parameter in parameters:
         gradient: Any = parameter.grad
-        if is_spread(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        if is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
             parameter.grad = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
 
 
-def narrow(units: Tensor, tensor: Tensor) -> Tensor:
+def local_units(units: Tensor, tensor: Tensor) -> Tensor:
     """Of numbers for each unit of a tensor, [] or [rows, 1, ...], those of the rows that this rank holds."""
-    if not is_spread(tensor) or units.numel() <= 1:
+    if not is_sharded(tensor) or units.numel() <= 1:
         return units
     begin, end = spans_of(tensor)[0]
     return units[begin:end]
@@ -175,7 +177,7 @@ def spans_of(tensor: Tensor) -> Spans:
         ValueError: If it is spread in a way that is not known.
     """
     spans = [(0, size) for size in tensor.shape]
-    if not is_spread(tensor):
+    if not is_sharded(tensor):
         return tuple(spans)
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     for axis, dim in _splits(tensor):
@@ -241,7 +243,7 @@ def _splits(tensor: Any) -> list[tuple[int, int]]:
 def _share(tensor: Any) -> float:
     """One over the number of ranks that hold the same elements."""
     parts = (
-        math.prod(tensor.device_mesh.size(axis) for axis, _ in _splits(tensor)) if is_spread(tensor) else 1
+        math.prod(tensor.device_mesh.size(axis) for axis, _ in _splits(tensor)) if is_sharded(tensor) else 1
     )
     return float(parts / torch.distributed.get_world_size())
 

@@ -51,7 +51,7 @@ class Trends:
         stats: The step.
         before: The state before it.
         state: The state after it.
-        usual: float32 [], log of the usual global norm (geometric mean).
+        baseline: float32 [], log of the usual global norm (geometric mean).
         deviation: float32 [], log of this step's norm over that.
         sigma: float32 [], usual size of the deviation.
         live: Bool [P], tensors with a gradient that is not all zero.
@@ -60,7 +60,7 @@ class Trends:
     stats: GradStats
     before: TrendState
     state: TrendState
-    usual: Tensor
+    baseline: Tensor
     deviation: Tensor
     sigma: Tensor
     live: Tensor
@@ -114,7 +114,7 @@ class Trends:
     @cached_property
     def surge(self) -> Tensor:
         """Decades by which the usual norm has grown since the tenth step, float32 []."""
-        return (self.usual - self.before.early) * self.stats.layout.constant(DECADES)
+        return (self.baseline - self.before.early) * self.stats.layout.constant(DECADES)
 
     @cached_property
     def loss(self) -> Tensor:
@@ -129,7 +129,7 @@ class Trends:
         return (self.stats.loss - self.before.loss) / spread
 
     @cached_property
-    def stuck(self) -> Tensor:
+    def no_progress(self) -> Tensor:
         """Whether the mean loss is still above 90 % of its start, or of the first loss if that was lower, bool [].
 
         False when no loss is given.
@@ -139,7 +139,7 @@ class Trends:
         return self.state.loss > start - 0.1 * start.abs()
 
     @cached_property
-    def flat(self) -> Tensor:
+    def plateau(self) -> Tensor:
         """Whether the loss falls no more, and has not fallen to half, bool [].
 
         Its mean over 20 steps is within 3 % of that over 100 then. Further down it is as likely that there is nothing
@@ -281,19 +281,6 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         **_follow_losses(stats, state),
     )
     return Trends(stats, state, new, usual, deviation, sigma, live), new
-
-
-def trends_of(stats: GradStats) -> Trends:
-    """The shared running statistics of this step.
-
-    Raises:
-        ValueError: If they have not been set, which the guard does.
-    """
-    if stats.trends is None:
-        raise ValueError(
-            "stats.trends must be set before detectors run: trends, state = trends.update(stats, state)"
-        )
-    return stats.trends
 
 
 def _mean(before: Tensor, value: Tensor, counts: Tensor, gain: Tensor) -> Tensor:

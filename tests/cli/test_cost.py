@@ -91,7 +91,7 @@ def test_guards_have_settled_before_the_clock_counts(monkeypatch):
 
     class Watched(Guard):
         def step(self, **kwargs):
-            seen.append((self.watch.schedule.good, self.watch.schedule.sampled_last))
+            seen.append((self.tracker.schedule.good, self.tracker.schedule.sampled_last))
             return super().step(**kwargs)
 
     monkeypatch.setattr(cost, "Guard", Watched)

@@ -50,9 +50,9 @@ def test_a_good_set_up_has_nothing_to_say(good):
     result = found(good)
     assert result.ok
     assert result.causes == ()
-    assert "nothing to say" in str(result)
+    assert "no problems found" in str(result)
     assert {check.name for check in result.checks} >= {
-        "paths",
+        "gradient paths",
         "dead units",
         "loss at the start",
         "initialization",
@@ -132,7 +132,7 @@ def test_a_path_that_is_cut():
             return self.decoder(torch.relu(self.encoder(x)).detach())
 
     result = found(Cut())
-    assert names(result) == ["paths"]
+    assert names(result) == ["gradient paths"]
     (cut,) = result.findings
     assert "encoder.weight" in cut.value
     assert "unused" not in cut.value
@@ -247,8 +247,8 @@ def test_everything_is_as_it_was():
 def test_it_is_printed_as_text_and_as_a_table(lab):
     result = found(he(lab.mlp(12), 3.0))
     first, *lines = str(result).splitlines()
-    assert first == "Check-up before training: 2 things to look at"
-    assert lines[0].startswith("  LOOK  initialization")
+    assert first == "Check-up before training: 2 problems found"
+    assert lines[0].startswith("  WARN  initialization")
     assert all(len(line) <= 100 for line in lines)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(result)

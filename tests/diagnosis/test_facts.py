@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, Finding, Guard, NormClip, Severity
-from lightning_gradguard.diagnosis.facts import PICTURED, course_of
+from lightning_gradguard.diagnosis.diagnose import PICTURED, timeline_of
 from lightning_gradguard.engine.history import history_of
 
 
@@ -49,7 +49,7 @@ def test_layers_stand_from_input_to_output_in_root_mean_squares():
             }
         )
         guard.step(loss=loss)
-    course = course_of(guard.history, guard.watch.layout, finding_of("norm.bias", "first.bias"))
+    course = timeline_of(guard.history, guard.tracker.layout, finding_of("norm.bias", "first.bias"))
     assert course.steps == (0, 1, 2)
     assert (course.skipped, course.clipped) == ((False, True, False), (True, False, True))
     used = [name for name in course.layers if name != "unused.weight"]
@@ -68,7 +68,7 @@ def test_a_zero_gradient_is_none():
     guard = guarded(model)
     (model(torch.zeros(1, 2)).sum()).backward()
     guard.step(loss=1.0)
-    course = course_of(guard.history, guard.watch.layout, finding_of())
+    course = timeline_of(guard.history, guard.tracker.layout, finding_of())
     assert (course.layers, course.rms_log10) == (("weight",), ((-math.inf,),))
 
 
@@ -77,7 +77,7 @@ def test_without_layers_all_tensors_are_shown():
     guard = guarded(model)
     model(torch.randn(8, 4)).square().sum().backward()
     guard.step(loss=1.0)
-    assert set(course_of(guard.history, guard.watch.layout, finding_of()).layers) == {"weight", "bias"}
+    assert set(timeline_of(guard.history, guard.tracker.layout, finding_of()).layers) == {"weight", "bias"}
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
@@ -89,12 +89,12 @@ def test_a_longer_history_is_cut():
         model.zero_grad()
         model(torch.ones(1, 2)).sum().backward()
         guard.step(loss=1.0)
-    course = course_of(guard.history, guard.watch.layout, finding_of())
+    course = timeline_of(guard.history, guard.tracker.layout, finding_of())
     assert course.steps == tuple(range(5, PICTURED + 5))
     assert all(len(row) == PICTURED for row in course.rms_log10)
 
 
 def test_a_history_begins_empty():
-    layout = guarded(nn.Linear(2, 1)).watch.layout
+    layout = guarded(nn.Linear(2, 1)).tracker.layout
     history = history_of(layout, 7)
     assert (history.names, history.numel, history.steps, len(history)) == (("weight", "bias"), (2, 1), 7, 0)

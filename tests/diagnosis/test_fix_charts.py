@@ -12,9 +12,12 @@ from torch import nn
 
 from lightning_gradguard.diagnosis.charts import DOTS, HEIGHT, WIDTH, healthy_band, panels_of
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
-from lightning_gradguard.diagnosis.trials import runner as trying
-from lightning_gradguard.diagnosis.trials.profile import HEALTHY, whole_profile
+from lightning_gradguard.diagnosis.trials.runner import unhealthy_decades
+from lightning_gradguard.diagnosis.trials.trial import TrialResult
+from lightning_gradguard.introspection.gradient_profile import whole_profile
+from lightning_gradguard.introspection.layer_calls import LayerStructure
 from lightning_gradguard.results import Fault
+from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT
 
 VANISHING, FLAT = (-9.0, -7.0, -5.0, -3.0, -1.0), (-1.0, -1.1, -0.9, -1.0, -0.5)
 NONE, BAD = -math.inf, math.inf
@@ -104,11 +107,11 @@ def test_layers_without_a_finite_gradient_are_crosses():
 @given(st.lists(st.floats(-30, 10), min_size=4, max_size=30), st.floats(-20, 20))
 def test_the_band_has_its_width_and_moves_with_the_profile(profile, up):
     low, high = healthy_band(profile)
-    assert high - low == pytest.approx(HEALTHY[1] - HEALTHY[0])
+    assert high - low == pytest.approx(HEALTHY_DEPTH_TILT[1] - HEALTHY_DEPTH_TILT[0])
     assert healthy_band([x + up for x in profile]) == pytest.approx((low + up, high + up))
 
 
-@given(st.floats(*HEALTHY), st.integers(4, 30), st.floats(-10, 10))
+@given(st.floats(*HEALTHY_DEPTH_TILT), st.integers(4, 30), st.floats(-10, 10))
 def test_a_straight_line_of_a_healthy_tilt_is_within_its_band(tilt, layers, output):
     line = [output - tilt * (1 - i / (layers - 1)) for i in range(layers)]
     low, high = healthy_band(line)
@@ -133,5 +136,11 @@ def test_a_profile_keeps_the_places_of_its_layers():
     assert math.isnan(profile[0])
 
 
-def test_healthy_means_here_what_it_means_to_the_trials():
-    assert trying._DEPTH == HEALTHY
+@pytest.mark.parametrize(
+    "tilt", [HEALTHY_DEPTH_TILT[0] - 0.2, *HEALTHY_DEPTH_TILT, HEALTHY_DEPTH_TILT[1] + 0.2]
+)
+def test_healthy_means_here_what_it_means_to_the_trials(tilt):
+    line = tuple(VANISHING[-1] - tilt * (1 - i / 4) for i in range(5))
+    is_healthy = unhealthy_decades(TrialResult(0.0, tilt, None, 5, LayerStructure(), 1)) == 0
+    assert is_healthy == (tilt in HEALTHY_DEPTH_TILT)
+    assert [panel.good for panel in panels_of(tried(FLAT, line)).panels] == [True, is_healthy]

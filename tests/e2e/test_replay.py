@@ -100,8 +100,10 @@ def test_what_a_cosmic_ray_did_does_not_come_again(end, models):
 
 
 @pytest.mark.parametrize(("grows", "fault"), [(False, "vanishing"), (True, "exploding")])
-def test_the_tilt_comes_again(end, models, grows, fault):
-    found = end(lambda: models.Deep(grows=grows), models.batches(count=120))
+def test_the_tilt_comes_again(models, grows, fault):
+    guard, _ = models.fit(models.Deep(grows=grows), models.batches(count=120))
+    assert read(guard.bundle)["target"]["quantity"] == "depth_tilt"
+    found = replay(guard.bundle, models.Deep(grows=grows))
     assert (found.verdict, found.fault, found.every) == (REPRODUCIBLE, fault, True)
     assert found.loss == pytest.approx(found.recorded_loss, rel=1e-5)
     assert found.shown.startswith("depth tilt in decades: ")
@@ -211,7 +213,7 @@ def test_without_a_module_the_command_says_what_there_is(bundle, capsys):
     assert main(["replay", str(bundle)]) == 0
     printed = capsys.readouterr().out
     assert "Flight record of a run that ended at step 7 (halt): nonfinite." in printed
-    assert "Batch 7 itself is not finite: `batch[0]` holds NaN in row 3." in printed
+    assert "Batch 7 contains bad data: `batch[0]` holds NaN in row 3." in printed
     assert "steps 0 to 7, 6 tensors (AdamW)" in printed
     assert f"gradguard replay {bundle} --module replay_models:Model" in " ".join(printed.split())
 

@@ -143,7 +143,7 @@ def test_a_window_is_learnt_from_at_once_to_the_last_bit(tensors, options):
         if not rows:
             stream.feed(stats)
             continue
-        at_once, after = stream.clipper.learn(rows, before)
+        at_once, after = stream.clipper.fold_in(rows, before)
         assert at_once.tolist() == [threshold.item() for threshold in thresholds]
         for name in after._fields:
             assert torch.equal(getattr(after, name), getattr(stream.state, name)), name

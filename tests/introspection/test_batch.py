@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_gradguard.introspection.batch import is_finite, search, tensors_of
+from lightning_gradguard.introspection.batch import find_nonfinite, is_finite, tensors_of
 
 
 @dataclass
@@ -37,23 +37,23 @@ def spoiled(*rows, length=10, value=math.nan):
     ],
 )
 def test_every_nesting_is_searched(batch, path):
-    assert [(e.path, e.rows, e.values) for e in search(batch)] == [(path, (2,), "NaN")]
+    assert [(e.path, e.rows, e.values) for e in find_nonfinite(batch)] == [(path, (2,), "NaN")]
 
 
 def test_what_is_finite_or_no_tensor_is_no_entry():
-    assert search((torch.ones(3), torch.arange(3), torch.zeros(0), "text", None, {"n": 1.0})) == ()
+    assert find_nonfinite((torch.ones(3), torch.arange(3), torch.zeros(0), "text", None, {"n": 1.0})) == ()
 
 
 def test_at_most_eight_rows_are_named():
-    (entry,) = search(spoiled(*range(10), value=-math.inf))
+    (entry,) = find_nonfinite(spoiled(*range(10), value=-math.inf))
     assert entry.rows == tuple(range(10))
     assert str(entry) == "`batch` holds Inf in rows 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
-    (scalar,) = search({"y": torch.tensor(math.nan)})
+    (scalar,) = find_nonfinite({"y": torch.tensor(math.nan)})
     assert str(scalar) == "`batch['y']` holds NaN"
 
 
 def test_both_values_are_named():
-    (entry,) = search(torch.tensor([math.nan, 1.0, math.inf]))
+    (entry,) = find_nonfinite(torch.tensor([math.nan, 1.0, math.inf]))
     assert (entry.values, entry.rows) == ("NaN and Inf", (0, 2))
 
 

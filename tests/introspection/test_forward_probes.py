@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from lightning_gradguard import Guard
-from lightning_gradguard.introspection.forward_probes import ForwardUsage, SequenceGradientProbe
+from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.sequence_probe import SequenceGradientProbe
 
 
 def test_usage_knows_what_was_called_and_stops():

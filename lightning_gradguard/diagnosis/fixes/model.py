@@ -7,6 +7,7 @@ from lightning_gradguard.diagnosis.causes.training import LARGEST_UPDATE
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Remedy
 from lightning_gradguard.diagnosis.fixes.training import CLIP, lower_learning_rate
+from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.results import Fault
 
 
@@ -89,68 +90,103 @@ def residual_blocks(case: DiagnosticContext) -> list[Remedy]:
     # Not without the normalisation: residual blocks of He-initialised layers reach 8 to 94 % there.
     layer, norm = ("conv", _batch_norm(case)) if _rank(case) > 2 else ("linear", "nn.LayerNorm(width)")
     how = f"h = h + torch.relu({layer}(norm(h)))  # norm = {norm}"
-    return [Remedy("ReLU in residual blocks with normalization", how)]
+    change = Change(activation="relu", normalise=True, skip=True)
+    return [Remedy("ReLU in residual blocks with normalization", how, change=change)]
 
 
 def relu_and_norm(case: DiagnosticContext) -> Remedy:
     """Of the remedies that leave the layers in a row the best."""
-    return Remedy("ReLU and normalization", f"block = nn.Sequential(layer, {_norm(case)}, nn.ReLU())")
+    how = f"block = nn.Sequential(layer, {_norm(case)}, nn.ReLU())"
+    return Remedy("ReLU and normalization", how, change=Change(activation="relu", normalise=True))
 
 
 def normalisation(case: DiagnosticContext) -> list[Remedy]:
     """Unless there is one for each layer."""
     how = f"block = nn.Sequential(layer, {_norm(case)}, activation)"
-    return [Remedy("Normalization after each layer", how)] if case.bare_layers else []
+    norm = Remedy("Normalization after each layer", how, change=Change(normalise=True))
+    return [norm] if case.bare_layers else []
 
 
 def relu_and_he() -> Remedy:
     """One change that alone is not enough, with another."""
     how = 'activation = nn.ReLU(); nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")'
-    return Remedy("ReLU with He initialization", how)
+    return Remedy("ReLU with He initialization", how, change=Change(activation="relu", initialise="he"))
+
+
+def relu() -> Remedy:
+    """Has no flat side above zero."""
+    return Remedy("ReLU", "activation = nn.ReLU()", change=Change(activation="relu"))
+
+
+def gelu() -> Remedy:
+    """A ReLU without a corner."""
+    return Remedy("GELU", "activation = nn.GELU()", change=Change(activation="gelu"))
+
+
+def skip_connections() -> Remedy:
+    """A way around each layer."""
+    return Remedy("Skip connections", "h = h + activation(layer(h))", change=Change(skip=True))
 
 
 def leaky_relu() -> Remedy:
     """Passes a tenth where a ReLU passes nothing."""
-    return Remedy("An activation that cannot die", "activation = nn.LeakyReLU(0.1)  # in place of nn.ReLU()")
+    how = "activation = nn.LeakyReLU(0.1)  # in place of nn.ReLU()"
+    return Remedy("An activation that cannot die", how, change=Change(activation="leaky_relu"))
 
 
 def fewer_layers() -> Remedy:
     """Half of them."""
-    return Remedy("Fewer layers", "layers = layers[: len(layers) // 2]")
+    return Remedy("Fewer layers", "layers = layers[: len(layers) // 2]", change=Change(shorten=True))
 
 
 def gates() -> Remedy:
     """Carry a gradient through time."""
+    how = "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN"
+    return Remedy("LSTM, or GRU", how, change=Change(gates="LSTM"))
+
+
+def gru() -> Remedy:
+    """Carries a gradient through time with fewer weights than an LSTM."""
+    how = "rnn = nn.GRU(inputs, width)  # in place of nn.RNN"
+    return Remedy("GRU", how, change=Change(gates="GRU"))
+
+
+def remembering_lstm() -> Remedy:
+    """Carries a gradient through time from the first step on."""
+    how = "rnn = nn.LSTM(inputs, width); rnn.bias_ih_l0.data[width : 2 * width] = 3.0  # in place of nn.RNN"
     return Remedy(
-        "LSTM, or GRU", "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN"
+        "LSTM that begins by remembering", how, change=Change(gates="LSTM", initialise="orthogonal")
     )
 
 
 def orthogonal() -> Remedy:
     """Keep the norm of a state from step to step."""
-    return Remedy("Orthogonal recurrent weights", "nn.init.orthogonal_(rnn.weight_hh_l0)")
+    how = "nn.init.orthogonal_(rnn.weight_hh_l0)"
+    return Remedy("Orthogonal recurrent weights", how, change=Change(initialise="orthogonal"))
 
 
 def remembering() -> Remedy:
     """Keep the state itself: the forget gate of an LSTM, the update gate of a GRU."""
     how = "nn.init.orthogonal_(rnn.weight_hh_l0); rnn.bias_ih_l0.data[width : 2 * width] = 3.0"
-    return Remedy("Gates that begin by remembering", how)
+    return Remedy("Gates that begin by remembering", how, change=Change(initialise="orthogonal"))
 
 
 def standard_input() -> Remedy:
     """What layers are made for."""
-    return Remedy("Standardize the inputs", "x = (x - mean) / std  # mean and std of the training set")
+    how = "x = (x - mean) / std  # mean and std of the training set"
+    return Remedy("Standardize the inputs", how, change=Change(input=True))
 
 
 def xavier() -> Remedy:
     """For activations that pass about what they get."""
-    return Remedy("Xavier initialization", "nn.init.xavier_normal_(layer.weight); nn.init.zeros_(layer.bias)")
+    how = "nn.init.xavier_normal_(layer.weight); nn.init.zeros_(layer.bias)"
+    return Remedy("Xavier initialization", how, change=Change(initialise="xavier"))
 
 
 def he() -> Remedy:
     """For ReLUs, which pass half of what they get."""
     how = 'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"); nn.init.zeros_(layer.bias)'
-    return Remedy("He initialization", how)
+    return Remedy("He initialization", how, change=Change(initialise="he"))
 
 
 def _norm(case: DiagnosticContext) -> str:

@@ -27,7 +27,7 @@ def find_remedies(case: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
     for rank, cause in enumerate(causes):
         offered = [r for r in _BY_CAUSE[cause](case) if r != training.CLIP or not case.clipper]
         for remedy in offered[: _OTHERS if rank else _FIRST]:
-            chosen.setdefault(remedy.name, remedy)
+            chosen.setdefault(remedy.key, remedy)
     return tuple(chosen.values())[:_ALL]
 
 

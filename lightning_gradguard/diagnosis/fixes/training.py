@@ -13,6 +13,7 @@ from lightning_gradguard.diagnosis.causes.training import (
 )
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Remedy
+from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.operations import RISKY
 from lightning_gradguard.results import Fault
@@ -55,7 +56,8 @@ def target_scale(case: DiagnosticContext) -> list[Remedy]:
 
 def standard_target() -> Remedy:
     """What outputs are made for."""
-    return Remedy("Standardize the targets", "y = (y - mean) / std  # and prediction * std + mean to go back")
+    how = "y = (y - mean) / std  # and prediction * std + mean to go back"
+    return Remedy("Standardize the targets", how, change=Change(target=True))
 
 
 def lowered_rate(case: DiagnosticContext) -> float:
@@ -76,11 +78,11 @@ def lower_learning_rate(case: DiagnosticContext, lower: float | None = None) -> 
     lower = lowered_rate(case) if lower is None else lower
     name = f"Lower the learning rate from {number(rate)} to {number(lower)}"
     warm_up = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)"
-    return [
-        *([Remedy(name, f"lr = {number(lower)}  # was {number(rate)}; {why}")] if rate > 0 else []),
-        Remedy("Warm up the learning rate", warm_up),
-        CLIP,
-    ]
+    others = [Remedy("Warm up the learning rate", warm_up), CLIP]
+    if not rate > 0:
+        return others
+    how = f"lr = {number(lower)}  # was {number(rate)}; {why}"
+    return [Remedy(name, how, change=Change(rate=lower / rate), key="lower learning rate"), *others]
 
 
 def _largest_ratio(case: DiagnosticContext) -> float:
@@ -102,6 +104,7 @@ def learning_rate_too_low(case: DiagnosticContext) -> list[Remedy]:
         Remedy(
             f"Raise the learning rate from {number(rate)} to {number(higher)}",
             f"lr = {number(higher)}  # {note}",
+            key="raise learning rate",
         )
     ]
 
@@ -115,10 +118,11 @@ def optimizer_epsilon(case: DiagnosticContext) -> list[Remedy]:
     )
     # Not below what float32 can hold.
     eps = 10.0 ** max(-30, min(-8, math.floor(rms) - 2))
-    name = case.optimizer or "Adam"
+    kind = case.optimizer or "Adam"
     rate = number(case.learning_rate)
-    how = f"optimizer = torch.optim.{name}(model.parameters(), lr={rate}, eps={number(eps)})"
-    return [Remedy(f"Lower the optimizer's eps from {number(was)} to {number(eps)}", how)]
+    how = f"optimizer = torch.optim.{kind}(model.parameters(), lr={rate}, eps={number(eps)})"
+    name = f"Lower the optimizer's eps from {number(was)} to {number(eps)}"
+    return [Remedy(name, how, key="lower eps")]
 
 
 def momentum(case: DiagnosticContext) -> list[Remedy]:
@@ -126,7 +130,12 @@ def momentum(case: DiagnosticContext) -> list[Remedy]:
     was = number(case.setting("momentum"))
     usual = number(USUAL_MOMENTUM)
     return [
-        Remedy(f"Lower the momentum from {was} to {usual}", f"momentum = {usual}  # was {was}"),
+        Remedy(
+            f"Lower the momentum from {was} to {usual}",
+            f"momentum = {usual}  # was {was}",
+            change=Change(momentum=USUAL_MOMENTUM),
+            key="lower momentum",
+        ),
         *lower_learning_rate(case),
     ]
 
@@ -137,6 +146,8 @@ def lower_decay(case: DiagnosticContext) -> Remedy:
     return Remedy(
         f"Lower the weight decay from {number(was)} to {number(lower)}",
         f"weight_decay = {number(lower)}  # was {number(was)}",
+        change=Change(decay=lower / was),
+        key="lower weight decay",
     )
 
 
@@ -179,7 +190,7 @@ def loss_function(case: DiagnosticContext) -> list[Remedy]:
 def bounded_slopes() -> Remedy:
     """What bounds a critic."""
     how = "layer = nn.utils.parametrizations.spectral_norm(layer)  # each layer of the critic"
-    return Remedy("Spectral normalization", how)
+    return Remedy("Spectral normalization", how, change=Change(lipschitz=True))
 
 
 def low_precision(case: DiagnosticContext) -> list[Remedy]:

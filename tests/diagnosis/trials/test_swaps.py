@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.swaps import Swaps
-from lightning_gradguard.introspection.layer_calls import Recorder
+from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
+from lightning_gradguard.introspection.layer_calls import StructureRecorder
 
 WIDTH = 6
 
@@ -33,11 +33,11 @@ class Net(nn.Module):
 
 
 def swapped(model, change, x):
-    recorder = Recorder(model)
+    recorder = StructureRecorder(model)
     with recorder:
         plain = model(x)
     assert torch.equal(plain, model(x))
-    swaps = Swaps(model, change, recorder.plan)
+    swaps = SwappedForward(model, change, recorder.structure)
     with swaps:
         first = model(x)
     with swaps:
@@ -172,7 +172,7 @@ def test_changes_add_up_unless_they_change_the_same():
     both = Change(activation="relu") | Change(initialise="he")
     assert both == Change(activation="relu", initialise="he")
     assert both.fields == {"activation", "initialise"}
-    assert both.swaps
-    assert not Change(rate=0.1).swaps
+    assert both.changes_forward
+    assert not Change(rate=0.1).changes_forward
     with pytest.raises(ValueError, match="both change activation"):
         both | Change(activation="gelu")

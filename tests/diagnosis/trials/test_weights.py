@@ -14,14 +14,14 @@ from lightning_gradguard.diagnosis.trials.weights import (
     initialise_,
     rewind_,
 )
-from lightning_gradguard.introspection.layer_calls import Plan, Recorder
+from lightning_gradguard.introspection.layer_calls import LayerStructure, StructureRecorder
 
 
 def plan_of(model, *inputs):
-    recorder = Recorder(model)
+    recorder = StructureRecorder(model)
     with recorder:
         model(*inputs)
-    return recorder.plan
+    return recorder.structure
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_gates_take_the_place_of_a_plain_layer(gates):
 @pytest.mark.parametrize(("cell", "kept"), [(nn.LSTMCell, True), (nn.GRUCell, True), (nn.RNNCell, False)])
 def test_cells_begin_by_remembering_too(cell, kept):
     model = nn.ModuleDict({"cell": cell(3, 5)})
-    initialise_(model, "orthogonal", Plan())
+    initialise_(model, "orthogonal", LayerStructure())
     for block in model["cell"].weight_hh.split(5):
         assert torch.allclose(block @ block.T, torch.eye(5), atol=1e-5)
     bias = model["cell"].bias_ih + model["cell"].bias_hh

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.diagnosis.trials.profile import TimeProfile, dead_share, depth_tilt, layer_profile
-from lightning_gradguard.introspection.forward_probes import SequenceGradientProbe
+from lightning_gradguard.introspection.gradient_profile import dead_share, depth_tilt, layer_profile
 from lightning_gradguard.introspection.sandbox import sandbox
+from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe, SequenceGradientProbe
 from lightning_gradguard.stats import trends
 from lightning_gradguard.stats.grad_stats import Layout
 
@@ -47,10 +47,10 @@ def test_the_tilt_over_time_is_the_verdicts(kind):
     model(x)[0][:, -1].sum().backward()
     reference = spy.close().item()
     with sandbox(model):
-        times = TimeProfile(model)
+        times = SandboxedSequenceProbe(model)
         model(x)[0][:, -1].sum().backward()
-        assert times.tilt() == pytest.approx(reference, rel=1e-4)
-        assert times.tilt() is None
+        assert times.take() == pytest.approx(reference, rel=1e-4)
+        assert times.take() is None
     assert reference > 1
 
 
@@ -66,7 +66,7 @@ def test_a_loop_over_a_cell_has_the_profile_of_the_layer(kind):
     x = torch.randn(40, 3, 4)
     tilts = []
     for module in (nn.ModuleList([layer]), nn.ModuleList([cell])):
-        times = TimeProfile(module)
+        times = SandboxedSequenceProbe(module)
         if module[0] is layer:
             out = layer(x)[0][-1]
         else:
@@ -75,6 +75,6 @@ def test_a_loop_over_a_cell_has_the_profile_of_the_layer(kind):
                 state = cell(step, state)
             out = state[0] if isinstance(state, tuple) else state
         out.sum().backward()
-        tilts.append(times.tilt())
+        tilts.append(times.take())
     assert tilts[0] == pytest.approx(tilts[1], rel=1e-4)
     assert tilts[0] > 3

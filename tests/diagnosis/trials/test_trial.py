@@ -10,11 +10,12 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, attempt
-from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepared
+from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepare_batch
 from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.swaps import Swaps
-from lightning_gradguard.introspection.layer_calls import Plan
+from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
+from lightning_gradguard.diagnosis.trials.trial import run_trial
+from lightning_gradguard.introspection.layer_calls import LayerStructure
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
 
 def chain(depth=20, width=64, activation=nn.Sigmoid, inputs=64, outputs=10):
@@ -23,15 +24,13 @@ def chain(depth=20, width=64, activation=nn.Sigmoid, inputs=64, outputs=10):
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
-def sandboxed_step_of(model, optimizer=None, size=64, **more):
+def sandboxed_step_of(model, optimizer=None, size=64):
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(10, 64, generator=generator)
     y = torch.randint(10, (size,), generator=generator)
     batch = centres[y] + torch.randn(size, 64, generator=generator), y
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    return SandboxedStep(
-        model, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batch, optimizer, **more
-    )
+    return SandboxedStep(model, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batch, optimizer)
 
 
 def weights(model):
@@ -42,12 +41,12 @@ def test_twenty_sigmoids_lose_the_known_decades():
     """Swapping the activation, or drawing the weights again, is not enough alone; both together are."""
     torch.manual_seed(0)
     model = chain()
-    subject, layers = sandboxed_step_of(model), weights(model)
-    plain = attempt(subject, Change(), layers=layers, passes=1)
+    step, layers = sandboxed_step_of(model), weights(model)
+    plain = run_trial(step, Change(), layers=layers, passes=1)
     assert plain.tilt == pytest.approx(17.5, abs=1.5)
     relu, he = Change(activation="relu"), Change(initialise="he")
     tilts = {
-        change: attempt(subject, change, layers=layers, passes=1, plan=plain.plan).tilt
+        change: run_trial(step, change, layers=layers, passes=1, structure=plain.structure).tilt
         for change in (relu, he, relu | he)
     }
     assert tilts[relu] == pytest.approx(7.0, abs=1.0)
@@ -70,15 +69,15 @@ def test_training_goes_on_bit_for_bit_as_if_nothing_had_been_tried(kind, change)
     results = []
     for model, tries in ((first, True), (second, False)):
         torch.manual_seed(2)
-        subject = sandboxed_step_of(model, kind(model.parameters(), lr=1e-2))
-        for step in range(4):
-            subject.optimizer.zero_grad()
-            subject.loss_of(subject.batch).backward()
-            if tries and step == 1:
-                plan = attempt(subject, Change(), layers=weights(model), passes=3).plan
-                attempt(subject, change, layers=weights(model), passes=3, plan=plan)
-            subject.optimizer.step()
-        results.append([*model.state_dict().values(), torch.rand(3), *_tensors(subject.optimizer)])
+        step = sandboxed_step_of(model, kind(model.parameters(), lr=1e-2))
+        for number in range(4):
+            step.optimizer.zero_grad()
+            step.loss_of(step.batch).backward()
+            if tries and number == 1:
+                structure = run_trial(step, Change(), layers=weights(model), passes=3).structure
+                run_trial(step, change, layers=weights(model), passes=3, structure=structure)
+            step.optimizer.step()
+        results.append([*model.state_dict().values(), torch.rand(3), *_tensors(step.optimizer)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -99,14 +98,14 @@ def test_virtual_steps_are_those_of_the_optimizer(kind, options, same):
     """Half of the batch is trained on, and the loss is that of all of it. A velocity counts with what it comes to."""
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
-    subject = sandboxed_step_of(model, kind(model.parameters(), **options))
-    found = attempt(subject, Change(), layers=weights(model), passes=4).loss
-    reference = torch.optim.SGD(model.parameters(), **same) if same else subject.optimizer
+    step = sandboxed_step_of(model, kind(model.parameters(), **options))
+    found = run_trial(step, Change(), layers=weights(model), passes=4).loss
+    reference = torch.optim.SGD(model.parameters(), **same) if same else step.optimizer
     for _ in range(3):
         reference.zero_grad()
-        subject.loss_of([t[::2] for t in subject.batch]).backward()
+        step.loss_of([t[::2] for t in step.batch]).backward()
         reference.step()
-    assert found == pytest.approx(subject.loss_of(subject.batch).item(), rel=1e-5)
+    assert found == pytest.approx(step.loss_of(step.batch).item(), rel=1e-5)
 
 
 def test_groups_keep_their_rates_and_frozen_parameters_stay():
@@ -116,14 +115,14 @@ def test_groups_keep_their_rates_and_frozen_parameters_stay():
     others = [*model[0].parameters(), *model[4].parameters()]
     groups = [{"params": model[2].parameters(), "lr": 0.0}, {"params": others}]
     seen = []
-    subject = sandboxed_step_of(model, torch.optim.SGD(groups, lr=0.1))
+    step = sandboxed_step_of(model, torch.optim.SGD(groups, lr=0.1))
     spied = SandboxedStep(
         model,
-        lambda batch: seen.append([p.detach().clone() for p in model.parameters()]) or subject.loss_of(batch),
-        subject.batch,
-        subject.optimizer,
+        lambda batch: seen.append([p.detach().clone() for p in model.parameters()]) or step.loss_of(batch),
+        step.batch,
+        step.optimizer,
     )
-    attempt(spied, Change(), layers=weights(model), passes=3)
+    run_trial(spied, Change(), layers=weights(model), passes=3)
     moved = [not torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True)]
     assert moved == [False, False, False, False, True, True]
 
@@ -135,8 +134,8 @@ def test_an_optimizer_that_cannot_be_made_again_gives_way_to_plain_descent():
 
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
-    plain = attempt(sandboxed_step_of(model), Change(), layers=weights(model), passes=4)
-    odd = attempt(sandboxed_step_of(model, Odd(model, 0.1)), Change(), layers=weights(model), passes=4)
+    plain = run_trial(sandboxed_step_of(model), Change(), layers=weights(model), passes=4)
+    odd = run_trial(sandboxed_step_of(model, Odd(model, 0.1)), Change(), layers=weights(model), passes=4)
     assert odd.loss == plain.loss
 
 
@@ -145,39 +144,39 @@ def test_a_lower_rate_moves_less_and_weights_are_scaled_back():
     model = chain(2, activation=nn.ReLU)
     layers = weights(model)
     norms = {name: p.detach().norm().item() for name, p in model.named_parameters()}
-    plain = attempt(sandboxed_step_of(model), Change(), layers=layers, passes=2)
+    plain = run_trial(sandboxed_step_of(model), Change(), layers=layers, passes=2)
     with torch.no_grad():
         [p.mul_(8) for p in model.parameters()]
-    again = attempt(sandboxed_step_of(model, norms=norms), Change(), layers=layers, passes=2)
+    again = run_trial(sandboxed_step_of(model), Change(), layers=layers, passes=2, start_norms=norms)
     assert again.loss == pytest.approx(plain.loss, rel=1e-4)
-    still = attempt(sandboxed_step_of(model, norms=norms), Change(rate=0.0), layers=layers, passes=4)
+    still = run_trial(sandboxed_step_of(model), Change(rate=0.0), layers=layers, passes=4, start_norms=norms)
     assert still.loss == pytest.approx(math.log(10), rel=0.1)
 
 
 def test_a_step_that_is_not_finite_ends_the_attempt():
     model = chain(2, activation=nn.ReLU)
-    subject = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e20))
-    assert attempt(subject, Change(), layers=weights(model), passes=4).loss == math.inf
+    step = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e20))
+    assert run_trial(step, Change(), layers=weights(model), passes=4).loss == math.inf
 
 
 def test_standardised_data_has_no_scale():
     x, y = 7 + 100 * torch.randn(50, 3), 1e4 * torch.randn(50)
     batch = {"x": x, "ids": torch.arange(50), "target": y}
     for change in (Change(input=True), Change(target=True)):
-        out = prepared(batch, change, Scale.of(batch))
+        out = prepare_batch(batch, change, Scale.of_targets(batch))
         changed, kept = (out["x"], out["target"])[:: 1 if change.input else -1]
         assert changed.mean().item() == pytest.approx(0, abs=1e-5)
         assert changed.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
         assert any(kept is t for t in (x, y))
         assert out["ids"] is batch["ids"]
-    assert prepared(batch, Change(), None) is batch
-    assert prepared([torch.zeros(9)], Change(input=True))[0].isfinite().all()
+    assert prepare_batch(batch, Change(), None) is batch
+    assert prepare_batch([torch.zeros(9)], Change(input=True))[0].isfinite().all()
     # Of a mapping whose names say nothing nobody knows what is what.
     unnamed = {"price": x, "features": y}
-    assert prepared(unnamed, Change(input=True)) is unnamed
+    assert prepare_batch(unnamed, Change(input=True)) is unnamed
     # Tokens come first, so that what follows is no input.
     tokens = torch.arange(50), y
-    assert prepared(tokens, Change(input=True)) is tokens
+    assert prepare_batch(tokens, Change(input=True)) is tokens
 
 
 def test_half_a_batch_is_every_other_example():
@@ -190,36 +189,36 @@ def test_half_a_batch_is_every_other_example():
 def test_gradients_of_parameters_that_others_hold_are_put_back():
     model = chain(2, activation=nn.ReLU)
     outside = nn.Parameter(torch.ones(()))
-    subject = sandboxed_step_of(model, torch.optim.SGD([*model.parameters(), outside], lr=0.1))
-    inner = subject.loss_of
-    subject = dataclasses.replace(subject, loss_of=lambda batch: inner(batch) * outside)
+    step = sandboxed_step_of(model, torch.optim.SGD([*model.parameters(), outside], lr=0.1))
+    inner = step.loss_of
+    step = dataclasses.replace(step, loss_of=lambda batch: inner(batch) * outside)
     outside.grad = torch.tensor(3.0)
-    attempt(subject, Change(), layers=weights(model), passes=4)
+    run_trial(step, Change(), layers=weights(model), passes=4)
     assert outside.grad == 3
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_activations_are_refused(reentrant):
     model = chain(2, activation=nn.ReLU)
-    subject = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    step = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
     def loss_of(batch):
         x, y = batch
         hidden = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
         return nn.functional.cross_entropy(hidden, y)
 
-    subject = dataclasses.replace(subject, loss_of=loss_of)
+    step = dataclasses.replace(step, loss_of=loss_of)
     with pytest.raises((ValueError, RuntimeError), match="checkpointing"):
-        attempt(subject, Change(activation="gelu"), layers=weights(model), passes=1)
+        run_trial(step, Change(activation="gelu"), layers=weights(model), passes=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_module_is_refused():
     model = chain(2, activation=nn.ReLU)
     model.append(torch.jit.script(nn.Linear(10, 10)))
-    subject = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    step = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="scripted"):
-        attempt(subject, Change(), layers=weights(model), passes=4)
+        run_trial(step, Change(), layers=weights(model), passes=4)
 
 
 def test_spectral_norms_bound_every_slope():
@@ -228,7 +227,7 @@ def test_spectral_norms_bound_every_slope():
     with torch.no_grad():
         [p.mul_(5) for p in model.parameters()]
     x = torch.randn(32, 8, requires_grad=True)
-    swaps = Swaps(model, Change(lipschitz=True), Plan())
+    swaps = SwappedForward(model, Change(lipschitz=True), LayerStructure())
     with swaps:
         out = model(x)
     (slope,) = torch.autograd.grad(out.sum(), x)
@@ -247,14 +246,14 @@ def test_weight_decay_is_taken_in_virtual_steps_by_its_factor(decay):
         model, lambda b: 0.0 * model(b[0]).sum() + model[0].weight.square().sum().detach(), batch, optimizer
     )
     before = model[0].weight.detach().square().sum().item()
-    loss = attempt(zero, Change(decay=decay), layers=weights(model), passes=3).loss
+    loss = run_trial(zero, Change(decay=decay), layers=weights(model), passes=3).loss
     # A gradient of zero is one of a dead layer; what is left of the weights is told by the loss alone.
     assert loss == math.inf
     seen = []
     watched = dataclasses.replace(
         zero, loss_of=lambda b: seen.append(model[0].weight.detach().square().sum().item()) or zero.loss_of(b)
     )
-    attempt(watched, Change(decay=decay), layers=weights(model), passes=3)
+    run_trial(watched, Change(decay=decay), layers=weights(model), passes=3)
     assert seen[-1] == pytest.approx(before * (1 - 0.9 * decay) ** 4, rel=1e-4, abs=1e-8)
 
 
@@ -263,18 +262,18 @@ def test_another_momentum_is_another_rate_of_a_steady_gradient():
     model = chain(2, activation=nn.ReLU)
     heavy = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.99))
     light = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
-    one = attempt(heavy, Change(momentum=0.9), layers=weights(model), passes=4)
-    other = attempt(light, Change(), layers=weights(model), passes=4)
+    one = run_trial(heavy, Change(momentum=0.9), layers=weights(model), passes=4)
+    other = run_trial(light, Change(), layers=weights(model), passes=4)
     assert one.loss == pytest.approx(other.loss, rel=1e-6)
-    assert one.loss != attempt(heavy, Change(), layers=weights(model), passes=4).loss
+    assert one.loss != run_trial(heavy, Change(), layers=weights(model), passes=4).loss
     grows = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e-9, momentum=1.02))
-    assert math.isfinite(attempt(grows, Change(), layers=weights(model), passes=2).loss)
+    assert math.isfinite(run_trial(grows, Change(), layers=weights(model), passes=2).loss)
 
 
 def test_a_net_that_the_steps_have_killed_has_learnt_nothing():
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
-    calm = attempt(sandboxed_step_of(model), Change(), layers=weights(model), passes=4)
+    calm = run_trial(sandboxed_step_of(model), Change(), layers=weights(model), passes=4)
     assert math.isfinite(calm.loss)
     wild = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e3))
-    assert attempt(wild, Change(), layers=weights(model), passes=4).loss == math.inf
+    assert run_trial(wild, Change(), layers=weights(model), passes=4).loss == math.inf
