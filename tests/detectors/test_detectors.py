@@ -13,7 +13,7 @@ from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
 from lightning_gradguard.engine import evaluate as pipeline
-from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
 

@@ -14,7 +14,7 @@ from lightning_gradguard import Fault, Guard, Policy, SpikeClip
 from lightning_gradguard.clippers.fixed import NormClip
 from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
-from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.engine.readback import Readback
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_gradguard import Guard, SpikeClip
 from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
-from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.results import Fault, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")

@@ -13,7 +13,7 @@ from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import Exploding
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
-from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.engine.sampling_schedule import LATER, REFRESH, SETTLED, SamplingSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
