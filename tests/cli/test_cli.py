@@ -21,7 +21,7 @@ def run():
         for step in range(3):
             report = Report(step, 1.0, 0.5, 0.5, None, 1.0, skip=False, norms={"a.weight": 0.5})
             view.observe(report)
-            sink.write(step, view.panel(report))
+            sink.write(step, view.build_record(report))
     return Path("runs/mine")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_gradguard.loggers.histograms import histogram_record
 from lightning_gradguard.loggers.overview import Overview
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 from lightning_gradguard.stats.histogram import EDGES
@@ -82,12 +83,12 @@ class Writing:
                 report = report_of(step, self.names, self.kind, self.steps)
                 self.overview.observe(report)
                 if step == self.steps * 3 // 4 and self.diagnosis:
-                    self.overview.diagnose(self.diagnosis)
+                    self.overview.add_diagnosis(self.diagnosis)
                 if step % self.every == 0 or step == end - 1:
                     writer.add_scalar("train_loss", 2 - step / self.steps, step)
-                    panel = self.overview.panel(report, tilt=1.5, update_ratio=1e-3)
-                    sink.write(step, replace(panel, images={}))  # which take long, and are not read
-                    sink.write(step, histogram_panel(self._counts(report), self.titles))
+                    record = self.overview.build_record(report, tilt=1.5, update_ratio=1e-3)
+                    sink.write(step, replace(record, images={}))  # which take long, and are not read
+                    sink.write(step, histogram_record(self._counts(report), self.titles))
             sink.close()
         return self.folder
 
