@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.causes.ranking import diagnose
+from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.trials.candidates import find_candidates
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.runner import MAX_PASSES, TrialRunner, try_fixes, unhealthy_decades
