@@ -53,7 +53,7 @@ def three_runs(folder: Path) -> None:
     for name, module in {
         "1_exploding": Chaotic,
         "2_vanishing": Digits,
-        "3_healthy": lambda: Digits("ReLU in residual blocks with normalization"),
+        "3_healthy": lambda: Digits("relu", normalize=True, residual=True),
     }.items():
         torch.manual_seed(0)
         with contextlib.suppress(GradientHalt):
