@@ -1,6 +1,7 @@
 """Every code block of README and documentation runs, prints what stands below it, and quotes benchmarks as they are."""
 
 import ast
+import difflib
 import re
 import shlex
 import sys
@@ -122,6 +123,15 @@ def comparable(text):
     return [re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", line) for line in lines]
 
 
+def not_printed(quoted, printed):
+    """Return each quoted line that was not printed, with the most similar line that was, to copy into the page."""
+    lines = dict(zip(comparable(printed), filter(str.strip, printed.splitlines()), strict=True))
+    missing = [line for line in quoted if line not in lines]
+    return {
+        line: [lines[near] for near in difflib.get_close_matches(line, lines, 1, 0.3)] for line in missing
+    }
+
+
 @pytest.mark.parametrize("page", [page for page in TEXTS if "```python" in TEXTS[page]])
 def test_python_runs_and_prints_what_the_page_says(page, capsys, caplog, monkeypatch):
     names, printed, quoted = names_for(page), "", []
@@ -139,9 +149,9 @@ def test_python_runs_and_prints_what_the_page_says(page, capsys, caplog, monkeyp
         elif language == "console":
             for command in re.findall(r"^\$ (gradguard (?!cost|demo).+)$", text, flags=re.MULTILINE):
                 assert cli.main(shlex.split(command)[1:]) == 0
-    printed = comparable(printed + "\n".join(record.getMessage() for record in caplog.records))
+    printed += "\n".join(record.getMessage() for record in caplog.records)
     # What two processes print is in test_examples.
-    assert page == "how-to/distributed.md" or [line for line in quoted if line not in printed] == []
+    assert page == "how-to/distributed.md" or not_printed(quoted, printed) == {}
 
 
 def test_the_readme_halts_the_network_it_speaks_of():
@@ -255,9 +265,17 @@ def test_code_blocks_that_are_indented_are_run_by_nobody():
 def test_comparable_lines_keep_their_words():
     text = textwrap.dedent("""
         Halted before step 79.
-          tilt 10.2, -0.3 and 1.5e-07
+          tilt   10.2, -0.3 and 1.5e-07
     """)
     assert comparable(text) == ["Halted before step #.", "tilt #, # and #"]
+
+
+def test_a_line_that_is_not_printed_is_found_with_the_one_to_copy():
+    printed = "Halted before step 79.\nThe loss has plateaued."
+    assert not_printed(comparable("Halted before step 80."), printed) == {}
+    assert not_printed(comparable("The loss stands still."), printed) == {
+        "The loss stands still.": ["The loss has plateaued."]
+    }
 
 
 def imported(code):
