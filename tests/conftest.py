@@ -111,16 +111,14 @@ class Python:
         """Start a program and return it when it has ended."""
         return self.finish([self.start(program, *arguments, **options)], timeout)[0]
 
-    def ranks(self, program, *arguments, world=2, timeout=150, **options):
+    def ranks(self, program, *arguments, world=2, timeout=150, env=(), **options):
         """Run a program as so many ranks of one job, as Lightning or torchrun would start them; return all of them."""
-        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-        environment = dict(options.pop("env", ()))
-        started = [
-            self.start(
-                program, *arguments, server=rank % 2, env={**environment, **job, "LOCAL_RANK": str(rank)}, **options
-            )
-            for rank in range(world)
-        ]
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+        started = []
+        for rank in range(world):
+            own = {**job, "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            options["env"] = {**dict(env), **own}
+            started.append(self.start(program, *arguments, server=rank % 2, **options))
         return self.finish(started, timeout)
 
     def finish(self, started, timeout=150):

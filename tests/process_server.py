@@ -45,7 +45,7 @@ def become(order):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, target)
         os.close(opened)
-    sys.stdin = open(0, closefd=False)  # without what the server has read ahead
+    sys.stdin = os.fdopen(0, closefd=False)  # without what the server has read ahead
     random.seed()
     np.random.seed()
     torch.set_num_threads(1)
