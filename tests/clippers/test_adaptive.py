@@ -12,7 +12,7 @@ from torch import nn
 from lightning_gradguard.clippers.adaptive import EXACT, AdaGC, AutoClip, ZClip
 from lightning_gradguard.stats.grad_stats import Layout, measure
 
-few = settings(max_examples=5)
+few = settings(max_examples=settings.default.max_examples // 5)
 
 
 class Stream:

@@ -19,7 +19,7 @@ from lightning_gradguard.clippers.spike_clip import (
 )
 from lightning_gradguard.stats.grad_stats import Layout, measure
 
-few = settings(max_examples=5)
+few = settings(max_examples=settings.default.max_examples // 5)
 
 
 class Stream:
