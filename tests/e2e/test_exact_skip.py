@@ -140,7 +140,7 @@ def combinations(names):
             yield pytest.param(name, *way, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "scaled", "loop"), combinations(OPTIMIZERS))
+@pytest.mark.parametrize(("name", "scaled", "loop"), list(combinations(OPTIMIZERS)))
 def test_a_skip_is_exact_and_training_goes_on(name, loop, scaled):
     guard, changed, module = train(name, loop, scaled == "scaled")
     assert changed == good(loop)
@@ -148,7 +148,7 @@ def test_a_skip_is_exact_and_training_goes_on(name, loop, scaled):
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize(("name", "scaled", "loop"), combinations(sorted(LATE)))
+@pytest.mark.parametrize(("name", "scaled", "loop"), list(combinations(sorted(LATE))))
 def test_a_skip_on_the_device_is_exact(name, loop, scaled):
     """With ``lag=1`` the step is called with ``found_inf``, but for the first, which is awaited."""
     guard, changed, module = train(name, loop, scaled == "scaled", lag=1)

@@ -168,7 +168,7 @@ def every_stream(*clippers):
             yield pytest.param(stream, clipper, marks=marks)
 
 
-@pytest.mark.parametrize(("stream", "clipper"), every_stream("none", "default", "exclude"))
+@pytest.mark.parametrize(("stream", "clipper"), list(every_stream("none", "default", "exclude")))
 def test_a_stream_gives_what_it_would_step_by_step(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
 
