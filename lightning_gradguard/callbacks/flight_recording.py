@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_gradguard.callbacks.bundle_contents import Window, compose, copy_buffers
 from lightning_gradguard.callbacks.guard_registry import GuardRegistry
 from lightning_gradguard.callbacks.trainer_adapter import warn
-from lightning_gradguard.flight_recorder.bundle import bound, megabytes, write
+from lightning_gradguard.flight_recorder.bundle import limit_size, megabytes, write_bundle
 from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.results import Fault, GradientHalt, GradientWarning
@@ -144,8 +144,8 @@ class FlightRecording:
                 bundle["left_out"].append("batch (training ended between two batches)")
             elif not self._recorder.keep_batch:
                 bundle["left_out"].append("batch (keep_batch is False)")
-            bound(bundle, self._recorder.max_bytes)
-            path = write(bundle, self._folder, self._recorder.keep)
+            limit_size(bundle, self._recorder.max_bytes)
+            path = write_bundle(bundle, self._folder, self._recorder.keep)
         except Exception as problem:
             return None, f"No flight record was written to {self._folder}: {_line(problem)}"
         return path, _told(path, bundle)

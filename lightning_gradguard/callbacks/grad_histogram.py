@@ -23,11 +23,11 @@ from lightning_gradguard.callbacks.trainer_adapter import (
 )
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
+from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import FailSafe, LogSink
-from lightning_gradguard.loggers.discovery import open_sinks
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_panel
-from lightning_gradguard.loggers.selection import WorstTensors
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
+from lightning_gradguard.loggers.histograms import WorstTensors, histogram_record
+from lightning_gradguard.loggers.tags import tag_group, tag_names
 from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
 from lightning_gradguard.stats.parameters import are_same, members, select
 from lightning_gradguard.stats.sharding import Shards, align_gradients, is_sharded, local
@@ -239,15 +239,15 @@ class GradHistogram(Callback):
         if not shown:
             return
         titles = dict(zip(tensors.names, tag_names(tensors.names), strict=True))
-        group = f"gradguard_{index}" if index else "gradguard"
+        group = tag_group(index)
         limits = {name: counted[name].limit for name in shown} if self.axis == "value" else None
         place = logging_step(trainer)
         panels = [
-            histogram_panel({name: counted[name].bins for name in shown}, titles, limits=limits, group=group)
+            histogram_record({name: counted[name].bins for name in shown}, titles, limits=limits, group=group)
         ]
         if self.exponents:
             below = {name: counted[name].below for name in names}
-            panels.append(exponents_panel(below, titles, shown, step=place, group=group))
+            panels.append(exponents_record(below, titles, shown, step=place, group=group))
         for sink in self._sinks:
             for panel in panels:
                 sink.write(place, panel)

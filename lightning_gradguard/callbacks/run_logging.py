@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.callbacks.trainer_adapter import logging_step
 from lightning_gradguard.guard import Guard
+from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import LogSink
-from lightning_gradguard.loggers.discovery import open_sinks
 from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.tags import tag_group
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -106,7 +107,7 @@ class RunLogging:
         view = self._view(guard, index)
         view.observe(guard.report)
         if diagnosis is not None:
-            view.diagnose(diagnosis.to_markdown())
+            view.add_diagnosis(diagnosis.to_markdown())
         if self._trainer._logger_connector.should_update_logs:
             self.write(guard, index)
 
@@ -121,7 +122,9 @@ class RunLogging:
         if not self._sinks or self._trainer is None or guard.report is None or guard.record is None:
             return
         tilt, ratio = _known(guard.record.tilt), _known(guard.record.update_ratio)
-        panel = self._view(guard, index).panel(guard.report, tilt=tilt, update_ratio=ratio, final=final)
+        panel = self._view(guard, index).build_record(
+            guard.report, tilt=tilt, update_ratio=ratio, final=final
+        )
         for sink in self._sinks:
             sink.write(logging_step(self._trainer), panel)
 
@@ -155,7 +158,7 @@ class RunLogging:
                 names,
                 [layout.parameters[i].numel() for i in layout.order],
                 matrices=[i in layout.layer_indices for i in layout.order],
-                group=f"gradguard_{index}" if index else "gradguard",
+                group=tag_group(index),
                 per_layer=self._per_layer,
             )
             restored = self._restored.pop(str(index), None)
