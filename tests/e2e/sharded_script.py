@@ -95,7 +95,7 @@ def rank_local(rank):
     watch = guard.tracker
     layout = Layout.of(dict(net.named_parameters()))
     tilt = collect(
-        layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True
+        layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), tilt_due=True
     ).time_tilt
     silence = collect(layout, gradients_of(layout), loss, None, tilt_due=True).time_tilt
     return {
