@@ -733,3 +733,21 @@ def test_a_detector_is_no_clipper_nor_the_other_way_round():
 def test_names_that_fabric_adds_are_left_out():
     named = [(f"_forward_module.{name}", p) for name, p in torch.nn.Linear(2, 1).named_parameters()]
     assert Guard(named).tracker.layout.names == ("weight", "bias")
+
+
+def test_repr_shows_the_arguments_that_are_not_default():
+    model = nn.Linear(2, 1)
+    assert repr(Guard(model.named_parameters())) == "Guard()"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(
+        model.named_parameters(),
+        optimizer=optimizer,
+        detectors=[DepthTilt(limit=4.0), NonFinite()],
+        clipper=SpikeClip(z_threshold=7.0),
+        policy=Policy.protect(),
+        index=1,
+    )
+    assert repr(guard) == (
+        "Guard(optimizer='SGD', detectors=[DepthTilt(limit=4.0), NonFinite()], clipper=SpikeClip(z_threshold=7.0), "
+        "policy=Policy(respond={'exploding': 'halt'}), index=1)"
+    )

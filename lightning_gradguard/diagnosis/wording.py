@@ -8,26 +8,29 @@ from collections.abc import Sequence
 from lightning_gradguard.results import Fault
 
 _HEADLINES = {
-    Fault.NONFINITE: "The gradients or the loss are NaN or Inf",
-    Fault.UNDERFLOW: "Gradients are too small for their number format",
-    Fault.DISCONNECTED: "Layers that are used get no gradient",
-    Fault.DEAD: "Most units of a layer are dead: their gradient is exactly zero",
-    Fault.VANISHING: "Gradients vanish on their way from the output to the input",
-    Fault.VANISHING_IN_TIME: "Gradients vanish on their way back through the sequence",
-    Fault.EXPLODING: "Gradients explode",
-    Fault.SPIKE: "The gradient norm is far above its baseline",
-    Fault.OVERSIZED_UPDATE: "Updates are too large for the weights",
-    Fault.STALLED: "The weights hardly change, and the loss has plateaued",
+    Fault.NONFINITE.value: "The gradients or the loss are NaN or Inf",
+    Fault.UNDERFLOW.value: "Gradients are too small for their number format",
+    Fault.DISCONNECTED.value: "Layers that are used get no gradient",
+    Fault.DEAD.value: "Most units of a layer are dead: their gradient is exactly zero",
+    Fault.VANISHING.value: "Gradients vanish on their way from the output to the input",
+    Fault.VANISHING_IN_TIME.value: "Gradients vanish on their way back through the sequence",
+    Fault.EXPLODING.value: "Gradients explode",
+    Fault.SPIKE.value: "The gradient norm is far above its baseline",
+    Fault.OVERSIZED_UPDATE.value: "Updates are too large for the weights",
+    Fault.STALLED.value: "The weights hardly change, and the loss has plateaued",
 }
 
 
-def headline(fault: Fault) -> str:
-    """Return a fault as a sentence without its period; also for a custom fault.
+def headline(fault: Fault | str) -> str:
+    """Return a fault as a sentence without its period.
 
-    >>> headline(Fault.EXPLODING), headline(Fault.custom("mixed_up"))
+    Args:
+        fault: Any fault or its value; one that is not built in counts as custom.
+
+    >>> headline(Fault.EXPLODING), headline("mixed_up")
     ('Gradients explode', 'Custom fault: mixed up')
     """
-    return _HEADLINES.get(fault, f"Custom fault: {fault.value.replace('_', ' ')}")
+    return _HEADLINES.get(str(fault), f"Custom fault: {str(fault).replace('_', ' ')}")
 
 
 def further_reading(fault: Fault) -> tuple[tuple[str, ...], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors import default_detectors as default_detectors
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Detector, traits_of
 from lightning_gradguard.policy import Policy
 
 
@@ -49,9 +50,9 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
 
 
-def without_loss(detectors: Iterable[Detector]) -> str:
+def message_without_loss(detectors: Iterable[Detector]) -> str:
     """Return the message on detectors that are silent without a loss; empty if there are none."""
-    silent = [type(d).__name__ for d in detectors if getattr(d, "needs_loss", False)]
+    silent = [type(d).__name__ for d in detectors if traits_of(d).needs_loss]
     if not silent:
         return ""
     return (
@@ -60,15 +61,30 @@ def without_loss(detectors: Iterable[Detector]) -> str:
     )
 
 
-def describe_arguments(instance: object, **arguments: tuple[Any, Any]) -> str:
+def short_repr(instance: object, **arguments: tuple[Any, Any]) -> str:
     """Return a short ``repr``: the class, and the arguments that differ from their defaults.
 
-    >>> describe_arguments(3, lag=(1, None), clipper=(None, None))
-    'int(lag=1)'
+    >>> short_repr(3, lag=(1, None), clipper=(None, None), policy=(Policy(patience=9), None))
+    'int(lag=1, policy=Policy(patience=9))'
 
     Args:
         instance: The object that is shown.
         **arguments: Value and default of each argument, in the order of the signature.
     """
-    shown = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
+    shown = [f"{name}={_short(value)}" for name, (value, default) in arguments.items() if value != default]
     return f"{type(instance).__name__}({', '.join(shown)})"
+
+
+def _short(value: Any) -> str:
+    """Return the ``repr`` of a value, of dataclasses without the fields that have their defaults."""
+    if isinstance(value, (tuple, list)):
+        parts = ", ".join(map(_short, value))
+        return f"[{parts}]"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    fields = {f.name: f for f in dataclasses.fields(value) if f.repr}
+    defaults = {
+        name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        for name, f in fields.items()
+    }
+    return short_repr(value, **{name: (getattr(value, name), defaults[name]) for name in fields})

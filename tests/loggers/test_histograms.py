@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.loggers.selection import WorstTensors
+from lightning_gradguard.loggers.histograms import WorstTensors, histogram_record
+from lightning_gradguard.loggers.tags import tag_names
 
 rms = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3),
@@ -67,3 +68,18 @@ def test_goes_on_after_a_resume():
 def test_refuses_to_show_nothing(most):
     with pytest.raises(ValueError, match=f"max_tensors must be at least 1, got {most}"):
         WorstTensors(most)
+
+
+def test_histogram_record_names_the_parameter_in_full():
+    names = ["model.encoder.first.weight", "model.encoder.second.weight"]
+    titles = dict(zip(names, tag_names(names), strict=True))
+    record = histogram_record({names[1]: [1.0] * 30}, titles)
+    assert record.histograms == {"gradguard_hist_log10/001_second.weight": [1.0] * 30}
+    assert names[1] in record.notes["gradguard_hist_log10/001_second.weight"]
+
+
+def test_groups_keep_optimizers_apart():
+    titles = {"generator.weight": "000_weight"}, {"critic.weight": "000_weight"}
+    first = histogram_record({"generator.weight": [0.0] * 30}, titles[0])
+    second = histogram_record({"critic.weight": [0.0] * 30}, titles[1], group="gradguard_1")
+    assert not first.histograms.keys() & second.histograms.keys()

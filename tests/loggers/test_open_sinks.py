@@ -6,11 +6,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_gradguard.loggers import LoggerSink, open_sinks
 from lightning_gradguard.loggers.base import PATIENCE, LogRecord
-from lightning_gradguard.loggers.discovery import LoggerSink, open_sinks
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 
-PANEL = LogRecord(
+RECORD = LogRecord(
     scalars={"gradguard/clip_scale": 0.5}, histograms={"gradguard_hist_log10/000_w": [1.0] * 30}
 )
 
@@ -57,7 +57,7 @@ def test_dummies_get_no_sink(tmp_path, monkeypatch):
 def test_tensorboard_logger_end_to_end(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     (sink,) = open_sinks([logger])
-    sink.write(7, PANEL)
+    sink.write(7, RECORD)
     sink.close()
     logger.finalize("success")
     seen = EventAccumulator(logger.log_dir).Reload()
@@ -68,7 +68,7 @@ def test_tensorboard_logger_end_to_end(tmp_path):
 def test_any_logger_gets_the_scalars():
     logger = Recording()
     sink = LoggerSink(logger)
-    sink.write(7, PANEL)
+    sink.write(7, RECORD)
     sink.write(8, LogRecord())
     sink.close()
     assert logger.logged == [({"gradguard/clip_scale": 0.5}, 7)]
@@ -78,9 +78,9 @@ def test_what_a_logger_cannot_show_is_said_once(caplog):
     sink = LoggerSink(Recording())
     with caplog.at_level(logging.WARNING):
         for step in range(5):
-            sink.write(step, PANEL)
+            sink.write(step, RECORD)
     assert [r.getMessage() for r in caplog.records if "TensorBoard" in r.getMessage()] == [
-        "Recording shows gradguard's scalars; its histograms and heat map need TensorBoard: "
+        "Recording shows gradguard's scalars. Its histograms and heat map need TensorBoard: "
         "Trainer(logger=[..., TensorBoardLogger(...)])."
     ]
 
