@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,9 +57,9 @@ def test_fine_tuning():
     assert guard.findings == ()
 
 
-def test_distributed():
+def test_distributed(python):
     path = EXAMPLES / "distributed.py"
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=150)
+    done = python.run(path)  # the other process is started by Lightning
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
     assert lines == [f"process {rank}: skipped step [7] of 20" for rank in (0, 1)], done.stderr[-3000:]
 

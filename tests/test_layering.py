@@ -36,10 +36,11 @@ LAYERS = {
         "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "stats", "charts", "loggers", "diagnosis",
     },
     "metrics": {"torch", "torchmetrics"},
-    "testing": {"torch", "stats", "callbacks.fault_injector"},
+    "injections": {"torch", "stats"},
+    "testing": {"injections", "callbacks.fault_injector"},
     "callbacks": {
         "torch", "numpy", *LIGHTNING, "stats", "detectors", "clippers", "introspection", "engine", "diagnosis",
-        "guard", "policy", "loggers", "flight_recorder", "testing",
+        "guard", "policy", "loggers", "flight_recorder", "injections",
     },
     "autoload": {"callbacks"},
     "cli": {"torch", "numpy", "rich", "sklearn", *LIGHTNING, "*"},

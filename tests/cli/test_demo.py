@@ -12,6 +12,10 @@ from lightning_gradguard.cli import main
 
 
 def test_the_three_acts(capsys):
+    Path("logs/mine").mkdir(parents=True)
+    Path("logs/mine/precious").write_text("x")
+    Path("logs/demo/1_sigmoid_halted").mkdir(parents=True)
+    Path("logs/demo/1_sigmoid_halted/events.old").write_text("x")
     assert main(["demo", "--folder", "logs", "--epochs", "6"]) == 0
     printed = capsys.readouterr().out
     assert "GradGuard halted training before step 79" in printed
@@ -31,16 +35,15 @@ def test_the_three_acts(capsys):
     assert printed.rstrip().endswith("tensorboard --logdir logs/demo")
     runs = {path.parent.name for path in Path("logs/demo").rglob("events.*")}
     assert runs == {"1_sigmoid_halted", "2_first_remedy", "3_corrupt_protected", "3_corrupt_unprotected"}
+    # What an earlier demo wrote is removed, and nothing else.
+    assert not Path("logs/demo/1_sigmoid_halted/events.old").exists()
+    assert Path("logs/mine/precious").exists()
 
 
-def test_a_demo_removes_only_what_a_demo_wrote(capsys):
-    Path("logs/mine").mkdir(parents=True)
-    Path("logs/mine/precious").write_text("x")
+def test_without_epochs_there_is_no_demo(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--folder", "logs", "--epochs", "0"])
     assert "must be 1 or more, got 0" in capsys.readouterr().err
-    main(["demo", "--folder", "logs", "--epochs", "2"])
-    assert Path("logs/mine/precious").exists()
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])

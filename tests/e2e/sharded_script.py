@@ -1,6 +1,7 @@
 """Run by `test_sharded` in two or four processes that share tensors; each writes what it saw to a file of its own."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -213,7 +214,7 @@ def with_four(rank):
 
 
 if __name__ == "__main__":
-    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, rank, world = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)

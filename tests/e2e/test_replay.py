@@ -1,9 +1,6 @@
 """Trainings that end in a fault are recorded and replayed, also in a new process."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,23 +35,31 @@ def end(models):
     return run
 
 
-def in_a_new_process(*arguments, cwd=HERE):
-    """Run ``gradguard`` in a new process; return its status and what it prints."""
-    command = [sys.executable, "-m", "lightning_gradguard.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
-    return done.returncode, " ".join(done.stdout.split()), done.stderr
+@pytest.fixture
+def in_a_new_process(python):
+    """What ``gradguard`` returns and prints."""
+
+    def run(*arguments):
+        options = {"kind": "module", "cwd": HERE, "env": {"COLUMNS": "120"}}
+        done = python.run("lightning_gradguard.cli", *arguments, **options)
+        return done.returncode, " ".join(done.stdout.split()), done.stderr
+
+    return run
 
 
-def train_in_processes(kind, folder):
-    """Run a training of ``replay_models`` in a new process; return what it prints."""
-    command = [sys.executable, "-W", "ignore", str(HERE / "replay_models.py"), kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=folder, env=environment)
-    return done.stdout + done.stderr
+@pytest.fixture
+def train_in_processes(python, tmp_path):
+    """Runs a training of ``replay_models`` by itself; what it printed."""
+
+    def run(kind, world=1):
+        options = {"cwd": tmp_path, "warnings": "ignore", "world": world}
+        done = python.ranks(HERE / "replay_models.py", kind, **options)
+        return "".join(one.stdout + one.stderr for one in done)
+
+    return run
 
 
-def test_bad_rows_are_found_in_another_process_from_the_file_alone(models, tmp_path):
+def test_bad_rows_are_found_by_another_process_that_knows_only_the_file(models, in_a_new_process):
     guard, _ = models.fit(models.Model(width=12), models.batches(spoil=(3, 9)))
     status, printed, _ = in_a_new_process("replay", guard.bundle, "--module", "replay_models:Model")
     assert status == 0
@@ -173,8 +178,8 @@ def test_an_error_of_the_training_step(models):
     assert (found.verdict, found.fault, found.rows) == (DATA_DEPENDENT, "ArithmeticError", (3, 9))
 
 
-def test_each_process_writes_its_own_bundle_and_one_replay_reads_all(models, tmp_path):
-    printed = train_in_processes("ranks", tmp_path)
+def test_each_process_leaves_its_own_and_one_replay_takes_all(models, train_in_processes, tmp_path):
+    printed = train_in_processes("ranks", 2)
     assert printed.count("ended by GradientHalt") == 2, printed[-3000:]
     paths = sorted((tmp_path / "gradguard").iterdir())
     assert [p.name for p in paths] == ["step-00000007-rank0.pt", "step-00000007-rank1.pt"]
@@ -186,8 +191,8 @@ def test_each_process_writes_its_own_bundle_and_one_replay_reads_all(models, tmp
         assert (found.verdict, found.rank, found.rows) == (DATA_DEPENDENT, 1, (3, 9))
 
 
-def test_a_bundle_is_written_on_sigterm(tmp_path):
-    printed = train_in_processes("sigterm", tmp_path)
+def test_a_signal_to_end_leaves_what_is_known(train_in_processes, tmp_path):
+    printed = train_in_processes("sigterm")
     assert "ended by SIGTERMException" in printed
     (path,) = (tmp_path / "gradguard").iterdir()
     bundle = read_bundle(path)
@@ -198,8 +203,8 @@ def test_a_bundle_is_written_on_sigterm(tmp_path):
     assert len(bundle["weights"]) == 6
 
 
-def test_a_full_disk_does_not_hide_the_halt(tmp_path):
-    printed = train_in_processes("full", tmp_path)
+def test_a_disk_that_fills_up_while_writing_hides_no_halt(train_in_processes, tmp_path):
+    printed = train_in_processes("full")
     assert "ended by GradientHalt: The gradients or the loss are NaN or infinite" in printed
     assert "No flight record was written to" in printed
     assert "File too large" in printed

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -156,13 +156,24 @@ def go(stream, loss=LOSSES["falls"], **kwargs):
     return twins
 
 
-@pytest.mark.parametrize("clipper", ["none", "default", "exclude"])
-@pytest.mark.parametrize("stream", STREAMS)
+#: Streams that `make test` has with other clippers than the default, too.
+QUICK = {"quiet", "loud", "all x2.5", "one x10000", "nan", "none", "thaws"}
+
+
+def every_stream(*clippers):
+    """All streams with each of some clippers; most but those with the default clipper are left to `make test-long`."""
+    for clipper in clippers:
+        for stream in STREAMS:
+            marks = () if clipper == "default" or stream in QUICK else pytest.mark.slow
+            yield pytest.param(stream, clipper, marks=marks)
+
+
+@pytest.mark.parametrize(("stream", "clipper"), list(every_stream("none", "default", "exclude")))
 def test_a_stream_gives_what_it_would_step_by_step(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
 
 
-@pytest.mark.parametrize("clipper", CLIPPERS)
+@pytest.mark.parametrize("clipper", [c for c in CLIPPERS if c not in ("none", "default", "exclude")])
 @pytest.mark.parametrize("stream", ["quiet", "all x2.5", "one x10000"])
 def test_so_it_does_with_any_spike_clip(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
@@ -174,7 +185,6 @@ def test_so_it_does_with_any_loss(loss, clipper):
     go(noise(), LOSSES[loss], clipper=CLIPPERS[clipper])
 
 
-@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**20),
     sigma=st.floats(0.005, 0.6),
