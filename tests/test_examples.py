@@ -90,7 +90,7 @@ def test_cli(monkeypatch):
 
 def test_own_detector():
     (finding,) = load("own_detector").main()
-    assert finding.detector == "Lopsided"
+    assert (finding.detector, finding.fault.value) == ("Lopsided", "lopsided")
     assert finding.parameters[0] == "0.weight"
 
 
