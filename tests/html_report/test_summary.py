@@ -29,7 +29,7 @@ def test_a_healthy_run(written):
     [
         ("vanishing", "Gradients vanish on their way"),
         ("exploding", "Gradients explode"),
-        ("nan", "NaN or infinite"),
+        ("nan", "NaN or Inf"),
     ],
 )
 def test_a_sick_run(written, kind, title):
