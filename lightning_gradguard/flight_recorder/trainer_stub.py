@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.introspection.batch import is_finite
+from lightning_gradguard.introspection.sandboxed_step import index_arguments, loss_in
 from lightning_gradguard.stats.parameters import select
 
 
@@ -74,7 +74,7 @@ class TrainerStub:
         except _StopReplay:
             return
         if getattr(self.module, "automatic_optimization", True):
-            self._backward(_loss_in(output))
+            self._backward(loss_in(output))
 
     def loss_of(self, batch: Any, number: int, context: AbstractContextManager[Any], backward: int) -> Tensor:
         """Return the loss of one backward pass with its autograd graph; earlier backward passes are skipped.
@@ -95,7 +95,7 @@ class TrainerStub:
             if stop.loss is not None:
                 return stop.loss
             raise ValueError("the training step ran fewer backward passes than before") from None
-        return _loss_in(output)
+        return loss_in(output)
 
     def cleared(self, index: int) -> None:
         """Forget the first non-finite backward pass if the target's gradients were set to zero."""
@@ -125,12 +125,9 @@ class TrainerStub:
 
     def _call_training_step(self, batch: Any, number: int, context: AbstractContextManager[Any]) -> Any:
         module: Any = self.module
-        step: Callable[..., Any] = module.training_step
-        needs = inspect.signature(step).parameters
-        if "dataloader_iter" in needs:
-            raise ValueError("the training step reads its batches from dataloader_iter itself")
+        arguments = index_arguments(module, number)
         with context:
-            return step(batch, number) if len(needs) > 1 else step(batch)
+            return module.training_step(batch, *arguments)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         index, self._backwards = self._backwards, self._backwards + 1
@@ -228,13 +225,6 @@ class _StopReplay(Exception):
 
     def __init__(self, loss: Tensor | None) -> None:
         self.loss = loss
-
-
-def _loss_in(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-    return loss
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
