@@ -1,4 +1,4 @@
-"""`TrainerStub`: run a module's own training step without a Trainer and without taking optimizer steps."""
+"""`TrainerStub`: run a training step without a Trainer and without optimizer steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lightning_gradguard.stats.parameters import select
 
 
 class TrainerStub:
-    """Runs one training step up to the optimizer step in question. Use it in a `sandbox`, since it changes the module.
+    """Stand-in for the Trainer that runs one training step, up to the optimizer step in question.
 
-    Optimizer steps do nothing and nothing is logged. All passes use the recorded weights, those before the step in
-    question; with manual optimization, earlier steps of the same batch had run on older weights.
+    Use it in a `sandbox`, since it changes the module. Optimizer steps do nothing and nothing is logged. All passes use
+    the recorded weights, those before the step in question; with manual optimization, earlier steps of the same batch
+    had run on older weights.
 
     Args:
         module: A LightningModule.
@@ -77,7 +78,9 @@ class TrainerStub:
             self._backward(loss_in(output))
 
     def loss_of(self, batch: Any, number: int, context: AbstractContextManager[Any], backward: int) -> Tensor:
-        """Return the loss of one backward pass with its autograd graph; earlier backward passes are skipped.
+        """Return the loss of one backward pass with its autograd graph.
+
+        Earlier backward passes are skipped.
 
         Args:
             batch: Batch for the training step.
@@ -98,12 +101,12 @@ class TrainerStub:
         return loss_in(output)
 
     def cleared(self, index: int) -> None:
-        """Forget the first non-finite backward pass if the target's gradients were set to zero."""
+        """Forget non-finite gradients of the target that were set to zero."""
         if index == self._target:
             self.first_nonfinite = None
 
     def stepped(self, index: int) -> None:
-        """Count an optimizer step, or end the run if it is the one in question."""
+        """Count an optimizer step; end the run at the one in question."""
         if self._stop is not None and self._steps == self._stop:
             raise _StopReplay(None)
         self._steps += 1
@@ -165,7 +168,7 @@ class OptimizerStub:
 
     @property
     def optimizer(self) -> OptimizerStub:
-        """The optimizer itself, under the name that Lightning's wrapper has for it."""
+        """The optimizer itself, as Lightning's wrapper names it."""
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -191,7 +194,7 @@ class OptimizerStub:
 
 
 class _RecordedTrainer:
-    """A trainer that knows recorded numbers alone; its loggers accept everything and write nothing."""
+    """A trainer that holds recorded numbers, with loggers that write nothing."""
 
     def __init__(self, recorded: Mapping[str, Any], optimizers: list[OptimizerStub]) -> None:
         self.__dict__.update(recorded)
@@ -221,14 +224,14 @@ class Idle:
 
 
 class _StopReplay(Exception):
-    """Raised inside a training step to end it at the step, or at the loss, in question."""
+    """Raised inside a training step to end it."""
 
     def __init__(self, loss: Tensor | None) -> None:
         self.loss = loss
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Accept what would be logged."""
+    """Accept any arguments."""
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
