@@ -1,8 +1,7 @@
-"""Takes the README's pictures from real runs: ``python docs/pictures.py runs/demo docs/images``.
+"""Take the README's pictures from real runs: ``python docs/pictures.py runs/demo docs/images``.
 
-The first argument is what ``gradguard demo`` left; three further runs, one healthy, one whose gradients vanish and one
-whose gradients explode, are trained here. Needs what the package itself does not: ``pip install playwright``, and a
-Chromium on the PATH.
+The first argument is the folder that ``gradguard demo`` wrote. Three more runs are trained here: one is healthy, in one
+gradients vanish, in one they explode. Needs Playwright, ``pip install playwright``, and a Chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 from lightning_gradguard import GradGuard, GradientHalt
 from lightning_gradguard.cli.demo import Digits, train
 
-#: Standard deviation of the exploding run's weights, over that which keeps a signal's size.
+#: Standard deviation of the exploding run's weights, relative to the one that keeps the size of a signal.
 WEIGHTS = 8.0
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
 
@@ -49,7 +48,7 @@ class Chaotic(Digits):
 
 
 def three_runs(folder: Path) -> None:
-    """One healthy, one that vanishes, one that explodes; only watched, so that each goes on as far as it can."""
+    """Train an exploding, a vanishing and a healthy run, without a clipper, each as far as it gets."""
     for name, module in {
         "1_exploding": Chaotic,
         "2_vanishing": Digits,
@@ -62,7 +61,7 @@ def three_runs(folder: Path) -> None:
 
 @contextlib.contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
-    """A TensorBoard on a free loopback port; yields its address."""
+    """Start a TensorBoard on a free loopback port; yield its address."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
         process = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=log, stderr=subprocess.STDOUT)
@@ -81,7 +80,7 @@ def tensorboard(folder: Path) -> Iterator[str]:
 
 
 def overview(page: Page, address: str, target: Path) -> None:
-    """The time series tab with the overview's most telling cards."""
+    """Take the time series tab with the most important cards of the overview."""
     page.goto(f"{address}/?tagFilter=gradguard/(heatmap|depth_tilt|total_norm|update_ratio)#timeseries")
     page.wait_for_selector("image-card img")
     page.get_by_role("button", name="Settings").last.click()
@@ -90,7 +89,7 @@ def overview(page: Page, address: str, target: Path) -> None:
 
 
 def three(page: Page, address: str, target: Path) -> None:
-    """The heat maps of three runs side by side."""
+    """Take the heat maps of three runs side by side."""
     page.goto(f"{address}/?tagFilter=gradguard/heatmap#timeseries")
     page.wait_for_selector("image-card img")
     page.get_by_role("button", name="Settings").last.click()
@@ -99,7 +98,7 @@ def three(page: Page, address: str, target: Path) -> None:
 
 
 def histograms(page: Page, address: str, target: Path) -> None:
-    """Histograms of the first layer in every run."""
+    """Take the histograms of the first layers in every run."""
     page.goto(f"{address}/?tagFilter=linears.[012].weight#timeseries")
     page.wait_for_selector("histogram-card svg")
     page.get_by_role("button", name="Settings").last.click()
@@ -108,7 +107,7 @@ def histograms(page: Page, address: str, target: Path) -> None:
 
 
 def diagnosis(page: Page, address: str, target: Path) -> None:
-    """The page that the demo's first act leaves, down to the remedies' pictures."""
+    """Take the diagnosis page of the demo's first run, down to the pictures of the fixes."""
     page.goto(address)
     page.screenshot(
         path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1540}, full_page=True
@@ -132,8 +131,8 @@ def main() -> None:
             with tensorboard(runs) as address:
                 for take in takes:
                     take(browser.new_page(viewport=size), address, options.target)
-        told = (options.runs / "diagnosis.html").resolve().as_uri()
-        diagnosis(browser.new_page(viewport={"width": 1000, "height": 900}), told, options.target)
+        address = (options.runs / "diagnosis.html").resolve().as_uri()
+        diagnosis(browser.new_page(viewport={"width": 1000, "height": 900}), address, options.target)
         browser.close()
 
 
