@@ -155,7 +155,7 @@ def test_what_is_kept_for_the_report_is_shown_nowhere(ask):
 @pytest.mark.parametrize(
     ("plugin", "tag", "words"),
     [
-        ("scalars", "gradguard/depth_tilt_decades", "vanishing"),
+        ("scalars", "gradguard/depth_tilt_decades", "Vanishing"),
         ("histograms", "gradguard_hist_log10/001_1.weight", "net.1.weight"),
         ("histograms", "gradguard_hist_value/001_1.weight", "net.1.weight"),
         ("scalars", "gradguard_exponents/fp16_lost", "fp16"),

@@ -55,8 +55,8 @@ def train(name, activation, policy=None):
 def page(opened):
     """Return a function that opens the page of a halted training and one that is not."""
     with pytest.raises(GradientHalt) as halt:
-        train("vanishing", nn.Sigmoid, Policy.strict())
-    train("healthy", nn.ReLU)
+        train("1_vanishing", nn.Sigmoid, Policy.strict())
+    train("2_healthy", nn.ReLU)
     write_report([Path("runs")], Path("report.html"))
 
     def open_page(**options):
