@@ -40,7 +40,7 @@ from lightning_gradguard.callbacks.trainer_adapter import (
 )
 from lightning_gradguard.clippers.base import Clipper
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.engine.arguments import describe_arguments, validate_parts
+from lightning_gradguard.engine.arguments import short_repr, validate_parts
 from lightning_gradguard.engine.device_skip import validate_lag
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.flight_recorder.recorder import Recorder
@@ -130,7 +130,7 @@ class GradGuard(Callback):
         self._batches, self._has_ended = 0, False
 
     def __repr__(self) -> str:
-        return describe_arguments(
+        return short_repr(
             self,
             detectors=(self.detectors, None),
             clipper=(self.clipper, None),

@@ -20,7 +20,7 @@ from lightning_gradguard.callbacks.trainer_adapter import (
     scaler_of,
     warn,
 )
-from lightning_gradguard.engine.arguments import describe_arguments
+from lightning_gradguard.engine.arguments import short_repr
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
@@ -112,7 +112,7 @@ class GradHistogram(Callback):
         self._fail_safe = FailSafe("GradHistogram")
 
     def __repr__(self) -> str:
-        return describe_arguments(
+        return short_repr(
             self,
             every_n_steps=(self.every_n_steps, 100),
             include=(self.include, None),
