@@ -37,13 +37,17 @@ class Injection(ABC):
     def __post_init__(self) -> None:
         steps = (self.at,) if isinstance(self.at, int) else self.at
         if not isinstance(steps, Sequence) or not steps or not all(map(_is_count, steps)):
-            raise ValueError(f"at must be a step from 0, or steps such as range(50, 100), got {self.at!r}")
+            raise ValueError(
+                f"at must be a step, 0 or more, or a sequence of steps such as range(50, 100), got {self.at!r}"
+            )
         if not isinstance(self.parameters, str):
             raise TypeError(
                 f'parameters must be a pattern of names such as "encoder.*", got {self.parameters!r}'
             )
         if self.rank is not None and not _is_count(self.rank):
-            raise ValueError(f"rank must be a whole number from 0, or None for all, got {self.rank!r}")
+            raise ValueError(
+                f"rank must be a whole number, 0 or more, or None for all processes, got {self.rank!r}"
+            )
         object.__setattr__(self, "at", steps if isinstance(steps, range) else tuple(steps))
 
     @abstractmethod
@@ -84,7 +88,7 @@ class Injection(ABC):
         trained = {name: p for name, p in matching.items() if p.requires_grad}
         if not trained:
             raise ValueError(
-                f"parameters must match one that is trained, got {self.parameters!r}: all are frozen"
+                f"parameters must match a trainable parameter, got {self.parameters!r}: it matches frozen ones only"
             )
         return trained
 

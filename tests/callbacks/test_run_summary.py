@@ -1,4 +1,4 @@
-"""The table at the end of a run: what it says, when, to whom, and how it is silenced."""
+"""The table at the end of a run: its contents, when and where it is logged, and how it is silenced."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ NAME = "lightning_gradguard"
 
 @pytest.fixture
 def tables(caplog):
-    """The tables that were said, as lines."""
+    """Return the tables logged so far, as lines."""
     logger = logging.getLogger(NAME)
     before = logger.level
     logger.setLevel(logging.NOTSET)
@@ -56,7 +56,7 @@ class End(pl.Callback):
             raise self.error
 
 
-def test_a_quiet_run_needs_three_lines(fit, classifier, tables):
+def test_a_healthy_run_needs_three_lines(fit, classifier, tables):
     fit(classifier(), GradGuard())
     assert tables() == [
         [
@@ -67,7 +67,7 @@ def test_a_quiet_run_needs_three_lines(fit, classifier, tables):
     ]
 
 
-def test_with_a_clipper_the_share_of_clipped_steps(fit, classifier, tables):
+def test_with_a_clipper_the_share_of_clipped_steps_is_shown(fit, classifier, tables):
     fit(classifier(), GradGuard(clipper=NormClip(1e-3)))
     (table,) = tables()
     assert table[0].startswith("GradGuard | Judged | Clipped     | Skipped")
@@ -75,7 +75,7 @@ def test_with_a_clipper_the_share_of_clipped_steps(fit, classifier, tables):
 
 
 @quiet
-def test_faults_by_fault_with_place_step_and_number(fit, classifier, tables):
+def test_each_fault_has_a_line_with_count_step_and_tensor(fit, classifier, tables):
     guard = GradGuard()
     fit(classifier(bad=[3, 4, 9]), guard)
     first = guard.findings[0].parameters[0]
@@ -89,7 +89,7 @@ def test_faults_by_fault_with_place_step_and_number(fit, classifier, tables):
 
 @quiet
 @pytest.mark.parametrize("stop", ["raise", "graceful"])
-def test_a_halt_and_its_bundle(fit, classifier, tables, tmp_path, stop):
+def test_a_halt_and_its_flight_record(fit, classifier, tables, tmp_path, stop):
     guard = GradGuard(
         policy=Policy(respond={"nonfinite": "halt"}, stop=stop), recorder=Recorder(folder=tmp_path)
     )
@@ -97,13 +97,13 @@ def test_a_halt_and_its_bundle(fit, classifier, tables, tmp_path, stop):
         fit(classifier(bad=[5]), guard)
     (table,) = tables()
     assert table[2].startswith("SGD       | 6      | 1 ")
-    assert table[4].startswith("nonfinite  critical, once, first at step 5 in net.")
-    assert table[5:] == ["halted     for nonfinite", f"bundle     {guard.bundle}"]
+    assert table[4].startswith("nonfinite      critical, once, first at step 5 in net.")
+    assert table[5:] == ["halted         because of nonfinite", f"flight record  {guard.bundle}"]
     assert guard.bundle.exists()
 
 
 @quiet
-def test_rollbacks(fit, classifier, tables):
+def test_rollbacks_are_counted(fit, classifier, tables):
     policy = Policy(respond={"nonfinite": "rollback"}, max_consecutive_skips=1)
     fit(classifier(bad=[5, 6]), GradGuard(policy=policy))
     (table,) = tables()
@@ -112,7 +112,7 @@ def test_rollbacks(fit, classifier, tables):
 
 
 @quiet
-def test_of_several_optimizers_each_has_a_row(fit, tables):
+def test_each_optimizer_has_a_row(fit, tables):
     class Two(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -139,7 +139,7 @@ def test_of_several_optimizers_each_has_a_row(fit, tables):
     assert table[5].endswith(", optimizer 1")
 
 
-def test_an_error_and_ctrl_c_get_it_too(fit, classifier, tables):
+def test_it_is_logged_after_an_error_and_ctrl_c(fit, classifier, tables):
     with pytest.raises(RuntimeError, match="mine"):
         fit(classifier(), GradGuard(), End(RuntimeError("mine")))
     handler = signal.getsignal(signal.SIGINT)
@@ -153,7 +153,7 @@ def test_an_error_and_ctrl_c_get_it_too(fit, classifier, tables):
 
 
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
-def test_it_is_said_once(fit, classifier, tables):
+def test_it_is_logged_once(fit, classifier, tables):
     class Validated(type(classifier())):
         def validation_step(self, batch, batch_idx):
             raise RuntimeError("later")
@@ -166,7 +166,7 @@ def test_it_is_said_once(fit, classifier, tables):
     assert len(tables()) == 1
 
 
-def test_where_nothing_was_judged_nothing_is_said(fit, classifier, tables):
+def test_it_is_not_logged_if_no_step_was_judged(fit, classifier, tables):
     with pytest.raises(RuntimeError, match="early"):
         fit(classifier(), GradGuard(), EarlyError())
     with contextlib.suppress(RuntimeError):
@@ -179,7 +179,7 @@ class EarlyError(pl.Callback):
         raise RuntimeError("early")
 
 
-def test_a_second_fit_begins_anew(fit, classifier, tables):
+def test_a_second_fit_starts_anew(fit, classifier, tables):
     guard = GradGuard()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,12 +211,12 @@ def test_it_fits_in_80_columns(tables, fit, classifier):
 
 def test_long_lines_are_indented():
     path = "/a b/" + "c" * 90
-    notes = [("stalled", "word " * 20), ("vanishing_in_time", "once"), ("bundle", path)]
+    notes = [("stalled", "word " * 20), ("vanishing_in_time", "once"), ("flight record", path)]
     lines = _footer(notes, rule="-" * 30)
     assert lines[0] == "-" * 30
     assert lines[1].startswith("stalled            word")
     assert lines[2].startswith("                   word")
-    assert lines[3:] == ["vanishing_in_time  once", f"bundle             {path}"]
+    assert lines[3:] == ["vanishing_in_time  once", f"flight record      {path}"]
 
 
 def finding(fault=Fault.NONFINITE, severity=Severity.INFO, step=1, optimizer=0):
@@ -227,13 +227,13 @@ def report(*findings):
     return Report(7, None, 1.0, 1.0, None, 1.0, skip=False, findings=findings)
 
 
-def test_what_is_only_recorded_is_not_told():
+def test_findings_of_severity_info_are_left_out():
     summary = RunSummary()
     summary.add(report(finding()))
     assert summary.describe_faults(several=False) == []
 
 
-def test_a_condition_that_becomes_critical_is_one():
+def test_a_fault_that_becomes_critical_counts_once():
     summary = RunSummary()
     for severity in (Severity.WARNING, Severity.CRITICAL):
         summary.add(report(finding(Fault.VANISHING, severity, 40)))
@@ -263,7 +263,7 @@ PRODUCTION = (Path(__file__).parents[2] / "docs" / "how-to" / "production.md").r
 
 
 class Trouble(pl.LightningModule):
-    """Has the bad hour that the documentation shows."""
+    """Has the faults that the documentation shows."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ def test_the_documentation_shows_the_table_as_it_is(fit, tables):
 
 
 def filters():
-    """The documented filters, by what they leave out."""
+    """Return the documented filters, by what they leave out."""
     rows = re.findall(r"^\| `((?:warnings|logging)\..*?)` \| (.*?) \|$", PRODUCTION, flags=re.MULTILINE)
     return {leaves_out: code for code, leaves_out in rows}
 
@@ -335,7 +335,7 @@ def test_the_documented_policy_leaves_out_the_fault_itself(fit, tables):
     assert not any("spike" in line for line in tables()[0])
 
 
-def test_each_fault_is_said_once_for_a_tensor(fit):
+def test_each_fault_warns_once_for_a_tensor(fit):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Trouble(), GradGuard(), batches=160)
@@ -372,7 +372,7 @@ HEAD = "\nGradGuard | Judged | Skipped | Non-finite | Faults found\n"
 
 @pytest.fixture
 def train(tmp_path):
-    """What a user sees on stdout and stderr of a program of its own."""
+    """Run a script in a process of its own; return what it writes to stdout and stderr."""
 
     def run(before="", options="enable_progress_bar=False"):
         script = tmp_path / "script.py"
@@ -384,7 +384,7 @@ def train(tmp_path):
     return run
 
 
-def test_by_default_it_stands_on_stderr_with_lightnings_messages(train):
+def test_by_default_it_goes_to_stderr_with_lightnings_messages(train):
     done = train()
     assert done.stderr.count(HEAD) == 1
     assert done.stderr.index("`Trainer.fit` stopped") < done.stderr.index(HEAD)
@@ -397,7 +397,7 @@ def test_under_a_bar_it_has_lines_of_its_own(train):
     assert (done.stdout + done.stderr).count(HEAD) == 1
 
 
-def test_a_program_with_a_log_of_its_own_finds_it_there(train, tmp_path):
+def test_it_goes_to_the_handlers_of_the_program(train, tmp_path):
     log = tmp_path / "train.log"
     done = train(f"import logging\nlogging.basicConfig(filename={str(log)!r})")
     assert HEAD in log.read_text()
@@ -405,7 +405,7 @@ def test_a_program_with_a_log_of_its_own_finds_it_there(train, tmp_path):
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo")
-def test_of_two_processes_one_speaks_and_says_each_thing_once(train):
+def test_of_two_processes_one_logs_and_warns(train):
     done = train(options='enable_progress_bar=False, strategy="ddp", devices=2')
     assert done.stderr.count(HEAD) == 1
     assert done.stderr.count("GradGuard: nonfinite since step 2") == 1

@@ -153,7 +153,7 @@ def test_the_run_summary_has_the_finding(halted):
     guard, _, _, lines, _ = halted
     (line,) = [line for line in lines if line.startswith("quantized")]
     assert f"critical, once, first at step {ONSET} in {guard.findings[0].parameters[0]}" in line
-    assert any(line.split() == ["halted", "for", "quantized"] for line in lines)
+    assert any(line.split() == ["halted", "because", "of", "quantized"] for line in lines)
 
 
 def test_the_flight_record_has_the_finding(halted):
