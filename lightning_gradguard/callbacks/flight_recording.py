@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_gradguard.callbacks.bundle_contents import StepWindow, compose
 from lightning_gradguard.callbacks.running_buffers import copy_buffers
 from lightning_gradguard.callbacks.trainer_adapter import warn
-from lightning_gradguard.flight_recorder.bundle import bound, megabytes, write
+from lightning_gradguard.flight_recorder.bundle import limit_size, megabytes, write_bundle
 from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.results import Fault, GradientHalt, GradientWarning
@@ -158,8 +158,8 @@ class FlightRecording:
                 bundle["left_out"].append("batch (training ended between two batches)")
             elif not recorder.keep_batch:
                 bundle["left_out"].append("batch (keep_batch is False)")
-            bound(bundle, recorder.max_bytes)
-            path = write(bundle, self._folder, recorder.keep)
+            limit_size(bundle, recorder.max_bytes)
+            path = write_bundle(bundle, self._folder, recorder.keep)
         except Exception as problem:
             return None, f"No flight record was written to {self._folder}: {_one_line(problem)}"
         return path, _describe(path, bundle)

@@ -24,14 +24,15 @@ from lightning_gradguard.engine.arguments import short_repr
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
+from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import FailSafe, LogSink
-from lightning_gradguard.loggers.discovery import open_sinks
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_panel
-from lightning_gradguard.loggers.selection import WorstTensors
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
+from lightning_gradguard.loggers.histograms import WorstTensors, histogram_record
+from lightning_gradguard.loggers.tags import tag_group, tag_names
 from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
 from lightning_gradguard.stats.parameters import are_same, members, select
 from lightning_gradguard.stats.sharding import Shards, align_gradients, is_sharded, local
+from lightning_gradguard.validation import check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -77,7 +78,8 @@ class GradHistogram(Callback):
 
     Raises:
         ValueError: If a number is not a whole number, 1 or more, or if ``axis`` is neither of the two.
-        TypeError: If patterns are not a sequence of strings, or ``exponents`` is not a bool.
+        TypeError: If a number is of another type, patterns are not a sequence of strings, or ``exponents`` is not a
+            bool.
     """
 
     def __init__(
@@ -91,15 +93,10 @@ class GradHistogram(Callback):
         axis: Axis = "log10",
         exponents: bool = False,
     ) -> None:
-        for name, number in (
-            ("every_n_steps", every_n_steps),
-            ("max_tensors", max_tensors),
-            ("max_samples", max_samples),
-        ):
-            if name == "max_samples" and number is None:
-                continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number, 1 or more, got {number!r}")
+        check_whole("every_n_steps", every_n_steps)
+        check_whole("max_tensors", max_tensors)
+        if max_samples is not None:
+            check_whole("max_samples", max_samples)
         if axis not in AXES:
             raise ValueError(f"axis must be {' or '.join(map(repr, AXES))}, got {axis!r}")
         if not isinstance(exponents, bool):
@@ -219,14 +216,14 @@ class GradHistogram(Callback):
         if not shown:
             return
         titles = dict(zip(tensors.names, tag_names(tensors.names), strict=True))
-        group = f"gradguard_{index}" if index else "gradguard"
+        group = tag_group(index)
         limits = {name: counted[name].limit for name in shown} if self.axis == "value" else None
         step = logging_step(trainer)
         bins = {name: counted[name].bins for name in shown}
-        records = [histogram_panel(bins, titles, limits=limits, group=group)]
+        records = [histogram_record(bins, titles, limits=limits, group=group)]
         if self.exponents:
             below = {name: counted[name].below for name in names}
-            records.append(exponents_panel(below, titles, shown, step=step, group=group))
+            records.append(exponents_record(below, titles, shown, step=step, group=group))
         for sink in self._sinks:
             for record in records:
                 sink.write(step, record)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.callbacks.trainer_adapter import logging_step
 from lightning_gradguard.guard import Guard
+from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import LogSink
-from lightning_gradguard.loggers.discovery import open_sinks
 from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.tags import tag_group
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -64,7 +65,7 @@ class RunLogging:
         overview = self._overview(guards[index], index)
         overview.observe(report)
         if diagnosis is not None:
-            overview.diagnose(diagnosis.to_markdown())
+            overview.add_diagnosis(diagnosis.to_markdown())
         if trainer._logger_connector.should_update_logs:
             self._write(trainer, guards[index], index)
 
@@ -93,7 +94,7 @@ class RunLogging:
             return
         tilt, ratio = (None if math.isnan(x) else x for x in (guard.record.tilt, guard.record.update_ratio))
         overview = self._overview(guard, index)
-        record = overview.panel(guard.report, tilt=tilt, update_ratio=ratio, final=final)
+        record = overview.build_record(guard.report, tilt=tilt, update_ratio=ratio, final=final)
         for sink in self._sinks:
             sink.write(logging_step(trainer), record)
 
@@ -106,7 +107,7 @@ class RunLogging:
                 names,
                 [layout.parameters[i].numel() for i in layout.order],
                 matrices=[i in layout.layer_indices for i in layout.order],
-                group=f"gradguard_{index}" if index else "gradguard",
+                group=tag_group(index),
                 per_layer=self._per_layer,
             )
             restored = self._restored.pop(str(index), None)

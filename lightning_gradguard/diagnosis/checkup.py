@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_gradguard.diagnosis.causes.ranking import find_causes
+from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
@@ -22,8 +22,8 @@ from lightning_gradguard.results import Fault, Finding, Severity
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Limits lie far from what the benchmark's healthy trainings (benchmarks/zoo) show before their first step, which stands
-# beside each.
+# Limits lie far from the values that healthy trainings of the benchmark (benchmarks/zoo) show before their first step;
+# these values are given beside each limit.
 #: Depth tilt in decades; healthy -1.6 to 1.5. Wider than `HEALTHY_DEPTH_TILT`, since nothing has been learned yet.
 _LOW_TILT, _HIGH_TILT = -2.3, 3.0
 #: Decades gained or lost over all layers by the size of the weights, healthy -2.4 to 0.5; and the least for one layer.
@@ -211,7 +211,7 @@ def _loss_of_training_step(module: nn.Module) -> Callable[[Any], Tensor]:
 
 
 def _check_origin(origin: Origin) -> Check:
-    """Return the only check of a loss or gradient that is NaN or Inf: nothing else can be measured then."""
+    """Return the check of a loss or gradient that is NaN or Inf."""
     causes = {
         Place.BATCH: Cause.BAD_DATA,
         Place.OUTSIDE: Cause.BAD_DATA,

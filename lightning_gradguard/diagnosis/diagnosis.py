@@ -123,7 +123,7 @@ class Diagnosis:
         evidence: For each cause, the numbers that speak for it.
         remedies: Best first.
         trials: How remedies were tried, or why none could be: a sentence each; empty if that was not asked for.
-        course: The newest steps before the diagnosis, if they are known.
+        timeline: The newest steps before the diagnosis, if they are known.
         layers: Names of the layers' weights that remedies were tried on, input first; empty if none was.
         profile: log10(‖g‖/‖w‖) of each in the trial without a remedy, as `Remedy.profile`.
     """
@@ -137,7 +137,7 @@ class Diagnosis:
     remedies: tuple[Remedy, ...] = ()
     trials: tuple[str, ...] = ()
     # What is only drawn is not compared: it may hold NaN, which is not equal to itself.
-    course: Timeline | None = field(default=None, repr=False, compare=False)
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
     layers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
 

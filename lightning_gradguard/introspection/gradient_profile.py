@@ -31,15 +31,15 @@ def whole_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> li
 
 
 def layer_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> list[float]:
-    """Return the entries of `whole_profile` that count in a tilt: those of layers with a finite gradient above zero."""
+    """Return the entries of `whole_profile` that count in a tilt: the finite ones."""
     return [decades for decades in whole_profile(parameters, layers) if math.isfinite(decades)]
 
 
 def depth_tilt(profile: Sequence[float]) -> float | None:
-    """Return the decades by which a profile rises from input to output; None with fewer than four layers.
+    """Return the decades by which a profile rises from input to output.
 
-    The same statistic as `stats.depth_profile.depth_tilt`, of one step and on the host: the number of layers less one,
-    times the median slope between pairs of layers.
+    None with fewer than four layers. The same statistic as `stats.depth_profile.depth_tilt`, of one step and on the
+    host: the number of layers less one, times the median slope between pairs of layers.
 
     Args:
         profile: log10(‖g‖/‖w‖) of the layers that get a gradient, input first.

@@ -162,7 +162,7 @@ def test_a_full_disk_warns_once_and_does_not_hide_the_halt(fit, monkeypatch, rec
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recording, "write", full)
+    monkeypatch.setattr(recording, "write_bundle", full)
     if strict:
         warnings.simplefilter("error", GradientWarning)
     guard, error = halt(fit, Net(bad=[7]))

@@ -5,10 +5,9 @@ import logging
 import math
 import re
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -371,15 +370,17 @@ HEAD = "\nGradGuard | Judged | Skipped | Non-finite | Faults found\n"
 
 
 @pytest.fixture
-def train(tmp_path):
-    """Run a script in a process of its own; return what it writes to stdout and stderr."""
+def train(python, tmp_path):
+    """Run a script in processes of its own; return what all ranks together write to stdout and stderr."""
 
-    def run(before="", options="enable_progress_bar=False"):
+    def run(before="", options="enable_progress_bar=False", world=1):
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.format(before=before, options=options))
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=150)
-        assert done.returncode == 0, done.stderr
-        return done
+        done = python.ranks(script, world=world)
+        assert not any(rank.returncode for rank in done), done[0].stderr
+        return SimpleNamespace(
+            stdout="".join(rank.stdout for rank in done), stderr="".join(rank.stderr for rank in done)
+        )
 
     return run
 
@@ -406,6 +407,6 @@ def test_it_goes_to_the_handlers_of_the_program(train, tmp_path):
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo")
 def test_of_two_processes_one_logs_and_warns(train):
-    done = train(options='enable_progress_bar=False, strategy="ddp", devices=2')
+    done = train(options='enable_progress_bar=False, strategy="ddp", devices=2', world=2)
     assert done.stderr.count(HEAD) == 1
     assert done.stderr.count("GradGuard: nonfinite since step 2") == 1

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,7 +25,6 @@ def wide(tensor):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@settings(max_examples=10)
 @given(factor=st.floats(0, 1, width=32))
 def test_apply_is_the_exact_product_rounded_once(shape, dtype, factor):
     before = torch.randn(shape, dtype=dtype)

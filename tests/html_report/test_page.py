@@ -108,7 +108,7 @@ def keys(shown):
     shown.mouse.move(0, 0)
     shown.locator("nav a").last.focus()
     shown.keyboard.press("Tab")
-    focused = "document.activeElement.last_full('figure')?.dataset.heat"
+    focused = "document.activeElement.closest('figure')?.dataset.heat"
     assert shown.evaluate(focused) == "0"
     readout = shown.locator("[data-heat='0'] .readout")
     for key, layer in (("ArrowUp", LAYERS - 1), ("ArrowUp", LAYERS - 2), ("ArrowDown", LAYERS - 1)):
