@@ -262,7 +262,7 @@ PRODUCTION = (Path(__file__).parents[2] / "docs" / "how-to" / "production.md").r
 
 
 class Trouble(pl.LightningModule):
-    """Has the faults that the documentation shows."""
+    """A net with NaN in batches 50, 51 and 120, and spikes in batches 90 and 140."""
 
     def __init__(self):
         super().__init__()
@@ -275,15 +275,6 @@ class Trouble(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-3)
-
-
-@quiet
-def test_the_documentation_shows_the_table_as_it_is(fit, tables):
-    fit(Trouble(), GradGuard(clipper=SpikeClip()), batches=160)
-    (shown,) = re.findall(r"^```log\n(.*?)^```", PRODUCTION, flags=re.MULTILINE | re.DOTALL)
-    # The share that is clipped depends on the last digit of a norm.
-    (table,) = ([re.sub(r"\d \(\d\.\d%\)", "# (#)", line) for line in lines] for lines in tables())
-    assert table == [re.sub(r"\d \(\d\.\d%\)", "# (#)", line) for line in shown.splitlines()]
 
 
 def filters():
