@@ -102,7 +102,9 @@ def test_a_state_that_does_not_fit_is_said_and_nothing_else_is_harmed(runs, chan
     )
     again = train("DepthTilt", spoil(folder, "DepthTilt", change), resumed=True)
     assert len(said) == 1
-    assert said[0].startswith("GradGuard starts afresh, since the checkpoint does not fit: state must be of")
+    assert said[0].startswith(
+        "GradGuard: judging starts afresh, since the state in the checkpoint does not fit: state must be of"
+    )
     # Nothing is clipped or skipped in this case, so that the training is the same.
     for key in ("weights", "optimizer"):
         torch.testing.assert_close(again[key], whole["DepthTilt"][key], rtol=0, atol=0)
