@@ -116,7 +116,7 @@ def looks_between(first, last):
 
 
 @pytest.mark.parametrize("fault", LATE)
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_sets_in_late_is_found_a_few_looks_later_at_most(fault, alone):
     detector, expected, allowed = LATE[fault]
     detectors = (detector,) if alone and detector is not None else default_detectors()
@@ -244,7 +244,7 @@ def test_after_an_odd_step_everything_is_looked_at(bad):
 
 
 @pytest.mark.parametrize("fault", ["vanishing", "exploding", "dead", "underflow"])
-@pytest.mark.parametrize("lasts", [1, 3])
+@pytest.mark.parametrize("lasts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_is_skipped_is_looked_at_again_at_each_step_and_left_when_it_is_over(fault, lasts):
     """Nothing of a skipped step is remembered, so that the first good one is seen to be good."""
     expected = LATE[fault][1]
