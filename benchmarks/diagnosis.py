@@ -34,11 +34,12 @@ from benchmarks.zoo.case import Case, select  # noqa: E402
 from benchmarks.zoo.running import fit, quiet  # noqa: E402
 from benchmarks.zoo.training import Training  # noqa: E402
 from lightning_gradguard import Fault, GradGuard, Policy  # noqa: E402
-from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, apply_, attempt  # noqa: E402
-from lightning_gradguard.diagnosis.trials.batches import Scale, prepared  # noqa: E402
+from lightning_gradguard.diagnosis.trials.batches import Scale, prepare_batch  # noqa: E402
 from lightning_gradguard.diagnosis.trials.change import Change  # noqa: E402
-from lightning_gradguard.diagnosis.trials.swaps import Swaps  # noqa: E402
-from lightning_gradguard.introspection.layer_calls import Plan  # noqa: E402
+from lightning_gradguard.diagnosis.trials.swaps import SwappedForward  # noqa: E402
+from lightning_gradguard.diagnosis.trials.trial import apply_change_, run_trial  # noqa: E402
+from lightning_gradguard.introspection.layer_calls import LayerStructure  # noqa: E402
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep  # noqa: E402
 
 #: Faults whose remedies are tried, and the others, of which only the cause is asked; in the order of the page.
 FAULTS = (Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.EXPLODING, Fault.DEAD)
@@ -80,7 +81,7 @@ def run(case: Case, seed: int) -> Run:
     diagnosis = halt.diagnosis
     remedy = diagnosis.remedies[0]
     quality = None
-    if remedy.change is not None and case.fault in FAULTS:
+    if remedy.tried and case.fault in FAULTS:
         training = treated(case.make(seed), remedy.change)
         fit(case, training)
         quality = float(training.quality())
@@ -89,8 +90,8 @@ def run(case: Case, seed: int) -> Run:
 
 def treated(training: Training, change: Change) -> Training:
     """The training with a change made to it for good, as its author would make it."""
-    plan = _plan(training)
-    apply_(training, change, plan)
+    structure = _structure_of(training)
+    apply_change_(training, change, structure)
     _change_data(training, change)
     make = training.make_optimizer
 
@@ -105,14 +106,14 @@ def treated(training: Training, change: Change) -> Training:
         return optimizer
 
     training.make_optimizer = make_optimizer
-    if change.swaps:
-        swaps = Swaps(training, change, plan)
+    if change.changes_forward:
+        swapped = SwappedForward(training, change, structure)
         for name in ("training_step", "quality"):
-            setattr(training, name, _within(swaps, getattr(training, name)))
+            setattr(training, name, _within(swapped, getattr(training, name)))
     return training
 
 
-def _within(swaps: Swaps, function: Callable[..., Any]) -> Callable[..., Any]:
+def _within(swaps: SwappedForward, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a changed forward pass."""
 
     @functools.wraps(function)
@@ -123,14 +124,14 @@ def _within(swaps: Swaps, function: Callable[..., Any]) -> Callable[..., Any]:
     return swapped
 
 
-def _plan(training: Training) -> Plan:
+def _structure_of(training: Training) -> LayerStructure:
     """What an unchanged forward pass shows."""
     idle = torch.optim.SGD(training.parameters(), lr=0.0)
     with quiet():
         subject = SandboxedStep(
             training, lambda batch: training.training_step(batch, 0), training.batch(0), idle
         )
-        return attempt(subject, Change(), layers=(), passes=1).plan
+        return run_trial(subject, Change(), layers=(), passes=1).structure
 
 
 def _change_data(training: Training, change: Change) -> None:
@@ -138,17 +139,17 @@ def _change_data(training: Training, change: Change) -> None:
     if not (change.input or change.target):
         return
     own, draw = training.task, training.batch
-    scale = Scale.of(draw(0)) if change.target else None
+    scale = Scale.of_targets(draw(0)) if change.target else None
     # The score compares with targets of the same scale, which is as good as scaling predictions back.
     changed = dataclasses.replace(
-        own, draw=lambda generator, size: prepared(own.draw(generator, size), change, scale)
+        own, draw=lambda generator, size: prepare_batch(own.draw(generator, size), change, scale)
     )
 
     def batch(number: int) -> Any:
         training.task = own
         drawn = draw(number)
         training.task = changed
-        return prepared(drawn, change, scale)
+        return prepare_batch(drawn, change, scale)
 
     training.batch, training.task = batch, changed  # type: ignore[method-assign]
 

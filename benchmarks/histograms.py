@@ -21,7 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gradguard.engine.readback import read
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.histograms import histogram_record
+from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.stats.histogram import count
 
@@ -41,7 +42,7 @@ def ours(tensors: list[Tensor], sink: TensorBoardSink, step: int, samples: int |
     numbers = read(count(tensors, max_samples=samples).bins.flatten())
     counted = time.perf_counter() - begun
     columns = (numbers[30 * i : 30 * (i + 1)] for i in range(TENSORS))
-    sink.write(step, histogram_panel(dict(zip(NAMES, columns, strict=True)), TITLES))
+    sink.write(step, histogram_record(dict(zip(NAMES, columns, strict=True)), TITLES))
     return counted
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, GradientWarning, Guard
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors.base import NoState, reading
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Lopsided:
     measures: ClassVar[tuple[str, ...]] = ("share of one tensor in the squared gradient norm",)
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         shares = (stats.norms / stats.total) ** 2

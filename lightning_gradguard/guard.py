@@ -1,41 +1,71 @@
-"""`Guard`: one optimizer step from gradients to verdict, in any training loop."""
+"""`Guard`: one optimizer step from gradients to report, in any training loop. It owns all state."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clipper
+from lightning_gradguard.clippers.base import Clipper, apply_
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.engine import checkpoint, judging
-from lightning_gradguard.engine import device_skip as lagging
-from lightning_gradguard.engine import evaluate as pipeline
-from lightning_gradguard.engine.arguments import as_scalar, default_detectors, say_what_is_off, validate
+from lightning_gradguard.engine import device_skip
+from lightning_gradguard.engine.arguments import (
+    as_scalar,
+    message_without_loss,
+    short_repr,
+    validate_parts,
+)
+from lightning_gradguard.engine.evaluate import (
+    Evaluation,
+    GuardParts,
+    GuardState,
+    choose_state,
+    evaluate,
+    from_plain,
+    init_state,
+    to_plain,
+)
 from lightning_gradguard.engine.fast_path import FastPath
-from lightning_gradguard.engine.fault_tracker import FaultTracker
+from lightning_gradguard.engine.fault_tracker import Decision, FaultTracker
 from lightning_gradguard.engine.history import History, history_of
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker
-from lightning_gradguard.engine.readback import DetectorResult, PendingStep, Readback, StepRecord, read
+from lightning_gradguard.engine.readback import (
+    PendingStep,
+    Readback,
+    pack,
+    read,
+    restore_under_way,
+    save_under_way,
+    unpack,
+)
+from lightning_gradguard.engine.state_error import StateError
+from lightning_gradguard.engine.step_context import StepContext
+from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
+from lightning_gradguard.engine.warn import warn
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Fault, Finding, GradientHalt, Report
+from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
+from lightning_gradguard.stats.grad_stats import GradStats, stats_of
 from lightning_gradguard.stats.trends import WARM_UP
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
     from lightning_gradguard.diagnosis.nan_origin import Origin
-    from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep
 
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
+#: Version of the saved state, raised when an older one can no longer be read.
+STATE_VERSION = 5
 
 
 class Guard:
-    """Judges, clips, skips and halts; call `step` after backward and before ``optimizer.step()``.
+    """Judges, clips, skips and halts. Call `step` after backward and before ``optimizer.step()``.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -48,19 +78,30 @@ class Guard:
         ...     optimizer.step()
 
     Args:
-        named_parameters: Pairs of name and parameter, as ``model.named_parameters()`` gives them.
-        optimizer: The optimizer whose parameters are judged; all named parameters when None.
+        named_parameters: Pairs of name and parameter, from ``model.named_parameters()``.
+        optimizer: Optimizer whose parameters are judged; all named parameters when None.
         detectors: What is judged; `default_detectors` when None.
         clipper: How gradients are clipped; not at all when None.
-        policy: What is done about a finding; ``Policy.watch()`` when None.
-        lag: 0 to read each step's verdict at once; 1 to read it one step later, so that the device is never
-            waited for; None for the cheapest that still skips exactly.
-        index: Number of the optimizer, for findings.
-        usage: What is known of the forward passes so far; None to look at those that come.
+        policy: Response to each fault; ``Policy.watch()`` when None.
+        lag: 0 to read each step at once; 1 to read it one step later, so that nothing waits for the device; None for
+            the cheapest that still skips exactly.
+        index: Index of the optimizer, for findings.
+        usage: Record of the first forward passes so far; None to begin one now.
+
+    Attributes:
+        tracker: Names, order and measurements of the tensors.
+        fault_tracker: Active faults.
+        fast_path: Steps accepted without a full evaluation.
+        report: Report of the newest step, or None.
+        record: Numbers of the newest step that was evaluated in full, or None.
+        diagnosis: Diagnosis of the newest critical finding, or None.
+        counts: Number of steps that were "judged", "clipped", "skipped" and "nonfinite".
+        steps: Number of calls of `step`.
+        lag: 0 or 1.
 
     Raises:
         ValueError: If there is no parameter, or ``lag`` is none of the three.
-        TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is none.
+        TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is not a `Policy`.
     """
 
     def __init__(
@@ -75,47 +116,68 @@ class Guard:
         index: int = 0,
         usage: ForwardUsage | None = None,
     ) -> None:
-        validate(detectors, clipper, policy)
+        validate_parts(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
         self.clipper = clipper
+        self._parts = GuardParts.of(self.detectors, clipper)
         self.policy = Policy.watch() if policy is None else policy
-        always = any(self.policy.response(f) == "skip" for f in set(Fault) - {Fault.NONFINITE, Fault.SPIKE})
-        self.watch = ParameterTracker(named_parameters, optimizer, usage, always)
-        self._history = history_of(self.watch.layout)
-        self.quiet = FastPath(self.detectors, clipper)
+        skips_lasting_faults = any(
+            self.policy.response(f) == "skip"
+            for f in Fault.known()
+            if f not in (Fault.NONFINITE, Fault.SPIKE)
+        )
+        self.tracker = ParameterTracker(named_parameters, optimizer, usage, skips_lasting_faults)
+        self.fault_tracker = FaultTracker(self.policy, index)
+        self.fast_path = FastPath(self._parts)
+        self.lag = device_skip.choose_lag(lag, optimizer, self.tracker.layout.numel.device, self.policy)
+        self._readback = Readback(self.lag)
+        self._state: GuardState | None = None
+        self._results: list[DetectorResult] = []
+
         self.report: Report | None = None
-        self.letter: StepRecord | None = None
-        self.calm: StepRecord | None = None
-        self.sights: list[DetectorResult] = []
-        self.notes: tuple[str, ...] = ()
-        self.subject: Callable[[], SandboxedStep] | None = None
-        self.origin: Origin | None = None
+        self.record: StepRecord | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
-        self.judge = FaultTracker(self.policy, index)
+        self.steps = 0
+        self._last_finite: StepRecord | None = None
+        self._history = history_of(self.tracker.layout)
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
-        self.steps, self.trials, self._said_no_loss = 0, False, False
-        self._lag = lagging.choose(lag, optimizer, self.watch.layout.numel.device, self.policy)
-        self._mailbox: Readback[PendingStep] = Readback(self._lag)
-        self._states: pipeline.States | None = None
         self._halt: Finding | None = None
+        self._origin: Origin | None = None
+        self._warned_of_no_loss = False
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            optimizer=(self.optimizer and type(self.optimizer).__name__, None),
+            detectors=(self.detectors, default_detectors()),
+            clipper=(self.clipper, None),
+            policy=(self.policy, Policy.watch()),
+            lag=(self.lag, 0),
+            index=(self.fault_tracker.optimizer, 0),
+        )
 
     @property
-    def history(self) -> History:
-        """The newest judged steps; begun anew with other parameters, and not saved."""
-        self.catch_up()
-        return self._history
-
-    @property
-    def states(self) -> pipeline.States | None:
-        """States of trends, detectors and clipper after the newest good step; None before the first."""
-        self.catch_up()
-        return self._states
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose steps are judged."""
+        return self.tracker.optimizer
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was found so far, oldest first; the newest 1,000."""
+        """Findings so far, oldest first; the newest 1,000."""
         return tuple(self._findings)
+
+    @property
+    def history(self) -> History:
+        """The newest judged steps. It begins anew when the parameters change, and is not saved."""
+        self.flush()
+        return self._history
+
+    @property
+    def state(self) -> GuardState | None:
+        """State of statistics, detectors and clipper after the newest good step; None before the first."""
+        self.flush()
+        return self._state
 
     def step(
         self,
@@ -125,105 +187,370 @@ class Guard:
         graph: Tensor | None = None,
         step: int | None = None,
         batch: object = None,
+        context: StepContext | None = None,
     ) -> Report:
-        """Judges the gradients that lie on the parameters, clips them, or removes them where the step is bad.
+        """Judge the gradients on the parameters; clip them, or remove them if the step is bad.
 
         In a distributed program every rank has to call it.
 
         Args:
-            loss: Scalar loss of this step, not scaled. Without it the rules that ask for progress are off.
-            scaler: The gradient scaler in use; gradients are unscaled if that has not been done.
+            loss: Scalar loss of this step, not scaled. Without it, rules that need progress are off.
+            scaler: Gradient scaler in use; gradients are unscaled if that has not been done.
             graph: Tensor whose autograd graph shows the order of layers; ``loss`` when None.
             step: Number of this step in reports; steps judged so far when None.
-            batch: What the loss was computed from; looked at only when something critical is found.
+            batch: Input of the loss; looked at only if something critical is found.
+            context: Further facts for a diagnosis; holds the batch then, in place of ``batch``.
 
         Returns:
-            The report of this step; ``skip`` says that ``optimizer.step()`` must not be called. The gradients have
-            been removed then, so that even a call would change nothing. With ``lag=1`` the report is of the
-            step before, and ``skip`` is false, since what had to be skipped is skipped on the device.
+            The report of this step. If ``skip`` is true, ``optimizer.step()`` must not be called; the gradients have
+            been removed, so that even a call would change nothing. With ``lag=1`` the report is of the step before, and
+            ``skip`` is false, since bad steps are skipped on the device.
 
         Raises:
             GradientHalt: If training cannot go on.
-            ValueError: If the loss is no scalar.
+            ValueError: If the loss is not a scalar.
         """
         loss = as_scalar(loss)
-        if self.watch.follow_groups():
-            self.catch_up()
-            self._states = None
-            self.quiet.stop()
-        if scaler is not None and self._lag:
-            # Both would set found_inf, and the scaler's own skip is exact: no lag then.
+        if self.tracker.follow_groups():
+            self.flush()
+            self._state = None
+            self.fast_path.close()
+        if scaler is not None and self.lag:
+            # Both would set found_inf, and the scaler's own skip is exact.
             self.close()
-            self._lag, self._mailbox = 0, Readback(0)
+            self.lag, self._readback = 0, Readback(0)
         number = self.steps if step is None else step
         self.steps += 1
-        graph = loss if graph is None and loss is not None and loss.grad_fn is not None else graph
-        if graph is None and all(gradient is None for gradient in self.watch.gradients()):
+        if graph is None and loss is not None and loss.grad_fn is not None:
+            graph = loss
+        if graph is None and all(gradient is None for gradient in self.tracker.gradients()):
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
-        self.watch.unscale(scaler)
-        if loss is None and not self._said_no_loss:
-            self._said_no_loss = True
-            say_what_is_off(self.detectors)
-        stats = self.watch.look(loss, graph, scaled=scaler is not None)
-        report = None if scaler is not None or self._lag else self.quiet.pass_over(self, stats, number)
-        if report is None:
-            return judging.judge(self, stats, number, scaler, batch)
-        self.report = report
-        self.counts["judged"] += 1
-        self.judge.judged += 1
-        self.watch.schedule.settle(True)
-        self._ask()
-        return report
+        self.tracker.unscale(scaler)
+        if loss is None and not self._warned_of_no_loss:
+            self._warned_of_no_loss = True
+            if message := message_without_loss(self.detectors):
+                warn(message)
+
+        stats = self.tracker.measure(loss, graph, scaled=scaler is not None)
+        if scaler is None and not self.lag:
+            accepted = self.fast_path.accept(stats, number, self.flush)
+            if accepted is not None:
+                self.report = accepted
+                self.counts["judged"] += 1
+                self.fault_tracker.count_accepted()
+                self.tracker.schedule.commit(taken=True)
+                self._probe_sequence_if_stuck()
+                return accepted
+        return self._evaluate(stats, number, scaler, context or StepContext(batch=batch))
+
+    def flush(self) -> None:
+        """Fold deferred steps into the running statistics, and complete their reports."""
+        thresholds, self._state = self.fast_path.fold_in(self._state)
+        if thresholds:
+            self._finalize(read(torch.stack(thresholds)))
+
+    def keep_history(self, steps: int) -> None:
+        """Keep that many of the newest steps in `history`."""
+        self.history.resize(steps)
 
     def close(self) -> None:
-        """Judges what is still under way; call it when training ends.
+        """Judge what is still under way, and remove all hooks. Call it when training ends.
 
         Raises:
             GradientHalt: If the last step was one to halt on.
         """
-        self.watch.close()
-        self.catch_up()
-        while (answer := self._mailbox.take()) is not None:
-            judging.report(self, *answer)
-            self._raise_if_halted(answer[1].step)
-
-    def catch_up(self) -> None:
-        """Lets what is usual learn from quiet steps that wait for that; `states` and `history` call it."""
-        if thresholds := self.quiet.learn(self):
-            self.quiet.let_go(self, read(torch.stack(thresholds)))
+        self.tracker.close()
+        self.flush()
+        while (arrived := self._readback.take()) is not None:
+            self._conclude(*arrived)
+            self._raise_if_halted(arrived[1].step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to judge and clip as this one would; plain types and tensors."""
-        return checkpoint.save(self)
+        """Return everything a resumed run needs to judge and clip as this one would: plain types and tensors."""
+        self.flush()
+        return {
+            "version": STATE_VERSION,
+            "kinds": self._kinds(),
+            "steps": self.steps,
+            "counts": dict(self.counts),
+            "watch": self.tracker.state_dict(),
+            "judge": self.fault_tracker.state_dict(),
+            "sights": [result.to_plain() for result in self._results],
+            "quiet": self.fast_path.state_dict(),
+            "states": None if self._state is None else to_plain(self._state),
+            # With lag=1: steps that were posted and not yet judged.
+            "under_way": save_under_way(self._readback),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned.
 
         Args:
-            state: As it was given.
+            state: State of a guard with the same parameters, detectors and clipper.
 
         Raises:
-            ValueError: If it is of another version, other parameters, or other detectors or clipper; nothing
-                is changed then.
+            ValueError: If it is of another version, other parameters, or other detectors or clipper. Nothing is changed
+                then.
         """
-        checkpoint.load(self, state)
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"state must be of version {STATE_VERSION}, got {state.get('version')!r}; start the guard afresh"
+            )
+        if state.get("kinds") != self._kinds():
+            raise StateError(
+                f"state must be of the same detectors and clipper, {self._kinds()}, got {state.get('kinds')}; "
+                "construct the guard as in the run that saved it"
+            )
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._restore(state)
+        except StateError:
+            self._restore(before)
+            raise
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            self._restore(before)
+            raise StateError(
+                f"state must be what Guard.state_dict gave, but {type(error).__name__}: {error}"
+            ) from error
+
+    def roll_back(self, state: Mapping[str, Any] | None) -> None:
+        """Judge on from an earlier state of this guard; the steps since then stay counted.
+
+        Args:
+            state: State from `state_dict`; None for the beginning.
+        """
+        self.flush()
+        steps, counts = self.steps, self.counts
+        if state is None:
+            self._state, self._results = None, []
+            self.fault_tracker = FaultTracker(self.policy, self.fault_tracker.optimizer)
+            self.fast_path.close()
+            self.tracker.restart_schedule()
+        else:
+            self.load_state_dict(state)
+        self.steps, self.counts = steps, counts
+        self._readback = Readback(self.lag)  # steps under way belong to the part that is undone
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has learnt from every step."""
-        self.catch_up()
+        # A copy must not share deferred steps with this guard.
+        self.flush()
         return self.__dict__
+
+    def _evaluate(
+        self, stats: GradStats, number: int, scaler: torch.amp.GradScaler | None, context: StepContext
+    ) -> Report:
+        """Evaluate a step in full, and act on it."""
+        thresholds, self._state = self.fast_path.fold_in(self._state)
+        accepted = self.fast_path.accepted
+        before = self._state or init_state(stats, self._parts)
+        evaluation, after = evaluate(stats, before, self._parts, accepted)
+        pending = PendingStep(
+            step=number,
+            has_loss=stats.has_loss,
+            scaled=scaler is not None,
+            evaluation=evaluation,
+            asked=tuple([reading is not None for reading in evaluation.readings]),
+            # With lag=1 the batch and the weights of a step are gone when it is judged.
+            context=dataclasses.replace(context, batch=None, sandboxed_step=None) if self.lag else context,
+        )
+        packed = pack(evaluation, None if scaler is None else scaler._scale, thresholds)
+        arrived = self._readback.exchange(packed, pending)
+        if self.lag:
+            self.fast_path.close()
+            return self._act_on_device(evaluation, before, after, arrived)
+
+        assert arrived is not None
+        numbers, _ = arrived
+        self._finalize(numbers[len(numbers) - len(thresholds) :])
+        self.fast_path.close(accepted)  # detectors have not seen those steps until this one is taken
+        report = self._conclude(numbers, pending)
+        record = self.record
+        assert record is not None
+        if report.skip:
+            self.tracker.drop_gradients()
+        else:
+            self._state = after
+            settled = self.fault_tracker.is_settled(record.results)
+            self.fast_path.open(record, stats, after.clipper, settled=settled)
+            if evaluation.clip is not None and record.clipped:
+                apply_(stats.gradients, evaluation.clip.multipliers)
+        if any(f.fault == Fault.SPIKE for f in report.findings):
+            self.tracker.sample_now()
+        self.tracker.schedule.commit(taken=not report.skip)
+        self._probe_sequence_if_stuck()
+        self._raise_if_halted(number)
+        return report
+
+    def _act_on_device(
+        self,
+        evaluation: Evaluation,
+        before: GuardState,
+        after: GuardState,
+        arrived: tuple[list[float], PendingStep] | None,
+    ) -> Report:
+        """Clip or skip this step on the device, and report on the step before (``lag=1``).
+
+        Args:
+            evaluation: Results of this step on the device.
+            before: State before it.
+            after: State after it, if it is good.
+            arrived: Numbers of the step before, if they have arrived.
+
+        Raises:
+            GradientHalt: If the step before was one to halt on.
+        """
+        optimizer = self.tracker.optimizer
+        device_skip.apply_on_device(evaluation, optimizer)
+        self._state = choose_state(evaluation.stats.finite, after, before)
+        self.tracker.schedule.commit(taken=True)
+        if arrived is not None:
+            self._conclude_late(*arrived)
+        # Waiting for this step is unavoidable if there is no report yet, or if a fused optimizer has no state yet:
+        # it cannot skip on the device then.
+        must_wait = self.report is None or device_skip.has_new_momentum(optimizer)
+        if (
+            must_wait
+            and (arrived := self._readback.take()) is not None
+            and self._conclude_late(*arrived).skip
+        ):
+            self.tracker.drop_gradients()
+        assert self.report is not None
+        self._probe_sequence_if_stuck()
+        return dataclasses.replace(self.report, skip=False)
+
+    def _conclude_late(self, numbers: list[float], pending: PendingStep) -> Report:
+        """Conclude a step that was taken already; raise if it was one to halt on."""
+        report = self._conclude(numbers, pending)
+        if self._halt is not None:
+            # The coming step is not taken, even if the halt is not an error and the optimizer is called.
+            self.tracker.drop_gradients()
+            device_skip.clear_found_inf(self.tracker.optimizer)
+        self._raise_if_halted(pending.step)
+        return report
+
+    def _conclude(self, numbers: list[float], pending: PendingStep) -> Report:
+        """Turn a step's numbers into its report; record what was found, warn, and diagnose."""
+        record = self.record = unpack(numbers, pending, self._parts, self._results)
+        decision = self.fault_tracker.decide(
+            pending.step,
+            record,
+            has_loss=pending.has_loss,
+            scaled=pending.scaled,
+            clipping=self.clipper is not None,
+        )
+        report = self.report = decision.report
+        self._halt = decision.halt
+        layout = pending.evaluation.stats.layout
+        if layout.names != self._history.names:
+            self._history = history_of(layout, self._history.steps)
+        self._history.add(report)
+        if record.finite:
+            self._last_finite, self._results = record, record.results
+        self.counts["judged"] += 1
+        self.counts["clipped"] += record.clipped and not report.skip
+        self.counts["skipped"] += report.skip
+        self.counts["nonfinite"] += not record.finite
+        self.tracker.schedule.observe(record.loss_start, record.loss_mean, bool(self.fault_tracker.active))
+        self._findings.extend(report.findings)
+        if report.findings:
+            self._explain(decision, record, pending)
+        return report
+
+    def _explain(self, decision: Decision, record: StepRecord, pending: PendingStep) -> None:
+        """Warn of new findings, and diagnose a critical one."""
+        # Imported only when something is found: most runs never need it.
+        from lightning_gradguard.diagnosis.diagnose import describe
+
+        critical = [f for f in decision.report.findings if f.severity == Severity.CRITICAL]
+        to_diagnose = decision.halt or (critical[0] if critical else None)
+        for finding in decision.messages:
+            if finding is not decision.halt:
+                origin = None
+                if finding.fault == Fault.NONFINITE:
+                    # The first one of a run is replayed; of later ones only the batch is searched.
+                    origin = self._trace(record, pending.context, replay=self._origin is None)
+                warn(describe(finding, origin))
+        if to_diagnose is not None:
+            self.diagnosis = self._diagnose(to_diagnose, record, pending)
+
+    def _trace(self, record: StepRecord, context: StepContext, *, replay: bool) -> Origin | None:
+        """Find the source of a non-finite value for a warning; None if it cannot be found."""
+        from lightning_gradguard.diagnosis.diagnose import trace_nonfinite
+
+        try:
+            origin = trace_nonfinite(context, record.loss_scale, replay=replay)
+        except Exception:  # a warning must never end a training
+            return None
+        self._origin = origin or self._origin
+        return origin
+
+    def _diagnose(self, finding: Finding, record: StepRecord, pending: PendingStep) -> Diagnosis:
+        """Diagnose a critical finding; return a bare diagnosis if that fails, for it must never end a training."""
+        from lightning_gradguard.diagnosis.diagnose import GuardFacts, diagnose, undiagnosed
+
+        context = pending.context
+        try:
+            facts = GuardFacts(
+                stats=pending.evaluation.stats,
+                record=record,
+                last_finite=self._last_finite or record,
+                findings=self.findings,
+                history=self.history,
+                layout=self.tracker.layout,
+                initial_weights=self.tracker.initial_weights,
+                graph_summary=self.tracker.graph_summary,
+                optimizer=self.tracker.optimizer,
+                judged=self.counts["judged"],
+                clipper="" if self.clipper is None else repr(self.clipper),
+                policy=repr(self.policy),
+            )
+            diagnosis, origin = diagnose(facts, finding, context)
+            self._origin = origin if finding.fault == Fault.NONFINITE else self._origin
+            return diagnosis
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            problem = f"the causes could not be examined ({type(error).__name__}: {reason})"
+            warn(problem)
+            return undiagnosed(finding, problem, context.notes)
+
+    def _finalize(self, thresholds: Sequence[float]) -> None:
+        """Complete deferred steps, whose thresholds have been read."""
+        for report, norms in self.fast_path.finalize(thresholds):
+            self._history.add(report, norms)
 
     def _raise_if_halted(self, step: int) -> None:
         if self._halt is not None:
             assert self.diagnosis is not None
             raise GradientHalt(self.diagnosis, self.findings, step)
 
-    def _ask(self) -> None:
-        """Asks how gradients fall over time, where the loss makes no progress."""
-        letter = self.letter
-        if (
-            letter is not None
-            and self.watch.schedule.good > WARM_UP
-            and letter.loss_mean > 0.9 * letter.loss_start
-        ):
-            self.watch.ask_for_time()
+    def _probe_sequence_if_stuck(self) -> None:
+        """Probe how gradients fall over time in the next pass, if the loss makes no progress."""
+        record = self.record
+        if record is None or self.tracker.schedule.good <= WARM_UP:
+            return
+        if record.loss_mean > 0.9 * record.loss_start:
+            self.tracker.probe_sequence()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        tracker = self.tracker
+        tracker.load_state_dict(state["watch"])
+        self.fault_tracker.load_state_dict(state["judge"])
+        self.steps, self.counts = state["steps"], dict(state["counts"])
+        self._results = [DetectorResult.from_plain(result) for result in state["sights"]]
+        self.fast_path.load_state_dict(state["quiet"], tracker.layout.numel.device)
+        self._state = None
+        if state["states"] is not None:
+            # Only shapes matter here: nothing is read, and with sharded tensors no rank waits for another.
+            nothing = tracker.weights.new_zeros(len(tracker.weights))
+            gradients = (None,) * len(nothing)
+            stats = stats_of(tracker.layout, gradients, nothing, tracker.weights, tracker.updates, None)
+            self._state = from_plain(state["states"], init_state(stats, self._parts))
+        self._readback = Readback(self.lag)
+        if self.lag:
+            saved = state.get("under_way", ())
+            restore_under_way(self._readback, saved, tracker.layout, tracker.weights, tracker.updates)
+
+    def _kinds(self) -> list[str]:
+        """Return the class names of detectors and clipper, which a saved state must share."""
+        parts = [*self.detectors, *([] if self.clipper is None else [self.clipper])]
+        return [type(part).__name__ for part in parts]

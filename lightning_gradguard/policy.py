@@ -1,4 +1,4 @@
-"""What is done about a finding: go on, skip the step, go back, or halt."""
+"""`Policy`: the response to each fault."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ Stop = Literal["raise", "graceful"]
 class Policy:
     """Response to each fault.
 
-    - ``"ignore"``: say nothing.
-    - ``"warn"``: say it once, and go on.
-    - ``"skip"``: as warn, and do not take a step at which the fault is present; when
-      ``max_consecutive_skips`` in a row have been skipped, the next one halts.
-    - ``"halt"``: as warn, and halt once the finding is critical.
-    - ``"rollback"``: as warn, and where "halt" would halt, or "skip" after ``max_consecutive_skips``, `GradGuard` puts
-      weights and optimizer back to a state that proved healthy, multiplies the learning rate by ``lr_factor``, and goes
-      on with the batches that follow; after ``max_rollbacks`` of that it halts. A `Guard` in a loop of your own, which
-      holds no such state, halts at once.
+    - ``"ignore"``: no message.
+    - ``"warn"``: one warning, and training goes on.
+    - ``"skip"``: as "warn", and steps at which the fault is present are not taken. After ``max_consecutive_skips`` of
+      them in a row, the next one halts.
+    - ``"halt"``: as "warn", and training halts once the finding is critical.
+    - ``"rollback"``: as "warn". Where "halt" would halt, or "skip" after ``max_consecutive_skips``, `GradGuard`
+      restores weights and optimizer to a state that proved healthy, multiplies the learning rate by ``lr_factor``, and
+      training goes on with the next batches. After ``max_rollbacks`` rollbacks it halts. A `Guard` in a loop of your
+      own keeps no such state and halts at once.
 
-    Faults that are not named in ``respond`` are warned of; only ``"nonfinite"`` is skipped. A step with a
-    non-finite gradient, norm or loss is never taken, whatever the response: "ignore" and "warn" never halt,
-    "skip" halts after ``max_consecutive_skips``, "halt" on the first. A spike is an event and never
-    becomes critical, so "halt" does not halt on it.
+    Faults that ``respond`` does not name get "warn", except "nonfinite", which gets "skip". A step with a non-finite
+    gradient, norm or loss is never taken, whatever the response: "ignore" and "warn" never halt on it, "skip" halts
+    after ``max_consecutive_skips``, "halt" halts on the first. A spike is a single event and never becomes critical, so
+    "halt" does not halt on it.
 
     Args:
-        respond: Fault's value to response.
-        patience: Further steps that a fault must hold after its warning to become critical.
+        respond: Response by the fault's value, such as ``{"exploding": "halt"}``. A fault of your own counts under the
+            name that ``Fault.custom`` was given.
+        patience: Further steps that a fault must last after its warning to become critical.
         max_consecutive_skips: Steps in a row that may be skipped; the next one halts.
-        stop: What a halt does in a Trainer: ``"raise"`` raises `GradientHalt`, so that the run fails; ``"graceful"``
-            ends ``fit`` as if it were done, without the bad step.
-        snapshot_every: Steps between two states that are kept for a rollback, in the host's memory. One counts once as
-            many steps have followed without a warning.
-        lr_factor: By which a rollback multiplies learning rates.
-        max_rollbacks: Rollbacks of a run; the next one halts.
+        stop: How a halt ends training in a Trainer. ``"raise"`` raises `GradientHalt`, so that the run fails;
+            ``"graceful"`` ends ``fit`` normally, without taking the bad step.
+        snapshot_every: Steps between two states kept in host memory for a rollback. A state counts as healthy once as
+            many steps have followed it without a warning.
+        lr_factor: Factor that a rollback multiplies learning rates by, above 0 and at most 1.
+        max_rollbacks: Rollbacks in a run; the next one halts.
 
     Raises:
-        ValueError: For an unknown fault or response, or a number out of range.
-        TypeError: If ``respond`` maps nothing.
+        ValueError: If a fault or response is unknown, or a number is out of range.
+        TypeError: If ``respond`` is not a mapping.
     """
 
     respond: Mapping[str, Response] = field(default_factory=dict)
@@ -58,14 +59,16 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.respond, Mapping):
-            raise TypeError(f"respond must map faults to responses, got {self.respond!r}")
+            raise TypeError(
+                f'respond must map faults to responses, such as {{"spike": "skip"}}, got {self.respond!r}'
+            )
         for fault, response in self.respond.items():
-            _one_of("respond: fault", fault, [f.value for f in Fault])
-            _one_of(f"respond[{str(fault)!r}]", response, list(get_args(Response)))
-        # Equal policies print alike, whatever the order and kind of the keys.
+            _check_choice("respond: fault", fault, [f.value for f in Fault.known()])
+            _check_choice(f"respond[{str(fault)!r}]", response, list(get_args(Response)))
+        # Equal policies print alike, whatever the order and type of the keys.
         plain = {Fault(fault).value: self.respond[fault] for fault in sorted(self.respond, key=str)}
         object.__setattr__(self, "respond", plain)
-        _one_of("stop", self.stop, list(get_args(Stop)))
+        _check_choice("stop", self.stop, list(get_args(Stop)))
         for name, least in (
             ("patience", 0),
             ("max_consecutive_skips", 0),
@@ -80,36 +83,41 @@ class Policy:
             raise ValueError(f"lr_factor must be above 0 and at most 1, got {factor!r}")
 
     def response(self, fault: str) -> Response:
-        """The response to a fault.
+        """Return the response to a fault.
 
         Args:
-            fault: Its value, such as "nonfinite".
+            fault: The fault, or its value, such as "nonfinite".
         """
-        default: Response = "skip" if fault == Fault.NONFINITE else "warn"
-        return self.respond.get(Fault(fault).value, default)
+        known = Fault(fault)
+        if known.is_custom and known.value not in self.respond:
+            # Strict means every fault, also one that was made after the policy.
+            return "halt" if all(self.respond.get(f.value) == "halt" for f in Fault) else "warn"
+        default: Response = "skip" if known == Fault.NONFINITE else "warn"
+        return self.respond.get(known.value, default)
 
     @property
     def rolls_back(self) -> bool:
-        """Whether any fault is responded to by a rollback."""
+        """True if the response to any fault is a rollback."""
         return "rollback" in self.respond.values()
 
     @classmethod
     def watch(cls) -> Policy:
-        """Warns of everything, skips non-finite steps, and halts only when those go on. The default."""
+        """Return the default policy: warn of every fault, skip non-finite steps, halt only if they persist."""
         return cls()
 
     @classmethod
     def protect(cls) -> Policy:
-        """For unattended runs: as `watch`, and halts when gradients explode, before the weights are ruined."""
+        """Return a policy for unattended runs: as `watch`, and halt when gradients explode."""
         return cls(respond={Fault.EXPLODING.value: "halt"})
 
     @classmethod
     def strict(cls) -> Policy:
-        """Halts on every critical fault, and on the first non-finite step."""
+        """Return a policy that halts on every critical fault, and on the first non-finite step."""
         return cls(respond={fault.value: "halt" for fault in Fault})
 
 
-def _one_of(name: str, value: object, choices: list[str]) -> None:
+def _check_choice(name: str, value: object, choices: list[str]) -> None:
+    """Raise ValueError unless the value is one of the choices; name the nearest one."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)

@@ -1,7 +1,8 @@
-"""What can be wrong with a step, and how that is told: plain data, no tensors."""
+"""Results that users see: faults, findings, reports, warnings and the halt. Plain data, no tensors."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
@@ -11,8 +12,14 @@ if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
 
 
+_CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
 class Fault(str, Enum):
-    """The kinds of sick gradients, in order of precedence: an earlier one explains the later ones away."""
+    """Kinds of gradient fault, in order of precedence: an earlier one explains the later ones away.
+
+    A detector of your own either finds one of these, or has a fault of its own; see `Fault.custom`.
+    """
 
     NONFINITE = "nonfinite"
     UNDERFLOW = "underflow"
@@ -28,34 +35,99 @@ class Fault(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+    @classmethod
+    def custom(cls, name: str) -> Fault:
+        """Return the fault of that name for a detector of your own, the same object at each call.
+
+        It can be used wherever a built-in fault can: in ``Policy(respond={"quantized": "halt"})``, in messages, tags
+        and the report. Iterating over `Fault` gives the built-in faults only. It explains no other fault, and none
+        explains it.
+
+        Example:
+            >>> Fault.custom("quantized")
+            <Fault.QUANTIZED: 'quantized'>
+            >>> Fault("quantized") is Fault.custom("quantized")
+            True
+
+        Args:
+            name: Lower-case letters, digits and underscores, beginning with a letter.
+
+        Raises:
+            ValueError: If the name is of another form, or is that of a built-in fault.
+        """
+        if not isinstance(name, str) or not _CUSTOM_NAME.fullmatch(name):
+            raise ValueError(
+                f"name must be lower-case letters, digits and underscores, such as 'quantized', got {name!r}"
+            )
+        known = cls._value2member_map_.get(name)
+        if isinstance(known, cls):
+            if known.is_custom:
+                return known
+            raise ValueError(
+                f"name must not be that of a built-in fault, got {name!r}; use Fault.{known.name}"
+            )
+        fault = str.__new__(cls, name)
+        fault._name_, fault._value_ = name.upper(), name
+        cls._value2member_map_[name] = fault
+        return fault
+
+    @classmethod
+    def known(cls) -> tuple[Fault, ...]:
+        """Return the built-in faults by precedence, then the custom ones in the order they were made."""
+        return tuple(member for member in cls._value2member_map_.values() if isinstance(member, cls))
+
+    @property
+    def is_custom(self) -> bool:
+        """True if the fault was made by `custom`."""
+        return self.name not in type(self).__members__
+
     @property
     def precedence(self) -> int:
-        """Rank among the faults, 0 first."""
-        return list(Fault).index(self)
+        """Rank among the faults, 0 first; custom faults share the last rank."""
+        return len(Fault) if self.is_custom else list(Fault).index(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Another process may not have made the fault yet.
+        return (Fault.custom if self.is_custom else Fault, (self.value,))
 
 
 class Severity(IntEnum):
-    """How much a finding matters: INFO is only recorded, WARNING is said, CRITICAL may halt."""
+    """Weight of a finding: INFO is recorded, WARNING is warned of, CRITICAL may halt."""
 
     INFO = 0
     WARNING = 1
     CRITICAL = 2
 
 
+class Quantity(str, Enum):
+    """Quantities that a detector judges over many steps and that a single pass can measure again.
+
+    A flight record names the one that a halt rests on, so that a replay knows what to measure.
+    """
+
+    DEPTH_TILT = "depth_tilt"
+    LAYER_GAP = "layer_gap"
+    TIME_TILT = "time_tilt"
+    DEAD_UNITS = "dead_units"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One thing found wrong.
+    """One fault found.
 
     Attributes:
-        fault: What it is.
-        severity: How much it matters.
-        step: Where the condition began.
-        parameters: Names of the tensors concerned, worst first; at most 8. Empty when only the loss is.
-        value: The number the verdict rests on, in the unit that ``measure`` names.
-        limit: The value at which the verdict begins, same unit.
+        fault: Kind of fault.
+        severity: Weight of the finding.
+        step: Step at which the fault began.
+        parameters: Names of the tensors concerned, worst first; at most 8. Empty if only the loss is concerned.
+        value: Number that the verdict rests on, in the unit that ``measure`` names.
+        limit: Value at which the verdict begins, same unit.
         detector: Class name of the detector.
         optimizer: Index of the optimizer whose step was judged.
-        measure: What ``value`` is, in words with a unit.
+        measure: Meaning of ``value``, in words with a unit.
     """
 
     fault: Fault
@@ -79,32 +151,33 @@ class Finding:
         )
 
 
-class Later(Protocol):
-    """What knows the fields of a `Report` that are worked out when they are asked for."""
+class DeferredFields(Protocol):
+    """Source of the fields of a `Report` that are worked out when they are asked for."""
 
     def threshold(self) -> float | None:
-        """As in `Report`."""
+        """Return `Report.threshold`."""
 
-    def norms(self) -> Mapping[str, float]:
-        """As in `Report`."""
+    def norms_by_name(self) -> Mapping[str, float]:
+        """Return `Report.norms`."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured and done at one optimizer step; all numbers are of that step.
+    """Measurements and actions of one optimizer step; all numbers are of that step.
 
-    For a dict take ``dataclasses.asdict``: of most steps ``threshold`` and ``norms`` are worked out when asked for.
+    To get a dict, use ``dataclasses.asdict``: for most steps ``threshold`` and ``norms`` are worked out only when they
+    are asked for.
 
     Attributes:
-        step: The step in question, counted before it is taken.
-        loss: The loss given, or None.
+        step: Number of the step, counted before it is taken.
+        loss: Loss that was given, or None.
         total_norm: Global gradient norm before clipping.
-        clipped_norm: Global gradient norm that the optimizer gets; 0.0 when the step is skipped.
+        clipped_norm: Global gradient norm that the optimizer gets; 0.0 if the step is skipped.
         threshold: Largest global norm that the clipper allowed, or None without a clipper.
-        scale: ``clipped_norm / total_norm``: 1.0 when nothing was clipped, 0.0 when the step is skipped.
-        skip: Whether the step must not be taken.
-        findings: What was newly found at this step, by precedence.
-        norms: Name of each tensor with a gradient, and its norm before clipping.
+        scale: ``clipped_norm / total_norm``: 1.0 if nothing was clipped, 0.0 if the step is skipped.
+        skip: True if the step must not be taken.
+        findings: Findings that are new at this step, by precedence.
+        norms: Gradient norm before clipping by name, for each tensor with a gradient.
     """
 
     step: int
@@ -118,44 +191,45 @@ class Report:
     norms: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of_quiet_step(cls, step: int, loss: float | None, norm: float, later: Later) -> Report:
-        """The report of a step at which nothing was found or done, and that seldom anybody asks more of.
+    def deferred(cls, step: int, loss: float | None, norm: float, fields: DeferredFields) -> Report:
+        """Return the report of a step at which nothing was found or done.
 
         Args:
-            step: As in `Report`, like the others.
-            loss: Of it.
-            norm: Its global norm, before and after clipping.
-            later: Knows the rest.
+            step: As in `Report`.
+            loss: As in `Report`.
+            norm: Global norm, the same before and after clipping.
+            fields: Source of ``threshold`` and ``norms``.
         """
         report = object.__new__(cls)
         known = {"step": step, "loss": loss, "total_norm": norm, "clipped_norm": norm, "scale": 1.0}
-        vars(report).update(known, skip=False, findings=(), _later=later)
+        vars(report).update(known, skip=False, findings=(), _fields=fields)
         return report
 
     def __getattr__(self, name: str) -> Any:
-        """Works out what is left, once."""
-        later = vars(self).get("_later")
-        if later is None or name not in ("threshold", "norms"):
+        # Called only for fields that are still deferred.
+        fields_left = vars(self).get("_fields")
+        if fields_left is None or name not in ("threshold", "norms"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = vars(self)[name] = getattr(later, name)()
+        value = fields_left.threshold() if name == "threshold" else fields_left.norms_by_name()
+        vars(self)[name] = value
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has everything."""
+        # A copy holds every field, and no longer the guard.
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 class GradientWarning(UserWarning):
-    """What the guard has to say while training goes on; the category to filter its messages by."""
+    """Category of all warnings of the guard, to filter them by."""
 
 
 class GradientHalt(RuntimeError):
     """Training cannot go on; raised before the bad step is taken.
 
     Attributes:
-        diagnosis: What, where, why and what to do; its text is this exception's message.
+        diagnosis: What happened, where, why, and what to do. Its text is this exception's message.
         findings: All findings of the run so far, oldest first.
-        step: The step that was not taken.
+        step: Step that was not taken.
     """
 
     def __init__(self, diagnosis: Diagnosis, findings: tuple[Finding, ...], step: int) -> None:

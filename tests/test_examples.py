@@ -1,4 +1,4 @@
-"""The examples run, and do what they say."""
+"""The examples run and do what they say."""
 
 import ast
 import importlib.util
@@ -60,8 +60,8 @@ def test_fine_tuning():
 def test_distributed(python):
     path = EXAMPLES / "distributed.py"
     done = python.run(path)  # the other process is started by Lightning
-    said = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
-    assert said == [f"process {rank}: step [7] left out of 20" for rank in (0, 1)], done.stderr[-3000:]
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert lines == [f"process {rank}: skipped step [7] of 20" for rank in (0, 1)], done.stderr[-3000:]
 
 
 def test_fabric_loop():
@@ -128,6 +128,6 @@ def test_every_example_is_short_and_tested(path):
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("own_*.py")), ids=lambda path: path.stem)
-def test_what_is_ones_own_takes_under_twenty_lines(path):
+def test_own_parts_take_under_twenty_lines(path):
     own = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
     assert own.end_lineno - own.lineno < 20

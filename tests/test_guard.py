@@ -422,7 +422,7 @@ class TestLag:
     def test_another_optimizer_is_warned_of_and_its_bad_gradients_are_zeroed(self):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.warns(GradientWarning, match="does not honour found_inf"):
+        with pytest.warns(GradientWarning, match="ignores found_inf"):
             guard = Guard(model.named_parameters(), optimizer=optimizer, lag=1)
         with pytest.warns(GradientWarning, match="nonfinite"):
             for step in range(3):
@@ -483,7 +483,7 @@ def test_no_gradient_at_all_is_nothing_to_judge():
 def test_without_a_loss_it_says_once_which_rules_are_off():
     model = network()
     guard = Guard(model.named_parameters())
-    with pytest.warns(GradientWarning, match="DepthTilt.* cannot tell progress") as caught:
+    with pytest.warns(GradientWarning, match="DepthTilt.* cannot measure progress") as caught:
         for step in range(40):
             backward(model, step)
             guard.step()
@@ -580,7 +580,7 @@ def test_the_doctor_never_ends_a_training():
     guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy(patience=0))
     optimizer.param_groups[0]["lr"] = None
     optimizer.param_groups[0]["odd"] = torch.ones(2)
-    guard.watch.initial_weights = None
+    guard.tracker.initial_weights = None
     loss = backward(model, 0)
     poison(model)
     with pytest.warns(GradientWarning):
@@ -683,7 +683,7 @@ def test_a_part_that_is_used_now_and_then_keeps_its_update_ratio():
         loss.backward()
         assert not guard.step(loss=loss).skip
         optimizer.step()
-    ratios = dict(zip(guard.watch.layout.names, guard.watch.updates.tolist(), strict=True))
+    ratios = dict(zip(guard.tracker.layout.names, guard.tracker.updates.tolist(), strict=True))
     assert ratios["1.weight"] > 1e-6
 
 
@@ -732,4 +732,22 @@ def test_a_detector_is_no_clipper_nor_the_other_way_round():
 
 def test_names_that_fabric_adds_are_left_out():
     named = [(f"_forward_module.{name}", p) for name, p in torch.nn.Linear(2, 1).named_parameters()]
-    assert Guard(named).watch.layout.names == ("weight", "bias")
+    assert Guard(named).tracker.layout.names == ("weight", "bias")
+
+
+def test_repr_shows_the_arguments_that_are_not_default():
+    model = nn.Linear(2, 1)
+    assert repr(Guard(model.named_parameters())) == "Guard()"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(
+        model.named_parameters(),
+        optimizer=optimizer,
+        detectors=[DepthTilt(limit=4.0), NonFinite()],
+        clipper=SpikeClip(z_threshold=7.0),
+        policy=Policy.protect(),
+        index=1,
+    )
+    assert repr(guard) == (
+        "Guard(optimizer='SGD', detectors=[DepthTilt(limit=4.0), NonFinite()], clipper=SpikeClip(z_threshold=7.0), "
+        "policy=Policy(respond={'exploding': 'halt'}), index=1)"
+    )

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_gradguard import Guard, NormClip, SpikeClip
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
 from lightning_gradguard.clippers.fixed import AGC
-from lightning_gradguard.diagnosis import facts
-from lightning_gradguard.engine import readback as mailbox
+from lightning_gradguard.engine import readback
 from lightning_gradguard.engine.sampling_schedule import EAGER, LATER, REFRESH, SETTLED
 
 CLIPPERS = [None, NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=3), AdaGC(warmup_steps=4), SpikeClip()]
@@ -98,11 +97,11 @@ def _flat(args):
 
 
 class Door:
-    """Stands in for `mailbox.read_array`: counts letters, and answers for tensors without values what the twin read."""
+    """Stands in for `readback.read_array`: counts reads, and answers for tensors without values as the twin did."""
 
     def __init__(self, monkeypatch):
-        self.read, self.letters, self.answers = mailbox.read_array, [], []
-        monkeypatch.setattr(mailbox, "read_array", self)
+        self.read, self.letters, self.answers = readback.read_array, [], []
+        monkeypatch.setattr(readback, "read_array", self)
 
     def __call__(self, letter):
         self.letters.append(letter)
@@ -133,7 +132,7 @@ def _at_peace(mode="default"):
 @pytest.fixture
 def door(monkeypatch):
     # What is said of a finding is said on the host: a slow path that reads, after the step was judged.
-    monkeypatch.setattr(facts, "explain", lambda *_: None)
+    monkeypatch.setattr(Guard, "_explain", lambda *_: None)
     return Door(monkeypatch)
 
 
@@ -167,7 +166,7 @@ class Run:
                 parameter.grad.mul_(factor)
         if missing:
             self.model[-1].bias.grad = None
-        due = copy.copy(self.guard.watch.schedule).due(has_loss)
+        due = copy.copy(self.guard.tracker.schedule).due(has_loss)
         with _at_peace("error" if number >= STEADY else "default"), Waits() as waits, Asks() as asks:
             self.guard.step(loss=loss if has_loss else None)
         return due, waits, asks
@@ -184,7 +183,7 @@ def through(runs, door, steps=(*FIRST, *SETTLING), odd=lambda step: {}):
     for step in steps:
         for run in runs:
             if step != last + 1:
-                run.guard.watch.schedule.good = run.guard.watch.schedule.losses = step
+                run.guard.tracker.schedule.good = run.guard.tracker.schedule.losses = step
             before = len(door.letters)
             due, waits, asks = run.step(step, **odd(step))
         last = step
@@ -193,7 +192,7 @@ def through(runs, door, steps=(*FIRST, *SETTLING), odd=lambda step: {}):
 
 def letters_of(letters, run):
     """How many letters a step took: a glance that shows that a step stands out does not count."""
-    glance = len(run.guard.watch.layout.names) + 4
+    glance = len(run.guard.tracker.layout.names) + 4
     return len(letters) - (len(letters) == 2 and letters[0].numel() == glance)
 
 
@@ -245,12 +244,12 @@ def test_steps_that_are_out_of_the_ordinary_read_no_more(device, door):
 def test_with_lag_the_letter_just_posted_is_never_waited_for(device, fused, door, monkeypatch):
     taken = []
 
-    def take(self, plain=mailbox.Readback.take):
+    def take(self, plain=readback.Readback.take):
         answer = plain(self)
         taken.append(None if answer is None else answer[1].step)
         return answer
 
-    monkeypatch.setattr(mailbox.Readback, "take", take)
+    monkeypatch.setattr(readback.Readback, "take", take)
     steps = range(EAGER, EAGER + 2 * REFRESH + 2)
     for step, _, waits, asks, letters in through(both(device, SpikeClip(), lag=1, fused=fused), door, steps):
         number = step - EAGER

@@ -61,7 +61,7 @@ def test_what_is_hidden_in_a_guard_is_found(guards):
     guard = after_steps(tensors([(8, 8)] * 3))
     before = held(guard).total()
     extra = torch.zeros(1000)
-    guard.judge.hidden = {"deep": [extra, extra[:10], (extra,)]}
-    guard.judge.view = guard.watch.layout.parameters[0].detach()[2:]
+    guard.fault_tracker.hidden = {"deep": [extra, extra[:10], (extra,)]}
+    guard.fault_tracker.view = guard.tracker.layout.parameters[0].detach()[2:]
     assert held(guard).total() == before + 4000
     assert held(guard)["judge"] >= 4000

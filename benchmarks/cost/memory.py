@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard import Guard, SpikeClip
-from lightning_gradguard.cli.cost import QuietTraining
+from lightning_gradguard.cli.cost import SyntheticTraining
 from lightning_gradguard.engine.sampling_schedule import EAGER, REFRESH
 
 #: Not followed: they belong to the program and not to the guard.
@@ -23,7 +23,7 @@ _SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)
 
 def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
     """A guard with the default detectors and SpikeClip that has judged quiet steps, with closer looks and without."""
-    training = QuietTraining(model)
+    training = SyntheticTraining(model)
     guard = Guard(model.named_parameters(), clipper=SpikeClip())
     for _ in range(steps):
         training.advance()
@@ -37,12 +37,12 @@ def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counte
 
     Parameters and gradients, and views into them, are the model's and not counted.
     """
-    parameters = guard.watch.layout.parameters
+    parameters = guard.tracker.layout.parameters
     seen = {_memory(t) for p in parameters for t in (p, p.grad) if t is not None}
     # What leads back to the guard tells nothing new.
     met: set[int] = {id(guard), *map(id, parameters)}
     found: Counter[str] = Counter()
-    owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.watch).items()}
+    owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.tracker).items()}
     owners |= {name: value for name, value in vars(guard).items() if name != "watch"}
     for owner, value in owners.items():
         for array in _reached(value, met):

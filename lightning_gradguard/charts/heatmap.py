@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradguard.loggers.tags import shorten, without_prefix
+from lightning_gradguard.charts.labels import shorten, without_prefix
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
@@ -18,40 +19,69 @@ if TYPE_CHECKING:
 
 #: Colour axis in decades, the same for all runs, so that pictures compare.
 SCALE = (-10.0, 2.0)
-#: Colours of what is not on it.
-NOT_FINITE, NO_GRADIENT = "magenta", "lightgrey"
-
-
-def colours() -> ScalarMappable:
-    """Decades to colours; beyond `SCALE` it is its end."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    return ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
+#: A cell without a gradient. NaN stands for a gradient that is NaN or Inf.
+BLANK = -math.inf
+#: Colours of cells that are no number, and of marks above the picture.
+NONFINITE_COLOUR, BLANK_COLOUR, CLIPPED_COLOUR = "magenta", "lightgrey", "darkorange"
 
 
 def paint(cells: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Pixels of cells, one for each.
+    """Return one pixel for each cell.
 
     Args:
-        cells: [rows, columns], log10 gradient RMS; NaN is not finite, -inf no gradient.
+        cells: [rows, columns], log10 gradient RMS; NaN is not finite, `BLANK` no gradient. Values beyond `SCALE` get
+            the colour of its end.
 
     Returns:
         uint8 [rows, columns, 4]: red, green, blue, and full opacity.
     """
     from matplotlib.colors import to_rgba
 
-    pixels: NDArray[np.uint8] = np.array(colours().to_rgba(np.nan_to_num(cells), bytes=True))
-    for where, colour in ((np.isnan(cells), NOT_FINITE), (np.isneginf(cells), NO_GRADIENT)):
+    pixels: NDArray[np.uint8] = np.array(_colour_scale().to_rgba(np.nan_to_num(cells), bytes=True))
+    for where, colour in ((np.isnan(cells), NONFINITE_COLOUR), (np.isneginf(cells), BLANK_COLOUR)):
         pixels[where] = np.round(255 * np.array(to_rgba(colour)))
     return pixels
 
 
-def binned(
+def cells_uri(cells: NDArray[np.floating]) -> str:
+    """Return the cells as the data URI of a PNG, one pixel a cell.
+
+    Args:
+        cells: [rows, columns], as `paint` takes them.
+    """
+    from matplotlib.image import imsave
+
+    file = io.BytesIO()
+    imsave(file, paint(cells), format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def scale_uri() -> str:
+    """Return the colours of `SCALE` from left to right as the data URI of a PNG, one pixel high."""
+    return cells_uri(np.linspace(*SCALE, 97).reshape(1, -1))
+
+
+def decode_png(png: bytes) -> NDArray[np.uint8]:
+    """Return the pixels of a PNG with opacity.
+
+    Args:
+        png: The file.
+
+    Returns:
+        uint8 [height, width, 4].
+    """
+    from matplotlib.image import imread
+
+    pixels: NDArray[np.uint8] = np.round(imread(io.BytesIO(png)) * 255).astype(np.uint8)
+    return pixels
+
+
+def bin_rows(
     names: Sequence[str], cells: NDArray[np.floating], most: int
 ) -> tuple[list[str], NDArray[np.floating]]:
-    """At most so many rows: of each bin the worst cell, not finite, or farthest from the column's median.
+    """Reduce the rows to at most ``most`` by showing the worst cell of each bin.
+
+    The worst cell of a column is one that is not finite, else the one farthest from the column's median.
 
     Args:
         names: One for each row.
@@ -65,7 +95,7 @@ def binned(
     if size == 1:
         return list(names), cells
     known = np.where(np.isfinite(cells), cells, np.nan)
-    known[:, np.isnan(known).all(axis=0)] = 0  # of nothing there is no median
+    known[:, np.isnan(known).all(axis=0)] = 0  # a column without a finite cell has no median
     median = np.nanmedian(known, axis=0)
     distance = np.nan_to_num(np.abs(cells - median), nan=np.inf, posinf=-1)
     starts = range(0, len(names), size)
@@ -73,12 +103,19 @@ def binned(
     return [names[i] for i in starts], np.take_along_axis(cells, worst, axis=0)
 
 
+def _colour_scale() -> ScalarMappable:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
+
+
 #: Rows that can still be told apart; more are binned.
 ROWS = 64
 
 _SIZE, _DPI, _FONT, _STROKE = (4.8, 3.2), 150, 8, 0.4  # what is legible on a card
 _LABELS, _LABEL_ROOM = 16, 18
-_CLIPPED = "darkorange"
 # Where the cells lie on the figure, and where the strip above them ends.
 _LEFT, _WIDTH, _BOTTOM, _HEIGHT = 0.25, 0.625, 0.135, 0.605
 _TOP = _BOTTOM + _HEIGHT + 0.09
@@ -116,7 +153,7 @@ def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: i
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
-    labels, rows = binned(without_prefix(names), cells, ROWS)
+    labels, rows = bin_rows(without_prefix(names), cells, ROWS)
     span = (first, first + max(1, rows.shape[1]) * stride)
     figure = Figure(figsize=_SIZE, dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
@@ -149,7 +186,9 @@ def _draw_cells(
     axes.set_xticks(steps, [f"{x:,.0f}" for x in steps])
     axes.tick_params(labelsize=_FONT, length=2)
     axes.set_xlabel("step", fontsize=_FONT, labelpad=2)
-    scale = figure.colorbar(colours(), cax=figure.add_axes((_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)))
+    scale = figure.colorbar(
+        _colour_scale(), cax=figure.add_axes((_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT))
+    )
     scale.set_ticks(range(int(SCALE[0]), int(SCALE[1]) + 1, 2))
     scale.ax.tick_params(labelsize=_FONT, length=2)
 
@@ -158,7 +197,7 @@ def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
     """Two rows above the cells: where steps were skipped, and where they were clipped."""
     from matplotlib.colors import to_rgba
 
-    rows = {"skipped": (marks.skipped, NOT_FINITE), "clipped": (marks.clipped, _CLIPPED)}
+    rows = {"skipped": (marks.skipped, NONFINITE_COLOUR), "clipped": (marks.clipped, CLIPPED_COLOUR)}
     pixels = np.full((len(rows), max(1, len(marks.clipped)), 4), to_rgba("whitesmoke"))
     for row, (flags, colour) in zip(pixels, rows.values(), strict=True):
         row[np.frombuffer(flags, dtype=bool).nonzero()] = to_rgba(colour)

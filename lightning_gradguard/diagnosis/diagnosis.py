@@ -51,9 +51,10 @@ class Remedy:
         after: The same with the remedy.
         loss: Loss on the batch of the trial after a few virtual steps with the remedy; None if they were not taken.
         note: Why it could not be tried; empty otherwise.
-        change: What the trial changed; None if there was none.
+        change: What a trial of it changes; None if it cannot be tried.
         profile: log10(‖g‖/‖w‖) of each of `Diagnosis.layers` with the remedy; -inf where there is no gradient, inf
             where it is not finite, NaN where the layer is no longer there. Empty if it was not tried.
+        key: Identity: the same for the same fix with other numbers in its name. The name if not given.
     """
 
     name: str
@@ -65,6 +66,10 @@ class Remedy:
     note: str = ""
     change: Change | None = None
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    key: str = field(default="", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key or self.name)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Diagnosis:
         evidence: For each cause, the numbers that speak for it.
         remedies: Best first.
         trials: How remedies were tried, or why none could be: a sentence each; empty if that was not asked for.
-        course: The newest steps before the diagnosis, if they are known.
+        timeline: The newest steps before the diagnosis, if they are known.
         layers: Names of the layers' weights that remedies were tried on, input first; empty if none was.
         profile: log10(‖g‖/‖w‖) of each in the trial without a remedy, as `Remedy.profile`.
     """
@@ -132,7 +137,7 @@ class Diagnosis:
     remedies: tuple[Remedy, ...] = ()
     trials: tuple[str, ...] = ()
     # What is only drawn is not compared: it may hold NaN, which is not equal to itself.
-    course: Timeline | None = field(default=None, repr=False, compare=False)
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
     layers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
 

@@ -1,4 +1,4 @@
-"""One forward and backward pass over one batch, and what it shows of a model that has not been trained yet."""
+"""Measure one forward and backward pass of a model that has not been trained yet."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_gradguard.diagnosis.trials.profile import depth_tilt, layer_profile
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
 from lightning_gradguard.introspection.batch import tensors_of
-from lightning_gradguard.introspection.sandbox import sandbox
+from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
+from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
-#: Output of an activation, as a part of its range, beyond which its slope is below a twenty-fifth of the steepest.
-_FLAT = 0.99
-_NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
+#: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
+_SATURATED = 0.99
 
 
 @dataclass(frozen=True)
-class FirstLook:
-    """What was measured; plain numbers.
+class FirstPass:
+    """The measurements of one pass; plain numbers.
 
     Attributes:
-        loss: Of the batch.
-        chance: What a guess costs under the loss that was called: log of the number of classes under a cross-entropy,
-            the mean square of the targets under a squared loss; NaN under any other.
-        guessed: Value of that call.
-        input_rms: Root mean square of the first floating-point tensor of the batch; NaN without one.
-        target_rms: The same of the targets of a squared loss.
-        normalised: Whether the first parameters that are used are a normalisation's.
-        saturated: Share of the outputs of each sigmoid and tanh that lie where it is flat, by its turn.
-        dead: Share of a layer's rows whose gradient is exactly zero, by the name of its weight.
+        loss: Loss of the batch.
+        chance: Loss of a constant guess under the loss function that was called: log of the number of classes under a
+            cross-entropy, the mean square of the targets under a squared loss; NaN under any other.
+        guessed: Value of that loss function.
+        input_rms: Root mean square of the tensor that the first layer is given; NaN if it is not floating point.
+        target_rms: Root mean square of the targets of a squared loss; NaN under any other.
+        normalised: True if the first parameters that are used are those of a normalization.
+        saturated: Share of saturated outputs of each sigmoid and tanh, in the order of the pass.
+        dead: Share of a layer's output rows whose gradient is exactly zero, by the name of its weight.
         unreached: Trainable weights of layers that were used while gradients were on, and to which no path leads from
-            the loss. A bias alone may well have none, such as that of an energy whose slope is what is learned.
+            the loss. A bias alone may have no path, such as that of an energy whose slope is learned.
         tilt: Depth tilt, decades; None with fewer than four layers.
-        names: Parameters in depth order, input first; so are the next three.
-        shapes: Their shapes.
-        gradients_log10: log10 of the gradients' norms, -inf for none.
-        weight_norms: Their norms.
-        graph_summary: What the graph says.
+        names: Names of P parameters in depth order, input first.
+        shapes: Shapes of the P parameters.
+        gradients_log10: log10 of the L2 norms of their gradients, -inf for none.
+        weight_norms: Their L2 norms.
+        graph_summary: Summary of the autograd graph.
     """
 
     loss: float
@@ -63,60 +63,69 @@ class FirstLook:
 
     @property
     def finite(self) -> bool:
-        """Whether the loss and all gradients are."""
+        """True if the loss and all gradients are finite."""
         return math.isfinite(self.loss) and not any(
             g == math.inf or math.isnan(g) for g in self.gradients_log10
         )
 
 
-def look(module: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], scale: float = 1.0) -> FirstLook:
-    """Runs one forward and backward pass on copies; module, batch and random numbers are as they were afterwards.
+def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
+    """Run one forward and backward pass on copies, and measure it.
+
+    Module, batch and random numbers are unchanged afterwards.
 
     Args:
-        module: What is looked at.
-        batch: One batch of its training data.
-        loss_of: Batch to scalar loss.
-        scale: Of a gradient scaler: without it the gradients of half precision would be lost.
+        step: The training step to measure.
+        scale: Loss scale of a GradScaler: without it gradients in half precision would underflow.
 
     Raises:
-        Exception: Whatever the model raises.
+        ValueError: If the loss is not a tensor with one element.
+        Exception: Any error that the model raises.
     """
-    with sandbox(module) as copy, torch.enable_grad():
-        watcher = _Watcher(module)
-        with watcher:
-            loss = loss_of(copy(batch))
+    with step.sandbox() as copy:
+        observer = _PassObserver(step.module)
+        with observer:
+            loss = step.loss_of(copy(step.batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss must be a tensor with one element, got {got}")
-        parameters = dict(module.named_parameters())
-        graph_summary = summarize_graph(loss, parameters)
+        parameters = dict(step.module.named_parameters())
+        graph = summarize_graph(loss, parameters)
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
-        names = tuple(graph_summary.names[i] for i in graph_summary.order)
-        layers = [n for n in names if parameters[n].ndim >= 2 and n not in graph_summary.embeddings]
-        return FirstLook(
+        names = tuple(graph.names[i] for i in graph.order)
+        layers = [n for n in names if parameters[n].ndim >= 2 and n not in graph.embeddings]
+        return FirstPass(
             loss=float(loss.detach()),
-            chance=watcher.chance,
-            guessed=watcher.guessed,
-            input_rms=math.nan if watcher.given is None else _rms(watcher.given),
-            target_rms=watcher.target_rms,
-            normalised=watcher.first in _NORMS,
-            saturated=tuple(watcher.saturated),
-            dead=_dead_shares(parameters, layers),
+            chance=observer.chance,
+            guessed=observer.guessed,
+            input_rms=math.nan if observer.given is None else _rms(observer.given),
+            target_rms=observer.target_rms,
+            normalised=observer.first in NORMALISATIONS,
+            saturated=tuple(observer.saturated),
+            dead=dead_shares(parameters, layers),
             unreached=tuple(
-                n for n in names if n in graph_summary.missing & watcher.used and parameters[n].ndim >= 2
+                n for n in names if n in graph.missing & observer.used and parameters[n].ndim >= 2
             ),
             tilt=depth_tilt(layer_profile(parameters, layers)),
             names=names,
             shapes=tuple(tuple(parameters[n].shape) for n in names),
             gradients_log10=tuple(_log10(parameters[n].grad) for n in names),
             weight_norms=tuple(float(parameters[n].detach().float().norm()) for n in names),
-            graph_summary=graph_summary,
+            graph_summary=graph,
         )
 
 
-class _Watcher(TorchFunctionMode):
-    """Sees which parameters are used, which activations are flat, and which loss is called."""
+class _PassObserver(TorchFunctionMode):
+    """Mode that records which parameters are used, which activations are saturated, and which loss is called.
+
+    Attributes:
+        used: Names of the parameters that were used while gradients were on.
+        saturated: Share of saturated outputs of each sigmoid and tanh.
+        first: Name of the first function that used a parameter.
+        given: Floating-point tensor that this function was given.
+        chance, guessed, target_rms: See `FirstPass`.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -139,45 +148,33 @@ class _Watcher(TorchFunctionMode):
         name = getattr(func, "__name__", "").rstrip("_")
         if not isinstance(result, (Tensor, tuple)) or name.startswith("__get"):
             return result
-        used = {self._names[id(t)] for _, t in tensors_of([args, kwargs]) if id(t) in self._names}
+        tensors = [t for _, t in tensors_of([args, kwargs])]
+        used = {self._names[id(t)] for t in tensors if id(t) in self._names}
         if used and not self.first:
             # What the first layer is given, not what the batch holds: it may be scaled on the way.
-            floats = [
-                t for _, t in tensors_of([args, kwargs]) if t.is_floating_point() and id(t) not in self._names
-            ]
-            self.given = next((t.detach().float() for t in floats if t.layout == torch.strided), None)
+            inputs = [t for t in tensors if t.is_floating_point() and id(t) not in self._names]
+            self.given = next((t.detach().float() for t in inputs if t.layout == torch.strided), None)
         self.first = self.first or (name if used else "")
         self.used |= used if torch.is_grad_enabled() else set()
         if isinstance(result, Tensor) and result.numel():
             if name in ("sigmoid", "tanh"):
-                self._measure_activation(name, result.detach())
+                output = result.detach().float()
+                centred = output if name == "tanh" else 2 * output - 1
+                self.saturated.append(float((centred.abs() > _SATURATED).float().mean()))
             elif name == "cross_entropy":
-                self._compare(
-                    result, math.log(max(args[0].shape[1 if args[0].ndim > 1 else 0], 2)), args, kwargs
-                )
+                classes = args[0].shape[1 if args[0].ndim > 1 else 0]
+                self._compare(result, math.log(max(classes, 2)), kwargs)
             elif name == "mse_loss":
                 target = (args[1] if len(args) > 1 else kwargs["target"]).detach().float()
                 self.target_rms = _rms(target)
-                self._compare(result, self.target_rms**2, args, kwargs)
+                self._compare(result, self.target_rms**2, kwargs)
         return result
 
-    def _measure_activation(self, name: str, output: Tensor) -> None:
-        centred = output.float() if name == "tanh" else 2 * output.float() - 1
-        self.saturated.append(float((centred.abs() > _FLAT).float().mean()))
-
-    def _compare(self, result: Tensor, chance: float, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _compare(self, result: Tensor, chance: float, kwargs: Mapping[str, Any]) -> None:
+        """Record a loss beside that of a constant guess, unless it is a sum or weighted."""
         if kwargs.get("reduction", "mean") == "sum" or kwargs.get("weight") is not None:
             return
         self.chance, self.guessed = chance, float(result.detach().float().mean())
-
-
-def _dead_shares(parameters: Mapping[str, Tensor], layers: list[str]) -> dict[str, float]:
-    gradients = {name: parameters[name].grad for name in layers}
-    return {
-        name: float((gradient.flatten(1) == 0).all(1).float().mean())
-        for name, gradient in gradients.items()
-        if gradient is not None and len(gradient)
-    }
 
 
 def _rms(x: Tensor) -> float:

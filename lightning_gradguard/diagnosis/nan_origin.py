@@ -1,4 +1,4 @@
-"""Where the first number that is not finite came from: the batch is replayed once, forward and then backward."""
+"""Find what made the first NaN or Inf of a step, by replaying its batch once, forward and then backward."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, gradients_kept
 from lightning_gradguard.diagnosis.wording import listing, number, quote
-from lightning_gradguard.introspection.batch import BadEntry, is_finite, search
+from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
 from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
-from lightning_gradguard.introspection.sandbox import sandbox
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 
 
 class Place(str, Enum):
-    """Where the first number that is not finite was found."""
+    """Part of a training step in which the first NaN or Inf was found."""
 
     BATCH = "batch"
     PARAMETERS = "parameters"
-    OUTSIDE = "outside"  # a tensor that neither the batch holds nor the pass computed
+    OUTSIDE = "outside"  # a tensor that is not in the batch and that the pass did not compute
     FORWARD = "forward"
     BACKWARD = "backward"
     NORM = "norm"  # every gradient is finite, their norm is not
     NOWHERE = "nowhere"  # the replay was finite
-    UNKNOWN = "unknown"  # there was no replay, or it says nothing
+    UNKNOWN = "unknown"  # there was no replay, or it did not show the place
 
     def __str__(self) -> str:
         return self.value
@@ -35,25 +34,25 @@ class Place(str, Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """What one replay of a batch showed; plain data.
+    """The origin of the first NaN or Inf of a step; plain data.
 
     Attributes:
-        place: Where.
+        place: Part of the step in which it was found.
         operation: The function, such as ``log``, or in the backward pass the node, such as ``SqrtBackward0``.
         module: Name of the innermost module that ran it; empty for the training step itself.
-        layer: That module's class.
-        line: Where in the user's code it was called, such as ``model.py:42``; empty if unknown.
+        layer: Class of that module.
+        line: Line of the user's code that called it, such as ``model.py:42``; empty if unknown.
         values: What came out: "NaN", "Inf", or "NaN and Inf".
-        dtype: The result's, such as "float16".
+        dtype: Dtype of the result, such as "float16".
         overflow: Largest magnitude of the exact result, where that is merely too large for the dtype (inf if it is not
             known exactly); else 0.
-        in_loss: No parameter is used after it, so that it belongs to the loss.
-        in_data: No parameter is used before it, so that it belongs to what prepares the batch.
-        given: It was given infinities that were meant, such as a mask's, and made NaN of them.
-        names: Parameters that are not finite themselves.
-        entries: Tensors of the batch that are not finite, whether or not they are to blame.
-        number: The batch's number, if known.
-        note: Why nothing more is known.
+        in_loss: True if no parameter is used after it, so that it belongs to the loss.
+        in_data: True if no parameter is used before it, so that it belongs to what prepares the batch.
+        given: True if the operation was given infinities that were intended, such as a mask's, and made NaN of them.
+        names: Parameters that hold NaN or Inf themselves.
+        entries: Tensors of the batch that hold NaN or Inf, whether or not they caused it.
+        number: Index of the batch, if known.
+        note: Reason why nothing more is known.
     """
 
     place: Place
@@ -74,140 +73,131 @@ class Origin:
 
     @property
     def located(self) -> bool:
-        """Whether an operation, or a module, of the forward or backward pass is named."""
+        """True if an operation or a module of the forward or backward pass is named."""
         return self.place in (Place.FORWARD, Place.BACKWARD) and bool(self.operation or self.module)
 
     def __str__(self) -> str:
-        """One sentence."""
-        tellers = {
-            Place.BATCH: self._batch,
-            Place.OUTSIDE: self._outside,
-            Place.FORWARD: self._forward,
-            Place.BACKWARD: self._backward,
-        }
-        plain = {
-            Place.PARAMETERS: f"the parameters {listing(self.names)} are not finite before the step.",
-            Place.NORM: "every gradient is finite, but their norm overflows float32.",
-            Place.NOWHERE: "replayed once, the batch gave a finite loss and finite gradients: random numbers (dropout) "
-            "were drawn anew, or an earlier micro-batch or another process is to blame.",
-            Place.UNKNOWN: f"where it came from is not known: {self.note}.",
-        }
-        said = tellers[self.place]() if self.place in tellers else plain[self.place]
-        return said[:1].upper() + said[1:]
-
-    def _batch(self) -> str:
-        which = "the batch" if self.number is None else f"batch {self.number}"
-        more = f" and {len(self.entries) - 3} more tensors" if len(self.entries) > 3 else ""
-        return f"{which} itself is not finite: {'; '.join(str(e) for e in self.entries[:3])}{more}."
-
-    def _outside(self) -> str:
-        what = "which neither the batch holds nor this step computed"
-        return f"{self._where()} was given a tensor with {self.values}, {what}."
-
-    def _forward(self) -> str:
-        if self.given:
-            meant = "infinities that were put there, as a mask that leaves nothing does"
-            return f"the first NaN of the forward pass comes from {self._where()}: of {meant}."
-        return f"the first {self.values} of the forward pass comes from {self._where()}{self._too_large()}."
-
-    def _backward(self) -> str:
-        loss = "the loss is finite; "
-        if not self.operation:
-            return f"{loss}its gradient is not, and no single operation turned it so."
-        return f"{loss}the first {self.values} of the backward pass comes from {self._where()}{self._too_large()}."
+        """Return one or two sentences: what made the NaN or Inf, and where."""
+        where = self._where()
+        if self.place == Place.BATCH:
+            batch = "The batch" if self.number is None else f"Batch {self.number}"
+            more = f" and {len(self.entries) - 3} more tensors" if len(self.entries) > 3 else ""
+            return f"{batch} contains bad data: {'; '.join(str(e) for e in self.entries[:3])}{more}."
+        if self.place == Place.PARAMETERS:
+            return f"The parameters held NaN or Inf before the step: {listing(self.names)}."
+        if self.place == Place.OUTSIDE:
+            where = where[:1].upper() + where[1:]
+            what = "that is not in the batch and was not computed in this step"
+            return f"{where} received a tensor with {self.values} {what}."
+        if self.place == Place.FORWARD and self.given:
+            return (
+                f"The first NaN of the forward pass comes from {where}: its inputs were infinities set on purpose, "
+                f"such as those of a mask that hides every entry."
+            )
+        if self.place == Place.FORWARD:
+            return f"The first {self.values} of the forward pass comes from {where}{self._overflow()}."
+        if self.place == Place.BACKWARD and not self.operation:
+            return "The loss is finite, but its gradient is not, and no single operation made it so."
+        if self.place == Place.BACKWARD:
+            return (
+                f"The loss is finite, but its gradient is not: "
+                f"the first {self.values} of the backward pass comes from {where}{self._overflow()}."
+            )
+        if self.place == Place.NORM:
+            return "Every gradient is finite, but their norm overflows float32."
+        if self.place == Place.NOWHERE:
+            return (
+                "When the batch was replayed, the loss and all gradients were finite. Either random numbers such as "
+                "dropout were different, or an earlier micro-batch or another process made the NaN or Inf."
+            )
+        return f"It is unknown where the NaN or Inf came from: {self.note}."
 
     def _where(self) -> str:
         module = f"{quote(self.module)} ({self.layer})" if self.module else "the training step"
-        part = quote(self.operation) if self.operation else ""
-        place = f"{part} in {module}" if part else module
+        place = f"{quote(self.operation)} in {module}" if self.operation else module
         return place + (f" at {self.line}" if self.line else "")
 
-    def _too_large(self) -> str:
+    def _overflow(self) -> str:
         if not self.overflow:
             return ""
         largest = number(torch.finfo(getattr(torch, self.dtype)).max)
         size = f" of {number(self.overflow)}" if math.isfinite(self.overflow) else ""
-        return f": a number{size} too large for {self.dtype}, which ends at {largest}"
+        return f": a result{size} is too large for {self.dtype}, whose largest number is {largest}"
 
 
-def find_origin(
-    subject: SandboxedStep, *, number: int | None = None, scale: float = 1.0, replay: bool = True
-) -> Origin:
-    """Replays the batch of a step that was not finite, and names what made it so; nothing of the training is changed.
+def find_origin(step: SandboxedStep, *, scale: float = 1.0, replay: bool = True) -> Origin:
+    """Find the origin of a step's first NaN or Inf by replaying the step.
 
-    Costs one forward pass and, where the loss is finite, one backward pass, each operation read from the device; in
-    memory a copy of the parameters and buffers. Random numbers are drawn anew, so what depends on them may not show.
+    The training is unchanged afterwards. This costs one forward pass and, if the loss is finite, one backward pass,
+    with each operation read from the device; and the memory of a copy of the parameters and buffers. Random numbers are
+    drawn again, so what depends on them may not show.
 
     Args:
-        subject: The module, its training step and the batch.
-        number: The batch's number.
-        scale: Of a gradient scaler: what the loss is multiplied with before the backward pass.
-        replay: Otherwise only the batch and the parameters are looked at.
+        step: The training step, with its batch.
+        scale: Loss scale of a GradScaler, which multiplies the loss before the backward pass.
+        replay: If False, only the batch and the parameters are inspected.
     """
-    found = Origin(Place.UNKNOWN, entries=search(subject.batch), number=number)
-    ruined = tuple(name for name, p in subject.module.named_parameters() if not is_finite(p))
-    if ruined:
-        return replace(found, place=Place.PARAMETERS, names=ruined)
+    found = Origin(Place.UNKNOWN, entries=find_nonfinite(step.batch), number=step.number)
+    # Without a replay, bad data is the best guess.
+    unseen = replace(found, place=Place.BATCH) if found.entries else found
+    bad = tuple(name for name, p in step.module.named_parameters() if not is_finite(p))
+    if bad:
+        return replace(found, place=Place.PARAMETERS, names=bad)
     if not replay:
-        why = "the batch was not replayed"
-        return replace(found, place=Place.BATCH if found.entries else Place.UNKNOWN, note=why)
+        return replace(unseen, note="the batch was not replayed")
     try:
-        with gradients_kept(subject), sandbox(subject.module) as copy, torch.enable_grad():
-            return _replay(subject, copy(subject.batch), scale, found)
+        with step.sandbox() as copy:
+            return _replay(step, copy(step.batch), scale, found)
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]
-        note = f"the batch could not be replayed ({type(error).__name__}: {reason})"
-        return replace(found, place=Place.BATCH if found.entries else Place.UNKNOWN, note=note)
+        return replace(unseen, note=f"the batch could not be replayed ({type(error).__name__}: {reason})")
 
 
-def origin_of_batch(batch: Any, number: int | None = None) -> Origin | None:
-    """The batch as the origin, where it is not finite; of a step that cannot be replayed."""
-    entries = search(batch)
+def origin_in_batch(batch: Any, number: int | None = None) -> Origin | None:
+    """Return the batch as the origin if it holds NaN or Inf, else None."""
+    entries = find_nonfinite(batch)
     return Origin(Place.BATCH, entries=entries, number=number) if entries else None
 
 
-def _replay(subject: SandboxedStep, batch: Any, scale: float, found: Origin) -> Origin:
-    """Forward and then backward, in a sandbox."""
-    trace = ForwardTrace(subject.module, batch)
-    # Nodes then know the lines that made them.
-    with torch.autograd.set_detect_anomaly(True, check_nan=False), trace:
-        loss = subject.loss_of(batch)
+def _replay(step: SandboxedStep, batch: Any, scale: float, found: Origin) -> Origin:
+    """Run the step forward and then backward, in a sandbox, and return what it shows."""
+    forward = ForwardTrace(step.module, batch)
+    # With anomaly detection, nodes know the lines that made them.
+    with torch.autograd.set_detect_anomaly(True, check_nan=False), forward:
+        loss = step.loss_of(batch)
     if not is_finite(loss):
-        birth = trace.birth_of(loss)
-        if birth is None:
+        source = forward.source_of(loss)
+        if source is None:
             return replace(
-                found, note="the loss is not finite, but was computed where torch cannot be watched"
+                found, note="the loss is NaN or Inf, but was computed where torch cannot be observed"
             )
-        if birth.path:
-            guilty = tuple(entry for entry in found.entries if entry.path == birth.path)
-            return replace(found, place=Place.BATCH, entries=guilty or found.entries)
-        place = Place.OUTSIDE if birth.outside else Place.FORWARD
-        found = replace(found, in_data=not birth.outside and birth.call < trace.first_use)
-        return _located(found, place, birth, birth.call > trace.last_use)
+        if source.path:
+            entries = tuple(entry for entry in found.entries if entry.path == source.path)
+            return replace(found, place=Place.BATCH, entries=entries or found.entries)
+        place = Place.OUTSIDE if source.outside else Place.FORWARD
+        found = replace(found, in_data=not source.outside and source.call < forward.first_use)
+        return _at(source, found, place, in_loss=source.call > forward.last_use)
     if loss.grad_fn is None:
         return replace(found, place=Place.NOWHERE)
-    trace.finish(loss)
+    forward.finish(loss)
     scaled = loss * scale if math.isfinite(scale) and scale != 1 else loss
-    backward = BackwardTrace(scaled, trace.owners, trace.last_sequence)
+    backward = BackwardTrace(scaled, forward.owners, forward.last_sequence)
     scaled.backward()  # type: ignore[no-untyped-call]
-    return _after_backward(subject.module, backward, found)
+    first = backward.first_source()
+    if first is not None:
+        return _at(first[0], found, Place.BACKWARD, in_loss=first[1])
+    return replace(found, place=_place_of_gradients(step.module))
 
 
-def _after_backward(module: nn.Module, backward: BackwardTrace, found: Origin) -> Origin:
-    birth = backward.birth()
-    if birth is not None:
-        return _located(found, Place.BACKWARD, *birth)
-    gradients = [p.grad.detach() for p in module.parameters() if p.grad is not None]
-    if not all(is_finite(g) for g in gradients):
-        return replace(found, place=Place.BACKWARD)
-    return replace(found, place=Place.NOWHERE if _norm_is_finite(gradients) else Place.NORM)
-
-
-def _norm_is_finite(gradients: list[Tensor]) -> bool:
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    return math.isfinite(float(sum(n.cpu().square() for n in norms))) if norms else True
-
-
-def _located(found: Origin, place: Place, birth: NonFiniteSource, in_loss: bool) -> Origin:
+def _at(source: NonFiniteSource, found: Origin, place: Place, *, in_loss: bool) -> Origin:
     names = ("operation", "module", "layer", "line", "values", "dtype", "overflow", "given")
-    return replace(found, place=place, in_loss=in_loss, **{name: getattr(birth, name) for name in names})
+    return replace(found, place=place, in_loss=in_loss, **{name: getattr(source, name) for name in names})
+
+
+def _place_of_gradients(module: nn.Module) -> Place:
+    """Return the place of a NaN or Inf that no single operation made."""
+    gradients: list[Tensor] = [p.grad.detach() for p in module.parameters() if p.grad is not None]
+    if not all(is_finite(g) for g in gradients):
+        return Place.BACKWARD
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32).cpu() for g in gradients]
+    return Place.NOWHERE if math.isfinite(float(sum(n.square() for n in norms))) else Place.NORM

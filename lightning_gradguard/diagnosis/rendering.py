@@ -76,8 +76,7 @@ def to_html(diagnosis: Diagnosis) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    from lightning_gradguard.diagnosis import charts as panels
-    from lightning_gradguard.diagnosis import charts as pictures
+    from lightning_gradguard.diagnosis import charts
 
     loader = PackageLoader("lightning_gradguard.diagnosis")
     pages = Environment(
@@ -93,9 +92,9 @@ def to_html(diagnosis: Diagnosis) -> str:
         since=_capital(_since(diagnosis)),
         causes=_causes(diagnosis),
         tried=_any_tried(diagnosis.remedies),
-        heat=pictures.heat_map(diagnosis.course, diagnosis.step, diagnosis.parameters),
-        panels=panels.panels_of(diagnosis),
-        size={"width": panels.WIDTH, "height": panels.HEIGHT},
+        heat=charts.heat_map(diagnosis.timeline, diagnosis.step, diagnosis.parameters),
+        panels=charts.fix_panels(diagnosis),
+        size={"width": charts.WIDTH, "height": charts.HEIGHT},
         style=Markup(loader.get_source(pages, "diagnosis.css")[0]),
     )
 

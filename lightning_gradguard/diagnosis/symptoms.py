@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning_gradguard.diagnosis.causes.training import LARGEST_UPDATE, USUAL_UPDATE
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import LARGEST_UPDATE, TYPICAL_UPDATE, DiagnosticContext
 from lightning_gradguard.diagnosis.nan_origin import Place
 from lightning_gradguard.diagnosis.wording import count, listing, number, power, quote
 from lightning_gradguard.results import Fault
@@ -17,7 +16,7 @@ _NOTABLE_FALL = 2.0
 _UNCHANGED = 1e-6
 
 
-def find_signs(case: DiagnosticContext) -> tuple[str, ...]:
+def find_symptoms(case: DiagnosticContext) -> tuple[str, ...]:
     """The signs that the case shows; the number that the verdict rests on leads."""
     rules = (_verdict, _loss, _nonfinite, _origin, _gradients_over_depth, _zero_gradients, _weights, _earlier)
     return tuple(sentence for rule in rules for sentence in rule(case))
@@ -85,7 +84,7 @@ def _zero_gradients(case: DiagnosticContext) -> Iterator[str]:
 def _weights(case: DiagnosticContext) -> Iterator[str]:
     typical, (largest, name) = case.typical_update, case.largest_update
     if typical < _UNCHANGED:
-        yield f"The weights hardly change: update ratio {number(typical)}, where {USUAL_UPDATE} is usual."
+        yield f"The weights hardly change: update ratio {number(typical)}, where {TYPICAL_UPDATE} is usual."
     elif largest > LARGEST_UPDATE:
         size = f"{number(100 * largest)} % of" if largest < 1 else f"{number(largest)} times"
         yield f"The weights change by up to {size} their size a step ({quote(name)}), where 0.1 % is usual."

@@ -1,48 +1,32 @@
-"""The parts that a guard is put together from: what is there by default, and what is no part."""
+"""Checks of a guard's arguments."""
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
-from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
-from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
-from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
-from lightning_gradguard.flight_recorder.recorder import Recorder
+from lightning_gradguard.detectors import default_detectors as default_detectors
+from lightning_gradguard.detectors.base import Detector, traits_of
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import GradientWarning
 
 
-def default_detectors() -> tuple[Detector, ...]:
-    """All detectors, with their default limits."""
-    return (
-        NonFinite(),
-        Underflow(),
-        Disconnected(),
-        DeadUnits(),
-        DepthTilt(),
-        TimeTilt(),
-        Exploding(),
-        Spike(),
-        UpdateRatio(),
-        Stalled(),
-    )
+def validate_parts(detectors: object, clipper: object, policy: object) -> None:
+    """Check the types of a guard's parts.
 
-
-def validate(detectors: object, clipper: object, policy: object) -> None:
-    """Raises TypeError, with the mend, where one of a guard's parts is of the wrong kind."""
+    Raises:
+        TypeError: If a detector or the clipper lacks ``init`` or ``update``, or the policy is not a `Policy`.
+    """
     if detectors is not None and not isinstance(detectors, Sequence):
         raise TypeError(f"detectors must be a sequence such as (NonFinite(), DepthTilt()), got {detectors!r}")
     parts = [("detectors", d, "NonFinite()") for d in detectors or ()]
     parts += [("clipper", clipper, "SpikeClip()")] if clipper is not None else []
     for name, part, example in parts:
-        # Both have the same two methods; a detector says what fault it finds, too.
+        # Both have the same two methods; only a detector names a fault.
         of_its_kind = hasattr(part, "fault") == (name == "detectors")
         if isinstance(part, type) or not (hasattr(part, "init") and hasattr(part, "update") and of_its_kind):
             raise TypeError(
@@ -52,19 +36,12 @@ def validate(detectors: object, clipper: object, policy: object) -> None:
         raise TypeError(f"policy must be a Policy, such as Policy.strict(), got {policy!r}")
 
 
-def validate_options(monitor: object, recorder: object, **switches: object) -> None:
-    """Raises ValueError for what `GradGuard` cannot make use of."""
-    if monitor is not None and (not isinstance(monitor, str) or not monitor):
-        raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
-    if recorder is not None and not isinstance(recorder, Recorder):
-        raise ValueError(f"recorder must be a Recorder, such as Recorder(), got {recorder!r}")
-
-
 def as_scalar(loss: Tensor | float | None) -> Tensor | None:
-    """The loss as a scalar tensor; ValueError, with the mend, if it is none."""
+    """Return the loss as a scalar tensor, or None.
+
+    Raises:
+        ValueError: If it is not a scalar.
+    """
     if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1):
         return loss
     if isinstance(loss, numbers.Real):
@@ -73,15 +50,41 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
 
 
-def say_what_is_off(detectors: Sequence[Detector]) -> None:
-    """Says which detectors can tell nothing without a loss."""
-    silent = [type(d).__name__ for d in detectors if getattr(d, "needs_loss", False)]
-    if silent:
-        say(f"no loss was given to Guard.step, so {', '.join(silent)} cannot tell progress and are off")
+def message_without_loss(detectors: Iterable[Detector]) -> str:
+    """Return the message on detectors that are silent without a loss; empty if there are none."""
+    silent = [type(d).__name__ for d in detectors if traits_of(d).needs_loss]
+    if not silent:
+        return ""
+    return (
+        f"no loss was given to Guard.step, so {', '.join(silent)} cannot measure progress and are off. "
+        "Call guard.step(loss=loss)."
+    )
 
 
-def say(message: str) -> None:
-    """Warns, on one rank."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        warnings.warn(f"GradGuard: {message}", GradientWarning, stacklevel=4)
+def short_repr(instance: object, **arguments: tuple[Any, Any]) -> str:
+    """Return a short ``repr``: the class, and the arguments that differ from their defaults.
+
+    >>> short_repr(3, lag=(1, None), clipper=(None, None), policy=(Policy(patience=9), None))
+    'int(lag=1, policy=Policy(patience=9))'
+
+    Args:
+        instance: The object that is shown.
+        **arguments: Value and default of each argument, in the order of the signature.
+    """
+    shown = [f"{name}={_short(value)}" for name, (value, default) in arguments.items() if value != default]
+    return f"{type(instance).__name__}({', '.join(shown)})"
+
+
+def _short(value: Any) -> str:
+    """Return the ``repr`` of a value, of dataclasses without the fields that have their defaults."""
+    if isinstance(value, (tuple, list)):
+        parts = ", ".join(map(_short, value))
+        return f"[{parts}]"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    fields = {f.name: f for f in dataclasses.fields(value) if f.repr}
+    defaults = {
+        name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        for name, f in fields.items()
+    }
+    return short_repr(value, **{name: (getattr(value, name), defaults[name]) for name in fields})

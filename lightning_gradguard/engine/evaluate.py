@@ -1,4 +1,4 @@
-"""One step on the device: trends, then detectors, then clipper, and the state that all of them carry."""
+"""One full evaluation on the device: running statistics, then detectors, then clipper, and the state they carry."""
 
 from __future__ import annotations
 
@@ -9,84 +9,160 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clip, Clipper
-from lightning_gradguard.detectors.base import Detector, Reading
+from lightning_gradguard.detectors.base import Detector, DetectorTraits, Reading, traits_of
 from lightning_gradguard.stats import trends
 from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.stats.trends import TrendState
 
-#: States of the trends, of each detector, and of the clipper if there is one: NamedTuples of tensors.
-States = tuple[Any, ...]
+
+class GuardParts(NamedTuple):
+    """Configuration of a guard: what judges and what clips.
+
+    Attributes:
+        detectors: All detectors.
+        traits: Optional abilities of each.
+        clipper: The clipper, or None.
+    """
+
+    detectors: tuple[Detector, ...]
+    traits: tuple[DetectorTraits, ...]
+    clipper: Clipper | None
+
+    @classmethod
+    def of(cls, detectors: Sequence[Detector], clipper: Clipper | None) -> GuardParts:
+        """Return the parts, with the traits that the detectors declare."""
+        return cls(tuple(detectors), tuple(traits_of(detector) for detector in detectors), clipper)
+
+
+class GuardState(NamedTuple):
+    """Everything carried from one good step to the next on the device: NamedTuples of tensors.
+
+    Attributes:
+        trends: State of the running statistics.
+        detectors: State of each detector, in their order.
+        clipper: State of the clipper; None without one.
+    """
+
+    trends: TrendState
+    detectors: tuple[Any, ...]
+    clipper: Any = None
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """All states in one tuple: trends, detectors, and the clipper's if there is one."""
+        return (self.trends, *self.detectors, *(() if self.clipper is None else (self.clipper,)))
+
+    def with_parts(self, parts: Sequence[Any]) -> GuardState:
+        """Return a state of the same shape with other parts, in the order of `parts`."""
+        count = len(self.detectors)
+        return GuardState(
+            parts[0], tuple(parts[1 : 1 + count]), parts[-1] if self.clipper is not None else None
+        )
 
 
 class Evaluation(NamedTuple):
-    """What one step gives: statistics with trends, readings of the detectors that were asked, the clip or None."""
+    """Results of one step on the device.
+
+    Attributes:
+        stats: Statistics of the step, with ``trends`` set.
+        readings: Reading of each detector, None for a slow one that was not asked.
+        clip: Decision of the clipper, None without one.
+    """
 
     stats: GradStats
     readings: tuple[Reading | None, ...]
     clip: Clip | None
 
 
-def init(stats: GradStats, detectors: Sequence[Detector], clipper: Clipper | None) -> States:
-    """States that know nothing yet."""
-    own = [clipper.init(stats)] if clipper is not None else []
-    return (trends.init(stats), *(detector.init(stats) for detector in detectors), *own)
-
-
-def advance(
-    stats: GradStats, states: States, detectors: Sequence[Detector], clipper: Clipper | None, passed: int = 0
-) -> tuple[Evaluation, States]:
-    """Judges one step, ``passed`` quiet ones after the last; the new states are valid only if ``stats.finite``."""
-    trend, trend_state = trends.update(stats, states[0])
-    stats = stats.but(trends=trend, passed=passed)
-    readings: list[Reading | None] = []
-    new = [trend_state]
-    for detector, state in zip(detectors, states[1:], strict=False):
-        asked = stats.elapsed or not getattr(detector, "slow", False)
-        seen, after = detector.update(stats, state) if asked else (None, state)
-        readings.append(seen)
-        new.append(after)
-    clip = None
-    if clipper is not None:
-        clip, after = clipper.update(stats, states[-1])
-        new.append(after)
-    return Evaluation(stats, tuple(readings), clip), tuple(new)
-
-
-def pass_over(rows: Sequence[GradStats], states: States, clipper: Any) -> tuple[Sequence[Tensor], States]:
-    """Quiet steps, at least one: what is usual learns from them, and no detector is asked.
-
-    Args:
-        rows: The k steps, oldest first.
-        states: The states before them.
-        clipper: One that has ``bounds``, or None.
-
-    Returns:
-        The clipper's threshold in each, k times float32 [], NaN without one; and the states after the steps.
-    """
-    trend = states[0]
-    for stats in rows:
-        _, trend = trends.update(stats, trend)
-    if clipper is None:
-        return [rows[0].layout.constant(torch.nan)] * len(rows), (trend, *states[1:])
-    thresholds, after = clipper.learn(rows, states[-1])
-    return thresholds.unbind(), (trend, *states[1:-1], after)
-
-
-def choose_states(good: Tensor, new: States, old: States) -> States:
-    """New states where the step was good, else the old ones, decided on the device."""
-    return tuple(
-        type(after)(*(torch.where(good, a, b) for a, b in zip(after, before, strict=True)))
-        for after, before in zip(new, old, strict=True)
+def init_state(stats: GradStats, parts: GuardParts) -> GuardState:
+    """Return the state before the first step."""
+    return GuardState(
+        trends.init(stats),
+        tuple(detector.init(stats) for detector in parts.detectors),
+        None if parts.clipper is None else parts.clipper.init(stats),
     )
 
 
-def to_plain(states: States) -> list[dict[str, Tensor]]:
-    """The states as dicts of tensors, which load under ``weights_only=True``."""
-    return [{field: getattr(state, field).clone() for field in state._fields} for state in states]
+def evaluate(
+    stats: GradStats,
+    state: GuardState,
+    parts: GuardParts,
+    accepted: int = 0,
+) -> tuple[Evaluation, GuardState]:
+    """Evaluate one step against the past.
+
+    Args:
+        stats: The step.
+        state: State before it.
+        parts: Detectors and clipper. Slow detectors are asked only if ``stats.elapsed`` is not 0.
+        accepted: Steps accepted by the fast path since detectors were last asked.
+
+    Returns:
+        The evaluation, and the state after the step, which is valid only if ``stats.finite``.
+    """
+    trend, trend_state = trends.update(stats, state.trends)
+    stats = stats.with_trends(trend, accepted)
+    readings: list[Reading | None] = []
+    after: list[Any] = []
+    for detector, traits, own in zip(parts.detectors, parts.traits, state.detectors, strict=True):
+        is_asked = stats.elapsed or not traits.slow
+        reading, own = detector.update(stats, own) if is_asked else (None, own)
+        readings.append(reading)
+        after.append(own)
+    clip, clip_state = None, None
+    if parts.clipper is not None:
+        clip, clip_state = parts.clipper.update(stats, state.clipper)
+    return Evaluation(stats, tuple(readings), clip), GuardState(trend_state, tuple(after), clip_state)
 
 
-def from_plain(plain: Sequence[dict[str, Tensor]], blank: States) -> States:
-    """The states that `to_plain` wrote, on the devices and of the types of ``blank``."""
-    return tuple(
-        type(b)(**{field: p[field].to(getattr(b, field).device) for field in b._fields})
-        for p, b in zip(plain, blank, strict=True)
+def fold_in(
+    rows: Sequence[GradStats], state: GuardState, clipper: Any
+) -> tuple[Sequence[Tensor], GuardState]:
+    """Fold steps that the fast path accepted into the running statistics; detectors are not asked.
+
+    Args:
+        rows: The k steps, oldest first, at least one.
+        state: State before them.
+        clipper: One that supports the fast path, or None.
+
+    Returns:
+        The clipper's threshold at each step, k tensors float32 [], NaN without a clipper; and the state after them.
+    """
+    trend = state.trends
+    for stats in rows:
+        _, trend = trends.update(stats, trend)
+    if clipper is None:
+        return [rows[0].layout.constant(torch.nan)] * len(rows), state._replace(trends=trend)
+    thresholds, clip_state = clipper.fold_in(rows, state.clipper)
+    return thresholds.unbind(), state._replace(trends=trend, clipper=clip_state)
+
+
+def choose_state(good: Tensor, new: GuardState, old: GuardState) -> GuardState:
+    """Return the new state if the step was good, else the old one; decided on the device.
+
+    Args:
+        good: Bool [].
+        new: State after the step.
+        old: State before it.
+    """
+    return old.with_parts(
+        [
+            type(after)(*(torch.where(good, a, b) for a, b in zip(after, before, strict=True)))
+            for after, before in zip(new.parts, old.parts, strict=True)
+        ]
+    )
+
+
+def to_plain(state: GuardState) -> list[dict[str, Tensor]]:
+    """Return the state as dicts of tensors, which load under ``weights_only=True``."""
+    return [{field: getattr(part, field).clone() for field in part._fields} for part in state.parts]
+
+
+def from_plain(plain: Sequence[dict[str, Tensor]], blank: GuardState) -> GuardState:
+    """Return the state that `to_plain` wrote, on the devices and with the types of ``blank``."""
+    return blank.with_parts(
+        [
+            type(b)(**{field: p[field].to(getattr(b, field).device) for field in b._fields})
+            for p, b in zip(plain, blank.parts, strict=True)
+        ]
     )

@@ -1,201 +1,231 @@
-"""FastPath steps: nothing is due and nothing stands out, so that a step is remembered, and learnt from with others."""
+"""Accept an unremarkable step with one short read, and fold it into the running statistics later."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clipper
-from lightning_gradguard.clippers.spike_clip import WINDOW, Bounds
-from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.engine import evaluate as pipeline
-from lightning_gradguard.engine import readback as mailbox
-from lightning_gradguard.engine.fault_tracker import FaultTracker
-from lightning_gradguard.engine.readback import StepRecord
+from lightning_gradguard.clippers.base import WINDOW, Bounds, supports_fast_path
+from lightning_gradguard.engine import readback
+from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
+from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.results import Report
-from lightning_gradguard.stats.grad_stats import LARGEST, GradStats
+from lightning_gradguard.stats.grad_stats import LARGEST_NORM, GradStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lightning_gradguard.guard import Guard
-
-#: A quiet step's global norm over the usual one: at least, and at most.
+#: Smallest and largest global norm of an accepted step, relative to the baseline.
 _LOW, _HIGH = 0.5, 2.0
-#: Rise of the loss above its start, as a part of it, from which each step is judged.
+#: Rise of the loss above its start, as a part of it, from which every step is evaluated in full.
 _RISE = 0.4
 
-#: Numbers behind the norms in what the host reads of a step that may be quiet.
+#: Numbers behind the norms in the short read.
 _TAIL = 4
 
-_SAVED = ("passed", "_usual", "_ceiling", "_is_open", "_pattern", "_names", "_live")
+#: Key in the saved state, attribute.
+_SAVED = {
+    "passed": "accepted",
+    "_usual": "_baseline",
+    "_ceiling": "_ceiling",
+    "_is_open": "_is_open",
+    "_pattern": "_pattern",
+    "_names": "_names",
+    "_live": "_live",
+}
 
 
 class DeferredStep:
-    """A step that was passed over, of which some things are worked out when they are asked for.
+    """An accepted step whose threshold and norms by name are worked out when they are asked for.
 
     Args:
-        stats: Of the step, without its gradients; forgotten when what is usual has learnt from it.
-        norms: float32 [P], for the host.
-        guard: Which has to learn from it; let go of then.
+        stats: Statistics of the step, without its gradients.
+        norms: float32 [P], gradient norms on the host.
+        flush: Folds this step in and reads its threshold; dropped once that has happened.
 
     Attributes:
-        array: float32 [P], norms of gradients, NaN where there is none.
-        limit: float32 [], the clipper's threshold, when what is usual has learnt from it, until it is read.
-        value: The same for the host.
+        stats: As given; None once the step is folded in.
+        norms: float32 [P], gradient norms, NaN where there is no gradient.
+        limit: The clipper's threshold on the device, float32 []; None before the step is folded in, and once read.
     """
 
-    def __init__(self, stats: GradStats, norms: NDArray[Any], guard: Guard) -> None:
-        self.guard: Guard | None = guard
+    def __init__(self, stats: GradStats, norms: NDArray[Any], flush: Callable[[], None]) -> None:
         self.stats: GradStats | None = stats
         self.limit: Tensor | None = None
-        self.value: float | None = None
+        self._flush: Callable[[], None] | None = flush
+        self._threshold: float | None = None
         # Names alone: a report that is kept would keep the parameters too.
         self._names, self._order, self._pattern = stats.layout.names, stats.layout.order, stats.pattern
-        whole = stats.present is stats.layout.everywhere
-        self.array = norms if whole else np.where(stats.pattern, norms, np.float32(np.nan))
+        everywhere = stats.present is stats.layout.everywhere
+        self.norms = norms if everywhere else np.where(stats.pattern, norms, np.float32(np.nan))
+
+    def finalize(self, threshold: float | None) -> None:
+        """Set the threshold, which completes the step."""
+        self._threshold, self._flush, self.limit = threshold, None, None
 
     def threshold(self) -> float | None:
-        """Largest global norm that the clipper would have allowed; None without one."""
-        if self.guard is not None:
-            self.guard.catch_up()
-        return self.value
+        """Return the largest global norm that the clipper would have allowed; None without a clipper."""
+        if self._flush is not None:
+            self._flush()
+        return self._threshold
 
-    def norms(self) -> dict[str, float]:
-        """Norms by name, from input to output."""
-        numbers = self.array.tolist()
+    def norms_by_name(self) -> dict[str, float]:
+        """Return the norms by tensor name, from input to output."""
+        numbers = self.norms.tolist()
         return {self._names[i]: numbers[i] for i in self._order if self._pattern[i]}
 
 
 class FastPath:
-    """Which steps may be passed over, and those that were since the last step that was judged.
+    """Decides which steps may be accepted without a full evaluation, and holds them until they are folded in.
 
-    A step is quiet if it is no closer look, everything is finite, its global norm is between half and twice the usual
-    one, no tensor is near where it would be clipped, the loss is not far above its start, the same tensors have
-    gradients as before, and judging the newest readings again would change nothing. No detector is asked then, though
-    it counts as judged, and up to seven are learnt from together: the same arithmetic, in a cache that is warm.
+    A step is accepted if no full evaluation is due and all of this holds: everything is finite; the global norm is
+    between half and twice the baseline; no tensor is near the limit at which it would be clipped; the loss is not far
+    above its start; the same tensors have gradients as before; and deciding again on the newest results would change
+    nothing. No detector is asked about such a step, though it counts as judged. Up to seven are folded into the running
+    statistics together, with the same arithmetic.
 
     Args:
-        detectors: All of them; those that are not slow must be ``quiet``.
-        clipper: None, or one that gives ``bounds``; with another one no step is quiet.
+        parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must support it; else
+            no step is accepted.
+
+    Attributes:
+        accepted: Steps accepted since the last full evaluation.
+        deferred: Accepted steps with their reports, not yet finalized, oldest first.
     """
 
-    def __init__(self, detectors: Sequence[Detector], clipper: Clipper | None) -> None:
-        self._fast = [not getattr(d, "slow", False) for d in detectors]
-        quiet = [
-            getattr(d, "slow", False) or (_speaks_for(d, "quiet") and getattr(d, "quiet", False))
-            for d in detectors
-        ]
-        self.clipper: Any = clipper
-        self._is_able = all(quiet) and (clipper is None or _speaks_for(clipper, "bounds"))
-        self.waiting: list[tuple[DeferredStep, Report]] = []
-        self.stop()
+    def __init__(self, parts: GuardParts) -> None:
+        self.clipper: Any = parts.clipper
+        self._asked_always = [not traits.slow for traits in parts.traits]
+        is_safe = all(traits.slow or traits.fast_path_safe for traits in parts.traits)
+        self._is_able = is_safe and (parts.clipper is None or supports_fast_path(parts.clipper))
+        self.deferred: list[tuple[DeferredStep, Report]] = []
+        self.close()
 
-    def stop(self) -> None:
-        """The next step has to be judged."""
-        self.passed, self._usual, self._ceiling = 0, 0.0, 0.0
+    def close(self, accepted: int = 0) -> None:
+        """Require a full evaluation of the next step.
+
+        Args:
+            accepted: Accepted steps that detectors have not heard of yet.
+        """
+        self.accepted, self._baseline, self._ceiling = accepted, 0.0, 0.0
         self._is_open = False
         self._pattern: tuple[bool, ...] = ()
         self._names: tuple[str, ...] = ()
         self._live: tuple[bool, ...] = ()
         self._bounds: Bounds | None = None
 
-    def start(self, letter: StepRecord, stats: GradStats, state: Any, judge: FaultTracker) -> None:
-        """A step was judged and taken.
+    def open(self, record: StepRecord, stats: GradStats, clipper_state: Any, *, settled: bool) -> None:
+        """Allow the steps after one that was evaluated in full and taken, if it was unremarkable itself.
 
         Args:
-            letter: Its numbers.
-            stats: On the device.
-            state: The clipper's state after it.
-            judge: What has judged it.
+            record: Numbers of that step.
+            stats: Its statistics, on the device.
+            clipper_state: State of the clipper after it.
+            settled: True if deciding on its results again would change nothing.
         """
-        self.stop()
-        raised = any(sight.raised for sight, fast in zip(letter.sights, self._fast, strict=True) if fast)
-        if not self._is_able or raised or not judge.is_still(letter.sights):
+        self.close()
+        raised = any(
+            result.raised and asked for result, asked in zip(record.results, self._asked_always, strict=True)
+        )
+        if not self._is_able or raised or not settled:
             return
         self._is_open, self._pattern = True, stats.pattern
         self._names = stats.layout.ordered_names
-        self._usual = letter.usual_norm
-        self._ceiling = letter.loss_start + _RISE * abs(letter.loss_start)
+        self._baseline = record.baseline_norm
+        self._ceiling = record.loss_start + _RISE * abs(record.loss_start)
         if self.clipper is not None:
-            self._bounds = self.clipper.bounds(stats, state)
+            self._bounds = self.clipper.bounds(stats, clipper_state)
         else:
-            self._live = tuple(letter.norms.get(name, 0.0) > 0 for name in stats.layout.names)
+            self._live = tuple(record.norms.get(name, 0.0) > 0 for name in stats.layout.names)
 
-    def pass_over(self, guard: Guard, stats: GradStats, step: int) -> Report | None:
-        """The report of a step that is quiet; None of any other."""
-        if stats.elapsed or not self._is_open or self.passed == WINDOW - 1:
+    def accept(self, stats: GradStats, step: int, flush: Callable[[], None]) -> Report | None:
+        """Return the report of a step that is accepted; None if it needs a full evaluation.
+
+        Args:
+            stats: The step.
+            step: Its number.
+            flush: Folds in all deferred steps and finalizes them.
+        """
+        if stats.elapsed or not self._is_open or self.accepted == WINDOW - 1:
             return None
         if stats.pattern != self._pattern or stats.layout.ordered_names != self._names:
             return None
-        letter = self._glance(stats)
-        numbers = mailbox.read_array(letter)
+        packed = self._pack(stats)
+        numbers = readback.read_array(packed)
         norms, (total, loss, outside, joint) = numbers[:-_TAIL], numbers[-_TAIL:].tolist()
-        # A NaN is in no relation to anything.
-        if not (_LOW * self._usual <= total <= _HIGH * self._usual and outside == 0 and abs(joint) <= 1):
+        # No comparison with NaN is true.
+        if not (
+            _LOW * self._baseline <= total <= _HIGH * self._baseline and outside == 0 and abs(joint) <= 1
+        ):
             return None
-        if total >= LARGEST:  # which may be less than twice the usual
+        if total >= LARGEST_NORM:  # which may be less than twice the baseline
             return None
         if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
             return None
         if stats.has_loss and not -math.inf < loss <= self._ceiling:
             return None
-        self.passed += 1
-        # On a CPU that is one copy of the norms, for both sides.
-        row = DeferredStep(stats.but(gradients=(), norms=letter[:-_TAIL]), norms, guard)
-        report = Report.of_quiet_step(step, loss if stats.has_loss else None, total, row)
-        self.waiting.append((row, report))
+        self.accepted += 1
+        # On a CPU the packed norms serve both sides, without a copy.
+        deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:-_TAIL]), norms, flush)
+        report = Report.deferred(step, loss if stats.has_loss else None, total, deferred)
+        self.deferred.append((deferred, report))
         return report
 
-    def learn(self, guard: Guard) -> list[Tensor]:
-        """Lets what is usual learn from the steps that wait; the clipper's thresholds in them, float32 [] each."""
-        new = [(row, row.stats) for row, _ in self.waiting if row.stats is not None]
-        if new:
-            assert guard._states is not None
-            rows = [stats for _, stats in new]
-            limits, guard._states = pipeline.pass_over(rows, guard._states, guard.clipper)
-            for (row, _), limit in zip(new, limits, strict=True):
-                row.stats, row.limit = None, limit
-        return [row.limit for row, _ in self.waiting if row.limit is not None]
+    def fold_in(self, state: GuardState | None) -> tuple[list[Tensor], GuardState | None]:
+        """Fold deferred steps into the running statistics.
 
-    def let_go(self, guard: Guard, thresholds: Sequence[float]) -> None:
-        """Completes the steps that waited, when their thresholds have been read."""
-        for (row, report), threshold in zip(self.waiting, thresholds, strict=True):
-            row.value = None if guard.clipper is None else threshold
-            row.guard = row.limit = None
-            guard._history.add(report, row.array)
-        self.waiting = []
+        Args:
+            state: The guard's state before them; None only if there are none.
+
+        Returns:
+            Thresholds of all deferred steps, float32 [] each, for `finalize` once they are read; and the new state.
+        """
+        new = [(deferred, deferred.stats) for deferred, _ in self.deferred if deferred.stats is not None]
+        if new:
+            assert state is not None
+            limits, state = fold_in([stats for _, stats in new], state, self.clipper)
+            for (deferred, _), limit in zip(new, limits, strict=True):
+                deferred.stats, deferred.limit = None, limit
+        return [d.limit for d, _ in self.deferred if d.limit is not None], state
+
+    def finalize(self, thresholds: Sequence[float]) -> list[tuple[Report, NDArray[Any]]]:
+        """Complete the deferred steps.
+
+        Args:
+            thresholds: Those that `fold_in` returned, read on the host.
+
+        Returns:
+            Report and norms, float32 [P], of each step, oldest first.
+        """
+        completed = []
+        for (deferred, report), threshold in zip(self.deferred, thresholds, strict=True):
+            deferred.finalize(None if self.clipper is None else threshold)
+            completed.append((report, deferred.norms))
+        self.deferred = []
+        return completed
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors; steps that wait must have been learnt from."""
-        state = {name: getattr(self, name) for name in _SAVED}
+        """Return the state as plain types and tensors; deferred steps must have been folded in."""
+        state = {key: getattr(self, attribute) for key, attribute in _SAVED.items()}
         bounds = None if self._bounds is None else {k: v.clone() for k, v in self._bounds._asdict().items()}
         return {**state, "_bounds": bounds, "clipper": repr(self.clipper)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restores what `state_dict` gave."""
-        self.waiting = []
-        for name in _SAVED:
-            setattr(self, name, state[name])
-        # The parts may be of the same class, and other options.
+        """Restore the state that `state_dict` returned, on a device."""
+        self.deferred = []
+        for key, attribute in _SAVED.items():
+            setattr(self, attribute, state[key])
+        # The clipper may be of the same class with other options.
         self._is_open &= self._is_able and state["clipper"] == repr(self.clipper)
         bounds = state["_bounds"]
         self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
 
-    def _glance(self, stats: GradStats) -> Tensor:
-        """What the host has to know of a step that may be quiet, float32 [P + 4]."""
-        calm = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
-        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *calm])])
-
-
-def _speaks_for(part: object, word: str) -> bool:
-    """Whether the class whose ``update`` is in force says ``word`` of it; a subclass with another one says it anew."""
-    for kind in type(part).__mro__:
-        if word in vars(kind) or "update" in vars(kind):
-            return word in vars(kind)
-    return False
+    def _pack(self, stats: GradStats) -> Tensor:
+        """Pack what decides on acceptance: norms [P], global norm, loss, and the position within the bounds [2]."""
+        within = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
+        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *within])])

@@ -1,29 +1,29 @@
-"""From readings to findings: onset, patience, hysteresis, precedence, and silence between messages."""
+"""From detector results to findings: onset, patience, hysteresis, precedence, and silence between messages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lightning_gradguard.engine.readback import UNSEEN, DetectorResult, StepRecord
+from lightning_gradguard.engine.step_record import NONFINITE_STEP, DetectorResult, StepRecord
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 
-#: Judged steps between two messages of the same fault and tensor.
+#: Evaluated steps between two messages about the same fault and tensor.
 SILENCE = 100
 
-_UNSAID = -1
+_UNREPORTED = -1
 
 
 class Decision(NamedTuple):
-    """What is found and what is to be done.
+    """What was found at a step, and what is to be done.
 
     Attributes:
-        report: The step's report.
-        messages: Those of its findings that are to be said now.
-        halt: The finding to halt on, or to go back for, or None.
+        report: Report of the step.
+        messages: Findings to warn of now.
+        halt: The finding to halt on or to roll back for, or None.
     """
 
     report: Report
@@ -33,19 +33,30 @@ class Decision(NamedTuple):
 
 @dataclass
 class ActiveFault:
-    """A condition that lasts: where it began, for how many steps it has been held, and what was said of it."""
+    """A lasting fault.
+
+    Attributes:
+        onset: Step at which it began.
+        held: Further steps that it has lasted since its warning, at most the policy's patience.
+        severity: Severity reported so far; -1 before the first report.
+    """
 
     onset: int
     held: int = 0
-    severity: int = _UNSAID
+    severity: int = _UNREPORTED
 
 
 class FaultTracker:
-    """Remembers, for one optimizer, which conditions are on.
+    """Tracks the active faults of one optimizer.
 
     Args:
-        policy: What is done about a finding.
-        optimizer: Index written into the findings.
+        policy: Responses, patience and the limit on skips.
+        optimizer: Index written into findings.
+
+    Attributes:
+        judged: Steps judged so far that were finite.
+        skipped_in_a_row: Steps skipped since the last one that was taken.
+        active: Lasting faults by "fault/detector".
     """
 
     def __init__(self, policy: Policy, optimizer: int = 0) -> None:
@@ -53,199 +64,215 @@ class FaultTracker:
         self.optimizer = optimizer
         self.judged = 0
         self.skipped_in_a_row = 0
-        self.episodes: dict[str, ActiveFault] = {}
-        self._said: dict[str, int] = {}
+        self.active: dict[str, ActiveFault] = {}
+        self._last_message: dict[str, int] = {}
 
-    def judge(
-        self, step: int, letter: StepRecord, *, has_loss: bool, scaled: bool, clipping: bool
+    @property
+    def has_warned(self) -> bool:
+        """True while a fault that was warned of is active."""
+        return any(fault.severity >= Severity.WARNING for fault in self.active.values())
+
+    def decide(
+        self, step: int, record: StepRecord, *, has_loss: bool, scaled: bool, clipping: bool
     ) -> Decision:
-        """Judges one step.
+        """Decide what is found at a step, and what is to be done.
 
         Args:
-            step: The step, as it is to be reported.
-            letter: Its numbers.
-            has_loss: The loss was given.
-            scaled: A gradient scaler is in use, so that an overflow is its everyday business.
-            clipping: A clipper is in use.
+            step: Number of the step, for the report.
+            record: Numbers of the step.
+            has_loss: True if a loss was given.
+            scaled: True if a gradient scaler is in use, so that an overflow under a finite loss is expected.
+            clipping: True if a clipper is in use.
         """
-        if letter.finite:
-            sights = [s for s in letter.sights if has_loss or not s.needs_loss]
-            findings, skip, halt = self._conditions(step, sights)
+        if record.finite:
+            results = [r for r in record.results if has_loss or not r.needs_loss]
+            findings, skip, halt = self._decide_finite(step, results)
         else:
-            lossy = has_loss and not math.isfinite(letter.loss)
-            routine = scaled and not lossy and not letter.loss_scale < 1
-            findings, skip, halt = self._nonfinite(step, letter, routine)
+            bad_loss = has_loss and not math.isfinite(record.loss)
+            expected = scaled and not bad_loss and not record.loss_scale < 1
+            findings, skip, halt = self._decide_nonfinite(step, record, expected)
         if halt is not None and halt not in findings:
             findings.append(halt)
         skip = skip or halt is not None
-        shortened = letter.clipped and letter.total_norm > 0
-        scale = letter.clipped_norm / letter.total_norm if shortened else 1.0
+        shortened = record.clipped and record.total_norm > 0
+        scale = record.clipped_norm / record.total_norm if shortened else 1.0
         report = Report(
             step=step,
-            loss=letter.loss if has_loss else None,
-            total_norm=letter.total_norm,
-            clipped_norm=0.0 if skip else letter.clipped_norm,
-            threshold=letter.threshold if clipping else None,
+            loss=record.loss if has_loss else None,
+            total_norm=record.total_norm,
+            clipped_norm=0.0 if skip else record.clipped_norm,
+            threshold=record.threshold if clipping else None,
             scale=0.0 if skip else scale,
             skip=skip,
             findings=tuple(findings),
-            norms=letter.norms,
+            norms=record.norms,
         )
-        said = [f for f in findings if f.severity > Severity.INFO and self._may_say(f)]
-        return Decision(report, tuple(said), halt)
+        messages = [f for f in findings if f.severity > Severity.INFO and self._may_report(f)]
+        return Decision(report, tuple(messages), halt)
 
-    @property
-    def is_raised(self) -> bool:
-        """Whether a condition is on that was warned of."""
-        return any(episode.severity >= Severity.WARNING for episode in self.episodes.values())
+    def count_accepted(self) -> None:
+        """Count a step that the fast path accepted: nothing is found at it."""
+        self.judged += 1
 
-    def is_still(self, sights: Sequence[DetectorResult]) -> bool:
-        """Whether judging the same sights again would find nothing, and change nothing.
+    def is_settled(self, results: Iterable[DetectorResult]) -> bool:
+        """Return True if deciding on the same results again would find nothing and change nothing.
 
-        Not while one is raised whose response is "ignore", or that another explains: it may become the first.
+        False while a fault is raised that the policy ignores or another fault explains: it may come first next time.
 
         Args:
-            sights: Of the newest judged step.
+            results: Those of the newest full evaluation.
         """
-        return all(self._is_still(sight) for sight in sights)
+        for result in results:
+            active = self.active.get(_key(result))
+            if not result.raised and active is None:
+                continue
+            if not result.raised or active is None or result.event:
+                return False
+            if active.held < self.policy.patience or active.severity < result.ceiling:
+                return False
+        return True
 
-    def state_dict(self) -> dict[str, object]:
-        """Plain types only."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain types."""
         return {
             "judged": self.judged,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "episodes": {name: [e.onset, e.held, e.severity] for name, e in self.episodes.items()},
-            "said": dict(self._said),
+            "episodes": {key: [f.onset, f.held, f.severity] for key, f in self.active.items()},
+            "said": dict(self._last_message),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restores what `state_dict` gave."""
-        self.judged = state["judged"]  # type: ignore[assignment]
-        self.skipped_in_a_row = state["skipped_in_a_row"]  # type: ignore[assignment]
-        self.episodes = {name: ActiveFault(*values) for name, values in state["episodes"].items()}  # type: ignore[attr-defined]
-        self._said = dict(state["said"])  # type: ignore[call-overload]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        self.judged = state["judged"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.active = {key: ActiveFault(*values) for key, values in state["episodes"].items()}
+        self._last_message = dict(state["said"])
 
-    def _nonfinite(
-        self, step: int, letter: StepRecord, routine: bool
+    def _decide_nonfinite(
+        self, step: int, record: StepRecord, expected: bool
     ) -> tuple[list[Finding], bool, Finding | None]:
-        """A step that is skipped in any case, and of which nothing else can be said."""
+        """Decide on a step that is not finite: it is skipped in any case, and nothing else is judged of it."""
         response = self.policy.response(Fault.NONFINITE)
-        sight = next((s for s in letter.sights if s.fault == Fault.NONFINITE), UNSEEN)
-        if routine:
-            return [self._finding(sight, step, Severity.INFO)], True, None
+        result = next((r for r in record.results if r.fault == Fault.NONFINITE), NONFINITE_STEP)
+        if expected:
+            return [self._finding(result, step, Severity.INFO)], True, None
         if response == "ignore":
             return [], True, None
-        episode = self.episodes.setdefault(Fault.NONFINITE.value, ActiveFault(step))
-        finding = self._finding(sight, episode.onset, Severity.WARNING)
+        active = self.active.setdefault(Fault.NONFINITE.value, ActiveFault(step))
+        finding = self._finding(result, active.onset, Severity.WARNING)
         halt = None
         if response == "halt":
-            halt = _critical(finding)
+            halt = replace(finding, severity=Severity.CRITICAL)
         elif response in ("skip", "rollback"):
             halt = self._count_skip(finding)
         return [halt or finding], True, halt
 
-    def _conditions(
-        self, step: int, sights: list[DetectorResult]
+    def _decide_finite(
+        self, step: int, results: Sequence[DetectorResult]
     ) -> tuple[list[Finding], bool, Finding | None]:
-        """New findings by precedence, whether the step is to be skipped, and the finding that halts."""
+        """Return new findings by precedence, True if the step is to be skipped, and the finding that halts."""
         self.judged += 1
-        self.episodes.pop(Fault.NONFINITE.value, None)
+        self.active.pop(Fault.NONFINITE.value, None)
         findings: list[Finding] = []
-        wanted: Finding | None = None
+        skipped_for: Finding | None = None
         halt: Finding | None = None
         explained = False
-        for sight in sorted(sights, key=lambda s: s.fault.precedence):
-            response = self.policy.response(sight.fault)
-            if response == "ignore" or sight.fault == Fault.NONFINITE:
+        for result in sorted(results, key=lambda r: r.fault.precedence):
+            response = self.policy.response(result.fault)
+            if response == "ignore" or result.fault == Fault.NONFINITE:
                 continue
-            finding = self._event(sight, step) if sight.event else self._episode(sight, step, explained)
-            if sight.raised and not sight.event and sight.fault != Fault.DISCONNECTED:
-                # Of two conditions at once the later one is a consequence; a missing path explains nothing else.
-                explained = True
+            if result.event:
+                severity = min(result.ceiling, Severity.WARNING)
+                finding = self._finding(result, step, severity) if result.raised else None
+            else:
+                finding = self._follow(result, step, explained and not result.fault.is_custom)
+                # Of two faults at once the later is a consequence of the earlier. A missing path explains nothing else,
+                # and nothing is known of a custom fault.
+                explained |= (
+                    result.raised and result.fault != Fault.DISCONNECTED and not result.fault.is_custom
+                )
             if finding is not None:
                 findings.append(finding)
                 if response in ("halt", "rollback") and finding.severity == Severity.CRITICAL:
                     halt = halt or finding
-            if response == "skip" and sight.raised:
-                wanted = wanted or finding or self._finding(sight, step, Severity.WARNING)
-        if wanted is None:
+            if response == "skip" and result.raised:
+                skipped_for = skipped_for or finding or self._finding(result, step, Severity.WARNING)
+        if skipped_for is None:
             self.skipped_in_a_row = 0
         else:
-            halt = halt or self._count_skip(wanted)
-        return findings, wanted is not None, halt
+            halt = halt or self._count_skip(skipped_for)
+        return findings, skipped_for is not None, halt
 
-    def _event(self, sight: DetectorResult, step: int) -> Finding | None:
-        return self._finding(sight, step, min(sight.ceiling, Severity.WARNING)) if sight.raised else None
+    def _follow(self, result: DetectorResult, step: int, explained: bool) -> Finding | None:
+        """Follow a lasting fault; return a finding when it begins and when it becomes critical.
 
-    def _episode(self, sight: DetectorResult, step: int, explained: bool) -> Finding | None:
-        """Follows a condition that lasts; a finding when it begins and when it becomes critical."""
-        key = _key(sight)
-        episode = self.episodes.get(key)
-        if episode is None:
-            if not sight.raised:
+        Args:
+            result: Of its detector.
+            step: Number of the step.
+            explained: True if an earlier fault explains this one, which is then followed but not reported.
+        """
+        key = _key(result)
+        active = self.active.get(key)
+        if active is None:
+            if not result.raised:
                 return None
-            episode = self.episodes[key] = ActiveFault(step)
-        elif sight.cleared:
-            del self.episodes[key]
+            active = self.active[key] = ActiveFault(step)
+        elif result.cleared:
+            del self.active[key]
             return None
         if explained:
             return None
-        if episode.severity < Severity.WARNING <= sight.ceiling or episode.severity == _UNSAID:
-            if not sight.raised:
+        if active.severity < Severity.WARNING <= result.ceiling or active.severity == _UNREPORTED:
+            if not result.raised:
                 return None
-            severity = min(sight.ceiling, Severity.WARNING if self.policy.patience else Severity.CRITICAL)
+            severity = min(result.ceiling, Severity.WARNING if self.policy.patience else Severity.CRITICAL)
         else:
-            # Capped, so that no step changes anything once it is as grave as it may be.
-            episode.held = min(episode.held + sight.raised, self.policy.patience)
-            if episode.severity != Severity.WARNING or episode.held < self.policy.patience:
+            # Capped, so that a fault which is as severe as it can be changes nothing from step to step.
+            active.held = min(active.held + result.raised, self.policy.patience)
+            if active.severity != Severity.WARNING or active.held < self.policy.patience:
                 return None
-            severity = sight.ceiling
-        if severity <= episode.severity:
+            severity = result.ceiling
+        if severity <= active.severity:
             return None
-        episode.severity = int(severity)
-        return self._finding(sight, episode.onset, severity)
-
-    def _is_still(self, sight: DetectorResult) -> bool:
-        episode = self.episodes.get(_key(sight))
-        if not sight.raised or episode is None:
-            return not sight.raised and episode is None
-        lasted = episode.held >= self.policy.patience
-        return not sight.event and lasted and episode.severity >= sight.ceiling
+        active.severity = int(severity)
+        return self._finding(result, active.onset, severity)
 
     def _count_skip(self, finding: Finding) -> Finding | None:
-        """Counts a skipped step; the finding to halt on when there were too many in a row."""
+        """Count a skipped step; return the finding to halt on if there were too many in a row."""
         if self.skipped_in_a_row >= self.policy.max_consecutive_skips:
-            return _critical(finding)
+            return replace(finding, severity=Severity.CRITICAL)
         self.skipped_in_a_row += 1
         return None
 
-    def _may_say(self, finding: Finding) -> bool:
-        """Whether silence since the last message of the same fault, severity and tensor is over."""
+    def _may_report(self, finding: Finding) -> bool:
+        """Return True, and note it, unless the same fault, severity and tensor were reported shortly before."""
         key = f"{finding.fault.value}/{int(finding.severity)}/{finding.parameters[:1]}"
-        last = self._said.get(key)
+        last = self._last_message.get(key)
         if last is not None and self.judged - last < SILENCE:
             return False
-        self._said = {k: at for k, at in self._said.items() if self.judged - at < SILENCE}
-        self._said[key] = self.judged
+        self._last_message = {k: at for k, at in self._last_message.items() if self.judged - at < SILENCE}
+        self._last_message[key] = self.judged
         return True
 
-    def _finding(self, sight: DetectorResult, step: int, severity: Severity) -> Finding:
+    def _finding(self, result: DetectorResult, step: int, severity: Severity) -> Finding:
         return Finding(
-            fault=sight.fault,
+            fault=result.fault,
             severity=severity,
             step=step,
-            parameters=sight.parameters,
-            value=sight.value,
-            limit=sight.limit,
-            detector=sight.detector,
+            parameters=result.parameters,
+            value=result.value,
+            limit=result.limit,
+            detector=result.detector,
             optimizer=self.optimizer,
-            measure=sight.measure,
+            measure=result.measure,
         )
 
 
-def _key(sight: DetectorResult) -> str:
-    return f"{sight.fault.value}/{sight.detector}"
+def has_warned(state: Mapping[str, Any]) -> bool:
+    """Return `FaultTracker.has_warned` of a saved state."""
+    saved = state.get("episodes", {}).values()
+    return any(severity >= Severity.WARNING for _, _, severity in saved)
 
 
-def _critical(finding: Finding) -> Finding:
-    return replace(finding, severity=Severity.CRITICAL)
+def _key(result: DetectorResult) -> str:
+    return f"{result.fault.value}/{result.detector}"

@@ -1,4 +1,4 @@
-"""The newest steps in plain host numbers: what a picture or a flight record of them is made from."""
+"""The newest steps in plain host numbers, for a picture or a flight record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCALARS = ("loss", "total_norm", "clipped_norm", "threshold", "scale")
 
 
 class History:
-    """Ring buffer of the newest judged steps. It takes its memory once: 29 bytes a step, and 4 more for each tensor.
+    """Ring buffer of the newest judged steps. It allocates once: 29 bytes a step, and 4 more for each tensor.
 
     Example:
         >>> history = History(["weight", "bias"], [4, 2], steps=2)
@@ -31,39 +31,39 @@ class History:
     Args:
         names: Names of the P tensors.
         numel: Number of elements of each.
-        steps: Steps that are kept.
+        steps: Most steps to keep.
 
     Attributes:
         names: As given.
         numel: As given.
-        steps: Steps that are kept at most.
+        steps: Most steps that are kept.
 
     Raises:
-        ValueError: If there are not as many numbers of elements as names, or ``steps`` is not a positive whole number.
+        ValueError: If ``numel`` and ``names`` differ in length, or ``steps`` is not a positive whole number.
     """
 
     def __init__(self, names: Sequence[str], numel: Sequence[int], steps: int = 128) -> None:
         if len(numel) != len(names):
             raise ValueError(f"numel must hold one number for each of {len(names)} names, got {len(numel)}")
         self.names, self.numel = tuple(names), tuple(int(n) for n in numel)
-        self.steps, self._added = _positive(steps), 0
+        self.steps, self._added = _check_steps(steps), 0
         self._ring = self._blank()
 
     def __len__(self) -> int:
         return min(self._added, self.steps)
 
     def add(self, report: Report, norms: NDArray[Any] | None = None) -> None:
-        """Takes in a step; the oldest one goes when there is no room.
+        """Add a step; the oldest one is dropped if there is no room.
 
-        A norm that is not finite is kept as inf, since NaN stands for a tensor that has no gradient.
+        A norm that is not finite is stored as inf, since NaN stands for a tensor without a gradient.
 
         Args:
-            report: Of that step.
+            report: Report of the step.
             norms: Its norms as float32 [P], NaN where there is no gradient; taken from the report when None.
         """
         if norms is None:
             norms = self._norms_of(report)
-        # What is None or missing becomes NaN in both.
+        # None and missing values become NaN in both.
         self._ring[self._added % self.steps] = (
             report.step,
             report.loss,
@@ -77,27 +77,30 @@ class History:
         self._added += 1
 
     def table(self) -> dict[str, NDArray[Any]]:
-        """Copies of what is kept, oldest first; n is `len` of it.
+        """Return copies of the kept steps, oldest first; n is the number of them.
 
         Returns:
             "step": int64 [n]. "loss", "total_norm", "clipped_norm", "threshold", "scale": float32 [n], NaN for None.
             "skip": bool [n]. "norms": float32 [n, P], L2 norms before clipping; NaN where the tensor has no gradient,
-            inf where that is not finite.
+            inf where the norm is not finite.
         """
         oldest = self._added % self.steps if self._added > self.steps else 0
         rows = np.roll(self._ring[: len(self)], -oldest)
         return {name: rows[name].copy() for name in ("step", *_SCALARS, "skip", "norms")}
 
     def resize(self, steps: int) -> None:
-        """Keeps that many steps from now on, and of those that are there the newest.
+        """Keep that many steps from now on; of those already there, the newest.
 
         Args:
-            steps: How many.
+            steps: Most steps to keep.
 
         Raises:
             ValueError: If ``steps`` is not a positive whole number.
         """
-        steps, kept = _positive(steps), self.table()
+        steps = _check_steps(steps)
+        if steps == self.steps:
+            return
+        kept = self.table()
         self._added, self.steps = min(len(self), steps), steps
         self._ring = self._blank()
         for name, column in kept.items():
@@ -111,11 +114,16 @@ class History:
 
     def _blank(self) -> NDArray[Any]:
         scalars = [(name, np.float32) for name in _SCALARS]
-        kinds = [("step", np.int64), *scalars, ("skip", np.bool_), ("norms", np.float32, (len(self.names),))]
-        return np.zeros(self.steps, np.dtype(kinds))
+        fields = [("step", np.int64), *scalars, ("skip", np.bool_), ("norms", np.float32, (len(self.names),))]
+        return np.zeros(self.steps, np.dtype(fields))
 
 
-def _positive(steps: int) -> int:
+def history_of(layout: Layout, steps: int = 128) -> History:
+    """Return an empty history of the tensors of a layout."""
+    return History(layout.names, [p.numel() for p in layout.parameters], steps)
+
+
+def _check_steps(steps: int) -> int:
     try:
         whole = operator.index(steps)
     except TypeError:
@@ -123,8 +131,3 @@ def _positive(steps: int) -> int:
     if whole < 1:
         raise ValueError(f"steps must be a positive whole number, such as 128, got {steps!r}")
     return whole
-
-
-def history_of(layout: Layout, steps: int = 128) -> History:
-    """An empty history of the watched tensors."""
-    return History(layout.names, [p.numel() for p in layout.parameters], steps)

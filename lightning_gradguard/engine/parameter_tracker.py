@@ -1,4 +1,4 @@
-"""Which tensors are watched: their names, their order from input to output, and what is sampled now and then."""
+"""The tensors of one optimizer: their names and order, their measurements, and samples taken now and then."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.engine.graph_observer import GraphObserver
-from lightning_gradguard.engine.sampling_schedule import Schedule
+from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
+from lightning_gradguard.engine.state_error import StateError
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
-from lightning_gradguard.stats.collect import read, whole_sample
+from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
 from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.parameters import are_same, as_pairs, members, select
 from lightning_gradguard.stats.samples import SAMPLES, median_update, update_ratios
 
-#: Share of its peak below which a learning rate is so low that small updates are meant.
+#: Share of its peak below which a learning rate is so low that small updates are intended.
 RESTING = 0.1
 
-#: What is saved of the tensors that are refreshed now and then: name in the state, attribute.
-_TENSORS = {
+#: Tensors that are refreshed now and then: key in the saved state, attribute.
+_SAVED_TENSORS = {
     "weights": "weights",
     "initial_weights": "initial_weights",
     "updates": "updates",
@@ -35,16 +36,24 @@ _TENSORS = {
 
 
 class ParameterTracker:
-    """The tensors of one optimizer, or of a model where no optimizer is given.
+    """Measures the tensors of one optimizer, or of a model if no optimizer is given.
 
     Args:
         named_parameters: Pairs of name and parameter.
-        optimizer: Restricts the watch to its parameter groups, which are read again at every step.
-        usage: What has been seen of the first forward passes; looked at from now on when None.
-        always: Each step is a closer look, as in `Schedule`.
+        optimizer: Restricts the tensors to its parameter groups, which are read again at every step.
+        usage: Record of the first forward passes so far; None to begin one now.
+        always: Evaluate every step in full, as in `SamplingSchedule`.
+
+    Attributes:
+        optimizer: As given.
+        layout: Names, order and static facts of the P tensors.
+        weights: float32 [P], weight norms at their last refresh.
+        initial_weights: float32 [P], weight norms at the start.
+        updates: float32 [P], ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
+        schedule: When samples are due.
 
     Raises:
-        ValueError: If there is nothing to watch.
+        ValueError: If there is no parameter.
     """
 
     def __init__(
@@ -57,22 +66,22 @@ class ParameterTracker:
         self.optimizer, self._always = optimizer, always
         self._peak_rate = 0.0
         self._named = as_pairs(named_parameters)
-        self._walk = GraphObserver(self._named, usage)
+        self._observer = GraphObserver(self._named, usage)
         self._groups = members(self.optimizer)
         self.layout: Layout
         self.weights: Tensor
         self.updates: Tensor
         self._before: Tensor
-        self.schedule: Schedule
+        self.schedule: SamplingSchedule
         self._start(select(self._named, self.optimizer))
 
     @property
     def graph_summary(self) -> GraphSummary | None:
-        """What the newest walk over an autograd graph showed."""
-        return self._walk.graph_summary
+        """Summary of the newest autograd graph that was read, or None."""
+        return self._observer.graph_summary
 
     def follow_groups(self) -> bool:
-        """Reads the optimizer's parameter groups again; True if the watched tensors changed."""
+        """Read the optimizer's parameter groups again; return True if the tensors changed."""
         found = members(self.optimizer)
         if are_same(found, self._groups):
             return False
@@ -80,41 +89,38 @@ class ParameterTracker:
         self._start(select(self._named, self.optimizer))
         return True
 
-    @property
-    def ordered_names(self) -> tuple[str, ...]:
-        """The names from input to output."""
-        return self.layout.ordered_names
-
     def gradients(self) -> list[Tensor | None]:
-        """The gradients as they lie on the parameters now."""
+        """Return the gradients that are on the parameters now."""
         return [p.grad for p in self.layout.parameters]
 
     @torch.no_grad()
-    def look(self, loss: Tensor | None, graph: Tensor | None, scaled: bool = False) -> GradStats:
-        """Measures this step, and refreshes what is due.
+    def measure(self, loss: Tensor | None, graph: Tensor | None, scaled: bool = False) -> GradStats:
+        """Measure this step, and refresh what is due.
 
         Args:
             loss: Scalar loss, or None.
             graph: Tensor whose autograd graph shows the order of the layers, or None.
-            scaled: Whether a gradient scaler is in use.
+            scaled: True if a gradient scaler is in use.
         """
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
-        self.layout = self._walk.arrange(self.layout, pattern, graph)
-        asked, tilt = self._walk.take_time_tilt()
+        self.layout = self._observer.update_order(self.layout, pattern, graph)
+        probed, tilt = self._observer.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
-        found = read(self.layout, gradients, loss, tilt, asked=asked, fresh=due.fresh, sampled=sampled)
+        found = collect(
+            self.layout, gradients, loss, tilt, tilt_due=probed, refresh_due=due.fresh, sample_due=sampled
+        )
         if due.updated:
-            ratios = update_ratios(self._before, _due(found.sample), self.layout)
-            # No step was taken where there was no gradient: a part that is used now and then does not stand still.
+            ratios = update_ratios(self._before, _taken(found.sample))
+            # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.
             self.updates = torch.where(self._moved, ratios, self.updates)
-            self._ratio = median_update(self.updates, self.layout)
+            self._update_ratio = median_update(self.updates, self.layout)
         if due.fresh:
-            self.weights, self._before = _due(found.weights), _due(found.sample)
+            self.weights, self._before = _taken(found.weights), _taken(found.sample)
             self._set_sizes()
-            self._dead, self._lost = _due(found.dead), _due(found.lost)
-            self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
+            self._dead, self._lost = _taken(found.dead), _taken(found.lost)
+            self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
         stats = stats_of(
             self.layout,
@@ -123,14 +129,14 @@ class ParameterTracker:
             self._sizes,
             self.updates,
             found.loss,
-            **self._walk.marks._asdict(),
+            **self._observer.marks._asdict(),
             **known,
             pattern=pattern,
             log_weights=self._log_sizes,
             dead=self._dead,
             lost=self._lost,
-            update_ratio=self._ratio,
-            low_precision=scaled or self._is_low,
+            update_ratio=self._update_ratio,
+            low_precision=scaled or self._low_precision,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
             resting=due.elapsed > 0 and self._is_resting(),
@@ -138,100 +144,99 @@ class ParameterTracker:
         self._moved: Tensor = stats.present
         return stats
 
-    def ask_for_time(self) -> None:
-        """Looks at the next pass of a recurrent model: how gradients fall over the steps of a sequence."""
-        if self.schedule.sampled_last:  # the next step is a closer look
-            self._walk.ask_for_time(self.layout)
+    def probe_sequence(self) -> None:
+        """Measure in the next pass of a recurrent model how gradients fall over the steps of a sequence."""
+        if self.schedule.sampled_last:  # so that the next step is evaluated in full
+            self._observer.probe_sequence(self.layout)
 
     def close(self) -> None:
-        """Takes away the hooks that are still there."""
-        self._walk.close()
+        """Remove all hooks from the model."""
+        self._observer.close()
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
-        if scaler is None or self.optimizer is None or not scaler.is_enabled():
-            return
-        if scaler._per_optimizer_states[id(self.optimizer)]["stage"].name == "READY":
-            scaler.unscale_(self.optimizer)
+        """Unscale gradients that are still scaled, as they are before a fused optimizer's step."""
+        if scaler is not None and self.optimizer is not None and scaler.is_enabled():
+            unscale(self.optimizer, scaler)
 
     def sample_now(self) -> None:
-        """Takes a sample before a step that may be a wild one, so that the next step knows what it did."""
-        self._before = whole_sample(self.layout)
+        """Sample the weights before a step that may be far too large, so that the next step shows what it did."""
+        self._before = collect_sample(self.layout)
         self.schedule.sample_now()
 
-    def drop(self) -> None:
-        """Removes all gradients of the optimizer, which is an exact skip for every optimizer."""
+    def drop_gradients(self) -> None:
+        """Remove all gradients of the optimizer, which skips its step exactly, whatever the optimizer."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         for parameter in [p for g in groups for p in g["params"]] or self.layout.parameters:
             parameter.grad = None
 
-    def begin_anew(self) -> None:
-        """What is due is due as at the first step; what is known of the tensors stays."""
-        self.schedule = Schedule(self._always)
+    def restart_schedule(self) -> None:
+        """Sample as at the first step again; what is known of the tensors stays."""
+        self.schedule = SamplingSchedule(self._always)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors."""
+        """Return the state as plain types and tensors."""
         return {
             "names": list(self.layout.names),
             "order": list(self.layout.order),
-            "embeddings": sorted(self._walk.embeddings),
-            "asked": sorted(self._walk.asked),
+            "embeddings": sorted(self._observer.embeddings),
+            "asked": sorted(self._observer.probed),
             "schedule": self.schedule.state_dict(),
             "peak_rate": self._peak_rate,
-            **{name: getattr(self, attribute).clone() for name, attribute in _TENSORS.items()},
+            **{key: getattr(self, attribute).clone() for key, attribute in _SAVED_TENSORS.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            ValueError: If it was of other tensors; nothing is changed then.
+            StateError: If it belongs to other tensors; nothing is changed then.
         """
-        names, mine = list(state["names"]), list(self.layout.names)
-        if names != mine:
-            odd = sorted(set(names) ^ set(mine))[:3]
-            raise ValueError(
-                f"state must be of the same parameters: it holds {len(names)}, the guard watches {len(mine)}; "
-                f"differing: {', '.join(odd) or 'their order'}; start the guard afresh for another model"
+        names, own = list(state["names"]), list(self.layout.names)
+        if names != own:
+            different = ", ".join(sorted(set(names) ^ set(own))[:3]) or "their order"
+            raise StateError(
+                f"state must be of the same parameters: it holds {len(names)}, the guard watches {len(own)}; "
+                f"differing: {different}; start the guard afresh for another model"
             )
         device = self.layout.numel.device
-        self._walk.embeddings = frozenset(state["embeddings"])
+        self._observer.embeddings = frozenset(state["embeddings"])
         self.layout = Layout.of(
-            dict(zip(mine, self.layout.parameters, strict=True)),
+            dict(zip(own, self.layout.parameters, strict=True)),
             order=state["order"],
-            embeddings=self._walk.embeddings,
+            embeddings=self._observer.embeddings,
         )
         self.schedule.load_state_dict(state["schedule"])
-        self._walk.take_time_tilt()
-        self._walk.ask_for_time(self.layout, frozenset(state.get("asked", ())))
+        self._observer.take_time_tilt()
+        self._observer.probe_sequence(self.layout, frozenset(state.get("asked", ())))
         self._peak_rate = state["peak_rate"]
-        for name, attribute in _TENSORS.items():
-            setattr(self, attribute, state[name].to(device))
+        for key, attribute in _SAVED_TENSORS.items():
+            setattr(self, attribute, state[key].to(device))
         self._set_sizes()
-        self._ratio = median_update(self.updates, self.layout)
+        self._update_ratio = median_update(self.updates, self.layout)
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
-        """Begins to watch these tensors, of which nothing is known yet."""
-        self.schedule = Schedule(self._always)
+        """Begin with these tensors, of which nothing is known yet."""
+        self.schedule = SamplingSchedule(self._always)
         self.layout = Layout.of(parameters)
         if self.layout.shards is not None:
             self.layout.shards.check_agreement(self.layout.names)
-        self._walk.start(self.layout)
+        self._observer.reset(self.layout)
         self.weights = self.initial_weights = weight_norms(self.layout)
         self._set_sizes()
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
-        self._ratio = self.layout.constant(torch.nan)
-        self._is_low = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
+        self._update_ratio = self.layout.constant(torch.nan)
+        self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._moved = self.weights < 0
 
     def _set_sizes(self) -> None:
+        """Derive from the weight norms what `measure` divides by at each step."""
         self._sizes = torch.maximum(self.weights, self.layout.floors)
         self._log_sizes = self._sizes.log()
 
     def _is_resting(self) -> bool:
-        """Whether the learning rate is far below its peak. One that lies on the device is not asked."""
+        """Return True if the learning rate is far below its peak; one that lies on the device is not read."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         rates = [group["lr"] for group in groups if isinstance(group.get("lr"), (int, float))]
         rate = max(rates, default=0.0)
@@ -239,6 +244,12 @@ class ParameterTracker:
         return bool(rates) and rate < RESTING * self._peak_rate
 
 
-def _due(tensor: Tensor | None) -> Tensor:
+def unscale(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Unscale an optimizer's gradients if that has not been done for the coming step."""
+    if scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
+        scaler.unscale_(optimizer)
+
+
+def _taken(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor

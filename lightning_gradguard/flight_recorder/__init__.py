@@ -1,1 +1,1 @@
-"""The flight recorder: the bundle a halted run leaves behind, and its replay."""
+"""The flight recorder: the bundle that a halted run leaves, and the replay of its step."""

@@ -1,10 +1,9 @@
-"""Reads what the callbacks left in TensorBoard event files, also where a run was killed half way."""
+"""Reads what the callbacks left in TensorBoard event files, also if the run was killed half way."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,18 +15,18 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
-from lightning_gradguard.loggers.overview import ROWS
+from lightning_gradguard.html_report.old_text import parse_old_text
+from lightning_gradguard.loggers.findings import FoundRecord
+from lightning_gradguard.loggers.tags import DIAGNOSIS, FINDINGS, LAYER_RMS, Tag
 from lightning_gradguard.stats.histogram import EDGES
 
 T = TypeVar("T")
 Curve = dict[int, T]
 """Step to what was written there."""
 
-_OURS = re.compile(r"(gradguard(?:_\d+)?)(_hist_log10|_hist_value|_rms_log10|_exponents)?/(.+)")
-
 
 class ReportError(Exception):
-    """There is nothing to report on; the message says where it was looked for."""
+    """There is nothing to report on; the message says which folder was read."""
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Track:
             NaN is not finite, -inf no gradient.
         scalars: Name without its group, to values.
         histograms: Title ``NNN_name`` to 30 counts.
-        texts: The text of the diagnosis, each standing for the run up to its step.
+        found: Findings and diagnoses.
         exponents: Markdown of what narrow number formats would lose, at each step.
         values: Titles of the tensors with histograms of values, which only TensorBoard shows.
     """
@@ -49,16 +48,16 @@ class Track:
     rows: Curve[NDArray[np.float16]] = field(default_factory=dict)
     scalars: dict[str, Curve[float]] = field(default_factory=dict)
     histograms: dict[str, Curve[NDArray[np.float32]]] = field(default_factory=dict)
-    texts: Curve[str] = field(default_factory=dict)
+    found: Curve[FoundRecord] = field(default_factory=dict)
     exponents: Curve[str] = field(default_factory=dict)
     values: set[str] = field(default_factory=set)
 
-    def follow(self, later: Track) -> None:
-        """Appends what a later file holds; where a resumed run took steps again, the later ones count."""
+    def append(self, later: Track) -> None:
+        """Append what a later file holds. Where a resumed run repeated steps, the later ones count."""
         if later.rows:
             kept = self.rows if self.layers == later.layers else {}
             self.layers, self.rows = later.layers, _splice(kept, later.rows, min(later.rows))
-        self.texts = _splice(self.texts, later.texts, _begin(later.scalars))
+        self.found = _splice(self.found, later.found, _begin(later.scalars))
         self.scalars = _splice_all(self.scalars, later.scalars)
         self.histograms = _splice_all(self.histograms, later.histograms)
         self.exponents = _splice(self.exponents, later.exponents, min(later.exponents, default=math.inf))
@@ -70,10 +69,10 @@ class Run:
     """What the event files of one folder hold.
 
     Attributes:
-        name: Shortest path that tells it from the other runs.
+        name: Shortest path that distinguishes it from the other runs.
         tracks: ``gradguard``, ``gradguard_1``, ...: one for each optimizer.
         losses: The training's own scalars with "loss" in their name.
-        damaged: Names of files that end in the middle of a record, or break off.
+        damaged: Names of files that end in the middle of a record or are corrupt.
         files: Number of event files.
     """
 
@@ -85,10 +84,13 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads the runs in some folders: of each folder its own event files, or else all folders below that have some.
+    """Read the runs in some folders.
+
+    Args:
+        folders: Each is one run if it has event files of its own; else every folder below it that has some is one.
 
     Raises:
-        ReportError: If a folder does not exist, or neither it nor one below holds anything of this package.
+        ReportError: If a folder does not exist, or neither it nor one below it holds anything of this package.
     """
     return [run for folder in folders for run in _read_below(folder)]
 
@@ -104,7 +106,8 @@ def _read_below(folder: Path) -> list[Run]:
         )
     if folder in homes:
         homes = [folder]
-    runs = [run for run in (_read_run(home, _name(home, folder)) for home in homes) if run.tracks]
+    names = [home.resolve().name if home == folder else str(home.relative_to(folder)) for home in homes]
+    runs = [run for run in map(_read_run, homes, names) if run.tracks]
     if not runs:
         raise ReportError(
             f"the event files in {folder} hold nothing of gradguard; "
@@ -113,70 +116,77 @@ def _read_below(folder: Path) -> list[Run]:
     return runs
 
 
-def _name(home: Path, root: Path) -> str:
-    return home.resolve().name if home == root else str(home.relative_to(root))
-
-
 def _read_run(home: Path, name: str) -> Run:
-    parts = [_File(path) for path in home.iterdir() if "tfevents" in path.name and path.is_file()]
-    run = Run(name, files=len(parts))
-    for part in sorted(parts, key=lambda part: (part.began, part.path.name)):
-        for group, track in part.tracks.items():
-            run.tracks.setdefault(group, Track()).follow(track)
-        run.losses = _splice_all(run.losses, part.losses)
-        if part.is_damaged:
-            run.damaged.append(part.path.name)
+    files = [_File(path) for path in home.iterdir() if "tfevents" in path.name and path.is_file()]
+    run = Run(name, files=len(files))
+    for file in sorted(files, key=lambda file: (file.began, file.path.name)):
+        for group, track in file.tracks.items():
+            run.tracks.setdefault(group, Track()).append(track)
+        run.losses = _splice_all(run.losses, file.losses)
+        if file.is_damaged:
+            run.damaged.append(file.path.name)
     run.tracks = dict(sorted(run.tracks.items(), key=lambda item: (len(item[0]), item[0])))
     return run
 
 
 class _File:
-    """One event file, read as far as it is whole."""
+    """One event file, read up to its first damaged record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.began = math.inf
         self.tracks: dict[str, Track] = {}
         self.losses: dict[str, Curve[float]] = {}
+        self._texts: dict[str, Curve[str]] = {}
         events = 0
         for event in LegacyEventFileLoader(str(path)).Load():
             events += 1
             self.began = min(self.began, event.wall_time)
             for value in event.summary.value:
-                self._take(event.step, value)
-        self.is_damaged = events != _records(path)
+                self._add(event.step, value)
+        self.is_damaged = events != _count_records(path)
+        for group, texts in self._texts.items():
+            track = self.tracks[group]
+            track.found = track.found or {step: parse_old_text(text) for step, text in texts.items()}
 
-    def _take(self, step: int, value: Any) -> None:
-        ours = _OURS.fullmatch(value.tag)
-        if ours is None:
+    def _add(self, step: int, value: Any) -> None:
+        tag = Tag.parse(value.tag)
+        if tag is None:
             if "loss" in value.tag.lower() and (number := _number(value)) is not None:
                 self.losses.setdefault(value.tag, {})[step] = number
             return
-        group, kind, name = ours.groups()
-        track = self.tracks.setdefault(group, Track())
-        if kind == "_hist_log10" and value.HasField("tensor"):
-            track.histograms.setdefault(name, {})[step] = _counts(make_ndarray(value.tensor))
-        elif kind == "_hist_value":
-            track.values.add(name)
-        elif kind == "_exponents":
-            if value.HasField("tensor"):
-                track.exponents[step] = value.tensor.string_val[0].decode("utf-8", "replace")
-        elif name == ROWS and value.HasField("tensor"):
+        track = self.tracks.setdefault(tag.group, Track())
+        has_tensor = value.HasField("tensor")
+        if tag.kind == "hist_value":
+            track.values.add(tag.name)
+        elif tag.kind == "hist_log10" and has_tensor:
+            track.histograms.setdefault(tag.name, {})[step] = _counts(make_ndarray(value.tensor))
+        elif tag.kind == "exponents":
+            if has_tensor:
+                track.exponents[step] = _text(value)
+        elif tag.name == LAYER_RMS and has_tensor:
             if columns := value.metadata.plugin_data.content:
                 track.layers = tuple(json.loads(columns)[1:])
             track.rows[step] = make_ndarray(value.tensor)
-        elif name == "diagnosis" and value.HasField("tensor"):
-            track.texts[step] = value.tensor.string_val[0].decode("utf-8", "replace")
-        elif kind is None and (number := _number(value)) is not None:
-            track.scalars.setdefault(name, {})[step] = number
+        elif tag.name == FINDINGS and has_tensor:
+            track.found[step] = FoundRecord.from_json(_text(value))
+        elif tag.name == DIAGNOSIS and has_tensor:
+            self._texts.setdefault(tag.group, {})[step] = _text(value)
+        elif not tag.kind and (number := _number(value)) is not None:
+            track.scalars.setdefault(tag.name, {})[step] = number
 
 
 def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """30 counts from rows of left edge, right edge and count, in which empty neighbours are one row."""
+    """Return 30 counts from rows of left edge, right edge and count, in which empty neighbours are one row."""
     full = table[table[:, 2] > 0]
     counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
     counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]
     return counts
+
+
+def _text(value: Any) -> str:
+    text: str = value.tensor.string_val[0].decode("utf-8", "replace")
+    return text
 
 
 def _number(value: Any) -> float | None:
@@ -190,7 +200,7 @@ def _number(value: Any) -> float | None:
 
 
 def _splice(earlier: Curve[T], later: Curve[T], begin: float) -> Curve[T]:
-    """Both, in order of steps; of the earlier one only what lies before ``begin``, where the later file begins."""
+    """Return both in order of steps; of the earlier one only what lies before ``begin`` of the later file."""
     kept = {step: x for step, x in earlier.items() if step < begin}
     return {step: x for step, x in sorted((kept | later).items(), key=lambda item: item[0])}
 
@@ -202,15 +212,15 @@ def _splice_all(earlier: dict[str, Curve[T]], later: dict[str, Curve[T]]) -> dic
 
 
 def _begin(curves: dict[str, Curve[T]]) -> float:
-    """First step of a file's curves; infinity where it has none, so that nothing gives way to it."""
+    """Return the first step of a file's curves; infinity without any, so that all earlier steps are kept."""
     return min((step for curve in curves.values() for step in curve), default=math.inf)
 
 
-def _records(path: Path) -> int:
-    """Number of records that a file has room for, a broken one at its end included; -1 if it ends in one.
+def _count_records(path: Path) -> int:
+    """Return the number of records in a file, corrupt ones included; -1 if it ends within one.
 
-    A record is its length (8 bytes), a checksum (4), the data, and a checksum (4). The reader stops without a word
-    at one that is cut off or whose checksum is wrong.
+    A record is its length (8 bytes), a checksum (4), the data, and a checksum (4). The loader stops silently at a
+    record that is cut off or whose checksum is wrong.
     """
     size, count = path.stat().st_size, 0
     with path.open("rb") as file:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradguard.charts.heatmap import BLANK, cells_uri
+from lightning_gradguard.charts.labels import shorten, without_prefix
 from lightning_gradguard.html_report.event_reader import Curve, Track
-from lightning_gradguard.html_report.findings import Group
-from lightning_gradguard.loggers.heatmap import BLANK, Heatmap
+from lightning_gradguard.loggers.heatmap import Heatmap
 from lightning_gradguard.loggers.overview import CLIPPED, SKIPPED
-from lightning_gradguard.loggers.tags import shorten, without_prefix
 from lightning_gradguard.stats.histogram import EDGES
 
 #: Cells of a heat map, columns of it, and characters of a row's label.
@@ -24,8 +24,8 @@ COUNTS, STEPS, TENSORS = 400_000, 64, 400
 #: Points of a curve, and steps at which a finding is marked.
 POINTS, MARKS = 400, 200
 
-# In a heat map's 16-bit cells, which are hundredths of a decade.
-_NO_GRADIENT, _NOT_FINITE = -32_768, 32_767
+#: Heat map cells without a gradient and with one that is not finite; other cells are 16-bit hundredths of a decade.
+BLANK_CELL, NONFINITE_CELL = -32_768, 32_767
 
 
 def heat_map(track: Track) -> dict[str, Any] | None:
@@ -45,28 +45,21 @@ def heat_map(track: Track) -> dict[str, Any] | None:
         picture.record(step, [None if x == BLANK else 10.0**x for x in decades.tolist()])
         if mark:
             picture.mark(step, clipped=mark == CLIPPED, skipped=mark == SKIPPED)
-    state, cells = picture.state_dict(), picture.cells.T
+    cells = picture.cells.T
     hundredths = np.round(np.where(np.isfinite(cells), cells, 0) * 100)
-    hundredths = np.where(np.isnan(cells), _NOT_FINITE, np.where(cells == BLANK, _NO_GRADIENT, hundredths))
-    short = without_prefix(names)
+    hundredths = np.where(np.isnan(cells), NONFINITE_CELL, np.where(cells == BLANK, BLANK_CELL, hundredths))
+    clipped, skipped, _ = picture.marks
     return {
         "names": list(names),
-        "labels": [shorten(name, LABEL) for name in short],
-        "first": state["first"],
+        "labels": [shorten(name, LABEL) for name in without_prefix(names)],
+        "first": picture.first,
         "stride": picture.stride,
         "columns": cells.shape[1],
+        "image": cells_uri(cells),
         "cells": _base64(hundredths.astype("<i2")),
-        "clipped": [i for i, flag in enumerate(state["clipped"]) if flag],
-        "skipped": [i for i, flag in enumerate(state["skipped"]) if flag],
+        "clipped": [i for i, flag in enumerate(clipped) if flag],
+        "skipped": [i for i, flag in enumerate(skipped) if flag],
     }
-
-
-def marks(groups: Sequence[Group], steps: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Where each fault was found: the first and the last time, and evenly chosen ones between."""
-    return [
-        {"title": group.title, "severity": group.worst.severity.name.lower(), "steps": _evenly(own, MARKS)}
-        for group, own in zip(groups, steps, strict=True)
-    ]
 
 
 def curve(points: Curve[float]) -> dict[str, Any]:
@@ -110,6 +103,13 @@ def _columns(records: Curve[NDArray[np.float32]], limit: int) -> dict[str, Any]:
     }
 
 
+def thin(items: Sequence[int], most: int) -> list[int]:
+    """Return at most ``most`` items, evenly chosen, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
 def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np.float16]]]:
     """Rows as `Track` has them: RMS from the middles of the bins, zeros in the first."""
     titles = sorted(track.histograms)
@@ -129,12 +129,6 @@ def _decades(counts: NDArray[np.float32], squares: NDArray[np.float64]) -> float
         return math.nan
     mean = float(counts @ squares) / float(counts.sum())
     return max(0.5 * math.log10(mean), EDGES[0]) if mean > 0 else EDGES[0]
-
-
-def _evenly(items: Sequence[int], most: int) -> list[int]:
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _rounded(x: float) -> float | None:

@@ -6,15 +6,21 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from lightning_gradguard._version import __version__
-from lightning_gradguard.charts.heatmap import SCALE
+from lightning_gradguard.charts.heatmap import (
+    BLANK_COLOUR,
+    CLIPPED_COLOUR,
+    NONFINITE_COLOUR,
+    SCALE,
+    scale_uri,
+)
 from lightning_gradguard.html_report.event_reader import ReportError, read_runs
+from lightning_gradguard.html_report.figures import BLANK_CELL, NONFINITE_CELL
 from lightning_gradguard.html_report.summary import Sheet, charts_of, sheets_of
 from lightning_gradguard.stats.histogram import EDGES
 
@@ -60,18 +66,23 @@ def render(sheets: Sequence[Sheet]) -> str:
     pages.filters["markdown"] = lambda text: Markup(_MARKDOWN.render(text))
     pages.filters["inline"] = lambda text: Markup(_MARKDOWN.renderInline(text))
     pages.filters["count"] = lambda number: "–" if number is None else f"{number:,}"
+    pages.filters["exponent"] = lambda number: f"{number:g}".replace("-", "−")
     script = "\n".join(_source(pages, name) for name in _SCRIPTS)
     charts = charts_of(sheets)
     data = {
         "runs": [sheet.figures for sheet in sheets],
         "charts": [{key: chart[key] for key in ("name", "title", "limits")} for chart in charts],
-        "colours": {"scale": SCALE, "stops": _colours()},
         "edges": EDGES,
+        "blankCell": BLANK_CELL,
+        "nonfiniteCell": NONFINITE_CELL,
     }
     return pages.get_template("page.html").render(
         sheets=sheets,
         charts=charts,
         data=data,
+        scale=SCALE,
+        scale_image=scale_uri(),
+        colours={"nonfinite": NONFINITE_COLOUR, "clipped": CLIPPED_COLOUR, "blank": BLANK_COLOUR},
         style=Markup(_source(pages, "page.css")),
         script=Markup(script),
         digest=base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode(),
@@ -82,10 +93,3 @@ def render(sheets: Sequence[Sheet]) -> str:
 def _source(pages: Environment, name: str) -> str:
     assert pages.loader is not None
     return pages.loader.get_source(pages, name)[0]
-
-
-def _colours() -> list[list[Any]]:
-    """Red, green, blue at the eleven points between which the map of the picture in TensorBoard is linear."""
-    from matplotlib import colormaps
-
-    return [[round(255 * x) for x in colormaps["RdYlBu_r"](k / 10)[:3]] for k in range(11)]

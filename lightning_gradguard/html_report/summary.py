@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_gradguard.diagnosis.rendering import HEADLINES
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
-from lightning_gradguard.html_report.findings import Group, Line, by_fault, diagnoses_of, findings_of
+from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.loggers.tags import NOTES
-from lightning_gradguard.results import Severity
+from lightning_gradguard.results import Fault, Severity
 
-#: Findings in the full list, and diagnoses, the newest of each; and the training's own losses.
+#: Largest number of findings in the full list and of diagnoses, the newest of each, and of the training's own losses.
 LISTED, DIAGNOSES, LOSSES = 200, 5, 3
 
 #: Ratio of the largest to the smallest loss from which on its logarithm is shown.
 WIDE = 300.0
 
-#: Charts: name of the scalar to title and to where a verdict begins, in `loggers.tags.NOTES`.
+#: Charts: name of the scalar to its title and the limits of its healthy range, in `loggers.tags.NOTES`.
 CHARTS = {
     "total_norm_log10": ("Gradient norm, log10", ()),
     "depth_tilt_decades": ("Depth tilt, decades", (-1.8, 3.0)),
@@ -31,6 +31,9 @@ CHARTS = {
     "clip_rate": ("Clip rate", ()),
     "threshold_log10": ("Clip threshold, log10", ()),
 }
+
+_HEADLINES = {fault.value: headline for fault, headline in HEADLINES.items()}
+_PRECEDENCE = {fault.value: fault.precedence for fault in Fault}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Record:
-    """Counts of steps; None is not known.
+    """Counts of steps; None if not known.
 
     Attributes:
         last: The last step that was recorded.
@@ -68,18 +71,42 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Group:
+    """All findings of one fault.
+
+    Attributes:
+        fault: Name of the fault.
+        worst: The first of the most severe findings.
+        first: Step of the first.
+        last: Step of the last.
+        count: How many.
+    """
+
+    fault: str
+    worst: LoggedFinding
+    first: int
+    last: int
+    count: int
+
+    @property
+    def title(self) -> str:
+        """The fault in words; a custom fault by its name."""
+        return "not finite" if self.fault == Fault.NONFINITE.value else self.fault.replace("_", " ")
+
+
+@dataclass(frozen=True)
 class Sheet:
     """All that is shown of one optimizer of one run.
 
     Attributes:
-        title: Name of the run, and of the optimizer where there are several.
+        title: Name of the run, and of the optimizer if there are several.
         verdict: The verdict.
         record: Clipped and skipped steps.
         groups: Findings by fault, the most severe first.
-        lines: The newest findings, newest first.
+        findings: The newest findings, newest first.
         diagnoses: In Markdown, newest first.
-        exponents: What narrow number formats would lose at the newest step, in Markdown; empty if nobody asked.
-        notices: What the reader has to know of the files.
+        exponents: What narrow number formats would lose at the newest step, in Markdown; empty if not logged.
+        notices: What the reader has to know about the files.
         figures: Data of the figures.
     """
 
@@ -87,7 +114,7 @@ class Sheet:
     verdict: Verdict
     record: Record
     groups: list[Group]
-    lines: list[Line]
+    findings: list[LoggedFinding]
     diagnoses: list[str]
     exponents: str = ""
     notices: list[str] = field(default_factory=list)
@@ -95,55 +122,30 @@ class Sheet:
 
     @property
     def is_judged(self) -> bool:
-        """Whether a `GradGuard` watched."""
+        """True if a `GradGuard` judged the run."""
         return self.verdict.level != "unjudged"
 
 
 def sheets_of(run: Run) -> list[Sheet]:
-    """A sheet for each optimizer of a run."""
+    """Return a sheet for each optimizer of a run."""
     return [_sheet(run, group, track) for group, track in run.tracks.items()]
 
 
-def _sheet(run: Run, group: str, track: Track) -> Sheet:
-    title = run.name if len(run.tracks) == 1 else f"{run.name}, optimizer {group.partition('_')[2] or 0}"
-    lines = findings_of(track.texts.values())
-    groups, record = by_fault(lines), _record(track)
-    steps = [[line.step for line in lines if line.fault is group.fault] for group in groups]
-    tensors, left_out = figures.histograms(track)
-    losses = {tag: figures.curve(run.losses[tag]) for tag in sorted(run.losses)[:LOSSES]}
-    known = {name: figures.curve(track.scalars[name]) for name in CHARTS if name in track.scalars}
-    return Sheet(
-        title,
-        _verdict(track, groups, record),
-        record,
-        groups,
-        lines[::-1][:LISTED],
-        diagnoses_of(track.texts.values())[:DIAGNOSES],
-        next(reversed(track.exponents.values()), ""),
-        [*_notices(run, track), *([f"{left_out} more tensors have histograms."] if left_out else [])],
-        {
-            "title": title,
-            "judged": bool(track.scalars),
-            "heat": figures.heat_map(track),
-            "marks": figures.marks(groups, steps),
-            "curves": losses | known,
-            "histograms": tensors,
-        },
-    )
-
-
 def charts_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
-    """Title, note and limits of each chart that some sheet has a curve for, the losses first."""
+    """Return title, note and limits of each chart that some sheet has a curve for, the losses first.
+
+    A loss that spans many decades (factors of ten) is shown as its logarithm, since one peak would hide the rest.
+    """
     names = dict.fromkeys(name for sheet in sheets for name in sheet.figures["curves"])
-    losses = [{"name": n, "title": n, "note": "", "limits": []} for n in names if n not in CHARTS]
-    for chart in losses:
-        _spread(
-            chart,
-            [
-                sheet.figures["curves"][chart["name"]]
-                for sheet in sheets
-                if chart["name"] in sheet.figures["curves"]
-            ],
+    losses = []
+    for name in [name for name in names if name not in CHARTS]:
+        curves = [sheet.figures["curves"][name] for sheet in sheets if name in sheet.figures["curves"]]
+        known = [x for curve in curves for x in curve["values"] if x is not None]
+        is_wide = bool(known) and min(known) > 0 and max(known) > WIDE * min(known)
+        for curve in curves if is_wide else ():
+            curve["values"] = [None if x is None else round(math.log10(x), 4) for x in curve["values"]]
+        losses.append(
+            {"name": name, "title": f"{name}, log10" if is_wide else name, "note": "", "limits": []}
         )
     own = [
         {"name": name, "title": title, "note": NOTES[name], "limits": list(limits)}
@@ -153,36 +155,87 @@ def charts_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
     return losses + own
 
 
-def _spread(chart: dict[str, Any], curves: Sequence[dict[str, Any]]) -> None:
-    """Shows the logarithm of a loss that spans many decades, of which one peak would hide the rest."""
-    known = [x for curve in curves for x in curve["values"] if x is not None]
-    if known and min(known) > 0 and max(known) > WIDE * min(known):
-        chart["title"] += ", log10"
-        for curve in curves:
-            curve["values"] = [None if x is None else round(math.log10(x), 4) for x in curve["values"]]
+def merge_found(records: Iterable[FoundRecord]) -> tuple[list[LoggedFinding], list[str]]:
+    """Join what was found at each step; a resumed run repeats what its checkpoint holds.
+
+    Args:
+        records: Oldest first.
+
+    Returns:
+        Each finding once, oldest first, and each diagnosis once, newest first.
+    """
+    findings: dict[str, LoggedFinding] = {}
+    diagnoses: dict[str, None] = {}
+    for record in records:
+        # By text, since NaN is not equal to itself.
+        for finding in record.findings:
+            findings.setdefault(repr(finding), finding)
+        diagnoses |= dict.fromkeys(record.diagnoses)
+    return sorted(findings.values(), key=lambda finding: finding.step), list(reversed(diagnoses))
+
+
+def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
+    """Return findings by fault, the most severe first, and of equal ones the earliest."""
+    groups = []
+    for fault in dict.fromkeys(finding.fault for finding in findings):
+        own = [finding for finding in findings if finding.fault == fault]
+        worst = max(own, key=lambda finding: (finding.severity, -finding.step))
+        groups.append(Group(fault, worst, own[0].step, own[-1].step, len(own)))
+    last = len(_PRECEDENCE)
+    return sorted(groups, key=lambda g: (-g.worst.severity, g.first, _PRECEDENCE.get(g.fault, last)))
+
+
+def _sheet(run: Run, name: str, track: Track) -> Sheet:
+    title = run.name if len(run.tracks) == 1 else f"{run.name}, optimizer {name.partition('_')[2] or 0}"
+    findings, diagnoses = merge_found(track.found.values())
+    groups, record = by_fault(findings), _record(track)
+    tensors, left_out = figures.histograms(track)
+    losses = {tag: figures.curve(run.losses[tag]) for tag in sorted(run.losses)[:LOSSES]}
+    known = {name: figures.curve(track.scalars[name]) for name in CHARTS if name in track.scalars}
+    marks = [
+        {
+            "title": group.title,
+            "severity": group.worst.severity.name.lower(),
+            "steps": figures.thin([f.step for f in findings if f.fault == group.fault], figures.MARKS),
+        }
+        for group in groups
+    ]
+    return Sheet(
+        title,
+        _verdict(track, groups, record),
+        record,
+        groups,
+        findings[::-1][:LISTED],
+        diagnoses[:DIAGNOSES],
+        next(reversed(track.exponents.values()), ""),
+        [*_notices(run, track), *([f"{left_out} more tensors have histograms."] if left_out else [])],
+        {
+            "title": title,
+            "judged": bool(track.scalars),
+            "heat": figures.heat_map(track),
+            "marks": marks,
+            "curves": losses | known,
+            "histograms": tensors,
+        },
+    )
 
 
 def _verdict(track: Track, groups: Sequence[Group], record: Record) -> Verdict:
     worst = groups[0] if groups else None
     if worst is not None and worst.worst.severity >= Severity.WARNING:
-        line, level = worst.worst, worst.worst.severity.name.lower()
-        where = f", in {line.where}" if line.where else ""
-        ended = (
-            f" Step {record.last:,}, the last one, was not taken." if _ended_in_a_skip(track, record) else ""
-        )
-        detail = f"{level.capitalize()}, since step {worst.first:,}: {line.measure} {line.value}, limit {line.limit}"
-        return Verdict(level, HEADLINES[line.fault], f"{detail}{where}.{ended}")
+        level = worst.worst.severity.name.lower()
+        # The last record may stand one step behind what it shows.
+        step, row = next(reversed(track.rows.items()), (-2, None))
+        is_skipped = row is not None and step + 1 >= record.last and int(row[0]) == SKIPPED
+        ended = f" Step {record.last:,}, the last one, was not taken." if is_skipped else ""
+        title = _HEADLINES.get(worst.fault, f"Fault found: {worst.title}")
+        detail = f"{level.capitalize()}, since step {worst.first:,}: {worst.worst.evidence}.{ended}"
+        return Verdict(level, title, detail)
     if not track.scalars:
         return Verdict("unjudged", "Not judged", "There are histograms, but no `GradGuard` watched this run.")
     notes = sum(group.count for group in groups)
     only = f"; {notes} {'thing was' if notes == 1 else 'things were'} noted" if notes else ""
     return Verdict("healthy", "Healthy", f"No warning up to step {record.last:,}{only}.")
-
-
-def _ended_in_a_skip(track: Track, record: Record) -> bool:
-    # The last panel may stand one step behind what it shows.
-    step, row = next(reversed(track.rows.items()), (-2, None))
-    return row is not None and step + 1 >= record.last and int(row[0]) == SKIPPED
 
 
 def _record(track: Track) -> Record:

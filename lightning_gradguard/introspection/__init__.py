@@ -1,1 +1,1 @@
-"""What a model does: its autograd graph, its layer calls, and a sandbox that leaves no trace."""
+"""Observe what a model does: autograd graph, layer calls, gradients over depth and time, steps in a sandbox."""

@@ -1,7 +1,7 @@
-"""What the autograd graph says of a model: who feeds whom, how far from the loss, through what.
+"""The structure of a model, read from the autograd graph of its loss: order, paths and kinds of operations.
 
-Read once from ``loss.grad_fn`` in one iterative walk. The graph knows functional calls and modules alike, and
-it can be read after the backward pass too, for only the saved tensors are freed then.
+The graph is traversed once from ``loss.grad_fn``. It covers functional calls and modules alike, and can be read after
+the backward pass too, which frees only the saved tensors.
 """
 
 from __future__ import annotations
@@ -25,29 +25,28 @@ from lightning_gradguard.introspection.operations import (
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """What the graph of one loss says; plain data, keeps no tensor alive.
+    """The structure of one autograd graph; plain data that keeps no tensor alive.
 
     Attributes:
         names: The parameters, as given.
         order: Indices into ``names`` from input to output, by first use in the forward pass. Parameters that
             share a first use, and those without a path, stay beside their neighbours in ``names``.
-        missing: Trainable parameters to which no path leads from the loss. Empty where the graph cannot tell:
-            without a graph, under re-entrant checkpointing, and for sharded parameters, of which the graph
-            holds a gathered copy.
-        embeddings: Parameters of two dimensions or more which are looked up, or added as they are (positional
-            tables); their gradient says nothing of depth.
+        missing: Trainable parameters without a path from the loss. Empty where the graph cannot tell: without a graph,
+            under re-entrant checkpointing, and for sharded parameters, of which the graph holds a gathered copy.
+        embeddings: Look-up tables and positional tables: parameters of two dimensions or more that are indexed, or
+            added as they are. Their gradient says nothing about depth.
         shortest: Nodes on the shortest path from the loss to each reached parameter, both ends included.
         longest: The same on the longest path.
-        kinds: For each reached parameter the kinds of nodes on its shortest path, counted; see
+        kinds: For each reached parameter the number of nodes of each kind on its shortest path; see
             `operations.kind_of`.
-        loss_ops: Operations after the last matrix product, counted: the loss function, and what leads to it.
+        loss_ops: Counts of the operations after the last matrix product: the loss function, and what leads to it.
         products: Most matrix products and convolutions on any one path.
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
-        recurrences: How many times the most used of them is applied; 0 when a fused layer hides it.
-        skips: Whether some value is added or joined to something computed from it.
-        opaque: Whether a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
-        dtypes: Names of the dtypes to which something is converted on the way, such as "float16" under autocast.
-        nodes: Size of the graph; 0 without one.
+        recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
+        skips: True if some value is added or concatenated to something computed from it.
+        opaque: True if a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
+        dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
+        nodes: Number of nodes in the graph; 0 without one.
     """
 
     names: tuple[str, ...] = ()
@@ -68,14 +67,11 @@ class GraphSummary:
 
 
 def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSummary:
-    """Reads the autograd graph of a loss, in time linear in its size.
+    """Summarize the autograd graph of a loss, in time linear in its size.
 
     Args:
-        loss: What was, or is about to be, differentiated. Without a ``grad_fn`` the graph_summary is empty.
-        parameters: Name to parameter, in their natural order.
-
-    Returns:
-        Plain data about the graph.
+        loss: The tensor that was, or is about to be, differentiated. Without a ``grad_fn`` the summary is empty.
+        parameters: Name to parameter, in the order of ``named_parameters``.
     """
     names = tuple(parameters)
     if loss.grad_fn is None:
@@ -115,28 +111,49 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
 
 
 class Graph:
-    """Nodes as indices in breadth-first order from the loss, and what is known of each. No node is kept."""
+    """An autograd graph as lists, in breadth-first order from the loss.
+
+    It keeps no node alive.
+
+    Args:
+        root: Node of the loss.
+
+    Attributes:
+        ops: Operation of each node, such as "Addmm".
+        node_kinds: Kind of each operation; see `operations.kind_of`.
+        sequence: Sequence number of each node, in the order of the forward pass.
+        edges: Children of each node, as pairs of node and output.
+        parents: Parents of each node.
+        leaves: Id of each leaf tensor to its node.
+        shortest: Nodes on the shortest path from the loss.
+        longest: The same on the longest path.
+        products: Most matrix products on a path from the loss, the node included.
+        in_loss: True where no path from the loss has a matrix product.
+        kinds: Counts of the kinds on the shortest path.
+        hides_leaves: True if leaf tensors are not the parameters themselves.
+        dtypes: Names of the dtypes to which something is converted.
+    """
 
     def __init__(self, root: Any) -> None:
         self.ops: list[str] = []
         self.sequence: list[int] = []
-        self.edges: list[list[tuple[int, int]]] = []  # (child, which of the child's outputs)
-        self.leaves: dict[int, int] = {}  # id of a leaf tensor -> index
+        self.edges: list[list[tuple[int, int]]] = []
+        self.leaves: dict[int, int] = {}
         self.hides_leaves = False
         self.dtypes: set[str] = set()
         self.shortest = [1]
         self._discoverer = [0]
-        self._walk(root)
+        self._traverse(root)
         self.parents: list[list[int]] = [[] for _ in self.ops]
         for index, edges in enumerate(self.edges):
             for child, _ in edges:
                 self.parents[child].append(index)
         self.node_kinds = [kind_of(op) or self._composed_kind(index) for index, op in enumerate(self.ops)]
         self.kinds = self._count_kinds()
-        self.longest, self.products, self.in_loss = self._descend()
+        self.longest, self.products, self.in_loss = self._measure_paths()
 
     def uses(self, leaf: int) -> list[int]:
-        """Nodes that make something of a leaf: its consumers, seen through those that reshape or copy."""
+        """Return the nodes that compute with a leaf, past those that only reshape or copy it."""
         found: list[int] = []
         pending, seen = [leaf], {leaf}
         while pending:
@@ -147,16 +164,19 @@ class Graph:
         return found
 
     def loss_ops(self) -> Counter[str]:
-        """Operations after the last product, without a division of the whole by a constant: trainers do that."""
+        """Count the operations after the last product.
+
+        A division of the whole loss by a constant is left out: trainers do that.
+        """
         scaled = self.ops[0] == "Div" and len(self.edges[0]) == 1
         return Counter(op for i, op in enumerate(self.ops) if self.in_loss[i] and not (i == 0 and scaled))
 
     def has_skip(self, budget: int = 20_000, reach: int = 400) -> bool:
-        """Whether a sum or a concatenation has two inputs of which one is computed from the other.
+        """Return True if a sum has an input that is computed from another.
 
         Args:
-            budget: Nodes looked at in all; a block of a residual net has tens.
-            reach: Nodes looked at for one sum.
+            budget: Nodes to visit in all; a block of a residual net has tens.
+            reach: Nodes to visit for one sum.
         """
         for index, op in enumerate(self.ops):
             inputs = [e for e in self.edges[index] if self.ops[e[0]] != "AccumulateGrad"]
@@ -168,7 +188,7 @@ class Graph:
                 node = pending.pop()
                 if earliest in self.edges[node]:
                     return True
-                # What came before the value cannot be computed from it.
+                # An earlier value cannot be computed from a later one.
                 begin = self.sequence[earliest[0]]
                 fresh = {c for c, _ in self.edges[node] if self.sequence[c] >= begin} - seen
                 seen |= fresh
@@ -178,10 +198,10 @@ class Graph:
                 return False
         return False
 
-    def _walk(self, root: Any) -> None:
-        # torch makes a node's Python object anew when nobody holds it, so `nodes` holds them.
+    def _traverse(self, root: Any) -> None:
+        # torch makes a new Python object for a node that nothing holds, so `nodes` holds them.
         nodes, found = [root], {root: 0}
-        for index, node in enumerate(nodes):  # grows while it is walked
+        for index, node in enumerate(nodes):  # grows during the loop
             op = operation_of(node.name())
             if op == "AccumulateGrad":
                 self.leaves[id(node.variable)] = index
@@ -209,15 +229,15 @@ class Graph:
         return composed_kind(self.ops[index], below)
 
     def _count_kinds(self) -> list[dict[str, int]]:
-        """Kinds on the shortest path to each node; a node of no kind shares its discoverer's dict."""
+        """Count the kinds on the shortest path to each node."""
         counts: list[dict[str, int]] = []
         for index, kind in enumerate(self.node_kinds):
             above = counts[self._discoverer[index]] if index else {}
             counts.append(above if kind is None else {**above, kind: above.get(kind, 0) + 1})
         return counts
 
-    def _descend(self) -> tuple[list[int], list[int], list[bool]]:
-        """Of the paths from the loss to each node: the longest, most products, whether none has a product."""
+    def _measure_paths(self) -> tuple[list[int], list[int], list[bool]]:
+        """Return `longest`, `products` and `in_loss`, by visiting each node after all of its parents."""
         size = len(self.ops)
         longest, products, in_loss = [1] * size, [0] * size, [True] * size
         waiting = [len(parents) for parents in self.parents]
@@ -238,7 +258,7 @@ class Graph:
 
 
 def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, ...]:
-    """Indices by first use; a parameter without one takes that of its neighbour before, or else after it."""
+    """Sort indices by first use; a parameter without one takes that of a neighbour."""
     keys = [first_use.get(name) for name in names]
     for i in range(1, len(keys)):
         keys[i] = keys[i - 1] if keys[i] is None else keys[i]

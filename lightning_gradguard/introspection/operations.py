@@ -1,4 +1,4 @@
-"""Names of autograd nodes and the kinds of operation that they stand for."""
+"""Names of autograd nodes, and the kinds of operations that they stand for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-#: Activations whose slope goes to zero at a side or at both, and the largest slope that each has.
+#: Activations whose slope goes to zero on one side or both, and the largest slope of each.
 SATURATING = {
     "sigmoid": 0.25,
     "hardsigmoid": 1 / 6,
@@ -17,25 +17,15 @@ SATURATING = {
     "erf": 1.128,
     "atan": 1.0,
 }
-#: Operations that read rows of a table, ones that add or join, ones that leave the numbers as they are.
+#: Operations that read rows of a table.
 LOOKUPS = frozenset({"Embedding", "EmbeddingBag", "IndexSelect", "Index", "Gather", "Take"})
+#: Operations that add or concatenate.
 MERGES = frozenset({"Add", "Cat"})
-VIEWS = frozenset(
-    {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "AsStrided", "Alias", "Clone"}
-)
-VIEWS |= {
-    "Slice",
-    "Select",
-    "Narrow",
-    "Unsqueeze",
-    "Squeeze",
-    "Expand",
-    "Repeat",
-    "Split",
-    "UnsafeSplit",
-    "Unbind",
-}
-VIEWS |= {"ToCopy"}
+#: Operations that leave the numbers as they are.
+VIEWS = frozenset({
+    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "AsStrided", "Alias", "Clone", "Slice", "Select",
+    "Narrow", "Unsqueeze", "Squeeze", "Expand", "Repeat", "Split", "UnsafeSplit", "Unbind", "ToCopy",
+})  # fmt: skip
 #: Operations that give NaN or Inf, or an infinite slope, for some finite inputs: what to look for in a loss.
 RISKY = {
     "Log": "log(x) is -Inf at 0",
@@ -54,7 +44,7 @@ RISKY = {
     "Pow": "x ** p has an infinite slope at 0 for p < 1, and overflows",
     "Exp": "exp(x) overflows above 88 in float32",
 }
-#: Those of them that many losses contain without harm.
+#: The risky operations that many healthy losses contain.
 COMMON = frozenset({"Div", "Pow", "Exp"})
 _KINDS = {
     "Sigmoid": "sigmoid",
@@ -80,7 +70,7 @@ _KINDS = {
     "Hardswish": "soft relu",
     "Softmax": "attention",
     "SafeSoftmax": "attention",
-    # Flat everywhere, save for jumps.
+    # Flat everywhere but for jumps.
     **dict.fromkeys(("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"), "step"),
 }
 _PATTERNS = (
@@ -108,7 +98,7 @@ _COMPOSED = {
 
 @cache
 def operation_of(node_name: str) -> str:
-    """The operation that a backward node belongs to: its name without decoration.
+    """Return the operation that a backward node belongs to: its name without decoration.
 
     >>> operation_of("AddmmBackward0"), operation_of("torch::autograd::AccumulateGrad")
     ('Addmm', 'AccumulateGrad')
@@ -118,11 +108,11 @@ def operation_of(node_name: str) -> str:
 
 @cache
 def kind_of(operation: str) -> str | None:
-    """The kind of an operation, where it is one that matters for gradients.
+    """Return the kind of an operation, if it is one that matters for gradients.
 
     Returns:
-        A key of `SATURATING`, or "relu" (can die), "soft relu" (cannot), "step" (no slope), "normalisation",
-        "attention", "recurrent" (a fused layer), "product" (of matrices, convolution), or None.
+        A key of `SATURATING`, or "relu" (units can die), "soft relu" (units cannot die), "step" (no slope),
+        "normalisation", "attention", "recurrent" (a fused layer), "product" (of matrices, convolution), or None.
     """
     if operation in _KINDS:
         return _KINDS[operation]
@@ -130,11 +120,11 @@ def kind_of(operation: str) -> str | None:
 
 
 def composed_kind(operation: str, below: Sequence[tuple[str, Sequence[str]]]) -> str | None:
-    """The kind of an operation together with what it uses.
+    """Return the kind of an operation together with those that it uses.
 
     Args:
         operation: The operation.
-        below: The operations that it uses, each with the ones which that uses in turn.
+        below: The operations that it uses, each with those that it uses in turn.
     """
     for used, deeper in below:
         for last in deeper:

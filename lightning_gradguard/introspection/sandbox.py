@@ -1,4 +1,4 @@
-"""A sandbox for a module: while it is open, the module works on copies of all that it holds."""
+"""A sandbox for a module: inside it, the module works on copies of everything that it holds."""
 
 from __future__ import annotations
 
@@ -18,44 +18,43 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Elements of a tensor in a plain attribute, and entries of a container, above which it is not copied: such a
-#: one is data. Parameters and buffers always are.
+#: Elements of a tensor in a plain attribute, and entries of a container, above which it counts as data and is not
+#: copied. Parameters and buffers are always copied.
 LARGEST_TENSOR, LARGEST_CONTAINER = 2**22, 10_000
-#: Packages whose objects are left alone: a trainer, a logger, an optimizer belongs to the training.
+#: Packages whose objects are not copied: a trainer, a logger, an optimizer belongs to the training.
 _HOSTS = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard"})
 _CONTAINERS = (dict, OrderedDict, list, set, deque, defaultdict)
-#: Operators that other processes take part in.
+#: Namespaces of operators that communicate with other processes.
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
-#: Iterators over an iterator, which their copies share.
+#: Iterators that share their source with their copies.
 _SHARING = (enumerate, filter, map, reversed, zip, itertools.chain, itertools.cycle, itertools.islice)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
 @contextmanager
 def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
-    """Lets a module be run, trained and taken apart, and puts everything back afterwards.
+    """Let a module be run, trained and changed, and restore everything afterwards.
 
-    Parameters, buffers, attributes of the module and of its submodules (numbers, containers, tensors, random
-    generators, objects that are no part of a framework) are replaced by copies, and the originals put back as
-    they are: they have not been touched. So are the global random numbers of torch, Python and NumPy. Warnings
-    are silent meanwhile, and compiled modules run as they are written.
+    Parameters, buffers and attributes of the module and its submodules (numbers, containers, tensors, random
+    generators, objects of the user's classes) are replaced by copies; the originals stay untouched and are put back at
+    the end. The global random numbers of torch, Python and NumPy are restored too. Inside, warnings are suppressed and
+    compiled modules run eagerly.
 
-    Not restored is what lies outside: files, an object that cannot be copied, what a closure holds, an attribute of the
-    Trainer; nor a tensor of more than four million elements in a plain attribute that is written to. Where other
-    processes train along, nothing is sent to them: a collective, such as that of a synchronized batch normalisation,
-    raises.
+    Not restored: files, objects that cannot be copied, what a closure holds, attributes of the Trainer, and tensors of
+    more than four million elements in a plain attribute. In a distributed program nothing is sent to other processes:
+    a collective, such as that of a synchronized batch normalization, raises.
 
     Args:
-        module: What will be run; its parameters are leaves without a gradient inside.
+        module: The module to run; inside, its parameters are leaves without a gradient.
 
     Yields:
-        A function that makes a copy of something else, such as a batch, in the same way.
+        A function that copies something else, such as a batch, in the same way.
 
     Raises:
-        ValueError: If parameters are sharded, or the module holds what a trial would use up.
+        ValueError: If parameters are sharded, or the module holds an iterator or a schedule that a run would advance.
     """
     if any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in module.parameters()):
-        # The hooks that gather them keep their own account of the parameters, which a copy would upset for good.
+        # The hooks that gather them keep their own record of the parameters, which a copy would break for good.
         raise ValueError("the parameters are sharded over processes, so no process can run a step by itself")
     copier = _Copier()
     with ExitStack() as stack:
@@ -65,32 +64,39 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
         warnings.simplefilter("ignore")
         if hasattr(torch.compiler, "set_stance"):  # torch 2.6
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if _is_one_of_many():
-            stack.enter_context(_Alone())  # type: ignore[no-untyped-call]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            stack.enter_context(_NoCollectives())  # type: ignore[no-untyped-call]
         copier.copy(module)
         yield lambda value: _Copier(math.inf).copy(value)  # a batch may be changed in place, however large
 
 
 class _Copier:
-    """Copies what is mutable, everything once, so that what was shared stays shared."""
+    """Copier of mutable values.
+
+    It copies each value once, so that what was shared stays shared.
+
+    Args:
+        largest: Elements above which a tensor that is no parameter or buffer is not copied; `LARGEST_TENSOR` if None.
+    """
 
     def __init__(self, largest: float | None = None) -> None:
         self._largest = LARGEST_TENSOR if largest is None else largest
         self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._copies: dict[int, tuple[Any, Any]] = {}  # the original is held so that its id is not given anew
+        self._copies: dict[int, tuple[Any, Any]] = {}  # the original is held so that its id is not reused
 
     def restore(self) -> None:
-        """Gives every module back what it held."""
+        """Give every module back what it held."""
         for module, held in self._kept:
             module.__dict__.clear()
             module.__dict__.update(held)
 
     def copy(self, value: Any) -> Any:
-        """A copy; modules stay the objects they are, and hold copies from now on."""
+        """Return a copy of a value; a module stays itself and holds copies from now on."""
         if isinstance(value, (str, bytes, int, float, complex, bool, type(None), *_CODE)):
             return value
         if id(value) not in self._copies:
-            # Known before it is filled, since it may hold itself.
+            # Registered before it is filled, since a container may hold itself.
             made = self._empty(value)
             self._copies[id(value)] = (value, made)
             if made is not value or isinstance(value, nn.Module):
@@ -101,7 +107,7 @@ class _Copier:
         return self._copies[id(value)][1]
 
     def _empty(self, value: Any) -> Any:
-        """A copy of a tensor or of a generator, an empty one of what holds other things, or the value itself."""
+        """Return a copy without the contents, or the value itself if it is not to be copied."""
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, torch.Generator):
@@ -112,16 +118,17 @@ class _Copier:
             return value
         if isinstance(value, Iterator):
             try:
-                if isinstance(value, _SHARING):  # a copy takes from the same source
+                if isinstance(value, _SHARING):
                     raise TypeError
                 return copy.copy(value)
             except Exception:
                 raise ValueError(
-                    f"the module holds a {type(value).__name__}, which a trial would use up"
+                    f"the module holds an iterator ({type(value).__name__}), which a trial run would consume"
                 ) from None
         if type(value).__module__.partition(".")[0] in _HOSTS and not isinstance(value, dict):
             if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
-                raise ValueError(f"the module holds a {type(value).__name__}, which a trial would advance")
+                kind = type(value).__name__
+                raise ValueError(f"the module holds a schedule ({kind}), which a trial run would advance")
             return value
         if type(value).__module__.startswith("numpy.random"):  # a shallow copy shares its state
             return copy.deepcopy(value)
@@ -151,7 +158,7 @@ class _Copier:
             self._fill_object(made, value)
 
     def _fill_object(self, made: Any, value: Any) -> None:
-        """What an object of a class of its own holds: as a dict, in its attributes, in its slots."""
+        """Copy an object's dict entries, attributes and slots."""
         if isinstance(made, dict):
             dict.update(made, {key: self.copy(entry) for key, entry in value.items()})
         if hasattr(made, "__dict__"):
@@ -180,7 +187,7 @@ class _Copier:
 
 @contextmanager
 def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
-    """Puts the states of the global generators back: torch's, Python's, and NumPy's where it is in use."""
+    """Restore the states of the global generators: torch's, Python's, and NumPy's if it is in use."""
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     numpy, python = sys.modules.get("numpy"), random.getstate()
     state = numpy.random.get_state() if numpy is not None else None
@@ -193,18 +200,14 @@ def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(state)
 
 
-class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses collectives: one process may do here what another does not, and would wait for ever."""
+class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Mode that refuses collectives.
+
+    The other processes may not run this code, and this one would wait for ever.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _COLLECTIVES:
-            raise ValueError(
-                f"the training step talks to other processes ({func.__name__.partition('.')[0]})"
-            )
+            collective = func.__name__.partition(".")[0]
+            raise ValueError(f"the training step communicates with other processes ({collective})")
         return func(*args, **(kwargs or {}))
-
-
-def _is_one_of_many() -> bool:
-    """Whether other processes train along."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1

@@ -1,4 +1,4 @@
-"""Where in the user's code something was computed: a file and a line, without what lies in a framework."""
+"""Line of the user's code that computed something, without the lines of a framework."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-#: Packages whose lines are never the answer.
+#: Packages whose lines are skipped.
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard")
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
 def current_line() -> str:
-    """The innermost line of the user's that is being run, such as ``model.py:42``; empty if there is none."""
+    """Return the user's innermost running line, such as ``model.py:42``; empty without one."""
     frame = sys._getframe(1)
     while frame is not None:
         if _is_users(frame.f_code.co_filename):
@@ -26,7 +26,7 @@ def current_line() -> str:
 
 
 def line_of(traceback: Iterable[str]) -> str:
-    """The same of a formatted traceback, outermost line first."""
+    """Return the user's innermost line in a formatted traceback, outermost line first."""
     for entry in reversed(list(traceback)):
         match = _FRAME.search(entry)
         if match and _is_users(match[1]):
@@ -39,7 +39,7 @@ def _is_users(file: str) -> bool:
 
 
 def _shown(file: str, line: int) -> str:
-    """Relative to the working directory where it lies in it; else only the file's name."""
+    """Format file and line, relative to the working directory if the file lies in it."""
     inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
     name = os.path.relpath(file) if inside else Path(file).name
     return f"{name}:{line}"

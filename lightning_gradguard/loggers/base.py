@@ -1,41 +1,42 @@
-"""What is shown of one step, a `LogRecord`: numbers, histograms, texts, pictures. Who shows it: a `LogSink`."""
+"""What is logged of one step, who logs it, and what every log sink needs."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from lightning_gradguard.results import GradientWarning
 
-_log = logging.getLogger(__name__)
-#: Loggers of which nothing is to be said any more; two callbacks may write to the same.
-TOLD: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
 T = TypeVar("T")
 
-#: Errors in a row after which an output is given up.
+#: Failures in a row after which an output is switched off.
 PATIENCE = 5
+
+_log = logging.getLogger(__name__)
+# Loggers for which no notice is due any more; two callbacks may write to the same logger.
+_INFORMED: weakref.WeakSet[Any] = weakref.WeakSet()
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class LogRecord:
-    """What is shown of one step. All keys are tags, ``group/name``.
+    """What is logged of one step. All keys are tags, ``group/name``.
 
     Attributes:
-        scalars: Numbers; NaN is shown as a gap with a mark, infinity as NaN.
-        histograms: 30 counts each, on the axis `lightning_gradguard.stats.histogram.EDGES`, or that in ``edges``.
-        texts: Markdown, each standing for the whole run so far.
-        images: Functions that draw a PNG; called later and on another thread, so they own their data.
+        scalars: Numbers. NaN is shown as a gap with a mark, infinity as NaN.
+        histograms: 30 counts each, on the axis `lightning_gradguard.stats.histogram.EDGES` or that in ``edges``.
+        texts: Markdown, each about the whole run so far.
+        images: Functions that draw a PNG. They are called later and on another thread, so they own their data.
         notes: How to read a tag, in Markdown; shown beside it.
-        rows: Vectors, each with a step of its own: kept in the file for `lightning_gradguard.report`, in a form
-            that no dashboard shows.
-        columns: For each tag of ``rows``, what the entries of its vectors are.
+        rows: Vectors, each with a step of its own, for `gradguard report`. No dashboard shows them.
+        columns: For each tag of ``rows``, the names of the entries of its vectors.
         edges: For a tag of ``histograms``, its 31 bin edges.
+        data: JSON for `gradguard report`. No dashboard shows it.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -46,22 +47,23 @@ class LogRecord:
     rows: Mapping[str, Sequence[tuple[int, Sequence[float]]]] = field(default_factory=dict)
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 class LogSink(Protocol):
-    """Shows panels. It never raises: what cannot be shown is said once, and training goes on."""
+    """Shows log records. It never raises: it warns once about what fails, and training continues."""
 
-    def write(self, step: int, panel: LogRecord) -> None:
-        """Shows a panel, at this step on the x axis."""
+    def write(self, step: int, record: LogRecord) -> None:
+        """Show a record at this step on the x axis."""
 
     def close(self) -> None:
-        """Finishes what is pending; the sink may be written to again."""
+        """Finish what is pending. The sink may be written to again."""
 
 
 class FailSafe:
     """Keeps errors of an output away from the training.
 
-    The first is warned of, the later ones are silent; after `PATIENCE` in a row nothing more is tried.
+    The first error is warned of, later ones are silent. After `PATIENCE` errors in a row the output is switched off.
 
     Args:
         name: The output, for the warning.
@@ -73,71 +75,148 @@ class FailSafe:
         self._warned = False
 
     @property
-    def blown(self) -> bool:
-        """Whether the output has been given up."""
+    def is_off(self) -> bool:
+        """True once the output has been switched off."""
         return self._failures >= PATIENCE
 
     def run(self, action: Callable[[], T]) -> T | None:
-        """What ``action`` returns; None if it raises, which goes no further, or if all is given up."""
-        if self.blown:
+        """Call ``action`` unless the output is off, and catch its errors.
+
+        Args:
+            action: Writes to the output.
+
+        Returns:
+            What ``action`` returns; None if it raised or was not called.
+        """
+        if self.is_off:
             return None
         try:
             result = action()
         except Exception as error:
             self._failures += 1
-            self._warn(error)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self._name} failed: {type(error).__name__}: {error}. Training continues. Later errors of this "
+                    f"output are not shown; after {PATIENCE} in a row it is switched off.",
+                    GradientWarning,
+                    stacklevel=3,
+                )
             return None
         self._failures = 0
         return result
 
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self._name} failed ({type(error).__name__}: {error}). Training goes on. Later errors "
-                f"are not reported; after {PATIENCE} in a row nothing more is tried.",
-                GradientWarning,
-                stacklevel=4,
-            )
+
+class Picture(NamedTuple):
+    """A picture that has been drawn.
+
+    Attributes:
+        step: The step that it shows.
+        tag: Its tag.
+        note: How to read it.
+        png: The file.
+    """
+
+    step: int
+    tag: str
+    note: str
+    png: bytes
+
+
+class PictureQueue:
+    """Draws the pictures of one output on a thread, so that training does not wait.
+
+    The first drawing that fails is warned of; the others go on.
+
+    Args:
+        output: The output that the pictures are for, for the warning.
+    """
+
+    def __init__(self, output: str) -> None:
+        # Two, since a drawing that was started without an error may still fail, again and again.
+        self._drawing, self._starting = FailSafe(f"Drawing for {output}"), FailSafe(f"Drawing for {output}")
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[tuple[int, str, str, Future[bytes]]] = []
+
+    def start(self, step: int, record: LogRecord) -> None:
+        """Start to draw the pictures of a record."""
+        if record.images and not self._drawing.is_off:
+            self._starting.run(lambda: self._submit(step, record))
+
+    def take(self, *, wait: bool = False) -> Iterator[Picture]:
+        """Yield the finished pictures in order, and forget them.
+
+        Args:
+            wait: Also wait for those that are still being drawn.
+        """
+        # One thread draws, so they finish in order.
+        while self._pending and (wait or self._pending[0][-1].done()):
+            step, tag, note, drawing = self._pending.pop(0)
+            png = self._drawing.run(drawing.result)
+            if png is not None:
+                yield Picture(step, tag, note, png)
+
+    def close(self) -> None:
+        """End the thread. The next picture starts a new one."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _submit(self, step: int, record: LogRecord) -> None:
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="gradguard-draw")
+        for tag, draw in record.images.items():
+            self._pending.append((step, tag, record.notes.get(tag, ""), self._pool.submit(_draw, draw)))
+
+
+def _draw(draw: Callable[[], bytes]) -> bytes:
+    png = draw()
+    if not png.startswith(_PNG_SIGNATURE):
+        raise ValueError("the drawing is not a PNG")
+    return png
 
 
 class LoggerSink:
-    """Sends the scalars of a panel to any logger; says once what that logger cannot show.
+    """Sends scalars to any logger, and tells once what that logger cannot show.
 
     Args:
         logger: Has ``log_metrics(metrics, step=...)``.
     """
 
-    #: What of a panel is shown, and what is not, in words.
+    #: What this sink shows of a record, and what it cannot show, for the notice.
     shows: ClassVar[str] = "scalars"
     lacks: ClassVar[str] = "histograms and heat map"
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
-        self._name = type(logger).__name__
-        self._fuse = FailSafe(f"{self._name} output")
+        self.name = type(logger).__name__
+        self._scalars = FailSafe(f"{self.name} output")
 
-    def write(self, step: int, panel: LogRecord) -> None:
-        """Logs what the logger can show of a panel.
+    def write(self, step: int, record: LogRecord) -> None:
+        """Log what the logger can show of a record.
 
         Args:
             step: Position on the x axis.
-            panel: What to show.
+            record: What to show.
         """
-        if panel.scalars:
-            self._fuse.run(lambda: self.logger.log_metrics(dict(panel.scalars), step=step))
-        if self.lacks_some_of(panel) and self.logger not in TOLD:
-            TOLD.add(self.logger)
+        if record.scalars:
+            self._scalars.run(lambda: self.logger.log_metrics(dict(record.scalars), step=step))
+        if self.lacks_some_of(record) and self.logger not in _INFORMED:
+            self.mute_notice()
             _log.warning(
-                "%s shows gradguard's %s; its %s need TensorBoard: Trainer(logger=[..., TensorBoardLogger(...)]).",
-                self._name,
+                "%s shows gradguard's %s. Its %s need TensorBoard: "
+                "Trainer(logger=[..., TensorBoardLogger(...)]).",
+                self.name,
                 self.shows,
                 self.lacks,
             )
 
-    def lacks_some_of(self, panel: LogRecord) -> bool:
-        """Whether a panel holds something that this logger cannot show."""
-        return bool(panel.histograms or panel.images)
+    def lacks_some_of(self, record: LogRecord) -> bool:
+        """Return True if the record holds something that this logger cannot show."""
+        return bool(record.histograms or record.images)
+
+    def mute_notice(self) -> None:
+        """Leave out the notice about what this logger cannot show."""
+        _INFORMED.add(self.logger)
 
     def close(self) -> None:
-        """Nothing is pending."""
+        """Do nothing: nothing is pending."""

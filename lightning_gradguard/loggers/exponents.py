@@ -61,7 +61,7 @@ _SCALAR_NOTE = (
 )
 
 
-def exponents_panel(
+def exponents_record(
     below: Mapping[str, Sequence[float]],
     titles: Mapping[str, str],
     rows: Sequence[str],

@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradguard.charts.heatmap import Marks, draw
+from lightning_gradguard.charts.heatmap import BLANK, Marks, draw
 from lightning_gradguard.stats.histogram import EDGES
-
-#: In a cell: no gradient was seen. NaN: it was not finite.
-BLANK = -math.inf
 
 
 class Heatmap:
     """Cumulative matrix of log10 gradient RMS, one row for each layer and at most ``columns`` columns.
 
-    A column stands for ``stride`` steps, of which the first is recorded, and any other whose gradients were
-    not finite. When the columns are full, pairs of them are merged and the stride doubles. A cell that was
-    ever not finite stays so through every merging; otherwise a merged cell is the mean.
+    A column stands for ``stride`` steps. The first of them is recorded, and any other whose gradients are not
+    finite. When the columns are full, pairs of them are merged and the stride doubles. A merged cell is the mean, but
+    a cell that was once not finite stays so.
 
     Args:
         names: Layers from input to output, at least one.
@@ -53,34 +50,45 @@ class Heatmap:
         return self._names
 
     @property
+    def first(self) -> int:
+        """Step at which the first column begins."""
+        return self._first
+
+    @property
     def stride(self) -> int:
         """Steps that one column stands for."""
         return self._stride
 
     @property
     def cells(self) -> NDArray[np.float32]:
-        """float32 [columns in use, layers], log10 RMS; NaN: was not finite, `BLANK`: none was seen."""
+        """float32 [columns in use, layers], log10 RMS; NaN is not finite, `BLANK` no gradient."""
         cells: NDArray[np.float32] = self._cells[: self._used].copy()
         return cells
 
-    def wants(self, step: int) -> bool:
-        """Whether this step begins a new column, so that it should be recorded."""
+    @property
+    def marks(self) -> Marks:
+        """What happened in each column in use, and where faults were first found."""
+        used = self._used
+        return Marks(bytes(self._clipped[:used]), bytes(self._skipped[:used]), dict(self._faults))
+
+    def starts_column(self, step: int) -> bool:
+        """Return True if this step begins a new column, so that it should be recorded."""
         return step >= self._next or step < self._first
 
     def record(self, step: int, rms: Sequence[float | None]) -> bool:
-        """Adds the gradient RMS of one step.
+        """Add the gradient RMS of one step.
 
         Args:
-            step: A step before the first one starts the picture anew.
+            step: Its number. A step before the first one starts the picture again.
             rms: For each layer, in the order of ``names``; None where there is no gradient.
 
         Returns:
-            Whether a cell turned not finite by it.
+            True if a cell turned not finite.
         """
         column = self._column(step)
         values = np.array([math.nan if x is None else x for x in rms], dtype=np.float64)
         with np.errstate(all="ignore"):
-            # Bounded, so that one exact zero cannot drag the mean of merged cells off the scale.
+            # Bounded, so that one exact zero cannot pull the mean of merged cells off the scale.
             decades = np.log10(values).clip(EDGES[0], EDGES[-1])
         decades[~np.isfinite(values)] = np.nan
         decades[[x is None for x in rms]] = BLANK
@@ -90,29 +98,36 @@ class Heatmap:
         return bool((np.isnan(decades) & ~known_bad).any())
 
     def mark(self, step: int, *, clipped: bool = False, skipped: bool = False) -> bool:
-        """Marks a step on the strip above the picture; returns whether its column was not marked so yet."""
+        """Mark a step as clipped or skipped above the picture.
+
+        Args:
+            step: Its number.
+            clipped: Its gradients were clipped.
+            skipped: It was not taken.
+
+        Returns:
+            True if its column was not marked so before.
+        """
         column = self._column(step)
-        is_news = clipped > self._clipped[column] or skipped > self._skipped[column]
+        is_new = clipped > self._clipped[column] or skipped > self._skipped[column]
         self._clipped[column] |= clipped
         self._skipped[column] |= skipped
-        return is_news
+        return is_new
 
-    def name(self, step: int, fault: str) -> None:
-        """Names a fault above the strip, where it was first found."""
+    def mark_fault(self, step: int, fault: str) -> None:
+        """Write the name of a fault above the step at which it was first found."""
         self._faults.setdefault(fault, step)
 
     def draw(self) -> bytes:
-        """A PNG of the picture so far. About a third of a second."""
-        used = self._used
-        marks = Marks(bytes(self._clipped[:used]), bytes(self._skipped[:used]), dict(self._faults))
-        return draw(self._names, self.cells.T, self._first, self._stride, marks)
+        """Return a PNG of the picture so far. Takes about a third of a second."""
+        return draw(self._names, self.cells.T, self._first, self._stride, self.marks)
 
     def snapshot(self) -> Heatmap:
-        """A copy, which can be drawn on another thread while this one goes on."""
+        """Return a copy, which can be drawn on another thread while this one changes."""
         return copy.deepcopy(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types, which load under ``weights_only=True``."""
+        """Return plain types, which load under ``weights_only=True``."""
         return {
             "names": list(self._names),
             "first": self._first,
@@ -125,7 +140,7 @@ class Heatmap:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues the picture of `state_dict`; that of other layers or of more columns is left out."""
+        """Continue the picture of `state_dict`. One of other layers or of more columns is ignored."""
         used = len(state["cells"])
         if tuple(state["names"]) != self._names or used > self._columns:
             return
@@ -136,26 +151,23 @@ class Heatmap:
         self._faults = dict(state["faults"])
 
     def _column(self, step: int) -> int:
-        """Index of the column of a step, after as much merging as it takes to have one."""
+        """Return the column of a step; merge columns until there is one for it."""
         if step < self._first or not self._used:
             self._clear(step)
         while (step - self._first) // self._stride >= self._columns:
-            self._halve()
+            merged = _merge(self._cells[0::2], self._cells[1::2])
+            self._cells = np.concatenate([merged, np.full_like(merged, BLANK)])
+            for flags in (self._clipped, self._skipped):
+                pairs = zip(flags[0::2], flags[1::2], strict=True)
+                flags[:] = bytes(a | b for a, b in pairs) + bytes(self._columns // 2)
+            self._stride *= 2
+            self._used = (self._used + 1) // 2
         column = (step - self._first) // self._stride
         self._used = max(self._used, column + 1)
         return column
 
-    def _halve(self) -> None:
-        half = self._columns // 2
-        merged = _merge(self._cells[0::2], self._cells[1::2])
-        self._cells = np.concatenate([merged, np.full_like(merged, BLANK)])
-        for marks in (self._clipped, self._skipped):
-            marks[:] = bytes(a | b for a, b in zip(marks[0::2], marks[1::2], strict=True)) + bytes(half)
-        self._stride *= 2
-        self._used = (self._used + 1) // 2
-
 
 def _merge(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean of two cells, of which a blank one does not count; NaN outlives it."""
+    """Return the mean of two cells. A blank cell does not count; NaN stays."""
     with np.errstate(invalid="ignore"):
         return np.where(a == BLANK, b, np.where(b == BLANK, a, (a + b) / 2))

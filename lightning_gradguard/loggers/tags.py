@@ -1,18 +1,22 @@
-"""Names under which things are shown: short, unique, sorted from the model's input to its output."""
+"""Tags under which things are logged, and how to read each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from lightning_gradguard.loggers.base import LogRecord
-from lightning_gradguard.stats.histogram import SPREAD, edges
+from lightning_gradguard.charts.labels import shorten, without_prefix
 
 #: TensorBoard cuts longer titles.
 TITLE = 45
 
+#: Names of tags that `gradguard report` reads.
+LAYER_RMS, FINDINGS, DIAGNOSIS, HEATMAP = "layer_rms_log10", "findings", "diagnosis", "heatmap"
+
 #: How to read the tags of the overview.
 NOTES = {
-    "heatmap": (
+    HEATMAP: (
         "One row a layer, input at the top; one column a step or, later, several. Colour: log10 of the "
         "gradient's root mean square, the same scale in every run. **Blue growing from the top: vanishing. "
         "Red: exploding. Even colour: healthy.** Magenta: NaN or Inf. Triangles: where a fault was found."
@@ -34,27 +38,47 @@ NOTES = {
     "nonfinite_total": "Steps so far whose gradients were not finite. Each was skipped.",
     "clipped_total": "Steps so far whose gradients were clipped.",
     "skipped_total": "Steps so far that were not taken.",
-    "layer_rms_log10": "The values of the heat map, for `gradguard report`; shown by no dashboard.",
-    "diagnosis": "All that was found so far, newest first.",
+    LAYER_RMS: "The values of the heat map, for `gradguard report`; shown by no dashboard.",
+    FINDINGS: "The findings and diagnoses as JSON, for `gradguard report`; shown by no dashboard.",
+    DIAGNOSIS: "All that was found so far, newest first.",
 }
+#: How to read the tag of one tensor's RMS.
 RMS_NOTE = "log10 of the root mean square of the gradient of `{name}`, before clipping."
 
-_LOG10_NOTE = (
-    "**log10 of the gradient's magnitude**, all elements of `{name}`. One unit is a factor of ten. Drift to "
-    "the left, over time or from late layers to early ones: vanishing. Drift to the right: exploding. A wall "
-    "at the left edge: exact zeros (dead units, underflow). NaN and infinity do not count."
+_TAG = re.compile(
+    r"(?P<group>gradguard(?:_\d+)?)(?P<kind>_hist_log10|_hist_value|_rms_log10|_exponents)?/(?P<name>.+)"
 )
-_VALUE_NOTE = (
-    f"**Values of the gradient**, all elements of `{{name}}`. The axis is as wide as the largest magnitude, but "
-    f"no wider than {SPREAD:.0f} root mean squares to each side; what lies beyond counts in the outer bins. NaN and "
-    "infinity do not count."
-)
+
+
+class Tag(NamedTuple):
+    """Parts of a tag.
+
+    Attributes:
+        group: "gradguard", or "gradguard_1" for a second optimizer.
+        kind: Rest of the tag group, such as "hist_log10"; empty for the overview.
+        name: What stands after the slash.
+    """
+
+    group: str
+    kind: str
+    name: str
+
+    @classmethod
+    def parse(cls, tag: str) -> Tag | None:
+        """Return the parts of a tag; None if this package does not write such a tag."""
+        match = _TAG.fullmatch(tag)
+        return None if match is None else cls(match["group"], (match["kind"] or "")[1:], match["name"])
+
+
+def tag_group(optimizer: int) -> str:
+    """Return the beginning of the tag groups of an optimizer, given by its index."""
+    return f"gradguard_{optimizer}" if optimizer else "gradguard"
 
 
 def tag_names(names: Sequence[str]) -> list[str]:
-    """Short names that sort in the given order: ``NNN_name``, without what all names begin with.
+    """Return short names that sort in the given order: ``NNN_name``, without what all names begin with.
 
-    Together with the longest group, ``gradguard_hist_log10/``, a name is no longer than TensorBoard's titles.
+    Together with the longest group, ``gradguard_hist_log10/``, a name fits into TensorBoard's titles.
 
     Args:
         names: Parameter names in execution order.
@@ -65,59 +89,3 @@ def tag_names(names: Sequence[str]) -> list[str]:
     digits = max(3, len(str(len(names) - 1)))
     room = TITLE - len("gradguard_hist_log10/") - digits - 1
     return [f"{i:0{digits}}_{shorten(n, room)}" for i, n in enumerate(without_prefix(names))]
-
-
-def without_prefix(names: Sequence[str]) -> list[str]:
-    """The names without the leading modules that all of them share.
-
-    >>> without_prefix(["net.model.0.weight", "net.model.0.bias"])
-    ['weight', 'bias']
-    """
-    parts = [n.split(".") for n in names]
-    shared = 0
-    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
-
-
-def shorten(name: str, room: int) -> str:
-    """At most ``room`` characters of a dotted name; its end says most, so the beginning gives way.
-
-    Leading modules shrink to their first letter (numbers stay), then they go.
-
-    >>> shorten("encoder.layers.11.self_attn.out_proj.weight", 24)
-    'e.l.11.s.out_proj.weight'
-    """
-    parts = name.split(".")
-    for i in range(len(parts) - 1):
-        if len(".".join(parts)) <= room:
-            break
-        parts[i] = parts[i] if parts[i].isdigit() else parts[i][:1]
-    while len(parts) > 1 and len(".".join(parts)) > room:
-        del parts[0]
-    return ".".join(parts)[-room:]
-
-
-def histogram_panel(
-    counts: Mapping[str, Sequence[float]],
-    titles: Mapping[str, str],
-    *,
-    limits: Mapping[str, float] | None = None,
-    group: str = "gradguard",
-) -> LogRecord:
-    """A panel of gradient histograms.
-
-    Args:
-        counts: 30 counts for each parameter that is to be shown.
-        titles: Parameter name to its `tag_names`.
-        limits: For histograms of values, half the width of each axis; those of log10 have one axis.
-        group: Beginning of the tag group, for a second optimizer say ``"gradguard_1"``: its titles would
-            otherwise meet those of the first.
-    """
-    kind, note = ("log10", _LOG10_NOTE) if limits is None else ("value", _VALUE_NOTE)
-    tags = {name: f"{group}_hist_{kind}/{titles[name]}" for name in counts}
-    return LogRecord(
-        histograms={tags[name]: column for name, column in counts.items()},
-        notes={tag: note.format(name=name) for name, tag in tags.items()},
-        edges={} if limits is None else {tags[name]: edges(limits[name]) for name in counts},
-    )

@@ -22,8 +22,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_HALF, DT_STRING
 
-from lightning_gradguard.loggers.base import FailSafe, LogRecord
-from lightning_gradguard.loggers.pictures import Picture, Pictures
+from lightning_gradguard.loggers.base import FailSafe, LogRecord, Picture, PictureQueue
 from lightning_gradguard.stats.histogram import EDGES
 
 _AXIS = np.array(EDGES, dtype=np.float32)
@@ -46,49 +45,52 @@ class TensorBoardSink:
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
-        self._fuse, self._pictures = FailSafe("TensorBoard output"), Pictures("TensorBoard")
+        self._output, self._pictures = FailSafe("TensorBoard output"), PictureQueue("TensorBoard")
         self._described: set[str] = set()
 
-    def write(self, step: int, panel: LogRecord) -> None:
+    def write(self, step: int, record: LogRecord) -> None:
         """Writes a panel as one event and starts its drawings.
 
         Args:
             step: Position on the x axis.
-            panel: What to show.
+            record: What to show.
         """
-        if panel.scalars or panel.histograms or panel.texts:
-            self._fuse.run(lambda: self._write_values(step, panel))
-        if panel.rows:
-            self._fuse.run(lambda: self._write_rows(panel))
-        if not self._fuse.blown:
-            self._pictures.start(step, panel)
+        if record.scalars or record.histograms or record.texts or record.data:
+            self._output.run(lambda: self._write_values(step, record))
+        if record.rows:
+            self._output.run(lambda: self._write_rows(record))
+        if not self._output.is_off:
+            self._pictures.start(step, record)
         self._write_pictures(wait=False)
 
     def close(self) -> None:
         """Finishes and writes pending drawings and flushes the file; the writer stays open."""
         self._write_pictures(wait=True)
         self._pictures.close()
-        self._fuse.run(self._writer.flush)
+        self._output.run(self._writer.flush)
 
-    def _write_values(self, step: int, panel: LogRecord) -> None:
-        notes = panel.notes
-        values = [self._value(t, notes, "scalars", simple_value=_number(x)) for t, x in panel.scalars.items()]
+    def _write_values(self, step: int, record: LogRecord) -> None:
+        notes = record.notes
+        values = [
+            self._value(t, notes, "scalars", simple_value=_number(x)) for t, x in record.scalars.items()
+        ]
         values += [
             self._value(t, notes, "histograms", tensor=b)
-            for t, b in zip(panel.histograms, _buckets(panel.histograms, panel.edges), strict=True)
+            for t, b in zip(record.histograms, _buckets(record.histograms, record.edges), strict=True)
         ]
-        values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in panel.texts.items()]
+        values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in record.texts.items()]
+        values += [self._value(t, notes, "gradguard", tensor=_text(x)) for t, x in record.data.items()]
         self._add(values, step)
 
-    def _write_rows(self, panel: LogRecord) -> None:
-        for tag, rows in panel.rows.items():
-            columns = json.dumps(list(panel.columns.get(tag, ())), separators=(",", ":")).encode()
+    def _write_rows(self, record: LogRecord) -> None:
+        for tag, rows in record.rows.items():
+            columns = json.dumps(list(record.columns.get(tag, ())), separators=(",", ":")).encode()
             for step, row in rows:
-                self._add([self._value(tag, panel.notes, "gradguard", columns, tensor=_row(row))], step)
+                self._add([self._value(tag, record.notes, "gradguard", columns, tensor=_row(row))], step)
 
     def _write_pictures(self, wait: bool) -> None:
-        for picture in self._pictures.done(wait=wait):
-            self._fuse.run(partial(self._write_picture, picture))
+        for picture in self._pictures.take(wait=wait):
+            self._output.run(partial(self._write_picture, picture))
 
     def _write_picture(self, picture: Picture) -> None:
         width, height = struct.unpack(">II", picture.png[16:24])  # of the header chunk, which comes first

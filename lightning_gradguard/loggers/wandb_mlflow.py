@@ -1,23 +1,21 @@
-"""Loggers that show more than scalars: histograms, pictures and texts in W&B, pictures and texts in MLflow."""
+"""Loggers that show more than scalars: W&B (histograms, pictures, texts) and MLflow (pictures, texts)."""
 
 from __future__ import annotations
 
 import html
 import importlib
-import io
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_gradguard.loggers.base import FailSafe, LoggerSink, LogRecord
-from lightning_gradguard.loggers.pictures import Picture, Pictures
+from lightning_gradguard.charts.heatmap import decode_png
+from lightning_gradguard.loggers.base import FailSafe, LoggerSink, LogRecord, Picture, PictureQueue
 from lightning_gradguard.stats.histogram import EDGES
 
 
 class MediaSink(LoggerSink):
-    """What both have in common: pictures are drawn on a thread, and an error of theirs does not stop the scalars.
+    """Base of both. Pictures are drawn on a thread, and an error of the media does not stop the scalars.
 
     Args:
         logger: As for `LoggerSink`.
@@ -25,91 +23,84 @@ class MediaSink(LoggerSink):
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logger)
-        self._media_fuse, self._pictures = FailSafe(f"{self._name} media"), Pictures(self._name)
+        self._media, self._pictures = FailSafe(f"{self.name} media"), PictureQueue(self.name)
 
-    def write(self, step: int, panel: LogRecord) -> None:
-        """Logs a panel, and starts its drawings, which are logged with a later panel or on closing."""
-        super().write(step, panel)
-        if self._media_fuse.blown:
+    def write(self, step: int, record: LogRecord) -> None:
+        """Log a record and start its drawings, which are logged with a later record or on closing."""
+        super().write(step, record)
+        if self._media.is_off:
             return
-        self._media_fuse.run(lambda: self.log_media(step, panel))
-        self._pictures.start(step, panel)
+        self._media.run(lambda: self.log_media(step, record))
+        self._pictures.start(step, record)
         self._log_pictures(wait=False)
 
     def close(self) -> None:
-        """Logs the pictures that are still being drawn."""
+        """Log the pictures that are still being drawn."""
         self._log_pictures(wait=True)
         self._pictures.close()
 
-    def log_media(self, step: int, panel: LogRecord) -> None:
-        """Logs histograms and texts."""
+    def log_media(self, step: int, record: LogRecord) -> None:
+        """Log histograms and texts."""
         raise NotImplementedError
 
     def log_picture(self, picture: Picture) -> None:
-        """Logs a picture that is done."""
+        """Log a finished picture."""
         raise NotImplementedError
 
     def _log_pictures(self, wait: bool) -> None:
-        for picture in self._pictures.done(wait=wait):
-            self._media_fuse.run(partial(self.log_picture, picture))
+        for picture in self._pictures.take(wait=wait):
+            self._media.run(partial(self.log_picture, picture))
 
 
 class WandbSink(MediaSink):
-    """Shows panels in W&B, histograms on the axis that they were counted on.
+    """Shows records in W&B, with histograms on the axis that they were counted on.
 
     Args:
         logger: A ``WandbLogger``.
     """
 
-    def lacks_some_of(self, panel: LogRecord) -> bool:
-        """Nothing."""
+    def lacks_some_of(self, record: LogRecord) -> bool:
+        """Return False: W&B shows everything."""
         return False
 
-    def log_media(self, step: int, panel: LogRecord) -> None:
-        """Logs histograms, and texts as they stand."""
+    def log_media(self, step: int, record: LogRecord) -> None:
+        """Log histograms, and texts as preformatted Markdown."""
         wandb = importlib.import_module("wandb")
         media = {
-            tag: wandb.Histogram(np_histogram=(np.array(counts), np.array(panel.edges.get(tag, EDGES))))
-            for tag, counts in panel.histograms.items()
+            tag: wandb.Histogram(np_histogram=(np.array(counts), np.array(record.edges.get(tag, EDGES))))
+            for tag, counts in record.histograms.items()
         }
-        for tag, text in panel.texts.items():
+        for tag, text in record.texts.items():
             media[tag] = wandb.Html(f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>')
         if media:
             self.logger.log_metrics(media, step=step)
 
     def log_picture(self, picture: Picture) -> None:
-        """Logs a picture with its note below."""
-        self.logger.log_image(picture.tag, [_pixels(picture)], step=picture.step, caption=[picture.note])
+        """Log a picture with its note below."""
+        pixels = decode_png(picture.png)
+        self.logger.log_image(picture.tag, [pixels], step=picture.step, caption=[picture.note])
 
 
 class MlflowSink(MediaSink):
-    """Shows panels in MLflow, which has no histograms; a text is an artifact, ``TAG.md``, of the newest step.
+    """Shows records in MLflow, which has no histograms. A text is an artifact, ``TAG.md``, of the newest step.
 
     Args:
-        logger: A ``MLFlowLogger``.
+        logger: An ``MLFlowLogger``.
     """
 
     shows: ClassVar[str] = "scalars, heat map and texts"
     lacks: ClassVar[str] = "histograms"
 
-    def lacks_some_of(self, panel: LogRecord) -> bool:
-        """Histograms."""
-        return bool(panel.histograms)
+    def lacks_some_of(self, record: LogRecord) -> bool:
+        """Return True if the record holds histograms."""
+        return bool(record.histograms)
 
-    def log_media(self, step: int, panel: LogRecord) -> None:
-        """Logs texts."""
-        for tag, text in panel.texts.items():
+    def log_media(self, step: int, record: LogRecord) -> None:
+        """Log texts."""
+        for tag, text in record.texts.items():
             self.logger.experiment.log_text(self.logger.run_id, text, f"{tag}.md")
 
     def log_picture(self, picture: Picture) -> None:
-        """Logs a picture at the step that it shows."""
-        run, pixels = self.logger.run_id, _pixels(picture)
-        self.logger.experiment.log_image(run, pixels, key=picture.tag, step=picture.step)
-
-
-def _pixels(picture: Picture) -> NDArray[np.uint8]:
-    """A picture as uint8 [height, width, 4]."""
-    from matplotlib.image import imread
-
-    pixels: NDArray[np.uint8] = np.round(imread(io.BytesIO(picture.png)) * 255).astype(np.uint8)
-    return pixels
+        """Log a picture at the step that it shows."""
+        pixels = decode_png(picture.png)
+        self.logger.experiment.log_image(self.logger.run_id, pixels, key=picture.tag, step=picture.step)

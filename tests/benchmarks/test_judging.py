@@ -14,8 +14,7 @@ from benchmarks.judging.watching import OURS, watch
 from benchmarks.zoo import case
 from benchmarks.zoo.case import Case
 from lightning_gradguard import Cause, Fault, GradGuard
-from lightning_gradguard.detectors.base import Nothing, reading
-from lightning_gradguard.stats.trends import trends_of
+from lightning_gradguard.detectors.base import NoState, reading
 
 SICK = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("net.layers.0.*",), onset=20)
 
@@ -29,10 +28,10 @@ class At:
     measures: ClassVar[tuple[str, ...]] = ("steps",)
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
-        steps = trends_of(stats).steps
+        steps = stats.trends.steps
         return reading(stats, steps > self.step, steps, self.step, score=stats.norms), state
 
 

@@ -135,7 +135,7 @@ def test_the_halt_says_where_it_lies_and_how_to_replay_it(fit, tmp_path):
     assert guard.bundle == tmp_path / "gradguard" / "step-00000007.pt"
     assert re.search(r"\n\nFlight record: gradguard/step-00000007.pt \([\d.]+ kB\)\n", str(error))
     assert re.search(
-        r"gradguard replay gradguard/step-00000007.pt --module \S*test_recorder:Net$", str(error)
+        r"gradguard replay gradguard/step-00000007.pt --module \S*test_flight_recording:Net$", str(error)
     )
     assert str(error).startswith(str(error.diagnosis))
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_written_costs_one_warning_and_hides_nothing(fit, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recording, "write", full)
+    monkeypatch.setattr(recording, "write_bundle", full)
     if strict:
         warnings.simplefilter("error", GradientWarning)
     guard, error = halt(fit, Net(bad=[7]))

@@ -178,7 +178,7 @@ def test_two_optimizers_by_hand_are_judged_each_with_its_own_loss(fit):
 
     class Record(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            for index, own in guard._guards.items():
+            for index, own in guard._registry.guards.items():
                 losses.setdefault(index, []).append(own.report.loss)
 
     fit(module, guard, Record(), batches=10)

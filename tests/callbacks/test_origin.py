@@ -71,7 +71,7 @@ def test_the_halt_names_the_batch_and_its_rows(trials):
     with pytest.raises(GradientHalt) as caught, warnings.catch_warnings():
         warnings.simplefilter("ignore", GradientWarning)
         fit(Model(spoiled=(7,)), policy=Policy.strict(), trials=trials)
-    assert "Batch 7 itself is not finite: `batch[0]` holds NaN in rows 3, 7." in caught.value.diagnosis.signs
+    assert "Batch 7 contains bad data: `batch[0]` holds NaN in rows 3, 7." in caught.value.diagnosis.signs
     assert caught.value.diagnosis.causes[0].value == "bad_data"
 
 
@@ -85,7 +85,7 @@ def test_the_first_warning_says_it_too_and_only_the_first_replays():
     with pytest.warns(GradientWarning) as caught:
         guard = fit(model)
     said = [str(w.message) for w in caught if "nonfinite" in str(w.message)]
-    assert "Batch 7 itself is not finite: `batch[0]` holds NaN in rows 3, 7." in said[0]
+    assert "Batch 7 contains bad data: `batch[0]` holds NaN in rows 3, 7." in said[0]
     assert guard.summary["skipped"] == 2
     assert model.calls == 40  # a replay leaves no trace in the module
 
@@ -112,5 +112,5 @@ def test_what_cannot_be_replayed_is_not(options):
 
 
 def test_a_step_that_optimizes_by_hand_has_its_batch_looked_at():
-    with pytest.raises(GradientHalt, match=r"The batch itself is not finite: .* rows 3, 7"):
+    with pytest.raises(GradientHalt, match=r"The batch contains bad data: .* rows 3, 7"):
         fit(Model(spoiled=(7,), by_hand=True), policy=Policy.strict())

@@ -229,7 +229,7 @@ def report(*findings):
 def test_what_is_only_recorded_is_not_told():
     summary = RunSummary()
     summary.add(report(finding()))
-    assert list(summary._found(several=False)) == []
+    assert summary.describe_faults(several=False) == []
 
 
 def test_a_condition_that_becomes_critical_is_one():
@@ -238,7 +238,7 @@ def test_a_condition_that_becomes_critical_is_one():
         summary.add(report(finding(Fault.VANISHING, severity, 40)))
     summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 3)))
     summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 9)))
-    assert list(summary._found(several=False)) == [
+    assert summary.describe_faults(several=False) == [
         ("vanishing", "critical, once, first at step 40 in w"),
         ("spike", "warning, 2 times, first at step 3 in w"),
     ]

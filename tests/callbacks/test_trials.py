@@ -80,7 +80,7 @@ def test_the_halt_shows_the_table(tmp_path, form):
     assert first.before > 3 > first.after
     assert "tilt before" in str(halt)
     assert "passes" in str(halt)
-    assert guard._newest == (None, 0)
+    assert guard._batch == (None, 0)
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")

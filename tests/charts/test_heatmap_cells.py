@@ -11,7 +11,15 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from lightning_gradguard.charts import heatmap as drawing
-from lightning_gradguard.charts.heatmap import NO_GRADIENT, NOT_FINITE, SCALE, Marks, binned, draw, paint
+from lightning_gradguard.charts.heatmap import (
+    BLANK_COLOUR,
+    NONFINITE_COLOUR,
+    SCALE,
+    Marks,
+    bin_rows,
+    draw,
+    paint,
+)
 
 DECADES = st.floats(-12, 4) | st.sampled_from([math.nan, -math.inf])
 
@@ -26,7 +34,7 @@ def test_the_picture_in_tensorboard_has_them_too(value):
 def test_what_is_no_number_has_colours_of_its_own():
     pixels = paint(np.array([[math.nan, -math.inf, math.inf]]))
     assert pixels[0, :2].tolist() == [
-        [round(255 * x) for x in to_rgba(colour)] for colour in (NOT_FINITE, NO_GRADIENT)
+        [round(255 * x) for x in to_rgba(colour)] for colour in (NONFINITE_COLOUR, BLANK_COLOUR)
     ]
     assert pixels[0, 2].tolist() == paint(np.array([[2.0]]))[0, 0].tolist()
 
@@ -39,7 +47,7 @@ def test_what_is_no_number_has_colours_of_its_own():
 )
 def test_bins_show_one_of_their_rows_and_never_hide_what_is_not_finite(cells, most):
     names, cells = [str(i) for i in range(len(cells))], np.array(cells)
-    shown, rows = binned(names, cells, most)
+    shown, rows = bin_rows(names, cells, most)
     size = math.ceil(len(names) / most)
     assert shown == names[::size]
     assert rows.shape == (len(shown), cells.shape[1])

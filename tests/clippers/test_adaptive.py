@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.clippers.adaptive import EXACT, AdaGC, AutoClip, ZClip
-from lightning_gradguard.stats.grad_stats import Layout, measure
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
 
 few = settings(max_examples=settings.default.max_examples // 5)
 

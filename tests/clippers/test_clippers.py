@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
-from lightning_gradguard.clippers.fixed import AGC, Clipper, NormClip, apply_
+from lightning_gradguard.clippers.base import Clipper, apply_
+from lightning_gradguard.clippers.fixed import AGC, NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip
-from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 
 CLIPPERS = [
     NormClip(1.0),

@@ -17,7 +17,8 @@ from lightning_gradguard.clippers.spike_clip import (
     SPREAD_DECAY,
     SpikeClip,
 )
-from lightning_gradguard.stats.grad_stats import Layout, measure
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
 
 few = settings(max_examples=settings.default.max_examples // 5)
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
 from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
-from lightning_gradguard.engine import evaluate as pipeline
-from lightning_gradguard.engine.arguments import default_detectors
+from lightning_gradguard.engine.evaluate import GuardParts, evaluate, init_state
 from lightning_gradguard.results import Fault
-from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 
 DETECTORS = default_detectors()
 
@@ -37,8 +39,8 @@ class Stream:
         stats = measure(self.layout, weight_norms(self.layout), self.updates, loss)
         stats = dataclasses.replace(stats, **facts)
         if self.states is None:
-            self.states = pipeline.init(stats, self.detectors, None)
-        outcome, new = pipeline.advance(stats, self.states, self.detectors, None)
+            self.states = init_state(stats, GuardParts.of(self.detectors, None))
+        outcome, new = evaluate(stats, self.states, GuardParts.of(self.detectors, None))
         if stats.finite:
             self.states = new
         return outcome.readings
@@ -84,9 +86,9 @@ class TestEveryDetector:
         layout = Layout.of(weights)
         updates = torch.full((6,), 1.0, device="meta")
         stats = measure(layout, weight_norms(layout), updates, torch.tensor(1.0, device="meta"))
-        states = pipeline.init(stats, (detector,), None)
+        states = init_state(stats, GuardParts.of((detector,), None))
         for _ in range(2):
-            _, states = pipeline.advance(stats, states, (detector,), None)
+            _, states = evaluate(stats, states, GuardParts.of((detector,), None))
 
     @pytest.mark.parametrize("norms", [[0.0] * 6, [None, 1.0, None, 2.0, 1.0, 1.0], [1e-30] * 6, [1e18] * 6])
     def test_odd_gradients_raise_no_alarm(self, detector, norms):
@@ -267,15 +269,15 @@ def test_a_spike_after_convergence_to_nothing_is_only_noted():
     [
         (Spike, {"z": 0}, "z must be positive and finite, got 0"),
         (Spike, {"ratio": 1.0}, "ratio must be a finite number above 1, got 1.0"),
-        (Exploding, {"tilt": 2.0}, "-tilt must be positive"),
-        (Exploding, {"hot_steps": 0}, "hot_steps must be a finite number above 0"),
+        (Exploding, {"tilt": 2.0}, "tilt must be negative and finite, got 2.0"),
+        (Exploding, {"hot_steps": 0}, "hot_steps must be positive and finite, got 0"),
         (Exploding, {"loss_ratio": math.nan}, "loss_ratio must be"),
         (DepthTilt, {"limit": 2.0}, "limit must be a finite number above 2.5, got 2.0"),
         (DepthTilt, {"clear": -1.0}, "clear must be positive"),
         (DepthTilt, {"moving": math.inf}, "moving must be positive"),
         (TimeTilt, {"limit": 0}, "limit must be positive"),
         (DeadUnits, {"limit": 1.5}, "limit must be above 0 and at most 1, got 1.5"),
-        (DeadUnits, {"steps": 0}, "steps must be a finite number above 0"),
+        (DeadUnits, {"steps": 0}, "steps must be positive and finite, got 0"),
         (Disconnected, {"steps": -1}, "steps must be"),
         (Underflow, {"limit": 0}, "limit must be above 0"),
         (UpdateRatio, {"limit": -0.1}, "limit must be positive"),
@@ -423,7 +425,7 @@ def test_a_weight_that_begins_at_zero_may_grow():
         stream.weights["w5"].zero_()
     growing = [torch.tensor([1e-3] * 5 + [1 / (s + 1)]) for s in range(100)]
     assert not any(stream.feed([1.0] * 6, updates=u, sampled_steps=1)[0].raised for u in growing)
-    assert stream.states[1].solid.tolist() == [True] * 5 + [False]
+    assert stream.states.detectors[0].solid.tolist() == [True] * 5 + [False]
 
 
 def test_large_updates_are_remembered_for_a_while():

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, FADING, GROWING
-from lightning_gradguard.diagnosis.causes.ranking import RULES, find_causes
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.causes import RULES, find_causes
+from lightning_gradguard.diagnosis.causes.evidence import CERTAIN
+from lightning_gradguard.diagnosis.context import TOO_LARGE, TOO_SMALL, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.fixes.selection import find_remedies
+from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -51,11 +51,9 @@ def case_with(
 
 
 def weights(case):
-    best = {}
-    for rule in RULES:
-        for clue in rule(case):
-            best[clue.cause] = max(best.get(clue.cause, -math.inf), clue.weight)
-    return best
+    """Cause to the weight of its strongest evidence."""
+    found = {cause: [evidence.weight for evidence in rule(case)] for cause, rule in RULES.items()}
+    return {cause: max(weights) for cause, weights in found.items() if weights}
 
 
 @pytest.mark.parametrize(
@@ -84,11 +82,11 @@ def test_flat_activations_weigh_what_the_weights_leave_unexplained(tilt, gain):
     )
 
 
-@given(gain=st.floats(0.01, 100), fault=st.sampled_from(sorted(FADING + GROWING)))
+@given(gain=st.floats(0.01, 100), fault=st.sampled_from(sorted(TOO_SMALL + TOO_LARGE)))
 def test_gains_weigh_their_decades_times_the_layers_in_the_right_direction(gain, fault):
     found = weights(case_with(fault, gain=gain)).get(Cause.BAD_INITIALIZATION, 0.0)
-    decades = math.log10(gain) * (1 if fault in GROWING else -1)
-    least = 0.15 if fault in (Fault.VANISHING, *GROWING) else 0.6
+    decades = math.log10(gain) * (1 if fault in TOO_LARGE else -1)
+    least = 0.15 if fault in (Fault.VANISHING, *TOO_LARGE) else 0.6
     assert found == pytest.approx(6 * decades if decades > least + 1e-9 else 0.0, abs=1e-6)
 
 
@@ -298,7 +296,7 @@ def test_units_that_died_after_they_had_learnt_were_killed_by_the_steps():
 def test_a_path_through_rounding_has_no_slope():
     rounded = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5, "step": 1})
     assert find_causes(rounded)[0][0] == Cause.DETACHED_GRAPH
-    assert find_remedies(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
+    assert find_fixes(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
 
 
 def test_a_loss_without_a_bottom_and_one_that_is_flat():

@@ -8,8 +8,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.causes.ranking import diagnose, find_causes
+from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.results import Fault
 

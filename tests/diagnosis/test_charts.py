@@ -16,7 +16,7 @@ from lightning_gradguard.diagnosis.charts import MARKED, ROWS, heat_map
 from lightning_gradguard.diagnosis.diagnosis import Timeline
 
 
-def course_of(layers=3, steps=4, cells=None, **known):
+def timeline_of(layers=3, steps=4, cells=None, **known):
     names = tuple(f"net.{i}.weight" for i in range(layers)) if isinstance(layers, int) else layers
     cells = np.full((len(names), steps), -3.0) if cells is None else np.array(cells)
     return Timeline(tuple(range(10, 10 + steps)), names, tuple(map(tuple, cells.tolist())), **known)
@@ -28,20 +28,20 @@ def pixels(uri):
     return np.round(255 * imread(io.BytesIO(base64.b64decode(data)))).astype(int)
 
 
-@pytest.mark.parametrize("course", [None, Timeline((), ("a",), ((),)), Timeline((1,), (), ())])
-def test_of_nothing_there_is_no_picture(course):
-    assert heat_map(course, 1, ("a",)) is None
+@pytest.mark.parametrize("timeline", [None, Timeline((), ("a",), ((),)), Timeline((1,), (), ())])
+def test_of_nothing_there_is_no_picture(timeline):
+    assert heat_map(timeline, 1, ("a",)) is None
 
 
 def test_each_cell_is_a_pixel():
     cells = np.array([[-9.0, -1.0, math.nan], [-math.inf, 1.5, -4.0]])
-    picture = heat_map(course_of(2, 3, cells), 0, ())
+    picture = heat_map(timeline_of(2, 3, cells), 0, ())
     assert np.array_equal(pixels(picture.image), paint(cells))
     assert (picture.has_nonfinite, picture.has_blank) == (True, True)
     scale = pixels(picture.scale)
     assert scale.shape[0] == 1
     assert np.array_equal(scale[0, [0, -1]], paint(np.array([SCALE]))[0])
-    calm = heat_map(course_of(), 0, ())
+    calm = heat_map(timeline_of(), 0, ())
     assert (calm.has_nonfinite, calm.has_blank) == (False, False)
 
 
@@ -51,18 +51,18 @@ def marked(picture):
 
 def test_the_worst_rows_are_marked():
     parameters = tuple(f"net.{i}.weight" for i in (4, 2, 0, 1))
-    assert marked(heat_map(course_of(6), 0, parameters)) == set(parameters[:MARKED])
-    assert marked(heat_map(course_of(6), 0, ("net.4.bias", "gone.weight"))) == {"net.4.weight"}
+    assert marked(heat_map(timeline_of(6), 0, parameters)) == set(parameters[:MARKED])
+    assert marked(heat_map(timeline_of(6), 0, ("net.4.bias", "gone.weight"))) == {"net.4.weight"}
     both = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight")
-    assert marked(heat_map(course_of(both), 0, both[1:2])) == {both[1]}
-    assert marked(heat_map(course_of(both), 0, ("rnn.bias_hh_l0",))) == set(both[:2])
-    assert marked(heat_map(course_of(("a", "b")), 0, ("c",))) == set()
+    assert marked(heat_map(timeline_of(both), 0, both[1:2])) == {both[1]}
+    assert marked(heat_map(timeline_of(both), 0, ("rnn.bias_hh_l0",))) == set(both[:2])
+    assert marked(heat_map(timeline_of(("a", "b")), 0, ("c",))) == set()
 
 
 @given(layers=st.integers(1, 400), parameters=st.lists(st.integers(0, 399), max_size=8))
 def test_labels_do_not_meet(layers, parameters):
     names = tuple(f"net.{i}.weight" for i in parameters)
-    picture = heat_map(course_of(layers, 1), 0, names)
+    picture = heat_map(timeline_of(layers, 1), 0, names)
     assert all(0 < row.middle < picture.height for row in picture.rows)
     labels = sorted(row.middle for row in picture.rows if row.text)
     assert all(b - a >= 12 for a, b in pairwise(labels))
@@ -85,13 +85,13 @@ def test_ticks_stand_below_their_steps_with_room_between(first, stride, count):
 
 
 def test_strips_show_what_was_done():
-    picture = heat_map(course_of(skipped=(False, True, False, True), clipped=(True,) * 4), 11, ())
+    picture = heat_map(timeline_of(skipped=(False, True, False, True), clipped=(True,) * 4), 11, ())
     assert [strip.name for strip in picture.strips] == ["skipped", "clipped"]
     assert picture.strips[0].columns == (picture.column, 3 * picture.column)
     assert all(strip.top + picture.thick < 0 for strip in picture.strips)
     assert picture.strips[1].top + picture.thick < picture.strips[0].top
     assert picture.onset == 1.5 * picture.column
-    calm = heat_map(course_of(skipped=(False,) * 4), 9, ())
+    calm = heat_map(timeline_of(skipped=(False,) * 4), 9, ())
     assert (calm.strips, calm.onset) == ((), None)
 
 
@@ -100,7 +100,7 @@ def points(line):
 
 
 def test_a_larger_loss_is_higher_and_a_gap_stays_one():
-    losses = heat_map(course_of(1, 6, losses=(2.0, 1.0, math.nan, 3.0, math.inf, 1.0)), 0, ()).losses
+    losses = heat_map(timeline_of(1, 6, losses=(2.0, 1.0, math.nan, 3.0, math.inf, 1.0)), 0, ()).losses
     first, second, third = map(points, losses.lines)
     assert first[0][1] < first[1][1] == losses.height
     assert second[0] == second[1]
@@ -111,21 +111,21 @@ def test_a_larger_loss_is_higher_and_a_gap_stays_one():
 
 
 def test_losses_far_apart_are_drawn_by_their_logarithms():
-    losses = heat_map(course_of(1, 3, losses=(1.0, 1e3, 1e6)), 0, ()).losses
+    losses = heat_map(timeline_of(1, 3, losses=(1.0, 1e3, 1e6)), 0, ()).losses
     assert losses.logarithmic
     assert [y for _, y in points(losses.lines[0])] == [losses.height, losses.height / 2, 0.0]
-    assert not heat_map(course_of(1, 3, losses=(-1.0, 1e3, 1e6)), 0, ()).losses.logarithmic
+    assert not heat_map(timeline_of(1, 3, losses=(-1.0, 1e3, 1e6)), 0, ()).losses.logarithmic
 
 
 @pytest.mark.parametrize("losses", [(), (math.nan,) * 3, (1.0, math.nan, math.inf)])
 def test_less_than_two_losses_are_no_curve(losses):
-    assert heat_map(course_of(1, 3, losses=losses), 0, ()).losses is None
+    assert heat_map(timeline_of(1, 3, losses=losses), 0, ()).losses is None
 
 
 def test_losses_that_are_close_are_told_apart():
-    ticks = heat_map(course_of(1, 2, losses=(2.30012, 2.30049)), 0, ()).losses.ticks
+    ticks = heat_map(timeline_of(1, 2, losses=(2.30012, 2.30049)), 0, ()).losses.ticks
     assert [tick.text for tick in ticks] == ["2.3005", "2.3001"]
-    assert len(heat_map(course_of(1, 2, losses=(2.0, 2.0)), 0, ()).losses.ticks) == 1
+    assert len(heat_map(timeline_of(1, 2, losses=(2.0, 2.0)), 0, ()).losses.ticks) == 1
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ TRIED = dataclasses.replace(
 NAMES = tuple(f"net.{2 * i}.weight" for i in range(5))
 PICTURED = dataclasses.replace(
     TRIED,
-    course=Timeline(
+    timeline=Timeline(
         steps=(28, 29, 30, 31),
         layers=NAMES,
         rms_log10=tuple((-9.0 + 2 * i, -8.5 + 2 * i, math.nan, -math.inf) for i in range(5)),
@@ -265,19 +265,19 @@ def test_what_is_known_is_pictured():
 @pytest.mark.parametrize(
     ("unknown", "pictures"),
     [
-        ({"course": None}, 1),
+        ({"timeline": None}, 1),
         ({"layers": ()}, 1),
         ({"profile": ()}, 1),
         ({"remedies": TRIED.remedies}, 1),
         ({"remedies": ()}, 1),
-        ({"course": None, "remedies": ()}, 0),
+        ({"timeline": None, "remedies": ()}, 0),
     ],
 )
 def test_of_what_is_not_known_there_is_no_picture(unknown, pictures):
     page = dataclasses.replace(PICTURED, **unknown).to_html()
     assert len([a for a in of_kind(page, "svg") if "aria-label" in a]) == pictures
-    assert ("The newest steps" in page) == ("course" not in unknown)
-    assert ("What was tried" in page) == (pictures == 1 and "course" in unknown)
+    assert ("The newest steps" in page) == ("timeline" not in unknown)
+    assert ("What was tried" in page) == (pictures == 1 and "timeline" in unknown)
 
 
 def test_without_anything_known_the_page_has_no_picture():
@@ -289,9 +289,9 @@ def test_without_anything_known_the_page_has_no_picture():
 @pytest.mark.parametrize("name", NASTY)
 def test_names_break_out_of_no_picture(name):
     def page(name):
-        course = dataclasses.replace(PICTURED.course, layers=(name, *NAMES[1:]))
+        timeline = dataclasses.replace(PICTURED.timeline, layers=(name, *NAMES[1:]))
         remedies = (dataclasses.replace(PICTURED.remedies[0], name=name), *PICTURED.remedies[1:])
-        nasty = dataclasses.replace(PICTURED, course=course, layers=course.layers, remedies=remedies)
+        nasty = dataclasses.replace(PICTURED, timeline=timeline, layers=timeline.layers, remedies=remedies)
         return Reader(nasty.to_html())
 
     assert [tag for tag, _ in page(name).tags if tag != "code"] == [
@@ -316,19 +316,19 @@ def test_a_page_is_small_however_many_layers_there_are(layers):
     names = tuple(f"net.encoder.blocks.{i}.attention.projection.weight" for i in range(layers))
     noise = [[math.sin(i * j) - 9 * (i < 3) for j in range(128)] for i in range(layers)]
     flags = tuple(j % 2 == 0 for j in range(128))
-    course = Timeline(tuple(range(128)), names, tuple(map(tuple, noise)), flags, flags, tuple(noise[-1]))
+    timeline = Timeline(tuple(range(128)), names, tuple(map(tuple, noise)), flags, flags, tuple(noise[-1]))
     remedies = tuple(
         Remedy(f"remedy {k}", "f()", tried=True, profile=tuple(row[k] for row in noise)) for k in range(6)
     )
     big = dataclasses.replace(
-        DIAGNOSIS, course=course, layers=names, profile=tuple(row[9] for row in noise), remedies=remedies
+        DIAGNOSIS, timeline=timeline, layers=names, profile=tuple(row[9] for row in noise), remedies=remedies
     )
     assert len(big.to_html().encode()) < 500_000
 
 
 def test_what_is_only_drawn_is_neither_compared_nor_printed():
     assert pickle.loads(pickle.dumps(PICTURED)) == PICTURED
-    assert "course" not in repr(PICTURED)
+    assert "timeline" not in repr(PICTURED)
     assert "profile" not in repr(PICTURED)
 
 

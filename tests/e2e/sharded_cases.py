@@ -217,7 +217,7 @@ class Training:
 
     def seen(self):
         """Everything, for comparison; NaN and Inf as words, since no two NaN are equal."""
-        watch = self.guard.watch
+        watch = self.guard.tracker
         return {
             "norms": self.norms,
             "reference": self.reference,
@@ -227,7 +227,7 @@ class Training:
             "findings": [
                 [f.fault.value, f.severity, f.step, list(f.parameters)] for f in self.guard.findings
             ],
-            "order": list(watch.ordered_names),
+            "order": list(watch.layout.ordered_names),
             "embeddings": sorted(watch.graph_summary.embeddings),
             "weight norms": watch.weights.tolist(),
             "update ratios": watch.updates.tolist(),

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import AGC, Guard, SpikeClip
-from lightning_gradguard.stats.collect import read
+from lightning_gradguard.stats.collect import collect
 from lightning_gradguard.stats.grad_stats import gradients_of, measure
 from lightning_gradguard.stats.layout import Layout
 
@@ -92,14 +92,16 @@ def rank_local(rank):
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     report = guard.step(loss=loss)
-    watch = guard.watch
+    watch = guard.tracker
     layout = Layout.of(dict(net.named_parameters()))
-    tilt = read(layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True).time_tilt
-    silence = read(layout, gradients_of(layout), loss, None, asked=True).time_tilt
+    tilt = collect(
+        layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), tilt_due=True
+    ).time_tilt
+    silence = collect(layout, gradients_of(layout), loss, None, tilt_due=True).time_tilt
     return {
         "loss": [report.loss, loss.item()],
-        "order": list(watch.ordered_names),
-        "marks": [mark.tolist() for mark in watch._walk.marks],
+        "order": list(watch.layout.ordered_names),
+        "marks": [mark.tolist() for mark in watch._observer.marks],
         "tilt": [tilt.item(), str(silence.item())],
     }
 

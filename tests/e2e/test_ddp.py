@@ -52,5 +52,5 @@ def test_each_rank_tries_remedies_by_itself_and_none_waits(python, tmp_path, tal
     assert first["halted"] == second["halted"] is not None
     for rank in (first, second):
         # A step that talks to the others cannot be run alone, and says so.
-        assert ("talks to other processes" in rank["trials"]) == talks
+        assert ("communicates with other processes" in rank["trials"]) == talks
         assert rank["tried"][0] is not talks

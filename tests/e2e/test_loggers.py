@@ -86,7 +86,7 @@ def test_csv_has_the_scalars_and_what_it_lacks_is_said_once(home, caplog):
     assert float(last["gradguard/skipped_total"]) == guard.summary["skipped"] == 1
     assert "gradguard_exponents/fp16_subnormal" in rows[0]
     assert told(caplog) == [
-        "CSVLogger shows gradguard's scalars; its histograms and heat map need TensorBoard: "
+        "CSVLogger shows gradguard's scalars. Its histograms and heat map need TensorBoard: "
         "Trainer(logger=[..., TensorBoardLogger(...)])."
     ]
 
@@ -140,7 +140,7 @@ def test_mlflow_in_a_folder_has_scalars_pictures_and_texts(home, caplog):
     text = Path(client.download_artifacts(run, "gradguard/diagnosis.md", str(home)))
     assert "**nonfinite**" in text.read_text()
     assert told(caplog) == [
-        "MLFlowLogger shows gradguard's scalars, heat map and texts; its histograms need TensorBoard: "
+        "MLFlowLogger shows gradguard's scalars, heat map and texts. Its histograms need TensorBoard: "
         "Trainer(logger=[..., TensorBoardLogger(...)])."
     ]
 

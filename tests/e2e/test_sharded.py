@@ -228,7 +228,7 @@ class TestLightning:
         first, second = (rank["stopped"] for rank in lightning.ranks)
         assert first["halted"] == second["halted"] is not None
         assert first["diagnosis"] == second["diagnosis"]
-        assert "No remedy was tried: the parameters are sharded over processes" in first["trials"]
+        assert "No fix was tried: the parameters are sharded over processes" in first["trials"]
 
 
 @pytest.mark.parametrize(

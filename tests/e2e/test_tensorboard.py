@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_panel
+from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
+from lightning_gradguard.loggers.histograms import histogram_record
 from lightning_gradguard.loggers.overview import Overview
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.tags import FINDINGS, LAYER_RMS, tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 from lightning_gradguard.stats.histogram import EDGES, count, edges
@@ -46,10 +47,10 @@ def logdir(tmp_path_factory):
     for step in range(STEPS):
         report = report_of(step)
         overview.observe(report)
-        sink.write(step, overview.panel(report, tilt=1.0, update_ratio=1e-3, final=step == STEPS - 1))
-        sink.write(step, histogram_panel(counts, titles))
-        sink.write(step, histogram_panel(values, titles, limits=limits))
-        sink.write(step, exponents_panel(below, titles, NAMES, step=step))
+        sink.write(step, overview.build_record(report, tilt=1.0, update_ratio=1e-3, final=step == STEPS - 1))
+        sink.write(step, histogram_record(counts, titles))
+        sink.write(step, histogram_record(values, titles, limits=limits))
+        sink.write(step, exponents_record(below, titles, NAMES, step=step))
         if step == CLOSED_AFTER:
             sink.close()
             writer.close()
@@ -139,7 +140,16 @@ def test_tags(ask):
         f"gradguard_hist_{axis}/{title}" for axis in ("log10", "value") for title in titles
     ]
     assert ask("images/tags")[RUN].keys() == {"gradguard/heatmap"}
-    assert "gradguard/diagnosis" in ask("text/tags")[RUN]
+    assert sorted(ask("text/tags")[RUN]) == ["gradguard/diagnosis", "gradguard_exponents/table"]
+
+
+def test_what_is_kept_for_the_report_is_shown_nowhere(ask):
+    hidden = {f"gradguard/{name}" for name in (FINDINGS, LAYER_RMS)}
+    for plugin in ("scalars", "histograms", "images", "text", "distributions", "audio", "pr_curves"):
+        with contextlib.suppress(urllib.error.HTTPError):  # a plugin without data may have no such route
+            assert not hidden & set(ask(f"{plugin}/tags").get(RUN, ()))
+    series = ask("timeseries/tags")
+    assert not any(name in json.dumps(series) for name in hidden)
 
 
 @pytest.mark.parametrize(

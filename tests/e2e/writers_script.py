@@ -96,7 +96,7 @@ def train(folder, kind, trouble, ruined):
         error = error.__context__
     return {
         "weights": module.state_dict(), "judged": guard.summary["judged"], "ended": module.ended, "errors": errors,
-        "said": [str(w.message) for w in caught if "Training goes on" in str(w.message)],
+        "said": [str(w.message) for w in caught if "Training continues" in str(w.message)],
     }  # fmt: skip
 
 

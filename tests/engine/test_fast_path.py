@@ -12,9 +12,9 @@ from torch import nn
 
 from lightning_gradguard import Fault, Guard, Policy, SpikeClip
 from lightning_gradguard.clippers.fixed import NormClip
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors import default_detectors
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
-from lightning_gradguard.engine.arguments import default_detectors
 from lightning_gradguard.engine.readback import Readback
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
@@ -33,7 +33,7 @@ class Twins:
     def __init__(self, **kwargs):
         self.weights = [{f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS)} for _ in range(2)]
         self.guards = [Guard(weights.items(), **kwargs) for weights in self.weights]
-        self.guards[1].quiet._is_able = False
+        self.guards[1].fast_path._is_able = False
         self.passed, self.reports = [], ([], [])
 
     def step(self, norms, loss=None, **kwargs):
@@ -44,9 +44,9 @@ class Twins:
                 with torch.no_grad():
                     weight.fill_(1 + 1e-3 * (steps % (7 + i)))
                 weight.grad = None if norm is None else torch.full_like(weight, norm / 2)
-            was = guard.quiet.passed
+            was = guard.fast_path.accepted
             reports.append(guard.step(loss=loss, **kwargs))
-            if guard.quiet.passed > was:
+            if guard.fast_path.accepted > was:
                 self.passed.append(steps)
 
     def agree(self, states=True):
@@ -55,12 +55,12 @@ class Twins:
         assert [plain(asdict(report)) for report in quiet] == [plain(asdict(report)) for report in judged]
         assert [list(report.norms) for report in quiet] == [list(report.norms) for report in judged]
         if states:
-            assert plain(a.states) == plain(b.states)
+            assert plain(a.state) == plain(b.state)
         assert plain(a.findings) == plain(b.findings)
         assert plain(a.history.table()) == plain(b.history.table())
         assert a.counts == b.counts
-        assert a.judge.state_dict() == b.judge.state_dict()
-        known = [guard.watch.schedule.state_dict() | {"alert": None, "alarm": None} for guard in (a, b)]
+        assert a.fault_tracker.state_dict() == b.fault_tracker.state_dict()
+        known = [guard.tracker.schedule.state_dict() | {"alert": None, "alarm": None} for guard in (a, b)]
         assert known[0] == known[1]
 
 
@@ -235,7 +235,7 @@ class Wordy:
         self.asked = 0
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         self.asked += 1
@@ -245,7 +245,7 @@ class Wordy:
 class Mute(Wordy):
     """One that says it need not be."""
 
-    quiet = True
+    fast_path_safe = True
 
 
 @pytest.mark.parametrize(
@@ -284,10 +284,10 @@ def test_what_stands_out_is_judged(stream, clipper):
     """Whatever is skipped, clipped or found; where another tensor has a gradient; and at the looks after it."""
     twins, rows = Twins(clipper=CLIPPERS[clipper]), STREAMS[stream]()
     for step, row in enumerate(rows):
-        schedule, before = twins.guards[1].watch.schedule, len(twins.passed)
+        schedule, before = twins.guards[1].tracker.schedule, len(twins.passed)
         twins.step(row, 1.0)
         was_passed, said = len(twins.passed) > before, twins.reports[1][-1]
-        looked_at = schedule.closest == schedule.good - 1 and not said.skip
+        looked_at = schedule.last_full == schedule.good - 1 and not said.skip
         if looked_at or said.skip or said.scale < 1 or said.findings:
             assert not was_passed, step
         if step not in (0, 76) and [x is None for x in row] != [x is None for x in rows[step - 1]]:
@@ -335,13 +335,13 @@ def test_the_host_reads_once_at_a_quiet_step_and_once_at_a_look(clipper, monkeyp
     twins.weights, twins.guards = twins.weights[:1], twins.guards[:1]
     twins.reports = twins.reports[:1]
     for step, row in enumerate(STREAMS["all x10"]()):
-        waiting, before = len(guard.quiet.waiting), len(twins.passed)
+        waiting, before = len(guard.fast_path.deferred), len(twins.passed)
         reads.clear(), letters.clear()
         twins.step(row, falling(step))
         quiet = len(twins.passed) > before
         assert len(letters) == (not quiet)
         counts.append((waiting, quiet, len(reads)))
-        assert len(guard.quiet.waiting) == (waiting + 1 if quiet else 0)
+        assert len(guard.fast_path.deferred) == (waiting + 1 if quiet else 0)
     assert {reads for _, quiet, reads in counts if quiet} == {1}
     assert {reads for waiting, quiet, reads in counts if waiting == 7} == {1}
     # What stands out has been glanced at before.

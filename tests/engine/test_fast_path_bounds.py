@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard import SpikeClip
-from lightning_gradguard.clippers.spike_clip import WINDOW
-from lightning_gradguard.stats.grad_stats import Layout, measure
+from lightning_gradguard.clippers.base import WINDOW
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
 
 
 class Stream:
@@ -143,7 +144,7 @@ def test_a_window_is_learnt_from_at_once_to_the_last_bit(tensors, options):
         if not rows:
             stream.feed(stats)
             continue
-        at_once, after = stream.clipper.learn(rows, before)
+        at_once, after = stream.clipper.fold_in(rows, before)
         assert at_once.tolist() == [threshold.item() for threshold in thresholds]
         for name in after._fields:
             assert torch.equal(getattr(after, name), getattr(stream.state, name)), name

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Guard, SpikeClip
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors import default_detectors
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
-from lightning_gradguard.engine import checkpoint
-from lightning_gradguard.engine.arguments import default_detectors
 from lightning_gradguard.results import Fault, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
@@ -38,7 +37,7 @@ class Hand:
         self.optimizer = torch.optim.SGD(kept, lr=0.1)
         options = {"optimizer": self.optimizer, "clipper": SpikeClip(), **kwargs}
         self.guard = Guard(self.weights.items(), **options)
-        self.guard.quiet._is_able &= not judged
+        self.guard.fast_path._is_able &= not judged
 
     def step(self, step, factor=1.0):
         norms = np.exp(np.random.default_rng(step).normal(0, 0.1, TENSORS + 1)) * factor
@@ -71,8 +70,14 @@ def values(reports):
 def results(hand):
     """All that a guard has come to, but for what it may know a little late."""
     guard = hand.guard
-    kept = (guard.states, guard.findings, guard.counts, guard.judge.state_dict(), guard.history.table())
-    return [*kept, guard.watch.schedule.state_dict() | {"alert": None}]
+    kept = (
+        guard.state,
+        guard.findings,
+        guard.counts,
+        guard.fault_tracker.state_dict(),
+        guard.history.table(),
+    )
+    return [*kept, guard.tracker.schedule.state_dict() | {"alert": None}]
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def quiet():
     """A report of a quiet step that waits, and its like in full."""
     hands = Hand(), Hand(judged=True)
     reports = [hand.go(0, FIRST + 4)[-1] for hand in hands]
-    assert len(hands[0].guard.quiet.waiting) == 3
+    assert len(hands[0].guard.fast_path.deferred) == 3
     return hands[0], *reports
 
 
@@ -90,9 +95,9 @@ def test_a_report_knows_the_rest_when_it_is_asked(quiet):
     assert "norms" not in vars(report)
     assert list(report.norms) == ["w0", "w1", "w3"]
     assert report.norms == like.norms
-    assert hand.guard.quiet.waiting
+    assert hand.guard.fast_path.deferred
     assert report.threshold == like.threshold
-    assert not hand.guard.quiet.waiting
+    assert not hand.guard.fast_path.deferred
     with pytest.raises(AttributeError, match="'Report' object has no attribute 'treshold'"):
         report.treshold  # noqa: B018
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -160,7 +165,7 @@ def test_no_gradient_is_kept_by_a_step_that_waits():
     hand = Hand()
     hand.go(0, FIRST + 3)
     marks = [weakref.ref(w.grad) for w in hand.weights.values() if w.grad is not None]
-    assert hand.guard.quiet.waiting
+    assert hand.guard.fast_path.deferred
     for weight in hand.weights.values():
         weight.grad = None
     assert [mark() for mark in marks] == [None] * TENSORS
@@ -191,7 +196,7 @@ def test_a_guard_goes_on_exactly_from_any_step_of_a_window(way):
     for step in range(FIRST, FIRST + 9):
         second = way(hand)
         if step > FIRST:
-            assert second.guard.quiet.passed == hand.guard.quiet.passed == step - FIRST - 1
+            assert second.guard.fast_path.accepted == hand.guard.fast_path.accepted == step - FIRST - 1
         assert values(second.go(step, FIRST + 30)) == expected[step:]
         last = results(second)
         if way is through_a_file:  # history is not saved
@@ -239,13 +244,13 @@ def test_a_state_opens_no_window_where_each_step_has_to_be_judged(options):
     """Parts of the same classes may have other options, and a guard another lag."""
     first = Hand(detectors=(Spike(),))
     first.go(0, FIRST + 3)
-    assert first.guard.quiet._is_open
+    assert first.guard.fast_path._is_open
     second = Hand(**{"detectors": (Spike(),), **options})
     second.guard.load_state_dict(first.guard.state_dict())
     for step in range(FIRST + 3, FIRST + 12):
         second.step(step)
-        assert not second.guard.quiet.waiting
-    assert second.guard.quiet.passed == 0
+        assert not second.guard.fast_path.deferred
+    assert second.guard.fast_path.accepted == 0
 
 
 @pytest.mark.parametrize("cut", [None, FIRST + 4, FIRST + 8])
@@ -253,10 +258,10 @@ def test_a_guard_that_goes_back_has_let_nothing_wait(cut):
     ways = []
     for hand in (Hand(), Hand(judged=True)):
         reports = hand.go(0, cut or 0)
-        state = None if cut is None else checkpoint.save(hand.guard)
+        state = None if cut is None else hand.guard.state_dict()
         reports += hand.go(cut or 0, FIRST + 11)
-        checkpoint.go_back(hand.guard, state)
-        assert not hand.guard.quiet.waiting
+        hand.guard.roll_back(state)
+        assert not hand.guard.fast_path.deferred
         # A guard that judges each step goes on doing so.
         reports += hand.go(FIRST + 11, FIRST + 50)
         ways.append((values(reports), results(hand)))
@@ -268,7 +273,7 @@ def test_a_group_that_is_added_in_a_window_begins_anew():
     for hand in (Hand(), Hand(judged=True)):
         reports = hand.go(0, FIRST + 4)
         hand.optimizer.add_param_group({"params": [hand.weights["w4"]]})
-        assert bool(hand.guard.quiet.waiting) == hand.guard.quiet._is_able
+        assert bool(hand.guard.fast_path.deferred) == hand.guard.fast_path._is_able
         reports += hand.go(FIRST + 4, FIRST + 50)
         assert list(reports[-1].norms) == ["w0", "w1", "w3", "w4"]
         ways.append((values(reports), results(hand)))
@@ -281,7 +286,7 @@ class Raising:
     fault, measures, slow, fails = Fault.STALLED, ("nothing",), True, False
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         if self.fails:
@@ -298,10 +303,10 @@ def test_a_step_that_fails_loses_none_of_those_that_wait(at):
         reports = hand.go(0, at)
         detector.fails = True
         # Asked at a closer look, which a step after one that was not taken is.
-        hand.guard.watch.schedule.alarm = True
+        hand.guard.tracker.schedule.alarm = True
         with pytest.raises(OSError, match="no detector"):
             hand.step(at, 1.01)
-        detector.fails = hand.guard.watch.schedule.alarm = False
+        detector.fails = hand.guard.tracker.schedule.alarm = False
         reports += hand.go(at + 1, at + 30)
         ways.append((values(reports), results(hand)))
         assert len(ways[-1][1][4]["step"]) == at + 29

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Guard, Spike, SpikeClip
-from lightning_gradguard.engine.checkpoint import go_back
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -32,7 +31,7 @@ class Picky(Spike):
 class Told(Picky):
     """Says it anew."""
 
-    quiet = True
+    fast_path_safe = True
 
     def update(self, stats, state):
         return super().update(stats, state)
@@ -51,7 +50,7 @@ def run(guard, parameters, gradient, steps=STEPS, loss=None):
 
 
 def passed(reports):
-    return sum("_later" in vars(report) for report in reports)
+    return sum("_fields" in vars(report) for report in reports)
 
 
 def noise(step, i, generator):
@@ -125,6 +124,6 @@ def test_who_goes_back_to_the_beginning_learns_the_loss_anew():
     parameters = weights()
     guard = Guard(named(parameters), lag=0, clipper=SpikeClip())
     run(guard, parameters, noise, loss=lambda step: 5.0)
-    go_back(guard, None)
+    guard.roll_back(None)
     run(guard, parameters, noise, 40, loss=lambda step: 3.0)
-    assert guard.letter.loss_start == 3.0
+    assert guard.record.loss_start == 3.0

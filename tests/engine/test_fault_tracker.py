@@ -5,12 +5,12 @@ import math
 import pytest
 
 from lightning_gradguard.engine.fault_tracker import SILENCE, FaultTracker
-from lightning_gradguard.engine.readback import DetectorResult, StepRecord
+from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Severity
 
 
-def sight(
+def result(
     fault=Fault.VANISHING,
     raised=True,
     cleared=None,
@@ -26,149 +26,149 @@ def sight(
     )  # fmt: skip
 
 
-def letter(*sights, finite=True, total=1.0, clipped=1.0, loss=1.0, loss_scale=math.nan):
+def record(*results, finite=True, total=1.0, clipped=1.0, loss=1.0, loss_scale=math.nan):
     nan = math.nan
     return StepRecord(
         total_norm=total, clipped_norm=clipped, threshold=nan, clipped=clipped < total, finite=finite, loss=loss,
         loss_start=1.0, loss_mean=1.0, loss_first=1.0, loss_scale=loss_scale, tilt=nan, update_ratio=nan,
-        usual_norm=1.0, norms={"a": 1.0}, sights=list(sights),
+        baseline_norm=1.0, norms={"a": 1.0}, results=list(results),
     )  # fmt: skip
 
 
-def run(judge, step, *sights, **kwargs):
+def run(tracker, step, *results, **kwargs):
     flags = {"has_loss": True, "scaled": False, "clipping": False}
     flags = {k: kwargs.pop(k, v) for k, v in flags.items()}
-    return judge.judge(step, letter(*sights, **kwargs), **flags)
+    return tracker.decide(step, record(*results, **kwargs), **flags)
 
 
-BAD = sight(Fault.NONFINITE)
+BAD = result(Fault.NONFINITE)
 
 
-def severities(verdicts):
-    return [f.severity for v in verdicts for f in v.report.findings]
+def severities(decisions):
+    return [f.severity for d in decisions for f in d.report.findings]
 
 
 def test_warning_at_once_and_critical_after_patience():
-    judge = FaultTracker(Policy(patience=5))
-    verdicts = [run(judge, s, sight()) for s in range(10, 30)]
-    found = {v.report.step: v.report.findings[0] for v in verdicts if v.report.findings}
+    tracker = FaultTracker(Policy(patience=5))
+    decisions = [run(tracker, s, result()) for s in range(10, 30)]
+    found = {d.report.step: d.report.findings[0] for d in decisions if d.report.findings}
     assert {s: f.severity for s, f in found.items()} == {10: Severity.WARNING, 15: Severity.CRITICAL}
     assert all(f.step == 10 for f in found.values())
-    assert all(v.halt is None for v in verdicts)
+    assert all(d.halt is None for d in decisions)
 
 
 def test_halt_comes_with_the_critical_finding_and_skips_the_step():
-    judge = FaultTracker(Policy(respond={"vanishing": "halt"}, patience=3))
-    verdicts = [run(judge, s, sight()) for s in range(4)]
-    assert [v.halt is not None for v in verdicts] == [False, False, False, True]
-    assert verdicts[-1].report.skip
-    assert verdicts[-1].report.scale == 0.0
+    tracker = FaultTracker(Policy(respond={"vanishing": "halt"}, patience=3))
+    decisions = [run(tracker, s, result()) for s in range(4)]
+    assert [d.halt is not None for d in decisions] == [False, False, False, True]
+    assert decisions[-1].report.skip
+    assert decisions[-1].report.scale == 0.0
 
 
 def test_patience_zero_is_critical_at_once():
-    assert severities([run(FaultTracker(Policy(patience=0)), 0, sight())]) == [Severity.CRITICAL]
+    assert severities([run(FaultTracker(Policy(patience=0)), 0, result())]) == [Severity.CRITICAL]
 
 
 def test_a_condition_stays_below_its_ceiling():
-    judge = FaultTracker(Policy.strict())
-    assert severities([run(judge, s, sight(ceiling=Severity.WARNING)) for s in range(200)]) == [
+    tracker = FaultTracker(Policy.strict())
+    assert severities([run(tracker, s, result(ceiling=Severity.WARNING)) for s in range(200)]) == [
         Severity.WARNING
     ]
 
-    judge = FaultTracker(Policy.strict())
-    assert severities([run(judge, s, sight(ceiling=Severity.INFO)) for s in range(200)]) == [Severity.INFO]
+    tracker = FaultTracker(Policy.strict())
+    assert severities([run(tracker, s, result(ceiling=Severity.INFO)) for s in range(200)]) == [Severity.INFO]
 
 
 def test_a_condition_that_turns_graver_is_said_again():
-    judge = FaultTracker(Policy(patience=3))
+    tracker = FaultTracker(Policy(patience=3))
     ceilings = [Severity.INFO] * 5 + [Severity.WARNING] * 5 + [Severity.CRITICAL] * 5
-    verdicts = [run(judge, s, sight(ceiling=c)) for s, c in enumerate(ceilings)]
-    assert [(v.report.step, f.severity) for v in verdicts for f in v.report.findings] == [
+    decisions = [run(tracker, s, result(ceiling=c)) for s, c in enumerate(ceilings)]
+    assert [(d.report.step, f.severity) for d in decisions for f in d.report.findings] == [
         (0, Severity.INFO), (5, Severity.WARNING), (10, Severity.CRITICAL),
     ]  # fmt: skip
 
 
 def test_hysteresis_keeps_the_episode():
-    judge = FaultTracker(Policy(patience=3))
-    between = sight(raised=False, cleared=False)
-    steps = [sight(), between, between, sight(), sight(), sight()]
-    found = severities([run(judge, i, s) for i, s in enumerate(steps)])
+    tracker = FaultTracker(Policy(patience=3))
+    between = result(raised=False, cleared=False)
+    steps = [result(), between, between, result(), result(), result()]
+    found = severities([run(tracker, i, s) for i, s in enumerate(steps)])
     assert found == [Severity.WARNING, Severity.CRITICAL]
 
 
 def test_a_cleared_condition_begins_anew():
-    judge = FaultTracker(Policy(patience=3))
-    steps = [sight(), sight(), sight(raised=False), *[sight()] * 4]
-    reports = [run(judge, i, s).report for i, s in enumerate(steps)]
+    tracker = FaultTracker(Policy(patience=3))
+    steps = [result(), result(), result(raised=False), *[result()] * 4]
+    reports = [run(tracker, i, s).report for i, s in enumerate(steps)]
     assert [f.step for r in reports for f in r.findings] == [0, 3, 3]
 
 
 def test_flapping_says_it_once_in_a_hundred_steps():
-    judge = FaultTracker(Policy(patience=10))
-    verdicts = [run(judge, s, sight(raised=bool(s % 2))) for s in range(3 * SILENCE)]
-    assert sum(len(v.messages) for v in verdicts) == 3
-    assert sum(len(v.report.findings) for v in verdicts) == 150
+    tracker = FaultTracker(Policy(patience=10))
+    decisions = [run(tracker, s, result(raised=bool(s % 2))) for s in range(3 * SILENCE)]
+    assert sum(len(d.messages) for d in decisions) == 3
+    assert sum(len(d.report.findings) for d in decisions) == 150
 
 
 def test_an_event_is_found_each_time_and_never_halts():
-    judge = FaultTracker(Policy.strict())
-    spike = sight(Fault.SPIKE, event=True)
-    verdicts = [run(judge, s, spike) for s in range(80)]
-    assert severities(verdicts) == [Severity.WARNING] * 80
-    assert [f.step for v in verdicts for f in v.report.findings] == list(range(80))
-    assert all(v.halt is None and not v.report.skip for v in verdicts)
-    assert sum(len(v.messages) for v in verdicts) == 1
+    tracker = FaultTracker(Policy.strict())
+    spike = result(Fault.SPIKE, event=True)
+    decisions = [run(tracker, s, spike) for s in range(80)]
+    assert severities(decisions) == [Severity.WARNING] * 80
+    assert [f.step for d in decisions for f in d.report.findings] == list(range(80))
+    assert all(d.halt is None and not d.report.skip for d in decisions)
+    assert sum(len(d.messages) for d in decisions) == 1
 
 
 def test_findings_come_by_precedence():
-    judge = FaultTracker(Policy())
+    tracker = FaultTracker(Policy())
     report = run(
-        judge, 0, sight(Fault.SPIKE, event=True), sight(Fault.DISCONNECTED), sight(Fault.VANISHING)
+        tracker, 0, result(Fault.SPIKE, event=True), result(Fault.DISCONNECTED), result(Fault.VANISHING)
     ).report
     assert [f.fault for f in report.findings] == [Fault.DISCONNECTED, Fault.VANISHING, Fault.SPIKE]
 
 
 def test_a_consequence_is_not_reported_beside_its_cause():
-    judge = FaultTracker(Policy())
-    report = run(judge, 0, sight(Fault.STALLED), sight(Fault.VANISHING)).report
+    tracker = FaultTracker(Policy())
+    report = run(tracker, 0, result(Fault.STALLED), result(Fault.VANISHING)).report
     assert [f.fault for f in report.findings] == [Fault.VANISHING]
-    after = run(judge, 1, sight(Fault.STALLED), sight(Fault.VANISHING, raised=False)).report
+    after = run(tracker, 1, result(Fault.STALLED), result(Fault.VANISHING, raised=False)).report
     assert [(f.fault, f.step) for f in after.findings] == [(Fault.STALLED, 0)]
 
 
 def test_ignore_says_and_finds_nothing():
-    verdict = run(FaultTracker(Policy(respond={"vanishing": "ignore"})), 0, sight())
+    verdict = run(FaultTracker(Policy(respond={"vanishing": "ignore"})), 0, result())
     assert verdict.report.findings == verdict.messages == ()
 
 
 def test_rules_that_need_the_loss_are_off_without_it():
-    assert run(FaultTracker(Policy()), 0, sight(needs_loss=True), has_loss=False).report.findings == ()
-    assert run(FaultTracker(Policy()), 0, sight(needs_loss=True), has_loss=True).report.findings
+    assert run(FaultTracker(Policy()), 0, result(needs_loss=True), has_loss=False).report.findings == ()
+    assert run(FaultTracker(Policy()), 0, result(needs_loss=True), has_loss=True).report.findings
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
 def test_nonfinite_skips_up_to_the_limit_then_halts(limit):
-    judge = FaultTracker(Policy(max_consecutive_skips=limit))
-    verdicts = [run(judge, s, BAD, finite=False) for s in range(limit + 1)]
-    assert all(v.report.skip for v in verdicts)
-    assert [v.halt is not None for v in verdicts] == [False] * limit + [True]
-    assert verdicts[-1].halt.severity == Severity.CRITICAL
-    assert verdicts[-1].halt.step == 0
+    tracker = FaultTracker(Policy(max_consecutive_skips=limit))
+    decisions = [run(tracker, s, BAD, finite=False) for s in range(limit + 1)]
+    assert all(d.report.skip for d in decisions)
+    assert [d.halt is not None for d in decisions] == [False] * limit + [True]
+    assert decisions[-1].halt.severity == Severity.CRITICAL
+    assert decisions[-1].halt.step == 0
 
 
 def test_a_good_step_resets_the_count_of_skips():
-    judge = FaultTracker(Policy(max_consecutive_skips=2))
+    tracker = FaultTracker(Policy(max_consecutive_skips=2))
     for step in range(30):
-        verdict = run(judge, step, BAD if step % 3 else sight(raised=False), finite=step % 3 == 0)
+        verdict = run(tracker, step, BAD if step % 3 else result(raised=False), finite=step % 3 == 0)
         assert verdict.halt is None
 
 
 @pytest.mark.parametrize("response", ["ignore", "warn"])
 def test_ignore_and_warn_skip_nonfinite_but_never_halt(response):
-    judge = FaultTracker(Policy(respond={"nonfinite": response}))
-    verdicts = [run(judge, s, BAD, finite=False) for s in range(50)]
-    assert all(v.report.skip and v.halt is None for v in verdicts)
-    assert sum(len(v.messages) for v in verdicts) == (response == "warn")
+    tracker = FaultTracker(Policy(respond={"nonfinite": response}))
+    decisions = [run(tracker, s, BAD, finite=False) for s in range(50)]
+    assert all(d.report.skip and d.halt is None for d in decisions)
+    assert sum(len(d.messages) for d in decisions) == (response == "warn")
 
 
 def test_halt_on_the_first_nonfinite():
@@ -184,24 +184,24 @@ def test_nonfinite_is_skipped_without_a_detector_for_it():
 def test_a_nonfinite_step_leaves_other_conditions_as_they_were():
     with_nan, without = FaultTracker(Policy(patience=5)), FaultTracker(Policy(patience=5))
     for step in range(4):
-        run(with_nan, step, sight())
-        run(without, step, sight())
-    run(with_nan, 4, sight(raised=False), BAD, finite=False)
-    a = [run(with_nan, s, sight()).report.findings for s in range(5, 10)]
-    b = [run(without, s, sight()).report.findings for s in range(5, 10)]
+        run(with_nan, step, result())
+        run(without, step, result())
+    run(with_nan, 4, result(raised=False), BAD, finite=False)
+    a = [run(with_nan, s, result()).report.findings for s in range(5, 10)]
+    b = [run(without, s, result()).report.findings for s in range(5, 10)]
     assert a == b
 
 
 def test_a_scalers_overflow_is_routine_until_its_scale_is_below_one():
-    judge = FaultTracker(Policy(max_consecutive_skips=2))
+    tracker = FaultTracker(Policy(max_consecutive_skips=2))
     for step in range(20):
-        verdict = run(judge, step, BAD, finite=False, scaled=True, loss_scale=1024.0)
+        verdict = run(tracker, step, BAD, finite=False, scaled=True, loss_scale=1024.0)
         assert verdict.report.skip
         assert verdict.halt is None
         assert verdict.messages == ()
         assert severities([verdict]) == [Severity.INFO]
-    verdicts = [run(judge, s, BAD, finite=False, scaled=True, loss_scale=0.5) for s in range(20, 23)]
-    assert severities(verdicts) == [Severity.WARNING, Severity.WARNING, Severity.CRITICAL]
+    decisions = [run(tracker, s, BAD, finite=False, scaled=True, loss_scale=0.5) for s in range(20, 23)]
+    assert severities(decisions) == [Severity.WARNING, Severity.WARNING, Severity.CRITICAL]
 
 
 def test_a_nonfinite_loss_counts_with_a_scaler_too():
@@ -210,10 +210,10 @@ def test_a_nonfinite_loss_counts_with_a_scaler_too():
 
 
 def test_skip_on_a_condition_skips_while_it_holds_and_then_halts():
-    judge = FaultTracker(Policy(respond={"exploding": "skip"}, max_consecutive_skips=3))
-    verdicts = [run(judge, s, sight(Fault.EXPLODING)) for s in range(4)]
-    assert [v.report.skip for v in verdicts] == [True] * 4
-    assert [v.halt is not None for v in verdicts] == [False, False, False, True]
+    tracker = FaultTracker(Policy(respond={"exploding": "skip"}, max_consecutive_skips=3))
+    decisions = [run(tracker, s, result(Fault.EXPLODING)) for s in range(4)]
+    assert [d.report.skip for d in decisions] == [True] * 4
+    assert [d.halt is not None for d in decisions] == [False, False, False, True]
 
 
 def test_scale_is_what_was_done():
@@ -224,9 +224,24 @@ def test_scale_is_what_was_done():
 def test_state_survives_a_round_trip():
     one, two = FaultTracker(Policy(patience=5)), FaultTracker(Policy(patience=5))
     for step in range(3):
-        run(one, step, sight(), sight(Fault.SPIKE, event=True))
+        run(one, step, result(), result(Fault.SPIKE, event=True))
     two.load_state_dict(one.state_dict())
     for step in range(3, 12):
-        a, b = (run(j, step, sight(), sight(Fault.SPIKE, event=True)) for j in (one, two))
+        a, b = (run(j, step, result(), result(Fault.SPIKE, event=True)) for j in (one, two))
         assert a == b
     assert one.state_dict() == two.state_dict()
+
+
+def test_a_custom_fault_explains_nothing_and_nothing_explains_it():
+    custom = Fault.custom("custom_in_the_tracker")
+    tracker = FaultTracker(Policy(respond={custom: "halt"}, patience=2))
+    own, dead, vanishing = result(custom), result(Fault.DEAD), result(Fault.VANISHING)
+    first = run(tracker, 0, own, vanishing, dead)
+    assert [f.fault for f in first.report.findings] == [Fault.DEAD, custom]
+    run(tracker, 1, own, vanishing, dead)
+    assert run(tracker, 2, own, vanishing, dead).halt.fault == custom
+
+
+def test_a_custom_fault_is_restored_with_its_results():
+    custom = result(Fault.custom("custom_in_a_state"), ceiling=Severity.WARNING)
+    assert DetectorResult.from_plain(custom.to_plain()) == custom

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Fault, GradientHalt, Guard, Policy, Severity
-from lightning_gradguard.detectors.base import Nothing, reading
+from lightning_gradguard.detectors import default_detectors
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import Exploding
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
 from lightning_gradguard.detectors.updates import Stalled, UpdateRatio
-from lightning_gradguard.engine.arguments import default_detectors
-from lightning_gradguard.engine.sampling_schedule import LATER, REFRESH, SETTLED, Schedule
+from lightning_gradguard.engine.sampling_schedule import LATER, REFRESH, SETTLED, SamplingSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -84,7 +84,7 @@ class Hand:
         return None
 
 
-class Always(Schedule):
+class Always(SamplingSchedule):
     """Each step is a closer look, as if no detector were slow; what is sampled is sampled as often as else."""
 
     def due(self, has_loss):
@@ -107,11 +107,11 @@ LATE = {
 
 def looks_between(first, last):
     """Closer looks of a quiet training from one step, left out, to another."""
-    schedule, found = Schedule(), 0
+    schedule, found = SamplingSchedule(), 0
     schedule.alert = True  # the loss makes no progress
     for step in range(last + 1):
         found += schedule.due(True).elapsed > 0 and step > first
-        schedule.settle(True)
+        schedule.commit(True)
     return found
 
 
@@ -121,7 +121,7 @@ def test_what_sets_in_late_is_found_a_few_looks_later_at_most(fault, alone):
     detector, expected, allowed = LATE[fault]
     detectors = (detector,) if alone and detector is not None else default_detectors()
     plain, always = (Hand(fault, detectors=detectors) for _ in range(2))
-    always.guard.watch.schedule = Always()
+    always.guard.tracker.schedule = Always()
     soon = always.first(range(ONSET + 6 * LATER), expected)
     found = plain.first(range(ONSET + 6 * LATER), expected)
     assert soon is not None
@@ -135,7 +135,7 @@ def test_what_sets_in_late_is_found_a_few_looks_later_at_most(fault, alone):
 def test_what_is_sick_from_the_start_is_found_at_the_step_where_it_would_be_anyway(fault):
     """Or a few steps later where that lies beyond the steps that are all looked at."""
     plain, always = (Hand(fault, lambda step: True) for _ in range(2))
-    always.guard.watch.schedule = Always()
+    always.guard.tracker.schedule = Always()
     soon, found = (hand.first(range(80)) for hand in (always, plain))
     assert soon is not None
     assert soon == found or (soon >= 32 and soon <= found < soon + 10)
@@ -155,10 +155,10 @@ def test_a_reading_stands_so_that_patience_counts_steps():
     policy = Policy(respond={"stalled": "halt"}, patience=patience)
     hand = Hand("stalled", detectors=(Stalled(),), policy=policy)
     warned = hand.first(range(ONSET + 6 * LATER))
-    due = [copy.copy(hand.guard.watch.schedule).due(True).elapsed]
+    due = [copy.copy(hand.guard.tracker.schedule).due(True).elapsed]
     for step in range(warned + 1, warned + patience):
         assert hand.step(step).findings == ()
-        due.append(copy.copy(hand.guard.watch.schedule).due(True).elapsed)
+        due.append(copy.copy(hand.guard.tracker.schedule).due(True).elapsed)
     assert not all(due)
     with pytest.raises(GradientHalt) as caught:
         hand.step(warned + patience)
@@ -175,7 +175,7 @@ class Counting:
         self.slow, self.asked = slow, []
 
     def init(self, stats):
-        return Nothing()
+        return NoState()
 
     def update(self, stats, state):
         self.asked.append(stats.elapsed)
@@ -186,7 +186,7 @@ def test_slow_detectors_are_asked_at_closer_looks_alone():
     slow, fast = Counting(slow=True), Counting(slow=False)
     hand, due = Hand("", detectors=(slow, fast)), []
     for step in range(SETTLED + 2 * LATER):
-        due.append(copy.copy(hand.guard.watch.schedule).due(True).elapsed)
+        due.append(copy.copy(hand.guard.tracker.schedule).due(True).elapsed)
         hand.step(step)
     assert fast.asked == due
     assert slow.asked == [elapsed for elapsed in due if elapsed]
@@ -198,12 +198,12 @@ def test_the_shape_over_depth_stands_too():
     hand = Hand("vanishing", lambda step: True)
     for step in range(SETTLED + 2):
         hand.step(step)
-    look = hand.guard.letter
+    look = hand.guard.record
     assert look.tilt == pytest.approx(6.0, abs=0.1)
     hand.sick = lambda step: False
     hand.step(SETTLED + 2)
-    assert hand.guard.letter.tilt == look.tilt
-    offset = hand.guard.states[0].offset
+    assert hand.guard.record.tilt == look.tilt
+    offset = hand.guard.state[0].offset
     assert offset.isfinite().all()
     assert offset[0] < offset[-1] - 5
 
@@ -214,7 +214,7 @@ def test_what_is_over_stands_until_it_is_looked_at():
     states = []
     for step in range(healed + 2 * LATER):
         hand.step(step)
-        states.append((hand.guard.sights[0].raised, hand.guard.sights[0].value))
+        states.append((hand.guard._results[0].raised, hand.guard._results[0].value))
     changes = [step for step in range(SETTLED + 2, len(states)) if states[step] != states[step - 1]]
     # Numbers change at looks alone, the verdict with them.
     assert changes
@@ -228,19 +228,19 @@ def test_after_an_odd_step_everything_is_looked_at(bad):
     hand = Hand("", detectors=default_detectors())
     for step in range(280):
         hand.step(step)
-    before = hand.guard.sights
+    before = hand.guard._results
     loss = hand.set(280)
     for weight in hand.model.parameters():
         weight.grad.mul_(1e6 if bad == "spike" else math.nan)
     hand.guard.step(loss=loss)
     hand.step(281)
-    assert hand.guard.watch.schedule.closest == hand.guard.watch.schedule.good - 1
+    assert hand.guard.tracker.schedule.last_full == hand.guard.tracker.schedule.good - 1
     slow = [i for i, detector in enumerate(hand.guard.detectors) if getattr(detector, "slow", False)]
-    assert all(hand.guard.sights[i] is not before[i] for i in slow)
+    assert all(hand.guard._results[i] is not before[i] for i in slow)
     hand.step(282)
-    settled = hand.guard.sights
+    settled = hand.guard._results
     hand.step(283)
-    assert all(hand.guard.sights[i] is settled[i] for i in slow)
+    assert all(hand.guard._results[i] is settled[i] for i in slow)
 
 
 @pytest.mark.parametrize("fault", ["vanishing", "exploding", "dead", "underflow"])
@@ -255,7 +255,7 @@ def test_what_is_skipped_is_looked_at_again_at_each_step_and_left_when_it_is_ove
         assert step < ONSET + 6 * LATER
         skipped += hand.step(step).skip
         if skipped:
-            assert copy.copy(hand.guard.watch.schedule).due(True).elapsed
+            assert copy.copy(hand.guard.tracker.schedule).due(True).elapsed
         step += 1
     hand.sick = lambda _: False
     seen = [hand.step(step + i).skip for i in range(LATER)]

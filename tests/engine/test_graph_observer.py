@@ -26,12 +26,12 @@ def started(net):
     """A walk that has seen nothing yet, and its layout."""
     layout = Layout.of(dict(net.named_parameters()))
     walk = GraphObserver(list(net.named_parameters()), None)
-    walk.start(layout)
+    walk.reset(layout)
     return walk, layout
 
 
 def arrange(walk, layout, loss):
-    return walk.arrange(layout, pattern_of([p.grad for p in layout.parameters]), loss)
+    return walk.update_order(layout, pattern_of([p.grad for p in layout.parameters]), loss)
 
 
 def test_order_tables_and_paths_are_those_of_the_graph():
@@ -73,7 +73,7 @@ def test_time_is_looked_at_on_request_alone():
 
     assert walk.take_time_tilt() == (False, None)
     step()
-    walk.ask_for_time(layout)
+    walk.probe_sequence(layout)
     step()
     asked, tilt = walk.take_time_tilt()
     assert asked

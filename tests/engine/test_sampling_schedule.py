@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.engine.sampling_schedule import EAGER, LATER, REFRESH, SETTLED, Schedule
+from lightning_gradguard.engine.sampling_schedule import EAGER, LATER, REFRESH, SETTLED, SamplingSchedule
 
 #: Steps: whether one is good, whether it has a loss, whether it is sampled out of turn; long rows of the same.
 STEPS = st.lists(
@@ -29,7 +29,7 @@ def go(schedule, steps):
         seen.append((schedule.good, schedule.due(has_loss)))
         if asked:
             schedule.sample_now()
-        schedule.settle(good)
+        schedule.commit(good)
     return seen
 
 
@@ -42,7 +42,7 @@ def looks(seen):
 
 
 def test_the_looks_of_a_quiet_training():
-    every = looks(go(Schedule(), quiet(SETTLED + 3 * LATER)))
+    every = looks(go(SamplingSchedule(), quiet(SETTLED + 3 * LATER)))
     assert every[: EAGER + 1] == [*range(EAGER), EAGER + 1]
     assert every[EAGER + 1 :] == [
         *range(EAGER + REFRESH + 1, SETTLED + 2, REFRESH),
@@ -52,13 +52,13 @@ def test_the_looks_of_a_quiet_training():
 
 @given(steps=STEPS)
 def test_each_of_the_first_good_steps_is_looked_at(steps):
-    for good, due in go(Schedule(), steps):
+    for good, due in go(SamplingSchedule(), steps):
         assert good >= EAGER or due.elapsed
 
 
 @given(before=st.integers(0, SETTLED + 2 * LATER), steps=st.integers(1, 2 * LATER + 2))
 def test_no_more_than_a_refresh_lies_between_two_looks(before, steps):
-    schedule = Schedule()
+    schedule = SamplingSchedule()
     seen = go(schedule, quiet(before + steps))
     at = looks(seen)
     gaps = [(later, later - earlier) for earlier, later in zip(at, at[1:], strict=False)]
@@ -70,7 +70,7 @@ def test_no_more_than_a_refresh_lies_between_two_looks(before, steps):
 def test_with_odd_steps_too_the_next_look_is_a_refresh_away_at_most(steps):
     """A look at a bad step is of no use, and the next one makes up for it."""
     last = -1
-    for (good, due), (is_good, _, _) in zip(go(Schedule(), steps), steps, strict=True):
+    for (good, due), (is_good, _, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
         assert good - last <= (REFRESH if good <= SETTLED + 1 else LATER)
         if due.elapsed and is_good:
             last = good
@@ -78,14 +78,14 @@ def test_with_odd_steps_too_the_next_look_is_a_refresh_away_at_most(steps):
 
 @given(steps=STEPS)
 def test_a_bad_step_is_followed_by_a_look(steps):
-    seen = go(Schedule(), [*steps, *quiet(1)])
+    seen = go(SamplingSchedule(), [*steps, *quiet(1)])
     for (good, _, _), (_, due) in zip(steps, seen[1:], strict=True):
         assert good or due.elapsed
 
 
 @given(steps=STEPS)
 def test_what_is_sampled_is_followed_by_a_look_unless_it_was_bad(steps):
-    seen = go(Schedule(), [*steps, *quiet(1)])
+    seen = go(SamplingSchedule(), [*steps, *quiet(1)])
     for (good, _, asked), (_, due), (count, after) in zip(steps, seen, seen[1:], strict=False):
         assert after.updated == (good and (due.fresh or asked))
         assert not after.updated or after.elapsed
@@ -96,7 +96,7 @@ def test_what_is_sampled_is_followed_by_a_look_unless_it_was_bad(steps):
 @given(steps=STEPS)
 def test_looks_stand_for_no_more_steps_than_there_were(steps):
     counted = 0
-    for (good, due), (is_good, _, _) in zip(go(Schedule(), steps), steps, strict=True):
+    for (good, due), (is_good, _, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
         assert 0 <= due.elapsed <= REFRESH
         # This step counts too, if it turns out to be good.
         assert counted + due.elapsed <= good + 1
@@ -104,9 +104,9 @@ def test_looks_stand_for_no_more_steps_than_there_were(steps):
 
 
 def test_up_to_a_refresh_apart_looks_stand_for_all_steps():
-    seen = go(Schedule(), quiet(SETTLED + 2))
+    seen = go(SamplingSchedule(), quiet(SETTLED + 2))
     assert sum(due.elapsed for _, due in seen) == SETTLED + 2
-    assert {due.elapsed for _, due in go(Schedule(), quiet(SETTLED + 4 * LATER))[SETTLED + 2 :]} == {
+    assert {due.elapsed for _, due in go(SamplingSchedule(), quiet(SETTLED + 4 * LATER))[SETTLED + 2 :]} == {
         0,
         REFRESH,
     }
@@ -114,7 +114,7 @@ def test_up_to_a_refresh_apart_looks_stand_for_all_steps():
 
 @given(before=st.integers(0, SETTLED + LATER), bad=st.integers(0, 3))
 def test_with_the_first_loss_a_new_row_of_looks_begins(before, bad):
-    schedule = Schedule()
+    schedule = SamplingSchedule()
     go(schedule, [*quiet(before, has_loss=False), *([(False, False, False)] * bad)])
     seen = go(schedule, quiet(EAGER))
     assert looks(seen) == [*range(before, before + EAGER)]
@@ -123,7 +123,7 @@ def test_with_the_first_loss_a_new_row_of_looks_begins(before, bad):
 
 
 def test_a_loss_that_goes_and_comes_again_is_no_first_one():
-    schedule = Schedule()
+    schedule = SamplingSchedule()
     go(schedule, [*quiet(100), *quiet(5, has_loss=False)])
     assert len(looks(go(schedule, quiet(REFRESH)))) == 1
 
@@ -131,7 +131,7 @@ def test_a_loss_that_goes_and_comes_again_is_no_first_one():
 @given(steps=STEPS)
 def test_each_of_the_first_losses_is_looked_at(steps):
     losses = 0
-    for (_, due), (is_good, has_loss, _) in zip(go(Schedule(), steps), steps, strict=True):
+    for (_, due), (is_good, has_loss, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
         assert due.elapsed or not has_loss or losses >= EAGER
         losses += is_good and has_loss
 
@@ -150,20 +150,20 @@ def test_each_of_the_first_losses_is_looked_at(steps):
     ],
 )
 def test_a_loss_that_makes_no_progress_or_grows_makes_looks_frequent(start, mean, is_on, expected):
-    schedule = Schedule()
+    schedule = SamplingSchedule()
     go(schedule, quiet(SETTLED + 2))
-    schedule.heed(start, mean, is_on)
+    schedule.observe(start, mean, is_on)
     assert len(looks(go(schedule, quiet(LATER)))) == expected
 
 
 @given(steps=STEPS, cut=st.integers(0, SETTLED + 3 * LATER))
 def test_a_saved_schedule_goes_on_as_it_would_have(steps, cut):
-    whole, first = Schedule(), Schedule()
+    whole, first = SamplingSchedule(), SamplingSchedule()
     expected = go(whole, steps)
     seen = go(first, steps[:cut])
     state = first.state_dict()
     assert all(type(value) in (int, bool) for value in state.values())
-    second = Schedule()
+    second = SamplingSchedule()
     go(second, quiet(7))  # of which nothing is left
     second.load_state_dict(state)
     assert second.state_dict() == state
@@ -173,13 +173,13 @@ def test_a_saved_schedule_goes_on_as_it_would_have(steps, cut):
 
 @pytest.mark.parametrize("before", [40, 50, SETTLED + 5])
 def test_a_step_that_is_sampled_out_of_turn_is_followed_by_an_update(before):
-    schedule = Schedule()
+    schedule = SamplingSchedule()
     go(schedule, quiet(before))
     first = schedule.due(True)
     schedule.sample_now()
-    schedule.settle(True)
+    schedule.commit(True)
     second = schedule.due(True)
-    schedule.settle(True)
+    schedule.commit(True)
     assert not first.fresh or before % REFRESH == 0
     assert second.updated
     assert second.elapsed > 0
@@ -187,10 +187,10 @@ def test_a_step_that_is_sampled_out_of_turn_is_followed_by_an_update(before):
 
 
 def test_nothing_moves_at_a_bad_step():
-    schedule = Schedule()
+    schedule = SamplingSchedule()
     go(schedule, quiet(EAGER + REFRESH))
     fresh = schedule.due(True)
-    schedule.settle(False)
+    schedule.commit(False)
     again = schedule.due(True)
     # What was read of a bad step is read again.
     assert (schedule.good, fresh.fresh, again.fresh, again.updated) == (EAGER + REFRESH, True, True, False)

@@ -128,6 +128,6 @@ def test_how_gradients_fall_over_time_is_asked_by_a_guard_that_was_saved_too(lag
             model.zero_grad()
             loss.backward()
             guards[-1].step(loss=loss)
-        tilts.append(guards[-1].states[1].decades.item())
+        tilts.append(guards[-1].state.detectors[0].decades.item())
     assert math.isfinite(tilts[0])
     assert tilts[0] == tilts[1]

@@ -1,28 +1,17 @@
-"""Event files as the callbacks write them, of any size, and a browser to look at the page with."""
+"""Event files as the callbacks write them, of any size."""
 
 import math
-import os
-import re
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_gradguard.loggers.histograms import histogram_record
 from lightning_gradguard.loggers.overview import Overview
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 from lightning_gradguard.stats.histogram import EDGES
-
-#: Where pictures of all pages that were opened are left; git ignores it.
-PICTURES = Path(__file__).parents[2] / "test-artifacts" / "pages"
-
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 def decades_of(kind: str, depth: float, progress: float) -> float:
@@ -82,12 +71,12 @@ class Writing:
                 report = report_of(step, self.names, self.kind, self.steps)
                 self.overview.observe(report)
                 if step == self.steps * 3 // 4 and self.diagnosis:
-                    self.overview.diagnose(self.diagnosis)
+                    self.overview.add_diagnosis(self.diagnosis)
                 if step % self.every == 0 or step == end - 1:
                     writer.add_scalar("train_loss", 2 - step / self.steps, step)
-                    panel = self.overview.panel(report, tilt=1.5, update_ratio=1e-3)
-                    sink.write(step, replace(panel, images={}))  # which take long, and are not read
-                    sink.write(step, histogram_panel(self._counts(report), self.titles))
+                    record = self.overview.build_record(report, tilt=1.5, update_ratio=1e-3)
+                    sink.write(step, replace(record, images={}))  # which take long, and are not read
+                    sink.write(step, histogram_record(self._counts(report), self.titles))
             sink.close()
         return self.folder
 
@@ -119,49 +108,3 @@ def written(begun):
 def _decades_of():
     """What the made-up runs hold."""
     return decades_of
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """A headless browser; without one the tests are skipped, or fail where GRADGUARD_REQUIRE_BROWSER is 1."""
-    lacks = pytest.fail if os.environ.get("GRADGUARD_REQUIRE_BROWSER") == "1" else pytest.skip
-    try:
-        from playwright import sync_api as api
-    except ImportError:
-        lacks("needs Playwright: pip install playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        except api.Error:
-            lacks("needs a Chromium: make browser, or playwright install chromium")
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium, request):
-    """Opens a page from disk; what its console says, what it fetches and what fails makes the test fail."""
-    contexts, said = [], []
-
-    def open_page(path, width=1280, height=900, scheme="light"):
-        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on(
-            "request",
-            lambda request: said.append(request.url) if request.url.startswith(("http", "ws")) else None,
-        )
-        page.goto(path.resolve().as_uri())
-        return page
-
-    yield open_page
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", request.node.name).strip("_")
-    for number, context in enumerate(contexts):
-        for page in context.pages:
-            page.screenshot(path=PICTURES / f"{name}_{number}.png", full_page=True)
-        context.close()
-    assert said == []

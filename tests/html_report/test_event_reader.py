@@ -11,8 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.html_report.event_reader import ReportError, read_runs
 from lightning_gradguard.loggers.base import LogRecord
-from lightning_gradguard.loggers.exponents import exponents_panel
-from lightning_gradguard.loggers.tags import histogram_panel
+from lightning_gradguard.loggers.exponents import exponents_record
+from lightning_gradguard.loggers.histograms import histogram_record
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.stats.histogram import EDGES
 
@@ -64,11 +64,11 @@ def test_rows_do_not_grow_with_the_run(written):
 def test_nonfinite_and_missing_gradients_are_told_apart(tmp_path):
     with SummaryWriter(tmp_path) as writer:
         rows = [(3, [2.0, math.nan, -math.inf, -2.5])]
-        panel = LogRecord(
+        record = LogRecord(
             rows={"gradguard/layer_rms_log10": rows},
             columns={"gradguard/layer_rms_log10": ["mark", "a", "b", "c"]},
         )
-        TensorBoardSink(writer).write(10, panel)
+        TensorBoardSink(writer).write(10, record)
     track = read(tmp_path).tracks["gradguard"]
     assert track.layers == ("a", "b", "c")
     np.testing.assert_equal(track.rows[3].tolist(), [2.0, math.nan, -math.inf, -2.5])
@@ -120,7 +120,7 @@ def test_a_run_started_anew_in_its_folder_replaces_the_old_one(written):
     written(steps=100, kind="vanishing")
     track = read(written(steps=40)).tracks["gradguard"]
     assert max(track.rows) == 39
-    assert not track.texts
+    assert not track.found
 
 
 def test_runs_below_a_folder_are_found(tmp_path, written):
@@ -178,10 +178,10 @@ def test_what_narrow_formats_lose_is_the_newest_text(tmp_path):
         with SummaryWriter(tmp_path, filename_suffix=str(begin)) as writer:
             sink = TensorBoardSink(writer)
             for step in range(begin, begin + 30, 10):
-                panel = exponents_panel(
+                record = exponents_record(
                     {"w": [1.0] * 13}, {"w": "000_w"}, ["w"], step=step, group="gradguard_1"
                 )
-                sink.write(step, panel)
+                sink.write(step, record)
             sink.close()
     track = read(tmp_path).tracks["gradguard_1"]
     assert list(track.exponents) == [0, 10, 20, 30, 40]
@@ -192,7 +192,7 @@ def test_what_narrow_formats_lose_is_the_newest_text(tmp_path):
 def test_histograms_of_values_are_known_but_not_mixed_with_the_others(tmp_path):
     with SummaryWriter(tmp_path) as writer:
         sink = TensorBoardSink(writer)
-        sink.write(0, histogram_panel({"w": [1.0] * 30}, {"w": "000_w"}, limits={"w": 2.0}))
+        sink.write(0, histogram_record({"w": [1.0] * 30}, {"w": "000_w"}, limits={"w": 2.0}))
         sink.close()
     track = read(tmp_path).tracks["gradguard"]
     assert track.values == {"000_w"}

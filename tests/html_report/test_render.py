@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -6,8 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_gradguard.charts.heatmap import SCALE
+from lightning_gradguard.charts.heatmap import (
+    BLANK_COLOUR,
+    CLIPPED_COLOUR,
+    NONFINITE_COLOUR,
+    decode_png,
+    paint,
+    scale_uri,
+)
 from lightning_gradguard.html_report.event_reader import ReportError
+from lightning_gradguard.html_report.figures import NONFINITE_CELL
 from lightning_gradguard.html_report.render import RUNS, write_report
 
 HOSTILE = """### <script>alert(1)</script>
@@ -55,7 +64,7 @@ def test_nothing_is_fetched(written):
     parser = Attributes()
     parser.feed(page)
     addresses = [value for name, value in parser.found if name in ("src", "href")]
-    assert len(addresses) == 7
+    assert len(addresses) == 8
     assert all(address.startswith(("#", "data:")) for address in addresses)
     assert not [name for name, _ in parser.found if name.startswith("on")]
     assert "@import" not in page
@@ -78,16 +87,22 @@ def test_a_long_run_stays_small(written):
     assert len(page_of(folder).encode()) < 400_000
 
 
-def test_colours_are_those_of_the_picture():
-    from matplotlib import colormaps
-
-    from lightning_gradguard.html_report.render import _colours
-
-    stops = np.array(_colours())
-    for x in np.linspace(0, 1, 101):
-        mixed = [np.interp(10 * x, range(11), stops[:, channel]) for channel in range(3)]
-        assert mixed == pytest.approx([255 * c for c in colormaps["RdYlBu_r"](x)[:3]], abs=3)
-    assert SCALE == (-10, 2)
+def test_the_heat_map_is_painted_as_in_tensorboard(written):
+    page = page_of(written(steps=60, kind="nan"))
+    (run,) = data_of(page)["runs"]
+    image = run["heat"]["image"]
+    shown = decode_png(base64.b64decode(image.removeprefix("data:image/png;base64,")))
+    cells = np.frombuffer(base64.b64decode(run["heat"]["cells"]), "<i2").reshape(shown.shape[:2]) / 100
+    cells[cells == NONFINITE_CELL / 100] = np.nan
+    assert np.isnan(cells).any()
+    assert np.abs(shown.astype(int) - paint(cells)).max() <= 2  # cells are rounded to hundredths of a decade
+    assert f'<image href="{scale_uri()}"' in page
+    for name, colour in (
+        ("nonfinite", NONFINITE_COLOUR),
+        ("clipped", CLIPPED_COLOUR),
+        ("blank", BLANK_COLOUR),
+    ):
+        assert f"--{name}: {colour};" in page
 
 
 def test_runs_stand_side_by_side(written):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lightning_gradguard.html_report.event_reader import Run, Track, read_runs
-from lightning_gradguard.html_report.summary import CHARTS, charts_of, sheets_of
+from lightning_gradguard.html_report.summary import CHARTS, by_fault, charts_of, merge_found, sheets_of
+from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
+from lightning_gradguard.results import Fault, Severity
 
 
 def sheet_of(folder):
@@ -114,3 +116,49 @@ def test_histograms_of_values_are_said_to_be_elsewhere():
     assert (
         "Histograms of values are in TensorBoard only; those of log10 magnitudes are here." in sheet.notices
     )
+
+
+def found(step, fault="vanishing", severity=Severity.WARNING, value=4.0):
+    return LoggedFinding(step, fault, severity, ("net.0.weight",), value, 3.0, "depth tilt, decades")
+
+
+def test_what_a_resumed_run_repeats_counts_once():
+    first = FoundRecord((found(1), found(2, value=math.nan)), ("### one",))
+    resumed = FoundRecord((found(1), found(2, value=float("nan")), found(3)), ("### one", "### two"))
+    findings, diagnoses = merge_found([first, resumed])
+    assert [finding.step for finding in findings] == [1, 2, 3]
+    assert diagnoses == ["### two", "### one"]
+
+
+def test_findings_by_fault_the_most_severe_first():
+    groups = by_fault(
+        [
+            found(2, "stalled"),
+            found(5, "spike", Severity.INFO),
+            found(9),
+            found(30, severity=Severity.CRITICAL),
+        ]
+    )
+    assert [group.fault for group in groups] == ["vanishing", "stalled", "spike"]
+    assert (groups[0].first, groups[0].last, groups[0].count, groups[0].worst.step) == (9, 30, 2, 30)
+
+
+def test_of_equal_findings_the_fault_with_precedence_is_first_and_an_unknown_one_last():
+    names = ["made_elsewhere", *(fault.value for fault in reversed(Fault))]
+    assert [group.fault for group in by_fault([found(0, name) for name in names])] == [
+        *(fault.value for fault in Fault),
+        "made_elsewhere",
+    ]
+
+
+def test_a_fault_that_this_process_does_not_know_is_reported_by_its_name():
+    record = FoundRecord((found(7, "heavily_quantized", Severity.CRITICAL),))
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found={7: record})}))
+    assert sheet.verdict.level == "critical"
+    assert sheet.verdict.title == "Fault found: heavily quantized"
+    assert sheet.figures["marks"] == [{"title": "heavily quantized", "severity": "critical", "steps": [7]}]
+
+
+def test_faults_in_words():
+    titles = [group.title for group in by_fault([found(0, "nonfinite"), found(1, "vanishing_in_time")])]
+    assert titles == ["not finite", "vanishing in time"]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.loggers.exponents import FORMATS, THRESHOLDS, exponents_panel
+from lightning_gradguard.loggers.exponents import FORMATS, THRESHOLDS, exponents_record
 from lightning_gradguard.stats.histogram import count
 
 DTYPES = {
@@ -17,17 +17,17 @@ DTYPES = {
 }
 
 
-def panel_of(rows=None, **gradients):
+def record_of(rows=None, **gradients):
     below = count(
         [torch.as_tensor(g, dtype=torch.float64) for g in gradients.values()], thresholds=THRESHOLDS
     ).below
     titles = {name: f"{i:03d}_{name}" for i, name in enumerate(gradients)}
     rows = list(gradients) if rows is None else rows
-    return exponents_panel(dict(zip(gradients, below.tolist(), strict=True)), titles, rows, step=7)
+    return exponents_record(dict(zip(gradients, below.tolist(), strict=True)), titles, rows, step=7)
 
 
-def table_of(panel):
-    lines = panel.texts["gradguard_exponents/table"].splitlines()
+def table_of(record):
+    lines = record.texts["gradguard_exponents/table"].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {row[0]: row[1:] for row in cells}
 
@@ -48,7 +48,7 @@ def test_the_numbers_of_a_format_are_those_that_torch_rounds_to(form):
 
 @given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=30))
 def test_shares_grow_with_the_bound(numbers):
-    scalars = panel_of(w=numbers).scalars
+    scalars = record_of(w=numbers).scalars
     for form in FORMATS:
         coarse = scalars[f"gradguard_exponents/{form.tag}_subnormal"]
         lost = scalars[f"gradguard_exponents/{form.tag}_lost"]
@@ -56,41 +56,41 @@ def test_shares_grow_with_the_bound(numbers):
 
 
 def test_shares_are_of_all_elements_that_are_not_zero():
-    panel = panel_of(a=[1.0, 1e-5, 1e-9, 0.0], b=[0.0, math.nan, 2.0])
-    share = {tag.partition("/")[2]: x for tag, x in panel.scalars.items()}
+    record = record_of(a=[1.0, 1e-5, 1e-9, 0.0], b=[0.0, math.nan, 2.0])
+    share = {tag.partition("/")[2]: x for tag, x in record.scalars.items()}
     assert share["fp16_subnormal"] == pytest.approx(2 / 4)
     assert share["fp16_lost"] == pytest.approx(1 / 4)
     assert share["e5m2_lost"] == pytest.approx(2 / 4)
     assert share["bf16_subnormal"] == 0
     assert len(share) == 8
-    assert panel.notes.keys() >= panel.scalars.keys()
+    assert record.notes.keys() >= record.scalars.keys()
 
 
 def test_a_table_is_read_at_a_glance():
-    panel = panel_of(a=[1.0] * 200 + [1e-9], b=[1e-3] * 999 + [1e-5], c=[0.0])
-    table = table_of(panel)
+    record = record_of(a=[1.0] * 200 + [1e-9], b=[1e-3] * 999 + [1e-5], c=[0.0])
+    table = table_of(record)
     assert table["**all 3 tensors**"][:2] == ["0.2 % / <0.1 %", "0 % / 0 %"]
     assert table["`001_b`"] == ["0.1 % / 0 %", "0 % / 0 %", "**100 % / 100 %**", "0.1 % / 0.1 %"]
     assert table["`002_c`"] == ["all zero"] * 4
-    assert "step 7" in panel.texts["gradguard_exponents/table"]
+    assert "step 7" in record.texts["gradguard_exponents/table"]
 
 
 def test_overflow_is_told_only_where_there_is_some():
-    table = table_of(panel_of(a=[1e-5, 65504.0, 7e4, 448.0], b=[1.0]))
+    table = table_of(record_of(a=[1e-5, 65504.0, 7e4, 448.0], b=[1.0]))
     assert table["`000_a`"] == [
         "**25 % / 0 %, 25 % overflow**", "0 % / 0 %", "**25 % / 25 %, 50 % overflow**",
         "**25 % / 25 %, 50 % overflow**",
     ]  # fmt: skip
-    assert table_of(panel_of(a=[1.0, 7e4]))["`000_a`"][0] == "**50 % overflow**"
+    assert table_of(record_of(a=[1.0, 7e4]))["`000_a`"][0] == "**50 % overflow**"
     assert table["`001_b`"] == ["0 % / 0 %"] * 4
 
 
 def test_rows_are_those_asked_for():
-    table = table_of(panel_of(rows=["b"], a=[1.0], b=[1.0], c=[1.0]))
+    table = table_of(record_of(rows=["b"], a=[1.0], b=[1.0], c=[1.0]))
     assert [title for title in table if title.startswith("`")] == ["`001_b`"]
     assert "**all 3 tensors**" in table
 
 
 def test_a_second_optimizer_has_its_own_group():
-    panel = exponents_panel({"w": [0.0] * 13}, {"w": "000_w"}, ["w"], step=0, group="gradguard_1")
-    assert all(tag.startswith("gradguard_1_exponents/") for tag in [*panel.scalars, *panel.texts])
+    record = exponents_record({"w": [0.0] * 13}, {"w": "000_w"}, ["w"], step=0, group="gradguard_1")
+    assert all(tag.startswith("gradguard_1_exponents/") for tag in [*record.scalars, *record.texts])

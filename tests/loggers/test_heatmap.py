@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.loggers.heatmap import BLANK, Heatmap
+from lightning_gradguard.charts.heatmap import BLANK
+from lightning_gradguard.loggers.heatmap import Heatmap
 
 value = st.none() | st.sampled_from([0.0, math.nan, math.inf, 1e-40, 1e40]) | st.floats(1e-10, 1e2)
 rows = st.lists(value, min_size=2, max_size=2)
@@ -64,7 +65,7 @@ def test_memory_and_work_do_not_grow_with_the_run():
     heatmap = Heatmap([f"layer{i}" for i in range(30)], 128)
     recorded, sizes = 0, []
     for step in range(20_000):
-        if heatmap.wants(step):
+        if heatmap.starts_column(step):
             heatmap.record(step, [1e-3] * 30)
             recorded += 1
         heatmap.mark(step, clipped=True)
@@ -81,7 +82,7 @@ def test_wants_one_step_for_each_column(first):
     heatmap = Heatmap(["a"], 4)
     wanted = []
     for step in range(first, first + 32):
-        if heatmap.wants(step):
+        if heatmap.starts_column(step):
             wanted.append(step - first)
             heatmap.record(step, [1.0])
     assert wanted == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24]
@@ -101,7 +102,7 @@ def test_an_earlier_step_starts_anew():
     heatmap = Heatmap(["a"], 4)
     for step in range(100, 200):
         heatmap.record(step, [1.0])
-    assert heatmap.wants(3)
+    assert heatmap.starts_column(3)
     heatmap.record(3, [1e-2])
     assert heatmap.cells.tolist() == [[-2.0]]
     assert heatmap.stride == 1
@@ -113,11 +114,11 @@ def test_resumes_as_if_it_had_not_stopped(before, after, skipped):
     for step, values in enumerate(before):
         whole.record(step, values)
         whole.mark(step, clipped=bool(step % 3), skipped=skipped)
-        whole.name(step, "spike")
+        whole.mark_fault(step, "spike")
     resumed = Heatmap(["a", "b"], 4)
     resumed.load_state_dict(whole.state_dict())
     for step, values in enumerate(after, len(before)):
-        assert resumed.wants(step) == whole.wants(step)
+        assert resumed.starts_column(step) == whole.starts_column(step)
         for heatmap in (whole, resumed):
             heatmap.record(step, values)
     np.testing.assert_equal(resumed.state_dict(), whole.state_dict())
@@ -140,7 +141,7 @@ def test_state_is_plain(tmp_path):
     heatmap = Heatmap(["a", "b"])
     heatmap.record(5, [math.nan, None])
     heatmap.mark(5, skipped=True)
-    heatmap.name(5, "nonfinite")
+    heatmap.mark_fault(5, "nonfinite")
     torch.save(heatmap.state_dict(), tmp_path / "state.pt")
     np.testing.assert_equal(torch.load(tmp_path / "state.pt", weights_only=True), heatmap.state_dict())
 

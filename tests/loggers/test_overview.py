@@ -43,12 +43,12 @@ def overview(**changes):
 
 def shown(view, newest, **facts):
     view.observe(newest)
-    return view.panel(newest, **facts)
+    return view.build_record(newest, **facts)
 
 
 def test_scalars_are_those_of_the_report():
-    panel = shown(overview(), report(scale=0.25), tilt=1.5, update_ratio=1e-3)
-    assert panel.scalars == pytest.approx(
+    record = shown(overview(), report(scale=0.25), tilt=1.5, update_ratio=1e-3)
+    assert record.scalars == pytest.approx(
         {
             "gradguard/total_norm_log10": math.log10(math.sqrt(39.0004)),
             "gradguard/worst_layer_rms_log10": -1.0,  # RMS 0.1 and 0.001: equally far from the median
@@ -68,10 +68,10 @@ def test_what_a_clipper_did_is_that_of_the_same_step():
     for step, scale in enumerate([1.0, 1.0, 0.5]):
         view.observe(report(step, scale=scale, threshold=2.0))
     view.observe(bad(3))  # not taken, so not counted
-    panel = shown(view, clipped)
-    assert panel.scalars["gradguard/clip_rate"] == 0.5
-    assert panel.scalars["gradguard/threshold_log10"] == pytest.approx(math.log10(2))
-    assert panel.scalars["gradguard/clipped_norm_log10"] == pytest.approx(math.log10(1.5))
+    record = shown(view, clipped)
+    assert record.scalars["gradguard/clip_rate"] == 0.5
+    assert record.scalars["gradguard/threshold_log10"] == pytest.approx(math.log10(2))
+    assert record.scalars["gradguard/clipped_norm_log10"] == pytest.approx(math.log10(1.5))
 
 
 def test_what_is_not_known_is_not_shown():
@@ -81,9 +81,9 @@ def test_what_is_not_known_is_not_shown():
 
 def test_every_tag_has_a_note():
     view = overview(per_layer=True)
-    panel = shown(view, report(findings=(finding(),)), tilt=1.0, update_ratio=1e-3, final=True)
-    tags = {*panel.scalars, *panel.texts, *panel.images}
-    assert all(panel.notes[tag] for tag in tags)
+    record = shown(view, report(findings=(finding(),)), tilt=1.0, update_ratio=1e-3, final=True)
+    tags = {*record.scalars, *record.texts, *record.images}
+    assert all(record.notes[tag] for tag in tags)
     assert {"gradguard/heatmap", "gradguard/diagnosis"} < tags
 
 
@@ -167,17 +167,17 @@ def test_a_finding_is_drawn_soon_but_not_all_findings():
 def test_final_panel_has_a_picture():
     view = overview()
     view.observe(report())
-    assert view.panel(report(), final=True).images["gradguard/heatmap"]().startswith(b"\x89PNG")
+    assert view.build_record(report(), final=True).images["gradguard/heatmap"]().startswith(b"\x89PNG")
 
 
 def test_nothing_seen_is_nothing_drawn():
-    assert not overview().panel(report(), final=True).images
+    assert not overview().build_record(report(), final=True).images
 
 
 def test_picture_shows_the_step_it_was_asked_at():
     view = overview()
     view.observe(report())
-    draw = view.panel(report(), final=True).images["gradguard/heatmap"]
+    draw = view.build_record(report(), final=True).images["gradguard/heatmap"]
     before = draw()
     for step in range(1, 300):
         view.observe(bad(step))
@@ -191,7 +191,7 @@ def test_text_is_cumulative_and_written_when_there_is_news():
     assert "**vanishing**" in first
     assert "`net.0.weight`" in first
     assert not shown(view, report(2)).texts
-    view.diagnose("## Why")
+    view.add_diagnosis("## Why")
     second = shown(view, report(3, findings=(finding(3, Fault.SPIKE),))).texts["gradguard/diagnosis"]
     assert second.index("## Why") < second.index("**spike**") < second.index("**vanishing**")
 
@@ -200,8 +200,8 @@ def test_text_does_not_grow_without_end():
     view = overview()
     for step in range(2000):
         view.observe(report(step, findings=(finding(step, parameters=tuple(NAMES)),)))
-        view.diagnose("why" * 100)
-    text = view.panel(report(2000)).texts["gradguard/diagnosis"]
+        view.add_diagnosis("why" * 100)
+    text = view.build_record(report(2000)).texts["gradguard/diagnosis"]
     assert len(text) < 20_000
     assert "step 1,999:" in text
 
@@ -210,15 +210,15 @@ def test_rows_are_kept_with_their_own_steps_until_they_are_written():
     view = overview()
     for newest in (report(0), report(1, scale=0.5), bad(2)):
         view.observe(newest)
-    panel = view.panel(report(2))
-    ((tag, rows),) = panel.rows.items()
+    record = view.build_record(report(2))
+    ((tag, rows),) = record.rows.items()
     assert tag == "gradguard/layer_rms_log10"
-    assert panel.columns[tag] == ["mark", "net.0", "net.2"]
+    assert record.columns[tag] == ["mark", "net.0", "net.2"]
     assert [step for step, _ in rows] == [0, 1, 2]
     assert [row[0] for _, row in rows] == [0, 1, 2]
     assert rows[0][1][1:] == pytest.approx([-1, -3])
     assert math.isnan(rows[2][1][1])
-    assert not view.panel(report(2)).rows
+    assert not view.build_record(report(2)).rows
 
 
 @pytest.mark.parametrize("make", [report, bad, lambda step: report(step, scale=0.5)])
@@ -227,7 +227,7 @@ def test_rows_do_not_grow_with_the_run(make):
     for step in range(20_000):
         view.observe(make(step))
     # 128, then half as many for each doubling; and again for what was done, and for what is not finite.
-    assert len(view.panel(report(20_000)).rows["gradguard/layer_rms_log10"]) <= 3 * (128 + 64 * 8)
+    assert len(view.build_record(report(20_000)).rows["gradguard/layer_rms_log10"]) <= 3 * (128 + 64 * 8)
 
 
 def test_groups_keep_optimizers_apart():

@@ -16,7 +16,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.loggers.base import PATIENCE, LogRecord
-from lightning_gradguard.loggers.tags import histogram_panel, tag_names
+from lightning_gradguard.loggers.histograms import histogram_record
+from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.stats.histogram import EDGES
 
@@ -34,8 +35,8 @@ def events(folder) -> list[Event]:
 def write(folder, *steps: tuple[int, LogRecord]) -> None:
     with SummaryWriter(folder) as writer:
         sink = TensorBoardSink(writer)
-        for step, panel in steps:
-            sink.write(step, panel)
+        for step, record in steps:
+            sink.write(step, record)
         sink.close()
 
 
@@ -85,11 +86,11 @@ def test_histograms_keep_every_count_and_the_ends_of_the_axis(tmp_path):
 
 
 def test_a_histogram_may_have_an_axis_of_its_own(tmp_path):
-    panel = LogRecord(
+    record = LogRecord(
         histograms={"g/a": [0.0] * 29 + [4.0], "g/b": [1.0] + [0.0] * 29},
         edges={"g/b": [k / 10 for k in range(31)]},
     )
-    write(tmp_path, (0, panel))
+    write(tmp_path, (0, record))
     a, b = (make_ndarray(read(tmp_path).Tensors(tag)[0].tensor_proto) for tag in ("g/a", "g/b"))
     assert a.tolist() == [[-12, 2.5, 0], [2.5, 3, 4]]
     assert b == pytest.approx(np.array([[0, 0.1, 1], [0.1, 3, 0]]))
@@ -109,8 +110,8 @@ def test_images(tmp_path):
 
 def test_rows_have_steps_of_their_own_and_their_columns_once(tmp_path):
     rows = [(3, [1.0, -2.5, math.nan]), (4, [0.0, -3.003, -math.inf])]
-    panel = LogRecord({"a/b": 1.0}, rows={"a/rows": rows}, columns={"a/rows": ["mark", "x", "y"]})
-    write(tmp_path, (9, panel), (9, LogRecord(rows={"a/rows": [(10, [0.0, 1.0, 1.0])]})))
+    record = LogRecord({"a/b": 1.0}, rows={"a/rows": rows}, columns={"a/rows": ["mark", "x", "y"]})
+    write(tmp_path, (9, record), (9, LogRecord(rows={"a/rows": [(10, [0.0, 1.0, 1.0])]})))
     seen = [(e.step, v) for e in events(tmp_path) for v in e.summary.value if v.tag == "a/rows"]
     assert [step for step, _ in seen] == [3, 4, 10]
     np.testing.assert_allclose(make_ndarray(seen[0][1].tensor), rows[0][1], atol=0.005)
@@ -120,12 +121,12 @@ def test_rows_have_steps_of_their_own_and_their_columns_once(tmp_path):
 
 
 def test_one_event_for_a_step(tmp_path):
-    panel = LogRecord(
+    record = LogRecord(
         scalars={"a/b": 1.0, "a/c": 2.0},
         histograms={"a/d": [1.0] * 30, "a/e": [2.0] * 30},
         texts={"a/f": "x"},
     )
-    write(tmp_path, (0, panel), (1, panel), (2, LogRecord()))
+    write(tmp_path, (0, record), (1, record), (2, LogRecord()))
     assert [event.step for event in events(tmp_path)] == [0, 1]
     assert [len(event.summary.value) for event in events(tmp_path)] == [5, 5]
 
@@ -133,8 +134,8 @@ def test_one_event_for_a_step(tmp_path):
 def test_a_tag_is_described_once(tmp_path):
     tags = ["a/scalar", "a/histogram", "a/text", "a/image"]
     notes = {tag: f"how to read {tag}" for tag in tags}
-    panel = LogRecord({tags[0]: 1.0}, {tags[1]: [1.0] * 30}, {tags[2]: "x"}, {tags[3]: lambda: PNG}, notes)
-    write(tmp_path, (0, panel), (1, panel))
+    record = LogRecord({tags[0]: 1.0}, {tags[1]: [1.0] * 30}, {tags[2]: "x"}, {tags[3]: lambda: PNG}, notes)
+    write(tmp_path, (0, record), (1, record))
     seen = {tag: [v for e in events(tmp_path) for v in e.summary.value if v.tag == tag] for tag in tags}
     for tag, plugin in zip(tags, ["scalars", "histograms", "text", "images"], strict=True):
         first, second = seen[tag]
@@ -150,8 +151,8 @@ def test_a_step_of_a_hundred_histograms_is_small(tmp_path, bins, kib):
     names = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(100)]
     titles = dict(zip(names, tag_names(names), strict=True))
     column = [1.0, *[0.0] * (30 - bins), *(1e6 + i for i in range(bins - 1))]
-    panel = histogram_panel(dict.fromkeys(names, column), titles)
-    write(tmp_path, (0, panel), (100_000, panel))
+    record = histogram_record(dict.fromkeys(names, column), titles)
+    write(tmp_path, (0, record), (100_000, record))
     assert len(events(tmp_path)[-1].SerializeToString()) <= kib * 1024
 
 
@@ -265,7 +266,7 @@ def test_tensorboardx_gets_the_same_bytes_in_its_own_class(monkeypatch, tmp_path
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     file = FileWriter()
-    panel = LogRecord(scalars={"a/b": 1.0}, histograms={"a/c": [1.0] * 30})
-    TensorBoardSink(types.SimpleNamespace(_get_file_writer=lambda: file)).write(4, panel)
-    write(tmp_path, (4, panel))
+    record = LogRecord(scalars={"a/b": 1.0}, histograms={"a/c": [1.0] * 30})
+    TensorBoardSink(types.SimpleNamespace(_get_file_writer=lambda: file)).write(4, record)
+    write(tmp_path, (4, record))
     assert file.written == ((4, events(tmp_path)[0].summary),)

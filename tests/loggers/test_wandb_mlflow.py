@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
+from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import PATIENCE, LogRecord
-from lightning_gradguard.loggers.discovery import open_sinks
 from lightning_gradguard.loggers.wandb_mlflow import MlflowSink, WandbSink
 from lightning_gradguard.stats.histogram import EDGES
 
@@ -61,7 +61,7 @@ def wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
-def panel_of(png):
+def record_of(png):
     return LogRecord(
         scalars={"g/s": 1.0},
         histograms={"g/h": COUNTS, "g/v": COUNTS},
@@ -80,7 +80,7 @@ def test_each_package_has_its_sink():
 def test_wandb_gets_everything(wandb, png, caplog):
     logger = Recording("wandb")
     (sink,) = open_sinks([logger])
-    sink.write(3, panel_of(png))
+    sink.write(3, record_of(png))
     sink.close()
     assert logger.logged[0] == (3, {"g/s": 1.0})
     step, media = logger.logged[1]
@@ -99,7 +99,7 @@ def test_mlflow_gets_all_but_histograms_which_is_said_once(png, caplog):
     logger = Recording("mlflow")
     (sink,) = open_sinks([logger])
     for step in range(3):
-        sink.write(step, panel_of(png))
+        sink.write(step, record_of(png))
         sink.close()
     assert [step for step, _ in logger.logged] == [0, 1, 2]
     texts, images = logger.experiment.asked[::2], logger.experiment.asked[1::2]
@@ -109,7 +109,7 @@ def test_mlflow_gets_all_but_histograms_which_is_said_once(png, caplog):
     ]
     assert all((image == PIXELS).all() for _, image, _ in images)
     assert [r.getMessage() for r in caplog.records] == [
-        "Recording shows gradguard's scalars, heat map and texts; its histograms need TensorBoard: "
+        "Recording shows gradguard's scalars, heat map and texts. Its histograms need TensorBoard: "
         "Trainer(logger=[..., TensorBoardLogger(...)])."
     ]
 
@@ -117,7 +117,7 @@ def test_mlflow_gets_all_but_histograms_which_is_said_once(png, caplog):
 def test_media_that_fail_do_not_stop_the_scalars(wandb, png):
     logger = Recording("wandb", RuntimeError("offline"))
     sink = WandbSink(logger)
-    with pytest.warns(UserWarning, match=r"Recording media failed \(RuntimeError: offline\)") as caught:
+    with pytest.warns(UserWarning, match=r"Recording media failed: RuntimeError: offline") as caught:
         for step in range(20):
             sink.write(step, LogRecord(scalars={"g/s": 1.0}, histograms={"g/h": COUNTS}))
     sink.close()

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.stats.collect import read, whole_sample
-from lightning_gradguard.stats.grad_stats import gradients_of, measure, weight_norms
+from lightning_gradguard.stats.collect import collect, collect_sample
+from lightning_gradguard.stats.grad_stats import gradients_of, measure
 from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.samples import dead_shares, lost_shares, sample
 
 
@@ -21,11 +22,13 @@ def layout():
 def test_what_is_due_is_what_its_functions_give(layout):
     loss = torch.tensor(2.0)
     gradients = gradients_of(layout)
-    found = read(layout, gradients, loss, torch.tensor(3.0), asked=True, fresh=True, sampled=True)
+    found = collect(
+        layout, gradients, loss, torch.tensor(3.0), tilt_due=True, refresh_due=True, sample_due=True
+    )
     assert torch.equal(found.norms, measure(layout, layout.floors, layout.floors).norms)
     assert torch.equal(found.weights, weight_norms(layout))
     assert torch.equal(found.sample, sample(layout))
-    assert torch.equal(whole_sample(layout), sample(layout))
+    assert torch.equal(collect_sample(layout), sample(layout))
     assert found.dead.tolist() == dead_shares(gradients, layout).tolist() == [0.5, 0.0]
     assert found.lost.tolist() == lost_shares(gradients, layout).tolist() == [0.0, 1.0]
     assert found.loss is loss
@@ -33,5 +36,5 @@ def test_what_is_due_is_what_its_functions_give(layout):
 
 
 def test_what_is_not_due_is_not_read(layout):
-    found = read(layout, gradients_of(layout), None)
+    found = collect(layout, gradients_of(layout), None)
     assert [f for f, value in zip(found._fields, found, strict=True) if value is not None] == ["norms"]

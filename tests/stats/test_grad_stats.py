@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 
 
 def parameters_of(*gradients):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.stats.samples import SAMPLES, stride_of
-from lightning_gradguard.stats.sharding import Shards, local, narrow, spans_of
+from lightning_gradguard.stats.sharding import Shards, local, local_units, spans_of
 
 REPLICATE = SimpleNamespace()
 
@@ -45,7 +45,7 @@ class Spread:
 
 
 @st.composite
-def spread_tensors(draw):
+def sharded_tensors(draw):
     """A whole tensor, and what each rank of a mesh sees of it."""
     shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     mesh = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
@@ -58,7 +58,7 @@ def spread_tensors(draw):
     return whole, [Spread(whole, mesh, coordinate, placements) for coordinate in coordinates]
 
 
-@given(spread_tensors())
+@given(sharded_tensors())
 def test_spans_are_where_the_part_lies(tensors):
     whole, ranks = tensors
     for rank in ranks:
@@ -66,7 +66,7 @@ def test_spans_are_where_the_part_lies(tensors):
         assert torch.equal(whole[box], rank.part)
 
 
-@given(tensors=spread_tensors())
+@given(tensors=sharded_tensors())
 def test_every_element_counts_once(tensors):
     whole, ranks = tensors
     counted = torch.zeros_like(whole)
@@ -78,7 +78,7 @@ def test_every_element_counts_once(tensors):
     torch.testing.assert_close(counted, torch.ones_like(whole))
 
 
-@given(tensors=spread_tensors(), stride=st.integers(1, 5), most=st.integers(1, 9))
+@given(tensors=sharded_tensors(), stride=st.integers(1, 5), most=st.integers(1, 9))
 def test_ranks_together_hold_the_entries_that_one_process_reads(tensors, stride, most):
     whole, ranks = tensors
     wanted = whole.reshape(-1)[::stride][:most]
@@ -86,18 +86,18 @@ def test_ranks_together_hold_the_entries_that_one_process_reads(tensors, stride,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "get_world_size", lambda: len(ranks))
         for rank in ranks:
-            numbers, places = Shards.of([rank]).held(0, tuple(whole.shape), stride, most)
+            numbers, places = Shards.of([rank]).local_entries(0, tuple(whole.shape), stride, most)
             found[numbers] = rank.part.reshape(-1)[places]
     assert torch.equal(found, wanted)
 
 
-@given(tensors=spread_tensors())
+@given(tensors=sharded_tensors())
 def test_rows_and_their_multipliers_are_those_of_the_part(tensors):
     whole, ranks = tensors
     units = torch.arange(float(whole.shape[0])).reshape([-1] + [1] * (whole.ndim - 1))
     for rank in ranks:
         begin, end = spans_of(rank)[0]
-        own = narrow(units, rank)
+        own = local_units(units, rank)
         assert own.numel() == 1 if len(units) == 1 else torch.equal(own, units[begin:end])
         assert (rank.part * own).shape == rank.part.shape
 
@@ -108,7 +108,7 @@ def test_a_complex_tensor_is_sampled_as_pairs(monkeypatch):
     shape, found = (10, 2), []
     for rank in range(2):
         tensor = Spread(whole, (2,), (rank,), [cut(0)])
-        numbers, places = Shards.of([tensor]).held(0, shape, stride_of(shape), SAMPLES)
+        numbers, places = Shards.of([tensor]).local_entries(0, shape, stride_of(shape), SAMPLES)
         found += torch.view_as_real(tensor.part).reshape(-1)[places].tolist()
         assert len(numbers) == 10
     assert found == torch.view_as_real(whole).reshape(-1).tolist()
@@ -119,7 +119,7 @@ def test_tensors_that_are_not_spread_are_left_alone():
     assert Shards.of([tensor]) is None
     assert local(tensor) is tensor
     assert spans_of(tensor) == ((0, 3),)
-    assert narrow(tensor, tensor) is tensor
+    assert local_units(tensor, tensor) is tensor
 
 
 def test_an_unknown_way_to_cut_is_refused():

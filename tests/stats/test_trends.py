@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from torch import nn
 
-from lightning_gradguard.stats import trends
-from lightning_gradguard.stats.grad_stats import Layout, measure, weight_norms
+from lightning_gradguard.stats import depth_profile, trends
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 
 
 class Stream:
@@ -43,7 +45,7 @@ def test_tilt_is_the_theil_sen_slope_times_depth():
     rng = np.random.default_rng(0)
     profile = rng.normal(0, 1, 20) + np.arange(20) * 0.3
     layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(20)})
-    tilt = trends.depth_tilt(
+    tilt = depth_profile.depth_tilt(
         torch.tensor(profile, dtype=torch.float32), torch.ones(20, dtype=torch.bool), layout
     )
     slope = scipy_stats.theilslopes(profile, np.arange(20)).slope
@@ -56,7 +58,7 @@ def test_tilt_leaves_dead_layers_out_and_closes_the_gap():
     live[3:5] = False
     layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(10)})
     values = torch.where(live, torch.cumsum(live, 0).float() - 1, torch.full_like(profile, 99.0))
-    assert trends.depth_tilt(values, live, layout).item() == pytest.approx(7.0)
+    assert depth_profile.depth_tilt(values, live, layout).item() == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -64,7 +66,7 @@ def test_tilt_of_few_layers_is_unknown(layers):
     parameters = {"b": torch.ones(3), **{f"w{i}": torch.ones(2, 2) for i in range(layers)}}
     layout = Layout.of(parameters)
     profile = torch.arange(float(layers + 1))
-    assert trends.depth_tilt(profile, torch.ones(layers + 1, dtype=torch.bool), layout).isnan()
+    assert depth_profile.depth_tilt(profile, torch.ones(layers + 1, dtype=torch.bool), layout).isnan()
 
 
 def test_tilt_follows_the_order_given_not_the_names():
@@ -85,7 +87,7 @@ def test_everything_is_scale_free(factor):
         a, b = plain.feed(norms, loss), scaled.feed([n * factor for n in norms], loss * factor)
         torch.testing.assert_close(a.spike_score, b.spike_score, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(a.tilt, b.tilt, rtol=1e-3, atol=1e-3, equal_nan=True)
-        assert a.stuck == b.stuck
+        assert a.no_progress == b.no_progress
 
 
 def test_a_healthy_stream_has_no_spike():
@@ -144,7 +146,7 @@ def test_after_a_nan_everything_is_as_if_it_had_not_been():
 def test_progress_is_ten_per_cent_of_the_start(end, stuck):
     stream = Stream()
     seen = [stream.feed([1.0] * 6, 2.0 + (end - 1) * 2.0 * min(1, s / 100)) for s in range(300)][-1]
-    assert bool(seen.stuck) is stuck
+    assert bool(seen.no_progress) is stuck
     assert seen.loss_start.item() == pytest.approx(2.0, rel=0.02)
 
 
@@ -161,7 +163,7 @@ def test_without_a_loss_progress_is_unknown_and_nothing_is_stuck():
     for _ in range(40):
         seen = stream.feed([1.0] * 6, None)
     assert seen.loss.isnan()
-    assert not seen.stuck
+    assert not seen.no_progress
     assert stream.feed([1.0] * 6, 3.0).loss.item() == pytest.approx(3.0)
 
 
@@ -171,4 +173,4 @@ def test_trends_must_be_set():
         weight.grad = torch.ones(4, 4)
     stats = measure(stream.layout, weight_norms(stream.layout), stream.unknown)
     with pytest.raises(ValueError, match=r"stats\.trends must be set"):
-        trends.trends_of(stats)
+        stats.trends  # noqa: B018

@@ -1,1 +1,1 @@
-"""Trials of fixes on copies of the same weights, with the same batch."""
+"""Trials of fixes: each is made to a copy of the training and run on the same batch."""

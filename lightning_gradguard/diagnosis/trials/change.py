@@ -1,4 +1,4 @@
-"""What a remedy changes, as data: one value for each thing that can be changed, so that two remedies add up."""
+"""The change that a fix makes, as data: one field for each thing that can be changed, so that changes combine."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ class Change:
     """A change of a training; the default changes nothing.
 
     Attributes:
-        activation: Name in `torch.nn.functional` of what takes the place of each layer's activation.
-        slope: Of a leaky ReLU's negative side.
-        normalise: Normalise each layer's output; in a residual block the input.
-        skip: Add each layer's input to what its activation gives, where the shapes are the same.
+        activation: Name in `torch.nn.functional` of the function that replaces each layer's activation.
+        slope: Slope of the negative side of a leaky ReLU.
+        normalise: Normalize each layer's output; in a residual block its input.
+        skip: Add each layer's input to the output of its activation, where the shapes are the same.
         shorten: Leave out every other layer whose output has the shape of its input.
-        initialise: "he", "xavier", or "orthogonal" for recurrent weights; draws all layers' weights again.
+        initialise: "he", "xavier", or "orthogonal" for recurrent weights; draws these weights again.
         gates: "GRU" or "LSTM" in place of each plain recurrent layer.
-        input: Standardise the inputs, batch by batch.
-        target: Standardise the targets, by the mean and the spread of the batch of the trial.
-        lipschitz: Divide each layer by its weights' spectral norm (arXiv:1802.05957), so that no slope exceeds 1.
+        input: Standardize the inputs, batch by batch.
+        target: Standardize the targets, by the mean and standard deviation of the batch of the trial.
+        lipschitz: Divide each layer by the spectral norm of its weights (arXiv:1802.05957), so that no slope exceeds 1.
         rate: Factor of the learning rate.
-        momentum: In place of the optimizer's own.
         decay: Factor of the weight decay.
+        momentum: Momentum in place of the optimizer's own.
     """
 
     activation: str | None = None
@@ -42,7 +42,7 @@ class Change:
 
     @property
     def fields(self) -> frozenset[str]:
-        """What it changes."""
+        """Names of the fields that differ from the default."""
         plain = Change()
         return frozenset(
             f.name
@@ -51,17 +51,19 @@ class Change:
         )
 
     @property
-    def swaps(self) -> bool:
-        """Whether the forward pass is changed."""
+    def changes_forward(self) -> bool:
+        """True if functions of the forward pass are replaced."""
         return bool(self.fields & {"activation", "normalise", "skip", "shorten", "lipschitz"})
 
     def __or__(self, other: Change) -> Change:
-        """Both changes.
+        """Combine two changes.
 
         Raises:
-            ValueError: If they change the same thing.
+            ValueError: If both change the same field.
         """
         both = self.fields & other.fields
         if both:
-            raise ValueError(f"two changes must not change the same: both change {', '.join(sorted(both))}")
+            raise ValueError(
+                f"changes can be combined only if they differ: both change {', '.join(sorted(both))}"
+            )
         return dataclasses.replace(self, **{name: getattr(other, name) for name in other.fields})

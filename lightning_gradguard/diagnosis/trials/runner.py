@@ -1,4 +1,4 @@
-"""Tries the remedies that fit a diagnosis, and ranks them by what they did."""
+"""Try the fixes that fit a diagnosis on the live model, and rank them by what they did."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import NamedTuple
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
-from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, TrialResult, attempt
-from lightning_gradguard.diagnosis.trials.candidates import Candidate, find_candidates, is_bottomless, pair
+from lightning_gradguard.diagnosis.trials.candidates import combine, find_candidates, is_bottomless
 from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.profile import HEALTHY
+from lightning_gradguard.diagnosis.trials.trial import TrialResult, run_trial
 from lightning_gradguard.diagnosis.wording import count, number
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 from lightning_gradguard.results import Fault
+from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT
 
-#: Forward passes of all attempts together, each with a backward pass.
-MOST_PASSES = 30
-#: Passes of an attempt with virtual steps: three steps, and a last look.
+#: Forward passes of all trials together, each with a backward pass.
+MAX_PASSES = 30
+#: Passes of a trial with virtual steps: three steps, and one pass to measure the loss.
 _FULL = 4
-#: Tilts over depth and over time that count as healthy, in decades: within the limits of `Exploding` and `DepthTilt`.
-_DEPTH, _TIME = HEALTHY, (-3.0, 6.0)
-#: Decades beyond what is healthy that count as nothing.
-_HEALTHY = 0.05
-#: Parts of the loss: by which a remedy must better it to have done anything, and may worsen it if it mends the tilt.
+#: Tilts over time that are healthy, in decades: within the limits of `TimeTilt`.
+HEALTHY_TIME_TILT = (-3.0, 6.0)
+#: Decades beyond the healthy range that still count as healthy.
+_TOLERANCE = 0.05
+#: Parts of the loss: by which a fix must lower it, and by which it may raise it if it brings the tilt back to health.
 _BETTER, _HARMLESS = 0.01, 0.1
-#: Growth of a layer's weights from which they are no ground to try anything on.
+#: Growth of a layer's weights from which they are rewound before a trial.
 _RUNAWAY = 3.0
-#: Remedies that are shown of those that were tried, and of the others.
+#: Most tried fixes that are shown, and most others.
 _SHOWN, _OTHERS = 6, 3
+#: Faults whose fixes are tried whatever the cause, and causes whose fixes are tried whatever the fault.
 _FAULTS = frozenset({Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.EXPLODING, Fault.DEAD})
 _CAUSES = frozenset(
     {
@@ -39,218 +41,243 @@ _CAUSES = frozenset(
         Cause.MOMENTUM,
     }
 )
-#: Causes that no change of the kind that is tried concerns, whatever the fault.
+#: Causes that no fix which can be tried concerns, whatever the fault.
 _UNTRIED = frozenset({Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA})
 
 
 class Trial(NamedTuple):
-    """A remedy that was tried, and what came of it; without an outcome if it could not be."""
+    """A fix that was tried, with its result; None and the problem if it could not be tried."""
 
-    candidate: Candidate
-    outcome: TrialResult | None
+    fix: Remedy
+    result: TrialResult | None
     problem: str = ""
 
 
-def try_remedies(
-    diagnosis: Diagnosis, case: DiagnosticContext, sandboxed_step_of: Callable[[], SandboxedStep]
+def try_fixes(
+    diagnosis: Diagnosis, context: DiagnosticContext, sandboxed_step_of: Callable[[], SandboxedStep]
 ) -> Diagnosis:
-    """The diagnosis with the remedies that were tried, best first, before those that were not.
+    """Return the diagnosis with tried fixes, best first, before the others.
 
-    Faults of the gradient's scale are tried, and others with a cause of that kind. In at most `MOST_PASSES` forward
-    passes every remedy that fits gets one with a backward pass, which tells its tilt; those with a healthy tilt then
-    take virtual steps on half of the batch, and are ranked by the loss on all of it.
+    Fixes are tried for faults of the gradient's scale, and for causes of that kind. Every fix that fits gets one
+    forward and backward pass, which measures its tilt. Those with the healthiest tilt then take virtual steps on half
+    of the batch, and are ranked by the loss on all of it. All trials together take at most `MAX_PASSES` passes.
 
     Args:
-        diagnosis: With remedies by the evidence.
-        case: What it rests on.
-        sandboxed_step_of: Gives what to try them on; raises ValueError with the reason if that cannot be.
+        diagnosis: The diagnosis, with the fixes that its evidence suggests.
+        context: The facts that it rests on.
+        sandboxed_step_of: Function that returns the step to try them on; raises ValueError with the reason if the step
+            cannot be run by itself.
     """
     cause = diagnosis.causes[0]
-    if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or case.decayed):
-        said = "No remedy was tried: none that can be tried concerns the likeliest cause."
-        return dataclasses.replace(diagnosis, trials=(said,))
+    if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or context.decayed):
+        reason = "No fix was tried: none that can be tried concerns the most likely cause."
+        return dataclasses.replace(diagnosis, trials=(reason,))
     try:
-        subject = _rewound(sandboxed_step_of(), case)
-        # A compiled module's own names say that it is one, and the case's do not.
-        own = {name.replace("_orig_mod.", ""): name for name, _ in subject.module.named_parameters()}
-        layers = tuple(own.get(case.names[i], case.names[i]) for i in case.layers)
-        session, base = _begin(subject, layers, bottomless=is_bottomless(case, diagnosis.causes))
+        step = sandboxed_step_of()
+        # The parameters of a compiled module have a prefix, which the names in the context lack.
+        own = {name.replace("_orig_mod.", ""): name for name, _ in step.module.named_parameters()}
+        layers = tuple(own.get(context.names[i], context.names[i]) for i in context.layers)
+        norms = _norms_to_rewind_to(context)
+        runner = TrialRunner(step, layers, norms, bottomless=is_bottomless(context, diagnosis.causes))
+        baseline = runner.run_baseline()
     except Exception as error:
-        return dataclasses.replace(diagnosis, trials=(f"No remedy was tried: {_reason(error)}.",))
+        return dataclasses.replace(diagnosis, trials=(f"No fix was tried: {_reason(error)}.",))
     candidates = find_candidates(
-        case, diagnosis.causes, subject.module, subject.batch, base.plan, base.profile
+        context, diagnosis.causes, step.module, step.batch, baseline.structure, baseline.profile
     )
-    trials = session.run(candidates)
-    tried = [_remedy(trial, base) for trial in trials]
-    shown = [r for r in tried if r.tried][:_SHOWN]
-    failed = [r for r in tried if not r.tried]
-    names = {r.name for r in tried}
-    rates = {name.partition(" to ")[0] for name in names}  # the same, with another number
-    others = [r for r in diagnosis.remedies if r.name.partition(" to ")[0] not in rates][
-        : max(1, _OTHERS - len(failed))
-    ]
-    # What the evidence asks for first is shown, whatever came of it.
-    first = diagnosis.remedies[0].name.partition(" to ")[0] if diagnosis.remedies else ""
-    shown += [r for r in tried[_SHOWN:] if r.tried and r.name.partition(" to ")[0] == first]
-    nothing_helped = bool(trials) and not case.decayed and all(session.is_worse(trial) for trial in trials)
+    trials = runner.run(candidates)
+    fixes = [_with_result(trial, baseline) for trial in trials]
+    tried = [fix for fix in fixes if fix.tried]
+    failed = [fix for fix in fixes if not fix.tried]
+    keys = {fix.key for fix in fixes}
+    others = [fix for fix in diagnosis.remedies if fix.key not in keys][: max(1, _OTHERS - len(failed))]
+    # The first fix that the evidence suggests is shown whatever came of it.
+    first = diagnosis.remedies[0].key if diagnosis.remedies else ""
+    shown = [*tried[:_SHOWN], *(fix for fix in tried[_SHOWN:] if fix.key == first)]
+    nothing_helped = bool(trials) and not context.decayed and all(map(runner.is_worse, trials))
     best = (*others, *shown) if nothing_helped else (*shown, *others)
     return dataclasses.replace(
         diagnosis,
         remedies=(*best, *failed[:_OTHERS]),
-        trials=tuple(_account(session, base, len(tried) - len(failed), bool(subject.norms), nothing_helped)),
-        layers=tuple(case.names[i] for i in case.layers),
-        profile=base.profile,
+        trials=tuple(_account(runner, baseline, len(tried), nothing_helped=nothing_helped)),
+        layers=tuple(context.names[i] for i in context.layers),
+        profile=baseline.profile,
     )
 
 
-class Session:
-    """Attempts on one subject within a budget of passes.
+class TrialRunner:
+    """Runner of trials on one step, within a budget of passes.
 
     Args:
-        subject: What is tried on.
+        step: The training step that fixes are tried on.
         layers: Names of the layers' weights, input first.
-        bottomless: Whether the loss has no lower bound, so that a lower one is no better.
+        start_norms: L2 norms that parameters are brought to before each trial, by name.
+        bottomless: True if the loss has no lower bound, so that a lower one is no better.
+
+    Attributes:
+        passes: Forward passes taken so far.
+        halve: False if half of the batch turned out to be no batch.
+        baseline: Result of the trial without a change, after `run_baseline`.
     """
 
-    def __init__(self, subject: SandboxedStep, layers: tuple[str, ...], *, bottomless: bool = False) -> None:
-        self.subject, self.layers, self.bottomless = subject, layers, bottomless
-        self.passes = 0
-        self._base: TrialResult | None = None
+    def __init__(
+        self,
+        step: SandboxedStep,
+        layers: tuple[str, ...],
+        start_norms: dict[str, float] | None = None,
+        *,
+        bottomless: bool = False,
+    ) -> None:
+        self.step, self.layers, self.start_norms, self.bottomless = step, layers, start_norms, bottomless
+        self.passes, self.halve = 0, True
+        self.baseline: TrialResult | None = None
 
-    def attempt(self, change: Change, passes: int) -> TrialResult:
-        """One attempt; the first is the one without a change."""
-        plan = None if self._base is None else self._base.plan
-        self.passes += passes
-        outcome = attempt(self.subject, change, layers=self.layers, passes=passes, plan=plan)
-        self.passes += outcome.passes - passes
-        self._base = self._base or outcome
-        return outcome
+    def run_baseline(self) -> TrialResult:
+        """Run the trial without a change, on half of the batch or, if that fails, all of it."""
+        try:
+            self.baseline = self._run(Change(), _FULL)
+        except Exception:  # half of the batch may be no batch: a graph with its adjacency matrix
+            self.halve = False
+            self.baseline = self._run(Change(), _FULL)
+        return self.baseline
 
-    def run(self, candidates: list[Candidate]) -> list[Trial]:
-        """A look at each, then virtual steps with the most promising, and with the best two together."""
-        looks = [self._try(c, 1) for c in candidates[: MOST_PASSES - self.passes - 2 * _FULL]]
-        failed = [trial for trial in looks if trial.outcome is None]
-        looks = [trial for trial in looks if trial.outcome is not None]
-        looks.sort(key=lambda t: round(unhealthy(t.outcome), 1))
-        finals: list[Trial] = []
-        while looks and MOST_PASSES - self.passes >= 2 * _FULL:
-            finals.append(self._try(looks.pop(0).candidate, _FULL))
-        rank = self._rank
-        finals.sort(key=rank)
-        pairs = (pair(a.candidate, b.candidate) for a, b in combinations(finals, 2))
-        known = [c.change for c in candidates]
-        best = next((both for both in pairs if both is not None and both.change not in known), None)
-        last = best or (looks.pop(0).candidate if looks else None)
-        if last is not None and MOST_PASSES - self.passes >= _FULL:
-            finals.append(self._try(last, _FULL))
-        finals.sort(key=rank)
-        # What does no better than nothing is no advice before what has not been seen to fail.
-        worse = [t for t in finals if self.is_worse(t)]
-        healthy = [t for t in looks if unhealthy(t.outcome) < _HEALTHY]
-        others = [t for t in looks if t not in healthy]
-        return [*finals[: len(finals) - len(worse)], *healthy, *worse, *others, *failed]
+    def run(self, fixes: list[Remedy]) -> list[Trial]:
+        """Try the fixes.
+
+        All get one pass, the most promising virtual steps, and the best two of these are tried together.
+
+        Returns:
+            The trials, best first: those that did better than no fix, then healthy ones without virtual steps, then
+            those that did no better, the unhealthy ones, and those that failed.
+        """
+        short = [self._try(fix, 1) for fix in fixes[: MAX_PASSES - self.passes - 2 * _FULL]]
+        failed = [trial for trial in short if trial.result is None]
+        short = [trial for trial in short if trial.result is not None]
+        short.sort(key=lambda trial: round(unhealthy_decades(trial.result), 1))
+        full: list[Trial] = []
+        while short and MAX_PASSES - self.passes >= 2 * _FULL:
+            full.append(self._try(short.pop(0).fix, _FULL))
+        full.sort(key=self._rank)
+        known = [fix.change for fix in fixes]
+        pairs = (combine(a.fix, b.fix) for a, b in combinations(full, 2))
+        last = next((both for both in pairs if both is not None and both.change not in known), None)
+        last = last or (short.pop(0).fix if short else None)
+        if last is not None and MAX_PASSES - self.passes >= _FULL:
+            full.append(self._try(last, _FULL))
+        full.sort(key=self._rank)
+        # A fix that did no better than nothing must not stand before one that has not been seen to fail.
+        worse = [trial for trial in full if self.is_worse(trial)]
+        healthy = [trial for trial in short if unhealthy_decades(trial.result) < _TOLERANCE]
+        others = [trial for trial in short if trial not in healthy]
+        return [*full[: len(full) - len(worse)], *healthy, *worse, *others, *failed]
 
     def is_worse(self, trial: Trial) -> bool:
-        """Whether virtual steps were taken, and came to no lower loss than without a remedy; or nothing came of it.
+        """Return True if a trial failed, or did no better than no fix.
 
-        Where the tilt is mended, a loss that is hardly higher will do: weights that are drawn again begin at another,
-        and few steps do not show what a long sequence teaches.
+        Where the fix brings the tilt back to health, a slightly higher loss passes: weights that are drawn again start
+        from another loss, and a few steps do not show what a long sequence teaches.
         """
-        if trial.outcome is None or trial.outcome.loss == math.inf:
+        result, baseline = trial.result, self.baseline
+        if result is None or result.loss == math.inf:
             return True
-        # Where even no remedy leads to ruin, there is still the loss that it began with.
-        base = math.inf if self._base is None else min(self._base.loss, self._base.start)
-        mended = unhealthy(trial.outcome) <= unhealthy(self._base) - 1
-        margin = (_HARMLESS if mended else -_BETTER) * abs(base) if math.isfinite(base) else 0.0
-        return trial.outcome.loss >= base + margin and not self.bottomless
+        # Where the steps without a fix end in overflow, the loss before them is what counts.
+        loss = math.inf if baseline is None else min(baseline.loss, baseline.start)
+        is_healthier = unhealthy_decades(result) <= unhealthy_decades(baseline) - 1
+        margin = (_HARMLESS if is_healthier else -_BETTER) * abs(loss) if math.isfinite(loss) else 0.0
+        return result.loss >= loss + margin and not self.bottomless
 
     def _rank(self, trial: Trial) -> tuple[bool, float, float]:
-        """Those that do better than nothing; of them the healthiest first, and of those the lowest loss."""
-        loss = math.inf if trial.outcome is None or self.bottomless else trial.outcome.loss
-        return self.is_worse(trial), round(unhealthy(trial.outcome), 1), loss
+        """Return the sort key: better than no fix first, then healthiest tilt, then lowest loss."""
+        loss = math.inf if trial.result is None or self.bottomless else trial.result.loss
+        return self.is_worse(trial), round(unhealthy_decades(trial.result), 1), loss
 
-    def _try(self, candidate: Candidate, passes: int) -> Trial:
+    def _try(self, fix: Remedy, passes: int) -> Trial:
         try:
-            return Trial(candidate, self.attempt(candidate.change, passes))
+            return Trial(fix, self._run(fix.change or Change(), passes))
         except Exception as error:
-            return Trial(candidate, None, _reason(error))
+            return Trial(fix, None, _reason(error))
+
+    def _run(self, change: Change, passes: int) -> TrialResult:
+        self.passes += passes  # also of a trial that fails
+        result = run_trial(
+            self.step,
+            change,
+            layers=self.layers,
+            passes=passes,
+            structure=None if self.baseline is None else self.baseline.structure,
+            start_norms=self.start_norms,
+            halve=self.halve,
+        )
+        self.passes += result.passes - passes
+        return result
 
 
-def _begin(
-    subject: SandboxedStep, layers: tuple[str, ...], *, bottomless: bool
-) -> tuple[Session, TrialResult]:
-    """The attempt without a change, on half of the batch, or all where a half is none: a graph with its adjacency."""
-    try:
-        session = Session(subject, layers, bottomless=bottomless)
-        return session, session.attempt(Change(), _FULL)
-    except Exception:
-        taken = session.passes
-        session = Session(dataclasses.replace(subject, divisible=False), layers, bottomless=bottomless)
-        session.passes = taken
-        return session, session.attempt(Change(), _FULL)
+def unhealthy_decades(result: TrialResult | None) -> float:
+    """Return the decades by which a tilt lies outside the healthy range.
 
-
-def unhealthy(outcome: TrialResult | None) -> float:
-    """Decades by which a tilt lies outside of what is healthy; infinite where no layer gets a gradient."""
-    if outcome is None or not outcome.live:
+    Infinite if no layer gets a gradient, or the trial failed.
+    """
+    if result is None or not result.live:
         return math.inf
     beyond = [0.0]
-    for tilt, (low, high) in ((outcome.tilt, _DEPTH), (outcome.time_tilt, _TIME)):
+    for tilt, (low, high) in ((result.tilt, HEALTHY_DEPTH_TILT), (result.time_tilt, HEALTHY_TIME_TILT)):
         if tilt is not None:
             beyond += [tilt - high, low - tilt] if math.isfinite(tilt) else [math.inf]
     return max(beyond)
 
 
-def _rewound(subject: SandboxedStep, case: DiagnosticContext) -> SandboxedStep:
-    """With weights that have run away, or shrunk, brought back to their size at the start, if that is known."""
-    ruined = not all(math.isfinite(norm) for norm in case.weight_norms)
-    if case.initial_weight_norms is None or not (case.growth[0] > _RUNAWAY or case.decayed or ruined):
-        return subject
-    return dataclasses.replace(subject, norms=dict(zip(case.names, case.initial_weight_norms, strict=True)))
+def _norms_to_rewind_to(context: DiagnosticContext) -> dict[str, float] | None:
+    """Return the weight norms at the start if weights have run away or shrunk since."""
+    ruined = not all(math.isfinite(norm) for norm in context.weight_norms)
+    if context.initial_weight_norms is None or not (
+        context.growth[0] > _RUNAWAY or context.decayed or ruined
+    ):
+        return None
+    return dict(zip(context.names, context.initial_weight_norms, strict=True))
 
 
-def _remedy(trial: Trial, base: TrialResult) -> Remedy:
-    remedy, outcome = trial.candidate.remedy, trial.outcome
-    if outcome is None:
-        return dataclasses.replace(remedy, note=f"could not be tried: {trial.problem}")
-    in_time = base.time_tilt is not None and base.tilt is None
-    before, after = (o.time_tilt if in_time else o.tilt for o in (base, outcome))
-    loss = None if math.isnan(outcome.loss) else outcome.loss
+def _with_result(trial: Trial, baseline: TrialResult) -> Remedy:
+    """Return the fix with the measurements of its trial, or a note why there are none."""
+    result = trial.result
+    if result is None:
+        return dataclasses.replace(trial.fix, note=f"could not be tried: {trial.problem}")
+    in_time = baseline.time_tilt is not None and baseline.tilt is None
     return dataclasses.replace(
-        remedy,
+        trial.fix,
         tried=True,
-        before=before,
-        after=after,
-        loss=loss,
-        change=trial.candidate.change,
-        profile=outcome.profile,
+        before=baseline.time_tilt if in_time else baseline.tilt,
+        after=result.time_tilt if in_time else result.tilt,
+        loss=None if math.isnan(result.loss) else result.loss,
+        profile=result.profile,
     )
 
 
-def _account(
-    session: Session, base: TrialResult, tried: int, rewound: bool, nothing_helped: bool
-) -> list[str]:
-    loss = f"it is {number(base.loss)}" if math.isfinite(base.loss) else "it is inf"
-    in_time = base.time_tilt is not None and base.tilt is None
-    way, (low, high) = ("the first to the last step", _TIME) if in_time else ("input to output", _DEPTH)
-    learnt = "half of it" if session.subject.divisible else "it"
-    said = [
-        f"{count(tried, 'remedy was', 'remedies were')} tried on copies of these weights and this batch, in "
-        f"{session.passes} passes; the training itself is as it was. Tilts are in decades from {way}, of "
-        f"which {low:g} to {high:g} are healthy.",
-        f"The loss is that of this batch after {_FULL - 1} steps with {learnt}, and blank where there were no passes "
-        f"left for them; inf says that it overflowed, or that a layer died. Without a remedy {loss}.",
+def _account(runner: TrialRunner, baseline: TrialResult, tried: int, *, nothing_helped: bool) -> list[str]:
+    """Describe the trials: all that a reader of the table must know."""
+    in_time = baseline.time_tilt is not None and baseline.tilt is None
+    if in_time:
+        way, (low, high) = "from the last to the first step of the sequence", HEALTHY_TIME_TILT
+    else:
+        way, (low, high) = "from output to input", HEALTHY_DEPTH_TILT
+    loss = number(baseline.loss) if math.isfinite(baseline.loss) else "inf"
+    learned = "half of it" if runner.halve else "it"
+    sentences = [
+        f"{count(tried, 'fix was', 'fixes were')} tried on copies of the weights and the batch, in {runner.passes} "
+        f"passes; the training itself is unchanged. The tilt is the number of decades (factors of ten) by which "
+        f"gradients shrink {way}: {low:g} to {high:g} is healthy.",
+        f"The loss is that of the batch after {_FULL - 1} steps on {learned}; without a fix it is {loss}. It is blank "
+        f"if no passes were left for steps, and inf if it overflowed or a layer died.",
     ]
     if nothing_helped:
-        said.insert(0, "None of the remedies that were tried did better than nothing in so few steps.")
-    if rewound:
-        said.append(
-            "The weights had left their size at the start by far; they were brought back to it for this."
+        sentences.insert(0, "None of the fixes that were tried did better than no fix in so few steps.")
+    if runner.start_norms:
+        sentences.append(
+            "The weights were far from their size at the start, so they were scaled back to it for the trials."
         )
-    return said
+    return sentences
 
 
 def _reason(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """Return an error's message in one line."""
     text = " ".join(str(error).split()).rstrip(".")[:160]
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Weights drawn anew, and gates in place of plain recurrent layers; in place, on a module that may be changed."""
+"""Changes of weights and recurrent layers, made in place on a module in a sandbox."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.introspection.layer_calls import Plan
+from lightning_gradguard.introspection.layer_calls import LayerStructure
 
-#: Growth beyond which nothing of the weights at the start is left.
+#: Growth of weights beyond which their directions are those of the steps that blew them up.
 _LOST = 10.0
-#: Gates of the recurrent layers that have some, one block of rows of the matrices for each.
+#: Gates of a recurrent layer, each with one block of rows in its matrices.
 _GATES = {"LSTM": 4, "GRU": 3}
 _GATED = {"LSTM": (nn.LSTM, nn.LSTMCell), "GRU": (nn.GRU, nn.GRUCell)}
 
 
 @torch.no_grad()
-def initialise_(module: nn.Module, how: str, plan: Plan, seed: int = 0) -> None:
-    """Draws weights again; look-up tables stay as they are.
+def initialise_(module: nn.Module, how: str, structure: LayerStructure, seed: int = 0) -> None:
+    """Draw weights again; look-up tables stay as they are.
 
-    "he" and "xavier" are of the layers: their biases become zero, and normalisations begin again with scale 1 and
-    shift 0. "orthogonal" is of the recurrent matrices, those of a loop too; the forget
-    gates of an LSTM, and the update gates of a GRU, begin by keeping the state.
+    "he" and "xavier" draw the weights of the layers, set their biases to zero, and reset normalizations to scale 1 and
+    shift 0. "orthogonal" draws the recurrent matrices, also those of a loop; the forget gates of an LSTM, and the
+    update gates of a GRU, are set to keep the state.
 
     Args:
-        module: What holds them.
-        how: One of the three.
-        plan: Names the layers.
-        seed: Of the random numbers.
+        module: The module that is changed.
+        how: "he", "xavier" or "orthogonal".
+        structure: Structure of its forward pass, which names the layers.
+        seed: Seed of the random numbers.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -41,13 +41,13 @@ def initialise_(module: nn.Module, how: str, plan: Plan, seed: int = 0) -> None:
             if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
                 for name, tensor in layer.named_parameters(recurse=False):
                     _initialise_recurrent(name, tensor, layer, random(tensor))
-        for name in plan.repeated:
+        for name in structure.repeated:
             weight = dict(module.named_parameters()).get(name)
             if weight is not None and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
                 nn.init.orthogonal_(weight, generator=random(weight))
         return
     parameters = dict(module.named_parameters())
-    for product, bias in dict(plan.weights).items():
+    for product, bias in dict(structure.weights).items():
         weight = parameters.get(product or "")
         if weight is None or weight.ndim < 2:
             continue
@@ -67,21 +67,21 @@ def initialise_(module: nn.Module, how: str, plan: Plan, seed: int = 0) -> None:
 
 @torch.no_grad()
 def rewind_(module: nn.Module, norms: Mapping[str, float], seed: int = 0) -> None:
-    """Brings parameters to the size that they began with.
+    """Bring parameters back to their size at the start.
 
-    They are scaled, save for those of two dimensions or more that have grown beyond `_LOST`: their directions are of
-    the steps that blew them up and not of the start, so that they are drawn from a normal distribution.
+    They are scaled. If one of two dimensions or more has grown more than tenfold, all of these are drawn from a normal
+    distribution instead, since their directions are no longer those of the start.
 
     Args:
-        module: What holds them.
+        module: The module that is changed.
         norms: L2 norms at the start, by name.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
     """
     own = {
         name: p for full, p in module.named_parameters() if (name := full.replace("_orig_mod.", "")) in norms
     }
     sizes = {name: float(p.float().norm()) for name, p in own.items()}
-    # The steps that blew up one have killed, or turned, the others.
+    # The steps that blew up one weight have killed, or turned, the others.
     lost = any(p.ndim > 1 and not sizes[name] <= _LOST * norms[name] for name, p in own.items())
     for name, parameter in own.items():
         norm = sizes[name]
@@ -95,12 +95,12 @@ def rewind_(module: nn.Module, norms: Mapping[str, float], seed: int = 0) -> Non
 
 
 def add_gates_(module: nn.Module, kind: str, seed: int = 0) -> None:
-    """Puts a gated layer in the place of each plain recurrent one.
+    """Replace each plain recurrent layer by a gated one.
 
     Args:
-        module: What holds them.
+        module: The module that is changed.
         kind: "GRU" or "LSTM".
-        seed: Of the new layers' weights.
+        seed: Seed of the new layers' weights.
     """
     for parent, name, layer in list(_plain_recurrent(module)):
         example = next(layer.parameters())
@@ -118,22 +118,22 @@ def add_gates_(module: nn.Module, kind: str, seed: int = 0) -> None:
 
 
 def has_recurrence(module: nn.Module) -> bool:
-    """Whether there is a recurrent layer."""
+    """Return True if there is a recurrent layer."""
     return any(isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) for layer in module.modules())
 
 
 def has_gates(module: nn.Module) -> bool:
-    """Whether there is a recurrent layer with gates."""
+    """Return True if there is a recurrent layer with gates."""
     return any(isinstance(layer, classes) for layer in module.modules() for classes in _GATED.values())
 
 
 def has_plain_recurrence(module: nn.Module) -> bool:
-    """Whether there is a recurrent layer without gates."""
+    """Return True if there is a recurrent layer without gates."""
     return any(True for _ in _plain_recurrent(module))
 
 
 class _LSTM(nn.LSTM):
-    """Takes and gives one state, as a plain recurrent layer does."""
+    """LSTM that takes and returns one state, as a plain recurrent layer does."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out, (state, _) = super().forward(input, None if hx is None else (hx, torch.zeros_like(hx)))
@@ -150,12 +150,12 @@ def _plain_recurrent(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNN
 def _initialise_recurrent(
     name: str, tensor: Tensor, layer: nn.RNNBase | nn.RNNCellBase, generator: torch.Generator
 ) -> None:
-    """Orthogonal from state to state; gates begin by keeping the state."""
+    """Draw an orthogonal matrix from state to state, and set gates to keep the state."""
     kind = next((kind for kind, classes in _GATED.items() if isinstance(layer, classes)), "")
     if name.startswith("weight_hh"):
         for block in tensor.chunk(_GATES.get(kind, 1)):
             nn.init.orthogonal_(block, generator=generator)
     elif kind in _GATES and name.startswith("bias"):
-        # The second gate of both. Jozefowicz et al. 2015; at 3 a state is halved in 14 steps, at 1 in 2.
+        # The second gate of both kinds. Jozefowicz et al. 2015; at 3 a state is halved in 14 steps, at 1 in 2.
         keeps = slice(layer.hidden_size, 2 * layer.hidden_size)
         tensor[keeps] = 3.0 if name.startswith("bias_ih") else 0.0

@@ -2,7 +2,6 @@
 // What all figures need: elements, axes, numbers in words, and a cursor that mouse, finger and keyboard move.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const NONE = -32768, NOT_FINITE = 32767; // in the cells of a heat map, which are hundredths of a decade
 
 function add(parent, tag, attributes = {}, text = "") {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);

@@ -2,33 +2,6 @@
 
 const LANE = 17;
 
-function colour(x) {
-  const { scale, stops } = DATA.colours;
-  const place = clamp((x - scale[0]) / (scale[1] - scale[0]), 0, 1) * (stops.length - 1);
-  const k = Math.min(Math.floor(place), stops.length - 2);
-  return stops[k].map((low, i) => Math.round(low + (place - k) * (stops[k + 1][i] - low)));
-}
-
-function cellsOf(heat) {
-  if (!heat.decoded) heat.decoded = new Int16Array(bytes(heat.cells).buffer);
-  return heat.decoded;
-}
-
-function picture(heat) {
-  const canvas = document.createElement("canvas");
-  const cells = cellsOf(heat);
-  canvas.width = heat.columns;
-  canvas.height = heat.names.length;
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(canvas.width, canvas.height);
-  cells.forEach((cell, i) => {
-    const rgb = cell === NONE ? [211, 211, 211] : cell === NOT_FINITE ? [255, 0, 255] : colour(cell / 100);
-    image.data.set([...rgb, 255], 4 * i);
-  });
-  context.putImageData(image, 0, 0);
-  return canvas.toDataURL();
-}
-
 function heightOf(layers) {
   const roomy = 24 * layers;
   return roomy <= 420 ? Math.max(72, roomy) : clamp(1.25 * layers, 420, 1200);
@@ -48,7 +21,7 @@ function drawHeat(figure, run) {
   const p = plot(place, top + heightOf(heat.names.length) + 22, margin, [heat.first, last], [heat.names.length, 0], label);
   drawLanes(p, run, heat, lanes);
   const size = { x: p.box.left, y: top, width: p.box.right - p.box.left, height: p.box.bottom - top };
-  add(p.svg, "image", { ...size, href: picture(heat), preserveAspectRatio: "none" });
+  add(p.svg, "image", { ...size, href: heat.image, preserveAspectRatio: "none" });
   drawLayerNames(p, heat);
   stepAxis(p);
   explore(p, figure.querySelector(".readout"), heat);
@@ -88,7 +61,7 @@ function drawLayerNames(p, heat) {
 }
 
 function explore(p, readout, heat) {
-  const cells = cellsOf(heat), rest = readout.textContent;
+  const cells = new Int16Array(bytes(heat.cells).buffer), rest = readout.textContent;
   const frame = add(p.svg, "rect", { class: "cursor", visibility: "hidden" });
   let column = heat.columns, layer = -1; // the first key begins at the newest step of the first layer
   const show = () => {
@@ -97,7 +70,7 @@ function explore(p, readout, heat) {
     for (const [name, value] of Object.entries(size)) frame.setAttribute(name, value);
     frame.setAttribute("visibility", "visible");
     const cell = cells[layer * heat.columns + column];
-    const value = cell === NONE ? "no gradient" : cell === NOT_FINITE ? "NaN or infinity" : power(cell / 100);
+    const value = cell === DATA.blankCell ? "no gradient" : cell === DATA.nonfiniteCell ? "NaN or infinity" : power(cell / 100);
     const steps = heat.stride === 1 ? `step ${whole(begin)}` : `steps ${whole(begin)} to ${whole(begin + heat.stride - 1)}`;
     say(readout, "", heat.names[layer], ", ", steps, ", ", value);
   };

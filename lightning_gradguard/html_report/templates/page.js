@@ -1,27 +1,5 @@
 // Puts the figures in their places, and draws them anew when their width changes.
 
-function drawLegend(place) {
-  const { scale, stops } = DATA.colours;
-  const bar = document.createElement("span");
-  const svg = add(bar, "svg", { viewBox: "0 0 190 26", width: 190, height: 26, role: "img", "aria-label": `Colours from 10 to the power ${scale[0]} to ${scale[1]}` });
-  const gradient = add(add(svg, "defs"), "linearGradient", { id: "colours" });
-  stops.forEach((rgb, i) => add(gradient, "stop", { offset: i / (stops.length - 1), "stop-color": `rgb(${rgb})` }));
-  add(svg, "rect", { x: 8, y: 0, width: 174, height: 10, fill: "url(#colours)" });
-  for (const value of ticks(scale[0], scale[1], 6)) {
-    const x = 8 + (174 * (value - scale[0])) / (scale[1] - scale[0]);
-    add(svg, "text", { x, y: 23, "text-anchor": "middle" }, String(value).replace("-", "−"));
-  }
-  place.append(bar);
-  const kinds = [["NaN or infinity; skipped", "nonfinite"], ["clipped", "clipped"], ["no gradient", "blank"]];
-  for (const [text, name] of kinds) {
-    const item = document.createElement("span"), swatch = document.createElement("span");
-    swatch.className = "swatch";
-    swatch.style.background = `var(--${name})`;
-    item.append(swatch, text);
-    place.append(item);
-  }
-}
-
 function drawRunLegend(item) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   for (const [name, value] of Object.entries({ width: 26, height: 8, viewBox: "0 0 26 8", "aria-hidden": "true" })) svg.setAttribute(name, value);
@@ -38,8 +16,7 @@ function fillPicker(picker) {
 }
 
 function start() {
-  const legend = document.querySelector("[data-legend]"), picker = document.getElementById("layer");
-  drawLegend(legend);
+  const picker = document.getElementById("layer");
   document.querySelectorAll("[data-line]").forEach(drawRunLegend);
   if (picker) fillPicker(picker);
   const drawings = new Map();

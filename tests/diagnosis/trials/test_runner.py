@@ -1,4 +1,4 @@
-"""Remedies that were tried come first, are few and honest, and the first of them cures."""
+"""Tried fixes come first, are few, and the first of them cures."""
 
 import dataclasses
 import math
@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.causes.ranking import diagnose
-from lightning_gradguard.diagnosis.trials.attempt import SandboxedStep, TrialResult, apply_, attempt
+from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.trials.candidates import find_candidates
 from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.runner import MOST_PASSES, _begin, try_remedies, unhealthy
-from lightning_gradguard.diagnosis.trials.swaps import Swaps
-from lightning_gradguard.introspection.layer_calls import Plan
+from lightning_gradguard.diagnosis.trials.runner import MAX_PASSES, TrialRunner, try_fixes, unhealthy_decades
+from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
+from lightning_gradguard.diagnosis.trials.trial import TrialResult, apply_change_, run_trial
+from lightning_gradguard.introspection.layer_calls import LayerStructure
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
 from lightning_gradguard.results import Fault
 
 
@@ -23,7 +24,7 @@ def sgd(model, lr=0.1):
 
 
 def ruined(kind):
-    """A model, and what is wrong with it."""
+    """Return a model with a given fault."""
     torch.manual_seed(0)
     depth, activation, weight, bias = {
         Fault.VANISHING: (14, nn.Sigmoid, None, None),
@@ -41,8 +42,13 @@ def ruined(kind):
     return model
 
 
+def result(tilt, time_tilt=None, live=5):
+    """Return the result of a trial with given tilts."""
+    return TrialResult(0.0, tilt, time_tilt, live, LayerStructure(), 1)
+
+
 class Counted:
-    """A training step that counts its calls."""
+    """Training step that counts its calls."""
 
     def __init__(self, lab, model, breaks=None):
         self.lab, self.model, self.calls, self.breaks = lab, model, 0, breaks
@@ -55,36 +61,36 @@ class Counted:
 
 
 def examined(lab, fault, **more):
-    """A model's case, its diagnosis with remedies tried, and how many passes that took."""
+    """Return a model, its context, its diagnosis without and with trials, and the passes these took."""
     model = ruined(fault)
     optimizer = sgd(model, 1e-6 if fault == Fault.EXPLODING else 0.1)
     case = lab.train(model, lab.cross_entropy, optimizer, 5, fault, value=1.0)
     case = dataclasses.replace(case, input_rms=1.0)
-    step = Counted(lab, model, **more)
+    loss_of = Counted(lab, model, **more)
     plain = diagnose(case)
-    subject = SandboxedStep(model, step, lab.templates()(0), optimizer)
-    return model, case, plain, try_remedies(plain, case, lambda: subject), step.calls
+    step = SandboxedStep(model, loss_of, lab.templates()(0), optimizer)
+    return model, case, plain, try_fixes(plain, case, lambda: step), loss_of.calls
 
 
 @pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.EXPLODING, Fault.DEAD])
-def test_the_first_remedy_cures(lab, fault):
+def test_the_first_fix_cures(lab, fault):
     _, _, _, diagnosis, calls = examined(lab, fault)
     first = diagnosis.remedies[0]
-    assert calls <= MOST_PASSES
+    assert calls <= MAX_PASSES
     assert f"in {calls} passes" in diagnosis.trials[0]
     assert first.tried
-    assert fault != Fault.VANISHING or unhealthy(TrialResult(0.0, first.before, None, 0.0, 1, Plan(), 1)) > 1
-    assert unhealthy(TrialResult(0.0, first.after, None, 0.0, 1, Plan(), 1)) == 0
+    assert fault != Fault.VANISHING or unhealthy_decades(result(first.before)) > 1
+    assert unhealthy_decades(result(first.after)) == 0
 
     def learns(model, change, steps=150):
-        subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
-        plan = attempt(subject, Change(), layers=(), passes=1).plan
-        apply_(model, change, plan)
-        optimizer, mode = sgd(model, 0.05), Swaps(model, change, plan)
-        for step in range(steps):
+        step = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
+        structure = run_trial(step, Change(), layers=(), passes=1).structure
+        apply_change_(model, change, structure)
+        optimizer, mode = sgd(model, 0.05), SwappedForward(model, change, structure)
+        for number in range(steps):
             optimizer.zero_grad()
             with mode:
-                loss = lab.cross_entropy(model, step)
+                loss = lab.cross_entropy(model, number)
             loss.backward()
             optimizer.step()
         return loss.item() < 0.5
@@ -94,13 +100,13 @@ def test_the_first_remedy_cures(lab, fault):
 
 
 @pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.DEAD])
-def test_the_ranks_are_by_health_and_then_by_loss(lab, fault):
+def test_fixes_are_ranked_by_health_and_then_by_loss(lab, fault):
     _, _, plain, diagnosis, _ = examined(lab, fault)
     tried = [r for r in diagnosis.remedies if r.tried]
     stepped = [r for r in tried if r.loss is not None]
     assert 2 <= len(stepped) < len(tried) <= 6
     assert stepped == tried[: len(stepped)]
-    healthy = [r for r in stepped if unhealthy(TrialResult(0.0, r.after, None, 0.0, 1, Plan(), 1)) == 0]
+    healthy = [r for r in stepped if unhealthy_decades(result(r.after)) == 0]
     assert healthy == stepped[: len(healthy)]
     assert [r.loss for r in healthy] == sorted(r.loss for r in healthy)
     untried = [r for r in diagnosis.remedies if not r.tried]
@@ -110,8 +116,8 @@ def test_the_ranks_are_by_health_and_then_by_loss(lab, fault):
     assert dataclasses.replace(diagnosis, remedies=plain.remedies, trials=()) == plain
 
 
-def test_a_remedy_that_cannot_be_tried_says_so(lab):
-    """The first look after the four passes without a change fails."""
+def test_a_fix_that_cannot_be_tried_has_a_note(lab):
+    """The first trial after the four passes without a change fails."""
     _, _, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={5})
     failed = [r for r in diagnosis.remedies if r.note]
     assert [r.name for r in failed] == [plain.remedies[0].name]
@@ -124,30 +130,30 @@ def test_a_remedy_that_cannot_be_tried_says_so(lab):
     assert "<memory>" not in diagnosis.to_markdown()
 
 
-def test_where_nothing_can_be_tried_the_reason_is_told(lab):
+def test_the_reason_is_given_where_nothing_can_be_tried(lab):
     _, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={1, 2})
     assert diagnosis.remedies == plain.remedies
-    assert diagnosis.trials == ("No remedy was tried: RuntimeError: out of | <memory> here.",)
+    assert diagnosis.trials == ("No fix was tried: RuntimeError: out of | <memory> here.",)
 
     def refuse():
         raise ValueError("the module optimizes by hand")
 
-    refused = try_remedies(plain, case, refuse)
-    assert refused.trials == ("No remedy was tried: the module optimizes by hand.",)
+    refused = try_fixes(plain, case, refuse)
+    assert refused.trials == ("No fix was tried: the module optimizes by hand.",)
     assert refused.remedies == plain.remedies
     assert refused.trials[0] in str(refused)
 
 
-def test_other_faults_are_left_to_the_evidence(lab):
+def test_fixes_of_other_faults_are_not_tried(lab):
     model = lab.mlp(4)
     case = lab.train(model, lab.cross_entropy, sgd(model, 1e-9), 30, Fault.STALLED)
     plain = diagnose(case)
-    told = try_remedies(plain, case, lambda: pytest.fail("not to be asked for"))
-    assert told.trials == ("No remedy was tried: none that can be tried concerns the likeliest cause.",)
+    told = try_fixes(plain, case, lambda: pytest.fail("not to be asked for"))
+    assert told.trials == ("No fix was tried: none that can be tried concerns the most likely cause.",)
     assert dataclasses.replace(told, trials=()) == plain
 
 
-def test_weights_that_have_run_away_are_scaled_back(lab):
+def test_runaway_weights_are_scaled_back_for_trials(lab):
     model = ruined(Fault.VANISHING)
     optimizer = sgd(model)
     case = lab.train(model, lab.cross_entropy, optimizer, 5, Fault.VANISHING, value=8.0)
@@ -155,22 +161,22 @@ def test_weights_that_have_run_away_are_scaled_back(lab):
         [p.mul_(1e4) for p in model.parameters()]
     norms = {n: p.detach().norm().item() for n, p in model.named_parameters()}
     case = dataclasses.replace(case, weight_norms=tuple(norms[n] for n in case.names))
-    subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), optimizer)
-    diagnosis = try_remedies(diagnose(case), case, lambda: subject)
-    assert "brought back" in diagnosis.trials[-1]
+    step = SandboxedStep(model, Counted(lab, model), lab.templates()(0), optimizer)
+    diagnosis = try_fixes(diagnose(case), case, lambda: step)
+    assert "scaled back" in diagnosis.trials[-1]
     assert diagnosis.remedies[0].loss < 10
     assert model[0].weight.detach().norm().item() == norms["0.weight"]
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
-def test_a_compiled_model_is_tried_as_it_is_written(lab):
+def test_fixes_of_a_compiled_model_are_tried_eagerly(lab):
     model, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING)
     compiled = torch.compile(model, backend="eager")
     optimizer = sgd(compiled)
-    subject = SandboxedStep(
+    step = SandboxedStep(
         compiled, lambda b: F.cross_entropy(compiled(b[0]), b[1]), lab.templates()(0), optimizer
     )
-    assert try_remedies(plain, case, lambda: subject).remedies == diagnosis.remedies
+    assert try_fixes(plain, case, lambda: step).remedies == diagnosis.remedies
 
 
 def test_a_sequence_is_ranked_by_its_tilt_over_time(lab):
@@ -191,8 +197,8 @@ def test_a_sequence_is_ranked_by_its_tilt_over_time(lab):
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     loss = F.cross_entropy(model(batch[0]), batch[1])
     case = lab.case_of(model, loss, Fault.VANISHING_IN_TIME, value=16.0, time_tilt=16.0, optimizer=optimizer)
-    subject = SandboxedStep(model, lambda b: F.cross_entropy(model(b[0]), b[1]), batch, optimizer)
-    diagnosis = try_remedies(diagnose(case), case, lambda: subject)
+    step = SandboxedStep(model, lambda b: F.cross_entropy(model(b[0]), b[1]), batch, optimizer)
+    diagnosis = try_fixes(diagnose(case), case, lambda: step)
     by_name = {r.name: r for r in diagnosis.remedies}
     assert {"Orthogonal recurrent weights", "LSTM that begins by remembering", "GRU"} <= set(by_name)
     assert diagnosis.remedies[0].before > 6
@@ -201,32 +207,35 @@ def test_a_sequence_is_ranked_by_its_tilt_over_time(lab):
     assert isinstance(model.rnn, nn.RNN)
 
 
-def test_what_fits_is_tried(lab):
-    """Names are those of the remedies that the evidence suggests, so that none stands there twice."""
+def test_fixes_that_fit_are_candidates(lab):
+    """They are the fixes that the evidence suggests, and more; none is there twice."""
     model, case, plain, _, _ = examined(lab, Fault.VANISHING)
-    subject = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
-    plan = attempt(subject, Change(), layers=(), passes=1).plan
-    names = [c.remedy.name for c in find_candidates(case, plain.causes, model, subject.batch, plan)]
+    step = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
+    structure = run_trial(step, Change(), layers=(), passes=1).structure
+    names = [r.name for r in find_candidates(case, plain.causes, model, step.batch, structure)]
     assert {r.name for r in plain.remedies} - {"Xavier initialization"} <= set(names)
     assert {"ReLU", "GELU", "Skip connections", "Fewer layers", "Standardize the inputs"} <= set(names)
     assert "An activation that cannot die" not in names
     assert len(names) == len(set(names))
     worse = dataclasses.replace(case, finding=lab.finding(Fault.EXPLODING))
-    exploding = find_candidates(worse, plain.causes, model, subject.batch, plan)
-    assert any(c.change.rate < 1 for c in exploding)
+    exploding = find_candidates(worse, plain.causes, model, step.batch, structure)
+    assert any(r.change.rate < 1 for r in exploding)
 
 
-def test_health_is_told_by_the_farther_tilt():
-    def outcome(tilt, time_tilt=None, live=5):
-        return TrialResult(0.0, tilt, time_tilt, 0.0, live, Plan(), 1)
+def test_the_worse_of_both_tilts_counts():
+    assert (
+        unhealthy_decades(result(0.0))
+        == unhealthy_decades(result(2.5, 3.8))
+        == unhealthy_decades(result(None))
+        == 0
+    )
+    assert unhealthy_decades(result(4.0)) == pytest.approx(1.5)
+    assert unhealthy_decades(result(-4.0, 10.0)) == pytest.approx(4.0)
+    assert unhealthy_decades(None) == math.inf
+    assert unhealthy_decades(result(0.0, live=0)) == unhealthy_decades(result(0.0, math.nan)) == math.inf
 
-    assert unhealthy(outcome(0.0)) == unhealthy(outcome(2.5, 3.8)) == unhealthy(outcome(None)) == 0
-    assert unhealthy(outcome(4.0)) == pytest.approx(1.5)
-    assert unhealthy(outcome(-4.0, 10.0)) == pytest.approx(4.0)
-    assert unhealthy(outcome(0.0, live=0)) == unhealthy(outcome(0.0, math.nan)) == unhealthy(None) == math.inf
 
-
-def test_a_graph_of_which_no_half_is_one_is_tried_whole():
+def test_a_batch_that_cannot_be_halved_is_used_whole():
     model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     batch = torch.randn(12, 5), torch.eye(12), torch.randint(3, (12,))
 
@@ -234,7 +243,7 @@ def test_a_graph_of_which_no_half_is_one_is_tried_whole():
         nodes, adjacency, labels = batch
         return torch.nn.functional.cross_entropy(model(adjacency @ nodes), labels)
 
-    subject = SandboxedStep(model, loss_of, batch, torch.optim.SGD(model.parameters(), lr=0.1))
-    session, base = _begin(subject, ("0.weight", "2.weight"), bottomless=False)
-    assert not session.subject.divisible
-    assert math.isfinite(base.loss)
+    step = SandboxedStep(model, loss_of, batch, torch.optim.SGD(model.parameters(), lr=0.1))
+    runner = TrialRunner(step, ("0.weight", "2.weight"))
+    assert math.isfinite(runner.run_baseline().loss)
+    assert not runner.halve

@@ -1,0 +1,286 @@
+"""Diagnose a critical finding: gather the facts, name the causes, try fixes. Happens once in a run, so it may read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gradguard.diagnosis.causes import find_causes
+from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
+from lightning_gradguard.diagnosis.fixes import find_fixes
+from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
+from lightning_gradguard.diagnosis.symptoms import find_symptoms
+from lightning_gradguard.diagnosis.trials import runner
+from lightning_gradguard.engine.history import History
+from lightning_gradguard.engine.readback import read
+from lightning_gradguard.engine.step_context import StepContext
+from lightning_gradguard.engine.step_record import StepRecord
+from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
+from lightning_gradguard.results import Fault, Finding
+from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_means, weight_norms
+
+#: Newest steps that a diagnosis keeps for its picture.
+PICTURED = 128
+
+
+@dataclass(frozen=True)
+class GuardFacts:
+    """What the guard knows at the step of a critical finding.
+
+    Attributes:
+        stats: Statistics of the step.
+        record: Its numbers on the host.
+        last_finite: Numbers of the newest step that was finite; ``record`` if there was none.
+        findings: All findings so far, oldest first.
+        history: The newest steps.
+        layout: Names and order of the P tensors.
+        initial_weights: float32 [P], weight norms at the start.
+        graph_summary: Summary of the newest autograd graph, or None.
+        optimizer: The optimizer, or None.
+        judged: Steps judged so far.
+        clipper: The clipper in words; empty without one.
+        policy: The policy in words.
+    """
+
+    stats: GradStats
+    record: StepRecord
+    last_finite: StepRecord
+    findings: tuple[Finding, ...]
+    history: History
+    layout: Layout
+    initial_weights: Tensor
+    graph_summary: GraphSummary | None
+    optimizer: torch.optim.Optimizer | None
+    judged: int
+    clipper: str
+    policy: str
+
+
+def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple[Diagnosis, Origin | None]:
+    """Diagnose a critical finding; return also where a non-finite value came from, if that was traced.
+
+    With sharded parameters every rank has to call it.
+
+    Args:
+        facts: What the guard knows.
+        finding: The critical finding.
+        context: What the caller knows of the step.
+    """
+    # This comes first: sharded ranks take part in it together, and what follows may fail on one of them.
+    known = build_context(facts, finding, context.batch)
+    origin = None
+    if finding.fault == Fault.NONFINITE:
+        origin = trace_nonfinite(context, facts.record.loss_scale)
+        known = replace(known, origin=origin)
+    diagnosis = diagnose_context(known)
+    if context.run_trials and context.sandboxed_step is not None:
+        diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
+    diagnosis = replace(
+        diagnosis,
+        timeline=timeline_of(facts.history, facts.stats.layout, finding),
+        signs=(*diagnosis.signs, *context.notes),
+    )
+    return diagnosis, origin
+
+
+def diagnose_context(context: DiagnosticContext) -> Diagnosis:
+    """Return symptoms, causes with their evidence, and fixes that were not tried.
+
+    Args:
+        context: The facts at the step of the finding.
+    """
+    causes = find_causes(context)
+    return Diagnosis(
+        fault=context.finding.fault,
+        step=context.finding.step,
+        parameters=context.finding.parameters,
+        signs=find_symptoms(context),
+        causes=tuple(cause for cause, _ in causes),
+        evidence=dict(causes),
+        remedies=find_fixes(context, [cause for cause, _ in causes]),
+    )
+
+
+def undiagnosed(finding: Finding, problem: str, notes: tuple[str, ...] = ()) -> Diagnosis:
+    """Return a bare diagnosis, for when diagnosing itself failed.
+
+    Args:
+        finding: The critical finding.
+        problem: Why its causes are not known.
+        notes: Further symptoms.
+    """
+    return Diagnosis(
+        finding.fault,
+        finding.step,
+        finding.parameters,
+        (str(finding), *notes),
+        (Cause.UNKNOWN,),
+        {Cause.UNKNOWN: problem},
+    )
+
+
+def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = True) -> Origin | None:
+    """Find where the step's first non-finite value came from; None if nothing is known of its batch.
+
+    Args:
+        context: What the caller knows of the step.
+        loss_scale: Scale of the gradient scaler; NaN without one.
+        replay: Replay the training step. If False, only the batch is searched.
+    """
+    try:
+        step = None if context.sandboxed_step is None else context.sandboxed_step()
+    except ValueError:  # the training step does more than compute a loss
+        step = None
+    if step is None:
+        return origin_in_batch(context.batch)
+    return find_origin(step, scale=loss_scale, replay=replay)
+
+
+def describe(finding: Finding, origin: Origin | None) -> str:
+    """Return the warning for a finding, with the source of a non-finite value if it is known."""
+    if origin is None or origin.place == Place.UNKNOWN:
+        return str(finding)
+    return f"{finding}. {origin}"
+
+
+def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:
+    """Return the newest steps for a picture: the layers' weights, and what the finding names of other modules.
+
+    Args:
+        history: The newest steps; its tensors are the layout's.
+        layout: Order of the tensors, and which of them are layers.
+        finding: The critical finding.
+    """
+    layers = layout.layer_indices or frozenset(layout.order)
+    modules = {_module(layout.names[i]) for i in layers}
+    named = {name for name in finding.parameters if _module(name) not in modules}
+    rows = [i for i in layout.order if i in layers or layout.names[i] in named]
+    table = {name: column[-PICTURED:] for name, column in history.table().items()}
+    with np.errstate(divide="ignore"):
+        rms = np.log10(table["norms"][:, rows] / np.sqrt(np.maximum(np.array(history.numel)[rows], 1)))
+    # In a history NaN means no gradient, and infinity one that is not finite.
+    rms = np.where(np.isnan(rms), -np.inf, np.where(rms == np.inf, np.nan, rms))
+    return Timeline(
+        steps=tuple(table["step"].tolist()),
+        layers=tuple(layout.names[i] for i in rows),
+        rms_log10=tuple(map(tuple, rms.T.tolist())),
+        skipped=tuple(table["skip"].tolist()),
+        clipped=tuple(((table["scale"] < 1) & ~table["skip"]).tolist()),
+        losses=tuple(table["loss"].tolist()),
+    )
+
+
+def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> DiagnosticContext:
+    """Build the context that causes and fixes are found from, tensors in order from input to output.
+
+    With sharded parameters every rank has to call it.
+
+    Args:
+        facts: What the guard knows.
+        finding: The critical finding.
+        batch: Input of the loss, if known.
+    """
+    layout, order = facts.layout, facts.layout.order
+    stats, record, last = facts.stats, facts.record, facts.last_finite
+    # All ranks take part in these, so they come before anything that may fail on one of them.
+    weights = weight_norms(layout)
+    means = weight_means(layout) if finding.fault == Fault.DEAD else None
+    (input_rms, target_rms), bad_rows = _measure_batch(batch)
+    settings = _settings(facts.optimizer)
+    time_tilt = next((r.value for r in last.results if r.fault == Fault.VANISHING_IN_TIME), math.nan)
+    return DiagnosticContext(
+        finding=finding,
+        names=tuple(layout.names[i] for i in order),
+        shapes=tuple(tuple(layout.parameters[i].shape) for i in order),
+        gradients_log10=tuple(_log10(v) for v in _in_order(stats.norms, order)),
+        weight_norms=_in_order(weights, order),
+        update_ratios=_in_order(stats.updates, order),
+        findings=facts.findings,
+        initial_weight_norms=_in_order(facts.initial_weights, order),
+        graph_summary=facts.graph_summary,
+        tilt=_known(last.tilt),
+        time_tilt=_known(time_tilt),
+        has_loss=stats.has_loss,
+        loss_start=last.loss_start if math.isnan(last.loss_first) else last.loss_first,
+        loss_now=last.loss_mean,
+        loss_last=record.loss,
+        optimizer="" if facts.optimizer is None else type(facts.optimizer).__name__,
+        learning_rates=tuple(
+            float(rate) for group in settings if isinstance(rate := group.get("lr"), (int, float))
+        ),
+        defaults=settings[0] if settings else {},
+        dtypes=_dtypes(stats, facts.graph_summary),
+        steps=facts.judged,
+        clipper=facts.clipper,
+        policy=facts.policy,
+        input_rms=input_rms,
+        target_rms=target_rms,
+        weight_means=None if means is None else _in_order(means, order),
+        bad_rows=bad_rows,
+    )
+
+
+def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tuple[int, ...] | None]:
+    """Return the RMS of inputs and targets, and the rows with a non-finite element in any tensor.
+
+    None for each that is not there; ``((None, None), None)`` if the batch is unknown or has no floating-point tensor.
+    """
+    tensors = [t for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
+    if not any(t.ndim and t.numel() for t in tensors):
+        return (None, None), None
+    rows = tuple(sorted({row for entry in find_nonfinite(batch) for row in entry.rows}))
+    inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
+    return (inputs, targets), rows
+
+
+def _rms(x: Tensor | None) -> float | None:
+    if x is None:
+        return None
+    squares = x.detach().float().square()
+    return _known(read(squares[squares.isfinite()].mean().sqrt().reshape(1))[0])
+
+
+def _dtypes(stats: GradStats, summary: GraphSummary | None) -> tuple[str, ...]:
+    """Return the dtypes of the gradients, and those that autocast computes in on their way."""
+    own = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
+    return tuple(sorted(own | (summary.dtypes if summary is not None else frozenset())))
+
+
+def _settings(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
+    """Return the optimizer's groups without their parameters, as plain types."""
+    plain = []
+    for group in optimizer.param_groups if optimizer is not None else []:
+        kept = {
+            k: read(v.reshape(1))[0] if isinstance(v, Tensor) and v.numel() == 1 else v
+            for k, v in group.items()
+            if k != "params"
+        }
+        plain.append({k: v for k, v in kept.items() if isinstance(v, (int, float, str, tuple, type(None)))})
+    return plain
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _in_order(vector: Tensor, order: Sequence[int]) -> tuple[float, ...]:
+    numbers = read(vector)
+    return tuple(numbers[i] for i in order)
+
+
+def _log10(norm: float) -> float:
+    return math.log10(norm) if 0 < norm < math.inf else (-math.inf if norm == 0 else norm)

@@ -1,0 +1,28 @@
+"""`StepContext`: facts about a step that only the caller knows, used when something is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Facts for messages and diagnosis; none of them changes a verdict.
+
+    Attributes:
+        batch: Input of the loss, or None. Searched for values that are not finite, and measured.
+        sandboxed_step: Builds the training step that fixes are tried on and a non-finite value is traced with; None if
+            there is none. It raises ValueError, with the reason, if the training step cannot be run by itself.
+        run_trials: Try fixes on the live model when something critical is found.
+        notes: Sentences to add to the symptoms, such as the course of a metric.
+    """
+
+    batch: object = None
+    sandboxed_step: Callable[[], SandboxedStep] | None = None
+    run_trials: bool = False
+    notes: tuple[str, ...] = ()

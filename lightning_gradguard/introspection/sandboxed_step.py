@@ -1,0 +1,59 @@
+"""One training step that can be run again without a trace, for everything that replays or tries a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.introspection.sandbox import sandbox
+
+
+@dataclass(frozen=True)
+class SandboxedStep:
+    """A training step: a model, a batch, and the function that computes the loss.
+
+    Attributes:
+        module: The model.
+        loss_of: Batch to scalar loss with its autograd graph. It runs while the module is in a `sandbox`, so it may
+            change what the module holds.
+        batch: The batch that the step was, or will be, trained on.
+        optimizer: The optimizer of the training; None where no step is taken.
+        number: Index of the batch, if known.
+    """
+
+    module: nn.Module
+    loss_of: Callable[[Any], Tensor]
+    batch: Any
+    optimizer: torch.optim.Optimizer | None = None
+    number: int | None = None
+
+    @contextmanager
+    def sandbox(self) -> Iterator[Callable[[Any], Any]]:
+        """Run the step on copies: restore the module, gradients, random numbers and the optimizer's settings.
+
+        Yields:
+            A function that copies something else, such as the batch.
+
+        Raises:
+            ValueError: If the module cannot be copied; see `sandbox`.
+        """
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        own = [p for group in groups for p in group["params"]]
+        # A closure that holds the parameters themselves would add to their gradients, so these are set aside.
+        held = [(p, p.grad) for p in {id(p): p for p in (*own, *self.module.parameters())}.values()]
+        settings = [dict(group) for group in groups]
+        for parameter, _ in held:
+            parameter.grad = None
+        try:
+            with sandbox(self.module) as copy, torch.enable_grad():
+                yield copy
+        finally:
+            for parameter, gradient in held:
+                parameter.grad = gradient
+            for group, before in zip(groups, settings, strict=True):
+                group.update(before)

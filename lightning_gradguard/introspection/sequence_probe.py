@@ -1,0 +1,166 @@
+"""The gradient at each step of a sequence: how much of it is lost from the last step to the first.
+
+`SequenceGradientProbe` observes the training itself: it reads nothing on the host and leaves the model alone.
+`SandboxedSequenceProbe` observes any number of passes of a module in a `sandbox`, and returns plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+#: Fewest steps of a sequence, or calls of one module in one pass, for which a tilt over time is measured.
+MIN_TIMES = 10
+
+
+class SequenceGradientProbe:
+    """Probe of one forward and backward pass of a training; changes nothing in it.
+
+    Measures a fused recurrent layer by the gradient of its input at each step, and a module that is called once a step
+    by the gradient of what each call returned.
+
+    Args:
+        parameters: Ids of the parameters that are applied again and again.
+    """
+
+    def __init__(self, parameters: frozenset[int]) -> None:
+        self._parameters = parameters
+        self._norms: Tensor | None = None  # of a fused layer
+        self._calls: dict[int, list[Tensor | None]] = {}  # id of a module -> norm for each call
+        self._over = False
+        self._hooks = [
+            register_module_forward_pre_hook(self._before),  # type: ignore[arg-type]
+            register_module_forward_hook(self._after),
+        ]
+
+    def close(self) -> Tensor | None:
+        """Remove the hooks and return the time tilt, float32 [], in decades.
+
+        None without a sequence of ten steps.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        norms = self._norms
+        for calls in self._calls.values():
+            known = [n for n in calls if n is not None]
+            if norms is None and len(known) >= MIN_TIMES:
+                norms = torch.stack(known)
+        return None if norms is None or len(norms) < MIN_TIMES else _time_tilt(norms)
+
+    def _is_observed(self, module: nn.Module) -> bool:
+        return any(id(p) in self._parameters for p in module._parameters.values())
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if torch.compiler.is_compiling() or self._over or self._norms is not None:
+            return None
+        if not (isinstance(module, nn.RNNBase) and torch.is_grad_enabled() and self._is_observed(module)):
+            return None
+
+        def keep(norms: Tensor) -> None:
+            self._norms = norms
+
+        return _observe_input(module, args, keep)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # After the first backward pass another micro-batch begins, which is another sequence.
+        if torch.compiler.is_compiling() or self._over:
+            return
+        result = output[0] if isinstance(output, tuple) else output
+        if isinstance(module, nn.RNNBase) or not isinstance(result, Tensor) or not result.requires_grad:
+            return
+        if not self._is_observed(module):
+            return
+        calls = self._calls.setdefault(id(module), [])
+        place = len(calls)
+        calls.append(None)
+
+        def keep(gradient: Tensor) -> None:
+            self._over = True
+            calls[place] = torch.linalg.vector_norm(gradient.detach().float())
+
+        result.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+class SandboxedSequenceProbe:
+    """Probe of the recurrent layers and cells of a module in a sandbox.
+
+    It puts hooks on the module. It measures the gradient of a layer's input at each step, and of a cell's input at each
+    call.
+
+    Args:
+        module: What is run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._norms: list[Tensor] = []
+        self._steps: dict[nn.Module, dict[int, Tensor]] = {}  # cell -> number of the call -> norm
+        self._calls: Counter[nn.Module] = Counter()
+        for layer in module.modules():
+            if isinstance(layer, nn.RNNBase):
+                layer.register_forward_pre_hook(self._before)
+            elif isinstance(layer, nn.RNNCellBase):
+                layer.register_forward_pre_hook(self._before_cell)
+
+    def take(self) -> float | None:
+        """Return the time tilt since the last call, in decades.
+
+        None without a sequence of ten steps.
+        """
+        calls = [torch.stack([own[i] for i in sorted(own)]) for own in self._steps.values()]
+        norms = next((n for n in (*self._norms, *calls) if len(n) >= MIN_TIMES), None)
+        self._norms, self._steps = [], {}
+        self._calls.clear()
+        return None if norms is None else float(_time_tilt(norms))
+
+    def _before(self, layer: nn.RNNBase, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return _observe_input(layer, args, self._norms.append)
+
+    def _before_cell(self, cell: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (args and isinstance(args[0], Tensor)):
+            return None
+        x = _differentiable(args[0]) * 1  # a tensor for each call, where all steps take the same input
+        number = self._calls[cell]
+        self._calls[cell] += 1
+
+        def keep(gradient: Tensor) -> None:
+            self._steps.setdefault(cell, {})[number] = gradient.detach().float().norm()
+
+        x.register_hook(keep)  # type: ignore[no-untyped-call]
+        return (x, *args[1:])
+
+
+def _observe_input(
+    layer: nn.RNNBase, args: tuple[Any, ...], keep: Callable[[Tensor], None]
+) -> tuple[Any, ...] | None:
+    """Hook a layer's input, to pass the norms of its gradient to ``keep``.
+
+    There is one norm for each of T steps, float32 [T].
+
+    Returns:
+        Arguments to call the layer with; None if its input is no batch of sequences.
+    """
+    if not (args and isinstance(args[0], Tensor) and args[0].ndim == 3):
+        return None
+    x, time = _differentiable(args[0]), 1 if layer.batch_first else 0
+
+    def hook(gradient: Tensor) -> None:
+        keep(torch.linalg.vector_norm(gradient.detach().float().transpose(0, time).flatten(1), dim=1))
+
+    x.register_hook(hook)  # type: ignore[no-untyped-call]
+    return (x, *args[1:])
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_(True)
+
+
+def _time_tilt(norms: Tensor) -> Tensor:
+    """Return log10 of the last tenth's mean norm over the first tenth's, float32 []."""
+    tenth, tiny = max(1, len(norms) // 10), torch.finfo(torch.float32).tiny
+    first, last = norms[:tenth].mean().clamp(min=tiny), norms[-tenth:].mean().clamp(min=tiny)
+    return torch.log10(last / first)

@@ -1,0 +1,157 @@
+"""Findings and diagnoses of a run: as Markdown for people, and as JSON for `gradguard report`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NamedTuple
+
+from lightning_gradguard.results import Finding, Severity
+
+#: Newest findings and diagnoses that are kept.
+FINDINGS, DIAGNOSES = 50, 3
+
+
+class LoggedFinding(NamedTuple):
+    """A finding as checkpoints and event files hold it.
+
+    Attributes:
+        step: Step at which the condition began.
+        fault: Name of the fault. A plain string, since the process that reads the file may not know a custom fault.
+        severity: How serious it is.
+        parameters: Names of the tensors concerned, worst first; may be empty.
+        value: The number that the finding rests on.
+        limit: The value at which the finding begins, same unit.
+        measure: What ``value`` is, in words with a unit.
+    """
+
+    step: int
+    fault: str
+    severity: Severity
+    parameters: tuple[str, ...]
+    value: float
+    limit: float
+    measure: str
+
+    @classmethod
+    def of(cls, finding: Finding) -> LoggedFinding:
+        """Return what is logged of a finding."""
+        return cls(
+            finding.step,
+            finding.fault.value,
+            finding.severity,
+            tuple(finding.parameters),
+            finding.value,
+            finding.limit,
+            finding.measure or finding.detector,
+        )
+
+    @property
+    def evidence(self) -> str:
+        """The measured value, its limit, and the three worst tensors, in Markdown of one line."""
+        names = [f"`{name}`" for name in self.parameters[:3]]
+        more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
+        where = f", in {', '.join(names)}{more}" if names else ""
+        return f"{self.measure} {self.value:.3g}, limit {self.limit:.3g}{where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types that JSON can hold: numbers that are not finite become strings."""
+        numbers = {"value": self.value, "limit": self.limit}
+        return {
+            **self._asdict(),
+            **{name: x if math.isfinite(x) else str(x) for name, x in numbers.items()},
+            "severity": self.severity.name.lower(),
+            "parameters": list(self.parameters),
+        }
+
+    @classmethod
+    def from_dict(cls, parts: dict[str, Any]) -> LoggedFinding:
+        """Return the finding that `to_dict` gave."""
+        return cls(
+            step=int(parts["step"]),
+            fault=str(parts["fault"]),
+            severity=Severity[parts["severity"].upper()],
+            parameters=tuple(parts["parameters"]),
+            value=float(parts["value"]),
+            limit=float(parts["limit"]),
+            measure=str(parts["measure"]),
+        )
+
+
+class FoundRecord(NamedTuple):
+    """Findings and diagnoses that were new at one step.
+
+    Attributes:
+        findings: Oldest first.
+        diagnoses: Markdown, oldest first.
+    """
+
+    findings: tuple[LoggedFinding, ...] = ()
+    diagnoses: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the record as JSON."""
+        parts = {"findings": [f.to_dict() for f in self.findings], "diagnoses": list(self.diagnoses)}
+        return json.dumps(parts, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> FoundRecord:
+        """Return the record that `to_json` gave.
+
+        Raises:
+            ValueError: If the text is not JSON.
+            KeyError: If a part is missing.
+        """
+        parts = json.loads(text)
+        return cls(tuple(map(LoggedFinding.from_dict, parts["findings"])), tuple(parts["diagnoses"]))
+
+
+class FindingLog:
+    """The newest findings and diagnoses of a run, and which of them have not been logged yet."""
+
+    def __init__(self) -> None:
+        self._findings: list[LoggedFinding] = []  # newest first, like the diagnoses
+        self._diagnoses: list[str] = []
+        self._new_findings = self._new_diagnoses = 0
+
+    def add(self, finding: Finding) -> None:
+        """Add a finding."""
+        self._findings = [LoggedFinding.of(finding), *self._findings][:FINDINGS]
+        self._new_findings += 1
+
+    def add_diagnosis(self, markdown: str) -> None:
+        """Add a diagnosis in Markdown."""
+        self._diagnoses = [markdown, *self._diagnoses][:DIAGNOSES]
+        self._new_diagnoses += 1
+
+    def flush(self) -> tuple[str, FoundRecord] | None:
+        """Return what to log, and count everything as logged.
+
+        Returns:
+            Markdown of all that is kept, and a record of what is new since the last call; None if nothing is.
+        """
+        if not self._new_findings and not self._new_diagnoses:
+            return None
+        new = FoundRecord(
+            tuple(reversed(self._findings[: self._new_findings])),
+            tuple(reversed(self._diagnoses[: self._new_diagnoses])),
+        )
+        self._new_findings = self._new_diagnoses = 0
+        # A list, since TensorBoard breaks the words in a table beside long names.
+        lines = [
+            f"* step {f.step:,}: **{f.fault}** ({f.severity.name.lower()}), {f.evidence}"
+            for f in self._findings
+        ]
+        found = "### Found, newest first\n\n" + "\n".join(lines)
+        return "\n\n---\n\n".join([*self._diagnoses, found]), new
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types, which load under ``weights_only=True``."""
+        return {"findings": [f.to_dict() for f in self._findings], "diagnoses": list(self._diagnoses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the log of `state_dict`. All of it counts as new, so a new event file is complete."""
+        # Older checkpoints hold findings as lines of text. Those are left out: the older event file has them.
+        self._findings = [LoggedFinding.from_dict(f) for f in state["findings"] if isinstance(f, dict)]
+        self._diagnoses = list(state["diagnoses"])
+        self._new_findings, self._new_diagnoses = len(self._findings), len(self._diagnoses)

@@ -1,0 +1,114 @@
+"""What an earlier version found and showed is found and shown, and what it left can be gone on with.
+
+`make_data.py` made the files in ``data``. Numbers are compared to a relative 1e-4, so that other processors, which
+round otherwise, pass; steps, names and whatever else is a choice must be equal.
+"""
+
+import json
+
+import make_data
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOLERANCE = 1e-4
+
+
+def expected(file):
+    return json.loads((make_data.DATA / file).read_text(encoding="utf-8"))
+
+
+def assert_close(seen, wanted, where=""):
+    """Numbers within the tolerance; all else equal."""
+    if isinstance(wanted, dict):
+        assert list(seen) == list(wanted), where
+        for name in wanted:
+            assert_close(seen[name], wanted[name], f"{where} / {name}")
+    elif isinstance(wanted, list):
+        assert len(seen) == len(wanted), f"{where}: {seen}, not {wanted}"
+        for index, (one, other) in enumerate(zip(seen, wanted, strict=True)):
+            assert_close(one, other, f"{where}[{index}]")
+    elif isinstance(wanted, float):
+        assert seen == pytest.approx(wanted, rel=TOLERANCE), where
+    else:
+        assert seen == wanted, where
+
+
+@pytest.mark.parametrize("name", make_data.ZOO)
+def test_the_zoo_is_judged_as_before(name):
+    assert_close(make_data.found(name), expected("findings.json")[name], name)
+
+
+def test_every_fault_is_found_in_one_of_them():
+    from lightning_gradguard import Fault
+
+    known = expected("findings.json")
+    seen = {finding["fault"] for training in known.values() for finding in training["findings"]}
+    assert seen == {fault.value for fault in Fault}
+    assert [name for name, training in known.items() if not training["findings"]], "no healthy one"
+
+
+@pytest.mark.parametrize("part", ["exported", "testing", "command"])
+def test_names_signatures_fields_and_options_are_as_before(part):
+    seen, wanted = make_data.shown()[part], expected("surface.json")[part]
+    assert sorted(seen) == sorted(wanted)
+    for name in wanted:
+        assert seen[name] == wanted[name], name
+
+
+@pytest.mark.parametrize("name", make_data.GUARDS)
+def test_a_guard_goes_on_from_a_state_of_the_earlier_version(name):
+    assert_close(make_data.gone_on(name), expected("continued.json")[f"guard {name}"], name)
+
+
+def test_a_fault_that_was_under_way_halts_when_it_would_have():
+    seen = make_data.sick_gone_on()
+    assert seen["halted"] == 79
+    assert_close(seen, expected("continued.json")["guard sick"])
+
+
+def test_a_trainer_goes_on_from_a_checkpoint_of_the_earlier_version():
+    assert_close(make_data.resumed(), expected("continued.json")["checkpoint"])
+
+
+def test_the_checkpoint_holds_what_the_guard_was_and_makes_a_difference():
+    saved = make_data.loaded("checkpoint.ckpt")["callbacks"]
+    assert make_data.guard().state_key in saved
+    # Without the state, warm-up would begin again.
+    fresh = make_data.Loop(**make_data.GUARDS["spike"])
+    fresh.net.load_state_dict(make_data.loaded("training_spike.pt")["net"])
+    fresh.run(make_data.SAVED, make_data.SAVED + make_data.FURTHER)
+    seen = [make_data.report_of(report) for report in fresh.reports]
+    with pytest.raises(AssertionError):
+        assert_close(seen, expected("continued.json")["guard spike"]["reports"])
+
+
+def test_a_flight_record_of_the_earlier_version_is_played_again():
+    assert_close(make_data.replayed(), expected("continued.json")["bundle"])
+    assert isinstance(torch.load(make_data.DATA / "bundle.pt", weights_only=True), dict)
+
+
+class TestTheComparisonCanFail:
+    def test_of_numbers(self):
+        assert_close({"a": [1.0, "x"]}, {"a": [1.00001, "x"]})
+        for wrong in ({"a": [1.001, "x"]}, {"a": [1.0, "y"]}, {"a": [1.0]}, {"b": [1.0, "x"]}):
+            with pytest.raises(AssertionError):
+                assert_close(wrong, {"a": [1.0, "x"]})
+
+    def test_of_recordings(self, tmp_path, capsys):
+        import compare
+
+        one = {"versions": {}, "facts": {"run": {"steps": ["a", "b"]}}, "text": {"run": {"said": "long"}}}
+        reworded = {**one, "text": {"run": {"said": "short"}}}
+        other = {**one, "facts": {"run": {"steps": ["a", "c"]}}}
+        files = {}
+        for name, content in (("one", one), ("reworded", reworded), ("other", other)):
+            files[name] = tmp_path / f"{name}.json"
+            files[name].write_text(json.dumps(content))
+        assert compare.main([str(files["one"]), str(files["one"])]) == 0
+        assert compare.main([str(files["one"]), str(files["reworded"])]) == 1
+        assert compare.main([str(files["one"]), str(files["reworded"]), "--ignore-text"]) == 0
+        capsys.readouterr()
+        assert compare.main([str(files["one"]), str(files["other"]), "--ignore-text"]) == 1
+        assert "steps[1]" in capsys.readouterr().out
