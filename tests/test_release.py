@@ -111,6 +111,7 @@ def test_what_the_wheel_says_of_itself(wheel):
         assert dict(group) == {"gradguard": "lightning_gradguard.autoload:callbacks"}
 
 
+@pytest.mark.slow
 @needs_sources
 def test_what_was_built_runs(wheel, tmp_path):
     """From the unpacked wheel, beside which there is no checkout."""
