@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_gradguard import Guard
 from lightning_gradguard.clippers import Clip, NoState, tensor_clip
-from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.stats import GradStats
 
 
 @dataclass(frozen=True)

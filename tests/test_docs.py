@@ -37,9 +37,9 @@ PUBLIC = {
     "lightning_gradguard.testing",
     "lightning_gradguard.metrics",
     "lightning_gradguard.guard",
-    "lightning_gradguard.detectors.base",
-    "lightning_gradguard.clippers.base",
-    "lightning_gradguard.stats.grad_stats",
+    "lightning_gradguard.detectors",
+    "lightning_gradguard.clippers",
+    "lightning_gradguard.stats",
 }
 
 pytestmark = [
