@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import import_from
 from lightning_gradguard.engine.parameter_tracker import unscale
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, loss_in
 from lightning_gradguard.results import GradientWarning
 
 if TYPE_CHECKING:
@@ -184,11 +184,7 @@ def sandboxed_step_of(
 
     def loss_of(batch: Any) -> Tensor:
         with _without_logging(trainer, module), trainer.precision_plugin.train_step_context():
-            output = module.training_step(batch, *arguments)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-        return loss
+            return loss_in(module.training_step(batch, *arguments))
 
     return SandboxedStep(module, loss_of, batch, optimizer, batch_idx)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.introspection.batch import is_finite
+from lightning_gradguard.introspection.sandboxed_step import loss_in
 from lightning_gradguard.stats.parameters import select
 
 
@@ -74,7 +75,7 @@ class TrainerStub:
         except _StopReplay:
             return
         if getattr(self.module, "automatic_optimization", True):
-            self._backward(_loss_in(output))
+            self._backward(loss_in(output))
 
     def loss_of(self, batch: Any, number: int, context: AbstractContextManager[Any], backward: int) -> Tensor:
         """Return the loss of one backward pass with its autograd graph; earlier backward passes are skipped.
@@ -95,7 +96,7 @@ class TrainerStub:
             if stop.loss is not None:
                 return stop.loss
             raise ValueError("the training step ran fewer backward passes than before") from None
-        return _loss_in(output)
+        return loss_in(output)
 
     def cleared(self, index: int) -> None:
         """Forget the first non-finite backward pass if the target's gradients were set to zero."""
@@ -228,13 +229,6 @@ class _StopReplay(Exception):
 
     def __init__(self, loss: Tensor | None) -> None:
         self.loss = loss
-
-
-def _loss_in(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-    return loss
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +57,15 @@ class SandboxedStep:
                 parameter.grad = gradient
             for group, before in zip(groups, settings, strict=True):
                 group.update(before)
+
+
+def loss_in(output: Any) -> Tensor:
+    """Return the loss in the output of a ``training_step``: the output itself, or its entry "loss".
+
+    Raises:
+        ValueError: If there is no tensor.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
+    return loss
