@@ -1,4 +1,4 @@
-"""What mkdocstrings has to be told of the docstrings here: an ``Example`` is a section of code, and no remark."""
+"""Extension for mkdocstrings: render an ``Example`` section of a docstring as code."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from griffe import Extension, Object
 
 
 class Sections(Extension):
-    """Gives a docstring's example the heading under which Griffe takes it for code."""
+    """Rename ``Example`` to ``Examples``, the heading that Griffe parses as code."""
 
     def on_instance(self, *, obj: Object, **_: Any) -> None:
-        """Renames the section, before anything is parsed."""
+        """Rename the section before the docstring is parsed."""
         if obj.docstring is not None:
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")

@@ -1,31 +1,36 @@
-"""Take the README's pictures from real runs: ``python docs/pictures.py runs/demo docs/images``.
+"""Make the pictures of README and documentation from real runs: ``python docs/pictures.py runs/demo docs/images``.
 
-The first argument is the folder that ``gradguard demo`` wrote. Three more runs are trained here: one is healthy, in one
-gradients vanish, in one they explode. Needs Playwright, ``pip install playwright``, and a Chromium on the PATH.
+The first argument is the folder that ``gradguard demo`` wrote. Three further runs are trained here: a healthy one, one
+whose gradients vanish, and one whose gradients explode. ``make browser`` installs the browser that takes the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from playwright.sync_api import Page, sync_playwright
 
 from lightning_gradguard import GradGuard, GradientHalt
 from lightning_gradguard.cli.demo import Digits, train
 
-#: Standard deviation of the exploding run's weights, relative to the one that keeps the size of a signal.
+#: Standard deviation of the exploding run's weights, relative to the one that keeps a signal's size.
 WEIGHTS = 8.0
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+COLORS = {"exploding": "#c62828", "vanishing": "#283593", "healthy": "#2e7d32"}
 
 
 class Chaotic(Digits):
@@ -47,21 +52,50 @@ class Chaotic(Digits):
         return torch.optim.SGD(self.parameters(), lr=0.001)
 
 
-def three_runs(folder: Path) -> None:
-    """Train an exploding, a vanishing and a healthy run, without a clipper, each as far as it gets."""
+def three_runs(folder: Path) -> dict[str, list[float]]:
+    """Train one run that explodes, one that vanishes and one that is healthy, all with the default policy.
+
+    Returns:
+        log10 of gradient norm over weight norm of each layer, input first, at the last step of each run.
+    """
+    profiles = {}
     for name, module in {
         "1_exploding": Chaotic,
         "2_vanishing": Digits,
-        "3_healthy": lambda: Digits("ReLU in residual blocks with normalization"),
+        "3_healthy": lambda: Digits("relu", normalize=True, residual=True),
     }.items():
         torch.manual_seed(0)
+        guard, model = GradGuard(), module()
         with contextlib.suppress(GradientHalt):
-            train(name, folder, module(), epochs=8, guard=GradGuard())
+            train(name, folder, model, epochs=8, guard=guard)
+        assert guard.report is not None
+        weights = {k: p for k, p in model.named_parameters() if p.ndim > 1}
+        norms = {k: norm for k, norm in guard.report.norms.items() if k in weights}
+        profiles[name[2:]] = [math.log10(norm / weights[k].norm().item()) for k, norm in norms.items()]
+    return profiles
+
+
+def depth_tilt(profiles: dict[str, list[float]], target: Path) -> None:
+    """Draw the gradient over depth of the three runs, with the tilt of each."""
+    figure = Figure(figsize=(7.5, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, profile in profiles.items():
+        pairs = combinations(range(len(profile)), 2)
+        slope = statistics.median((profile[j] - profile[i]) / (j - i) for i, j in pairs)
+        tilt = (len(profile) - 1) * slope
+        label = f"{name}: depth tilt {tilt:.1f}".replace("-", "\N{MINUS SIGN}")
+        axes.plot(profile, "o-", markersize=4, color=COLORS[name], label=label)
+        print(label)
+    axes.set_xticks([0, len(profile) - 1], ["first layer\n(input)", "last layer\n(output)"])
+    axes.set_ylabel("log10 of gradient norm / weight norm")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(target / "depth_tilt.png")
 
 
 @contextlib.contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
-    """Start a TensorBoard on a free loopback port; yield its address."""
+    """Run a TensorBoard on a free loopback port; yield its address."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
         process = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=log, stderr=subprocess.STDOUT)
@@ -80,7 +114,7 @@ def tensorboard(folder: Path) -> Iterator[str]:
 
 
 def overview(page: Page, address: str, target: Path) -> None:
-    """Take the time series tab with the most important cards of the overview."""
+    """Take the time series tab with the most telling cards of the overview."""
     page.goto(f"{address}/?tagFilter=gradguard/(heatmap|depth_tilt|total_norm|update_ratio)#timeseries")
     page.wait_for_selector("image-card img")
     page.get_by_role("button", name="Settings").last.click()
@@ -98,7 +132,7 @@ def three(page: Page, address: str, target: Path) -> None:
 
 
 def histograms(page: Page, address: str, target: Path) -> None:
-    """Take the histograms of the first layers in every run."""
+    """Take the histograms of the first layer in every run."""
     page.goto(f"{address}/?tagFilter=linears.[012].weight#timeseries")
     page.wait_for_selector("histogram-card svg")
     page.get_by_role("button", name="Settings").last.click()
@@ -107,7 +141,7 @@ def histograms(page: Page, address: str, target: Path) -> None:
 
 
 def diagnosis(page: Page, address: str, target: Path) -> None:
-    """Take the diagnosis page of the demo's first run, down to the pictures of the fixes."""
+    """Take the upper part of the page that the demo's first act writes."""
     page.goto(address)
     page.screenshot(
         path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1540}, full_page=True
@@ -122,7 +156,7 @@ def main() -> None:
     options.target.mkdir(parents=True, exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        three_runs(Path(folder))
+        depth_tilt(three_runs(Path(folder)), options.target)
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         for runs, takes, size in (
             (Path(folder), (three,), {"width": 1500, "height": 560}),
@@ -131,8 +165,8 @@ def main() -> None:
             with tensorboard(runs) as address:
                 for take in takes:
                     take(browser.new_page(viewport=size), address, options.target)
-        address = (options.runs / "diagnosis.html").resolve().as_uri()
-        diagnosis(browser.new_page(viewport={"width": 1000, "height": 900}), address, options.target)
+        written = (options.runs / "diagnosis.html").resolve().as_uri()
+        diagnosis(browser.new_page(viewport={"width": 1000, "height": 900}), written, options.target)
         browser.close()
 
 

@@ -1,4 +1,4 @@
-"""LightningCLI builds the guard with its clipper, detectors, policy and recorder from config.yaml.
+"""Build the guard with its clipper, detectors, policy and recorder from config.yaml, with LightningCLI.
 
 python examples/cli.py fit --config examples/config.yaml
 python examples/cli.py fit --config examples/config.yaml --print_config

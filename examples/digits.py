@@ -1,4 +1,4 @@
-"""Image classification with Lightning: histograms, heat map and adaptive clipping from two callbacks.
+"""Classify images with Lightning: two callbacks give histograms, a heat map and adaptive clipping.
 
 python examples/digits.py && tensorboard --logdir runs
 """

@@ -1,4 +1,4 @@
-"""Two processes under DDP: a NaN that only one of them sees, and both leave out the same step.
+"""Train with two processes under DDP: only one of them meets a NaN, and both skip the same step.
 
 python examples/distributed.py
 """
@@ -34,9 +34,9 @@ def main() -> None:
     )  # fmt: skip
     trainer.fit(Regressor(), DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 16))
     skipped = [finding.step for finding in guard.findings]
-    # One line each, in one piece.
+    # One call writes the whole line, so that the processes' lines do not mix.
     print(
-        f"process {trainer.global_rank}: step {skipped} left out of {guard.summary['judged']}\n",
+        f"process {trainer.global_rank}: skipped step {skipped} of {guard.summary['judged']}\n",
         end="",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""`Guard` under Fabric: its loop, its precision and its processes, and a guard between backward and step.
+"""Guard a Lightning Fabric loop: `Guard.step` stands between backward and the optimizer.
 
 python examples/fabric_loop.py
 """
@@ -24,7 +24,7 @@ def main(epochs: int = 5) -> tuple[float, Guard]:
     net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=3e-3))
     data = fabric.setup_dataloaders(DataLoader(TensorDataset(x, y), 32, shuffle=True))
-    # The names of the bare network, which Fabric's wrapper makes longer.
+    # Names of the bare network; Fabric's wrapper makes them longer.
     guard = Guard(net.named_parameters(), optimizer=optimizer, clipper=SpikeClip(), policy=Policy.protect())
 
     losses = []
@@ -33,7 +33,7 @@ def main(epochs: int = 5) -> tuple[float, Guard]:
             optimizer.zero_grad()
             loss = nn.functional.mse_loss(model(inputs), targets)
             fabric.backward(loss)
-            report = guard.step(loss=loss)  # in every process
+            report = guard.step(loss=loss)  # every process calls it
             if not report.skip:
                 optimizer.step()
                 losses.append(loss.item())

@@ -1,4 +1,4 @@
-"""Fine-tuning: the body is frozen and its layers are not judged; once it is thawed, they are.
+"""Fine-tune a model: frozen layers are not judged; once they are unfrozen, they are.
 
 python examples/fine_tuning.py
 """
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradguard import GradGuard, Policy, SpikeClip
 
 
-class Thaw(BaseFinetuning):
-    """Trains the head alone at first, and from an epoch on the body, too, at a tenth of the rate."""
+class Unfreeze(BaseFinetuning):
+    """Train the head alone at first, and from an epoch on the body as well, at a tenth of the rate."""
 
     def __init__(self, epoch: int):
         super().__init__()
@@ -47,11 +47,11 @@ class Classifier(L.LightningModule):
         return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=1e-3)
 
 
-def loader(wanted: range) -> DataLoader:
+def loader(classes: range) -> DataLoader:
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
-    mine = (y >= wanted.start) & (y < wanted.stop)
-    return DataLoader(TensorDataset(x[mine], y[mine] - wanted.start), 32, shuffle=True)
+    chosen = (y >= classes.start) & (y < classes.stop)
+    return DataLoader(TensorDataset(x[chosen], y[chosen] - classes.start), 32, shuffle=True)
 
 
 def main(epochs: int = 6) -> tuple[dict, GradGuard]:
@@ -64,13 +64,13 @@ def main(epochs: int = 6) -> tuple[dict, GradGuard]:
         "enable_progress_bar": False,
     }
     L.Trainer(max_epochs=epochs, **options).fit(Classifier(body), loader(range(5)))
-    thaw, guard = Thaw(epochs // 2), GradGuard(clipper=SpikeClip(), policy=Policy.protect())
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[thaw, guard], **options)
+    unfreeze, guard = Unfreeze(epochs // 2), GradGuard(clipper=SpikeClip(), policy=Policy.protect())
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[unfreeze, guard], **options)
     trainer.fit(Classifier(body), loader(range(5, 10)))
-    print(f"judged in epoch 0: {thaw.judged[0]}")
-    print(f"judged in epoch {epochs - 1}: {thaw.judged[epochs - 1]}")
+    print(f"judged in epoch 0: {unfreeze.judged[0]}")
+    print(f"judged in epoch {epochs - 1}: {unfreeze.judged[epochs - 1]}")
     print(f"{guard.summary}, found: {guard.findings}; loss {trainer.callback_metrics['loss']:.3f}")
-    return thaw.judged, guard
+    return unfreeze.judged, guard
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A flight record: training is halted by a loss that one image makes infinite, and the step is played again.
+"""Halt on a loss that one row makes infinite, and replay the step from its flight record.
 
 python examples/flight_recorder.py
 """
@@ -15,7 +15,7 @@ from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy
 
 
 class Model(L.LightningModule):
-    """A loss that takes the logarithm of what can be zero."""
+    """A classifier whose loss takes the logarithm of a probability that can be zero."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -24,8 +24,8 @@ class Model(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        chances = self.net(x).softmax(1)
-        return -chances[torch.arange(len(y)), y].log().mean()
+        probabilities = self.net(x).softmax(1)
+        return -probabilities[torch.arange(len(y)), y].log().mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -35,7 +35,7 @@ def data() -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(320, 8, generator=generator)
     y = (x.sum(1) > 0).long()
-    # Far too bright, and with the wrong label: its chance is rounded to zero.
+    # Far too large and wrongly labelled: the probability of its label is rounded to zero.
     x[165], y[165] = 1e4 * x[165], 1 - y[165]
     return DataLoader(TensorDataset(x, y), 16)
 
@@ -52,7 +52,7 @@ def main(folder: Path = Path("flights")) -> Replay:
     except GradientHalt as halt:
         print(f"Halted before step {halt.step}; the record is {guard.bundle}.\n")
 
-    # Later, elsewhere: plain types and tensors, so that reading runs no code from the file.
+    # Later, on any machine: the file holds plain types and tensors, and reading it runs no code.
     record = torch.load(guard.bundle, weights_only=True)
     print(f"It holds: {', '.join(record)}.\n")
     # The same as `gradguard replay flights/step-00000010.pt --module flight_recorder:Model`.

@@ -1,4 +1,4 @@
-"""A GAN with manual optimization and two optimizers: each is judged and clipped by itself.
+"""Train a GAN with manual optimization and two optimizers: each is judged and clipped by itself.
 
 python examples/gan.py && tensorboard --logdir runs     # groups gradguard and gradguard_1
 """
@@ -20,7 +20,7 @@ def net(inputs: int, outputs: int) -> nn.Module:
 
 
 class Gan(L.LightningModule):
-    """Learns to draw points of a ring."""
+    """Learn to draw points of a ring."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`Guard` in the Trainer of Hugging Face's transformers, as a TrainerCallback.
+"""Guard the Trainer of Hugging Face's transformers with a TrainerCallback.
 
 pip install transformers accelerate && python examples/hugging_face.py
 """
@@ -12,18 +12,18 @@ from lightning_gradguard import GradientHalt, Guard, Policy, SpikeClip
 
 
 class GuardCallback(TrainerCallback):
-    """Judges each step between its gradients and the optimizer; give the Trainer ``max_grad_norm=0``."""
+    """Judge each step between its gradients and the optimizer; use it with ``max_grad_norm=0``."""
 
     def __init__(self, **options):
         self.options, self.guard, self.halt = options, None, None
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         if self.guard is None:
-            # Accelerate wraps the optimizer; what is judged is the one inside.
+            # Accelerate wraps the optimizer; the guard needs the one inside.
             inner = getattr(optimizer, "optimizer", optimizer)
             self.guard = Guard(model.named_parameters(), optimizer=inner, **self.options)
         try:
-            # The loss is not told here: rules that ask for progress are off. A bad step's gradients are removed.
+            # The Trainer passes no loss here, so rules that need it are off. Gradients of a bad step are removed.
             self.guard.step(step=state.global_step)
         except GradientHalt as halt:
             self.halt = halt

@@ -1,4 +1,4 @@
-"""A small character-level language model; every fiftieth gradient is a thousand times too large, and is clipped.
+"""Train a small character-level language model; every fiftieth gradient is 1,000 times too large, and is clipped.
 
 python examples/language_model.py
 """
@@ -58,7 +58,7 @@ def main(steps: int = 400) -> tuple[float, GradGuard]:
     L.seed_everything(0)
     data = Windows(TEXT.read_text())
     guard = GradGuard(clipper=SpikeClip())
-    # What corrupt batches do now and then, at steps that are known.
+    # Imitate corrupt batches, at known steps.
     corrupt = testing.FaultInjector(testing.Spike(at=range(50, steps, 50), factor=1e3))
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,

@@ -1,4 +1,4 @@
-"""Somewhere else to send the numbers: any Lightning logger gets them. This one calls for help when gradients lean.
+"""Send the numbers to a logger of your own: this one keeps an alarm whenever a number exceeds its limit.
 
 python examples/own_logger.py
 """
@@ -15,7 +15,7 @@ from lightning_gradguard import GradGuard, GradientWarning
 
 
 class Alarm(Logger):
-    """Keeps a line for each step at which a number of the guard's is beyond its limit."""
+    """Keep a line for each step at which a number exceeds its limit."""
 
     name, version, experiment = "alarm", 0, None
 

@@ -1,4 +1,4 @@
-"""A policy of one's own: strict while somebody looks, which is in CI, and lenient in a run of days.
+"""Write a policy of your own: strict in CI, where somebody watches, and lenient elsewhere.
 
 python examples/own_policy.py; CI=1 python examples/own_policy.py
 """
@@ -15,14 +15,14 @@ from lightning_gradguard import Fault, GradientHalt, GradientWarning, Guard, Pol
 
 @dataclass(frozen=True)
 class StrictInCI(Policy):
-    """Halts on everything in CI; elsewhere as ``respond`` says, and else as `Policy.watch` does."""
+    """Halt on every fault in CI; elsewhere respond as configured."""
 
     def response(self, fault):
         return "halt" if "CI" in os.environ else super().response(fault)
 
 
 def main(steps: int = 30) -> str | None:
-    """The fault that the training was halted for, or None."""
+    """Train, and return the fault that halted the training, or None."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -41,7 +41,7 @@ def main(steps: int = 30) -> str | None:
             return halt.diagnosis.fault.value
         if not report.skip:
             optimizer.step()
-    print(f"went through: {guard.counts}")
+    print(f"finished: {guard.counts}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""`Guard` in a plain torch loop: one batch in twenty is corrupt, and the training does not notice.
+"""Guard a plain torch loop: one batch in twenty is corrupt, and training goes on undisturbed.
 
 python examples/plain_loop.py
 """

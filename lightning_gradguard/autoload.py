@@ -1,4 +1,4 @@
-"""Called by Lightning for each Trainer: the variable ``GRADGUARD`` adds a guard; without it nothing is added."""
+"""Entry point that Lightning calls for each Trainer: adds a guard if the variable ``GRADGUARD`` asks for one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import os
 from typing import Any
 
 VARIABLE = "GRADGUARD"
-#: Names of the policies that can be asked for, and how to ask for none.
+#: Policies that can be asked for; "off" asks for none.
 CHOICES = ("watch", "protect", "strict", "off")
 
 
 def callbacks() -> list[Any]:
-    """A guard with the policy that the environment variable ``GRADGUARD`` names.
+    """Return a guard with the policy that the environment variable ``GRADGUARD`` names.
 
     The installed package declares it as an entry point of the groups ``lightning.pytorch.callbacks_factory`` and
-    ``pytorch_lightning.callbacks_factory``, so that each Trainer of the environment calls it. Without the variable it
-    costs one look at the environment, and imports nothing.
+    ``pytorch_lightning.callbacks_factory``, so each Trainer in the environment calls it. Without the variable it
+    imports nothing.
 
     Returns:
-        Empty if the variable is not set, is empty or ``off``; else one callback, which stands back in a Trainer that
+        An empty list if the variable is not set, empty or ``off``; else one callback. It does nothing in a Trainer that
         has a `GradGuard` already.
 
     Raises:
-        ValueError: For another value, since a run that was to be protected and is not is worse than one that does not
-            begin.
+        ValueError: For any other value, so that no run goes unprotected because of a typing error.
     """
     wanted = os.environ.get(VARIABLE, "").strip().lower()
     if wanted in ("", "off"):
@@ -36,7 +35,7 @@ def callbacks() -> list[Any]:
         raise ValueError(
             f"the environment variable {VARIABLE} must be one of {choices}, got {wanted!r}{hint}"
         )
-    # Half a second, which only those who asked for it pay.
+    # Takes half a second, which is spent only if the variable is set.
     from lightning_gradguard.callbacks.auto_guard import AutoGuard
 
     return [AutoGuard(wanted)]

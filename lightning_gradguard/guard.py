@@ -17,12 +17,13 @@ from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.engine import device_skip
 from lightning_gradguard.engine.arguments import (
     as_scalar,
+    message_without_loss,
     short_repr,
     validate_parts,
-    without_loss,
 )
 from lightning_gradguard.engine.evaluate import (
     Evaluation,
+    GuardParts,
     GuardState,
     choose_state,
     evaluate,
@@ -118,6 +119,7 @@ class Guard:
         validate_parts(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
         self.clipper = clipper
+        self._parts = GuardParts.of(self.detectors, clipper)
         self.policy = Policy.watch() if policy is None else policy
         skips_lasting_faults = any(
             self.policy.response(f) == "skip"
@@ -126,7 +128,7 @@ class Guard:
         )
         self.tracker = ParameterTracker(named_parameters, optimizer, usage, skips_lasting_faults)
         self.fault_tracker = FaultTracker(self.policy, index)
-        self.fast_path = FastPath(self.detectors, clipper)
+        self.fast_path = FastPath(self._parts)
         self.lag = device_skip.choose_lag(lag, optimizer, self.tracker.layout.numel.device, self.policy)
         self._readback = Readback(self.lag)
         self._state: GuardState | None = None
@@ -226,7 +228,7 @@ class Guard:
         self.tracker.unscale(scaler)
         if loss is None and not self._warned_of_no_loss:
             self._warned_of_no_loss = True
-            if message := without_loss(self.detectors):
+            if message := message_without_loss(self.detectors):
                 warn(message)
 
         stats = self.tracker.measure(loss, graph, scaled=scaler is not None)
@@ -340,8 +342,8 @@ class Guard:
         """Evaluate a step in full, and act on it."""
         thresholds, self._state = self.fast_path.fold_in(self._state)
         accepted = self.fast_path.accepted
-        before = self._state or init_state(stats, self.detectors, self.clipper)
-        evaluation, after = evaluate(stats, before, self.detectors, self.clipper, accepted)
+        before = self._state or init_state(stats, self._parts)
+        evaluation, after = evaluate(stats, before, self._parts, accepted)
         pending = PendingStep(
             step=number,
             has_loss=stats.has_loss,
@@ -428,7 +430,7 @@ class Guard:
 
     def _conclude(self, numbers: list[float], pending: PendingStep) -> Report:
         """Turn a step's numbers into its report; record what was found, warn, and diagnose."""
-        record = self.record = unpack(numbers, pending, self.detectors, self._results)
+        record = self.record = unpack(numbers, pending, self._parts, self._results)
         decision = self.fault_tracker.decide(
             pending.step,
             record,
@@ -542,7 +544,7 @@ class Guard:
             nothing = tracker.weights.new_zeros(len(tracker.weights))
             gradients = (None,) * len(nothing)
             stats = stats_of(tracker.layout, gradients, nothing, tracker.weights, tracker.updates, None)
-            self._state = from_plain(state["states"], init_state(stats, self.detectors, self.clipper))
+            self._state = from_plain(state["states"], init_state(stats, self._parts))
         self._readback = Readback(self.lag)
         if self.lag:
             saved = state.get("under_way", ())

@@ -1,8 +1,7 @@
-"""Torchmetrics for gradients: the norm, the share of clipped steps, and how spiky a series is.
+"""Torchmetrics for gradients: mean norm, share of clipped steps, and share of spikes in a series.
 
-All live on the device of what they are given, read nothing on the host in ``update``, and ignore values that are NaN
-or infinite. Ranks are pooled when computed, so a value is that of all ranks' steps together. NaN before the first
-value.
+``update`` reads nothing on the host and ignores values that are NaN or infinite. ``compute`` pools the steps of all
+ranks, and returns NaN before the first value.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-#: Earlier values that `SpikeScore` needs before it judges one: the spread of fewer says little.
+from lightning_gradguard.validation import check_positive, check_whole
+
+#: Earlier values that `SpikeScore` needs before one can be a spike: the spread of fewer says little.
 MIN_HISTORY = 25
 
 
@@ -44,10 +45,10 @@ class GradientNorm(Metric):
         self.add_state("steps", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, norm: Tensor | float) -> None:
-        """Counts one norm, or each of several.
+        """Add one norm, or several.
 
         Args:
-            norm: Norm of one step, or of several in any shape, such as ``report.total_norm``.
+            norm: Norm of one step, such as ``report.total_norm``, or of several in any shape.
         """
         values = torch.as_tensor(norm, device=self.device).detach().to(self.total.dtype)
         finite = torch.isfinite(values)
@@ -55,7 +56,7 @@ class GradientNorm(Metric):
         self.steps = self.steps + finite.sum()
 
     def compute(self) -> Tensor:
-        """The mean, scalar."""
+        """Return the mean, scalar."""
         return self.total / self.steps
 
 
@@ -86,11 +87,11 @@ class ClipRate(Metric):
         self.add_state("steps", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, scale: Tensor | float | bool) -> None:
-        """Counts one step, or each of several.
+        """Add one step, or several.
 
         Args:
-            scale: What the gradients were multiplied with, such as ``report.scale``: below 1 is clipped, so a skipped
-                step, which has 0, counts as clipped. Or a bool: whether the step was clipped.
+            scale: Multiplier of the gradients, such as ``report.scale``. Below 1 counts as clipped, so a skipped step,
+                which has 0, does too. Or a bool: whether the step was clipped.
         """
         values = torch.as_tensor(scale, device=self.device).detach()
         clipped = values if values.dtype == torch.bool else values < 1
@@ -99,7 +100,7 @@ class ClipRate(Metric):
         self.steps = self.steps + finite.sum()
 
     def compute(self) -> Tensor:
-        """The share, scalar."""
+        """Return the share, scalar."""
         return self.clipped / self.steps
 
 
@@ -107,7 +108,7 @@ class SpikeScore(Metric):
     """Share of values that lie at least ``sigma`` standard deviations from the rolling mean, 0 to 1.
 
     Mean and (population) standard deviation are those of the last ``window`` values before the one in question. The
-    first 25 values, or ``window`` if that is less, are never spikes. Of each rank's series by itself, then pooled.
+    first 25 values, or ``window`` if that is less, are never spikes. Each rank has a series of its own.
 
     Example:
         >>> score = SpikeScore()
@@ -117,19 +118,20 @@ class SpikeScore(Metric):
         tensor(0.0099)
 
     Args:
-        window: Values that the rolling mean is taken over, 2 or more.
-        sigma: Distance at which a spike begins, in standard deviations.
+        window: Number of values in the rolling mean, 2 or more.
+        sigma: Distance from which a value is a spike, in standard deviations.
         kwargs: Passed to `torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``window`` is no whole number of 2 or more, or ``sigma`` not positive and finite.
+        TypeError: If ``window`` or ``sigma`` is no number.
+        ValueError: If ``window`` is no whole number of 2 or more, or ``sigma`` is not positive and finite.
 
     Source: "spike score" of the OLMo 2 report (2025), arXiv:2501.00656, with a window of 1000 and 7 sigma.
     """
 
     is_differentiable = False
     higher_is_better = False
-    # Whether a value is a spike depends on those before it, which a state of the batch alone does not hold.
+    # A value is a spike or not by those before it, which the state of one batch does not hold.
     full_state_update = True
 
     recent: Tensor
@@ -139,10 +141,8 @@ class SpikeScore(Metric):
 
     def __init__(self, window: int = 1000, sigma: float = 7.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(window, int) or isinstance(window, bool) or window < 2:
-            raise ValueError(f"window must be a whole number, 2 or more, got {window!r}")
-        if not isinstance(sigma, int | float) or isinstance(sigma, bool) or not 0 < sigma < float("inf"):
-            raise ValueError(f"sigma must be positive and finite, got {sigma!r}")
+        check_whole("window", window, 2)
+        check_positive("sigma", sigma)
         self.window, self.sigma = window, sigma
         self.add_state("recent", torch.zeros(window), dist_reduce_fx=None)
         self.add_state("seen", torch.tensor(0), dist_reduce_fx=None)
@@ -150,27 +150,28 @@ class SpikeScore(Metric):
         self.add_state("steps", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, value: Tensor | float) -> None:
-        """Judges one value, or several in order.
+        """Add one value, or several in order.
 
         Args:
             value: Loss or gradient norm of one step, or of several in any shape.
         """
         for one in torch.as_tensor(value, device=self.device).detach().to(self.recent.dtype).reshape(-1):
-            self._judge(one)
+            self._add(one)
 
     def compute(self) -> Tensor:
-        """The share, scalar."""
+        """Return the share, scalar."""
         return self.spikes / self.steps
 
-    def _judge(self, value: Tensor) -> None:
+    def _add(self, value: Tensor) -> None:
+        """Add one value, scalar."""
         place = torch.arange(self.window, device=value.device)
         known = place < self.seen
-        held = torch.clamp(self.seen, 1, self.window)
-        mean = torch.where(known, self.recent, 0).sum() / held
-        std = (torch.where(known, self.recent - mean, 0).square().sum() / held).sqrt()
+        count = torch.clamp(self.seen, 1, self.window)
+        mean = torch.where(known, self.recent, 0).sum() / count
+        std = (torch.where(known, self.recent - mean, 0).square().sum() / count).sqrt()
         distance = (value - mean).abs()
         finite = torch.isfinite(value)
-        # In a constant series any other value is a spike, the same value is none.
+        # In a constant series any other value is a spike, and the same value is none.
         spike = (distance >= self.sigma * std) & (distance > 0) & (self.seen >= min(MIN_HISTORY, self.window))
         self.recent = torch.where(finite & (place == self.seen % self.window), value, self.recent)
         self.seen = self.seen + finite

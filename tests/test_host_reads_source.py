@@ -37,7 +37,7 @@ MEDIANS = {"median", "nanmedian"}
 
 #: File, function, what it does there: why it may.
 SLOW = {
-    ("stats/sharding.py", "held", "nonzero"): "of the host's own numbers, once for each tensor",
+    ("stats/sharding.py", "local_entries", "nonzero"): "of the host's own numbers, once for each tensor",
     ("stats/sharding.py", "check_agreement", "tolist"): "once, when a guard is made",
     ("stats/sharding.py", "largest_over_ranks", "tolist"): "after a walk over the graph, eight times at most",
 }

@@ -15,10 +15,11 @@ STDLIB = frozenset(sys.stdlib_module_names)
 LIGHTNING = {"lightning", "pytorch_lightning"}
 
 #: Layer to what it may import: other layers, and packages beyond the standard library. A layer is a folder, or a
-#: module at the top level. Everything may import itself, `results` and `_version`.
+#: module at the top level. Everything may import itself, `results`, `validation` and `_version`.
 LAYERS = {
     "_version": set(),
     "results": set(),
+    "validation": set(),
     "policy": set(),
     "stats": {"torch"},
     "detectors": {"torch", "stats"},
@@ -35,10 +36,11 @@ LAYERS = {
         "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "stats", "charts", "loggers", "diagnosis",
     },
     "metrics": {"torch", "torchmetrics"},
-    "testing": {"torch", "stats", "callbacks.fault_injector"},
+    "injections": {"torch", "stats"},
+    "testing": {"injections", "callbacks.fault_injector"},
     "callbacks": {
         "torch", "numpy", *LIGHTNING, "stats", "detectors", "clippers", "introspection", "engine", "diagnosis",
-        "guard", "policy", "loggers", "flight_recorder", "testing",
+        "guard", "policy", "loggers", "flight_recorder", "injections",
     },
     "autoload": {"callbacks"},
     "cli": {"torch", "numpy", "rich", "sklearn", *LIGHTNING, "*"},
@@ -88,7 +90,7 @@ def imports(source: str, *, deferred: bool = True) -> set[str]:
 def trespasses(module: str, source: str) -> set[str]:
     """Return the imports that the table does not allow."""
     layer = layer_of(module)
-    allowed = LAYERS[layer] | {layer, "results", "_version"}
+    allowed = LAYERS[layer] | {layer, "results", "validation", "_version"}
 
     def is_allowed(name: str) -> bool:
         if "*" in allowed and name in MODULES:

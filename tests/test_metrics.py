@@ -2,8 +2,6 @@
 
 import io
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -183,7 +181,7 @@ ONE_RANK = """
 import os, sys, torch
 from lightning_gradguard.metrics import ClipRate, GradientNorm, SpikeScore
 
-folder, rank = sys.argv[1], int(sys.argv[2])
+folder, rank = sys.argv[1], int(os.environ["LOCAL_RANK"])
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 first, second = torch.load(f"{folder}/series.pt")[rank]
@@ -198,17 +196,11 @@ os._exit(0)  # gloo may hang when it is taken down in one version, or abort when
 """
 
 
-def test_ranks_are_pooled(tmp_path):
+def test_ranks_are_pooled(python, tmp_path):
     parts = [[series(0), series(1)], [series(2), series(3)]]
     torch.save([[torch.tensor(part) for part in rank] for rank in parts], tmp_path / "series.pt")
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", ONE_RANK, str(tmp_path), str(rank)]) for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    ranks = python.ranks(ONE_RANK, tmp_path, kind="code")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
     answers = torch.load(tmp_path / "0.pt")
     assert answers == torch.load(tmp_path / "1.pt")
     for metric, answer in zip(METRICS, answers, strict=True):

@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         "py.typed",
         "html_report/templates/page.html",
         "diagnosis/templates/diagnosis.css",
-        "callbacks/guard.py",
+        "callbacks/grad_guard.py",
     } - files == set()
     assert {path.name for path in wheel.iterdir()} == {
         "lightning_gradguard",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard import Guard, SpikeClip
-from lightning_gradguard.cli.cost import QuietTraining
+from lightning_gradguard.cli.cost import SyntheticTraining
 from lightning_gradguard.engine.sampling_schedule import EAGER, REFRESH
 
 #: Not followed: they belong to the program and not to the guard.
@@ -23,7 +23,7 @@ _SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)
 
 def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
     """A guard with the default detectors and SpikeClip that has judged quiet steps, with closer looks and without."""
-    training = QuietTraining(model)
+    training = SyntheticTraining(model)
     guard = Guard(model.named_parameters(), clipper=SpikeClip())
     for _ in range(steps):
         training.advance()

@@ -114,13 +114,14 @@ class Listener(L.Callback):
                     "optimizer": finding.optimizer,
                 }
             )
-        index = next((i for i, own in self.guard._guards.items() if own.report is report), 0)
-        letter = self.guard._guards.made[index].letter
+        guards = self.guard._registry.guards
+        index = next((i for i, own in guards.items() if own.report is report), 0)
+        letter = guards[index].record
         if letter is None or not letter.finite:
             return
         judged = self._judged[index] = self._judged.get(index, 0) + 1
         stuck = letter.loss_mean > letter.loss_start - (1 - STUCK) * abs(letter.loss_start)
-        seen = {f"{s.detector}: {s.measure}": s for s in letter.sights}
+        seen = {f"{s.detector}: {s.measure}": s for s in letter.results}
         for name, sight in seen.items():
             extreme = self.extremes.setdefault(name, Extreme(sight.fault.value, sight.limit))
             extreme.see(judged - 1, sight.value, stuck and judged > WARM, sight.raised)

@@ -1,4 +1,4 @@
-"""`AutoGuard`: keeps a place for the guard that the environment asked for, until a Trainer's callbacks are known."""
+"""`AutoGuard`: add the guard that the environment asks for, if a Trainer has none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class AutoGuard(Callback):
-    """Makes way for a `GradGuard` when a Trainer sets up, unless there is one already, from its user or its module.
+    """Placeholder for a `GradGuard`, unless the user or the module of a Trainer brought one.
 
-    When the Trainer asks for callbacks from outside it does not say which ones it has; when it sets up, they are all
-    there, and no state has been restored yet, so that a checkpoint's goes to the guard.
+    When a Trainer loads callbacks from entry points, it does not tell which callbacks it has. When it sets up, all are
+    there, and no state has been restored yet. The guard takes the place then, so it gets the state of a checkpoint.
 
     Args:
         policy: "watch", "protect" or "strict".
@@ -26,7 +26,7 @@ class AutoGuard(Callback):
         self.policy: Policy = getattr(Policy, policy)()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes its place in the list of callbacks, where nobody else judges."""
+        """Replace itself in the list of callbacks, if no other guard is there."""
         if any(isinstance(callback, GradGuard) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             return
         guard = GradGuard(policy=self.policy)

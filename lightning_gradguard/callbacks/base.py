@@ -1,4 +1,4 @@
-"""Lightning's Callback class, of whichever of its two packages is in use."""
+"""The Lightning package in use, of the two that exist, and its Callback class."""
 
 from __future__ import annotations
 
@@ -6,17 +6,40 @@ import importlib
 import importlib.util
 import sys
 from importlib import metadata
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
+def package_of(trainer: Trainer) -> str:
+    """Return the name of the Lightning package that a trainer comes from."""
+    return next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
+
+
+def import_from(trainer: Trainer, submodule: str = "") -> ModuleType:
+    """Import a submodule of the Lightning package that a trainer comes from.
+
+    Args:
+        trainer: The trainer.
+        submodule: Dotted name below the package, such as "loggers.logger"; empty for the package itself.
+    """
+    return importlib.import_module(f"{package_of(trainer)}.{submodule}".rstrip("."))
+
+
 def _callback_class() -> type:
-    """One class that both packages' trainers accept, where both are in use."""
+    """Return one class that both packages' trainers accept, if both are in use.
+
+    Raises:
+        ImportError: If neither package is installed.
+    """
     installed = [p for p in PACKAGES if importlib.util.find_spec(p.partition(".")[0])]
-    # Importing the package that is not in use would cost a second, which only old ones need: their trainers refuse
-    # a callback of the other package, and may be imported later.
-    found = installed if any(map(_is_choosy, installed)) else [p for p in installed if p in sys.modules]
+    # Trainers before 2.6 refuse a callback of the other package, which may be imported later. Newer ones do not, and
+    # importing the package that is not in use would cost a second.
+    found = installed if any(map(_is_strict, installed)) else [p for p in installed if p in sys.modules]
     found = found or installed
     if not found:
         raise ImportError(
@@ -26,8 +49,8 @@ def _callback_class() -> type:
     return type("Callback", tuple(importlib.import_module(p).Callback for p in found), {})
 
 
-def _is_choosy(package: str) -> bool:
-    """Whether trainers of a package take callbacks of their own package alone, as those before 2.6 do."""
+def _is_strict(package: str) -> bool:
+    """Return True if trainers of a package accept callbacks of their own package only, as before 2.6."""
     major, minor = metadata.version(package.partition(".")[0].replace("_", "-")).split(".")[:2]
     return (int(major), int(minor)) < (2, 6)
 

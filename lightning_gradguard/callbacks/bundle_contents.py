@@ -1,10 +1,11 @@
-"""Puts a bundle together from what a Trainer, its module and its guards know."""
+"""Contents of a flight record: the batches of a step, held until it is judged, and everything else as plain data."""
 
 from __future__ import annotations
 
 import math
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard._version import __version__
-from lightning_gradguard.callbacks.base import PACKAGES
+from lightning_gradguard.callbacks.base import package_of
 from lightning_gradguard.flight_recorder.randomness import Randomness, capture, to_plain
 from lightning_gradguard.flight_recorder.serialization import IS, describe, encode
 from lightning_gradguard.guard import Guard
@@ -25,21 +26,25 @@ from lightning_gradguard.stats.parameters import select
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Bytes of accumulated micro-batches that are held until their step; the oldest are let go.
+#: Bytes of accumulated micro-batches that are held until their step; the oldest are released first.
 HELD_BYTES = 256_000_000
-#: Elements of a buffer above which it is not copied at every step: such a one is most often a constant.
-LARGEST_BUFFER = 2**20
+
+#: Numbers of a trainer that a training step may ask for.
+_TRAINER_NUMBERS = (
+    "current_epoch", "global_step", "max_epochs", "max_steps", "min_epochs", "num_training_batches", "world_size",
+    "num_devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Held:
-    """A batch that goes into the step.
+class HeldBatch:
+    """A batch that goes into a step.
 
     Attributes:
-        batch: The batch itself, no copy.
-        number: Its number.
+        batch: The batch itself, not a copy.
+        number: Its index.
         random: States of the random generators before its forward pass.
-        versions: How often each of its tensors had been written to.
+        versions: Number of times each of its tensors had been written to.
     """
 
     batch: Any
@@ -49,29 +54,29 @@ class Held:
 
     @property
     def is_changed(self) -> bool:
-        """Whether a tensor of the batch was written to since."""
+        """True if a tensor of the batch was written to since."""
         return self.versions != _write_counts(self.batch)
 
 
 @dataclass
-class Window:
-    """From the first forward pass that goes into a step to the step.
+class StepWindow:
+    """What goes into a step, from the first forward pass to the step.
 
     Attributes:
         buffers: Copies of the module's buffers from before.
         held: The batches, oldest first.
-        dropped: How many were let go.
-        steps: Steps that the newest of them led to; by hand there may be several.
+        dropped: Number of batches that were released for want of memory.
+        steps: Steps that the newest batch led to; several with manual optimization.
     """
 
     buffers: dict[str, Tensor]
-    held: list[Held] = field(default_factory=list)
+    held: list[HeldBatch] = field(default_factory=list)
     dropped: int = 0
     steps: list[int] = field(default_factory=list)
 
     def add(self, batch: Any, number: int) -> None:
-        """Takes in a batch before its forward pass."""
-        self.held.append(Held(batch, number, capture(), _write_counts(batch)))
+        """Hold a batch before its forward pass."""
+        self.held.append(HeldBatch(batch, number, capture(), _write_counts(batch)))
         if len(self.held) > 1:
             sizes = [sum(t.nbytes for _, t in tensors_of(h.batch)) for h in self.held]
             while len(self.held) > 1 and sum(sizes) > HELD_BYTES:
@@ -80,59 +85,37 @@ class Window:
                 self.dropped += 1
 
 
-def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of a module's buffers, by the names that it has them under, but for very large ones.
-
-    Args:
-        module: Whose.
-        onto: Earlier copies that nobody needs any more, to be written to.
-    """
-    own = {name: b for name, b in module.named_buffers() if b.numel() <= LARGEST_BUFFER}
-    kinds = [(b.shape, b.dtype) for b in own.values()]
-    with torch.no_grad():
-        if own.keys() != onto.keys() or kinds != [(b.shape, b.dtype) for b in onto.values()]:
-            return {name: buffer.clone() for name, buffer in own.items()}
-        if own:
-            torch._foreach_copy_(list(onto.values()), list(own.values()))
-    return onto
-
-
 def _write_counts(batch: Any) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for _, t in tensors_of(batch))
 
 
-#: What a training step may ask its trainer for.
-_NUMBERS = (
-    "current_epoch", "global_step", "max_epochs", "max_steps", "min_epochs", "num_training_batches", "world_size",
-    "num_devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps",
-)  # fmt: skip
-
-
 def compose(
     trainer: Trainer,
-    module: LightningModule,
-    guards: dict[int, Guard],
-    window: Window | None,
+    guards: Mapping[int, Guard],
+    window: StepWindow | None,
     error: BaseException,
     target: int | None,
 ) -> dict[str, Any]:
-    """A bundle without its occasion and place in the run.
+    """Return a bundle, without its reason and the run's id.
 
     Args:
-        trainer: Of the run.
-        module: With the weights before the step.
-        guards: By the index of their optimizer.
-        window: What goes into the step; None where training ended between two batches.
-        error: What training ends with.
-        target: Index of the optimizer whose step was halted; None where none was.
+        trainer: Trainer of the run; its module has the weights before the step.
+        guards: Guards by the index of their optimizer.
+        window: What goes into the step; None if training ended between two batches.
+        error: The error that training ends with.
+        target: Index of the optimizer whose step was halted; None if none was.
     """
+    module = trainer.lightning_module
     left_out: list[str] = []
-    notes = [] if window is None else _notes(window)
     guard = next(iter(guards.values()), None) if target is None else guards[target]
     halt = error if isinstance(error, GradientHalt) else None
     diagnosis = halt.diagnosis if halt is not None else guard.diagnosis if guard is not None else None
     findings = halt.findings if halt is not None else [f for own in guards.values() for f in own.findings]
+    scale = math.nan if guard is None or guard.record is None else guard.record.loss_scale
     return {
+        "step": trainer.global_step if halt is None else halt.step,
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
         "target": None if halt is None or target is None else _target(halt, guards[target], target),
         "message": f"{type(error).__name__}: {error}",
         "findings": describe(findings),
@@ -143,16 +126,16 @@ def compose(
         "buffers": _buffers(trainer, module, window),
         "weights": _weights(trainer, module, left_out),
         "module": _module(module),
-        "trainer": {**_trainer(trainer), "loss_scale": _loss_scale(guard)},
+        "trainer": {**_trainer(trainer), "loss_scale": scale if 0 < scale < math.inf else 1.0},
         "config": _config(trainer, guard),
         "versions": _versions(trainer, module),
         "hyper_parameters": _hyper_parameters(module),
-        "notes": notes,
+        "notes": [] if window is None else _notes(window),
         "left_out": left_out,
     }
 
 
-def _notes(window: Window) -> list[str]:
+def _notes(window: StepWindow) -> list[str]:
     notes = []
     if window.dropped:
         notes.append(f"Of the accumulated batches the first {window.dropped} were too large to be held.")
@@ -176,7 +159,7 @@ def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
 
 
 def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard | None) -> dict[str, Any]:
-    """Its kind, settings, the names of its parameters, and what its guard kept of the newest steps."""
+    """Return an optimizer's kind, settings, names of its parameters, and its guard's history."""
     names = {id(p): name for name, p in select(list(module.named_parameters()), None).items()}
     groups = optimizer.param_groups
     plain = {
@@ -203,25 +186,23 @@ def _plain(value: Any) -> Any:
 
 
 def _parts(
-    window: Window, module: LightningModule, halt: GradientHalt | None, left_out: list[str]
+    window: StepWindow, module: LightningModule, halt: GradientHalt | None, left_out: list[str]
 ) -> list[dict[str, Any]]:
+    """Return the batches with their random states, and with manual optimization the step to stop at."""
     parts = []
     for held in window.held:
         batch = encode(held.batch, "batch", left_out)
         if isinstance(batch, dict) and batch.get(IS) == "missing":
             continue
-        by_hand = held is window.held[-1] and not module.automatic_optimization
-        stop = (
-            window.steps.index(halt.step)
-            if by_hand and halt is not None and halt.step in window.steps
-            else None
-        )
+        stop = None
+        if held is window.held[-1] and not module.automatic_optimization and halt is not None:
+            stop = window.steps.index(halt.step) if halt.step in window.steps else None
         parts.append({"batch": batch, "number": held.number, "random": to_plain(held.random), "stop": stop})
     return parts
 
 
-def _buffers(trainer: Trainer, module: nn.Module, window: Window | None) -> dict[str, Tensor]:
-    """Those from before the step; the others, of rank 0 alone, as they are."""
+def _buffers(trainer: Trainer, module: nn.Module, window: StepWindow | None) -> dict[str, Tensor]:
+    """Return the buffers from before the step; on rank 0 also those that were not copied, as they are now."""
     before = {} if window is None else window.buffers
     own = dict(module.named_buffers()) if trainer.is_global_zero else {}
     both = {name: b.detach() for name, b in {**own, **before}.items()}
@@ -229,6 +210,7 @@ def _buffers(trainer: Trainer, module: nn.Module, window: Window | None) -> dict
 
 
 def _weights(trainer: Trainer, module: nn.Module, left_out: list[str]) -> dict[str, Tensor] | None:
+    """Return the weights on rank 0; None on other ranks, and if they are sharded."""
     if not trainer.is_global_zero:
         return None
     named = list(module.named_parameters())
@@ -239,7 +221,7 @@ def _weights(trainer: Trainer, module: nn.Module, left_out: list[str]) -> dict[s
 
 
 def _module(module: LightningModule) -> dict[str, Any]:
-    # By hand other nets' parameters may be switched off for the moment.
+    # Lightning's toggle_optimizer freezes the parameters of other optimizers for the moment.
     toggled = getattr(module, "_param_requires_grad_state", {})
     named = select(list(module.named_parameters()), None).items()
     return {
@@ -250,7 +232,7 @@ def _module(module: LightningModule) -> dict[str, Any]:
 
 
 def class_path(kind: type) -> str:
-    """Where a class can be imported from, such as ``train:Model``, also where it stands in the script that runs."""
+    """Return where a class can be imported from, such as ``train:Model``, also if it is defined in the main script."""
     name = kind.__module__
     if name == "__main__":
         main = sys.modules["__main__"]
@@ -260,31 +242,21 @@ def class_path(kind: type) -> str:
 
 
 def _trainer(trainer: Trainer) -> dict[str, Any]:
-    numbers = {name: getattr(trainer, name, None) for name in _NUMBERS}
+    numbers = {name: getattr(trainer, name, None) for name in _TRAINER_NUMBERS}
     plain = {name: value for name, value in numbers.items() if isinstance(value, (int, float))}
     return {**plain, "precision": str(getattr(trainer.precision_plugin, "precision", trainer.precision))}
 
 
-def _loss_scale(guard: Guard | None) -> float:
-    scale = math.nan if guard is None or guard.record is None else guard.record.loss_scale
-    return scale if math.isfinite(scale) and scale > 0 else 1.0
-
-
 def _config(trainer: Trainer, guard: Guard | None) -> dict[str, Any]:
-    plain = {"strategy": type(trainer.strategy).__name__, "gradient_clip_val": trainer.gradient_clip_val}
+    config = {"strategy": type(trainer.strategy).__name__, "gradient_clip_val": trainer.gradient_clip_val}
     if guard is not None:
-        parts = {
-            "detectors": guard.detectors,
-            "clipper": guard.clipper,
-            "policy": guard.policy,
-            "lag": guard.lag,
-        }
-        plain |= {name: repr(part) for name, part in parts.items()}
-    return {name: describe(value) for name, value in plain.items()}
+        for name in ("detectors", "clipper", "policy", "lag"):
+            config[name] = repr(getattr(guard, name))
+    return {name: describe(value) for name, value in config.items()}
 
 
 def _versions(trainer: Trainer, module: LightningModule) -> dict[str, str]:
-    package = next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
+    package = package_of(trainer)
     device = torch.device(module.device)
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
@@ -299,7 +271,7 @@ def _versions(trainer: Trainer, module: LightningModule) -> dict[str, str]:
 
 
 def _hyper_parameters(module: LightningModule) -> dict[str, Any]:
-    """Those that are plain, and the names of the others."""
+    """Return the module's hyper-parameters that are plain, and the names of the others."""
     left_out: list[str] = []
     values = {}
     for key, value in dict(module.hparams).items():

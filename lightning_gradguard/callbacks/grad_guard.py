@@ -1,9 +1,11 @@
-"""`GradGuard`: judges every optimizer step of a Trainer."""
+"""`GradGuard`: judge every optimizer step of a Trainer, clip, skip, go back, or halt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +13,57 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.callbacks.base import Callback
+from lightning_gradguard.callbacks.compatibility import (
+    refuse_double_clipping,
+    refuse_hidden_gradients,
+    warn_if_no_step_was_seen,
+    warn_if_nothing_trains,
+)
 from lightning_gradguard.callbacks.flight_recording import FlightRecording
 from lightning_gradguard.callbacks.guard_registry import GuardRegistry
 from lightning_gradguard.callbacks.rollback import Rollback
 from lightning_gradguard.callbacks.run_logging import RunLogging
-from lightning_gradguard.callbacks.run_outcome import RunOutcome
+from lightning_gradguard.callbacks.run_summary import RunSummary
+from lightning_gradguard.callbacks.running_buffers import RunningBuffers
 from lightning_gradguard.callbacks.trainer_adapter import (
-    Losses,
-    Metric,
-    check_up,
-    is_stand_in,
-    judge,
+    MonitoredMetric,
+    StepLosses,
+    check_first_batch,
+    drop_gradients,
+    is_placeholder,
+    is_step_without_loss,
     optimizer_index,
-    refuse_what_clashes,
-    say_if_nothing_trains,
-    say_that_no_step_was_seen,
+    sandboxed_step_of,
+    scaler_of,
+    stop_training,
+    warn,
 )
 from lightning_gradguard.clippers.base import Clipper
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.engine.arguments import validate_parts
+from lightning_gradguard.engine.arguments import short_repr, validate_parts
 from lightning_gradguard.engine.device_skip import validate_lag
+from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.flight_recorder.recorder import Recorder
+from lightning_gradguard.guard import KEPT_FINDINGS
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Finding, Report
+from lightning_gradguard.results import Finding, GradientHalt, Report
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gradguard.diagnosis.checkup import Checkup
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
+
+
+@dataclass
+class _Results:
+    """Public results of one training."""
+
+    findings: deque[Finding] = field(default_factory=lambda: deque(maxlen=KEPT_FINDINGS))
+    report: Report | None = None
+    diagnosis: Diagnosis | None = None
+    stop_reason: str | None = None
+    bundle: Path | None = None
 
 
 class GradGuard(Callback):
@@ -89,173 +113,268 @@ class GradGuard(Callback):
         validate_lag(lag)
         _validate_options(monitor, recorder, trials=trials, per_layer=per_layer, progress_bar=progress_bar)
         self.detectors = None if detectors is None else tuple(detectors)
-        self.clipper, self.policy, self.recorder = clipper, policy, recorder
-        self.monitor, self.lag, self.trials = monitor, lag, trials
+        self.clipper, self.policy, self.lag = clipper, policy, lag
+        self.monitor, self.trials, self.recorder = monitor, trials, recorder
         self.per_layer, self.progress_bar = per_layer, progress_bar
         self.checkup: Checkup | None = None
-        self._guards, self._batches = GuardRegistry(self._judging, {}), 0
-        self._losses, self._metric, self._newest = Losses(), Metric(monitor), (None, 0)
-        self._recording, self._recovery = FlightRecording(recorder), Rollback(policy)
-        self._display = RunLogging(per_layer, progress_bar)
-        self._outcome = RunOutcome(self._recovery, self._recording, self._display)
+
+        self._results = _Results()
+        self._registry = GuardRegistry(self._judging)
+        self._losses, self._metric = StepLosses(), MonitoredMetric(monitor)
+        self._buffers, self._rollback = RunningBuffers(), Rollback(policy or Policy.watch())
+        self._recording = FlightRecording(recorder)
+        self._logging = RunLogging(per_layer=per_layer, progress_bar=progress_bar)
+        self._summary = RunSummary()
+        # The newest batch with its index, until it is done; number of batches; True once a graceful halt ended fit.
+        self._batch: tuple[Any, int] = (None, 0)
+        self._batches, self._has_ended = 0, False
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            detectors=(self.detectors, None),
+            clipper=(self.clipper, None),
+            policy=(self.policy, None),
+            monitor=(self.monitor, None),
+            trials=(self.trials, False),
+            recorder=(self.recorder, None),
+            per_layer=(self.per_layer, False),
+            lag=(self.lag, None),
+            progress_bar=(self.progress_bar, False),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy knows what was found and how to judge on, and holds no trainer, batch, graph or file."""
-        return {**self.__dict__, "_losses": Losses(), "_newest": (None, 0)}
+        """Return what a copy keeps: results and the state to judge on, but no batch, graph, weights or file."""
+        released = {
+            "_losses": StepLosses(),
+            "_buffers": RunningBuffers(),
+            "_recording": FlightRecording(self.recorder),
+            "_batch": (None, 0),
+        }
+        return self.__dict__ | released
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What was found, oldest first; the newest 1,000."""
-        return tuple(self._outcome.findings)
+        return tuple(self._results.findings)
 
     @property
     def report(self) -> Report | None:
         """Report of the newest judged step, or None."""
-        return self._outcome.report
+        return self._results.report
 
     @property
     def diagnosis(self) -> Diagnosis | None:
         """After a critical finding: what, where, why, and what to do."""
-        return self._outcome.diagnosis
+        return self._results.diagnosis
 
     @property
     def stop_reason(self) -> str | None:
         """After a halt, the fault's value, such as "nonfinite"."""
-        return self._outcome.stop_reason
+        return self._results.stop_reason
 
     @property
     def bundle(self) -> Path | None:
         """File that the recorder left, or None."""
-        return self._outcome.bundle
-
-    @cached_property
-    def state_key(self) -> str:
-        """Equal for equal configuration, so that a resumed run finds its state; asked for at each hook."""
-        return self._generate_state_key(**self._judging)
+        return self._results.bundle
 
     @property
     def summary(self) -> dict[str, int]:
         """Steps so far: how many were judged, clipped, skipped, and not finite; and rollbacks, if there may be."""
-        return self._guards.summary() | self._recovery.state_dict()
+        return self._registry.summary() | self._rollback.state_dict()
+
+    @cached_property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint, equal for equal configuration."""
+        # Cached, since Lightning asks for it at each hook.
+        return self._generate_state_key(**self._judging)
+
+    @property
+    def _judging(self) -> dict[str, Any]:
+        """Arguments that decide how a step is judged; what is shown or recorded does not."""
+        return {name: getattr(self, name) for name in ("detectors", "clipper", "policy", "lag")}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what cannot work together."""
-        if stage == "fit":
-            refuse_what_clashes(trainer, pl_module, self.clipper)
+        """Refuse what cannot work together.
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Says what came of the training, or forgets what a checkpoint brought that was only validated or tested."""
+        Raises:
+            MisconfigurationException: Lightning's own, under a strategy that hides gradients, or if both would clip.
+        """
         if stage == "fit":
-            self._outcome.say(trainer, self._guards)
-        else:
-            self._guards.restored = {}
+            refuse_hidden_gradients(trainer, "GradGuard", "judge")
+            if self.clipper is not None:
+                refuse_double_clipping(trainer, pl_module, self.clipper)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts afresh."""
-        self._guards, self._losses = GuardRegistry(self._judging, self._guards.restored), Losses()
-        self._newest, self._batches = (None, 0), 0
-        self._outcome.start()
-        self._metric = Metric(self.monitor)
-        self._display.start(trainer)
-        self._recording.start(trainer, pl_module, self._guards)
-        say_if_nothing_trains(trainer, pl_module)
+        """Begin afresh, or with the state of a checkpoint."""
+        self._registry = GuardRegistry(self._judging, self._registry.restored)
+        self._results, self._summary = _Results(), RunSummary()
+        self._losses, self._metric = StepLosses(), MonitoredMetric(self.monitor)
+        self._batch, self._batches, self._has_ended = (None, 0), 0, False
+        self._logging.start(trainer)
+        self._recording.start(trainer)
+        warn_if_nothing_trains(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to look at which parameters are used, after the sanity check of the validation."""
-        self._guards.look(pl_module)
-        self._recovery.start(trainer, pl_module, self._guards)
+        """Begin to observe the module, after the sanity check of the validation."""
+        self._registry.observe_usage(pl_module)
+        self._rollback.start(trainer)
+        self._buffers.start(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the last batch."""
-        self._losses.forget_last()
-        self._newest = batch, batch_idx
-        self._batches += 1
+        """Keep what the batch may spoil: running statistics, and at times the whole state."""
+        self._losses.start_batch()
+        self._batch, self._batches = (batch, batch_idx), self._batches + 1
         if self.trials and self._batches == 1:
-            self.checkup = check_up(trainer, pl_module, batch, batch_idx)
-        self._recovery.begin()
-        self._recording.begin(batch, batch_idx)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Lets go of the batch and its graph."""
-        self._newest, self._losses.graph = (None, 0), None
-        self._recovery.end()
-        self._recording.end()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follows the monitored metric."""
-        self._metric.look(trainer)
+            self.checkup = check_first_batch(trainer, pl_module, batch, batch_idx)
+        self._buffers.save()
+        self._rollback.save_if_due(trainer, self._registry)
+        self._recording.start_batch(trainer, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keeps the loss for the judgement."""
+        """Keep the loss for the judgement."""
         self._losses.add(trainer, pl_module, loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Judges the step that is about to be taken.
+        """Judge the step that is about to be taken.
 
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
-        if self._recovery.has_ended(optimizer) or is_stand_in(optimizer):
+        if self._has_ended:
+            drop_gradients(trainer, optimizer)
             return
-        index = optimizer_index(trainer, optimizer)
-        guard = self._guards.of(trainer, pl_module, optimizer, index)
-        self._recording.step(guard, trainer.global_step)
-        with self._outcome.following(guard, index):
-            judge(
-                guard,
-                trainer,
-                pl_module,
-                optimizer,
-                self._losses,
-                self._newest,
-                run_trials=self.trials,
-                notes=self._metric.notes,
-            )
+        if is_placeholder(optimizer):
+            return
+        index, step = optimizer_index(trainer, optimizer), trainer.global_step
+        guard = self._registry.guard_of(trainer, pl_module, optimizer, index)
+        self._recording.start_step(guard, step)
+        loss, graph, scaler = self._losses.take(), self._losses.graph, scaler_of(trainer)
+        if is_step_without_loss(pl_module, scaler, graph):
+            return
+        batch, batch_idx = self._batch
+        context = StepContext(
+            # Of several micro-batches any may be the culprit, and only the last is at hand.
+            batch=batch if trainer.accumulate_grad_batches == 1 else None,
+            sandboxed_step=partial(sandboxed_step_of, trainer, pl_module, optimizer, batch, batch_idx),
+            run_trials=self.trials,
+            notes=self._metric.notes,
+        )
+        self._judge(
+            trainer, index, lambda: guard.step(loss, scaler=scaler, graph=graph, step=step, context=context)
+        )
+
+    def _judge(self, trainer: Trainer, index: int, judge: Callable[[], object]) -> None:
+        """Let a guard judge, publish its report, and act on a halt: go back, end ``fit`` gracefully, or raise.
+
+        Args:
+            trainer: Trainer of the run.
+            index: Index of the optimizer.
+            judge: Calls the guard.
+
+        Raises:
+            GradientHalt: If training cannot go on.
+        """
+        results, guards = self._results, self._registry.guards
+        guard = guards[index]
+        report, diagnosis = guard.report, guard.diagnosis
+        try:
+            judge()
+        except GradientHalt as halt:
+            if self._rollback.try_restore(trainer, guards, halt):
+                return
+            results.stop_reason = halt.diagnosis.fault.value
+            results.bundle = self._recording.record_halt(trainer, guards, halt, index)
+            if self.policy is None or self.policy.stop != "graceful":
+                raise
+            self._has_ended = True
+            stop_training(trainer)
+            warn(trainer, f"GradGuard ends the training before step {halt.step}, as the policy asks.\n{halt}")
+        finally:
+            if guard.report is not None and guard.report is not report:
+                results.report = guard.report
+                results.findings.extend(guard.report.findings)
+                news = guard.diagnosis if guard.diagnosis is not diagnosis else None
+                results.diagnosis = news or results.diagnosis
+                if guard.report.skip:
+                    self._buffers.restore_nonfinite()
+                self._summary.add(guard.report)
+                self._logging.observe(trainer, guards, index, news)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Release the batch and its graph, and clean running statistics before anybody saves or validates them."""
+        self._batch, self._losses.graph = (None, 0), None
+        self._buffers.restore_nonfinite()
+        self._recording.end_batch()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the monitored metric."""
+        self._metric.update(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judges what is still under way, and finishes the pictures."""
+        """Judge the steps that are still under way, and finish the logs.
+
+        Raises:
+            GradientHalt: If the last step was one to halt on.
+        """
         try:
-            for index, guard in self._guards.items():
-                with self._outcome.following(guard, index):
-                    guard.close()
+            for index, guard in self._registry.guards.items():
+                self._judge(trainer, index, guard.close)
         finally:
-            self._finish()
-        self._metric.close(trainer)
-        if self._batches and not self._guards:
-            say_that_no_step_was_seen(trainer, pl_module)
+            self._finish(trainer)
+        self._metric.end(trainer)
+        if self._batches and not self._registry.guards:
+            warn_if_no_step_was_seen(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finishes the pictures, and says what came of it: after an exception Lightning calls no other hook."""
-        self._guards.rest()
-        self._recovery.end()
-        self._outcome.stopped(exception)
-        self._finish()
-        self._outcome.say(trainer, self._guards)
+        """Finish the logs, and write a bundle and the summary: after an exception Lightning calls no other hook."""
+        self._registry.close_hooks()
+        self._buffers.restore_nonfinite()
+        bundle = self._recording.record_error(trainer, self._registry.guards, exception)
+        self._results.bundle = bundle or self._results.bundle
+        self._finish(trainer)
+        self._log_summary(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log the summary, or forget the state of a checkpoint that was only validated or tested."""
+        if stage == "fit":
+            self._log_summary(trainer)
+        else:
+            self._registry.restored = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, so that it loads under ``weights_only=True``."""
-        return self._guards.state_dict() | self._outcome.state_dict()
+        """Return plain types and tensors, which load under ``weights_only=True``."""
+        return self._registry.state_dict() | {
+            "recovery": self._rollback.state_dict(),
+            "display": self._logging.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state until the optimizers are known."""
-        self._guards.restored = dict(state_dict)
-        self._outcome.load_state_dict(self._guards.restored)
+        """Hold the state until the optimizers are known."""
+        restored = dict(state_dict)
+        self._rollback.load_state_dict(restored.pop("recovery", {}))
+        self._logging.load_state_dict(restored.pop("display", {}))
+        self._registry.restored = restored
 
-    @property
-    def _judging(self) -> dict[str, Any]:
-        """What decides how a step is judged; what is shown or recorded does not."""
-        return {name: getattr(self, name) for name in ("detectors", "clipper", "policy", "lag")}
-
-    def _finish(self) -> None:
-        """Writes the last pictures and lets the sinks go."""
-        self._newest = (None, 0)
+    def _finish(self, trainer: Trainer) -> None:
+        """Release everything that is held, and write the last heat maps."""
+        self._batch = (None, 0)
         self._recording.close()
-        self._guards.look_away()
-        self._display.finish(self._guards.items())
+        self._registry.close_hooks()
+        self._logging.finish(trainer, self._registry.guards)
+
+    def _log_summary(self, trainer: Trainer) -> None:
+        self._summary.log(
+            trainer,
+            self._registry.guards,
+            rollbacks=self._rollback.count,
+            stop_reason=self.stop_reason,
+            bundle=self.bundle,
+        )
 
 
 def _validate_options(monitor: object, recorder: object, **switches: object) -> None:

@@ -1,8 +1,10 @@
-"""The tensors whose gradients are shown: an optimizer's parameters by name, and their order from input to output."""
+"""`GradHistogram`: write histograms of the gradients of a Trainer's model to TensorBoard."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,17 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.callbacks.base import Callback
-from lightning_gradguard.callbacks.name_patterns import Patterns
+from lightning_gradguard.callbacks.compatibility import refuse_hidden_gradients
 from lightning_gradguard.callbacks.trainer_adapter import (
-    Losses,
+    is_step_without_loss,
     logging_step,
     optimizer_index,
-    refuse_hidden_gradients,
     scaler_of,
-    takes_no_step,
-    unscale,
     warn,
 )
+from lightning_gradguard.engine.arguments import short_repr
+from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
 from lightning_gradguard.loggers import open_sinks
@@ -35,54 +36,8 @@ from lightning_gradguard.stats.sharding import Shards, align_gradients, is_shard
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Most walks over the autograd graph; a model whose parts come and go keeps its order after that.
-MAX_WALKS = 8
-
-
-class TrackedTensors:
-    """An optimizer's parameters, whose groups are read again at every look. Nothing of them is measured.
-
-    Args:
-        module: Tells the names.
-        optimizer: Has the parameters, at least one.
-
-    Attributes:
-        optimizer: As given.
-        parameters: Name to parameter, in the order of ``named_parameters``, the same on every rank.
-        names: The names from input to output, as far as a graph has told.
-    """
-
-    def __init__(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        self._module = module
-        self.optimizer = optimizer
-        self._start()
-
-    def follow_groups(self) -> None:
-        """Reads the optimizer's parameter groups again."""
-        if not are_same(members(self.optimizer), self._members):
-            self._start()
-
-    def arrange(self, graph: Tensor | None) -> None:
-        """Takes the order from the graph of a loss, when tensors have gradients that had none before."""
-        pattern = tuple(p.grad is not None for p in self.parameters.values())
-        known = pattern in self._patterns or len(self._patterns) >= MAX_WALKS
-        if known or graph is None or graph.grad_fn is None:
-            return
-        self._patterns.add(pattern)
-        graph_summary = summarize_graph(graph, self.parameters)
-        self.names = tuple(graph_summary.names[i] for i in graph_summary.order)
-
-    def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Unscales gradients that are still scaled, as they are before a fused optimizer's step."""
-        if scaler is not None:
-            unscale(self.optimizer, scaler)
-
-    def _start(self) -> None:
-        self._members = members(self.optimizer)
-        self.parameters = select(list(self._module.named_parameters()), self.optimizer)
-        self.names = tuple(self.parameters)
-        self._patterns: set[tuple[bool, ...]] = set()
-
+#: Most readings of the autograd graph; a model whose parts come and go keeps its order after that.
+MAX_READINGS = 8
 
 _BINS = len(EDGES) - 1
 
@@ -150,70 +105,86 @@ class GradHistogram(Callback):
         self.every_n_steps, self.max_tensors, self.max_samples = every_n_steps, max_tensors, max_samples
         self.include, self.exclude = include, exclude
         self.axis, self.exponents = axis, exponents
-        self._patterns = Patterns(include, exclude)
-        self._tensors: dict[int, TrackedTensors] = {}
-        self._worst: dict[int, WorstTensors] = {}
-        self._losses = Losses()
+        self._patterns = NamePatterns(include, exclude)
+        self._shown: dict[int, _ShownTensors] = {}
+        self._loss: Tensor | None = None
         self._sinks: list[LogSink] = []
-        self._fuse = FailSafe("GradHistogram")
+        self._fail_safe = FailSafe("GradHistogram")
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            every_n_steps=(self.every_n_steps, 100),
+            include=(self.include, None),
+            exclude=(self.exclude, None),
+            max_tensors=(self.max_tensors, 24),
+            max_samples=(self.max_samples, 4096),
+            axis=(self.axis, "log10"),
+            exponents=(self.exponents, False),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy writes nowhere: an open file has one writer."""
-        return {**self.__dict__, "_sinks": [], "_losses": Losses(), "_tensors": {}, "_worst": {}}
+        # A copy writes nowhere, since an open file has one writer.
+        return {**self.__dict__, "_sinks": [], "_loss": None, "_shown": {}}
 
     @cached_property
     def state_key(self) -> str:
-        """Equal for equal configuration; asked for at each hook."""
+        """Key of the state in a checkpoint, equal for equal configuration."""
         names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses strategies that hide gradients."""
+        """Refuse strategies that hide gradients.
+
+        Raises:
+            MisconfigurationException: Lightning's own, under such a strategy.
+        """
         if stage == "fit":
             refuse_hidden_gradients(trainer, "GradHistogram", "show")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the sinks, and says what cannot be shown."""
-        self._tensors, self._worst = {}, {}
-        self._fuse = FailSafe("GradHistogram")
+        """Open the loggers, and warn of what cannot be shown."""
+        self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         if not trainer.loggers:
             warn(trainer, "GradHistogram has no logger to write to; give the Trainer a TensorBoardLogger")
         named = list(pl_module.named_parameters())
-        for complaint in self._patterns.complaints(list(select(named, None))) if named else ():
-            warn(trainer, f"GradHistogram: {complaint}")
+        for problem in self._patterns.problems(list(select(named, None))) if named else ():
+            warn(trainer, f"GradHistogram: {problem}")
         if self.axis == "value" and any(is_sharded(p) for _, p in named):
             warn(trainer, 'GradHistogram(axis="value") leaves out sharded gradients; axis="log10" shows them')
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets the last batch's loss."""
-        self._losses.graph = None
+        """Forget the last batch's loss."""
+        self._loss = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keeps the loss, whose graph tells the order of the layers."""
-        self._losses.graph = loss
+        """Keep the loss, whose graph shows the order of the layers."""
+        self._loss = loss
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Counts and writes, every so many steps."""
-        graph, self._losses.graph = self._losses.graph, None
+        """Count and write the gradients, every ``every_n_steps`` steps."""
+        loss, self._loss = self._loss, None
         step = trainer.global_step // max(1, len(trainer.optimizers))
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if step % self.every_n_steps or not parameters or takes_no_step(pl_module, scaler_of(trainer), graph):
+        parameters = members(optimizer)
+        if step % self.every_n_steps or not parameters:
             return
-        # Where gradients are sharded, no rank may stay away, not even rank 0 when its loggers have failed.
+        if is_step_without_loss(pl_module, scaler_of(trainer), loss):
+            return
+        # If gradients are sharded, every rank has to take part, also rank 0 when its loggers have failed.
         if self._sinks or (trainer.loggers and any(map(is_sharded, parameters))):
-            self._fuse.run(lambda: self._show(trainer, pl_module, optimizer, graph))
+            self._fail_safe.run(lambda: self._show(trainer, pl_module, optimizer, loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Flushes."""
+        """Close the loggers' files."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Flushes: after an exception Lightning calls no other hook."""
+        """Close the loggers' files: after an exception Lightning calls no other hook."""
         self._close()
 
     def _show(
@@ -221,39 +192,38 @@ class GradHistogram(Callback):
         trainer: Trainer,
         module: LightningModule,
         optimizer: torch.optim.Optimizer,
-        graph: Tensor | None,
+        loss: Tensor | None,
     ) -> None:
-        index = optimizer_index(trainer, optimizer)
-        if index not in self._tensors:
-            self._tensors[index] = TrackedTensors(module, optimizer)
-            self._worst[index] = WorstTensors(self.max_tensors)
-        tensors = self._tensors[index]
-        tensors.follow_groups()
-        tensors.arrange(graph)
-        tensors.unscale(scaler_of(trainer))
+        """Count the gradients of an optimizer's parameters, and write those of the worst tensors."""
+        index, scaler = optimizer_index(trainer, optimizer), scaler_of(trainer)
+        if index not in self._shown:
+            self._shown[index] = _ShownTensors(optimizer, WorstTensors(self.max_tensors))
+        tensors = self._shown[index]
+        tensors.update(module, loss)
+        if scaler is not None:  # gradients are still scaled before a fused optimizer's step
+            unscale(tensors.optimizer, scaler)
         counted = self._count(tensors.parameters)
         if not self._sinks:
             return
         names = [name for name in tensors.names if name in counted]
-        shown = self._worst[index].choose({name: counted[name].rms for name in names})
+        shown = tensors.worst.choose({name: counted[name].rms for name in names})
         if not shown:
             return
         titles = dict(zip(tensors.names, tag_names(tensors.names), strict=True))
         group = tag_group(index)
         limits = {name: counted[name].limit for name in shown} if self.axis == "value" else None
-        place = logging_step(trainer)
-        panels = [
-            histogram_record({name: counted[name].bins for name in shown}, titles, limits=limits, group=group)
-        ]
+        step = logging_step(trainer)
+        bins = {name: counted[name].bins for name in shown}
+        records = [histogram_record(bins, titles, limits=limits, group=group)]
         if self.exponents:
             below = {name: counted[name].below for name in names}
-            panels.append(exponents_record(below, titles, shown, step=place, group=group))
+            records.append(exponents_record(below, titles, shown, step=step, group=group))
         for sink in self._sinks:
-            for panel in panels:
-                sink.write(place, panel)
+            for record in records:
+                sink.write(step, record)
 
-    def _count(self, parameters: dict[str, Tensor]) -> dict[str, _Counted]:
-        """What was counted of each gradient that there is; every rank reads its part where they are sharded."""
+    def _count(self, parameters: Mapping[str, Tensor]) -> dict[str, _Counted]:
+        """Return the counts of each gradient by name; if they are sharded, every rank counts its part."""
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
         if self.axis == "value":
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
@@ -289,7 +259,84 @@ class GradHistogram(Callback):
 
 
 class _Counted(NamedTuple):
-    rms: float  # not finite where an element is not
+    rms: float  # not finite if an element is not
     limit: float
     bins: list[float]
     below: list[float]
+
+
+class _ShownTensors:
+    """Parameters of one optimizer, their order from input to output, and the choice of those shown.
+
+    Attributes:
+        optimizer: The optimizer.
+        worst: Choice of the tensors that are shown.
+        parameters: Parameters by name, in the order of ``named_parameters``, the same on every rank.
+        names: Names from input to output, as far as a graph has shown.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, worst: WorstTensors) -> None:
+        self.optimizer, self.worst = optimizer, worst
+        self.parameters: dict[str, Tensor] = {}
+        self.names: tuple[str, ...] = ()
+        self._members: list[Tensor] = []
+        self._patterns: set[tuple[bool, ...]] = set()
+
+    def update(self, module: LightningModule, loss: Tensor | None) -> None:
+        """Read the optimizer's parameter groups, and the order from the loss if new tensors have gradients."""
+        found = members(self.optimizer)
+        if not are_same(found, self._members):
+            self._members, self._patterns = found, set()
+            self.parameters = select(list(module.named_parameters()), self.optimizer)
+            self.names = tuple(self.parameters)
+        pattern = tuple(p.grad is not None for p in self.parameters.values())
+        known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
+        if known or loss is None or loss.grad_fn is None:
+            return
+        self._patterns.add(pattern)
+        summary = summarize_graph(loss, self.parameters)
+        self.names = tuple(summary.names[i] for i in summary.order)
+
+
+class NamePatterns:
+    """Shell-style patterns such as "encoder.*", matched against whole names with case.
+
+    Args:
+        include: Patterns of names to show; all when None.
+        exclude: Patterns of names to leave out of those.
+
+    Raises:
+        TypeError: If patterns are not a sequence of strings.
+    """
+
+    def __init__(self, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
+        for argument, patterns in (("include", include), ("exclude", exclude)):
+            if patterns is None:
+                continue
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+                raise TypeError(
+                    f'{argument} must be a sequence of patterns such as ["encoder.*"], got {patterns!r}'
+                )
+        self._include, self._exclude = include, exclude or ()
+
+    def match(self, name: str) -> bool:
+        """Return True if a parameter of this name is shown."""
+        included = self._include is None or any(fnmatchcase(name, p) for p in self._include)
+        return included and not any(fnmatchcase(name, p) for p in self._exclude)
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        """Return a message for each pattern that matches no parameter, with the nearest name.
+
+        Args:
+            names: Names of all parameters of the model.
+        """
+        found = []
+        for pattern in (*(self._include or ()), *self._exclude):
+            if names and not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
+                found.append(f"pattern {pattern!r} matches no parameter; the nearest is {near!r}")
+        if names and not found and not any(self.match(name) for name in names):
+            found.append(
+                f"include={self._include!r} and exclude={self._exclude!r} leave no parameter to show"
+            )
+        return found

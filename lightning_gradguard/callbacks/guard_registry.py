@@ -1,14 +1,16 @@
-"""One guard for each optimizer of a run, and what a checkpoint brought for those that are still to come."""
+"""One guard for each optimizer of a training, and saved states of those whose optimizer has taken no step yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_gradguard.callbacks.name_patterns import clipper_of
 from lightning_gradguard.callbacks.trainer_adapter import warn
+from lightning_gradguard.clippers.base import Clipper, included_names
 from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
@@ -22,50 +24,43 @@ class GuardRegistry:
     """Guards by the index of their optimizer.
 
     Args:
-        arguments: What each `Guard` is made with.
-        restored: State from a checkpoint, by index as a string; taken out when its optimizer takes its first step.
+        arguments: Arguments that each `Guard` is made with.
+        restored: States from a checkpoint, by the index as a string; each is removed when it is used.
+
+    Attributes:
+        arguments: As given.
+        restored: As given.
+        guards: Guards made so far.
     """
 
-    def __init__(self, arguments: dict[str, Any], restored: dict[str, Any]) -> None:
-        self.arguments, self.restored = arguments, restored
-        self.made: dict[int, Guard] = {}
+    def __init__(self, arguments: dict[str, Any], restored: dict[str, Any] | None = None) -> None:
+        self.arguments, self.restored = arguments, {} if restored is None else restored
+        self.guards: dict[int, Guard] = {}
         self._usage: ForwardUsage | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy looks at no model."""
+        # A copy observes no model.
         return {**self.__dict__, "_usage": None}
 
-    def __bool__(self) -> bool:
-        return bool(self.made)
-
-    def items(self) -> Iterator[tuple[int, Guard]]:
-        """Pairs of index and guard."""
-        yield from self.made.items()
-
-    def look(self, module: LightningModule) -> None:
-        """Begins to look at which parameters are used, for all guards at once."""
+    def observe_usage(self, module: LightningModule) -> None:
+        """Begin to observe which parameters are used in forward passes, for all guards at once."""
         self._usage = ForwardUsage(idle=is_compiled(list(module.named_parameters())))
 
-    def look_away(self) -> None:
-        """Takes the hooks for that off the model."""
-        if self._usage is not None:
-            self._usage.close()
-
-    def of(
+    def guard_of(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
     ) -> Guard:
-        """The guard of this optimizer, made at its first step and continued from a checkpoint if there is one.
+        """Return the guard of an optimizer; make it at the first step, from a saved state if there is one.
 
         Raises:
-            ValueError: If the clipper leaves out what is in no model.
+            ValueError: If the clipper excludes a name that no parameter of the model has.
         """
-        if index in self.made and self.made[index].optimizer is optimizer:
-            return self.made[index]
+        if index in self.guards and self.guards[index].optimizer is optimizer:
+            return self.guards[index]
         named = list(module.named_parameters())
         everything = list(select(named, None)) if named else []
-        clipper = clipper_of(self.arguments.get("clipper"), list(select(named, optimizer)), everything)
+        clipper = _clipper_for(list(select(named, optimizer)), everything, self.arguments.get("clipper"))
         arguments = {**self.arguments, "clipper": clipper}
-        guard = self.made[index] = Guard(
+        guard = self.guards[index] = Guard(
             named, optimizer=optimizer, index=index, usage=self._usage, **arguments
         )
         state = self.restored.pop(str(index), None)
@@ -77,21 +72,44 @@ class GuardRegistry:
         return guard
 
     @property
-    def are_raised(self) -> bool:
-        """Whether a condition is on that was warned of, here or in the run that a checkpoint is of."""
-        was_on = any(has_warned(state.get("judge", {})) for state in self.restored.values())
-        return was_on or any(guard.fault_tracker.has_warned for guard in self.made.values())
+    def has_warned(self) -> bool:
+        """True while a fault that was warned of is active, in a guard or in a saved state."""
+        return any(guard.fault_tracker.has_warned for guard in self.guards.values()) or any(
+            has_warned(state.get("judge", {})) for state in self.restored.values()
+        )
 
-    def rest(self) -> None:
-        """Takes the hooks off the model."""
-        for guard in self.made.values():
+    def close_hooks(self) -> None:
+        """Remove all hooks from the model, without judging what is still under way."""
+        if self._usage is not None:
+            self._usage.close()
+        for guard in self.guards.values():
             guard.tracker.close()
 
     def summary(self) -> dict[str, int]:
-        """Steps so far: how many were judged, clipped, skipped, and not finite."""
+        """Return how many steps were judged, clipped, skipped and not finite, over all optimizers."""
         names = ("judged", "clipped", "skipped", "nonfinite")
-        return {name: sum(guard.counts[name] for guard in self.made.values()) for name in names}
+        return {name: sum(guard.counts[name] for guard in self.guards.values()) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, so that it loads under ``weights_only=True``."""
-        return {**self.restored, **{str(i): guard.state_dict() for i, guard in self.made.items()}}
+        """Return the state of each guard, and saved states not used yet, by the index as a string."""
+        return {**self.restored, **{str(i): guard.state_dict() for i, guard in self.guards.items()}}
+
+
+def _clipper_for(own: Sequence[str], model: Sequence[str], clipper: Clipper | None) -> Clipper | None:
+    """Return the clipper of one optimizer, without patterns in ``exclude`` that match none of its parameters.
+
+    Args:
+        own: Names of the optimizer's parameters.
+        model: Names of all parameters of the model.
+        clipper: The user's clipper.
+
+    Raises:
+        ValueError: If an entry of ``exclude`` matches no name at all.
+    """
+    exclude = getattr(clipper, "exclude", ())
+    if not exclude or not isinstance(exclude, tuple) or not dataclasses.is_dataclass(clipper):
+        return clipper
+    included_names(tuple(dict.fromkeys((*model, *own))), exclude)
+    concerned = tuple(p for p in exclude if p in own or any(fnmatch.fnmatchcase(name, p) for name in own))
+    changed: Any = clipper if concerned == exclude else dataclasses.replace(clipper, exclude=concerned)
+    return changed

@@ -1,40 +1,142 @@
-"""Copies of a training's state in the host's memory, and the way back to them."""
+"""`Rollback`: keep copies of a training's state in host memory, and return to one when training would halt."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.callbacks.guard_registry import GuardRegistry
-from lightning_gradguard.callbacks.running_buffers import RunningBuffers
-from lightning_gradguard.callbacks.trainer_adapter import scaler_of, unscale, warn
+from lightning_gradguard.callbacks.trainer_adapter import warn
+from lightning_gradguard.guard import Guard
+from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import GradientHalt, Report
+from lightning_gradguard.results import GradientHalt
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
+
+
+class Rollback:
+    """Two copies of a training's state: the newest that proved healthy, and a newer one that may yet.
+
+    A state proves healthy if ``snapshot_every`` steps follow it without a warning. Each process keeps its own copies,
+    and all go back at the same step, since all reach the same verdict. The loop itself goes on: steps and batches are
+    counted as before, so the batches since the restored state are left out, and schedules continue over the lowered
+    learning rates.
+
+    Args:
+        policy: Responses, interval between copies, factor of the learning rates, and number of rollbacks.
+
+    Attributes:
+        count: Rollbacks so far.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.count = 0
+        self._healthy: _SavedState | None = None
+        self._candidate: _SavedState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy holds no weights.
+        return {**self.__dict__, "_healthy": None, "_candidate": None}
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin a training; count on only if it resumes from a checkpoint."""
+        self._healthy = self._candidate = None
+        self.count = self.count if trainer.ckpt_path else 0
+
+    def save_if_due(self, trainer: Trainer, guards: GuardRegistry) -> None:
+        """Copy the state before a batch, if the policy has rollbacks and it is time."""
+        if not self._policy.rolls_back:
+            return
+        if guards.has_warned:
+            self._candidate = None
+            return
+        every, step = self._policy.snapshot_every, trainer.global_step
+        if self._healthy is None:
+            # Not proven yet, but there is no other: a run that explodes at once begins again.
+            self._healthy = _save(trainer, guards)
+        elif self._candidate is None:
+            # After a warning a state is kept as soon as the fault is over.
+            self._candidate = _save(trainer, guards) if step >= self._healthy.step + every else None
+        elif step >= self._candidate.step + every:
+            self._healthy, self._candidate = self._candidate, _save(trainer, guards)
+
+    def try_restore(self, trainer: Trainer, guards: Mapping[int, Guard], halt: GradientHalt) -> bool:
+        """Go back instead of halting, if the policy says so and a rollback is left.
+
+        Weights, buffers, optimizer states and guards are restored, gradients are removed, so that the current step
+        changes nothing, and learning rates are lowered.
+
+        Args:
+            trainer: Trainer of the run.
+            guards: Guards by the index of their optimizer.
+            halt: The halt to avoid.
+
+        Returns:
+            True if training goes on.
+        """
+        policy, state = self._policy, self._healthy
+        if state is None or policy.response(halt.diagnosis.fault) != "rollback":
+            return False
+        if self.count >= policy.max_rollbacks:
+            return False
+        state.snapshot.restore()
+        for index, guard in guards.items():
+            guard.roll_back(state.guards.get(index))
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        before, after = lower_rates(trainer.optimizers, schedulers, policy.lr_factor)
+        self.count, self._candidate = self.count + 1, None
+        warn(
+            trainer,
+            f"GradGuard: {halt.diagnosis.fault} since step {halt.diagnosis.step}: weights and optimizers are back at "
+            f"those of step {state.step}, the learning rate is {after:.3g} in place of {before:.3g}, and training "
+            f"goes on with the next batch (rollback {self.count} of {policy.max_rollbacks}).\n{halt.diagnosis}",
+        )
+        return True
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of rollbacks; empty if the policy has none. Saved states are not part of it."""
+        return {"rollbacks": self.count} if self._policy.rolls_back else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the number of rollbacks."""
+        self.count = int(state.get("rollbacks", 0))
+
+
+class _SavedState(NamedTuple):
+    step: int
+    snapshot: Snapshot
+    guards: dict[int, dict[str, Any]]  # by the index of the optimizer
+
+
+def _save(trainer: Trainer, guards: GuardRegistry) -> _SavedState:
+    # Saved states of guards whose optimizer has taken no step since a resume belong to it, too.
+    states = {int(index): state for index, state in guards.state_dict().items()}
+    return _SavedState(trainer.global_step, Snapshot(trainer.lightning_module, trainer.optimizers), states)
 
 
 class Snapshot:
-    """Parameters, buffers and optimizer states as they are now.
+    """Copies of parameters, buffers and optimizer states in host memory.
 
-    It takes the host's memory of one model with its optimizers, and one copy from the device. Of a sharded tensor each
-    process keeps its own part. Learning rates and other settings of an optimizer are not part of it.
+    It takes the memory of one model with its optimizers. Of a sharded tensor each process keeps its own part. Learning
+    rates and other settings of an optimizer are not part of it.
 
     Args:
-        module: Whose parameters and buffers are kept.
-        optimizers: Whose states are kept.
+        module: Module with the parameters and buffers.
+        optimizers: Optimizers with the states.
     """
 
     def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._parameters = [(tensor, _kept(tensor)) for tensor in module.parameters()]
-        # By name, for a module may put a new tensor in a buffer's place.
+        self._parameters = [(tensor, _copied(tensor)) for tensor in module.parameters()]
+        # By name, since a module may put a new tensor in a buffer's place.
         self._buffers = [
-            (part._buffers, name, _kept(buffer))
+            (part._buffers, name, _copied(buffer))
             for part in module.modules()
             for name, buffer in part._buffers.items()
             if buffer is not None
@@ -42,44 +144,47 @@ class Snapshot:
         self._states = [
             (
                 optimizer,
-                {p: _kept(optimizer.state[p]) for p in _parameters(optimizer) if p in optimizer.state},
+                {p: _copied(optimizer.state[p]) for p in _parameters(optimizer) if p in optimizer.state},
             )
             for optimizer in optimizers
         ]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Writes all of it back in place, and takes away the gradients; can be called again."""
-        for tensor, kept in self._parameters:
-            _local(tensor).copy_(_local(kept))
+        """Write everything back in place, and remove the gradients; can be called again."""
+        for tensor, saved in self._parameters:
+            _local(tensor).copy_(_local(saved))
             tensor.grad = None
-        for buffers, name, kept in self._buffers:
-            _put_back(buffers, name, kept)
+        for buffers, name, saved in self._buffers:
+            _restore_buffer(buffers, name, saved)
         for optimizer, states in self._states:
             for parameter in _parameters(optimizer):
                 parameter.grad = None
                 if parameter in states:
-                    optimizer.state[parameter] = _returned(states[parameter], optimizer.state.get(parameter))
+                    optimizer.state[parameter] = _restored(states[parameter], optimizer.state.get(parameter))
                 else:  # it had taken no step yet
                     optimizer.state.pop(parameter, None)
 
     @property
     def nbytes(self) -> int:
-        """Size in the host's memory."""
-        kept = [kept for _, kept in self._parameters] + [kept for _, _, kept in self._buffers]
-        kept += [states for _, states in self._states]
-        return sum(t.numel() * t.element_size() for t in _inside(kept))
+        """Size in host memory."""
+        saved = [
+            [copy for _, copy in self._parameters],
+            [copy for _, _, copy in self._buffers],
+            [list(states.values()) for _, states in self._states],
+        ]
+        return sum(tensor.nbytes for _, tensor in tensors_of(saved))
 
 
 def lower_rates(
     optimizers: Iterable[torch.optim.Optimizer], schedulers: Iterable[Any], factor: float
 ) -> tuple[float, float]:
-    """Multiplies all learning rates, those that schedulers begin from too, so that the next step does not undo it.
+    """Multiply all learning rates, also those that schedulers start from, so that a schedule does not undo it.
 
     Args:
-        optimizers: Whose groups' ``lr`` are multiplied.
-        schedulers: Learning-rate schedulers over them; chains and sequences of such as well.
-        factor: Above 0.
+        optimizers: Optimizers whose groups' ``lr`` are multiplied.
+        schedulers: Their learning-rate schedulers; chained and sequential ones, too.
+        factor: Factor above 0.
 
     Returns:
         The largest learning rate before and after.
@@ -87,9 +192,11 @@ def lower_rates(
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     before = max((float(group["lr"]) for group in groups), default=0.0)
     for group in groups:
-        _multiply(group, "lr", factor)
-        if "initial_lr" in group:
-            _multiply(group, "initial_lr", factor)
+        for name in ("lr", "initial_lr"):
+            if isinstance(group.get(name), Tensor):
+                group[name].mul_(factor)  # a capturable optimizer's must stay the same tensor
+            elif name in group:
+                group[name] = group[name] * factor
     for scheduler in schedulers:
         for part in (scheduler, *getattr(scheduler, "_schedulers", ())):
             for name in ("base_lrs", "min_lrs", "max_lrs"):
@@ -101,196 +208,51 @@ def lower_rates(
     return before, max((float(group["lr"]) for group in groups), default=0.0)
 
 
-def _multiply(group: dict[str, Any], name: str, factor: float) -> None:
-    if isinstance(group[name], Tensor):
-        group[name].mul_(factor)  # a capturable optimizer's, which has to stay the same tensor
-    else:
-        group[name] = group[name] * factor
-
-
-def _put_back(buffers: dict[str, Tensor | None], name: str, kept: Tensor) -> None:
-    """Writes a buffer back, into the tensor that is there where that can be written to."""
-    now = buffers.get(name)
-    if now is None or _local(now).shape != kept.shape:
-        return
-    if now.is_inference():
-        buffers[name] = kept.to(now.device, copy=True)
-    elif not torch._debug_has_internal_overlap(_local(now)):  # one that is expanded holds what it held
-        _local(now).copy_(kept)
-
-
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
+    """Return this process's part of a sharded tensor; any other tensor as it is."""
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
 
 
 @torch.no_grad()
-def _kept(value: Any) -> Any:
-    """A copy in the host's memory, of tensors in containers too."""
+def _copied(value: Any) -> Any:
+    """Return a copy in host memory, also of tensors in containers."""
     if isinstance(value, Tensor):
         return _local(value).detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _kept(entry) for key, entry in value.items()}
+        return {key: _copied(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_kept(entry) for entry in value)
+        return type(value)(_copied(entry) for entry in value)
     return copy.deepcopy(value)
 
 
-def _returned(kept: Any, now: Any) -> Any:
-    """A kept value as an optimizer holds it: in the tensor that is there, or a new one of the kept shape."""
-    if isinstance(kept, Tensor):
+def _restore_buffer(buffers: dict[str, Tensor | None], name: str, saved: Tensor) -> None:
+    """Write a buffer back, into the tensor that is there now if that can be written to."""
+    now = buffers.get(name)
+    if now is None or _local(now).shape != saved.shape:
+        return
+    if now.is_inference():
+        buffers[name] = saved.to(now.device, copy=True)
+    elif not torch._debug_has_internal_overlap(_local(now)):  # an expanded tensor cannot be written to
+        _local(now).copy_(saved)
+
+
+def _restored(saved: Any, now: Any) -> Any:
+    """Return a saved value as an optimizer holds it: in the tensor that is there now, or in a new one."""
+    if isinstance(saved, Tensor):
         if isinstance(now, Tensor):
-            _local(now).copy_(kept)
+            _local(now).copy_(saved)
             return now
-        return kept.clone()
-    if isinstance(kept, dict):
+        return saved.clone()
+    if isinstance(saved, dict):
         held = now if isinstance(now, dict) else {}
-        return {key: _returned(entry, held.get(key)) for key, entry in kept.items()}
-    if isinstance(kept, (list, tuple)):
-        known = isinstance(now, (list, tuple)) and len(now) == len(kept)
-        return type(kept)(_returned(entry, now[i] if known else None) for i, entry in enumerate(kept))
-    return copy.deepcopy(kept)
-
-
-def _inside(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _inside(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _inside(entry)
-
-
-class Kept(NamedTuple):
-    """A state to go back to: the step it is of, weights and optimizers, and the guards' own states by their index."""
-
-    step: int
-    snapshot: Snapshot
-    guards: dict[int, dict[str, Any]]
-
-
-class Rollback:
-    """What becomes of a halt: training goes back to a state that proved healthy, ends quietly, or fails.
-
-    Two states are held in the host's memory: the newest that proved healthy, and one that may yet. Every process holds
-    its own, and all go back at the same step, for all have come to the same verdict. The loop itself goes on: steps and
-    batches are counted as before, so that the batches since the state that is gone back to are left out, and schedules
-    stand where they stood, over lowered rates.
-
-    Args:
-        policy: Says how often a state is kept, by what rates are lowered, how many times, and how training ends.
-    """
-
-    def __init__(self, policy: Policy | None) -> None:
-        self._policy = Policy.watch() if policy is None else policy
-        self.count = 0
-        self._run: tuple[Trainer, LightningModule, GuardRegistry] | None = None
-        self._good: Kept | None = None
-        self._pending: Kept | None = None
-        self._ended = False
-        self._buffers = RunningBuffers()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing of the run."""
-        nothing = {"_run": None, "_good": None, "_pending": None, "_buffers": RunningBuffers()}
-        return {**self.__dict__, **nothing}
-
-    def start(self, trainer: Trainer, module: LightningModule, guards: GuardRegistry) -> None:
-        """A run begins, or goes on from a checkpoint."""
-        self._run, self._good, self._pending, self._ended = (trainer, module, guards), None, None, False
-        self.count = self.count if trainer.ckpt_path else 0
-        self._buffers.start(module)
-
-    def begin(self) -> None:
-        """Keeps running statistics before a batch, and the whole state where it is time to."""
-        self._buffers.keep()
-        if self._run is None or not self._policy.rolls_back:
-            return
-        trainer, _, guards = self._run
-        if guards.are_raised:
-            self._pending = None
-            return
-        every, step = self._policy.snapshot_every, trainer.global_step
-        if self._good is None:
-            # Nothing is known of it yet, but there is no other: a run that explodes at once begins again.
-            self._good = self._keep()
-        elif self._pending is None:
-            # After a warning a state is kept as soon as it is over.
-            self._pending = self._keep() if step >= self._good.step + every else None
-        elif step >= self._pending.step + every:
-            self._good, self._pending = self._pending, self._keep()
-
-    def went_back(self, halt: GradientHalt) -> bool:
-        """Goes back, where the policy asks for it and there is one time left; the step under way moves nothing then."""
-        policy = self._policy
-        if self._run is None or self._good is None or policy.response(halt.diagnosis.fault) != "rollback":
-            return False
-        if self.count >= policy.max_rollbacks:
-            return False
-        trainer, _, guards = self._run
-        self._good.snapshot.restore()
-        for index, guard in guards.items():
-            guard.roll_back(self._good.guards.get(index))
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        before, after = lower_rates(trainer.optimizers, schedulers, policy.lr_factor)
-        self.count, self._pending = self.count + 1, None
-        warn(
-            trainer,
-            f"GradGuard: {halt.diagnosis.fault} since step {halt.diagnosis.step}: weights and optimizers are back at "
-            f"those of step {self._good.step}, the learning rate is {after:.3g} in place of {before:.3g}, and training "
-            f"goes on with the next batch (rollback {self.count} of {policy.max_rollbacks}).\n{halt.diagnosis}",
-        )
-        return True
-
-    def ended(self, halt: GradientHalt) -> bool:
-        """Ends the training quietly, where the policy asks for it."""
-        if self._run is None or self._policy.stop != "graceful":
-            return False
-        trainer, self._ended = self._run[0], True
-        trainer.should_stop = True
-        # What a person asks at least of a training that learns is not asked of one that is ruined.
-        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, 0
-        warn(trainer, f"GradGuard ends the training before step {halt.step}, as the policy asks.\n{halt}")
-        return True
-
-    def end(self) -> None:
-        """Takes what is not finite out of the running statistics, before anybody saves or validates them."""
-        self._buffers.heal()
-
-    def heal(self, report: Report) -> None:
-        """The same at once, where a step was skipped."""
-        if report.skip:
-            self._buffers.heal()
-
-    def has_ended(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether no step is to be taken any more; takes this one's gradients away then."""
-        if self._ended and self._run is not None:
-            # A scaler insists on having seen gradients.
-            scaler = scaler_of(self._run[0])
-            if scaler is not None:
-                unscale(optimizer, scaler)
-            optimizer.zero_grad(set_to_none=True)
-        return self._ended
-
-    def state_dict(self) -> dict[str, int]:
-        """How many times it went back; the states themselves are kept anew."""
-        return {"rollbacks": self.count} if self._policy.rolls_back else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on counting."""
-        self.count = int(state.get("rollbacks", 0))
-
-    def _keep(self) -> Kept:
-        assert self._run is not None
-        trainer, module, guards = self._run
-        # Also of those that a checkpoint brought, and whose optimizer has not taken a step since.
-        states = {int(index): state for index, state in guards.state_dict().items()}
-        return Kept(trainer.global_step, Snapshot(module, trainer.optimizers), states)
+        return {key: _restored(entry, held.get(key)) for key, entry in saved.items()}
+    if isinstance(saved, (list, tuple)):
+        known = isinstance(now, (list, tuple)) and len(now) == len(saved)
+        return type(saved)(_restored(entry, now[i] if known else None) for i, entry in enumerate(saved))
+    return copy.deepcopy(saved)

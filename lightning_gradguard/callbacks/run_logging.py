@@ -1,9 +1,9 @@
-"""At most two values in Lightning's progress bar: the gradient's norm, and how often something was done about it."""
+"""Log the judged steps of a training: scalars, heat map and texts to its loggers, two values to the progress bar."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.callbacks.trainer_adapter import logging_step
@@ -19,142 +19,91 @@ if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
 
 
-class ProgressBar:
-    """Shows ``grad_norm``, and ``clip_rate`` where there is a clipper, else ``skipped``.
-
-    - ``grad_norm``: L2 norm of all gradients before clipping, each optimizer's at its newest judged step.
-    - ``clip_rate``: clipped steps by judged ones, in [0, 1], of all optimizers and the whole run.
-    - ``skipped``: steps that were not taken.
-
-    They are plain numbers that have been read already. ``LightningModule.log(prog_bar=True)`` would put them back on
-    the device, to be read again after every batch, and into ``callback_metrics``.
-
-    Args:
-        wanted: Whether anything is shown.
-    """
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._trainer: Trainer | None = None
-        self._guards: dict[int, Guard] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing of the run."""
-        return {"_wanted": self._wanted, "_trainer": None, "_guards": {}}
-
-    def start(self, trainer: Trainer) -> None:
-        """A run begins, whose bar is that of rank 0."""
-        self._trainer, self._guards = trainer if self._wanted and trainer.is_global_zero else None, {}
-
-    def observe(self, guard: Guard, index: int) -> None:
-        """Takes in the newest step of an optimizer; nobody is waited for, neither a device nor another rank.
-
-        Args:
-            guard: Its guard.
-            index: Its number.
-        """
-        if self._trainer is None:
-            return
-        self._guards[index] = guard
-        # Both kinds of bar read it after the batch, together with what the module logs.
-        self._trainer._logger_connector._progress_bar_metrics.update(self._values())  # type: ignore[arg-type]
-
-    def finish(self) -> None:
-        """Lets go of the run."""
-        self._trainer, self._guards = None, {}
-
-    def _values(self) -> dict[str, float | str]:
-        guards = list(self._guards.values())
-        norm = math.hypot(*(guard.report.total_norm for guard in guards if guard.report is not None))
-        if guards[0].clipper is None:
-            # As a text, since the bar of rich gives each number three decimals.
-            return {"grad_norm": norm, "skipped": str(sum(guard.counts["skipped"] for guard in guards))}
-        clipped, judged = (sum(guard.counts[name] for guard in guards) for name in ("clipped", "judged"))
-        return {"grad_norm": norm, "clip_rate": clipped / judged}
-
-
 class RunLogging:
-    """Feeds the overview of each optimizer, and writes it where Lightning logs; and the progress bar.
+    """An overview of each optimizer's steps, written at the steps at which Lightning logs.
 
     Args:
         per_layer: Also write a scalar for each tensor.
-        progress_bar: Also show two values in the progress bar.
+        progress_bar: Also show `progress_bar_values`.
     """
 
-    def __init__(self, per_layer: bool, progress_bar: bool) -> None:
-        self._per_layer, self._bar = per_layer, ProgressBar(progress_bar)
-        self._trainer: Trainer | None = None
+    def __init__(self, *, per_layer: bool, progress_bar: bool) -> None:
+        self._per_layer, self._progress_bar = per_layer, progress_bar
         self._sinks: list[LogSink] = []
-        self._views: dict[int, tuple[tuple[str, ...], Overview]] = {}
+        # By the index of the optimizer: names of the tensors in order, and their overview.
+        self._overviews: dict[int, tuple[tuple[str, ...], Overview]] = {}
         self._restored: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy writes nowhere: an open file has one writer."""
-        return {**self.__dict__, "_sinks": [], "_trainer": None}
+        # A copy writes nowhere, since an open file has one writer.
+        return {**self.__dict__, "_sinks": []}
 
     def start(self, trainer: Trainer) -> None:
-        """A run begins, whose loggers are written to on rank 0; or goes on from a checkpoint, with its pictures."""
-        self._trainer, self._views = trainer, {}
-        self._bar.start(trainer)
+        """Begin a training, or continue the overviews of a checkpoint; open the loggers on rank 0."""
+        self._overviews = {}
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._restored = self._restored if trainer.ckpt_path else {}
 
-    def observe(self, guard: Guard, index: int, diagnosis: Diagnosis | None) -> None:
-        """Takes in the newest step of an optimizer, and a diagnosis if there is a new one; writes where it is due."""
-        self._bar.observe(guard, index)
-        if not self._sinks or self._trainer is None or guard.report is None:
-            return
-        view = self._view(guard, index)
-        view.observe(guard.report)
-        if diagnosis is not None:
-            view.add_diagnosis(diagnosis.to_markdown())
-        if self._trainer._logger_connector.should_update_logs:
-            self.write(guard, index)
-
-    def write(self, guard: Guard, index: int, *, final: bool = False) -> None:
-        """Writes the newest step of an optimizer.
+    def observe(
+        self, trainer: Trainer, guards: Mapping[int, Guard], index: int, diagnosis: Diagnosis | None
+    ) -> None:
+        """Add the newest step of an optimizer, and write it if Lightning logs at this step.
 
         Args:
-            guard: Its guard.
-            index: Its number.
-            final: Nothing follows, so that the picture has to be drawn.
+            trainer: Trainer of the run.
+            guards: Guards by the index of their optimizer.
+            index: Index of the optimizer.
+            diagnosis: Diagnosis if there is a new one, or None.
         """
-        if not self._sinks or self._trainer is None or guard.report is None or guard.record is None:
+        if self._progress_bar and trainer.is_global_zero:
+            # Both kinds of bar read it after the batch, together with the values that the module logs.
+            metrics = trainer._logger_connector._progress_bar_metrics
+            metrics.update(progress_bar_values(guards))  # type: ignore[arg-type]
+        report = guards[index].report
+        if not self._sinks or report is None:
             return
-        tilt, ratio = _known(guard.record.tilt), _known(guard.record.update_ratio)
-        panel = self._view(guard, index).build_record(
-            guard.report, tilt=tilt, update_ratio=ratio, final=final
-        )
-        for sink in self._sinks:
-            sink.write(logging_step(self._trainer), panel)
+        overview = self._overview(guards[index], index)
+        overview.observe(report)
+        if diagnosis is not None:
+            overview.add_diagnosis(diagnosis.to_markdown())
+        if trainer._logger_connector.should_update_logs:
+            self._write(trainer, guards[index], index)
 
-    def finish(self, guards: Iterable[tuple[int, Guard]]) -> None:
-        """Draws the last pictures, and lets the sinks go."""
-        for index, guard in guards:
-            self.write(guard, index, final=True)
+    def finish(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
+        """Write the newest step of each optimizer with a final heat map, and close the sinks."""
+        for index, guard in guards.items():
+            self._write(trainer, guard, index, final=True)
         for sink in self._sinks:
             sink.close()
-        self._sinks, self._trainer = [], None
-        self._bar.finish()
+        self._sinks = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The pictures so far, so that those of a resumed run go on; plain types."""
+        """Return the overviews so far as plain types, so that a resumed run continues them."""
         own = {
-            str(i): {"names": list(names), "view": view.state_dict()}
-            for i, (names, view) in self._views.items()
+            str(index): {"names": list(names), "view": overview.state_dict()}
+            for index, (names, overview) in self._overviews.items()
         }
         return {**self._restored, **own}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps what `state_dict` gave until the optimizers are known."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold the state that `state_dict` returned until the optimizers are known."""
         self._restored = dict(state)
 
-    def _view(self, guard: Guard, index: int) -> Overview:
-        """An optimizer's view; a new one when other tensors are watched."""
+    def _write(self, trainer: Trainer, guard: Guard, index: int, *, final: bool = False) -> None:
+        if not self._sinks or guard.report is None or guard.record is None:
+            return
+        tilt, ratio = (None if math.isnan(x) else x for x in (guard.record.tilt, guard.record.update_ratio))
+        overview = self._overview(guard, index)
+        record = overview.build_record(guard.report, tilt=tilt, update_ratio=ratio, final=final)
+        for sink in self._sinks:
+            sink.write(logging_step(trainer), record)
+
+    def _overview(self, guard: Guard, index: int) -> Overview:
+        """Return an optimizer's overview; begin a new one if its tensors have changed."""
         layout = guard.tracker.layout
         names = tuple(layout.names[i] for i in layout.order)
-        if index not in self._views or self._views[index][0] != names:
-            view = Overview(
+        if index not in self._overviews or self._overviews[index][0] != names:
+            overview = Overview(
                 names,
                 [layout.parameters[i].numel() for i in layout.order],
                 matrices=[i in layout.layer_indices for i in layout.order],
@@ -163,10 +112,28 @@ class RunLogging:
             )
             restored = self._restored.pop(str(index), None)
             if restored is not None and tuple(restored["names"]) == names:
-                view.load_state_dict(restored["view"])
-            self._views[index] = (names, view)
-        return self._views[index][1]
+                overview.load_state_dict(restored["view"])
+            self._overviews[index] = (names, overview)
+        return self._overviews[index][1]
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def progress_bar_values(guards: Mapping[int, Guard]) -> dict[str, float | str]:
+    """Return ``grad_norm``, and ``clip_rate`` with a clipper or ``skipped`` without one.
+
+    - ``grad_norm``: L2 norm of all gradients before clipping, each optimizer's at its newest judged step.
+    - ``clip_rate``: clipped steps by judged ones, in [0, 1], of all optimizers and the whole run.
+    - ``skipped``: number of steps that were not taken.
+
+    They are plain numbers that have been read already. ``LightningModule.log(prog_bar=True)`` would put them back on
+    the device, to be read again after every batch, and add them to ``callback_metrics``.
+
+    Args:
+        guards: Guards by the index of their optimizer, at least one that has judged a step.
+    """
+    own = list(guards.values())
+    norm = math.hypot(*(guard.report.total_norm for guard in own if guard.report is not None))
+    if own[0].clipper is None:
+        # As text, since the bar of rich gives each number three decimals.
+        return {"grad_norm": norm, "skipped": str(sum(guard.counts["skipped"] for guard in own))}
+    clipped, judged = (sum(guard.counts[name] for guard in own) for name in ("clipped", "judged"))
+    return {"grad_norm": norm, "clip_rate": clipped / judged}

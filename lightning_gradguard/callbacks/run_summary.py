@@ -1,16 +1,16 @@
-"""The table at the end of a run: steps judged, clipped, skipped and not finite, and what was found."""
+"""The table at the end of a training: steps judged, clipped, skipped and not finite, and the faults found."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.callbacks.trainer_adapter import package_of
+from lightning_gradguard.callbacks.base import package_of
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 
@@ -20,89 +20,91 @@ if TYPE_CHECKING:
 #: Columns of a log file.
 WIDTH = 80
 
-#: By its level the table is silenced; INFO unless it was set.
+#: Logger of the table. Its level silences the table; INFO unless it was set.
 LOGGER = logging.getLogger("lightning_gradguard")
 
 
-@dataclass
-class _Group:
-    """All findings of one fault and optimizer."""
-
-    first: Finding
-    newest: int
-    worst: Severity
-    times: int = 1
-
-    def add(self, finding: Finding) -> None:
-        """Takes in one more; a condition that becomes critical, or goes on, is the one that began."""
-        self.times += finding.step != self.newest
-        self.newest, self.worst = finding.step, max(self.worst, finding.severity)
-
-
 class RunSummary:
-    """Counts what is found in a run, and says at its end what came of it, once, on rank 0.
+    """Counts of the faults found in a training.
 
-    What is only recorded, such as an overflow that a gradient scaler deals with, is in the counts and no finding here.
+    Findings of severity INFO are left out, such as an overflow that a gradient scaler deals with.
     """
 
     def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """A run begins."""
-        self._groups: dict[tuple[int, Fault], _Group] = {}
-        self._untold = False
+        self._found: dict[tuple[int, Fault], _FoundFault] = {}
+        self._has_news = False
 
     def add(self, report: Report) -> None:
-        """Takes in a judged step."""
-        self._untold = True
+        """Add a judged step."""
+        self._has_news = True
         for finding in report.findings:
             key = finding.optimizer, finding.fault
-            if key in self._groups:
-                self._groups[key].add(finding)
+            if key in self._found:
+                self._found[key].add(finding)
             elif finding.severity > Severity.INFO:
-                self._groups[key] = _Group(finding, finding.step, finding.severity)
+                self._found[key] = _FoundFault(finding, finding.step, finding.severity)
 
-    def say(
+    def log(
         self,
         trainer: Trainer,
-        guards: dict[int, Guard],
+        guards: Mapping[int, Guard],
         *,
         rollbacks: int,
         stop_reason: str | None,
         bundle: Path | None,
     ) -> None:
-        """Says it where Lightning says that training stopped; nothing where no step was judged since it was said.
+        """Log the table on rank 0, unless no step was judged since it was last logged.
 
         Args:
-            trainer: Of the run.
-            guards: By the index of their optimizer.
-            rollbacks: How many times training went back.
-            stop_reason: The fault that it was halted for, or None.
-            bundle: The flight record that was left, or None.
+            trainer: Trainer of the run.
+            guards: Guards by the index of their optimizer.
+            rollbacks: Number of rollbacks.
+            stop_reason: Fault that training was halted for, or None.
+            bundle: Flight record that was written, or None.
         """
-        if not self._untold:
+        if not self._has_news:
             return
-        self._untold = False
-        notes = list(self._found(several=len(guards) > 1))
+        self._has_news = False
+        # Whoever silences Lightning silences the table, too.
+        if not trainer.is_global_zero or not logging.getLogger(package_of(trainer)).isEnabledFor(
+            logging.INFO
+        ):
+            return
+        notes = self.describe_faults(several=len(guards) > 1)
         notes += [("rollbacks", str(rollbacks))] if rollbacks else []
         notes += [("halted", f"for {stop_reason}")] if stop_reason else []
-        table = _table(self._rows(guards))
         notes += [("bundle", str(bundle))] if bundle is not None else []
+        table = _table(self._rows(guards))
         lines = [*table, *_footer(notes, rule=table[1])]
-        # Whoever silences Lightning does not want to hear us.
-        if trainer.is_global_zero and logging.getLogger(package_of(trainer)).isEnabledFor(logging.INFO):
-            _open_logger()
-            # As in Lightning's table of the model, below whatever stands in the line, be it a bar or a time stamp.
-            LOGGER.info("\n" + "\n".join(lines))
+        _open_logger()
+        # On a line of its own, below a progress bar or a time stamp, as Lightning's table of the model.
+        LOGGER.info("\n" + "\n".join(lines))
 
-    def _rows(self, guards: dict[int, Guard]) -> list[dict[str, str]]:
-        """A row for each optimizer."""
+    def describe_faults(self, *, several: bool) -> list[tuple[str, str]]:
+        """Return each fault with a description, the most severe first.
+
+        Args:
+            several: Also name the optimizer.
+        """
+        described = []
+        found = sorted(self._found.items(), key=lambda item: (-item[1].worst, item[1].first.step))
+        for (optimizer, fault), one in found:
+            often = "once" if one.times == 1 else f"{one.times:,} times"
+            where = f" in {one.first.parameters[0]}" if one.first.parameters else ""
+            whose = f", optimizer {optimizer}" if several else ""
+            severity = one.worst.name.lower()
+            described.append(
+                (fault.value, f"{severity}, {often}, first at step {one.first.step:,}{where}{whose}")
+            )
+        return described
+
+    def _rows(self, guards: Mapping[int, Guard]) -> list[dict[str, str]]:
+        """Return a row for each optimizer, by column."""
         rows = []
         for index, guard in sorted(guards.items()):
             kind, counts = type(guard.optimizer).__name__, guard.counts
             share = f" ({counts['clipped'] / max(counts['judged'], 1):.1%})" if counts["clipped"] else ""
-            found = sum(optimizer == index for optimizer, _ in self._groups)
+            found = sum(optimizer == index for optimizer, _ in self._found)
             rows.append(
                 {
                     "GradGuard": f"{index} {kind}" if len(guards) > 1 else kind,
@@ -115,19 +117,24 @@ class RunSummary:
             )
         return rows
 
-    def _found(self, *, several: bool) -> Iterator[tuple[str, str]]:
-        """Each fault and what there is to say of it, the most severe first."""
-        groups = sorted(self._groups.items(), key=lambda item: (-item[1].worst, item[1].first.step))
-        for (optimizer, fault), group in groups:
-            often = "once" if group.times == 1 else f"{group.times:,} times"
-            where = f" in {group.first.parameters[0]}" if group.first.parameters else ""
-            whose = f", optimizer {optimizer}" if several else ""
-            severity = group.worst.name.lower()
-            yield fault.value, f"{severity}, {often}, first at step {group.first.step:,}{where}{whose}"
+
+@dataclass
+class _FoundFault:
+    """All findings of one fault and optimizer."""
+
+    first: Finding
+    newest: int
+    worst: Severity
+    times: int = 1
+
+    def add(self, finding: Finding) -> None:
+        """Add a finding; a fault that becomes critical counts once."""
+        self.times += finding.step != self.newest
+        self.newest, self.worst = finding.step, max(self.worst, finding.severity)
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
-    """Head, rule and rows, in the manner of Lightning's table of the model."""
+    """Return heading, rule and rows, in the manner of Lightning's table of the model."""
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -138,33 +145,33 @@ def _table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def _footer(notes: list[tuple[str, str]], *, rule: str) -> list[str]:
-    """A rule, and a line for each note; none where there is nothing to note."""
+    """Return a rule and the notes, wrapped; nothing without notes."""
     width = max((len(name) for name, _ in notes), default=0)
     lines = [rule] if notes else []
     for name, text in notes:
         line = f"{name.ljust(width)}  {text}"
-        # A path is copied as a whole.
+        # A path is not wrapped, so that it can be copied as a whole.
         lines += [line] if name == "bundle" else _wrapped(line, width + 2)
     return lines
 
 
 def _wrapped(line: str, indent: int) -> list[str]:
-    """A long line as several, whose names stay whole."""
+    """Return a long line as several, without breaking names."""
     return textwrap.wrap(
         line, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 class _Terminal(logging.Handler):
-    """Writes to stderr as it is at the time: a progress bar may have taken its place, to keep its own line whole."""
+    """Handler that writes to the current stderr, which a progress bar may have replaced to keep its own line intact."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a message."""
+        """Write a message."""
         print(self.format(record), file=sys.stderr)
 
 
 def _open_logger() -> None:
-    """Makes the logger speak as Lightning's does: INFO, on stderr unless the program has handlers of its own."""
+    """Set up the logger as Lightning's: level INFO, to stderr unless the program has handlers of its own."""
     if LOGGER.level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
     if not LOGGER.hasHandlers():

@@ -1,4 +1,4 @@
-"""Running statistics of normalisations: a batch that is not finite must not outlive its step in them."""
+"""Copies of a module's small buffers: for a flight record, and to keep NaN and Inf out of running statistics."""
 
 from __future__ import annotations
 
@@ -9,58 +9,74 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-#: Elements of a buffer above which it is no running statistic.
+#: Elements above which a buffer is most often a constant, and never a running statistic; such a one is not copied.
 LARGEST_BUFFER = 2**20
 
 
 class RunningBuffers:
-    """What a module's small floating-point buffers were before a batch.
+    """Small floating-point buffers of a module, such as running means and variances, as they were before a batch.
 
-    A batch normalisation takes a batch into its running statistics in the forward pass, long before anybody can judge
-    the step: one NaN there stays for ever, though the step is skipped and the weights are sound. So does a variance
-    that overflows, of a batch whose gradients are finite. Infinity that was there before, as in a mask, stays.
+    A batch normalization adds a batch to its running statistics in the forward pass, before the step is judged. One NaN
+    there stays for ever, although the step is skipped. So does a variance that overflows, even if the gradients are
+    finite. Infinity that was there before the batch, as in a mask, stays.
     """
 
     def __init__(self) -> None:
+        # Buffers of one dtype and device, and their flat copy with the shapes.
         self._groups: list[list[Callable[[], Tensor | None]]] = []
-        self._kept: list[tuple[list[torch.Size], Tensor] | None] = []
+        self._copies: list[tuple[list[torch.Size], Tensor] | None] = []
 
     def start(self, module: nn.Module) -> None:
-        """Begins with these buffers."""
-        groups: dict[tuple[torch.dtype, torch.device], dict[int, Callable[[], Tensor | None]]] = defaultdict(
-            dict
-        )
+        """Find the buffers of a module."""
+        groups: dict[tuple[torch.dtype, torch.device], dict[int, Callable[[], Tensor | None]]]
+        groups = defaultdict(dict)
         for part in module.modules():
             for name, buffer in part._buffers.items():
                 if buffer is not None and _may_be_a_statistic(buffer):
-                    # By name, for a module may put a new tensor in its place.
-                    groups[buffer.dtype, buffer.device].setdefault(
-                        id(buffer), partial(part._buffers.get, name)
-                    )
-        self._groups, self._kept = [list(group.values()) for group in groups.values()], []
+                    # By name, since a module may put a new tensor in its place.
+                    group = groups[buffer.dtype, buffer.device]
+                    group.setdefault(id(buffer), partial(part._buffers.get, name))
+        self._groups, self._copies = [list(group.values()) for group in groups.values()], []
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Takes a copy before a batch; nothing is read from the device."""
-        self._kept = []
+    def save(self) -> None:
+        """Copy the buffers before a batch; nothing is read from the device."""
+        self._copies = []
         for group in self._groups:
-            own = _now(group)
-            self._kept.append(([b.shape for b in own], _flat(own)) if own else None)
+            own = _current(group)
+            self._copies.append(([b.shape for b in own], _flat(own)) if own else None)
 
     @torch.no_grad()
-    def heal(self) -> None:
-        """Puts back what has become not finite since; nothing is read from the device."""
-        for group, before in zip(self._groups, self._kept, strict=False):
-            own = _now(group)
-            if before is None or [b.shape for b in own] != before[0]:
+    def restore_nonfinite(self) -> None:
+        """Put back the elements that have become NaN or Inf since; nothing is read from the device."""
+        for group, saved in zip(self._groups, self._copies, strict=False):
+            own = _current(group)
+            if saved is None or [b.shape for b in own] != saved[0]:
                 continue
-            flat, kept = _flat(own), before[1]
-            sound = torch.where(torch.isfinite(flat) | ~torch.isfinite(kept), flat, kept)
-            values = torch.split(sound, [buffer.numel() for buffer in own])
-            # Through `data`: a graph that is still to be gone back through may have kept the buffer.
+            now, before = _flat(own), saved[1]
+            kept = torch.where(torch.isfinite(now) | ~torch.isfinite(before), now, before)
+            values = torch.split(kept, [buffer.numel() for buffer in own])
+            # Through `data`, since a graph that has yet to run backward may have saved the buffer.
             torch._foreach_copy_(
                 [b.data for b in own], [v.view_as(b) for v, b in zip(values, own, strict=True)]
             )
+
+
+def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of a module's buffers by name, without large ones.
+
+    Args:
+        module: The module.
+        onto: Earlier copies that are no longer needed; they are overwritten if they fit.
+    """
+    own = {name: b for name, b in module.named_buffers() if b.numel() <= LARGEST_BUFFER}
+    kinds = [(b.shape, b.dtype) for b in own.values()]
+    with torch.no_grad():
+        if own.keys() != onto.keys() or kinds != [(b.shape, b.dtype) for b in onto.values()]:
+            return {name: buffer.clone() for name, buffer in own.items()}
+        if own:
+            torch._foreach_copy_(list(onto.values()), list(own.values()))
+    return onto
 
 
 def _may_be_a_statistic(buffer: Tensor) -> bool:
@@ -68,13 +84,13 @@ def _may_be_a_statistic(buffer: Tensor) -> bool:
         type(buffer) is Tensor
         and buffer.is_floating_point()
         and 0 < buffer.numel() <= LARGEST_BUFFER
-        # One that is expanded, or from inference mode, cannot be written to.
+        # An expanded tensor, or one from inference mode, cannot be written to.
         and buffer.is_contiguous()
         and not buffer.is_inference()
     )
 
 
-def _now(group: list[Callable[[], Tensor | None]]) -> list[Tensor]:
+def _current(group: list[Callable[[], Tensor | None]]) -> list[Tensor]:
     return [b for get in group if (b := get()) is not None and _may_be_a_statistic(b)]
 
 

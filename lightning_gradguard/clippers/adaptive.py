@@ -1,7 +1,7 @@
-"""Clippers of the literature whose threshold follows the norms seen so far: `AutoClip`, `ZClip`, `AdaGC`.
+"""Clippers from the literature whose threshold follows the norms seen so far: `AutoClip`, `ZClip`, `AdaGC`.
 
-They equal their references on finite streams and differ where those fail: a step that is not finite, or whose
-norm is exactly 0, does not enter the history, since one such step can blind or freeze a clipper for good.
+They equal their references on finite streams and differ where those fail: a step that is not finite, or whose norm is
+exactly 0, is left out of the history, since one such step can disable a clipper for good.
 """
 
 from __future__ import annotations
@@ -15,11 +15,7 @@ from torch import Tensor
 
 from lightning_gradguard.clippers.base import (
     Clip,
-    check_decay,
     check_exclude,
-    check_number,
-    check_positive,
-    check_steps,
     global_clip,
     global_norm,
     included_names,
@@ -27,15 +23,19 @@ from lightning_gradguard.clippers.base import (
     tensor_clip,
 )
 from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.validation import check_decay, check_number, check_positive, check_whole
 
 #: Norms that `AutoClip` keeps exactly, and how many positive finite bfloat16 numbers there are, 0 included.
 EXACT, BINS = 2048, 0x7F80
 
 
 class AutoClipState(NamedTuple):
-    """Norms seen: how many, int64 []; the first of them, float32 [EXACT], inf where there is none yet.
+    """State of `AutoClip`.
 
-    And ``bins``, int32 [BINS]: how many of them all round to each bfloat16 number.
+    Attributes:
+        seen: int64 [], number of norms seen.
+        first: float32 [EXACT], the first of them; inf where there is none yet.
+        bins: int32 [BINS], how many of all norms round to each bfloat16 number.
     """
 
     seen: Tensor
@@ -47,15 +47,15 @@ class AutoClipState(NamedTuple):
 class AutoClip:
     """Limits the global norm to a percentile of all global norms so far, the current one included.
 
-    The percentile is exact, with linear interpolation, for the first 2,048 steps. From then on each norm
-    counts as the nearest bfloat16 number, which puts the threshold within 2^-8 (0.4 %) of the exact one, in
-    constant memory (140 kB).
+    The percentile is exact, with linear interpolation, for the first 2,048 steps. From then on each norm counts as the
+    nearest bfloat16 number. That puts the threshold within 2^-8 (0.4 %) of the exact one, in constant memory (140 kB).
 
     Args:
         percentile: Above 0, up to 100. Default 10, as in the paper: nine steps of ten are scaled down.
         exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If ``percentile`` is out of range.
 
     Source: Seetharaman et al. 2020, arXiv:2007.14469.
@@ -69,13 +69,13 @@ class AutoClip:
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """An empty history."""
+        """Return an empty history."""
         included_names(stats.layout.names, self.exclude)
         bins = torch.zeros(BINS, dtype=torch.int32, device=stats.norms.device)
         return AutoClipState(bins[0].to(torch.int64), stats.norms.new_full((EXACT,), math.inf), bins)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Adds the norm to the history, then compares it with the percentile."""
+        """Add the norm to the history, then compare it with the percentile."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         new = _remember(state, norm, stats.finite & (norm > 0))
@@ -84,8 +84,9 @@ class AutoClip:
         return global_clip(stats, included, norm, coefficient, limit), new
 
     def _threshold(self, state: AutoClipState) -> Tensor:
+        """Return the percentile of the history, float32 []; inf while it is empty."""
         last = torch.clamp(state.seen - 1, min=0)
-        # In whole numbers, since float32 loses the fraction of a large rank, and not every device has float64.
+        # In integers: float32 loses the fraction of a large rank, and not every device has float64.
         rank = last * round(self.percentile * 10**7)
         low, fraction = rank // 10**9, (rank % 10**9).to(torch.float32) / 10**9
         ranks = torch.stack([low, torch.minimum(low + 1, last)])
@@ -97,9 +98,9 @@ class AutoClip:
 
 
 def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipState:
-    """The history with ``norm`` in it, if it ``counts``."""
+    """Return the history with ``norm`` in it, if it ``counts``."""
     place = torch.arange(EXACT, device=norm.device) == state.seen
-    # Positive floats sort as their bits do, so that the bits of a bfloat16 are the number of its bin.
+    # Positive floats sort as their bits do, so the bits of a bfloat16 are the number of its bin.
     number = torch.where(counts, norm, 0.0).to(torch.bfloat16).view(torch.int16).to(torch.int64)
     return AutoClipState(
         seen=state.seen + counts.to(torch.int64),
@@ -111,7 +112,7 @@ def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipSta
 
 
 class ZClipState(NamedTuple):
-    """Number of norms seen, int64 []; mean and variance of the global norm, float32 []."""
+    """State of `ZClip`: number of norms seen, int64 []; mean and variance of the global norm, float32 []."""
 
     seen: Tensor
     mean: Tensor
@@ -120,19 +121,20 @@ class ZClipState(NamedTuple):
 
 @dataclass(frozen=True)
 class ZClip:
-    """Limits the global norm where its z-score is an outlier's, the more so the further out it lies.
+    """Limits the global norm where its z-score is that of an outlier, and more strongly the further out it lies.
 
-    z = (‖g‖ - mean) / (sigma + 1e-6). Where z > z_threshold the limit is mean + z_threshold² / z · sigma, and
-    enters the moving averages in place of the norm. The first ``warmup_steps`` norms give mean and variance.
+    z = (‖g‖ - mean) / (sigma + 1e-6). Where z > z_threshold the limit is mean + z_threshold² / z · sigma, and enters
+    the moving averages in place of the norm. The first ``warmup_steps`` norms give mean and variance.
 
     Args:
         z_threshold: z-score of an outlier, dimensionless.
         decay: Weight of the past in the moving averages.
-        warmup_steps: Steps before the first judgement.
+        warmup_steps: Steps before z-scores count.
         max_grad_norm: Largest global norm at any step, warm-up included; None for no such limit.
         exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range.
 
     Source: Kumar et al. 2025, arXiv:2504.02507; defaults and order of operations of ``zclip`` 1.0.0.
@@ -147,19 +149,19 @@ class ZClip:
     def __post_init__(self) -> None:
         check_positive("z_threshold", self.z_threshold)
         check_decay("decay", self.decay)
-        check_steps("warmup_steps", self.warmup_steps)
+        check_whole("warmup_steps", self.warmup_steps)
         if self.max_grad_norm is not None:
             check_positive("max_grad_norm", self.max_grad_norm)
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing seen."""
+        """Return a state without a norm so far."""
         included_names(stats.layout.names, self.exclude)
         zero = torch.zeros((), device=stats.norms.device, dtype=torch.float32)
         return ZClipState(seen=zero.to(torch.int64), mean=zero, var=zero.clone())
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compares the global norm with the averages of the steps before it."""
+        """Compare the global norm with the averages of the steps before it."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         warm = state.seen < self.warmup_steps
@@ -176,16 +178,16 @@ class ZClip:
         return global_clip(stats, included, norm, coefficient, limit), kept
 
     def _average(self, state: ZClipState, norm: Tensor, warm: Tensor) -> ZClipState:
-        """Mean and population variance of all norms while ``warm``, moving ones after."""
+        """Return mean and population variance of all norms while ``warm``, moving ones after."""
         gain = torch.where(warm, 1 / (state.seen + 1), 1 - self.decay)
         mean = state.mean + gain * (norm - state.mean)
-        # The reference takes the distance from the new mean; the exact variance needs both (Welford).
+        # After warm-up the reference takes the distance from the new mean; an exact variance needs both (Welford).
         square = torch.where(warm, (norm - state.mean) * (norm - mean), (norm - mean).square())
         return ZClipState(seen=state.seen + 1, mean=mean, var=state.var + gain * (square - state.var))
 
 
 class AdaGCState(NamedTuple):
-    """Steps seen, int64 []; usual norm per tensor, float32 [P], inf where no gradient was seen."""
+    """State of `AdaGC`: steps seen, int64 []; γ of each tensor, float32 [P], inf where no gradient was seen."""
 
     seen: Tensor
     gamma: Tensor
@@ -199,13 +201,14 @@ class AdaGC:
     Then ‖g‖ <= factor · γ, and γ = decay · γ + (1 - decay) · ‖clipped g‖.
 
     Args:
-        factor: Largest ratio ‖g‖ / γ, dimensionless. At 1.05 the limit grows by at most 0.1 % a step.
+        factor: Largest ratio ‖g‖ / γ, 1 or more. At 1.05 the limit grows by at most 0.1 % a step.
         decay: Weight of the past in γ.
         warmup_steps: Steps of global clipping.
         warmup_norm: Largest global norm during warm-up, in the gradient's unit.
         exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range.
 
     Source: Wang et al. 2025, arXiv:2502.11034, algorithm 1.
@@ -220,18 +223,18 @@ class AdaGC:
     def __post_init__(self) -> None:
         check_number("factor", self.factor, "1 or more, and finite", lambda v: 1 <= v < math.inf)
         check_decay("decay", self.decay)
-        check_steps("warmup_steps", self.warmup_steps)
+        check_whole("warmup_steps", self.warmup_steps)
         check_positive("warmup_norm", self.warmup_norm)
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing seen."""
+        """Return a state without a norm so far."""
         included_names(stats.layout.names, self.exclude)
         seen = torch.zeros((), dtype=torch.int64, device=stats.norms.device)
         return AdaGCState(seen=seen, gamma=torch.full_like(stats.norms, math.inf))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compares each norm with the tensor's usual one."""
+        """Compare each norm with the γ of its tensor."""
         included = included_tensors(stats, self.exclude)
         total = global_norm(stats, included)
         warm = state.seen < self.warmup_steps

@@ -1,18 +1,21 @@
-"""What all clippers share: their interface, the one writer of gradients, and tensors left out by name.
+"""Interface of all clippers, the only writer of gradients, and tensors that are left out by name.
 
-What holds for every clipper, and is tested over all of them: multipliers lie in [0, 1]; the norm after
-clipping never exceeds the threshold in force; a gradient below it keeps its bits; a step that is not finite
-leaves the state bit-identical; the state's size is constant. An argument of the wrong kind raises TypeError,
-one out of range ValueError.
+What holds for every clipper, and is tested over all of them:
+
+- multipliers lie in [0, 1];
+- the norm after clipping never exceeds the threshold in force;
+- a gradient below its threshold is unchanged to the bit;
+- a step that is not finite leaves the state unchanged to the bit;
+- the size of the state is constant.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,16 +24,19 @@ from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.grad_stats import NoState as NoState
 from lightning_gradguard.stats.sharding import is_sharded, local, local_units
 
+#: Steps in a row for which `Bounds` hold, the one after which they are taken included.
+WINDOW = 8
+
 
 class Clip(NamedTuple):
-    """What a clipper decided for one step of P tensors.
+    """What a clipper decides for one step of P tensors.
 
     Attributes:
         multipliers: float32 in [0, 1]: [P], one per tensor; or P tensors, each broadcastable to its gradient.
         norms: float32 [P], norms after clipping.
-        threshold: float32 [], largest global norm allowed at this step; inf while there is none. For clippers
-            that judge each tensor by itself: root of the sum of squares of the tensors' thresholds, where a
-            tensor that is left out or has no gradient counts with its own norm.
+        threshold: float32 [], largest global norm allowed at this step; inf while there is none. For a clipper with a
+            threshold for each tensor it is the root of the sum of their squares, where a tensor that is excluded or has
+            no gradient counts with its own norm.
     """
 
     multipliers: Tensor | tuple[Tensor, ...]
@@ -41,12 +47,12 @@ class Clip(NamedTuple):
 class Clipper(Protocol):
     """Anything that turns gradient statistics into multipliers: a frozen dataclass, configuration only.
 
-    A class repeats these signatures to the letter, ``Any`` included: it is by them that jsonargparse takes it
-    from a YAML file.
+    Repeat these signatures exactly, ``Any`` included: jsonargparse recognises a clipper in a YAML file by them. A
+    clipper that saves evaluations on ordinary steps is a `FastPathClipper`.
     """
 
     def init(self, stats: GradStats) -> Any:
-        """The state before the first step, a NamedTuple of tensors.
+        """Return the state before the first step, a NamedTuple of tensors.
 
         Raises:
             ValueError: If an entry of ``exclude`` matches no tensor.
@@ -54,16 +60,89 @@ class Clipper(Protocol):
         ...
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Judges one step: what to scale, and the state after it. Reads no tensor on the host."""
+        """Evaluate one step; return what to scale and the new state. Reads no tensor on the host."""
         ...
+
+
+class FastPathClipper(Clipper, Protocol):
+    """A clipper that knows in advance within which bounds it clips nothing.
+
+    Steps within the bounds are deferred, and several are folded into the state at once. This is optional: with any
+    other clipper each step is evaluated, which gives the same results and costs more.
+
+    Attributes:
+        fast_path_safe: True. Counts only where the clipper's own class declares it, since a subclass may override
+            ``update``: a subclass that wants it declares it again.
+    """
+
+    fast_path_safe: ClassVar[bool]
+
+    def bounds(self, stats: GradStats, state: Any) -> Bounds:
+        """Return the bounds within which the next steps are certainly not clipped.
+
+        Args:
+            stats: The newest step.
+            state: The state after it.
+        """
+        ...
+
+    def fold_in(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
+        """Fold deferred steps that lay within the bounds into the state.
+
+        Args:
+            rows: The k steps, oldest first.
+            state: The state before them.
+
+        Returns:
+            Threshold at each step, float32 [k], and the state after them, both as ``update`` would give them.
+        """
+        ...
+
+
+class Bounds(NamedTuple):
+    """Norms within which the next ``WINDOW - 1`` steps are not clipped, if all steps until then lie there; float32.
+
+    Attributes:
+        low: [P], lower bound of each tensor's norm; 0 for one without a gradient now, NaN where nothing is certain.
+        high: [P], upper bound, by the same rule.
+        weights: [P], weight of each tensor in the mean of log‖g‖, divided by how far that may be from its level.
+        level: [], mean of log‖g‖ of the tensors that count, in the same unit.
+    """
+
+    low: Tensor
+    high: Tensor
+    weights: Tensor
+    level: Tensor
+
+    def compare(self, stats: GradStats) -> tuple[Tensor, Tensor]:
+        """Compare a step with the bounds.
+
+        Args:
+            stats: The step.
+
+        Returns:
+            Largest distance of a norm from its bounds, 0 if all lie within; and distance of the mean of all from its
+            level, within bounds from -1 to 1. float32 [] each, NaN where nothing is certain.
+        """
+        # The maximum and no root of squares: the square of a small distance would be 0. NaN stays NaN.
+        outside = torch.linalg.vector_norm(
+            torch.clamp(stats.norms, self.low, self.high) - stats.norms, torch.inf
+        )
+        # xlogy: where the weight is 0, a norm of 0 does not matter.
+        return outside, torch.xlogy(self.weights, stats.norms).sum() - self.level
+
+
+def supports_fast_path(clipper: Clipper) -> TypeGuard[FastPathClipper]:
+    """Return whether a clipper's own class declares ``fast_path_safe``."""
+    return vars(type(clipper)).get("fast_path_safe", False) is True
 
 
 @torch.no_grad()
 def apply_(gradients: Sequence[Tensor | None], multipliers: Tensor | Sequence[Tensor]) -> None:
-    """Scales gradients in place.
+    """Scale gradients in place.
 
     Args:
-        gradients: P gradients, dense, sparse or sharded, floating or complex, on any device; None is passed over.
+        gradients: P gradients, dense, sparse or sharded, floating or complex, on any device; None is left out.
         multipliers: `Clip.multipliers` for the same tensors.
     """
     rows: dict[torch.device, Sequence[Tensor]] = {}
@@ -81,20 +160,44 @@ def apply_(gradients: Sequence[Tensor | None], multipliers: Tensor | Sequence[Te
         torch._foreach_mul_(targets, factors)
 
 
+def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    if isinstance(multipliers, Tensor):
+        return multipliers.to(device).unbind()
+    return [m.to(device) for m in multipliers]
+
+
+def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the dense tensor to write, and the multiplier in the shape that gives the exact product."""
+    target = gradient
+    if is_sharded(gradient):
+        target, multiplier = local(gradient), local_units(multiplier, gradient)
+    if gradient.layout == torch.sparse_coo:
+        target = gradient._values()
+        if multiplier.numel() > 1:
+            picked = multiplier.reshape(-1)[gradient._indices()[0]]
+            multiplier = picked.reshape([-1] + [1] * (target.ndim - 1))
+        else:
+            multiplier = multiplier.reshape(())
+    # An accelerator rounds a 0-d multiplier to half precision first, which turns a strong clip into zero.
+    if multiplier.ndim == 0 and target.dtype in (torch.float16, torch.bfloat16):
+        multiplier = multiplier.reshape([1] * target.ndim)
+    return target, multiplier
+
+
 def global_norm(stats: GradStats, included: Tensor) -> Tensor:
-    """Global norm of the included tensors, float32 []."""
+    """Return the global norm of the included tensors, float32 []."""
     norm: Tensor = torch.linalg.vector_norm(torch.where(included, stats.norms, 0.0))
     return norm
 
 
 def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: Tensor, limit: Tensor) -> Clip:
-    """The clip of a clipper that scales all included tensors alike.
+    """Return the clip of a clipper that scales all included tensors alike.
 
     Args:
         stats: The step.
         included: Bool [P].
         norm: float32 [], global norm of the included tensors.
-        coefficient: float32 [], what to scale them with; not used where ``norm`` is not finite.
+        coefficient: float32 [], multiplier for them; not used where ``norm`` is not finite.
         limit: float32 [], largest ``norm`` allowed.
     """
     multipliers = torch.where(included & torch.isfinite(norm), coefficient, 1.0)
@@ -103,7 +206,7 @@ def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: T
 
 
 def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
-    """The clip of a clipper that judges each tensor by itself.
+    """Return the clip of a clipper that limits each tensor by itself.
 
     Args:
         stats: The step.
@@ -120,12 +223,12 @@ def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
 
 
 def finite_or_zero(norms: Tensor) -> Tensor:
-    """The norms, 0 where one is not finite: a threshold should be a number on a bad step too."""
+    """Return the norms, 0 where one is not finite, so that a threshold is a number on a bad step too."""
     return torch.where(norms < torch.inf, norms, 0.0)
 
 
 def included_tensors(stats: GradStats, exclude: tuple[str, ...]) -> Tensor:
-    """Which tensors ``exclude`` leaves in, bool [P]."""
+    """Return which tensors ``exclude`` leaves in, bool [P]."""
     if not exclude:
         return stats.layout.everywhere
     return stats.layout.flags(included_names(stats.layout.names, exclude))
@@ -133,7 +236,7 @@ def included_tensors(stats: GradStats, exclude: tuple[str, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def included_names(names: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[bool, ...]:
-    """Which names ``exclude`` leaves in.
+    """Return for each name whether ``exclude`` leaves it in.
 
     Raises:
         ValueError: If an entry of ``exclude`` matches no name.
@@ -145,58 +248,11 @@ def included_names(names: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[bo
     return tuple(not any(_matches(name, pattern) for pattern in exclude) for name in names)
 
 
-def check_exclude(exclude: object) -> None:
-    """Raises TypeError if ``exclude`` is not a tuple of strings."""
-    if not isinstance(exclude, tuple) or not all(isinstance(pattern, str) for pattern in exclude):
-        raise TypeError(f'exclude must be a tuple of names or patterns, such as ("head.*",), got {exclude!r}')
-
-
-def check_number(name: str, value: object, need: str, holds: Callable[[float], bool]) -> None:
-    """Raises TypeError if an argument is no number, ValueError if it is not the number that is needed."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {need}, got {value!r}")
-    if not holds(value):
-        raise ValueError(f"{name} must be {need}, got {value!r}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raises as `check_number` does if an argument is not positive and finite."""
-    check_number(name, value, "positive and finite", lambda v: 0 < v < float("inf"))
-
-
-def check_steps(name: str, value: object) -> None:
-    """Raises as `check_number` does if an argument is not a positive whole number."""
-    check_number(name, value, "a whole number, 1 or more", lambda v: isinstance(v, int) and v >= 1)
-
-
-def check_decay(name: str, value: object) -> None:
-    """Raises as `check_number` does if an argument is not strictly between 0 and 1."""
-    check_number(name, value, "between 0 and 1", lambda v: 0 < v < 1)
-
-
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
 
 
-def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    if isinstance(multipliers, Tensor):
-        return multipliers.to(device).unbind()
-    return [m.to(device) for m in multipliers]
-
-
-def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """The dense tensor to write, and the multiplier in the shape that gives the exact product."""
-    target = gradient
-    if is_sharded(gradient):
-        target, multiplier = local(gradient), local_units(multiplier, gradient)
-    if gradient.layout == torch.sparse_coo:
-        target = gradient._values()
-        if multiplier.numel() > 1:
-            picked = multiplier.reshape(-1)[gradient._indices()[0]]
-            multiplier = picked.reshape([-1] + [1] * (target.ndim - 1))
-        else:
-            multiplier = multiplier.reshape(())
-    # An accelerator rounds a 0-d multiplier to half precision first, where a strong clip becomes zero.
-    if multiplier.ndim == 0 and target.dtype in (torch.float16, torch.bfloat16):
-        multiplier = multiplier.reshape([1] * target.ndim)
-    return target, multiplier
+def check_exclude(exclude: object) -> None:
+    """Raise TypeError unless ``exclude`` is a tuple of strings."""
+    if not isinstance(exclude, tuple) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(f'exclude must be a tuple of names or patterns, such as ("head.*",), got {exclude!r}')

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clip as Clip
-from lightning_gradguard.clippers.base import Clipper as Clipper
-from lightning_gradguard.clippers.base import apply_ as apply_
 from lightning_gradguard.clippers.base import (
+    Clip,
+    NoState,
     check_exclude,
-    check_positive,
     finite_or_zero,
     global_clip,
     global_norm,
     included_names,
     included_tensors,
 )
-from lightning_gradguard.stats.grad_stats import GradStats, NoState
+from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.norms import unit_norms
 from lightning_gradguard.stats.sharding import local
+from lightning_gradguard.validation import check_positive
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class NormClip:
         exclude: Names or patterns of tensors that are neither scaled nor part of the norm.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If ``max_norm`` is not positive and finite.
 
     Source: Pascanu et al. 2013, arXiv:1211.5063.
@@ -50,12 +49,12 @@ class NormClip:
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing to remember."""
+        """Return an empty state."""
         included_names(stats.layout.names, self.exclude)
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compares the global norm with ``max_norm``."""
+        """Compare the global norm with ``max_norm``."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         coefficient = torch.clamp(self.max_norm / (norm + 1e-6), max=1.0)
@@ -66,16 +65,17 @@ class NormClip:
 class AGC:
     """Adaptive gradient clipping: limits each output unit's gradient to a share of that unit's weight norm.
 
-    ‖G_i‖ <= clip_factor · max(‖W_i‖, eps) for unit i, a row of a matrix or a filter of a convolution; a
-    vector or scalar is one unit. The floor ``eps`` lets a zero-initialised layer move. Of sharded tensors the norms
-    of all units are put together in an all-reduce of their own.
+    ‖G_i‖ <= clip_factor · max(‖W_i‖, eps) for unit i: a row of a matrix, a filter of a convolution, or a whole vector
+    or scalar. The floor ``eps`` lets a zero-initialised layer move. For sharded tensors the norms of all units take an
+    all-reduce of their own.
 
     Args:
-        clip_factor: Largest ratio ‖G_i‖ / ‖W_i‖, dimensionless. Default 0.01, the paper's.
+        clip_factor: Largest ratio ‖G_i‖ / ‖W_i‖, dimensionless. Default 0.01, as in the paper.
         eps: Smallest weight norm that counts as such.
-        exclude: Names or patterns of tensors left alone; the paper leaves out the last layer.
+        exclude: Names or patterns of tensors that are never scaled; the paper excludes the last layer.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If ``clip_factor`` or ``eps`` is not positive and finite.
 
     Source: Brock et al. 2021, arXiv:2102.06171, equation 3; the formula of ``timm.utils.adaptive_clip_grad``.
@@ -91,12 +91,12 @@ class AGC:
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing to remember."""
+        """Return an empty state."""
         included_names(stats.layout.names, self.exclude)
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compares each unit's gradient with its weight as it is now."""
+        """Compare the gradient of each unit with its weight as it is now."""
         device = stats.norms.device
         included = included_names(stats.layout.names, self.exclude)
         gradients = {i: g for i, g in enumerate(stats.gradients) if g is not None and included[i]}
@@ -107,7 +107,7 @@ class AGC:
             limit = finite_or_zero(norm)
             if index in units:
                 multiplier, clipped, limit = self._clip_units(*units[index])
-                # An unclipped norm keeps its bits, so that "clipped or not" is an exact question.
+                # An unclipped norm is unchanged to the bit, so that "clipped or not" is an exact question.
                 norm = torch.where((multiplier < 1).any().to(device), clipped.to(device), norm)
             multipliers.append(multiplier)
             norms.append(norm)
@@ -116,7 +116,7 @@ class AGC:
         return Clip(tuple(multipliers), torch.stack(norms), threshold), state
 
     def _clip_units(self, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Multiplier per unit, float32; norm after clipping and largest norm allowed, float32 []."""
+        """Return the multiplier per unit, float32; norm after clipping and largest norm allowed, float32 []."""
         limit = torch.clamp(weight, min=self.eps) * self.clip_factor
         over = torch.isfinite(gradient) & (gradient > limit)
         multiplier = torch.where(over, limit / torch.clamp(gradient, min=1e-6), 1.0).to(torch.float32)
@@ -125,22 +125,11 @@ class AGC:
 
 
 def _norms_of_units(stats: GradStats, gradients: dict[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Norms of the units of gradients and of their weights, by index; of all units, whichever rank holds them."""
+    """Return norms of the units of gradients and of their weights, by index; of whole units, also if sharded."""
     weights = {i: stats.layout.parameters[i] for i in gradients}
     shards = stats.layout.shards
     if shards is None:
-        return {i: (_unit_norms(g), _unit_norms(weights[i].detach())) for i, g in gradients.items()}
-    parts = [_unit_norms(local(t).detach()) for t in (*gradients.values(), *weights.values())]
+        return {i: (unit_norms(g), unit_norms(weights[i].detach())) for i, g in gradients.items()}
+    parts = [unit_norms(local(t).detach()) for t in (*gradients.values(), *weights.values())]
     norms = shards.unit_norms([*gradients, *weights], parts)
     return dict(zip(gradients, zip(norms, norms[len(gradients) :], strict=False), strict=True))
-
-
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """`unit_norms` for complex and sparse tensors too; of a sparse one, all units, most of them 0."""
-    if tensor.layout != torch.sparse_coo or tensor.ndim < 2:
-        return unit_norms(tensor.abs() if tensor.is_complex() else tensor)
-    sparse = tensor.coalesce()
-    values = sparse._values().abs().reshape(sparse._nnz(), math.prod(sparse._values().shape[1:]))
-    squares = unit_norms(values).square().reshape(-1)
-    units = squares.new_zeros(tensor.shape[0]).index_add_(0, sparse._indices()[0], squares).sqrt()
-    return units.reshape([-1] + [1] * (tensor.ndim - 1))

@@ -1,29 +1,33 @@
-"""What a detector gives, the interface of all of them, and the scores by which they name tensors."""
+"""Interface of all detectors, and what most of them need.
+
+A detector is a frozen dataclass with a ``fault``, ``measures``, ``init`` and ``update``; no registry and no base class.
+Its state is a NamedTuple of tensors that `Guard` keeps, saves and restores. Severity, patience and messages are not its
+business: `lightning_gradguard.engine.fault_tracker` decides them from its readings.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.results import Fault
+from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.grad_stats import NoState as NoState
 
 
 class Reading(NamedTuple):
-    """What a detector sees at one step.
+    """What a detector finds at one step.
 
     Attributes:
         raised: Bool [], the condition holds.
-        cleared: Bool [], the condition is over; neither raised nor cleared leaves things as they are (hysteresis).
-        value: Number [] that the verdict rests on.
-        limit: float32 [], where the verdict begins, same unit.
-        score: float32 [P], how sick each tensor is, larger is worse; -inf for those not concerned.
+        cleared: Bool [], the condition is over. If neither raised nor cleared, an active fault stays (hysteresis).
+        value: Number [] that the decision rests on.
+        limit: float32 [], the value at which the condition begins, same unit.
+        score: float32 [P], how strongly each tensor is affected, larger is worse; -inf where it is not.
         ceiling: Number [], highest `Severity` that the condition may reach: 0 info, 1 warning, 2 critical.
-        measure: Number [], index into the detector's ``measures``: what ``value`` is.
+        measure: Number [], index into the detector's ``measures``, which says what ``value`` is.
     """
 
     raised: Tensor
@@ -36,36 +40,52 @@ class Reading(NamedTuple):
 
 
 class Detector(Protocol):
-    """The interface of all detectors.
+    """Anything that turns gradient statistics into a `Reading`: a frozen dataclass, configuration only.
+
+    A detector may also declare the class attributes of `DetectorTraits`.
 
     Attributes:
-        fault: What a raised reading means.
+        fault: What a raised reading means; `Fault.custom` makes a fault of your own.
         measures: What ``value`` is, in words with a unit.
-        quantities: For each of ``measures`` the `Quantity` that a replay measures again, or None; optional, default
-            ``()``.
-        event: True if each raised reading stands for itself and never becomes critical; optional, default False.
-        needs_loss: True if the detector is silent unless the loss is given; optional, default False.
-        slow: True if what it looks at changes slowly, so that it is asked at closer looks only, ``stats.elapsed`` steps
-            after the last one, and its reading stands until the next; optional, default False.
-        fast_path_safe: True if it has nothing to say of a step whose gradients and loss are finite, and whose global
-            norm is between half and twice the usual, so that it need not be asked then; optional, default False. A
-            subclass that overrides ``update`` has to say so again.
     """
 
     fault: ClassVar[Fault]
     measures: ClassVar[tuple[str, ...]]
 
     def init(self, stats: GradStats) -> Any:
-        """A state that knows nothing yet."""
+        """Return the state before the first step, a NamedTuple of tensors."""
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step; return its reading and the new state. Reads no tensor on the host."""
 
 
-class Held(NamedTuple):
-    """For how many steps each tensor has met a condition, float32 [P]."""
+class DetectorTraits(NamedTuple):
+    """Optional class attributes of a detector, with their defaults.
 
-    steps: Tensor
+    Attributes:
+        event: Each raised reading stands for itself and never becomes critical.
+        needs_loss: The detector is silent unless a loss is given.
+        slow: What it measures changes slowly. It is evaluated at full evaluations only, ``stats.elapsed`` steps after
+            the last one, and its reading stands until the next.
+        fast_path_safe: It never raises at a step whose gradients and loss are finite and whose global norm is between
+            half and twice its baseline, so it is not evaluated there. Counts only where the detector's own class
+            declares it, since a subclass may override ``update``: a subclass that wants it declares it again.
+        quantities: For each of ``measures`` the `Quantity` that a replay measures again, or None.
+    """
+
+    event: bool = False
+    needs_loss: bool = False
+    slow: bool = False
+    fast_path_safe: bool = False
+    quantities: tuple[Quantity | None, ...] = ()
+
+
+def traits_of(detector: Detector) -> DetectorTraits:
+    """Return the optional attributes of a detector, defaults where it declares none."""
+    found = {name: getattr(detector, name) for name in DetectorTraits._fields if hasattr(detector, name)}
+    if "fast_path_safe" not in vars(type(detector)):
+        found.pop("fast_path_safe", None)
+    return DetectorTraits(**found)
 
 
 def reading(
@@ -79,54 +99,51 @@ def reading(
     ceiling: Tensor | None = None,
     measure: Tensor | None = None,
 ) -> Reading:
-    """A `Reading` with the usual defaults.
+    """Return a `Reading`, with defaults for what is left out.
 
     Args:
-        stats: Of the step.
+        stats: The step.
         raised: Bool [], the condition holds.
-        value: Number [] that the verdict rests on.
-        limit: Where the verdict begins, same unit.
-        score: float32 [P], how sick each tensor is, larger is worse; no tensor is named when None.
-        cleared: Bool [], the condition is over; as soon as it is not raised when None.
-        ceiling: Number [], highest `Severity` that the condition may reach; critical when None.
-        measure: Number [], index into the detector's ``measures``; the first when None.
+        value: Number [] that the decision rests on.
+        limit: The value at which the condition begins, same unit.
+        score: float32 [P], how strongly each tensor is affected, larger is worse; None names no tensor.
+        cleared: Bool [], the condition is over; None stands for "not raised".
+        ceiling: Number [], highest `Severity` that the condition may reach; None stands for critical.
+        measure: Number [], index into the detector's ``measures``; None stands for the first.
     """
+    constant = stats.layout.constant
     return Reading(
         raised=raised,
         cleared=~raised if cleared is None else cleared,
         value=value,
-        limit=limit if isinstance(limit, Tensor) else stats.layout.constant(limit),
-        score=stats.layout.constant(-torch.inf).expand_as(stats.norms) if score is None else score,
-        ceiling=stats.layout.constant(2.0) if ceiling is None else ceiling,
-        measure=stats.layout.constant(0.0) if measure is None else measure,
+        limit=limit if isinstance(limit, Tensor) else constant(limit),
+        score=constant(-torch.inf).expand_as(stats.norms) if score is None else score,
+        ceiling=constant(2.0) if ceiling is None else ceiling,
+        measure=constant(0.0) if measure is None else measure,
     )
 
 
-def hot(stats: GradStats, z: float, ratio: float) -> Tensor:
-    """Whether the step's norm is far above the usual one, bool []."""
+def is_norm_spike(stats: GradStats, z: float, ratio: float) -> Tensor:
+    """Return where the global norm is far above its baseline, bool [].
+
+    Args:
+        stats: The step.
+        z: Smallest z-score of its logarithm.
+        ratio: Smallest multiple of the baseline.
+    """
     trends, number = stats.trends, stats.layout.constant
     return (trends.spike_score > number(z)) & (trends.jump > number(ratio))
 
 
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
-    """Distance of each layer's profile from the middle one, float32 [P]; -inf for what is no live layer."""
+    """Return a score by each layer's distance from the middle layer in the depth profile.
+
+    Args:
+        stats: The step.
+        worst_low: Whether the layers with the smallest gradients are the worst, or those with the largest.
+
+    Returns:
+        Distance in decades (factors of ten), float32 [P]; -inf for what is no layer with a gradient.
+    """
     offset = stats.trends.offset
     return torch.nan_to_num(-offset if worst_low else offset, nan=-torch.inf)
-
-
-def share(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is a number above 0 and up to 1."""
-    if not (isinstance(value, (int, float)) and 0 < value <= 1):
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-
-
-def positive(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is a positive finite number."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def above(name: str, value: float, bound: float) -> None:
-    """Raises ValueError unless ``value`` is a finite number above ``bound``."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > bound):
-        raise ValueError(f"{name} must be a finite number above {bound:g}, got {value!r}")

@@ -8,33 +8,42 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import NoState, Reading, above, positive, profile_score, reading
+from lightning_gradguard.detectors.base import NoState, Reading, profile_score, reading
 from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import WARM_UP
+from lightning_gradguard.validation import check_above, check_positive
 
-#: Depth tilt below which gradients grow towards the input.
-_EXPLODING = -1.5
+#: Depth tilt in decades below which gradients grow towards the input.
+_EXPLODING_TILT = -1.5
 
 
 @dataclass(frozen=True)
 class DepthTilt:
-    """Flags gradients that vanish from output to input, or in single layers.
+    """Detect gradients that vanish from output to input, or in single layers.
 
-    Raised when the depth tilt (`lightning_gradguard.stats.trends.depth_tilt`) is at or above ``limit`` while the
-    loss falls no more, from step 30 on; half as much again, and it is raised even if the loss falls, for
-    then other layers learn in place of the sick ones. Convergence lowers all layers together and leaves the tilt
-    alone. A single layer whose gradient, in relation to its weight, lies ``limit`` decades below that of the middle
-    layer counts as much, as behind a softmax that is saturated, from step 100 on and unless the layer is moved as the
-    others are: at the start of a transformer queries and keys get next to nothing, and soon more. Only a warning
-    while the loss falls, or the applied update ratio of the sick layers stays above ``moving``: an adaptive optimizer
-    still moves them.
+    The depth tilt is the number of decades (factors of ten) by which gradients, relative to their weights, fall from
+    the last layer to the first (`lightning_gradguard.stats.depth_profile.depth_tilt`). Convergence lowers all layers
+    together and leaves the tilt unchanged. Raised in one of three cases:
+
+    - The tilt is at or above ``limit`` while the loss makes no progress, from step 30 on.
+    - The tilt is at or above 1.5 times ``limit``, even while the loss falls: other layers learn in place of these.
+    - A single layer lies ``limit`` decades below the middle one, as behind a saturated softmax, and the loss makes no
+      progress. Counts from step 100 on, and only if the layer is updated less than the others: at the start of a
+      transformer, queries and keys get almost no gradient, and soon more.
+
+    It stays a warning while the loss falls, or while the update ratio of the worst layer is above ``moving``: an
+    adaptive optimizer still trains it.
 
     Args:
-        limit: Decades. Default 3: healthy runs stay below 2.5 even when converged, and single layers of them below 1
-            while the loss stands still.
+        limit: Tilt in decades, above ``clear``. Default 3: healthy runs stay below 2.5 even when converged, and single
+            layers of them below 1 while the loss makes no progress.
         clear: Decades below which the condition is over. Default 2.5.
-        moving: Update ratio above which a layer still learns, dimensionless. Default 1e-6.
+        moving: Update ratio ‖Δw‖/‖w‖ above which a layer still learns, dimensionless. Default 1e-6.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is out of range.
     """
 
     limit: float = 3.0
@@ -50,31 +59,30 @@ class DepthTilt:
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("clear", self.clear)
-        above("limit", self.limit, self.clear)
-        positive("moving", self.moving)
+        check_positive("clear", self.clear)
+        check_above("limit", self.limit, self.clear)
+        check_positive("moving", self.moving)
 
     def init(self, stats: GradStats) -> Any:
-        """Remembers nothing; the profile is in the shared trends."""
+        """Return an empty state; the depth profile is part of ``stats.trends``."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step."""
         trends = stats.trends
         score = profile_score(stats, worst_low=True)
-        still, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
+        no_progress, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
         steep = trends.tilt >= 1.5 * self.limit
-        tilted = (trends.tilt >= self.limit) & (still | steep) & warm
-        # Where gradients grow towards the input, it is the last layers that lie below the middle.
-        gap = torch.where(trends.tilt <= _EXPLODING, 0.0, score.max())
+        tilted = (trends.tilt >= self.limit) & (no_progress | steep) & warm
+        # Where gradients grow towards the input, the last layers lie below the middle one; that is no gap.
+        gap = torch.where(trends.tilt <= _EXPLODING_TILT, 0.0, score.max())
         over = ~(trends.tilt >= self.clear) & ~(gap >= self.clear)
-        # Not by indexing, which would read the index on the host.
-        sickest = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
-        usual = torch.nanmedian(
-            torch.where(stats.layout.is_layer & trends.live, stats.updates, torch.nan), 0
-        ).values
-        left_behind = (trends.steps >= 4 * WARM_UP) & ~(sickest > 0.1 * usual)
-        starved = (gap >= self.limit) & still & left_behind & ~tilted
+        # By gather: indexing with a tensor would read the index on the host.
+        worst_update = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
+        live_layers = stats.layout.is_layer & trends.live
+        median_update = torch.nanmedian(torch.where(live_layers, stats.updates, torch.nan), 0).values
+        left_behind = (trends.steps >= 4 * WARM_UP) & ~(worst_update > 0.1 * median_update)
+        starved = (gap >= self.limit) & no_progress & left_behind & ~tilted
         return (
             reading(
                 stats,
@@ -82,8 +90,8 @@ class DepthTilt:
                 torch.where(starved, gap, trends.tilt),
                 self.limit,
                 score=score,
-                cleared=over | ~(still | steep),
-                ceiling=torch.where((sickest > self.moving) | ~still, 1.0, 2.0),
+                cleared=over | ~(no_progress | steep),
+                ceiling=torch.where((worst_update > self.moving) | ~no_progress, 1.0, 2.0),
                 measure=torch.where(starved, 1.0, 0.0),
             ),
             state,
@@ -91,19 +99,24 @@ class DepthTilt:
 
 
 class LastTilt(NamedTuple):
-    """The newest time tilt, decades, float32 []; NaN before the first."""
+    """State of `TimeTilt`: newest time tilt in decades, float32 []; NaN before the first."""
 
     decades: Tensor
 
 
 @dataclass(frozen=True)
 class TimeTilt:
-    """Flags recurrent nets whose gradients vanish from the last to the first steps of a sequence.
+    """Detect recurrent nets whose gradients vanish from the last to the first steps of a sequence.
 
-    Looked at every eight steps while the loss makes no progress, and only where something is applied again and again.
+    Measured every eight steps while the loss makes no progress, and only in nets that apply a layer repeatedly.
 
     Args:
-        limit: Decades from the last to the first tenth of the steps. Default 6: healthy LSTM and GRU stay below 3.8.
+        limit: Decades (factors of ten) that gradients lose from the last to the first tenth of the sequence. Default 6:
+            healthy LSTM and GRU stay below 3.8.
+
+    Raises:
+        TypeError: If ``limit`` is no number.
+        ValueError: If ``limit`` is not positive and finite.
     """
 
     limit: float = 6.0
@@ -114,14 +127,14 @@ class TimeTilt:
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("limit", self.limit)
+        check_positive("limit", self.limit)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing asked yet."""
+        """Return a state without a measurement so far."""
         return LastTilt(torch.full_like(stats.total, torch.nan))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step by the newest answer."""
+        """Evaluate one step by the newest measurement."""
         tilt = torch.where(stats.time_tilt.isnan(), state.decades, stats.time_tilt)
         raised = (tilt >= self.limit) & stats.trends.no_progress
         score = torch.where(stats.recurrent, 1.0, -torch.inf)

@@ -1,42 +1,37 @@
-"""Detectors of gradients that explode or are not finite.
-
-Each turns one step's statistics into a `Reading`, by pure `init` and `update`, without a host read.
-
-A detector is a frozen dataclass with a ``fault``, ``measures``, ``init(stats) -> state`` and
-``update(stats, state) -> (Reading, state)``, where the state is a NamedTuple of tensors, possibly empty.
-Nothing else is needed to write one: no registry, no base class. `reading` fills in what is left out.
-
-Severity, patience and silence are not decided here but in ``verdicts``.
-"""
+"""Detectors of gradients that explode, spike or are not finite."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Detector as Detector
-from lightning_gradguard.detectors.base import NoState, Reading, above, hot, positive, profile_score, reading
+from lightning_gradguard.detectors.base import NoState, Reading, is_norm_spike, profile_score, reading
 from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import ALARM_Z
+from lightning_gradguard.validation import check_above, check_number, check_positive
 
-#: Applied update ratio above which a step changes a layer by too much.
+#: Smallest `Spike.ratio` at which a norm below twice its baseline is certainly no spike: the baseline moves a little
+#: while steps are deferred.
+_FAST_PATH_RATIO = 3.0
+#: Applied update ratio above which a step changes a layer too much.
 _LARGE_UPDATE = 0.1
-#: Steps from which a tilt towards the input counts: a net that begins in chaos may tame itself before long.
-_CHAOS = 15
-#: Decades of growth of the usual norm that no healthy training shows while its loss leaves all bounds.
-_SURGE = 3.0
+#: First step at which a depth tilt counts: a net that starts out chaotic may recover before.
+_TILT_FROM_STEP = 15
+#: Growth of the baseline norm in decades that no healthy training shows while its loss diverges.
+_DIVERGING_GROWTH = 3.0
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Flags a step whose gradients, global norm or loss are not finite.
+    """Detect a step whose gradients, global norm or loss are not finite.
 
-    A global norm that overflows float32 counts as non-finite. Names the tensors in backward order, so the
-    first is the one nearest to where it began.
+    A global norm whose square overflows float32 counts as non-finite. Tensors are named in backward order, so the first
+    is the one nearest to the origin.
     """
 
     fault: ClassVar[Fault] = Fault.NONFINITE
@@ -47,17 +42,17 @@ class NonFinite:
     fast_path_safe: ClassVar[bool] = True
 
     def init(self, stats: GradStats) -> Any:
-        """Remembers nothing."""
+        """Return an empty state."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step."""
         infinite = stats.layout.constant(torch.inf)
-        good = stats.norms < infinite  # which NaN is not
+        good = stats.norms < infinite  # False for NaN
         score = torch.where(good, -infinite, stats.layout.depth)
         count, measure = (~good).sum(), None
         if stats.has_loss:
-            # Neither: the global norm of finite norms overflows, and all of them are at it.
+            # If only the global norm overflows, neither counts, and all tensors share in it.
             measure = ~(stats.loss.abs() < infinite) & good.all()
             count = count + measure
         return reading(
@@ -67,17 +62,24 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class Spike:
-    """Flags a single step whose global norm is far above what is usual.
+    """Detect a single step whose global norm is far above its baseline.
 
-    Raised when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its geometric mean, after
-    25 steps. An event: it is counted, and clipped where a clipper is set; it never halts. It is said aloud where the
-    norm is ten times the usual and the loss has leapt too (by 20 mean deviations, half way to its start at least), or
-    the norm is a million times the usual and ten times that of the first steps, or no loss is given; else it is only
-    noted (INFO), for the gradient of a healthy net may leap where its loss does not, and where it has converged.
+    Raised after 25 steps, when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its baseline, the
+    geometric mean. An event: it is counted, and clipped where a clipper is set, but never halts.
+
+    It is a warning in three cases: the norm is ten times its baseline and the loss jumps too (by 20 mean deviations, at
+    least halfway back to its start); the norm is a million times its baseline and ten times that of the first steps; or
+    no loss is given. Otherwise it is INFO: the gradient of a healthy net may jump while its loss does not, and once a
+    net has converged.
 
     Args:
         z: Alarm level of the z-score, dimensionless. Default 6.
-        ratio: Smallest multiple of the usual norm, so that a nearly deterministic run does not alarm at a wiggle.
+        ratio: Smallest multiple of the baseline, above 1. Default 3, so that a nearly deterministic run does not raise
+            for a small change.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is out of range.
     """
 
     z: float = ALARM_Z
@@ -87,38 +89,39 @@ class Spike:
     event: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("z", self.z)
-        above("ratio", self.ratio, 1.0)
+        check_positive("z", self.z)
+        check_above("ratio", self.ratio, 1.0)
 
     @property
     def fast_path_safe(self) -> bool:
-        """Whether twice the usual norm is certainly none: what is usual changes a little in a row of quiet steps."""
-        return self.ratio >= 3.0
+        """Whether a norm up to twice its baseline never is a spike."""
+        return self.ratio >= _FAST_PATH_RATIO
 
     def init(self, stats: GradStats) -> Any:
-        """Remembers nothing; the baseline is in the shared trends."""
+        """Return an empty state; the baseline is part of ``stats.trends``."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step."""
         trends, number = stats.trends, stats.layout.constant
         start, jump = trends.loss_start, trends.jump
-        high = stats.loss > torch.sub(start, start.abs(), alpha=0.5)
-        leapt = (trends.loss_jump > number(20)) & high & (jump > number(10))
-        # NaN, before there is an early norm, counts as large.
-        large = (jump > number(1e6)) & ~(jump.log10() + trends.surge < number(1))
-        loud = leapt | large | (trends.loss != trends.loss)
-        raised = hot(stats, self.z, self.ratio)
-        return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=loud), state
+        loss_is_high = stats.loss > torch.sub(start, start.abs(), alpha=0.5)
+        loss_jumps = (trends.loss_jump > number(20)) & loss_is_high & (jump > number(10))
+        # Before there is an early norm, surge is NaN, which counts as large.
+        huge = (jump > number(1e6)) & ~(jump.log10() + trends.surge < number(1))
+        no_loss = trends.loss != trends.loss
+        ceiling = loss_jumps | huge | no_loss
+        raised = is_norm_spike(stats, self.z, self.ratio)
+        return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=ceiling), state
 
 
 class ExplodingState(NamedTuple):
-    """What is remembered.
+    """State of `Exploding`.
 
     Attributes:
-        steps: float32 [], leaky count of hot steps.
-        raised, over: Bool [], what tilt and loss said at the last closer look: that it explodes, or that it is over.
-        value, limit, measure: float32 [], likewise.
+        steps: float32 [], leaky count of steps with a spike of the norm.
+        raised, over: Bool [], what tilt and loss showed at the last full evaluation: an explosion, or its end.
+        value, limit, measure: float32 [], the reading of that evaluation.
     """
 
     steps: Tensor
@@ -131,20 +134,30 @@ class ExplodingState(NamedTuple):
 
 @dataclass(frozen=True)
 class Exploding:
-    """Flags gradients that grow without bound, towards the input or from step to step.
+    """Detect gradients that grow without bound, towards the input or from step to step.
 
-    Raised when the depth tilt is at or below ``tilt`` decades while the loss falls no more, from step 15 on, or when
-    the leaky count of hot steps (+1 for a step that `Spike` would flag, -1 for any other) reaches ``hot_steps``, or
-    when the loss and its running mean exceed
-    ``loss_ratio`` times its start and a layer is changed by more than a tenth of its weight: harder data, or an
-    adversary, raise a loss without that. It will do, too, if the usual norm has grown by three decades; then a loss
-    that falls as far below zero counts as well, for it will never end. Tilt and loss are looked at in closer looks.
+    Raised in one of three cases:
+
+    - The depth tilt (decades by which gradients fall from the last layer to the first) is at or below ``tilt``, so that
+      they grow towards the input. Counts from step 15 on, and only while the loss makes no progress.
+    - The leaky count of spikes of the norm reaches ``hot_steps``: +1 for a step that `Spike` would raise, -1 for any
+      other.
+    - The loss and its running mean exceed ``loss_ratio`` times the starting loss, and a layer's update is more than a
+      tenth of its weight: harder data, or an adversary, raise a loss without that. Growth of the baseline norm by three
+      decades counts as well as a large update. A loss that falls as far below zero counts too then, since it has no
+      lower bound.
+
+    Tilt and loss are evaluated at full evaluations only.
 
     Args:
-        tilt: Depth tilt in decades from input to output, negative. Default -1.8: healthy runs without progress stay
-            above -1.4, chaotic tanh networks lie below -2.1 until they are tamed.
-        hot_steps: Leaky count of hot steps. Default 5.
-        loss_ratio: Multiple of the starting loss. Default 3.
+        tilt: Depth tilt in decades (factors of ten), negative. Default -1.8: healthy runs without progress stay above
+            -1.4, chaotic tanh networks lie below -2.1 until they recover.
+        hot_steps: Leaky count of steps with a spike of the norm. Default 5.
+        loss_ratio: Multiple of the starting loss, above 1. Default 3.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is out of range.
     """
 
     tilt: float = -1.8
@@ -160,56 +173,57 @@ class Exploding:
     fast_path_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("-tilt", -self.tilt)
-        above("hot_steps", self.hot_steps, 0)
-        above("loss_ratio", self.loss_ratio, 1.0)
+        check_number("tilt", self.tilt, "negative and finite", lambda v: -math.inf < v < 0)
+        check_positive("hot_steps", self.hot_steps)
+        check_above("loss_ratio", self.loss_ratio, 1.0)
 
     def init(self, stats: GradStats) -> Any:
-        """No hot step yet."""
+        """Return a state without a spike so far."""
         zero, unknown = torch.zeros_like(stats.total), torch.full_like(stats.total, torch.nan)
         return ExplodingState(zero, zero > 0, zero == 0, unknown, unknown, zero)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step."""
         number = stats.layout.constant
         _, raised, over, value, limit, measure = state
         if stats.elapsed:
-            raised, over, value, limit, measure = self._look(stats)
+            raised, over, value, limit, measure = self._evaluate_tilt_and_loss(stats)
+        # Each step that the fast path accepted was no spike.
         steps = torch.clamp(state.steps - stats.passed, min=0.0) if stats.passed else state.steps
-        change = torch.where(hot(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
+        change = torch.where(is_norm_spike(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
         count = torch.clamp(steps + change, 0.0, 2.0 * self.hot_steps)
-        heated = count >= number(self.hot_steps)
-        # The profile says which layers when it is what raised; else the largest gradients.
-        tilted = raised & (measure == number(0.0)) & ~heated
-        seen = reading(
+        spiking = count >= number(self.hot_steps)
+        # If the tilt raised, the profile says which layers; otherwise the largest gradients do.
+        tilted = raised & (measure == number(0.0)) & ~spiking
+        found = reading(
             stats,
-            raised | heated,
-            torch.where(heated, count, value),
-            torch.where(heated, number(self.hot_steps), limit),
+            raised | spiking,
+            torch.where(spiking, count, value),
+            torch.where(spiking, number(self.hot_steps), limit),
             score=torch.where(tilted, profile_score(stats, worst_low=False), stats.relative),
             cleared=over & (count == number(0.0)),
-            measure=torch.where(heated, number(1.0), measure),
+            measure=torch.where(spiking, number(1.0), measure),
         )
-        return seen, ExplodingState(count, raised, over, value, limit, measure)
+        return found, ExplodingState(count, raised, over, value, limit, measure)
 
-    def _look(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What tilt and loss say: raised, over, value, limit and measure."""
+    def _evaluate_tilt_and_loss(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return raised, over, value, limit and measure by tilt and loss, [] each."""
         trends = stats.trends
-        still = trends.no_progress | trends.plateau
-        tilted = (trends.tilt <= self.tilt) & still & (trends.steps >= _CHAOS)
-        start, far = trends.loss_start, trends.surge > _SURGE
-        growth, rising = trends.loss / start, start > 0
-        bottomless = (trends.loss < -self.loss_ratio * start.abs()) & far
+        no_progress = trends.no_progress | trends.plateau
+        tilted = (trends.tilt <= self.tilt) & no_progress & (trends.steps >= _TILT_FROM_STEP)
+        start, has_grown = trends.loss_start, trends.surge > _DIVERGING_GROWTH
+        ratio, is_positive = trends.loss / start, start > 0
+        bottomless = (trends.loss < -self.loss_ratio * start.abs()) & has_grown
         large = (stats.updates > _LARGE_UPDATE) & stats.layout.is_layer
-        driven = (large.any() & (trends.steps >= 4)) | far
-        risen = rising & (growth > self.loss_ratio) & (stats.loss > self.loss_ratio * start)
-        grown = (risen & driven) | bottomless
-        raised = tilted | grown
-        near = (rising & (growth > 0.8 * self.loss_ratio)) | (trends.tilt <= self.tilt + 0.5)
+        driven = (large.any() & (trends.steps >= 4)) | has_grown
+        risen = is_positive & (ratio > self.loss_ratio) & (stats.loss > self.loss_ratio * start)
+        diverges = (risen & driven) | bottomless
+        raised = tilted | diverges
+        near = (is_positive & (ratio > 0.8 * self.loss_ratio)) | (trends.tilt <= self.tilt + 0.5)
         return (
             raised,
             ~(raised | near),
-            torch.where(grown, growth.abs(), trends.tilt),
-            torch.where(grown, self.loss_ratio, self.tilt),
-            torch.where(grown, 2.0, 0.0),
+            torch.where(diverges, ratio.abs(), trends.tilt),
+            torch.where(diverges, self.loss_ratio, self.tilt),
+            torch.where(diverges, 2.0, 0.0),
         )

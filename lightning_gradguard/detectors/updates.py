@@ -1,4 +1,4 @@
-"""Detectors of updates, as applied: too large a part of the weight, or too small to move anything."""
+"""Detectors of applied updates that are too large for their weight, or too small to change it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Reading, above, positive, reading
+from lightning_gradguard.detectors.base import Reading, reading
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import WARM_UP
+from lightning_gradguard.validation import check_positive
 
-#: Steps without progress after which large updates are known to be good for nothing; fewer than it takes to call
-#: units dead.
+#: Steps without progress after which large updates count as harmful; fewer than `DeadUnits` needs, whose fault often
+#: follows from them.
 _WAIT = 17
-#: Steps for which large updates are remembered: the weights that they have made do not heal.
+#: Steps for which large updates are remembered: the weights that they made do not recover.
 _MEMORY = 4 * WARM_UP
-#: Update ratio below which nothing moves, whatever it did before.
+#: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
 
 
 class LargeUpdates(NamedTuple):
-    """What is remembered of each tensor.
+    """State of `UpdateRatio`.
 
     Attributes:
         large: float32 [P], steps in a row with a large update.
@@ -42,17 +43,23 @@ class LargeUpdates(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateRatio:
-    """Flags layers whose applied update is too large a part of their weight.
+    """Detect layers whose applied update is too large for their weight.
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
-    eighth. Raised when a layer has exceeded the limit in all samples of ``steps`` steps and the loss, if given, has
-    made no progress in 17 steps more than it has since: the first steps may be large, and with normalisation behind
-    them even many. Large updates are remembered for 100 steps, since the weights that they have made do not heal; a
-    layer that has stopped moving is another matter.
+    eighth.
+
+    Raised when a layer exceeds ``limit`` in all samples of ``steps`` steps, and the loss, if given, has since made no
+    progress in 17 more steps than it has: the first steps may be large, and with normalization behind a layer even
+    many. Large updates are remembered for 100 steps, since the weights that they made do not recover. A layer that has
+    stopped moving is not raised.
 
     Args:
-        limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is usual.
-        steps: Steps for which it has to hold.
+        limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.
+        steps: Steps for which the ratio has to exceed it.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is not positive and finite.
 
     Source: CS231n notes, "ratio of weights:updates".
     """
@@ -64,63 +71,64 @@ class UpdateRatio:
     slow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("limit", self.limit)
-        above("steps", self.steps, 0)
+        check_positive("limit", self.limit)
+        check_positive("steps", self.steps)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing large yet."""
+        """Return a state without a large update."""
         zeros = torch.zeros_like(stats.norms)
-        return LargeUpdates(
-            zeros, torch.full_like(zeros, torch.inf), zeros, stats.weights > stats.layout.floors, zeros
-        )
+        solid = stats.weights > stats.layout.floors
+        return LargeUpdates(zeros, torch.full_like(zeros, torch.inf), zeros, solid, zeros)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step."""
         trends = stats.trends
-        grown = state.solid | (trends.steps > 2 * WARM_UP)
-        large = (stats.updates > self.limit) & stats.layout.is_layer & grown
+        has_size = state.solid | (trends.steps > 2 * WARM_UP)
+        large = (stats.updates > self.limit) & stats.layout.is_layer & has_size
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
-        # One step that leaves nothing of a weight will do, except at the start.
-        wiped = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
-        since = torch.where((count >= self.steps) | wiped, 0.0, state.since + stats.elapsed)
-        unknown = trends.loss.isnan()
-        # This loss too: the mean may still carry what the first steps did.
-        here = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        idle = (
-            state.idle + torch.where((trends.no_progress & here) | trends.relapsed, 1.0, -1.0) * stats.elapsed
-        )
+        # One step that replaces nearly the whole weight is enough, except at the start.
+        replaced = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
+        since = torch.where((count >= self.steps) | replaced, 0.0, state.since + stats.elapsed)
+        no_loss = trends.loss.isnan()
+        # This loss has to be high too: the running mean may still hold what the first steps did.
+        is_high = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
+        is_idle = (trends.no_progress & is_high) | trends.relapsed
+        idle = state.idle + torch.where(is_idle, 1.0, -1.0) * stats.elapsed
         remembered = (since <= _MEMORY) | (state.idle > _WAIT)
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)
-        found = moving & ((idle > _WAIT) | unknown)
-        over = ~(moving & ((idle > 0) | unknown)).any()
-        # What is newest may be small again: the verdict rests on the largest that is remembered.
+        found = moving & ((idle > _WAIT) | no_loss)
+        over = ~(moving & ((idle > 0) | no_loss)).any()
+        # The newest update may be small again, so the value is the largest that is remembered.
         largest = torch.maximum(state.largest, torch.where(large, stats.updates, 0.0))
         largest = torch.where(remembered, largest, 0.0)
         score = torch.where(remembered, largest, -torch.inf)
-        value = largest.max()
-        seen = reading(stats, found.any(), value, self.limit, score=score, cleared=over)
-        return seen, LargeUpdates(count, since, idle, state.solid, largest)
+        result = reading(stats, found.any(), largest.max(), self.limit, score=score, cleared=over)
+        return result, LargeUpdates(count, since, idle, state.solid, largest)
 
 
 class StillSteps(NamedTuple):
-    """For how many steps nothing has moved, float32 []."""
+    """State of `Stalled`: steps for which no layer has moved, float32 []."""
 
     steps: Tensor
 
 
 @dataclass(frozen=True)
 class Stalled:
-    """Flags a training whose weights do not move, although the loss makes no progress.
+    """Detect a training whose weights do not change, although the loss makes no progress.
 
-    Raised when, for ``steps`` steps, the median applied update ratio of the layers has been below ``limit``, and that
-    of none above a hundred times as much, from step 30 on. Suspended while the learning rate is below a tenth of its
-    peak. A tilt of the profile, or dead units, explain it better and go before.
+    Raised from step 30 on, when for ``steps`` steps the median update ratio ‖Δw‖/‖w‖ of the layers is below ``limit``,
+    and no layer's above 100 times ``limit``. Suspended while the learning rate is below a tenth of its peak. A depth
+    tilt or dead units explain it better and take precedence.
 
     Args:
-        limit: Smallest update ratio that moves anything, dimensionless.
-        steps: Steps for which it has to hold: three samples, since the gradient of a net that has converged is large
-            in one batch and nothing in the next.
+        limit: Smallest update ratio that changes a weight, dimensionless.
+        steps: Steps for which the condition has to hold. Default 24, three samples: the gradient of a converged net is
+            large in one batch and nothing in the next.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is not positive and finite.
     """
 
     limit: float = 1e-6
@@ -131,24 +139,23 @@ class Stalled:
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        positive("limit", self.limit)
-        above("steps", self.steps, 0)
+        check_positive("limit", self.limit)
+        check_positive("steps", self.steps)
 
     def init(self, stats: GradStats) -> Any:
-        """Nothing held yet."""
+        """Return a state without a step so far."""
         return StillSteps(torch.zeros_like(stats.total))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Judges one step."""
+        """Evaluate one step."""
         trends = stats.trends
-        carries = stats.layout.is_layer & trends.live
-        ratios = torch.where(carries, stats.updates, torch.nan)
+        live_layers = stats.layout.is_layer & trends.live
+        ratios = torch.where(live_layers, stats.updates, torch.nan)
         median = torch.nanmedian(ratios, 0).values
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
-        still = (median < self.limit) & (fastest < 100 * self.limit)
-        held = torch.where(still, state.steps + stats.elapsed, 0.0)
-        raised = (
-            (held >= self.steps) & trends.no_progress & (trends.steps >= WARM_UP + 5) & (not stats.resting)
-        )
-        score = torch.where(carries, -stats.updates, -torch.inf)
+        is_still = (median < self.limit) & (fastest < 100 * self.limit)
+        held = torch.where(is_still, state.steps + stats.elapsed, 0.0)
+        warm = trends.steps >= WARM_UP + 5
+        raised = (held >= self.steps) & trends.no_progress & warm & (not stats.resting)
+        score = torch.where(live_layers, -stats.updates, -torch.inf)
         return reading(stats, raised, median, self.limit, score=score), StillSteps(held)

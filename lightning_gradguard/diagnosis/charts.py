@@ -1,4 +1,7 @@
-"""The heat map and the loss on a diagnosis's page: places and texts, in pixels, which a template writes as SVG."""
+"""The charts of a diagnosis's HTML page: positions and texts, in pixels, which a template writes as SVG.
+
+`heat_map` shows the newest steps, `fix_panels` the gradients over depth with each fix that was tried.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,40 @@ from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT, MIN_LAYE
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis, Timeline
 
-#: Rows of the heat map, of which more are binned, and rows that are marked.
-ROWS, MARKED = 150, 3
-#: Room of the heat map, its widest column and its highest row.
-_WIDTH, _HEIGHT, _COLUMN, _ROW = 600.0, 420.0, 40.0, 22.0
-#: Room of a row's label in characters, and of a line of text.
-_LABEL, _LINE = 26, 13.0
-#: Heights of a strip above the heat map, of the gap between them, and of the loss below.
-_STRIP, _GAP, _LOSS = 9.0, 7.0, 70.0
-#: Losses that differ by such a factor are drawn on a logarithmic scale.
-_FAR_APART = 50.0
-
 
 class Tick(NamedTuple):
-    """A place on an axis, and what stands there."""
+    """A position on an axis, and its text."""
 
     place: float
     text: str
 
 
+def round_stride(least: float) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, ... that is at least ``least``.
+
+    >>> [round_stride(x) for x in (0.0, 1.5, 6.0, 101.0)]
+    [1, 2, 10, 200]
+    """
+    power = int(10 ** max(0, math.ceil(math.log10(max(least, 1.0))) - 1))
+    return next(power * x for x in (1, 2, 5, 10) if power * x >= least)
+
+
+# The heat map.
+
+#: Largest number of rows, above which they are binned, and number of worst rows that are marked.
+ROWS, MARKED = 150, 3
+#: Largest width and height of the cells, of one column and of one row.
+_WIDTH, _HEIGHT, _COLUMN, _ROW = 600.0, 420.0, 40.0, 22.0
+#: Largest length of a row's label, characters; height of a line of text.
+_LABEL, _LINE = 26, 13.0
+#: Heights of a strip above the cells, of the gap between them, and of the loss curve below.
+_STRIP, _GAP, _LOSS = 9.0, 7.0, 70.0
+#: Ratio of the largest to the smallest loss from which the scale is logarithmic.
+_FAR_APART = 50.0
+
+
 class Row(NamedTuple):
-    """Label of a row; empty where there is no room. The worst are marked."""
+    """Label of a row, empty if there is no room for it; the worst rows are marked."""
 
     middle: float
     text: str
@@ -46,7 +62,7 @@ class Row(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Left edges of the columns in which something was done."""
+    """Left edges of the columns in which steps were skipped, or clipped."""
 
     name: str
     top: float
@@ -63,23 +79,23 @@ class Losses(NamedTuple):
 
 
 class HeatMap(NamedTuple):
-    """Layers by steps. The upper left corner of the cells is the origin.
+    """Heat map of layers by steps. The upper left corner of the cells is the origin.
 
     Attributes:
         image: The cells, one pixel each, as the data URI of a PNG.
-        scale: The colours from the small to the large, one pixel high, the same way.
+        scale: The colours from small to large, one pixel high, likewise.
         ends: Ends of the scale, decades.
-        width: Of all cells.
-        height: Of all cells.
+        width: Width of all cells.
+        height: Height of all cells.
         column: Width of one column.
-        rows: What stands beside them.
-        steps: Ticks below.
-        strips: Above the cells, at negative heights, ``thick`` each.
+        rows: Labels beside the cells.
+        steps: Ticks below the cells.
+        strips: Strips above the cells, at negative heights, ``thick`` each.
         thick: Height of a strip.
-        onset: Middle of the column in which the fault began; None if it is not among them.
-        has_nonfinite: Whether a cell is not finite.
-        has_blank: Whether a cell has no gradient.
-        losses: Drawn below; None if there are not two.
+        onset: Middle of the column in which the fault began; None if it is older.
+        has_nonfinite: True if a cell is NaN or Inf.
+        has_blank: True if a cell has no gradient.
+        losses: Loss curve below; None with fewer than two finite losses.
     """
 
     image: str
@@ -98,50 +114,50 @@ class HeatMap(NamedTuple):
     losses: Losses | None
 
 
-def heat_map(course: Timeline | None, step: int, parameters: Sequence[str]) -> HeatMap | None:
-    """The heat map of the newest steps; None where there is nothing to draw.
+def heat_map(timeline: Timeline | None, step: int, parameters: Sequence[str]) -> HeatMap | None:
+    """Lay out the heat map of the newest steps; None if there is nothing to draw.
 
     Args:
-        course: The newest steps, if they are known.
-        step: Where the fault began.
-        parameters: Tensors concerned, worst first. Those of the same module are marked where the tensor is no row.
+        timeline: The newest steps, if they are known.
+        step: Step at which the fault began.
+        parameters: Affected tensors, worst first. If a tensor has no row, the rows of its module are marked.
     """
-    if course is None or not course.steps or not course.layers:
+    if timeline is None or not timeline.steps or not timeline.layers:
         return None
-    names, cells = bin_rows(course.layers, np.array(course.rms_log10, dtype=np.float64), ROWS)
-    column = min(_COLUMN, _WIDTH / len(course.steps))
+    names, cells = bin_rows(timeline.layers, np.array(timeline.rms_log10, dtype=np.float64), ROWS)
+    column = min(_COLUMN, _WIDTH / len(timeline.steps))
     height = min(_ROW * len(names), _HEIGHT)
     return HeatMap(
         image=cells_uri(cells),
         scale=scale_uri(),
         ends=SCALE,
-        width=column * len(course.steps),
+        width=column * len(timeline.steps),
         height=height,
         column=column,
-        rows=_rows(names, height, _ranks(course.layers, parameters[:MARKED])),
-        steps=_step_ticks(course.steps, column),
-        strips=_strips({"skipped": course.skipped, "clipped": course.clipped}, column),
+        rows=_rows(names, height, _ranks(timeline.layers, parameters[:MARKED])),
+        steps=_step_ticks(timeline.steps, column),
+        strips=_strips({"skipped": timeline.skipped, "clipped": timeline.clipped}, column),
         thick=_STRIP,
-        onset=column * (course.steps.index(step) + 0.5) if step in course.steps else None,
+        onset=column * (timeline.steps.index(step) + 0.5) if step in timeline.steps else None,
         has_nonfinite=bool(np.isnan(cells).any()),
         has_blank=bool(np.isneginf(cells).any()),
-        losses=_losses(course.losses, column),
+        losses=_losses(timeline.losses, column),
     )
 
 
 def _ranks(layers: Sequence[str], parameters: Sequence[str]) -> dict[int, int]:
-    """Row to the rank of the parameter it stands for, worst first."""
+    """Return the rank of each row that shows one of the parameters, by the row's index."""
     size, ranks = math.ceil(len(layers) / ROWS), dict[int, int]()
     for rank, parameter in enumerate(parameters):
         module = parameter.rpartition(".")[0]
-        kin = [layer for layer in layers if module and layer.rpartition(".")[0] == module]
-        for layer in [parameter] if parameter in layers else kin:
+        same_module = [layer for layer in layers if module and layer.rpartition(".")[0] == module]
+        for layer in [parameter] if parameter in layers else same_module:
             ranks.setdefault(layers.index(layer) // size, rank)
     return ranks
 
 
 def _rows(names: Sequence[str], height: float, ranks: Mapping[int, int]) -> tuple[Row, ...]:
-    """The worst rows, which have the first choice of place for their labels, and evenly spaced others."""
+    """Return labels for the worst rows first, and for evenly spaced others where there is room."""
     high = height / len(names)
     others = [i for i in range(0, len(names), math.ceil(_LINE / high)) if i not in ranks]
     rows: list[Row] = []
@@ -154,27 +170,19 @@ def _rows(names: Sequence[str], height: float, ranks: Mapping[int, int]) -> tupl
 
 
 def _step_ticks(steps: Sequence[int], column: float) -> tuple[Tick, ...]:
-    """Steps that are multiples of a round number, not more than there is room for."""
+    """Return ticks at multiples of a round number, far enough apart for their texts."""
     stride = round_stride((max(steps) - min(steps)) / max(1.0, column * len(steps) / 80))
     return tuple(Tick(column * (j + 0.5), f"{s:,}") for j, s in enumerate(steps) if s % max(stride, 1) == 0)
 
 
-def round_stride(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, ... that is no smaller.
-
-    >>> [round_stride(x) for x in (0.0, 1.5, 6.0, 101.0)]
-    [1, 2, 10, 200]
-    """
-    power = int(10 ** max(0, math.ceil(math.log10(max(least, 1.0))) - 1))
-    return next(power * x for x in (1, 2, 5, 10) if power * x >= least)
-
-
 def _strips(flags: Mapping[str, Sequence[bool]], column: float) -> tuple[Strip, ...]:
-    """One for each thing that was done at all, upwards from the cells."""
-    done = [(name, [column * j for j, on in enumerate(own) if on]) for name, own in flags.items() if any(own)]
+    """Return one strip for each kind of event that occurred, stacked upwards from the cells."""
+    occurred = [
+        (name, [column * j for j, on in enumerate(own) if on]) for name, own in flags.items() if any(own)
+    ]
     return tuple(
         Strip(name, -_GAP - _STRIP - (_STRIP + 3) * i, tuple(columns))
-        for i, (name, columns) in enumerate(done)
+        for i, (name, columns) in enumerate(occurred)
     )
 
 
@@ -196,23 +204,24 @@ def _losses(losses: Sequence[float], column: float) -> Losses | None:
             lines[-1].append(f"{column * (j + 0.5):.1f},{place(x):.1f}")
         elif lines[-1]:
             lines.append([])
-    # Enough digits to tell the two apart.
+    # A line of one point is drawn as a dot: from the point to itself.
+    drawn = tuple(" ".join(points * 2 if len(points) == 1 else points) for points in lines if points)
+    # Enough digits to tell the two ends apart.
     digits = next((d for d in range(3, 9) if f"{low:.{d}g}" != f"{high:.{d}g}"), 3)
     ticks = [Tick(place(x), f"{loss:.{digits}g}") for x, loss in {top: high, bottom: low}.items()]
-    # A line of one point is drawn as a dot.
-    return Losses(
-        tuple(" ".join(p * 2 if len(p) == 1 else p) for p in lines if p), tuple(ticks), _LOSS, logarithmic
-    )
+    return Losses(drawn, tuple(ticks), _LOSS, logarithmic)
 
 
-#: Size of a picture without its labels, and how far crosses stand from its edges.
+# Gradients over depth, one panel for each fix that was tried.
+
+#: Size of a panel without its labels, and distance of the crosses from its edges.
 WIDTH, HEIGHT, EDGE = 230.0, 120.0, 7.0
-#: Most layers whose dots can be told apart.
+#: Largest number of layers whose dots can be told apart.
 DOTS = 40
 
 
 class Dot(NamedTuple):
-    """A layer, with what is shown when it is pointed at."""
+    """A layer, with the text that is shown when the pointer is on it."""
 
     x: float
     y: float
@@ -220,12 +229,12 @@ class Dot(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A profile: points of a line through the layers with a gradient, these layers if they are few, and the others.
+    """A profile of gradients over depth.
 
     Attributes:
-        points: As SVG writes them; empty if no layer has a gradient.
-        dots: Layers with a gradient, if there are at most `DOTS`.
-        crosses: Layers without one, at the lower edge, or with one that is not finite, at the upper.
+        points: Points of a line through the layers with a gradient, as SVG writes them; empty if there are none.
+        dots: Layers with a gradient, if there are at most `DOTS` layers.
+        crosses: Layers without a gradient, at the lower edge, and layers with NaN or Inf, at the upper edge.
     """
 
     points: str
@@ -234,14 +243,14 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One remedy.
+    """One fix.
 
     Attributes:
-        rank: Its place among all remedies, from 1.
+        rank: Its rank among all fixes, from 1.
         name: Its name.
-        tilt: With it, decades; None with too few layers that get a gradient.
-        good: Whether its tilt is healthy and its median layer within the band.
-        line: The profile with it.
+        tilt: Depth tilt with the fix, decades; None if too few layers get a gradient.
+        good: True if the tilt is healthy and the median layer is within the band.
+        line: The profile with the fix.
     """
 
     rank: int
@@ -251,18 +260,18 @@ class Panel(NamedTuple):
     line: Line
 
 
-class Panels(NamedTuple):
-    """All of them, on one scale.
+class FixPanels(NamedTuple):
+    """The panels of all fixes that were tried, on one scale.
 
     Attributes:
-        before: The profile without a remedy, the same in each.
-        tilt: Without a remedy; None as in `Panel`.
-        band: Upper edge and height of what is healthy, the same in each: at the level of the best remedy with a healthy
-            tilt; None if there is none.
+        before: The profile without a fix, the same in each panel.
+        tilt: Depth tilt without a fix; None as in `Panel`.
+        band: Upper edge and height of the healthy range, the same in each panel, at the level of the best fix with a
+            healthy tilt; None if there is none.
         panels: Best first.
         ticks: Exponents of ten.
-        has_absent: Whether there is a cross at the lower edge.
-        has_nonfinite: Whether there is one at the upper edge.
+        has_absent: True if there is a cross at the lower edge.
+        has_nonfinite: True if there is a cross at the upper edge.
     """
 
     before: Line
@@ -274,19 +283,23 @@ class Panels(NamedTuple):
     has_nonfinite: bool
 
 
-def panels_of(diagnosis: Diagnosis) -> Panels | None:
-    """Pictures of the remedies that were tried; None where there are none, or too few layers for a profile."""
+def fix_panels(diagnosis: Diagnosis) -> FixPanels | None:
+    """Lay out a panel for each fix that was tried; None if there are none, or too few layers for a profile.
+
+    Args:
+        diagnosis: The diagnosis, with profiles.
+    """
     layers, before = diagnosis.layers, diagnosis.profile
     tried = [(i, r) for i, r in enumerate(diagnosis.remedies, 1) if len(r.profile) == len(layers)]
     if len(layers) < MIN_LAYERS or len(before) != len(layers) or not tried:
         return None
     profiles = [before, *(remedy.profile for _, remedy in tried)]
-    band = next((healthy_band(profile) for profile in profiles[1:] if _is_level(profile)), ())
+    band = next((healthy_band(profile) for profile in profiles[1:] if _has_healthy_tilt(profile)), ())
     values = [x for drawn in (*profiles, band) for x in drawn if math.isfinite(x)]
     if not values:
         return None
     scale = _Scale(min(values) - 0.5, max(values) + 0.5, layers)
-    return Panels(
+    return FixPanels(
         before=scale.line(before),
         tilt=_tilt(before),
         band=scale.band(band) if band else None,
@@ -295,7 +308,7 @@ def panels_of(diagnosis: Diagnosis) -> Panels | None:
                 rank=rank,
                 name=remedy.name,
                 tilt=_tilt(remedy.profile),
-                good=_is_level(remedy.profile) and _is_within(remedy.profile, band),
+                good=_has_healthy_tilt(remedy.profile) and _is_within(remedy.profile, band),
                 line=scale.line(remedy.profile),
             )
             for rank, remedy in tried
@@ -307,9 +320,15 @@ def panels_of(diagnosis: Diagnosis) -> Panels | None:
 
 
 def healthy_band(profile: Sequence[float]) -> tuple[float, float]:
-    """What a layer may have for a healthy tilt, decades, at the level of a profile that has a tilt.
+    """Return the range of a layer's gradient that keeps the tilt healthy, at the level of a profile.
 
-    Its level is where the line of the median slope ends at the output: the last layer itself may have any.
+    The level is where the line of the median slope ends at the output; the last layer itself may have any gradient.
+
+    Args:
+        profile: log10(‖g‖/‖w‖) of the layers, with enough finite ones for a tilt.
+
+    Returns:
+        Lower and upper end, decades.
     """
     live = [x for x in profile if math.isfinite(x)]
     slope = (depth_tilt(live) or 0.0) / (len(live) - 1)
@@ -317,18 +336,22 @@ def healthy_band(profile: Sequence[float]) -> tuple[float, float]:
     return output - HEALTHY_DEPTH_TILT[1], output - HEALTHY_DEPTH_TILT[0]
 
 
-def _is_level(profile: Sequence[float]) -> bool:
+def _has_healthy_tilt(profile: Sequence[float]) -> bool:
     tilt = _tilt(profile)
     return tilt is not None and HEALTHY_DEPTH_TILT[0] <= round(tilt, 1) <= HEALTHY_DEPTH_TILT[1]
 
 
 def _is_within(profile: Sequence[float], band: Sequence[float]) -> bool:
-    """Whether the median layer is in a band: gradients that are all too large alike have no tilt."""
+    """Return True if the median layer is in the band; gradients that are all too large have no tilt."""
     return bool(band) and band[0] <= median(x for x in profile if math.isfinite(x)) <= band[1]
 
 
+def _tilt(profile: Sequence[float]) -> float | None:
+    return depth_tilt([x for x in profile if math.isfinite(x)])
+
+
 class _Scale(NamedTuple):
-    """Decades from the lower to the upper edge, and layers from left to right."""
+    """Scale of a panel: decades from the lower to the upper edge, layers from left to right."""
 
     low: float
     high: float
@@ -356,7 +379,3 @@ class _Scale(NamedTuple):
         stride = round_stride((self.high - self.low) / 5)
         first = math.ceil(self.low / stride) * stride
         return tuple(Tick(self.place(k), str(k)) for k in range(first, math.floor(self.high) + 1, stride))
-
-
-def _tilt(profile: Sequence[float]) -> float | None:
-    return depth_tilt([x for x in profile if math.isfinite(x)])

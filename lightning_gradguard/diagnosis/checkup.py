@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_gradguard.diagnosis.causes.ranking import find_causes
+from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import Fault, Finding, Severity
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Limits lie far from what the benchmark's healthy trainings (benchmarks/zoo) show before their first step, which stands
-# beside each.
+# Limits lie far from the values that healthy trainings of the benchmark (benchmarks/zoo) show before their first step;
+# these values are given beside each limit.
 #: Depth tilt in decades; healthy -1.6 to 1.5. Wider than `HEALTHY_DEPTH_TILT`, since nothing has been learned yet.
 _LOW_TILT, _HIGH_TILT = -2.3, 3.0
 #: Decades gained or lost over all layers by the size of the weights, healthy -2.4 to 0.5; and the least for one layer.
@@ -197,21 +197,18 @@ def _loss_of_training_step(module: nn.Module) -> Callable[[Any], Tensor]:
         raise ValueError(
             "the module optimizes by hand, so its training_step cannot be run alone; pass loss_of="
         )
+    arguments = index_arguments(module, 0)
 
     def loss_of(batch: Any) -> Tensor:
         for name in ("log", "log_dict"):  # there is no logger; the sandbox restores the methods
             setattr(module, name, lambda *args, **kwargs: None)
-        output = step(batch, 0)
-        value = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(value, Tensor):
-            raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-        return value
+        return loss_in(step(batch, *arguments))
 
     return loss_of
 
 
 def _check_origin(origin: Origin) -> Check:
-    """Return the only check of a loss or gradient that is NaN or Inf: nothing else can be measured then."""
+    """Return the check of a loss or gradient that is NaN or Inf."""
     causes = {
         Place.BATCH: Cause.BAD_DATA,
         Place.OUTSIDE: Cause.BAD_DATA,

@@ -1,4 +1,4 @@
-"""What is known of a training when something critical is found in it: plain numbers."""
+"""The facts of a training at the step of a critical finding, and what follows from them: plain numbers."""
 
 from __future__ import annotations
 
@@ -15,40 +15,56 @@ from lightning_gradguard.results import Fault, Finding
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.nan_origin import Origin
 
+#: Faults in which gradients or updates are too small, and those in which they are too large.
+TOO_SMALL = (Fault.VANISHING, Fault.STALLED, Fault.UNDERFLOW, Fault.DEAD, Fault.DISCONNECTED)
+TOO_LARGE = (Fault.EXPLODING, Fault.NONFINITE, Fault.OVERSIZED_UPDATE, Fault.SPIKE)
+
+#: Update ratio ‖Δw‖/‖w‖ of a typical step (CS231n notes), and the largest healthy one.
+TYPICAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
+#: Momentum most trainings use; it enlarges a steady step by 1 / (1 - momentum).
+TYPICAL_MOMENTUM = 0.9
+#: Layers in a row without a skip connection or normalization that count as deep.
+DEEP = 10
+
+#: Bound on the decades that one layer's weights are held responsible for: zero weights would give infinitely many.
+_MOST_DECADES_PER_LAYER = 3.0
+#: Fraction of its initial size to which healthy training does not shrink the median layer.
+_SHRUNK = 1 / 3
+
 
 @dataclass(frozen=True)
-class Known:
-    """The facts at the step of a critical finding. The P watched tensors stand in depth order, input first.
+class DiagnosticContext:
+    """Facts at the step of a critical finding. The P tensors are in depth order, input first.
 
     Attributes:
-        finding: What was found.
+        finding: The critical finding.
         names: Names of the P tensors.
         shapes: Their shapes.
         gradients_log10: log10 of each gradient's L2 norm: -inf for zero or none, inf or NaN if not finite.
-        weight_norms: L2 norm of each tensor as it is, without a floor.
+        weight_norms: L2 norm of each tensor, without a floor.
         update_ratios: Applied update ratio ‖Δw‖/‖w‖ of each tensor, newest sample; NaN if unknown.
-        findings: All findings of the run so far, oldest first; may hold ``finding`` too.
-        initial_weight_norms: L2 norms before the first step. Without them weights that a wild step has blown
-            up are taken for a bad initialisation.
-        graph_summary: What the autograd graph says, if it was read.
+        findings: All findings of the run so far, oldest first; may include ``finding``.
+        initial_weight_norms: L2 norms before the first step; None if unknown. Without them, weights that one huge step
+            has enlarged look like a bad initialization.
+        graph_summary: Summary of the autograd graph, if it was read.
         tilt: Depth tilt, decades from input to output; None if unknown.
-        time_tilt: Gradient with respect to the last tenth of a sequence over the first tenth, decades.
-        has_loss: Whether a loss was given; the next three are NaN without.
+        time_tilt: Gradient at the last tenth of a sequence over the gradient at its first tenth, decades.
+        has_loss: True if a loss was given; without one the next three are NaN.
         loss_start: Median of the first five losses.
         loss_now: Running mean of the loss.
-        loss_last: The loss of this step.
-        optimizer: Its class name.
-        learning_rates: One for each parameter group, as of now.
+        loss_last: Loss of this step.
+        optimizer: Class name of the optimizer.
+        learning_rates: Current learning rate of each parameter group.
         defaults: The optimizer's settings: eps, momentum, betas, weight_decay, ...
         dtypes: Names of the dtypes that gradients or autocast use, such as "float16".
         steps: Steps judged so far.
         clipper: The clipper in force, as printed; empty if none.
         policy: The policy in force, as printed.
-        input_rms: Root mean square of the newest batch's floating-point inputs, if it was looked at.
-        target_rms: The same of its floating-point targets, if it has any.
+        input_rms: Root mean square of the newest batch's floating-point inputs; None if unknown.
+        target_rms: Root mean square of its floating-point targets; None if unknown or there are none.
         weight_means: Mean of each tensor's elements; None if unknown.
-        bad_rows: Rows of the batch with a non-finite element: empty if there are none, None if nobody looked.
-        origin: Where the first number that is not finite came from, as a replay showed; None if there was none.
+        bad_rows: Rows of the batch with NaN or Inf: empty if there are none, None if the batch was not examined.
+        origin: Source of the first NaN or Inf, found by replaying the step; None if it was not searched for.
     """
 
     finding: Finding
@@ -88,30 +104,39 @@ class Known:
                     f"{name} must have one entry for each of {len(self.names)} names, got {len(values)}"
                 )
 
-
-#: Most decades that one layer's weights are blamed for: a layer of zeros lets nothing through at all.
-_MOST_DECADES_OF_A_LAYER = 3.0
-#: Part of their size at the start to which healthy training does not shrink the median layer's weights.
-_SHRUNK = 1 / 3
-
-
-@dataclass(frozen=True)
-class DiagnosticContext(Known):
-    """The facts at the step of a critical finding, and what follows from them; see `Known`."""
+    # The fault.
 
     @property
     def fault(self) -> Fault:
-        """What was found."""
+        """Fault of the finding."""
         return self.finding.fault
 
     @property
+    def too_small(self) -> bool:
+        """True if the fault is that gradients or updates are too small."""
+        return self.fault in TOO_SMALL
+
+    @property
+    def too_large(self) -> bool:
+        """True if the fault is that gradients or updates are too large."""
+        return self.fault in TOO_LARGE
+
+    @property
     def nonfinite_loss(self) -> bool:
-        """Whether the loss itself is NaN or infinite."""
+        """True if the loss itself is NaN or infinite."""
         return self.has_loss and not math.isfinite(self.loss_last)
+
+    def found_before(self, *faults: Fault) -> bool:
+        """Return True if one of these faults was found earlier in the run."""
+        return any(
+            f.fault in faults and f.step <= self.finding.step for f in self.findings if f != self.finding
+        )
+
+    # The model, from its autograd graph.
 
     @property
     def layers(self) -> list[int]:
-        """Indices of the weights of layers, input first: two dimensions or more, no look-up table."""
+        """Indices of the layers' weights, input first: two dimensions or more, no embedding table."""
         tables = self.graph_summary.embeddings if self.graph_summary else frozenset()
         return [i for i, n in enumerate(self.names) if len(self.shapes[i]) >= 2 and n not in tables]
 
@@ -120,62 +145,101 @@ class DiagnosticContext(Known):
         """Kinds of nodes on the shortest path from the loss to the first layer, counted; empty if unknown."""
         if self.graph_summary is None or self.graph_summary.opaque:
             return {}
-        return next(
-            (
-                self.graph_summary.kinds[self.names[i]]
-                for i in self.layers
-                if self.names[i] in self.graph_summary.kinds
-            ),
-            {},
-        )
+        kinds = self.graph_summary.kinds
+        return next((kinds[self.names[i]] for i in self.layers if self.names[i] in kinds), {})
 
     @property
     def saturating(self) -> dict[str, int]:
-        """The activations on `path` whose slope goes to zero, counted."""
+        """Saturating activations on `path`, counted."""
         return {kind: n for kind, n in self.path.items() if kind in SATURATING}
 
     @property
     def bare_layers(self) -> int:
-        """Layers in a row that hand on a gradient's scale: no way around them, no normalisation after."""
+        """Number of layers in a row that pass on a gradient's scale: no skip connection, no normalization after."""
         if not self.path:
             return len(self.layers)
         return max(0, self.path.get("product", 0) - self.path.get("normalisation", 0))
 
     @property
     def recurrent(self) -> bool:
-        """Whether anything is applied again and again along one path."""
+        """True if some parameter is applied repeatedly along one path."""
         return self.graph_summary is not None and bool(self.graph_summary.recurrent)
 
     @property
     def normalised(self) -> bool:
-        """Whether a normalisation stands on the way to any tensor."""
+        """True if a normalization lies on the path to some tensor."""
         return self.graph_summary is not None and any(
-            "normalisation" in k for k in self.graph_summary.kinds.values()
+            "normalisation" in kinds for kinds in self.graph_summary.kinds.values()
         )
 
     @property
+    def loss_operations(self) -> Mapping[str, int]:
+        """Operations after the last matrix product, counted: the loss and what leads to it."""
+        return self.graph_summary.loss_ops if self.graph_summary else {}
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Trainable parameters to which no path leads from the loss."""
+        return self.graph_summary.missing if self.graph_summary else frozenset()
+
+    # The size of the weights.
+
+    @property
+    def starting_norms(self) -> tuple[float, ...]:
+        """Weight norms before the first step if known, else the current ones."""
+        return self.initial_weight_norms or self.weight_norms
+
+    @property
     def usual_gain(self) -> float:
-        """Gain that keeps a signal's scale: sqrt(2) under ReLU (arXiv:1502.01852), else 1 (Glorot 2010)."""
+        """Gain that preserves a signal's scale: sqrt(2) under ReLU (arXiv:1502.01852), else 1 (Glorot 2010)."""
         rectifying = self.path.get("relu", 0) + self.path.get("soft relu", 0)
         return math.sqrt(2) if rectifying > sum(self.saturating.values()) else 1.0
 
     @property
     def excess_gain(self) -> float:
-        """log10 of the median layer's gain over `usual_gain`, decades a layer; 0 if unknown.
+        """log10 of the median layer's gain over `usual_gain`, decades per layer; 0 if unknown.
 
-        A layer's gain is its weights' RMS times the square root of its fan-in. The median is immune to a few
-        layers that are zero, or small, on purpose.
+        A layer's gain is the RMS of its weights times the square root of its fan-in. The median ignores a few layers
+        that are zero or small on purpose.
         """
-        norms = self.initial_weight_norms or self.weight_norms
         gains = []
         for i in self.layers:
             fan_in = max(math.prod(self.shapes[i][1:]), 1)
-            gain = norms[i] / math.sqrt(max(math.prod(self.shapes[i]), 1)) * math.sqrt(fan_in)
+            gain = self.starting_norms[i] / math.sqrt(max(math.prod(self.shapes[i]), 1)) * math.sqrt(fan_in)
             if math.isfinite(gain):
                 gains.append(gain)
         middle = median(gains) if gains else self.usual_gain
         excess = math.log10(middle / self.usual_gain) if middle > 0 else -math.inf
-        return min(max(excess, -_MOST_DECADES_OF_A_LAYER), _MOST_DECADES_OF_A_LAYER)
+        return min(max(excess, -_MOST_DECADES_PER_LAYER), _MOST_DECADES_PER_LAYER)
+
+    @property
+    def growth(self) -> tuple[float, str]:
+        """Largest growth factor of a layer's weights since the start, and that layer's name; 1 if unknown."""
+        known = [(1.0, "")]
+        for i in self.layers if self.initial_weight_norms else []:
+            now, start = self.weight_norms[i], self.starting_norms[i]
+            # Weights that began near zero have to grow.
+            if math.isfinite(now) and start > 0.1 * math.sqrt(self.shapes[i][0]):
+                known.append((now / start, self.names[i]))
+        return max(known)
+
+    @property
+    def shrunk(self) -> float:
+        """Size of the median layer's weights as a fraction of their initial size; 1 if unknown."""
+        start = self.initial_weight_norms or ()
+        parts = [self.weight_norms[i] / start[i] for i in self.layers if start and start[i] > 0]
+        return finite_median(parts) if parts else 1.0
+
+    @property
+    def decayed(self) -> bool:
+        """True if weight decay has shrunk the weights to less than a third."""
+        return self.shrunk < _SHRUNK and self.setting("weight_decay") > 0
+
+    def weight_rms(self, index: int) -> float:
+        """Return the root mean square of a tensor's elements."""
+        return self.weight_norms[index] / math.sqrt(max(math.prod(self.shapes[index]), 1))
+
+    # The gradients over depth.
 
     @property
     def lost_decades(self) -> float:
@@ -183,24 +247,64 @@ class DiagnosticContext(Known):
         return max(self.tilt, 0.0) if self.tilt is not None and math.isfinite(self.tilt) else 0.0
 
     @property
-    def typical_update(self) -> float:
-        """Median applied update ratio of the layers; NaN if unknown."""
-        return middle_of(self.update_ratios[i] for i in self.layers)
+    def decades_lost_in_activations(self) -> float:
+        """Decades that saturating activations cost even at their steepest; a normalization makes up for its own."""
+        total = sum(self.saturating.values())
+        decades = sum(-math.log10(min(SATURATING[kind], 1.0)) * n for kind, n in self.saturating.items())
+        return decades * max(0, total - self.path.get("normalisation", 0)) / max(total, 1)
+
+    @property
+    def unexplained_decades(self) -> float:
+        """Decades lost for which neither bounded slopes nor small weights account."""
+        in_weights = max(0.0, -self.excess_gain) * self.bare_layers
+        return max(0.0, self.lost_decades - self.decades_lost_in_activations - in_weights)
 
     @property
     def typical_gradient(self) -> float:
-        """Median of ‖g‖/‖w‖ over the layers: the update ratio of a plain step of rate 1; NaN if unknown."""
+        """Median of ‖g‖/‖w‖ over the layers: the update ratio of plain SGD at rate 1; NaN if unknown."""
         ratios = []
         for i in self.layers:
             if math.isfinite(self.gradients_log10[i]) and self.weight_norms[i] > 0:
                 ratios.append(10.0 ** min(self.gradients_log10[i], 300.0) / self.weight_norms[i])
-        return middle_of(ratios)
+        return finite_median(ratios)
+
+    def gradient_rms_log10(self, index: int) -> float:
+        """Return log10 of the root mean square of a gradient's elements."""
+        return self.gradients_log10[index] - 0.5 * math.log10(max(math.prod(self.shapes[index]), 1))
+
+    # The optimizer and its updates.
+
+    @property
+    def normalises(self) -> bool:
+        """True if the optimizer divides a gradient by its own size, like Adam."""
+        return any(part in self.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
+
+    @property
+    def learning_rate(self) -> float:
+        """Largest learning rate of the parameter groups; NaN if unknown."""
+        return max(self.learning_rates, default=math.nan)
+
+    @property
+    def typical_learning_rate(self) -> float:
+        """Common first choice: 1e-3 for optimizers that normalize the gradient, 1e-2 for the others."""
+        return 1e-3 if self.normalises else 1e-2
+
+    def setting(self, name: str) -> float:
+        """Return a number among the optimizer's settings; NaN if there is none."""
+        value = self.defaults.get(name)
+        return float(value) if isinstance(value, (int, float)) else math.nan
+
+    @property
+    def typical_update(self) -> float:
+        """Median applied update ratio of the layers; NaN if unknown."""
+        return finite_median(self.update_ratios[i] for i in self.layers)
 
     @property
     def largest_update(self) -> tuple[float, str]:
-        """Largest applied update ratio of a layer, and its name: when first found oversized, else now; 0 if unknown.
+        """Largest applied update ratio of a layer, and that layer's name; 0 if unknown.
 
-        Weights that have run away since change by anything.
+        Taken from the first finding of an oversized update if there is one: once weights have run away, the current
+        ratio means nothing.
         """
         for finding in (*self.findings, self.finding):
             if finding.fault == Fault.OVERSIZED_UPDATE and math.isfinite(finding.value):
@@ -214,72 +318,20 @@ class DiagnosticContext(Known):
 
     @property
     def first_update(self) -> float:
-        """Update ratio of the median layer's first steps, where the optimizer makes a step of any gradient; else 0.
+        """Update ratio of the median layer's first steps under an optimizer that `normalises`; else 0.
 
         Such an optimizer moves each element by about the learning rate, whatever the gradient.
         """
-        sizes = self.initial_weight_norms or self.weight_norms
-        middle = middle_of(
-            size / math.sqrt(math.prod(self.shapes[i])) for i in self.layers if (size := sizes[i]) > 0
+        middle = finite_median(
+            norm / math.sqrt(math.prod(self.shapes[i]))
+            for i in self.layers
+            if (norm := self.starting_norms[i]) > 0
         )
-        return (
-            self.learning_rate / middle if self.normalises and self.learning_rate > 0 and middle > 0 else 0.0
-        )
-
-    @property
-    def growth(self) -> tuple[float, str]:
-        """How many times as large as at the start a layer's weights are, the most grown, and its name; 1 if unknown."""
-        known = [(1.0, "")]
-        for i in self.layers if self.initial_weight_norms else []:
-            now, start = self.weight_norms[i], (self.initial_weight_norms or self.weight_norms)[i]
-            # What began near zero has to grow.
-            if math.isfinite(now) and start > 0.1 * math.sqrt(self.shapes[i][0]):
-                known.append((now / start, self.names[i]))
-        return max(known)
-
-    @property
-    def shrunk(self) -> float:
-        """What is left of the median layer's weights, as a part of their size at the start; 1 if unknown."""
-        start = self.initial_weight_norms or ()
-        parts = [self.weight_norms[i] / start[i] for i in self.layers if start and start[i] > 0]
-        return middle_of(parts) if parts else 1.0
-
-    @property
-    def decayed(self) -> bool:
-        """Whether weight decay has shrunk the weights to less than a third."""
-        return self.shrunk < _SHRUNK and self.setting("weight_decay") > 0
-
-    @property
-    def normalises(self) -> bool:
-        """Whether the optimizer divides a gradient by its own size, as Adam and its kin do."""
-        return any(part in self.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
-
-    @property
-    def learning_rate(self) -> float:
-        """The largest of the groups' learning rates; NaN if unknown."""
-        return max(self.learning_rates, default=math.nan)
-
-    def setting(self, name: str) -> float:
-        """A number among the optimizer's settings; NaN if there is none."""
-        value = self.defaults.get(name)
-        return float(value) if isinstance(value, (int, float)) else math.nan
-
-    def weight_rms(self, index: int) -> float:
-        """Root mean square of a tensor's elements."""
-        return self.weight_norms[index] / math.sqrt(max(math.prod(self.shapes[index]), 1))
-
-    def gradient_rms_log10(self, index: int) -> float:
-        """log10 of the root mean square of a gradient's elements."""
-        return self.gradients_log10[index] - 0.5 * math.log10(max(math.prod(self.shapes[index]), 1))
-
-    def found_before(self, *faults: Fault) -> bool:
-        """Whether one of these faults was found earlier in the run."""
-        return any(
-            f.fault in faults and f.step <= self.finding.step for f in self.findings if f != self.finding
-        )
+        known = self.normalises and self.learning_rate > 0 and middle > 0
+        return self.learning_rate / middle if known else 0.0
 
 
-def middle_of(values: Iterable[float]) -> float:
-    """Median of the finite ones; NaN if there are none."""
+def finite_median(values: Iterable[float]) -> float:
+    """Return the median of the finite values; NaN if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return median(finite) if finite else math.nan

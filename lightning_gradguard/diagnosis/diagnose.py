@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.diagnosis.causes import ranking
+from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
+from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
+from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
 from lightning_gradguard.engine.history import History
 from lightning_gradguard.engine.readback import read
@@ -80,15 +82,33 @@ def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple
     if finding.fault == Fault.NONFINITE:
         origin = trace_nonfinite(context, facts.record.loss_scale)
         known = replace(known, origin=origin)
-    diagnosis = ranking.diagnose(known)
+    diagnosis = diagnose_context(known)
     if context.run_trials and context.sandboxed_step is not None:
         diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
     diagnosis = replace(
         diagnosis,
-        course=timeline_of(facts.history, facts.stats.layout, finding),
+        timeline=timeline_of(facts.history, facts.stats.layout, finding),
         signs=(*diagnosis.signs, *context.notes),
     )
     return diagnosis, origin
+
+
+def diagnose_context(context: DiagnosticContext) -> Diagnosis:
+    """Return symptoms, causes with their evidence, and fixes that were not tried.
+
+    Args:
+        context: The facts at the step of the finding.
+    """
+    causes = find_causes(context)
+    return Diagnosis(
+        fault=context.finding.fault,
+        step=context.finding.step,
+        parameters=context.finding.parameters,
+        signs=find_symptoms(context),
+        causes=tuple(cause for cause, _ in causes),
+        evidence=dict(causes),
+        remedies=find_fixes(context, [cause for cause, _ in causes]),
+    )
 
 
 def undiagnosed(finding: Finding, problem: str, notes: tuple[str, ...] = ()) -> Diagnosis:

@@ -70,7 +70,9 @@ class FirstPass:
 
 
 def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
-    """Run one forward and backward pass on copies; module, batch and random numbers are unchanged afterwards.
+    """Run one forward and backward pass on copies, and measure it.
+
+    Module, batch and random numbers are unchanged afterwards.
 
     Args:
         step: The training step to measure.
@@ -169,7 +171,7 @@ class _PassObserver(TorchFunctionMode):
         return result
 
     def _compare(self, result: Tensor, chance: float, kwargs: Mapping[str, Any]) -> None:
-        """Record the value of a loss function beside that of a constant guess, unless it is a sum or weighted."""
+        """Record a loss beside that of a constant guess, unless it is a sum or weighted."""
         if kwargs.get("reduction", "mean") == "sum" or kwargs.get("weight") is not None:
             return
         self.chance, self.guessed = chance, float(result.detach().float().mean())

@@ -77,7 +77,7 @@ class Origin:
         return self.place in (Place.FORWARD, Place.BACKWARD) and bool(self.operation or self.module)
 
     def __str__(self) -> str:
-        """Return one or two sentences: what holds or made the first NaN or Inf, where, and on which line."""
+        """Return one or two sentences: what made the NaN or Inf, and where."""
         where = self._where()
         if self.place == Place.BATCH:
             batch = "The batch" if self.number is None else f"Batch {self.number}"
@@ -126,11 +126,11 @@ class Origin:
 
 
 def find_origin(step: SandboxedStep, *, scale: float = 1.0, replay: bool = True) -> Origin:
-    """Find the origin of a step's first NaN or Inf by replaying it; the training is unchanged afterwards.
+    """Find the origin of a step's first NaN or Inf by replaying the step.
 
-    This costs one forward pass and, if the loss is finite, one backward pass, with each operation read from the device;
-    and the memory of a copy of the parameters and buffers. Random numbers are drawn again, so what depends on them may
-    not show.
+    The training is unchanged afterwards. This costs one forward pass and, if the loss is finite, one backward pass,
+    with each operation read from the device; and the memory of a copy of the parameters and buffers. Random numbers are
+    drawn again, so what depends on them may not show.
 
     Args:
         step: The training step, with its batch.
@@ -154,7 +154,7 @@ def find_origin(step: SandboxedStep, *, scale: float = 1.0, replay: bool = True)
 
 
 def origin_in_batch(batch: Any, number: int | None = None) -> Origin | None:
-    """Return the batch as the origin if it holds NaN or Inf, else None; for a step that cannot be replayed."""
+    """Return the batch as the origin if it holds NaN or Inf, else None."""
     entries = find_nonfinite(batch)
     return Origin(Place.BATCH, entries=entries, number=number) if entries else None
 

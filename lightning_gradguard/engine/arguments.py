@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.detectors import default_detectors as default_detectors
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Detector, traits_of
 from lightning_gradguard.policy import Policy
 
 
@@ -50,9 +50,9 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
 
 
-def without_loss(detectors: Iterable[Detector]) -> str:
+def message_without_loss(detectors: Iterable[Detector]) -> str:
     """Return the message on detectors that are silent without a loss; empty if there are none."""
-    silent = [type(d).__name__ for d in detectors if getattr(d, "needs_loss", False)]
+    silent = [type(d).__name__ for d in detectors if traits_of(d).needs_loss]
     if not silent:
         return ""
     return (

@@ -9,10 +9,29 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clip, Clipper
-from lightning_gradguard.detectors.base import Detector, Reading
+from lightning_gradguard.detectors.base import Detector, DetectorTraits, Reading, traits_of
 from lightning_gradguard.stats import trends
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import TrendState
+
+
+class GuardParts(NamedTuple):
+    """Configuration of a guard: what judges and what clips.
+
+    Attributes:
+        detectors: All detectors.
+        traits: Optional abilities of each.
+        clipper: The clipper, or None.
+    """
+
+    detectors: tuple[Detector, ...]
+    traits: tuple[DetectorTraits, ...]
+    clipper: Clipper | None
+
+    @classmethod
+    def of(cls, detectors: Sequence[Detector], clipper: Clipper | None) -> GuardParts:
+        """Return the parts, with the traits that the detectors declare."""
+        return cls(tuple(detectors), tuple(traits_of(detector) for detector in detectors), clipper)
 
 
 class GuardState(NamedTuple):
@@ -55,20 +74,19 @@ class Evaluation(NamedTuple):
     clip: Clip | None
 
 
-def init_state(stats: GradStats, detectors: Sequence[Detector], clipper: Clipper | None) -> GuardState:
+def init_state(stats: GradStats, parts: GuardParts) -> GuardState:
     """Return the state before the first step."""
     return GuardState(
         trends.init(stats),
-        tuple(detector.init(stats) for detector in detectors),
-        None if clipper is None else clipper.init(stats),
+        tuple(detector.init(stats) for detector in parts.detectors),
+        None if parts.clipper is None else parts.clipper.init(stats),
     )
 
 
 def evaluate(
     stats: GradStats,
     state: GuardState,
-    detectors: Sequence[Detector],
-    clipper: Clipper | None,
+    parts: GuardParts,
     accepted: int = 0,
 ) -> tuple[Evaluation, GuardState]:
     """Evaluate one step against the past.
@@ -76,8 +94,7 @@ def evaluate(
     Args:
         stats: The step.
         state: State before it.
-        detectors: All detectors. Slow ones are asked only if ``stats.elapsed`` is not 0.
-        clipper: The clipper, or None.
+        parts: Detectors and clipper. Slow detectors are asked only if ``stats.elapsed`` is not 0.
         accepted: Steps accepted by the fast path since detectors were last asked.
 
     Returns:
@@ -87,12 +104,14 @@ def evaluate(
     stats = stats.with_trends(trend, accepted)
     readings: list[Reading | None] = []
     after: list[Any] = []
-    for detector, own in zip(detectors, state.detectors, strict=True):
-        is_asked = stats.elapsed or not getattr(detector, "slow", False)
+    for detector, traits, own in zip(parts.detectors, parts.traits, state.detectors, strict=True):
+        is_asked = stats.elapsed or not traits.slow
         reading, own = detector.update(stats, own) if is_asked else (None, own)
         readings.append(reading)
         after.append(own)
-    clip, clip_state = (None, None) if clipper is None else clipper.update(stats, state.clipper)
+    clip, clip_state = None, None
+    if parts.clipper is not None:
+        clip, clip_state = parts.clipper.update(stats, state.clipper)
     return Evaluation(stats, tuple(readings), clip), GuardState(trend_state, tuple(after), clip_state)
 
 

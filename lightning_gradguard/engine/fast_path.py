@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clipper
-from lightning_gradguard.clippers.spike_clip import WINDOW, Bounds
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.clippers.base import WINDOW, Bounds, supports_fast_path
 from lightning_gradguard.engine import readback
-from lightning_gradguard.engine.evaluate import GuardState, fold_in
+from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.results import Report
 from lightning_gradguard.stats.grad_stats import LARGEST_NORM, GradStats
@@ -92,23 +90,19 @@ class FastPath:
     statistics together, with the same arithmetic.
 
     Args:
-        detectors: All detectors. Those that are not slow must be safe on the fast path.
-        clipper: None, or a clipper that supports the fast path; with any other one no step is accepted.
+        parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must support it; else
+            no step is accepted.
 
     Attributes:
         accepted: Steps accepted since the last full evaluation.
         deferred: Accepted steps with their reports, not yet finalized, oldest first.
     """
 
-    def __init__(self, detectors: Sequence[Detector], clipper: Clipper | None) -> None:
-        self.clipper: Any = clipper
-        self._asked_always = [not getattr(d, "slow", False) for d in detectors]
-        safe = [
-            getattr(d, "slow", False)
-            or (_speaks_for(d, "fast_path_safe") and getattr(d, "fast_path_safe", False))
-            for d in detectors
-        ]
-        self._is_able = all(safe) and (clipper is None or _speaks_for(clipper, "bounds"))
+    def __init__(self, parts: GuardParts) -> None:
+        self.clipper: Any = parts.clipper
+        self._asked_always = [not traits.slow for traits in parts.traits]
+        is_safe = all(traits.slow or traits.fast_path_safe for traits in parts.traits)
+        self._is_able = is_safe and (parts.clipper is None or supports_fast_path(parts.clipper))
         self.deferred: list[tuple[DeferredStep, Report]] = []
         self.close()
 
@@ -235,11 +229,3 @@ class FastPath:
         """Pack what decides on acceptance: norms [P], global norm, loss, and the position within the bounds [2]."""
         within = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
         return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *within])])
-
-
-def _speaks_for(part: object, word: str) -> bool:
-    """Whether the class whose ``update`` is in force says ``word`` of it; a subclass with another one says it anew."""
-    for kind in type(part).__mro__:
-        if word in vars(kind) or "update" in vars(kind):
-            return word in vars(kind)
-    return False

@@ -108,9 +108,11 @@ class ParameterTracker:
         probed, tilt = self._observer.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
-        found = collect(self.layout, gradients, loss, tilt, asked=probed, fresh=due.fresh, sampled=sampled)
+        found = collect(
+            self.layout, gradients, loss, tilt, tilt_due=probed, refresh_due=due.fresh, sample_due=sampled
+        )
         if due.updated:
-            ratios = update_ratios(self._before, _taken(found.sample), self.layout)
+            ratios = update_ratios(self._before, _taken(found.sample))
             # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.
             self.updates = torch.where(self._moved, ratios, self.updates)
             self._update_ratio = median_update(self.updates, self.layout)

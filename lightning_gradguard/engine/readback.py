@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.engine.evaluate import Evaluation
+from lightning_gradguard.detectors.base import Detector, DetectorTraits
+from lightning_gradguard.engine.evaluate import Evaluation, GuardParts
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.results import Severity
@@ -161,7 +161,7 @@ def pack(
 def unpack(
     numbers: list[float],
     step: PendingStep,
-    detectors: Sequence[Detector],
+    parts: GuardParts,
     previous: Sequence[DetectorResult],
 ) -> StepRecord:
     """Return the record that `pack` packed; of the evaluation only what the host knew before is used.
@@ -169,7 +169,7 @@ def unpack(
     Args:
         numbers: Numbers that `pack` wrote.
         step: The step they belong to.
-        detectors: All detectors.
+        parts: Detectors and clipper.
         previous: Their newest results, which stand for detectors that were not asked; empty if there are none.
     """
     layout, gradients = step.evaluation.stats.layout, step.evaluation.stats.gradients
@@ -185,15 +185,15 @@ def unpack(
     norms, head, flags, tail = (numbers[a:b] for a, b in pairwise((0, *cut)))
     width = min(NAMED, count)
     results, at = [], 0
-    for i, detector in enumerate(detectors):
+    for i, (detector, traits) in enumerate(zip(parts.detectors, parts.traits, strict=True)):
         if not step.asked[i]:
-            results.append(previous[i] if previous else _result(detector, _NEVER_ASKED, ()))
+            results.append(previous[i] if previous else _result(detector, traits, _NEVER_ASKED, ()))
             continue
         places, scores = (tail[k * width : (k + 1) * width] for k in (at, asked + at))
         names = tuple(layout.names[int(p)] for p, s in zip(places, scores, strict=True) if s > -math.inf)
         own_flags = flags[_STEP_FLAGS + _RESULT_FLAGS * at :][:_RESULT_FLAGS]
         own_numbers = head[_STEP_NUMBERS + _RESULT_NUMBERS * at :][:_RESULT_NUMBERS]
-        results.append(_result(detector, own_flags + own_numbers, names))
+        results.append(_result(detector, traits, own_flags + own_numbers, names))
         at += 1
     total, after, threshold, loss, start, mean, first, scale, tilt, ratio, baseline = head[:_STEP_NUMBERS]
     present = dict(zip(layout.ordered_names, map(norms.__getitem__, layout.order), strict=True))
@@ -259,13 +259,15 @@ def restore_under_way(
         readback.put_back(one["numbers"], step)
 
 
-def _result(detector: Detector, numbers: list[float], names: tuple[str, ...]) -> DetectorResult:
+def _result(
+    detector: Detector, traits: DetectorTraits, numbers: list[float], names: tuple[str, ...]
+) -> DetectorResult:
     raised, cleared, ceiling, value, limit, measure = numbers
     return DetectorResult(
         detector=type(detector).__name__,
         fault=detector.fault,
-        event=getattr(detector, "event", False),
-        needs_loss=getattr(detector, "needs_loss", False),
+        event=traits.event,
+        needs_loss=traits.needs_loss,
         raised=bool(raised),
         cleared=bool(cleared),
         ceiling=Severity(int(ceiling)),

@@ -1,1 +1,1 @@
-"""The flight recorder: the bundle a halted run leaves behind, and its replay."""
+"""The flight recorder: bundles of halted runs, and their replay."""

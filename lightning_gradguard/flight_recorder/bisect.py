@@ -1,4 +1,4 @@
-"""Which rows of a batch bring a fault: halves that show it are halved again."""
+"""Find the rows of a batch that cause a fault, by halving the parts that show it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Groups that all show the fault; where a row from each does so, too, every row is taken to.
-ENOUGH = 8
+#: Number of parts that all show the fault from which one row of each is tested: if these do too, every row counts as a
+#: cause.
+_SAMPLED_PARTS = 8
 
 
 class BisectResult(NamedTuple):
-    """What a search found.
+    """Rows of a batch that cause a fault.
 
     Attributes:
-        rows: Those that bring the fault by themselves, in order; all of them where ``every``.
-        groups: Groups that bring it, and could not be taken apart: within the passes there were, or since only several
-            rows together bring it.
-        every: Whether all rows do.
-        passes: How many it took.
+        rows: Rows that cause it by themselves, in order; all rows if ``every``.
+        groups: Groups of rows that cause it and were not divided further: only several rows together cause it, or the
+            limit of passes was reached.
+        every: True if each row of the batch causes it.
+        passes: Number of passes run.
     """
 
     rows: tuple[int, ...]
@@ -34,57 +35,59 @@ class BisectResult(NamedTuple):
         return sorted({*self.rows, *(row for group in self.groups for row in group)})
 
 
-def rows_of(kept: Sequence[int], count: int) -> Tensor:
-    """Which row stands where when only some are kept: they stay in their places, and take turns in the others.
+def bisect_rows(shows_fault: Callable[[Tensor], bool], count: int, most: int) -> BisectResult:
+    """Find the rows that cause a fault, in a batch that shows it.
 
-    The batch keeps its size, so that random numbers fall on the rows that they fell on.
-
-    Args:
-        kept: The rows.
-        count: Rows of the batch, N.
-
-    Returns:
-        int64 [N].
-
-    >>> rows_of([1, 3], 5).tolist()
-    [1, 1, 1, 3, 1]
-    """
-    own, turns = set(kept), list(kept)
-    return torch.tensor([row if row in own else turns[row % len(turns)] for row in range(count)])
-
-
-def find_rows(shows: Callable[[Tensor], bool], count: int, most: int) -> BisectResult:
-    """Finds the rows that bring a fault, of a batch that does.
-
-    About 2 k log2(N/k) passes for k guilty rows of N.
+    Takes about 2 k log2(N/k) passes for k rows of N.
 
     Args:
-        shows: Whether a batch of such rows, int64 [N], shows it; see `rows_of`.
+        shows_fault: Function that runs a pass on a batch of the given rows, int64 [N], and returns True if the fault
+            occurs; see `keep_rows`.
         count: Rows of the batch, N.
-        most: Most passes.
+        most: Largest number of passes.
     """
     pending = [tuple(range(count))]
     rows: list[int] = []
     together: list[tuple[int, ...]] = []
     passes, sampled = 0, False
     while pending:
-        level = len(pending)
-        below: list[tuple[int, ...]] = []
+        parts = len(pending)
+        found: list[tuple[int, ...]] = []
         for place, group in enumerate(pending):
             if len(group) == 1:
                 rows.append(group[0])
                 continue
             if passes + 2 > most:
-                return BisectResult(tuple(sorted(rows)), (*together, *pending[place:], *below), False, passes)
+                return BisectResult(tuple(sorted(rows)), (*together, *pending[place:], *found), False, passes)
             halves = group[: len(group) // 2], group[len(group) // 2 :]
             passes += 2
-            faulty = [half for half in halves if shows(rows_of(half, count))]
-            below += faulty
+            faulty = [half for half in halves if shows_fault(keep_rows(half, count))]
+            found += faulty
             if not faulty:
                 together.append(group)
-        if not sampled and not together and len(below) == 2 * level >= ENOUGH:
-            sampled, passes = True, passes + len(below)
-            if all(shows(rows_of([group[len(group) // 2]], count)) for group in below):
+        if not sampled and not together and len(found) == 2 * parts >= _SAMPLED_PARTS:
+            sampled, passes = True, passes + len(found)
+            if all(shows_fault(keep_rows([group[len(group) // 2]], count)) for group in found):
                 return BisectResult(tuple(range(count)), (), True, passes)
-        pending = below
+        pending = found
     return BisectResult(tuple(sorted(rows)), tuple(together), len(rows) == count, passes)
+
+
+def keep_rows(kept: Sequence[int], count: int) -> Tensor:
+    """Return the row at each place of a batch that keeps only some rows.
+
+    Kept rows stay at their places and are repeated at the others. The batch keeps its size, so that random numbers fall
+    on the same rows as before.
+
+    Args:
+        kept: Rows to keep.
+        count: Rows of the batch, N.
+
+    Returns:
+        int64 [N].
+
+    >>> keep_rows([1, 3], 5).tolist()
+    [1, 1, 1, 3, 1]
+    """
+    own, repeated = set(kept), list(kept)
+    return torch.tensor([row if row in own else repeated[row % len(repeated)] for row in range(count)])

@@ -1,4 +1,7 @@
-"""The bundle as a file: written whole or not at all, bounded in size, and read without running anything from it."""
+"""The bundle: a flight record as a file.
+
+It is written whole or not at all, limited in size, and read without running code from it.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ import torch
 from lightning_gradguard.flight_recorder.serialization import size_of
 
 FORMAT = "gradguard bundle"
-#: Raised when older bundles can no longer be read.
+#: Version of the format; raise it when older bundles can no longer be read.
 VERSION = 1
 
-#: What every bundle holds.
+#: Keys of a bundle and the types of their values.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "reason": str,
     "step": int,
@@ -45,48 +48,57 @@ _NAME = re.compile(r"step-(\d+)(?:-rank(\d+))?\.pt")
 
 
 class ReplayError(ValueError):
-    """A file is no bundle, or not one that can be replayed with this module; the message says why, in one line."""
+    """Raised when a flight record cannot be read or replayed.
+
+    The message says on one line what is wrong and what to do.
+    """
 
 
-def name_of(step: int, rank: int, world_size: int) -> str:
-    """A bundle's file name."""
+def file_name(step: int, rank: int, world_size: int) -> str:
+    """Return the file name of a bundle.
+
+    >>> file_name(7, 1, 4), file_name(7, 0, 1)
+    ('step-00000007-rank1.pt', 'step-00000007.pt')
+    """
     return f"step-{step:08d}" + (f"-rank{rank}" if world_size > 1 else "") + ".pt"
 
 
-def bound(bundle: dict[str, Any], max_bytes: int) -> None:
-    """Leaves out weights, and then the batch, of a bundle that is too large.
+def limit_size(bundle: dict[str, Any], max_bytes: int) -> None:
+    """Remove weights, and then the batch, from a bundle that is too large.
 
     Args:
-        bundle: Changed in place; what is left out is told under ``left_out``.
-        max_bytes: The largest it may be.
+        bundle: Changed in place; what is removed is listed under ``left_out``.
+        max_bytes: Largest size of the bundle, bytes.
     """
-    for name, empty in (("weights", None), ("parts", [])):
+    for key, label, empty in (("weights", "weights", None), ("parts", "batch", [])):
         size = size_of(bundle)
-        if size > max_bytes and bundle[name]:
-            part = size_of(bundle[name])
+        if size > max_bytes and bundle[key]:
             bundle["left_out"].append(
-                f"{'weights' if name == 'weights' else 'batch'} ({megabytes(part)}; the bundle would have "
-                f"{megabytes(size)}, and max_bytes is {max_bytes:,})"
+                f"{label} ({megabytes(size_of(bundle[key]))}: the record would have {megabytes(size)}, "
+                f"more than max_bytes={max_bytes:,})"
             )
-            bundle[name] = empty
+            bundle[key] = empty
 
 
-def write(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
-    """Writes a bundle beside what is there, puts it in its place at once, and deletes the oldest.
+def write_bundle(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
+    """Write a bundle whole or not at all, and delete the oldest ones.
 
     Args:
         bundle: Plain types and tensors.
-        folder: Made if it is not there.
-        keep: Newest bundles of this rank that stay.
+        folder: Folder of the bundles; created if it does not exist.
+        keep: Number of newest bundles of this rank to keep.
+
+    Returns:
+        The bundle's file.
 
     Raises:
-        OSError: If the disk is full, the folder cannot be written to, and the like; nothing is left behind then.
+        OSError: If the bundle cannot be written, such as on a full disk; no part of it is left behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size, free = size_of(bundle), shutil.disk_usage(folder).free
     if size > free:
-        raise OSError(f"{megabytes(size)} are needed, and {megabytes(free)} are free")
-    target = folder / name_of(bundle["step"], bundle["rank"], bundle["world_size"])
+        raise OSError(f"the record needs {megabytes(size)}, and the disk has {megabytes(free)} free")
+    target = folder / file_name(bundle["step"], bundle["rank"], bundle["world_size"])
     partial = folder / f".{target.name}.{os.getpid()}.partial"
     try:
         with partial.open("wb") as file:
@@ -98,24 +110,27 @@ def write(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    _prune(folder, bundle["rank"] if bundle["world_size"] > 1 else None, keep, target)
+    _delete_oldest(folder, bundle["rank"] if bundle["world_size"] > 1 else None, keep, target)
     return target
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Reads a bundle onto the CPU; nothing in the file is run.
+def read_bundle(path: str | Path) -> dict[str, Any]:
+    """Read a bundle onto the CPU, without running any code from the file.
+
+    Args:
+        path: The bundle's file.
 
     Raises:
-        ReplayError: If there is none, or it is damaged, of another version, or something else.
+        ReplayError: If the file does not exist, is damaged, has another version, or is no bundle.
     """
     path = Path(path)
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if _NAME.fullmatch(p.name))
         if not inside:
             raise ReplayError(
-                f"{path} is a folder without a bundle; name the file that was left, such as {name_of(150, 0, 1)}"
+                f"{path} is a folder that holds no flight record; name the file, such as {file_name(150, 0, 1)}"
             )
-        raise ReplayError(f"{path} is a folder; name a bundle in it, such as {inside[-1]}")
+        raise ReplayError(f"{path} is a folder; name a flight record in it, such as {path / inside[-1]}")
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -127,49 +142,57 @@ def read(path: str | Path) -> dict[str, Any]:
             bundle = torch.load(file, map_location="cpu", weights_only=True)
         except (
             Exception
-        ):  # what torch raises of a file that is cut off, or holds code, has many kinds and long advice
-            raise ReplayError(f"{path} is damaged, or no bundle of gradguard") from None
+        ):  # torch raises errors of many classes, with long advice, for a file that it cannot read
+            raise ReplayError(f"{path} is damaged, or is not a flight record of GradGuard") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
-        raise ReplayError(f"{path} is no bundle of gradguard")
+        raise ReplayError(f"{path} is not a flight record of GradGuard")
     if bundle.get("version") != VERSION:
         raise ReplayError(
-            f"{path} is of version {bundle.get('version')!r}, and this gradguard reads version {VERSION}; "
-            "use the one that wrote it"
+            f"{path} has format version {bundle.get('version')!r}, and this gradguard reads version {VERSION}; "
+            "replay it with the version of lightning-gradguard that wrote it"
         )
-    odd = [name for name, kind in _FIELDS.items() if not isinstance(bundle.get(name), kind)]
-    if odd:
-        raise ReplayError(f"{path} is damaged: {', '.join(odd[:3])} is not as it was written")
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(bundle.get(name), kind)]
+    if wrong:
+        raise ReplayError(f"{path} is damaged: {', '.join(wrong[:3])} missing or of the wrong type")
     return bundle
 
 
-def read_family(path: str | Path) -> list[dict[str, Any]]:
-    """A bundle, and those that the other processes of its run left beside it of the same step; by rank.
+def read_all_ranks(path: str | Path) -> list[dict[str, Any]]:
+    """Read a bundle and those of the other processes beside it.
 
-    What is not there, or cannot be read, is noted in the notes of the bundle that was named.
+    Ranks whose bundle is missing or cannot be read are listed in the notes of the bundle that was named.
+
+    Args:
+        path: The bundle of any rank.
+
+    Returns:
+        The bundles, ordered by rank.
 
     Raises:
-        ReplayError: If the one that was named cannot be used.
+        ReplayError: If the named bundle cannot be used.
     """
-    path, bundle = Path(path), read(path)
-    family, missing = {bundle["rank"]: bundle}, []
+    path, bundle = Path(path), read_bundle(path)
+    found, missing = {bundle["rank"]: bundle}, []
     for rank in range(bundle["world_size"]):
         if rank == bundle["rank"]:
             continue
         try:
-            other = read(path.parent / name_of(bundle["step"], rank, bundle["world_size"]))
+            other = read_bundle(path.parent / file_name(bundle["step"], rank, bundle["world_size"]))
         except ReplayError:
             other = {}
         if other.get("run") == bundle["run"]:
-            family[rank] = other
+            found[rank] = other
         else:
             missing.append(str(rank))
     if missing:
-        bundle["notes"].append(f"The bundle of rank {', '.join(missing)} is not beside it, and not replayed.")
-    return [family[rank] for rank in sorted(family)]
+        bundle["notes"].append(
+            f"Not replayed, since its record is not in this folder: rank {', '.join(missing)}."
+        )
+    return [found[rank] for rank in sorted(found)]
 
 
 def megabytes(size: float) -> str:
-    """Bytes to be read by a person.
+    """Return a number of bytes in MB or kB, for people.
 
     >>> megabytes(1234567), megabytes(900)
     ('1.2 MB', '0.9 kB')
@@ -177,8 +200,8 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
-class _Honest:
-    """A file that remembers why it could not be written: torch says only that it could not."""
+class _ErrorKeepingFile:
+    """A file that keeps the error of a failed write, which torch hides."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -196,17 +219,16 @@ class _Honest:
 
 
 def _save(bundle: dict[str, Any], file: IO[bytes]) -> None:
-    honest = _Honest(file)
+    wrapped = _ErrorKeepingFile(file)
     try:
-        torch.save(bundle, cast(IO[bytes], honest))
+        torch.save(bundle, cast(IO[bytes], wrapped))
     except Exception as error:
-        raise honest.error or OSError(
-            f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise wrapped.error or OSError(reason) from None
 
 
-def _prune(folder: Path, rank: int | None, keep: int, newest: Path) -> None:
-    """Deletes the oldest bundles of a rank, by their time; one that resists stays."""
+def _delete_oldest(folder: Path, rank: int | None, keep: int, newest: Path) -> None:
+    """Delete the oldest bundles of a rank, as far as possible."""
     with contextlib.suppress(OSError):
         own = [
             p for p in folder.iterdir()

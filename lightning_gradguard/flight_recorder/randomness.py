@@ -1,4 +1,4 @@
-"""The states of the random generators: torch's on CPU and GPU, Python's and NumPy's."""
+"""Capture and restore the random generators of torch (CPU and GPU), Python and NumPy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Randomness(NamedTuple):
-    """States as the generators give them.
+    """States of the random generators.
 
     Attributes:
         torch: uint8 [5056].
-        cuda: uint8 [16], of the current device; None where none is in use.
-        python: Of ``random.getstate()``.
-        numpy: Of ``np.random.get_state()``.
+        cuda: uint8 [16], of the current device; None if CUDA is not in use.
+        python: The state that ``random.getstate()`` returns.
+        numpy: The state that ``np.random.get_state()`` returns.
     """
 
     torch: Tensor
@@ -27,7 +27,10 @@ class Randomness(NamedTuple):
 
 
 def capture() -> Randomness:
-    """The states now. None of them is read from a device: a GPU's generator keeps its state on the host."""
+    """Return the current states.
+
+    Nothing is read from a device: a GPU's generator keeps its state on the host.
+    """
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.get_rng_state() if in_use else None
     numpy = np.random.get_state(legacy=True)
@@ -35,7 +38,7 @@ def capture() -> Randomness:
 
 
 def restore(states: Randomness) -> None:
-    """Sets all generators that there are here back to some states."""
+    """Set all generators to recorded states, as far as there is such a device."""
     torch.set_rng_state(states.torch)
     if states.cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states.cuda)
@@ -44,14 +47,14 @@ def restore(states: Randomness) -> None:
 
 
 def reseed(seed: int) -> None:
-    """Sets all generators to a state that a seed stands for."""
+    """Seed all generators."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
 
 
 def same(a: Randomness, b: Randomness) -> bool:
-    """Whether no number was drawn between two captures."""
+    """Return True if no random number was drawn between two captures."""
     cuda = (a.cuda is None) == (b.cuda is None)
     if a.cuda is not None and b.cuda is not None:
         cuda = torch.equal(a.cuda, b.cuda)
@@ -60,22 +63,22 @@ def same(a: Randomness, b: Randomness) -> bool:
 
 
 def to_plain(states: Randomness) -> dict[str, Any]:
-    """Plain types and tensors."""
-    kind, keys, *rest = states.numpy
+    """Return states as plain types and tensors, for `from_plain`."""
+    kind, keys, position, has_gauss, gauss = states.numpy
+    version, words, python_gauss = states.python
     numpy = [
         str(kind),
         torch.from_numpy(np.asarray(keys, np.int64)),
-        int(rest[0]),
-        int(rest[1]),
-        float(rest[2]),
+        int(position),
+        int(has_gauss),
+        float(gauss),
     ]
-    version, words, gauss = states.python
-    python = [version, torch.tensor(words, dtype=torch.int64), gauss]
+    python = [version, torch.tensor(words, dtype=torch.int64), python_gauss]
     return {"torch": states.torch, "cuda": states.cuda, "python": python, "numpy": numpy}
 
 
 def from_plain(plain: dict[str, Any]) -> Randomness:
-    """What `to_plain` was given."""
+    """Return the states that `to_plain` was given."""
     version, words, gauss = plain["python"]
     kind, keys, *rest = plain["numpy"]
     python = (version, tuple(words.tolist()), gauss)

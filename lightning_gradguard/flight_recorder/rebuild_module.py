@@ -1,14 +1,10 @@
-"""Builds the module of a bundle: the class that was named, from the recorded hyper-parameters."""
+"""Rebuild a recorded module: construct it, then load its weights."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,126 +15,88 @@ from lightning_gradguard.flight_recorder.serialization import decode
 from lightning_gradguard.stats.parameters import select
 
 
-def build(spec: str, bundle: dict[str, Any], given: dict[str, Any]) -> nn.Module:
-    """Imports a class, from the current folder too, and makes a module of it.
+def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mapping[str, Any]) -> nn.Module:
+    """Construct a module from the recorded hyper-parameters that it takes.
 
     Args:
-        spec: Such as ``train:Model``; anything that can be called and returns a module will do.
-        bundle: Its hyper-parameters are the arguments, as far as the class takes them.
-        given: Further arguments, which come before the recorded ones.
+        kind: The module's class, or any function that returns a module.
+        bundle: Bundle that holds the hyper-parameters.
+        given: Further arguments; they replace recorded ones of the same name.
 
     Raises:
-        ReplayError: If it cannot be imported, called, or is no module.
+        ReplayError: If the call fails or returns no module.
     """
-    kind = _find(spec)
-    arguments = {**_recorded(bundle, kind), **given}
+    name = getattr(kind, "__qualname__", repr(kind))
+    arguments = {**_recorded_arguments(bundle, kind), **given}
     try:
         module = kind(**arguments)
     except Exception as error:
         missing = bundle["hyper_parameters"].get("left_out", [])
-        hint = f"; not plain, so not recorded: {', '.join(missing)}" if missing else ""
+        hint = f"; not recorded, since not plain: {', '.join(missing)}" if missing else ""
         raise ReplayError(
-            f"{spec} could not be built from {', '.join(arguments) or 'no arguments'}: {type(error).__name__}: "
-            f"{_line(error)}{hint}; give others with --args name=value"
+            f"cannot build {name} from {', '.join(arguments) or 'no arguments'}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}{hint}; give its arguments with --args name=value"
         ) from error
     if not isinstance(module, nn.Module):
-        raise ReplayError(f"{spec} must give a module, got {type(module).__name__}")
+        raise ReplayError(f"{name} must return an nn.Module, got {type(module).__name__}")
     return module
 
 
-def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments as they are typed: ``name=value``, or one JSON object; a value that is no JSON is a string.
+def _recorded_arguments(bundle: dict[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
+    """Return the recorded hyper-parameters that a class takes.
 
-    Raises:
-        ReplayError: If one is neither.
-
-    >>> parse_arguments(["width=8", "kind=relu", '{"lr": 0.1}'])
-    {'width': 8, 'kind': 'relu', 'lr': 0.1}
+    They are passed as Lightning's ``load_from_checkpoint`` passes them.
     """
-    arguments: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if equals and name.isidentifier():
-            arguments[name] = _value(value)
-        elif isinstance(found := _value(text), dict):
-            arguments.update(found)
-        else:
-            raise ReplayError(f"--args must be name=value or a JSON object, got {text!r}")
-    return arguments
-
-
-def _find(spec: str) -> Callable[..., Any]:
-    name, _, path = spec.partition(":")
-    if not name or not path:
-        raise ReplayError(f"--module must be a module and a class, such as train:Model, got {spec!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(name)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except (Exception, SystemExit) as error:
-        raise ReplayError(f"{spec} could not be imported: {type(error).__name__}: {_line(error)}") from error
-    if not callable(found):
-        raise ReplayError(f"{spec} must be a class, got {found!r}")
-    return found  # type: ignore[no-any-return]
-
-
-def _recorded(bundle: dict[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
-    """The hyper-parameters that a class takes, as Lightning hands them over."""
-    kept = bundle["hyper_parameters"]
-    values = {name: decode(value) for name, value in kept["values"].items()}
-    argument = kept["argument"]
-    taken: Any = {}
+    recorded = bundle["hyper_parameters"]
+    values = {name: decode(value) for name, value in recorded["values"].items()}
+    argument = recorded["argument"]
+    accepted: Any = {}
     with contextlib.suppress(TypeError, ValueError):
-        taken = inspect.signature(kind).parameters
-    if argument != "kwargs" and argument in taken:
+        accepted = inspect.signature(kind).parameters
+    if argument != "kwargs" and argument in accepted:
         return {argument: values}
     plain = {name: value for name, value in values.items() if not name.startswith("_")}
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return plain
-    return {name: value for name, value in plain.items() if name in taken}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return {name: value for name, value in plain.items() if name in accepted}
 
 
 @torch.no_grad()
-def load(module: nn.Module, bundle: dict[str, Any], device: torch.device) -> None:
-    """Puts the recorded weights and modes into a module, each tensor in its recorded dtype; all or nothing.
+def load_weights(module: nn.Module, bundle: dict[str, Any], device: torch.device) -> None:
+    """Load recorded weights, buffers and modes into a module.
+
+    Each tensor gets its recorded dtype.
+
+    Args:
+        module: Changed in place, or not at all if this raises.
+        bundle: Bundle that holds the weights.
+        device: Device to move the module to.
 
     Raises:
-        ReplayError: If there are no weights, or the module's parameters are others.
+        ReplayError: If the bundle holds no weights, or the module's parameters do not match them.
     """
     weights = bundle["weights"]
     if weights is None:
         why = "; ".join([*bundle["left_out"], *bundle["notes"]]) or "they were not kept"
-        raise ReplayError(f"there are no weights to replay with; not in the bundle: {why}")
-    mine = _parameters(module)
-    odd = [f"it lacks {name}" for name in weights if name not in mine]
-    odd += [f"it has {name} more" for name in mine if name not in weights]
-    odd += [
-        f"{name} is {list(mine[name].shape)} and not {list(weights[name].shape)}"
+        raise ReplayError(f"the record holds no weights to replay with: {why}")
+    own = _parameters(module)
+    differences = [f"{name} is missing" for name in weights if name not in own]
+    differences += [f"{name} is not in the record" for name in own if name not in weights]
+    differences += [
+        f"{name} has shape {list(own[name].shape)}, recorded {list(weights[name].shape)}"
         for name in weights
-        if name in mine and mine[name].shape != weights[name].shape
+        if name in own and own[name].shape != weights[name].shape
     ]
-    if odd:
-        more = f" and {len(odd) - 3} more differences" if len(odd) > 3 else ""
+    if differences:
+        more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
         raise ReplayError(
-            f"the module has other parameters than the recorded one: {', '.join(odd[:3])}{more}"
+            f"the module's parameters do not match the record: {', '.join(differences[:3])}{more}; "
+            "build it with the class and the arguments of the recorded run"
         )
     module.to(device)
     frozen, evaluated = set(bundle["module"].get("frozen", ())), set(bundle["module"].get("evaluated", ()))
     for name, parameter in _parameters(module).items():
-        # A module in half precision was made in full precision here.
+        # Lightning builds a module in the precision of the run; here it was built in full precision.
         parameter.data = weights[name].to(device, copy=True)
         parameter.requires_grad_(name not in frozen)
         parameter.grad = None
@@ -152,7 +110,7 @@ def load(module: nn.Module, bundle: dict[str, Any], device: torch.device) -> Non
 
 
 def tensors_by_name(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers by the names that a bundle has them under."""
+    """Return a module's parameters and buffers under the names that a bundle uses."""
     return select([*module.named_parameters(), *module.named_buffers()], None)
 
 

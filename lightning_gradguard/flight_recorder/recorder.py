@@ -1,4 +1,4 @@
-"""`Recorder`: what a flight recorder keeps, and on which occasions it writes it down."""
+"""`Recorder`: what a flight recorder keeps, and when it writes a bundle."""
 
 from __future__ import annotations
 
@@ -12,39 +12,45 @@ Occasion = Literal["halt", "exception", "sigterm"]
 
 @dataclass(frozen=True)
 class Recorder:
-    """A flight recorder for `GradGuard`: when training is halted, it leaves a bundle that `replay` runs again.
+    """A flight recorder for `GradGuard`, which writes a bundle when training is halted.
 
-    The bundle is one file, ``step-00000007.pt``, of plain types and tensors, so that ``torch.load(file,
-    weights_only=True)`` reads it: the statistics of the newest steps, findings and diagnosis, the batch, the states of
-    the random generators before its forward pass, the weights before the step, buffers before the forward pass (those
-    of up to 1,048,576 elements), versions, configuration, and the module's hyper-parameters as far as they are plain.
-    The optimizer's moments are not in it: a replay ends before the step.
+    `replay` runs the step in the bundle again. The bundle is one file, such as ``step-00000007.pt``, of plain types and
+    tensors, so that ``torch.load(file, weights_only=True)`` reads it. It holds:
 
-    Training is bit for bit as without it. A step costs the states of torch's, Python's and NumPy's generators (0.05 ms
-    on one CPU thread, no read of the device) and a copy of the buffers (0.3 ms for a ResNet-50's 159); in memory the
-    statistics of ``steps`` steps, one copy of the buffers, and, where gradients are accumulated, the micro-batches of
-    the step, up to 256 MB of them. With ``lag=1`` twice the buffers, and the batch before.
+    - the batch, the states of the random generators before its forward pass, and the weights before the step;
+    - buffers before the forward pass, those of up to 1,048,576 elements;
+    - statistics of the newest steps, the findings and the diagnosis;
+    - versions, configuration, and the module's hyper-parameters as far as they are plain.
 
-    With several processes each writes its own bundle, ``step-00000007-rank1.pt``, and waits for no other; the weights
-    are in that of rank 0 alone, and sharded ones in none. Leave them in one folder, where a replay finds all of them.
+    It does not hold the optimizer's moments: a replay ends before the optimizer step.
+
+    Training is bit for bit the same with and without a recorder. Each step copies the states of torch's, Python's and
+    NumPy's generators (0.05 ms on one CPU thread, no read from the device) and the buffers (0.3 ms for the 159 buffers
+    of a ResNet-50). Memory holds the statistics of ``steps`` steps and one copy of the buffers. With gradient
+    accumulation it also holds the micro-batches of the step, up to 256 MB; with ``lag=1`` a second copy of the buffers
+    and the previous batch.
+
+    With several processes each writes its own bundle, such as ``step-00000007-rank1.pt``, without waiting for the
+    others. Only the bundle of rank 0 holds the weights, and none does if the weights are sharded. Keep the bundles in
+    one folder, where `replay` finds them all.
 
     Example:
         >>> from lightning_gradguard import GradGuard, Recorder
         >>> guard = GradGuard(recorder=Recorder(on=("halt", "sigterm")))
 
     Args:
-        folder: Where bundles go; ``gradguard`` in the trainer's ``log_dir`` when None.
-        steps: Newest steps whose statistics are kept.
-        keep_batch: Keep the batch; without it there is nothing to replay.
-        on: Occasions for a bundle: "halt" is a `GradientHalt`, "exception" any other error that ends training, but not
-            Ctrl+C, "sigterm" Lightning's answer to that signal. Where training ends between two batches there is no
-            batch to keep.
-        max_bytes: Largest bundle. What does not fit is left out, weights before the batch, which the bundle and the
-            message say.
-        keep: Newest bundles that stay in the folder; older ones of the same rank are deleted.
+        folder: Folder for bundles; ``gradguard`` in the trainer's ``log_dir`` when None.
+        steps: Number of newest steps whose statistics are kept.
+        keep_batch: Keep the batch; without it the step cannot be replayed.
+        on: When to write a bundle. "halt": on a `GradientHalt`. "exception": on any other error that ends training,
+            except Ctrl+C. "sigterm": when Lightning ends training on that signal. If training ends between two batches,
+            the bundle holds no batch.
+        max_bytes: Largest bundle, in bytes. If it would be larger, the weights are left out, and then the batch; the
+            bundle and the message say so.
+        keep: Number of newest bundles to keep in the folder; older ones of the same rank are deleted.
 
     Raises:
-        ValueError: For a wrong value.
+        ValueError: If an argument has a wrong type or value.
     """
 
     folder: str | Path | None = None

@@ -1,4 +1,4 @@
-"""Plays a recorded step again, and says whether its fault comes from the model, from the data, or from neither."""
+"""`replay`: run a recorded step again and tell where its fault comes from."""
 
 from __future__ import annotations
 
@@ -11,219 +11,219 @@ import torch
 from torch import nn
 
 from lightning_gradguard.diagnosis.nan_origin import Place
-from lightning_gradguard.flight_recorder.bisect import BisectResult, find_rows, rows_of
-from lightning_gradguard.flight_recorder.bundle import ReplayError, read_family
+from lightning_gradguard.flight_recorder.bisect import BisectResult, bisect_rows, keep_rows
+from lightning_gradguard.flight_recorder.bundle import ReplayError, read_all_ranks
 from lightning_gradguard.flight_recorder.replay_result import Recurrence, Replay
-from lightning_gradguard.flight_recorder.replay_session import (
-    Pass,
-    ReplayBatch,
-    ReplaySession,
-    length_of,
-    parts_of,
-)
+from lightning_gradguard.flight_recorder.replay_session import Pass, ReplayBatch, ReplaySession
 from lightning_gradguard.flight_recorder.symptom import Symptom
 from lightning_gradguard.introspection.batch import tensors_of
 
-#: Other random numbers that are tried, by their seeds.
+#: Seeds of the passes with other random numbers.
 SEEDS = (1, 2, 3)
-#: Root mean square of inputs above which it is worth asking whether their scale is to blame.
+#: Root mean square of the inputs above which a pass with standardized inputs is run.
 LARGE_INPUT = 10.0
 
 
 def replay(
     bundle: str | Path, module: nn.Module, *, device: str = "cpu", other: Any = None, most: int = 64
 ) -> Replay:
-    """Plays the step of a bundle again, forward and backward, and judges its fault by what that shows.
+    """Run a recorded step again and tell where its fault comes from.
 
-    The module gets the recorded weights and keeps them. What is played are passes of its training step without a
-    Trainer, each on copies, in the recorded precision:
+    The module gets the recorded weights and keeps them. Its training step runs without a Trainer, in the recorded
+    precision, on copies:
 
-    1. with the recorded weights, buffers, batch and random numbers; of several processes or accumulated batches each
-       by itself;
-    2. with three other seeds, if random numbers were drawn;
-    3. with some rows of the batch in the places of the others, halving what still shows the fault; at last with the
-       rows that bring it replaced by the others, which has to be without fault;
-    4. where all rows bring it: with ``other``, with the batches of other processes, and, if the RMS of the inputs is
-       above 10, with standardised inputs.
+    1. with the recorded weights, buffers, batch and random numbers. Batches of several processes, or of gradient
+       accumulation, run one by one;
+    2. with three other seeds, if the step draws random numbers;
+    3. with only some rows of the batch, halving each part that still shows the fault. In the end the rows that cause it
+       are replaced by the others, and the fault must be gone;
+    4. if every row causes it: with the batches of other processes, with ``other``, and with standardized inputs if
+       their root mean square is above 10.
 
     The verdict:
 
-    - **reproducible**: the fault comes again in 1, and nothing in 3 or 4 is without it. It lies in the model, its
-      weights, or the loss.
-    - **data-dependent**: it comes again in 1, and not without certain rows, or not with another batch, or not with
-      standardised inputs. It lies in the data, or in how the model takes such data.
-    - **transient**: it does not come again in 1. It came from what the bundle does not hold: the hardware, a race,
-      something that wrote into the gradients, a generator of the module's own. If it comes in 2, ``other_random`` says
-      so: then the random numbers of the step were others than those recorded.
+    - **reproducible**: the fault occurs in 1, and the other data in 3 and 4 do not remove it. The cause is in the
+      model, its weights or the loss.
+    - **data-dependent**: the fault occurs in 1, but not without certain rows, with another batch, or with standardized
+      inputs. The cause is in the data, or in how the model handles such data.
+    - **transient**: the fault does not occur in 1. The cause is something that the record does not hold: a hardware
+      fault, a race condition, code that writes to gradients, a random generator of the module's own. If the fault
+      occurs in 2, the step had probably drawn other random numbers than the recorded ones; see ``other_random``.
 
-    What counts as the fault in a single pass, `recorder.symptom.Symptom` says.
+    `lightning_gradguard.flight_recorder.symptom.Symptom` lists what counts as the fault in a single pass.
 
     Args:
-        bundle: File that a `Recorder` left. Those of other processes are looked for beside it.
-        module: The LightningModule, built as it was then.
-        device: Where to run. Random numbers that were drawn on a GPU come again only on one.
+        bundle: File that a `Recorder` wrote. Those of other processes are expected beside it.
+        module: The LightningModule, built with the arguments of the recorded run.
+        device: Device to run on. Random numbers drawn on a GPU can be repeated only on one.
         other: Another batch of the training data.
-        most: Most passes for 3.
+        most: Largest number of passes for 3.
 
     Raises:
-        ReplayError: If the file is no bundle that can be used, if it has no weights or no batch, or if the module has
-            other parameters; the module is unchanged then. Also if its training step fails here and did not there.
+        ReplayError: If the file is not a usable flight record, if it holds no weights or no batch, or if the module's
+            parameters do not match it; the module is unchanged then. Also if the training step fails here although it
+            did not when it was recorded.
     """
-    family = read_family(bundle)
-    own = next((member for member in family if member["weights"]), family[0])
+    ranks = read_all_ranks(bundle)
+    own = next((rank for rank in ranks if rank["weights"]), ranks[0])
     try:
-        parts, symptom = [part for member in family for part in parts_of(member)], Symptom(own)
-        if not parts:
-            why = "; ".join(own["left_out"]) or "a batch"
-            raise ReplayError(f"there is nothing to replay; not in the bundle: {why}")
-        stage = ReplaySession(module, own, _device(device))
-        return _Trial(stage, symptom, parts, own, family).judge(other, most)
+        batches, symptom = [batch for rank in ranks for batch in ReplayBatch.all_of(rank)], Symptom(own)
+        if not batches:
+            why = "; ".join(own["left_out"]) or "the record holds no batch"
+            raise ReplayError(f"there is no batch to replay: {why}")
+        session = ReplaySession(module, own, _device(device))
+        notes = list(dict.fromkeys(str(note) for rank in ranks for note in rank["notes"]))
+        notes += _differences(own, session.device)
+        return _Investigation(session, symptom, batches, own, notes).run(other, most)
+    except ReplayError:
+        raise
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ReplayError(f"the bundle is damaged: {type(error).__name__}: {error}") from error
+        raise ReplayError(f"the flight record is damaged: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ReplayError(f"the step cannot be replayed: {error}") from error
 
 
-class _Trial:
-    """The passes of one replay."""
+class _Investigation:
+    """The passes of one replay, and the verdict that follows from them."""
 
     def __init__(
         self,
-        stage: ReplaySession,
+        session: ReplaySession,
         symptom: Symptom,
-        parts: Sequence[ReplayBatch],
+        batches: Sequence[ReplayBatch],
         own: dict[str, Any],
-        family: list[dict[str, Any]],
+        notes: list[str],
     ) -> None:
-        self.stage, self.symptom, self.parts, self.own = stage, symptom, parts, own
-        self.notes = list(dict.fromkeys(str(note) for member in family for note in member["notes"]))
-        self.notes += _differences(own, stage.device)
+        self.session, self.symptom, self.batches, self.own, self.notes = session, symptom, batches, own, notes
         self.passes = 0
 
-    def judge(self, other: Any, most: int) -> Replay:
-        """All four kinds of passes, as far as they are asked for."""
-        groups = [[part] for part in self.parts] if self.symptom.splits else [list(self.parts)]
-        first, culprit, others_fine = None, None, False
-        for group in groups:
-            seen = self._run(group)
-            if self.symptom.shows(seen) and culprit is None:
-                first, culprit = seen, group
-            elif not self.symptom.shows(seen):
-                others_fine = True
-            first = seen if first is None else first
-        assert first is not None
-        group = culprit or groups[0]
-        hits = None
-        if first.drew:
-            hits = sum(self.symptom.shows(self._run(group, seed=seed)) for seed in SEEDS)
-        guilty, verdict = None, Recurrence.TRANSIENT
-        if culprit is not None:
+    def run(self, other: Any, most: int) -> Replay:
+        """Run all passes that are needed, and return what they showed."""
+        # A fault that cannot be looked for in part of the data takes all batches of the step at once.
+        groups = [[batch] for batch in self.batches] if self.symptom.is_divisible else [list(self.batches)]
+        passes = [self._pass(group) for group in groups]
+        shown = [self.symptom.is_shown_by(seen) for seen in passes]
+        place = shown.index(True) if any(shown) else 0
+        group, first = groups[place], passes[place]
+        other_random = None
+        if first.drew_random:
+            other_random = sum(self.symptom.is_shown_by(self._pass(group, seed=seed)) for seed in SEEDS)
+        verdict, causing = Recurrence.TRANSIENT, None
+        if any(shown):
             verdict = Recurrence.REPRODUCIBLE
-            if self.symptom.splits:
-                guilty = self._rows(culprit[0], most)
-                if self._is_of_data(culprit[0], guilty, other, others_fine):
+            if self.symptom.is_divisible:
+                causing = self._causing_rows(group[0], most)
+                if self._depends_on_data(group[0], causing, other, not all(shown)):
                     verdict = Recurrence.DATA_DEPENDENT
-        return self._told(verdict, group, first, guilty, hits)
+        return self._result(verdict, group[0], first, causing, other_random)
 
-    def _run(self, parts: Sequence[ReplayBatch], **options: Any) -> Pass:
+    def _pass(self, batches: Sequence[ReplayBatch], **options: Any) -> Pass:
         self.passes += 1
-        return self.stage.run(parts, **options)
+        return self.session.run(batches, **options)
 
-    def _rows(self, part: ReplayBatch, most: int) -> BisectResult | None:
-        """Which rows bring it; None where rows cannot be told apart, or no choice of them is without it."""
-        count = length_of(self.stage.batch_of(part))
+    def _is_free_of_fault(self, batch: ReplayBatch, **options: Any) -> bool:
+        """Return True if a pass with other data ends without the fault and without an error."""
+        seen = self._pass([batch], **options)
+        return not (self.symptom.is_shown_by(seen) or seen.raised)
+
+    def _causing_rows(self, batch: ReplayBatch, most: int) -> BisectResult | None:
+        """Find the rows that cause the fault; None if no rows can be named."""
+        count = self.session.length_of(batch)
         if count is None or count < 2:
             self.notes.append(
-                "The batch has no rows that could be left out: its tensors differ in length, or have one row."
+                "Rows could not be tested one by one: the tensors of the batch differ in length, or have one row."
             )
             return None
-
-        guilty = find_rows(lambda rows: not self._acquits(part, rows=rows), count, most)
-        others = sorted(set(range(count)) - set(guilty.all))
-        if others and not self._acquits(part, rows=rows_of(others, count)):
-            self.notes.append("Some rows bring it by themselves, but it comes without them, too.")
+        causing = bisect_rows(lambda rows: not self._is_free_of_fault(batch, rows=rows), count, most)
+        others = sorted(set(range(count)) - set(causing.all))
+        if others and not self._is_free_of_fault(batch, rows=keep_rows(others, count)):
+            self.notes.append("Some rows cause the fault by themselves, but it also occurs without them.")
             return None
-        return guilty
+        return causing
 
-    def _acquits(self, part: ReplayBatch, **options: Any) -> bool:
-        """Whether a pass with other data is without fault; one that ends with an error acquits nobody."""
-        seen = self._run([part], **options)
-        return not (self.symptom.shows(seen) or seen.raised)
+    def _some_rows(self, batch: ReplayBatch, causing: BisectResult | None) -> tuple[int, ...]:
+        """Return the rows that cause the fault; empty if all do."""
+        if causing is None or len(causing.all) >= (self.session.length_of(batch) or 0):
+            return ()
+        return tuple(causing.all)
 
-    def _is_some(self, part: ReplayBatch, guilty: BisectResult) -> bool:
-        return len(guilty.all) < (length_of(self.stage.batch_of(part)) or 0)
-
-    def _is_of_data(
-        self, part: ReplayBatch, guilty: BisectResult | None, other: Any, others_fine: bool
+    def _depends_on_data(
+        self, batch: ReplayBatch, causing: BisectResult | None, other: Any, is_gone_with_others: bool
     ) -> bool:
-        """Whether some other data than these are without the fault."""
-        if guilty is not None and self._is_some(part, guilty):
+        """Return True if the fault does not occur with some other data."""
+        if self._some_rows(batch, causing):
             return True
-        if others_fine:
+        if is_gone_with_others:
             self.notes.append(
-                "With the batches of the other processes, or the others accumulated, it does not come."
+                "The fault does not occur with the batches of the other processes, or with the others accumulated."
             )
             return True
         if other is not None:
-            fine = self._acquits(part, other=other)
-            self.notes.append(f"With the other batch it {'does not come' if fine else 'comes, too'}.")
-            if fine:
+            is_gone = self._is_free_of_fault(batch, other=other)
+            self.notes.append(
+                f"With the other batch the fault {'does not occur' if is_gone else 'occurs too'}."
+            )
+            if is_gone:
                 return True
-        inputs = [t for _, t in tensors_of(self.stage.batch_of(part)) if t.is_floating_point() and t.numel()]
-        rms = float(inputs[0].double().square().mean().sqrt()) if inputs else 0.0
+        tensors = [
+            t for _, t in tensors_of(self.session.batch_of(batch)) if t.is_floating_point() and t.numel()
+        ]
+        rms = float(tensors[0].double().square().mean().sqrt()) if tensors else 0.0
         if not LARGE_INPUT < rms < float("inf"):
             return False
-        fine = self._acquits(part, standardised=True)
-        so = "does not come" if fine else "comes, too"
-        self.notes.append(f"The inputs have an RMS of {rms:.3g}; with standardised ones it {so}.")
-        return fine
+        is_gone = self._is_free_of_fault(batch, standardized=True)
+        self.notes.append(
+            f"The root mean square of the inputs is {rms:.3g}. With inputs scaled to zero mean and unit variance the "
+            f"fault {'does not occur' if is_gone else 'occurs too'}."
+        )
+        return is_gone
 
-    def _told(
+    def _result(
         self,
         verdict: Recurrence,
-        group: Sequence[ReplayBatch],
+        batch: ReplayBatch,
         first: Pass,
-        guilty: BisectResult | None,
-        hits: int | None,
+        causing: BisectResult | None,
+        other_random: int | None,
     ) -> Replay:
+        occurs = verdict != Recurrence.TRANSIENT
         origin = None
-        part = group[0]
-        found = verdict != Recurrence.TRANSIENT
-        if found and self.symptom.is_nonfinite and first.first_bad is not None:
+        if occurs and self.symptom.is_nonfinite and first.first_nonfinite is not None:
             self.passes += 1
-            origin = self.stage.origin(part, first.first_bad)
+            origin = self.session.origin(batch, first.first_nonfinite)
             origin = None if origin.place in (Place.NOWHERE, Place.UNKNOWN) else origin
+        # The recorded loss is comparable only if it is of this step, and no mean over several batches.
+        recorded = (self.own["report"] or {}).get("loss")
+        is_comparable = self.own["reason"] == "halt" and len(self.batches) == 1
         return Replay(
             verdict=verdict,
             fault=self.symptom.name,
             step=self.own["step"],
-            shown=self.symptom.tell(first),
-            rank=part.rank if found and len({p.rank for p in self.parts}) > 1 else None,
-            number=part.number if found else None,
-            rows=tuple(guilty.all) if guilty is not None and self._is_some(part, guilty) else (),
-            together=guilty is not None and bool(guilty.groups),
-            every=guilty is not None and guilty.every,
-            other_random=hits,
+            shown=self.symptom.describe(first),
+            rank=batch.rank if occurs and len({b.rank for b in self.batches}) > 1 else None,
+            number=batch.number if occurs else None,
+            rows=self._some_rows(batch, causing),
+            together=causing is not None and bool(causing.groups),
+            every=causing is not None and causing.every,
+            other_random=other_random,
             origin=origin,
-            recorded_loss=self._recorded_loss(),
+            recorded_loss=float(recorded)
+            if is_comparable and isinstance(recorded, (int, float))
+            else math.nan,
             loss=first.loss,
             passes=self.passes,
             notes=tuple(self.notes),
         )
 
-    def _recorded_loss(self) -> float:
-        """NaN where it is unknown, of another step, or a mean over several batches."""
-        loss = (self.own["report"] or {}).get("loss")
-        is_of_this = self.own["reason"] == "halt" and len(self.parts) == 1
-        return float(loss) if is_of_this and isinstance(loss, (int, float)) else math.nan
-
 
 def _differences(own: dict[str, Any], device: torch.device) -> list[str]:
-    """What is not here as it was when the step was recorded."""
-    then, now = str(own["versions"].get("device", "cpu")), str(own["versions"].get("torch", ""))
+    """Return sentences on differences from the recording machine."""
+    then, version = str(own["versions"].get("device", "cpu")), str(own["versions"].get("torch", ""))
     notes = []
     if not then.startswith(device.type):
-        notes.append(f"Recorded on {then}, replayed on {device}: rounding differs, and so do random numbers.")
-    if now != str(torch.__version__):
-        notes.append(f"Recorded with torch {now}, replayed with {torch.__version__}.")
+        notes.append(f"Recorded on {then}, replayed on {device}: rounding and random numbers differ.")
+    if version != str(torch.__version__):
+        notes.append(f"Recorded with torch {version}, replayed with torch {torch.__version__}.")
     return notes
 
 
@@ -232,5 +232,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:
-        raise ReplayError(f"device must be one that is there, such as 'cpu', got {name!r}: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ReplayError(
+            f"device must be available on this machine, such as 'cpu', got {name!r}: {reason}"
+        ) from None
     return device

@@ -1,27 +1,27 @@
-"""What a replay showed, in words: plain text, and colour on a terminal."""
+"""`Replay`: the result of a replay, as plain text and in color."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from lightning_gradguard.diagnosis.nan_origin import Origin
-from lightning_gradguard.diagnosis.wording import number
+from lightning_gradguard.diagnosis.wording import count, number
 from lightning_gradguard.introspection.batch import NAMED_ROWS
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.text import Text
 
-_WIDTH = 100
+#: Columns of the plain text.
+WIDTH = 100
 
 
 class Recurrence(str, Enum):
-    """Whether a fault comes again; see `replay`."""
+    """Verdict of a replay; see `replay`."""
 
     REPRODUCIBLE = "reproducible"
     DATA_DEPENDENT = "data-dependent"
@@ -31,26 +31,37 @@ class Recurrence(str, Enum):
         return self.value
 
 
+_COLORS = {Recurrence.REPRODUCIBLE: "red", Recurrence.DATA_DEPENDENT: "yellow", Recurrence.TRANSIENT: "cyan"}
+_NEXT = {
+    Recurrence.REPRODUCIBLE: "Look at the model, its weights and the loss.",
+    Recurrence.DATA_DEPENDENT: "Look at these data, and at how the model handles such data.",
+    Recurrence.TRANSIENT: (
+        "Look for a cause outside the recorded weights, batch and random numbers: a hardware fault, a race condition, "
+        "hooks or callbacks that write to tensors, attributes of the module, random generators of its own."
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Replay:
-    """What a replay showed; ``print`` says it.
+    """Result of a replay; ``print`` shows it as text.
 
     Attributes:
-        verdict: Whether the fault comes again.
-        fault: What was recorded: a fault's value, or the class of an error.
-        step: The step.
-        shown: What the first pass showed of it, in words.
-        rank: The process whose batch brings it; None where none does.
-        number: That batch's number; None where none does.
-        rows: Rows of that batch that bring it, where it depends on them.
-        together: These rows bring it only together, or were not told apart within the passes there were.
-        every: Each of the rows brings it, in itself.
-        other_random: Of the other random numbers that were tried, with how many it comes; None where none are drawn.
-        origin: Where the first number that is not finite came from, as far as that is the fault.
-        recorded_loss: As it was recorded; NaN if unknown.
-        loss: As it was in the first pass.
-        passes: Forward and backward passes that it took.
-        notes: What else is to be known, a sentence each.
+        verdict: If the fault occurs again, and with which data.
+        fault: The recorded fault's value with spaces for underscores, or the class of the recorded error.
+        step: The recorded step.
+        shown: What the first pass shows of the fault, as a sentence.
+        rank: Rank of the process whose batch causes it; None if no batch does, or if there was one process.
+        number: Index of the batch that causes it; None if none does.
+        rows: Rows of that batch that cause it; empty if it does not depend on rows.
+        together: True if the rows cause it only together, or could not be separated within the limit of passes.
+        every: True if each row of the batch causes it by itself.
+        other_random: Number of other seeds, of three, with which it occurs; None if no random numbers are drawn.
+        origin: Origin of the first non-finite number, for a fault of that kind; None if unknown.
+        recorded_loss: The recorded loss; NaN if unknown.
+        loss: Loss of the first pass.
+        passes: Number of forward and backward passes run.
+        notes: Further sentences for the reader.
     """
 
     verdict: Recurrence
@@ -70,107 +81,104 @@ class Replay:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Plain text of at most 100 columns."""
-        return _to_text(self)
+        """Return plain text of at most 100 columns."""
+        return "\n".join([*textwrap.wrap(_headline(self), WIDTH), *wrap_rows(list(_labeled(self)))])
 
     def __rich__(self) -> Group:
-        """The same in colour."""
-        return _to_rich(self)
+        """Return the same text in color."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        for label, sentence in _labeled(self):
+            text = Text(sentence)
+            text.highlight_regex(r"`[^`]*`", "cyan")
+            table.add_row(Text(f"  {label}", "bold"), text)
+        verdict, _, rest = _headline(self).partition(":")
+        return Group(Text.assemble((verdict, f"bold {_COLORS[self.verdict]}"), f":{rest}"), table)
 
 
-def _to_text(replay: Replay) -> str:
-    label = 2 + max(len(name) for name, _ in _lines(replay)) + 2
-    lines = textwrap.wrap(_headline(replay), _WIDTH)
-    for name, sentence in _lines(replay):
-        lines += textwrap.wrap(
+def wrap_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
+    r"""Return lines of labeled sentences in two columns, wrapped at 100 columns.
+
+    >>> print(*wrap_rows([("a", "One."), ("label", "Two.")]), sep="\n")
+      a      One.
+      label  Two.
+    """
+    indent = 2 + max(len(label) for label, _ in rows) + 2
+    return [
+        line
+        for label, sentence in rows
+        for line in textwrap.wrap(
             sentence,
-            _WIDTH,
-            initial_indent=f"  {name}".ljust(label),
-            subsequent_indent=" " * label,
+            WIDTH,
+            initial_indent=f"  {label}".ljust(indent),
+            subsequent_indent=" " * indent,
             break_long_words=False,
             break_on_hyphens=False,
         )
-    return "\n".join(lines)
-
-
-def _to_rich(replay: Replay) -> Group:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    colour = {"reproducible": "red", "data-dependent": "yellow", "transient": "cyan"}[replay.verdict.value]
-    table = Table.grid(padding=(0, 2))
-    for name, sentence in _lines(replay):
-        table.add_row(Text(f"  {name}", "bold"), _coloured(sentence))
-    verdict, _, rest = _headline(replay).partition(":")
-    return Group(Text.assemble((verdict, f"bold {colour}"), f":{rest}"), table)
-
-
-def _coloured(sentence: str) -> Text:
-    from rich.text import Text
-
-    text = Text(sentence)
-    text.highlight_regex(r"`[^`]*`", "cyan")
-    return text
+    ]
 
 
 def _headline(replay: Replay) -> str:
-    again = "does not come again" if replay.verdict == Recurrence.TRANSIENT else "comes again"
-    return f"{replay.verdict.value.upper()}: {replay.fault} at step {replay.step} {again}."
-
-
-def _lines(replay: Replay) -> list[tuple[str, str]]:
-    """Label and sentence."""
-    lines = [("shown", f"{_capital(replay.shown)}.")]
-    if not math.isnan(replay.recorded_loss) or not math.isnan(replay.loss):
-        lines.append(("loss", f"{number(replay.recorded_loss)} recorded, {number(replay.loss)} replayed."))
-    if replay.origin is not None:
-        lines.append(("origin", str(replay.origin)))
-    lines += [("rows", sentence) for sentence in _rows(replay)]
-    if replay.other_random is not None:
-        tried = f"With {replay.other_random} of 3 other seeds it comes, too"
-        hidden = "; those of the step were not the recorded ones"
-        odd = replay.verdict == Recurrence.TRANSIENT and replay.other_random > 0
-        lines.append(("random", f"{tried}{hidden if odd else ''}."))
-    elif replay.verdict != Recurrence.TRANSIENT:
-        lines.append(("random", "No random numbers are drawn."))
-    lines += [("note", note) for note in replay.notes]
-    lines.append(("so", _advice(replay)))
-    lines.append(("cost", f"{replay.passes} passes."))
-    return lines
-
-
-def _rows(replay: Replay) -> Iterator[str]:
-    whose = "" if replay.number is None else f" of batch {replay.number}"
-    whose += "" if replay.rank is None else f" of rank {replay.rank}"
-    if replay.rows:
-        more = len(replay.rows) - NAMED_ROWS
-        named = ", ".join(map(str, replay.rows[:NAMED_ROWS])) + (f" and {more} more" if more > 0 else "")
-        which = f"Row{'' if len(replay.rows) == 1 else 's'} {named}{whose}"
-        how = (
-            "bring it, together or in part"
-            if replay.together
-            else f"bring{'s' if len(replay.rows) == 1 else ''} it"
-        )
-        yield f"{which} {how}; without {'it' if len(replay.rows) == 1 else 'them'} the batch is without fault."
-    elif replay.every:
-        yield f"Each row{whose} brings it."
-    elif replay.together:
-        yield f"No part{whose} brings it alone: it takes rows of both halves."
-    elif replay.rank is not None:
-        yield f"It is the batch of rank {replay.rank}."
-
-
-def _advice(replay: Replay) -> str:
+    fault = f"{replay.verdict.value.upper()}: {replay.fault} at step {replay.step}"
+    if replay.verdict == Recurrence.TRANSIENT:
+        return f"{fault} does not occur again; the flight record does not hold its cause."
     if replay.verdict == Recurrence.REPRODUCIBLE:
-        return "look at the model, its weights and the loss."
-    if replay.verdict == Recurrence.DATA_DEPENDENT:
-        return "look at these data, or at how the model takes such data."
-    return (
-        "look at the hardware, at races, and at what lies outside of weights, batch and random numbers: hooks and "
-        "callbacks that write, attributes of the module, generators of its own."
-    )
+        return f"{fault} occurs again, from the recorded weights and data."
+    where = f"only with {_rows_text(replay)}{_batch_text(replay)}" if replay.rows else "not with other data"
+    return f"{fault} occurs again, but {where}."
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _labeled(replay: Replay) -> Iterator[tuple[str, str]]:
+    """Yield label and sentence of each row below the headline."""
+    yield "result", replay.shown
+    if not math.isnan(replay.recorded_loss) or not math.isnan(replay.loss):
+        yield "loss", f"{number(replay.recorded_loss)} recorded, {number(replay.loss)} replayed."
+    if replay.origin is not None:
+        yield "origin", str(replay.origin)
+    if rows := _row_sentence(replay):
+        yield "rows", rows
+    if replay.other_random is not None:
+        sentence = f"The fault occurs with {replay.other_random} of 3 other random seeds"
+        if replay.verdict == Recurrence.TRANSIENT and replay.other_random:
+            sentence += ", so the step probably drew other random numbers than the recorded ones"
+        yield "random", f"{sentence}."
+    elif replay.verdict != Recurrence.TRANSIENT:
+        yield "random", "The step draws no random numbers."
+    for note in replay.notes:
+        yield "note", note
+    yield "next", _NEXT[replay.verdict]
+    yield "cost", f"{count(replay.passes, 'forward and backward pass', 'forward and backward passes')}."
+
+
+def _row_sentence(replay: Replay) -> str:
+    """Return a sentence on the rows that cause the fault; empty if none is known."""
+    of_batch = _batch_text(replay)
+    if replay.rows:
+        which, one = _rows_text(replay), len(replay.rows) == 1
+        how = (
+            "cause it, together or some of them"
+            if replay.together
+            else "causes it"
+            if one
+            else "each cause it"
+        )
+        return f"{which.capitalize()}{of_batch} {how}; without {'it' if one else 'them'} the fault does not occur."
+    if replay.every:
+        return f"Each row{of_batch} causes it by itself."
+    if replay.together:
+        return f"The rows{of_batch} cause it only together, or could not be separated within the limit of passes."
+    return "" if replay.rank is None else f"The batch of rank {replay.rank} causes it."
+
+
+def _rows_text(replay: Replay) -> str:
+    more = len(replay.rows) - NAMED_ROWS
+    named = ", ".join(map(str, replay.rows[:NAMED_ROWS])) + (f" and {more} more" if more > 0 else "")
+    return f"row{'' if len(replay.rows) == 1 else 's'} {named}"
+
+
+def _batch_text(replay: Replay) -> str:
+    batch = "" if replay.number is None else f" of batch {replay.number}"
+    return batch + ("" if replay.rank is None else f" of rank {replay.rank}")

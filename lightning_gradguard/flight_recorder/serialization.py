@@ -1,11 +1,14 @@
-"""Batches and settings as plain types and tensors, and back: no class is looked up by a name from a file."""
+"""Convert batches and settings to plain types and tensors, and back.
+
+No class is looked up by a name from a file, so reading one runs no code.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import keyword
 from collections import OrderedDict, defaultdict, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-#: Key under which an encoded container says what it is; everything else stands for itself.
+from lightning_gradguard.introspection.batch import tensors_of
+
+#: Key that holds an encoded container's kind; any other value stands for itself.
 IS = "is"
 _DICTS = (dict, OrderedDict, defaultdict)
 _SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 
 
 class Record(dict[Any, Any]):
-    """What a mapping that is no dict comes back as: its entries are attributes, too."""
+    """A decoded mapping that was no dict; its entries are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -32,16 +37,17 @@ class Record(dict[Any, Any]):
 
 
 def encode(value: Any, path: str, left_out: list[str], inside: frozenset[int] = frozenset()) -> Any:
-    """A value as plain types and tensors on the CPU that hold no more than they show.
+    """Convert a value to plain types and CPU tensors.
 
-    Understood are tensors, NumPy arrays, numbers, strings, None, lists, tuples, named tuples, sets, mappings,
-    dataclasses and packed sequences, however nested.
+    A tensor is stored without the rest of its storage. Supported are tensors, NumPy arrays, numbers, strings, None,
+    lists, tuples, named tuples, sets, mappings, dataclasses and packed sequences, nested to any depth. Anything else
+    decodes to None.
 
     Args:
-        value: What is encoded; not changed.
-        path: What it is called, such as "batch".
-        left_out: Takes the name and type of each part that is none of these, and comes back as None.
-        inside: Ids of the containers that it lies in; one that holds itself is left out.
+        value: The value; not changed.
+        path: Its name, such as "batch".
+        left_out: List that receives the name and type of each part that is not supported.
+        inside: Ids of the containers around it; a container that holds itself is left out.
     """
     if isinstance(value, Enum):
         return encode(value.value, path, left_out, inside)
@@ -56,24 +62,26 @@ def encode(value: Any, path: str, left_out: list[str], inside: frozenset[int] = 
         return str(value)
     try:
         if isinstance(value, Tensor):
-            return _tensor(value)
+            return _encode_tensor(value)
         if id(value) in inside:
             raise TypeError("it holds itself")
-        return _container(value, path, left_out, inside | {id(value)})
-    except (TypeError, NotImplementedError, RuntimeError):  # sharded, or without data
+        return _encode_container(value, path, left_out, inside | {id(value)})
+    except (TypeError, NotImplementedError, RuntimeError):  # not supported, sharded, or without data
         left_out.append(f"{path} ({type(value).__name__})")
         return {IS: "missing"}
 
 
 def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
-    """What `encode` was given: dataclasses and named tuples as look-alikes, other mappings as `Record`.
+    """Return the value that `encode` was given.
+
+    Dataclasses and named tuples come back as classes of the same name and fields, other mappings as `Record`.
 
     Args:
-        plain: What `encode` gave.
-        tensor: What becomes of each tensor; a copy by default.
+        plain: The encoded value.
+        tensor: Function applied to each tensor; makes a copy by default.
 
     Raises:
-        ValueError: If it is nothing that `encode` gives.
+        ValueError: If `encode` cannot have produced the value.
     """
     if isinstance(plain, Tensor):
         return tensor(plain)
@@ -95,12 +103,12 @@ def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
         keys = [decode(key) for key in plain["keys"]]
         return (dict if kind == "dict" else Record)(zip(keys, parts, strict=True))
     if kind in ("namedtuple", "dataclass"):
-        return _look_alike(kind, plain["name"], plain["keys"])(*parts)
-    raise ValueError(f"holds a part of unknown kind {kind!r}")
+        return _make_class(kind, plain["name"], plain["keys"])(*parts)
+    raise ValueError(f"the record holds a value of unknown kind {kind!r}")
 
 
 def describe(value: Any) -> Any:
-    """Dataclasses, enums and containers of plain values as dicts, lists and strings, to be read by a person."""
+    """Convert a value to dicts, lists and strings for people to read."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -112,19 +120,10 @@ def describe(value: Any) -> Any:
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def tensors_in(plain: Any) -> Iterator[Tensor]:
-    """All tensors of an encoded value."""
-    if isinstance(plain, Tensor):
-        yield plain
-    elif isinstance(plain, (dict, list, tuple)):
-        for part in plain.values() if isinstance(plain, dict) else plain:
-            yield from tensors_in(part)
-
-
 def size_of(plain: Any) -> int:
-    """Bytes of an encoded value's tensors on disk; those that share their memory count once."""
+    """Return the bytes of an encoded value's tensors; shared storage counts once."""
     storages = {}
-    for tensor in tensors_in(plain):
+    for _, tensor in tensors_of(plain):
         if tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
@@ -133,7 +132,7 @@ def size_of(plain: Any) -> int:
     return sum(storages.values())
 
 
-def _tensor(value: Tensor) -> Tensor:
+def _encode_tensor(value: Tensor) -> Tensor:
     if hasattr(value, "to_local"):
         raise TypeError("a shard of a tensor is not the tensor")
     tensor = value.detach().cpu()
@@ -145,8 +144,8 @@ def _tensor(value: Tensor) -> Tensor:
     return tensor
 
 
-def _container(value: Any, path: str, left_out: list[str], inside: frozenset[int]) -> Any:
-    def all_of(parts: Iterable[tuple[str, Any]]) -> list[Any]:
+def _encode_container(value: Any, path: str, left_out: list[str], inside: frozenset[int]) -> Any:
+    def encode_all(parts: Iterable[tuple[str, Any]]) -> list[Any]:
         return [encode(part, f"{path}{place}", left_out, inside) for place, part in parts]
 
     if isinstance(value, bytes):
@@ -154,25 +153,28 @@ def _container(value: Any, path: str, left_out: list[str], inside: frozenset[int
     if isinstance(value, np.ndarray):
         return {IS: "array", "of": [torch.from_numpy(value.copy())]}
     if isinstance(value, PackedSequence):
-        return {IS: "packed", "of": all_of(("", part) for part in value)}
+        return {IS: "packed", "of": encode_all(("", part) for part in value)}
     if isinstance(value, Mapping):
         kind = "dict" if type(value) in _DICTS else "mapping"
-        keys = all_of(("", key) for key in value)
-        return {IS: kind, "keys": keys, "of": all_of((f"[{key!r}]", part) for key, part in value.items())}
-    is_pair = isinstance(value, tuple) and hasattr(value, "_fields")
-    if is_pair or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        names = list(value._fields) if is_pair else [field.name for field in dataclasses.fields(value)]
-        parts = all_of((f".{name}", getattr(value, name, None)) for name in names)
-        kind = "namedtuple" if is_pair else "dataclass"
+        keys = encode_all(("", key) for key in value)
+        return {IS: kind, "keys": keys, "of": encode_all((f"[{key!r}]", part) for key, part in value.items())}
+    is_named_tuple = isinstance(value, tuple) and hasattr(value, "_fields")
+    if is_named_tuple or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        names = list(value._fields) if is_named_tuple else [field.name for field in dataclasses.fields(value)]
+        parts = encode_all((f".{name}", getattr(value, name, None)) for name in names)
+        kind = "namedtuple" if is_named_tuple else "dataclass"
         return {IS: kind, "name": type(value).__name__, "keys": names, "of": parts}
-    for name, sort in _SEQUENCES.items():
-        if isinstance(value, sort):
-            return {IS: name, "of": all_of((f"[{i}]", part) for i, part in enumerate(value))}
+    for name, sequence in _SEQUENCES.items():
+        if isinstance(value, sequence):
+            return {IS: name, "of": encode_all((f"[{i}]", part) for i, part in enumerate(value))}
     raise TypeError("it is not plain")
 
 
-def _look_alike(kind: str, name: str, fields: list[str]) -> Callable[..., Any]:
-    """A class made of names alone, none of which may be more than a name."""
+def _make_class(kind: str, name: str, fields: list[str]) -> Callable[..., Any]:
+    """Make a named tuple or dataclass.
+
+    Names that are not identifiers are refused, since they would be run as code.
+    """
     if not all(isinstance(n, str) and n.isidentifier() and not keyword.iskeyword(n) for n in (name, *fields)):
-        raise ValueError(f"holds a {kind} with names that are none")
+        raise ValueError(f"the record holds a {kind} with invalid names")
     return namedtuple(name, fields) if kind == "namedtuple" else dataclasses.make_dataclass(name, fields)

@@ -1,8 +1,7 @@
-"""Stands in for a Trainer and its optimizers, so that a module's own training step runs without them."""
+"""`TrainerStub`: run a training step without a Trainer and without optimizer steps."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,26 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.introspection.batch import is_finite
+from lightning_gradguard.introspection.sandboxed_step import index_arguments, loss_in
 from lightning_gradguard.stats.parameters import select
 
 
 class TrainerStub:
-    """Runs one training step up to the optimizer step in question; use it in a `sandbox`, for it changes the module.
+    """Stand-in for the Trainer that runs one training step, up to the optimizer step in question.
 
-    Steps of optimizers do nothing here: the weights are those before the step in question, which by hand come after
-    other steps of the same batch. Nothing is logged.
+    Use it in a `sandbox`, since it changes the module. Optimizer steps do nothing and nothing is logged. All passes use
+    the recorded weights, those before the step in question; with manual optimization, earlier steps of the same batch
+    had run on older weights.
 
     Args:
         module: A LightningModule.
-        optimizers: Of each its ``settings``, and ``names`` of its parameters, group by group.
+        optimizers: For each optimizer its recorded ``settings`` and parameter ``names``, group by group.
         target: Index of the optimizer in question.
-        stop: How many steps precede the one in question in this batch; None to run the batch to its end.
-        trainer: Plain numbers that the training step may ask its trainer for.
-        factor: What each loss is multiplied with before its backward pass.
+        stop: Number of optimizer steps before the one in question in this batch; None runs the batch to its end.
+        trainer: Recorded numbers that the training step may read from its trainer.
+        factor: Factor that each loss is multiplied by before its backward pass.
 
     Attributes:
-        loss: The newest loss that was differentiated.
-        first_bad: Index of the backward pass that made a gradient of the target not finite; None if none did.
+        loss: The loss of the latest backward pass; None before the first.
+        first_nonfinite: Index of the backward pass that first made the loss or a gradient of the target non-finite;
+            None if none did.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class TrainerStub:
     ) -> None:
         self.module, self.factor = module, factor
         self.loss: Tensor | None = None
-        self.first_bad: int | None = None
+        self.first_nonfinite: int | None = None
         self._target, self._stop, self._steps, self._backwards = target, stop, 0, 0
         self._wanted: int | None = None
         known = select(list(module.named_parameters()), None)
@@ -54,139 +56,145 @@ class TrainerStub:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those of the optimizer in question."""
+        """Parameters of the optimizer in question."""
         return [p for group in self.optimizers[self._target].param_groups for p in group["params"]]
 
     def run(self, batch: Any, number: int, context: AbstractContextManager[Any]) -> None:
-        """Forward and backward, until the step in question.
+        """Run forward and backward passes until the step in question.
 
         Args:
-            batch: As the training step takes it.
-            number: The batch's number.
-            context: What the forward pass runs in, such as autocast.
+            batch: Batch for the training step.
+            number: Index of the batch.
+            context: Context of the forward pass, such as autocast.
 
         Raises:
-            Exception: Whatever the training step raises.
+            Exception: Any error that the training step raises.
         """
         try:
-            output = self._call(batch, number, context)
-        except _Reached:
+            output = self._call_training_step(batch, number, context)
+        except _StopReplay:
             return
-        if self._is_automatic:
-            self._backward(_loss_of(output))
+        if getattr(self.module, "automatic_optimization", True):
+            self._backward(loss_in(output))
 
     def loss_of(self, batch: Any, number: int, context: AbstractContextManager[Any], backward: int) -> Tensor:
-        """The loss, with its graph, that goes into the backward pass of an index; those before it are left out."""
+        """Return the loss of one backward pass with its autograd graph.
+
+        Earlier backward passes are skipped.
+
+        Args:
+            batch: Batch for the training step.
+            number: Index of the batch.
+            context: Context of the forward pass, such as autocast.
+            backward: Index of the backward pass.
+
+        Raises:
+            ValueError: If the training step does not get to that backward pass.
+        """
         self._wanted = backward
         try:
-            output = self._call(batch, number, context)
-        except _Reached as reached:
-            if reached.loss is not None:
-                return reached.loss
-            raise ValueError("the training step took another course than before") from None
-        return _loss_of(output)
+            output = self._call_training_step(batch, number, context)
+        except _StopReplay as stop:
+            if stop.loss is not None:
+                return stop.loss
+            raise ValueError("the training step ran fewer backward passes than before") from None
+        return loss_in(output)
 
-    @property
-    def _is_automatic(self) -> bool:
-        return bool(getattr(self.module, "automatic_optimization", True))
+    def cleared(self, index: int) -> None:
+        """Forget non-finite gradients of the target that were set to zero."""
+        if index == self._target:
+            self.first_nonfinite = None
 
-    def _call(self, batch: Any, number: int, context: AbstractContextManager[Any]) -> Any:
-        module: Any = self.module
-        step: Callable[..., Any] = module.training_step
-        needs = inspect.signature(step).parameters
-        if "dataloader_iter" in needs:
-            raise ValueError("the training step takes its batches itself")
-        with context:
-            return step(batch, number) if len(needs) > 1 else step(batch)
+    def stepped(self, index: int) -> None:
+        """Count an optimizer step; end the run at the one in question."""
+        if self._stop is not None and self._steps == self._stop:
+            raise _StopReplay(None)
+        self._steps += 1
 
     def _attach(self, trainer: Mapping[str, Any]) -> None:
+        """Replace what a training step may call on its module or its trainer."""
         module: Any = self.module
-        module.trainer = TrainerFacade(trainer, self.optimizers)
+        module.trainer = _RecordedTrainer(trainer, self.optimizers)
         single = self.optimizers[0] if len(self.optimizers) == 1 else self.optimizers
         module.optimizers = lambda *args, **kwargs: single
         module.manual_backward = self._backward
-        module.print = module.clip_gradients = _ignore
+        module.print = module.clip_gradients = _do_nothing
         for part in module.modules():
-            if hasattr(part, "log_dict"):  # a LightningModule within one logs, too
-                part.log = part.log_dict = _ignore
+            if hasattr(part, "log_dict"):  # a LightningModule inside this one logs too
+                part.log = part.log_dict = _do_nothing
         module.lr_schedulers = lambda: Idle()
         if trainer.get("world_size", 1) == 1:
             module.all_gather = lambda data, *args, **kwargs: data
+
+    def _call_training_step(self, batch: Any, number: int, context: AbstractContextManager[Any]) -> Any:
+        module: Any = self.module
+        arguments = index_arguments(module, number)
+        with context:
+            return module.training_step(batch, *arguments)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         index, self._backwards = self._backwards, self._backwards + 1
         if self._wanted is not None:
             if index == self._wanted:
-                raise _Reached(loss)
+                raise _StopReplay(loss)
             return
         self.loss = loss.detach()
-        # By hand a loss may be of any shape, with a gradient given for it.
+        # With manual optimization the loss may have any shape, and a gradient may be passed along.
         (loss * self.factor if self.factor != 1 else loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.first_bad is None and not all(is_finite(t) for t in (self.loss, *gradients)):
-            self.first_bad = index
-
-    def cleared(self, index: int) -> None:
-        """Takes note that an optimizer's gradients were removed."""
-        if index == self._target:
-            self.first_bad = None
-
-    def stepped(self, index: int) -> None:
-        """Ends the run where the step is the one in question."""
-        if self._stop is not None and self._steps == self._stop:
-            raise _Reached(None)
-        self._steps += 1
+        if self.first_nonfinite is None and not all(is_finite(t) for t in (self.loss, *gradients)):
+            self.first_nonfinite = index
 
 
 class OptimizerStub:
     """An optimizer that takes no step.
 
     Args:
-        host: Told of what would be done.
-        index: The optimizer's number.
-        recorded: Its ``settings`` and ``names``, group by group.
-        known: Parameters by name; a name that is not there is left out.
+        stub: Trainer stub that is told about steps and cleared gradients.
+        index: Index of the optimizer.
+        recorded: Its recorded ``settings`` and parameter ``names``, group by group.
+        known: Parameters by name; recorded names that are not among them are left out.
     """
 
     def __init__(
-        self, host: TrainerStub, index: int, recorded: dict[str, Any], known: Mapping[str, Tensor]
+        self, stub: TrainerStub, index: int, recorded: dict[str, Any], known: Mapping[str, Tensor]
     ) -> None:
         self.param_groups = [
             {**settings, "params": [known[name] for name in names if name in known]}
             for settings, names in zip(recorded["settings"], recorded["names"], strict=True)
         ]
         self.state: dict[Any, Any] = {}
-        self._host, self._index = host, index
+        self._stub, self._index = stub, index
 
     @property
     def optimizer(self) -> OptimizerStub:
-        """What Lightning's wrapper has under this name."""
+        """The optimizer itself, as Lightning's wrapper names it."""
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Removes the gradients."""
+        """Remove the gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        self._host.cleared(self._index)
+        self._stub.cleared(self._index)
 
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        """Runs the closure, and takes no step."""
+        """Run the closure, without taking a step."""
         result = None if closure is None else closure()
-        self._host.stepped(self._index)
+        self._stub.stepped(self._index)
         return result
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """As Lightning's wrapper has it."""
-        module: Any = self._host.module
+        """Toggle the optimizer as Lightning's wrapper does."""
+        module: Any = self._stub.module
         module.toggle_optimizer(self)
         yield
         module.untoggle_optimizer(self)
 
 
-class TrainerFacade:
-    """Answers with recorded numbers; loggers take everything and write nothing."""
+class _RecordedTrainer:
+    """A trainer that holds recorded numbers, with loggers that write nothing."""
 
     def __init__(self, recorded: Mapping[str, Any], optimizers: list[OptimizerStub]) -> None:
         self.__dict__.update(recorded)
@@ -199,11 +207,11 @@ class TrainerFacade:
         self.progress_bar_callback = self.gradient_clip_val = self.gradient_clip_algorithm = None
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"a replay has no trainer.{name}")
+        raise AttributeError(f"trainer.{name} is not available in a replay")
 
 
 class Idle:
-    """Takes every call and every attribute, and does nothing."""
+    """An object that accepts every call and attribute, and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -211,33 +219,31 @@ class Idle:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself again."""
+        """Return the object itself."""
         return self
 
 
-class _Reached(Exception):
-    """The step, or the loss, in question is at hand."""
+class _StopReplay(Exception):
+    """Raised inside a training step to end it."""
 
     def __init__(self, loss: Tensor | None) -> None:
         self.loss = loss
 
 
-def _loss_of(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-    return loss
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Takes what would be logged."""
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Accept any arguments."""
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """What a forward pass of a recorded precision runs in."""
-    kind, _, way = precision.partition("-")
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}.get(kind)
-    if way == "mixed" and dtype is not None:
+    """Return the context of a forward pass in a precision.
+
+    Args:
+        precision: Lightning's name of it, such as "bf16-mixed"; an unknown one counts as "32-true".
+        device: Device of the forward pass.
+    """
+    bits, _, kind = precision.partition("-")
+    dtype = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}.get(bits)
+    if kind == "mixed" and dtype is not None:
         return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
     return _default_dtype(torch.float32 if dtype is None else dtype)
 

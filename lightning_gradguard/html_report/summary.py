@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradguard.diagnosis.rendering import HEADLINES
+from lightning_gradguard.diagnosis.wording import headline
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
 from lightning_gradguard.loggers.findings import TERMS, FoundRecord, LoggedFinding
@@ -32,7 +32,6 @@ CHARTS = {
     "threshold_log10": ("Clip threshold, log10", ()),
 }
 
-_HEADLINES = {fault.value: headline for fault, headline in HEADLINES.items()}
 _PRECEDENCE = {fault.value: fault.precedence for fault in Fault}
 
 
@@ -230,9 +229,8 @@ def _verdict(track: Track, groups: Sequence[Group], record: Record) -> Verdict:
         step, row = next(reversed(track.rows.items()), (-2, None))
         is_skipped = row is not None and step + 1 >= record.last and int(row[0]) == SKIPPED
         ended = f" Step {record.last:,}, the last one, was not taken." if is_skipped else ""
-        title = _HEADLINES.get(worst.fault, f"Fault found: {worst.title}")
         detail = f"{level.capitalize()} since step {worst.first:,}. {worst.worst.evidence}.{ended}"
-        return Verdict(level, title, detail, TERMS.get(worst.fault, ""))
+        return Verdict(level, headline(worst.fault), detail, TERMS.get(worst.fault, ""))
     if not track.scalars:
         return Verdict("unjudged", "Not judged", "This run has histograms, but no `GradGuard` judged it.")
     notes = sum(group.count for group in groups)

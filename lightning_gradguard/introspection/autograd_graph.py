@@ -111,7 +111,9 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
 
 
 class Graph:
-    """An autograd graph as lists, indexed by node in breadth-first order from the loss; keeps no node alive.
+    """An autograd graph as lists, in breadth-first order from the loss.
+
+    It keeps no node alive.
 
     Args:
         root: Node of the loss.
@@ -151,7 +153,7 @@ class Graph:
         self.longest, self.products, self.in_loss = self._measure_paths()
 
     def uses(self, leaf: int) -> list[int]:
-        """Return the nodes that compute with a leaf; those that only reshape or copy it are looked through."""
+        """Return the nodes that compute with a leaf, past those that only reshape or copy it."""
         found: list[int] = []
         pending, seen = [leaf], {leaf}
         while pending:
@@ -162,12 +164,15 @@ class Graph:
         return found
 
     def loss_ops(self) -> Counter[str]:
-        """Count the operations after the last product, without a trainer's division of the loss by a constant."""
+        """Count the operations after the last product.
+
+        A division of the whole loss by a constant is left out: trainers do that.
+        """
         scaled = self.ops[0] == "Div" and len(self.edges[0]) == 1
         return Counter(op for i, op in enumerate(self.ops) if self.in_loss[i] and not (i == 0 and scaled))
 
     def has_skip(self, budget: int = 20_000, reach: int = 400) -> bool:
-        """Return True if a sum or concatenation has two inputs of which one is computed from the other.
+        """Return True if a sum has an input that is computed from another.
 
         Args:
             budget: Nodes to visit in all; a block of a residual net has tens.
@@ -224,7 +229,7 @@ class Graph:
         return composed_kind(self.ops[index], below)
 
     def _count_kinds(self) -> list[dict[str, int]]:
-        """Count the kinds on the shortest path to each node; a node of no kind shares its discoverer's dict."""
+        """Count the kinds on the shortest path to each node."""
         counts: list[dict[str, int]] = []
         for index, kind in enumerate(self.node_kinds):
             above = counts[self._discoverer[index]] if index else {}
@@ -253,7 +258,7 @@ class Graph:
 
 
 def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, ...]:
-    """Sort indices by first use; a parameter without one takes that of its neighbour before, or else after it."""
+    """Sort indices by first use; a parameter without one takes that of a neighbour."""
     keys = [first_use.get(name) for name in names]
     for i in range(1, len(keys)):
         keys[i] = keys[i - 1] if keys[i] is None else keys[i]

@@ -36,7 +36,9 @@ def tensors_of(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return a copy of a batch with each tensor replaced; what `tensors_of` does not see is shared with the original.
+    """Return a copy of a batch with each tensor replaced.
+
+    Values that `tensors_of` does not yield are shared with the original.
 
     >>> map_tensors([{"x": torch.tensor(2)}, "text"], lambda tensor: tensor.item())
     [{'x': 2}, 'text']
@@ -63,10 +65,11 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the floating-point inputs and targets of a batch, each None where the batch's form does not tell.
+    """Return the floating-point inputs and targets of a batch.
 
-    In a sequence the first tensor is the input, and the next one of floating point the target. In a mapping an entry
-    called "y", "label" or "target" is the target, and the only other one of floating point the input.
+    Each is None where the form of the batch does not show it. In a sequence the first tensor is the input, and the next
+    one of floating point the target. In a mapping an entry called "y", "label" or "target" is the target, and the only
+    other one of floating point the input.
 
     >>> tokens, prices = torch.ones(2, dtype=torch.long), torch.ones(2)
     >>> [x is not None for x in inputs_and_targets((tokens, prices))]
@@ -108,7 +111,9 @@ class BadEntry(NamedTuple):
 
 
 def find_nonfinite(batch: Any) -> tuple[BadEntry, ...]:
-    """Return the tensors of a batch that hold NaN or Inf; reads each tensor from the device.
+    """Return the tensors of a batch that hold NaN or Inf.
+
+    Reads each tensor from the device.
 
     Args:
         batch: Anything that `tensors_of` understands; anything else counts as finite.
@@ -123,7 +128,7 @@ def find_nonfinite(batch: Any) -> tuple[BadEntry, ...]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return False if an element is NaN or Inf; True for integers, and for layouts that cannot be read."""
+    """Return False if an element is NaN or Inf; True for layouts that cannot be read."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return True
     try:

@@ -13,9 +13,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 
 class ForwardUsage:
-    """Probe of the parameters that take part in forward passes: those of every module that is called.
+    """Probe of the parameters that take part in forward passes.
 
-    Tells a module that the loss was cut off from, from one that is not used at all.
+    They are those of every module that is called. This distinguishes a module that the loss was cut off from, from one
+    that is not used at all.
 
     Args:
         idle: Install no hook and observe nothing: for compiled modules, which a hook would recompile.
@@ -35,7 +36,7 @@ class ForwardUsage:
         )
 
     def close(self) -> frozenset[int]:
-        """Remove the hook and return the ids of the parameters seen; empty if no module was called."""
+        """Remove the hook and return the ids of the parameters seen."""
         self._close()
         return frozenset(self.ids)
 
@@ -71,7 +72,7 @@ class UnshardedParameterProbe:
         return bool(self._seen)
 
     def close(self) -> dict[int, Tensor]:
-        """Remove the hook and return the whole parameters, by the id of the shard that the module holds now.
+        """Remove the hook and return the whole parameters, by the id of their shards.
 
         Call it after the backward pass, when the modules hold their shards again.
         """

@@ -9,6 +9,7 @@ from itertools import combinations
 from torch import Tensor
 
 from lightning_gradguard.stats.depth_profile import MIN_LAYERS
+from lightning_gradguard.stats.samples import dead_row_share
 
 #: Layers of a profile that slopes are taken between; a deeper profile is thinned out evenly.
 _MAX_LAYERS = 100
@@ -31,15 +32,15 @@ def whole_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> li
 
 
 def layer_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> list[float]:
-    """Return the entries of `whole_profile` that count in a tilt: those of layers with a finite gradient above zero."""
+    """Return the entries of `whole_profile` that count in a tilt: the finite ones."""
     return [decades for decades in whole_profile(parameters, layers) if math.isfinite(decades)]
 
 
 def depth_tilt(profile: Sequence[float]) -> float | None:
-    """Return the decades by which a profile rises from input to output; None with fewer than four layers.
+    """Return the decades by which a profile rises from input to output.
 
-    The same statistic as `stats.depth_profile.depth_tilt`, of one step and on the host: the number of layers less one,
-    times the median slope between pairs of layers.
+    None with fewer than four layers. The same statistic as `stats.depth_profile.depth_tilt`, of one step and on the
+    host: the number of layers less one, times the median slope between pairs of layers.
 
     Args:
         profile: log10(‖g‖/‖w‖) of the layers that get a gradient, input first.
@@ -67,7 +68,7 @@ def dead_shares(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> dict
     """
     gradients = {name: parameters[name].grad for name in layers if name in parameters}
     return {
-        name: float((gradient.flatten(1) == 0).all(1).float().mean())
+        name: float(dead_row_share(gradient))
         for name, gradient in gradients.items()
         if gradient is not None and len(gradient)
     }

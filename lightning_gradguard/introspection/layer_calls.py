@@ -120,7 +120,7 @@ class LayerMode(TorchFunctionMode):
     def _operands(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, Tensor, Tensor | None] | None:
-        """Return the index of a layer's input in the arguments, its weight and bias; None if this is no layer."""
+        """Return a layer's input (its index in the arguments), weight and bias; None if this is no layer."""
         if name in _PRODUCTS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             return 0, weight, args[2] if len(args) > 2 else kwargs.get("bias")

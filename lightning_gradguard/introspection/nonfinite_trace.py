@@ -72,7 +72,9 @@ class NonFiniteSource:
 
 
 class ForwardTrace(TorchFunctionMode):
-    """Mode that observes every function of torch; use it in a `sandbox`, for it puts hooks on the modules.
+    """Mode that observes every function of torch in a forward pass.
+
+    Use it in a `sandbox`, for it puts hooks on the modules.
 
     A NaN or Inf that disappears again does not count, such as the infinities of an attention mask after its softmax:
     `source_of` follows the loss back to the source that it descends from.
@@ -107,7 +109,7 @@ class ForwardTrace(TorchFunctionMode):
                 part.register_forward_hook(self._leave, always_call=True)
 
     def source_of(self, tensor: Tensor) -> NonFiniteSource | None:
-        """Return the source of a tensor's NaN or Inf; None if it is finite, or the source was not observed."""
+        """Return the source of a tensor's NaN or Inf; None if it has none that was observed."""
         known = self._known.get(_storage(tensor))
         return known[1] if known is not None and not is_finite(tensor) else None
 
@@ -171,7 +173,7 @@ class ForwardTrace(TorchFunctionMode):
         bad: list[Tensor],
         earlier: list[NonFiniteSource],
     ) -> NonFiniteSource:
-        """Return the source of a result that is not finite: one of its inputs' sources, or this very call."""
+        """Return the source of a bad result: that of an input, or this very call."""
         name = getattr(func, "__name__", "")
         genuine = [source for source in earlier if not source.intended]
         if genuine:
@@ -253,7 +255,7 @@ class BackwardTrace:
                 node.register_hook(self._inspect(index))
 
     def first_source(self) -> tuple[NonFiniteSource, bool] | None:
-        """Return the first source that reaches a parameter's gradient, and if it lies in the loss; None without one."""
+        """Return the first source that reaches a gradient, and True if it lies in the loss; None without one."""
         leaves = [n for n in self._nodes if not n.next_functions]
         gradients = [(n, getattr(getattr(n, "variable", None), "grad", None)) for n in leaves]
         pending = [n for n, gradient in gradients if gradient is not None and not is_finite(gradient)]
@@ -299,7 +301,7 @@ class BackwardTrace:
 
 
 def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tensor]) -> float:
-    """Compute a function again in float64, to tell an overflow from a result without a finite value.
+    """Compute the exact size of a result that is not finite, in float64.
 
     Args:
         func: The function whose result is not finite.

@@ -120,7 +120,7 @@ def kind_of(operation: str) -> str | None:
 
 
 def composed_kind(operation: str, below: Sequence[tuple[str, Sequence[str]]]) -> str | None:
-    """Return the kind of an operation together with those that it uses; None if they have no common kind.
+    """Return the kind of an operation together with those that it uses.
 
     Args:
         operation: The operation.

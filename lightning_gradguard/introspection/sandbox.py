@@ -72,7 +72,9 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
 
 
 class _Copier:
-    """Copier of mutable values; copies each value once, so that what was shared stays shared.
+    """Copier of mutable values.
+
+    It copies each value once, so that what was shared stays shared.
 
     Args:
         largest: Elements above which a tensor that is no parameter or buffer is not copied; `LARGEST_TENSOR` if None.
@@ -90,7 +92,7 @@ class _Copier:
             module.__dict__.update(held)
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of a value; a module is returned itself, and holds copies from now on."""
+        """Return a copy of a value; a module stays itself and holds copies from now on."""
         if isinstance(value, (str, bytes, int, float, complex, bool, type(None), *_CODE)):
             return value
         if id(value) not in self._copies:
@@ -105,7 +107,7 @@ class _Copier:
         return self._copies[id(value)][1]
 
     def _empty(self, value: Any) -> Any:
-        """Return a copy of a tensor or generator, a shallow copy of a container or object, or the value itself."""
+        """Return a copy without the contents, or the value itself if it is not to be copied."""
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, torch.Generator):
@@ -156,7 +158,7 @@ class _Copier:
             self._fill_object(made, value)
 
     def _fill_object(self, made: Any, value: Any) -> None:
-        """Copy what an object of the user's class holds: as a dict, in its attributes, in its slots."""
+        """Copy an object's dict entries, attributes and slots."""
         if isinstance(made, dict):
             dict.update(made, {key: self.copy(entry) for key, entry in value.items()})
         if hasattr(made, "__dict__"):
@@ -199,7 +201,10 @@ def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
 
 
 class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Mode that refuses collectives: the other processes may not run this code, and this one would wait for ever."""
+    """Mode that refuses collectives.
+
+    The other processes may not run this code, and this one would wait for ever.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _COLLECTIVES:

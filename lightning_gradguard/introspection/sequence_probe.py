@@ -39,7 +39,10 @@ class SequenceGradientProbe:
         ]
 
     def close(self) -> Tensor | None:
-        """Remove the hooks and return the time tilt in decades, float32 []; None without a long enough sequence."""
+        """Remove the hooks and return the time tilt, float32 [], in decades.
+
+        None without a sequence of ten steps.
+        """
         for hook in self._hooks:
             hook.remove()
         norms = self._norms
@@ -84,9 +87,10 @@ class SequenceGradientProbe:
 
 
 class SandboxedSequenceProbe:
-    """Probe of the recurrent layers and cells of a module in a sandbox; it puts hooks on the module.
+    """Probe of the recurrent layers and cells of a module in a sandbox.
 
-    Measures the gradient of a layer's input at each step, and of a cell's input at each call.
+    It puts hooks on the module. It measures the gradient of a layer's input at each step, and of a cell's input at each
+    call.
 
     Args:
         module: What is run.
@@ -103,7 +107,10 @@ class SandboxedSequenceProbe:
                 layer.register_forward_pre_hook(self._before_cell)
 
     def take(self) -> float | None:
-        """Return the time tilt of the passes since the last call, in decades; None without a long enough sequence."""
+        """Return the time tilt since the last call, in decades.
+
+        None without a sequence of ten steps.
+        """
         calls = [torch.stack([own[i] for i in sorted(own)]) for own in self._steps.values()]
         norms = next((n for n in (*self._norms, *calls) if len(n) >= MIN_TIMES), None)
         self._norms, self._steps = [], {}
@@ -130,7 +137,9 @@ class SandboxedSequenceProbe:
 def _observe_input(
     layer: nn.RNNBase, args: tuple[Any, ...], keep: Callable[[Tensor], None]
 ) -> tuple[Any, ...] | None:
-    """Pass the gradient norm of a layer's input at each step, float32 [T], to ``keep`` in the backward pass.
+    """Hook a layer's input, to pass the norms of its gradient to ``keep``.
+
+    There is one norm for each of T steps, float32 [T].
 
     Returns:
         Arguments to call the layer with; None if its input is no batch of sequences.
@@ -151,7 +160,7 @@ def _differentiable(x: Tensor) -> Tensor:
 
 
 def _time_tilt(norms: Tensor) -> Tensor:
-    """Return log10 of the mean norm in the last tenth of the steps over that in the first tenth, float32 []."""
+    """Return log10 of the last tenth's mean norm over the first tenth's, float32 []."""
     tenth, tiny = max(1, len(norms) // 10), torch.finfo(torch.float32).tiny
     first, last = norms[:tenth].mean().clamp(min=tiny), norms[-tenth:].mean().clamp(min=tiny)
     return torch.log10(last / first)

@@ -16,7 +16,7 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
 def current_line() -> str:
-    """Return the innermost line of the user's code that is running, such as ``model.py:42``; empty if none is."""
+    """Return the user's innermost running line, such as ``model.py:42``; empty without one."""
     frame = sys._getframe(1)
     while frame is not None:
         if _is_users(frame.f_code.co_filename):
@@ -26,7 +26,7 @@ def current_line() -> str:
 
 
 def line_of(traceback: Iterable[str]) -> str:
-    """Return the innermost line of the user's code in a formatted traceback, outermost line first."""
+    """Return the user's innermost line in a formatted traceback, outermost line first."""
     for entry in reversed(list(traceback)):
         match = _FRAME.search(entry)
         if match and _is_users(match[1]):
@@ -39,7 +39,7 @@ def _is_users(file: str) -> bool:
 
 
 def _shown(file: str, line: int) -> str:
-    """Return file and line: relative to the working directory if the file lies in it, else the file's name alone."""
+    """Format file and line, relative to the working directory if the file lies in it."""
     inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
     name = os.path.relpath(file) if inside else Path(file).name
     return f"{name}:{line}"

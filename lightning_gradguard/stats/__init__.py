@@ -1,1 +1,1 @@
-"""The one pass over the gradients, and the running statistics that detectors and clippers share."""
+"""Statistics of gradients: one pass over them at each step, and running statistics that detectors share."""

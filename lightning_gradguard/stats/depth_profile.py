@@ -1,4 +1,4 @@
-"""How gradients change over depth: the distance of each layer from the middle one, and the tilt of all of them."""
+"""Depth profile: how gradients change from the first layer to the last, and the tilt of that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_gradguard.stats.layout import Layout
 
-#: Fewest layers for which a tilt over depth is a statement.
+#: Fewest layers for which a depth tilt means anything.
 MIN_LAYERS = 4
 #: Depth tilts that are healthy, in decades from input to output. Below lies the limit of `Exploding`; healthy trainings
 #: reach -1.56 (benchmarks/detection.md). Above, `DepthTilt` counts the condition as over; healthy trainings reach 2.27,
@@ -15,31 +15,31 @@ MIN_LAYERS = 4
 HEALTHY_DEPTH_TILT = (-1.8, 2.5)
 
 
-def shape_of(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """What a profile over depth looks like.
+def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return the distance of each layer from the middle one, and the depth tilt.
 
     Args:
-        profile: float32 [P], log10(‖g‖/‖w‖) of each tensor, decades.
+        profile: float32 [P], log10(‖g‖/‖w‖) of each tensor, decades (factors of ten).
         live: Bool [P], tensors that count.
-        layout: Tells which tensors are layers, and their order.
+        layout: Gives the layers and their order.
 
     Returns:
-        Distance of each layer from the middle one, float32 [P], NaN for what is no live layer; and `depth_tilt`.
+        Distance in decades, float32 [P], NaN for what is no live layer; and `depth_tilt`, float32 [].
     """
     layered = torch.where(live & layout.is_layer, profile, torch.nan)
     return layered - torch.nanmedian(layered, 0).values, depth_tilt(profile, live, layout)
 
 
 def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
-    """Decades by which the profile rises from the first to the last layer, float32 [].
+    """Return the decades by which the profile rises from the first to the last layer, float32 [].
 
-    (L-1) times the Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single
-    odd layers do not matter. Positive: gradients shrink towards the input.
+    (L - 1) times the Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single odd layers
+    do not matter. Positive: gradients shrink towards the input. NaN with fewer than four live layers.
 
     Args:
         profile: float32 [P], decades.
-        live: Bool [P], tensors that count. With fewer than four layers among them the tilt is NaN.
-        layout: Tells which tensors are layers, and their order.
+        live: Bool [P], tensors that count.
+        layout: Gives the layers and their order.
 
     Source: Sen 1968, "Estimates of the regression coefficient based on Kendall's tau".
     """

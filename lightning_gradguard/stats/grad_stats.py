@@ -1,4 +1,4 @@
-"""The one pass over the gradients: `measure` turns them into `GradStats`, vectors of P numbers on the device."""
+"""`GradStats`: one step's gradients, reduced to vectors of P numbers on the device by one pass over them."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from torch import Tensor
 
 from lightning_gradguard.stats.layout import Layout, pattern_of
 from lightning_gradguard.stats.norms import norms_of
-from lightning_gradguard.stats.norms import weight_norms as weight_norms
 from lightning_gradguard.stats.sharding import align_gradients
 
 if TYPE_CHECKING:
     from lightning_gradguard.stats.trends import Trends
 
-#: Norm from which a step is not finite: its square overflows, and with it a second moment.
+#: Norm from which a step counts as non-finite: its square overflows float32, and with it a second moment.
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
 class GradStats:
-    """One step's gradients of P tensors, reduced to vectors; everything lies on the device of the first tensor.
+    """One step's gradients of P tensors, reduced to vectors on the device of the first tensor.
+
+    A full evaluation is a step at which `slow` detectors are evaluated too: each of the first 32 steps, then every
+    eighth, later every 32nd. A sampled step is one at which more than norms is read; in between, those values stay.
 
     Attributes:
-        layout: The static facts.
+        layout: Names, order and shapes of the tensors.
         gradients: The P gradients, None where there is none.
-        pattern: P times, for the host: whether there is a gradient.
+        pattern: P times whether there is a gradient, for the host.
         norms: float32 [P], L2 norm of each gradient; 0 where there is none.
         present: Bool [P], whether there is a gradient.
         weights: float32 [P], L2 norm of each parameter at its last refresh, at least ``layout.floors``.
         log_weights: float32 [P], their natural logarithms.
-        updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
-        dead: float32 [P], share of output rows with an all-zero gradient at the newest sampled step.
-        lost: float32 [P], share of a half-precision gradient lost to its dtype, likewise.
-        update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
-        sampled_steps: Steps that a new sample of ``updates`` stands for; 0 where it is an old one.
-        elapsed: Good steps since the last closer look, which this one stands for; 0 on a step that is no closer look,
-            at which `slow` detectors are not asked.
-        passed: Quiet steps since the last one at which detectors were asked.
-        low_precision: Whether gradients are computed, or scaled, in half precision.
-        resting: Whether the learning rate is below a tenth of its peak, so that small updates are meant; False where no
-            closer look asks for it.
+        updates: float32 [P], applied update ratio ‖Δw‖/‖w‖ at the last sampled step; NaN before the first.
+        total: float32 [], global norm.
+        loss: float32 [], NaN if none was given.
+        has_loss: Whether a loss was given.
+        dead: float32 [P], share of output rows with an all-zero gradient at the last sampled step.
+        lost: float32 [P], share of a half-precision gradient that is zero or subnormal there.
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
-        recurrent: Bool [P], tensors that are applied again and again in one pass.
-        time_tilt: float32 [], decades by which gradients fall from the last to the first tenth of a sequence;
-            NaN where nobody asked.
-        total: float32 [], global norm.
-        loss: float32 [], NaN when none was given.
-        has_loss: Whether a loss was given.
+        recurrent: Bool [P], tensors that are applied repeatedly in one pass.
+        time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
+            sequence; NaN where it was not measured.
+        update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
+        sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.
+        elapsed: Good steps that this full evaluation stands for, at most 8; 0 if this is none.
+        passed: Steps that the fast path accepted since detectors were last evaluated.
+        resting: Whether the learning rate is below a tenth of its peak, so that small updates are intended; False if
+            this is no full evaluation.
+        low_precision: Whether gradients are computed, or scaled, in half precision.
     """
 
     layout: Layout
@@ -87,7 +88,7 @@ class GradStats:
         """Running statistics up to this step, which detectors share.
 
         Raises:
-            ValueError: If they have not been set, which the guard does.
+            ValueError: If they are not set, which `Guard` does before it evaluates detectors.
         """
         if self._trends is None:
             raise ValueError(
@@ -102,12 +103,12 @@ class GradStats:
         number = self.layout.constant
         # Zero times what is not finite is NaN.
         both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
-        # The square of the norm must be finite too, or an optimizer's second moment is not; false for NaN.
+        # The square of the norm must be finite too, or an optimizer's second moment is not. False for NaN.
         return both < number(LARGEST_NORM)
 
     @cached_property
     def relative(self) -> Tensor:
-        """Size of each gradient in relation to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
+        """Size of each gradient relative to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
         return (self.log_norms - self.log_weights) * self.layout.constant(1 / math.log(10))
 
     @cached_property
@@ -116,32 +117,30 @@ class GradStats:
         return self.norms.log()
 
     def replace(self, **changes: Any) -> GradStats:
-        """A copy with other values for some fields, made at once and not field by field."""
+        """Return a copy with other values for some fields; faster than `dataclasses.replace`."""
         copy = object.__new__(GradStats)
         vars(copy).update(vars(self), **changes)
         return copy
 
     def with_trends(self, trends: Trends, passed: int = 0) -> GradStats:
-        """A copy for detectors.
+        """Return a copy for detectors.
 
         Args:
             trends: Running statistics up to this step.
-            passed: Steps since the last one at which detectors were asked.
+            passed: Steps that the fast path accepted since detectors were last evaluated.
         """
         return self.replace(_trends=trends, passed=passed)
 
 
 class NoState(NamedTuple):
-    """The state of a detector or clipper that remembers nothing."""
+    """The state of a detector or clipper without memory."""
 
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
-    """Measures the gradients that lie on the parameters now, with one read of each.
-
-    Where they are spread over ranks, every rank has to call it.
+    """Measure the gradients of the parameters now, with one read of each; if sharded, every rank has to call it.
 
     Args:
-        layout: The watched tensors.
+        layout: The tracked tensors.
         weights: float32 [P] weight norms, from `weight_norms`.
         updates: float32 [P] applied update ratios.
         loss: Scalar loss of this step, or None.
@@ -160,25 +159,25 @@ def stats_of(
     loss: Tensor | None,
     **known: Any,
 ) -> GradStats:
-    """What follows from the norms of gradients, float32 [P]; the other arguments as in `measure`.
+    """Return the statistics that follow from the norms of the gradients.
 
     Args:
-        layout: The watched tensors.
+        layout: The tracked tensors.
         gradients: The P gradients.
-        norms: Their norms.
-        weights: Norms of the weights, at least ``layout.floors``.
-        updates: Applied update ratios.
+        norms: float32 [P], their norms.
+        weights: float32 [P], norms of the weights, at least ``layout.floors``.
+        updates: float32 [P], applied update ratios.
         loss: Scalar loss of this step, or None.
-        **known: Other fields of `GradStats`; what is left out counts as not seen.
+        **known: Other fields of `GradStats`; one that is left out counts as not measured.
     """
     total, number = torch.linalg.vector_norm(norms), layout.constant
     unknown, zeros, nowhere = number(torch.nan), layout.zeros, layout.nowhere
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
+    unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
-    unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     return GradStats(
         layout=layout,
         gradients=gradients,
@@ -195,7 +194,7 @@ def stats_of(
 
 
 def gradients_of(layout: Layout) -> tuple[Tensor | None, ...]:
-    """The gradients as they lie on the parameters now, each spread over ranks as its parameter is."""
+    """Return the gradients of the parameters now, each sharded as its parameter is."""
     if layout.shards is not None:
         align_gradients(layout.parameters)
     return tuple([p.grad for p in layout.parameters])

@@ -1,4 +1,4 @@
-"""Histograms of many gradients, counted in one pass on the device: of log10|g| on one fixed axis, or of values."""
+"""Histograms of many gradients, counted on the device: of log10|g| on one fixed axis, or of values."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-#: What the horizontal axis shows.
+#: Quantity on the horizontal axis.
 Axis = Literal["log10", "value"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
-#: Bin edges in decades, the same for every tensor, step and run, so that pictures compare. Bin k counts
-#: ``EDGES[k] <= log10|g| < EDGES[k + 1]``; the first also all that is smaller, the last all that is larger.
+#: Bin edges in decades (factors of ten), the same for every tensor, step and run, so that pictures compare. Bin k
+#: counts ``EDGES[k] <= log10|g| < EDGES[k + 1]``; the first bin also counts everything smaller, the last everything
+#: larger.
 EDGES: tuple[float, ...] = tuple(-12 + k / 2 for k in range(31))
 
-#: Half the width of an axis of values, in root mean squares: no more than 1/16 of the elements can lie beyond
-#: it (Chebyshev's inequality), and one large element cannot squeeze all others into one bin.
+#: Half the width of an axis of values, in root mean squares. At most 1/16 of the elements can lie beyond it
+#: (Chebyshev's inequality), and one large element cannot squeeze all others into one bin.
 SPREAD = 4.0
 
 _BINS = len(EDGES) - 1
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-_TOGETHER = 32  # tensors
+#: Tensors that are counted together.
+_TOGETHER = 32
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Counts(NamedTuple):
-    """What `count` returns for T tensors and K thresholds; all but ``limits`` add up over shards.
+    """Result of `count` for T tensors and K thresholds; everything but ``limits`` adds up over shards.
 
     Attributes:
         bins: float32 [T, 30], number of finite elements in each bin.
         nonfinite: float32 [T], number of NaN and infinite elements.
         squares: float32 [T], sum of squares; not finite where an element is not, or where it overflows.
-        below: float32 [T, K], number of elements, zeros left out, of a magnitude below each threshold. Without
-            a sample it is exact: every narrower dtype compares exactly in float32, and float64 as itself.
+        below: float32 [T, K], number of elements with a magnitude below each threshold, zeros excluded. Exact if all
+            elements are read: every narrower dtype compares exactly in float32, and float64 as itself.
         limits: float32 [T], right end of the axis: 3 decades, or half the width of the axis of values.
     """
 
@@ -47,7 +49,7 @@ class Counts(NamedTuple):
 
 
 def edges(limit: float) -> tuple[float, ...]:
-    """The 31 edges of 30 equal bins of values from ``-limit`` to ``limit``."""
+    """Return the 31 edges of 30 equal bins of values from ``-limit`` to ``limit``."""
     return tuple(limit * (2 * k / _BINS - 1) for k in range(_BINS + 1))
 
 
@@ -58,29 +60,29 @@ def count(
     axis: Axis = "log10",
     thresholds: Sequence[float] = (),
 ) -> Counts:
-    """Counts the elements of each gradient by the decimal logarithm of their magnitude, or by their value.
+    """Count the elements of each gradient by the decimal logarithm of their magnitude, or by their value.
 
-    Gradients span many decades, so a histogram of their values is one spike at zero whether they vanish or
-    explode. On the logarithmic axis vanishing drifts to the left, exploding to the right, and exact zeros stand
-    as a wall in the first bin. The axis of values is symmetric, `edges` of the largest finite magnitude or of
-    `SPREAD` root mean squares, whichever is smaller; what lies beyond counts in the outer bins, and zero in the
-    one right of it. That is ``numpy.histogram(g.clip(-limit, limit), bins=edges(limit))``.
+    Gradients span many decades, so a histogram of their values is one peak at zero whether they vanish or explode. On
+    the logarithmic axis vanishing gradients move left, exploding ones right, and exact zeros fill the first bin. The
+    axis of values is symmetric: `edges` of the largest finite magnitude or of `SPREAD` root mean squares, whichever is
+    smaller. Values beyond it count in the outer bins, and zero in the bin right of zero. That is
+    ``numpy.histogram(g.clip(-limit, limit), bins=edges(limit))``.
 
-    A tensor with more than ``max_samples`` elements is sampled at an even stride, and its counts scaled up so
-    that a column always shows a number of elements. For a random sample of n elements no cumulative share
-    is off by more than sqrt(ln(2/0.05) / 2n) in 95 of 100 histograms, 2.1 % for 4096
-    (Dvoretzky-Kiefer-Wolfowitz inequality with the constant of Massart 1990, doi:10.1214/aop/1176990746).
+    A tensor with more than ``max_samples`` elements is sampled at an even stride, and its counts are scaled up, so that
+    a column always shows a number of elements. For a random sample of n elements no cumulative share is off by more
+    than sqrt(ln(2/0.05) / 2n) in 95 of 100 histograms, 2.1 % for 4096 (Dvoretzky-Kiefer-Wolfowitz inequality with the
+    constant of Massart 1990, doi:10.1214/aop/1176990746).
 
-    Real and imaginary parts of a complex gradient count as two elements; the zeros which a sparse gradient
-    does not store count as zeros. An element within rounding of an edge may fall on either side of it. Counts
-    above 2**24 are rounded to float32.
+    Real and imaginary part of a complex gradient count as two elements, and the zeros that a sparse gradient does not
+    store count as zeros. An element within rounding of an edge may fall on either side of it. Counts above 2**24 are
+    rounded to float32.
 
     Args:
-        gradients: T gradients of any shape, dtype and layout (of a sharded one, the local shard), or None,
-            which counts nothing.
-        max_samples: Elements read of each tensor at most, at least 1; None reads all of them, which is exact.
+        gradients: T gradients of any shape, dtype and layout (of a sharded one, the local shard), or None, which counts
+            nothing.
+        max_samples: Largest number of elements read of each tensor, at least 1; None reads all, which is exact.
         axis: "log10" or "value".
-        thresholds: K magnitudes; infinity counts all finite elements but the zeros.
+        thresholds: K magnitudes; infinity counts all finite elements except zeros.
 
     Returns:
         The counts, on the device of the first gradient.
@@ -98,7 +100,7 @@ def count(
     device = next((g.device for g in gradients if g is not None), torch.device("cpu"))
     stored = [torch.empty(0, device=device) if g is None else _stored(g) for g in gradients]
     most = max([1, *(s.numel() for s in stored)]) if max_samples is None else max_samples
-    # In groups, since all together would need several times the memory of what is read, and fresh memory is slow.
+    # In groups: all together would need several times the memory of what is read, and fresh memory is slow.
     size = 1 if max_samples is None else _TOGETHER
     groups = [stored[i : i + size] for i in range(0, max(1, len(stored)), size)]
     parts = [_tally(*_joined(group, most, device), axis, thresholds) for group in groups]
@@ -110,7 +112,7 @@ def count(
 
 
 def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[float]) -> Counts:
-    """Counts of each row of values [T, n], which are overwritten.
+    """Count each row of values [T, n], which are overwritten.
 
     Args:
         values: Elements, with zeros at the end of shorter rows.
@@ -124,7 +126,7 @@ def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[flo
         table[:, 1 + _BINS // 2] -= padding
     magnitudes = values.abs_()
     zeros = (magnitudes == 0).sum(1) if thresholds else padding
-    # The padding is zero as well, so it goes with the zeros.
+    # The padding is zero as well, so it is excluded with the zeros.
     below = [(magnitudes < t).sum(1) - zeros for t in thresholds]
     if axis == "log10":
         table, limits = _tally_decades(magnitudes), torch.full_like(squares, EDGES[-1])
@@ -139,35 +141,35 @@ def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[flo
 
 
 def _tally_decades(magnitudes: Tensor) -> Tensor:
-    """Counts by decade, int64 [T, 31], of magnitudes [T, n], which are overwritten; the first column is non-finite."""
-    # In place, since touching fresh memory costs more than the arithmetic. A zero goes from -inf to the first bin.
+    """Count magnitudes [T, n] by decade, int64 [T, 31], and overwrite them; the first column is non-finite."""
+    # In place: touching fresh memory costs more than the arithmetic. A zero goes from -inf to the first bin.
     places = magnitudes.log10_().mul_(2).add_(1 - 2 * EDGES[0]).clamp_(min=1)
     return _frequencies(places.nan_to_num_(nan=0, posinf=0).clamp_(max=_BINS))
 
 
 def _tally_values(values: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts by value, int64 [T, 31], of values [T, n] padded with zeros, and the limits of their axes, float32 [T]."""
+    """Count values [T, n] padded with zeros, int64 [T, 31], and return the limits of their axes, float32 [T]."""
     is_finite = values.isfinite()
     finite = torch.where(is_finite, values, 0)
     number = (is_finite.sum(1) - padding).clamp(min=1)
     peak = torch.linalg.vector_norm(finite, ord=math.inf, dim=1).clamp(min=_SMALLEST)
-    # Relative to the peak, since squares of the elements themselves overflow, or vanish.
+    # Relative to the peak: squares of the elements themselves may overflow or vanish.
     rms = torch.linalg.vector_norm(finite / peak.unsqueeze(1), dim=1) / number.sqrt()
     limits = (peak * (SPREAD * rms).clamp(max=1)).clamp(_SMALLEST, _LARGEST)
-    # Rounded down before anything is added, so that the smallest negative number stays left of zero.
+    # Rounded down before anything is added, so the smallest negative number stays left of zero.
     places = (finite / limits.unsqueeze(1)).mul_(_BINS / 2).floor_().add_(_BINS // 2 + 1).clamp_(1, _BINS)
     return _frequencies(places.mul_(is_finite)), limits.float()
 
 
 def _frequencies(places: Tensor) -> Tensor:
-    """How often each bin occurs in each row of [T, n], int64 [T, 31]."""
-    # Integers, since float32 stops counting at 2**24.
+    """Return how often each bin occurs in each row of [T, n], int64 [T, 31]."""
+    # Integers: float32 stops counting at 2**24.
     table = torch.zeros(len(places), _BINS + 1, dtype=torch.int64, device=places.device)
     return table.scatter_add_(1, places.long(), table.new_ones(1, 1).expand(places.shape))
 
 
 def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
-    """The counts of samples, each of whose elements stands for several."""
+    """Scale up the counts of samples, each of whose elements stands for several."""
     column = torch.tensor(scale, device=counts.bins.device).clamp(min=1)
     row = column.unsqueeze(1)
     bins, nonfinite, squares, below, limits = counts
@@ -175,7 +177,7 @@ def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
 
 
 def _stored(gradient: Tensor) -> Tensor:
-    """The stored elements as real numbers, dimensions in the order of memory."""
+    """Return the stored elements as real numbers, dimensions in the order of memory."""
     dense = gradient.detach()
     if dense.layout == torch.sparse_coo:
         dense = dense.coalesce().values()
@@ -190,20 +192,20 @@ def _stored(gradient: Tensor) -> Tensor:
 
 
 def _implied(gradient: Tensor | None, stored: Tensor) -> float:
-    """Number of zeros which a sparse gradient does not store."""
+    """Return the number of zeros that a sparse gradient does not store."""
     if gradient is None:
         return 0.0
     return float(gradient.numel() * (2 if gradient.is_complex() else 1) - stored.numel())
 
 
 def _joined(stored: Sequence[Tensor], max_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Up to ``max_samples`` elements of each tensor in one matrix [T, n], and the zeros at the end of each row, [T].
+    """Join up to ``max_samples`` elements of each tensor in one matrix [T, n]; return it and the padding of rows, [T].
 
-    The stride is the golden section of the whole, taken modulo the whole: it spreads any number of places evenly,
-    and as it shares no factor with the whole, it is never in step with the rows of a weight.
+    The stride is the golden section of the number of elements, modulo that number. It spreads any number of places
+    evenly, and since it shares no factor with the number, it never falls in step with the rows of a weight.
     """
     lengths = [min(s.numel(), max_samples) for s in stored]
-    # float64 stays: its range would overflow float32. Everything narrower is exact in float32.
+    # float64 stays, since its range would overflow float32. Everything narrower is exact in float32.
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in stored) else torch.float32
     values = torch.empty(len(stored), max([1, *lengths]), dtype=dtype, device=device)
     known: dict[tuple[int, torch.device], Tensor] = {}
@@ -224,7 +226,7 @@ def _joined(stored: Sequence[Tensor], max_samples: int, device: torch.device) ->
 
 
 def _places(number: int, numel: int, device: torch.device) -> Tensor:
-    """Different places of ``number`` among ``numel`` elements, int64 [number]."""
+    """Return ``number`` distinct places among ``numel`` elements, int64 [number]."""
     stride = round(_GOLDEN * numel)
     while math.gcd(stride, numel) > 1:
         stride += 1

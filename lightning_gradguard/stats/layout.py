@@ -1,4 +1,4 @@
-"""What is known of the watched tensors before any gradient: names, order over depth, and which carry the profile."""
+"""What is known of the tracked tensors before any gradient: names, shapes, order over depth, and which are layers."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from torch import Tensor
 from lightning_gradguard.stats.sharding import Shards
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-#: Of which a foreach norm in float32 can be taken.
+#: Dtypes whose foreach norm can be taken in float32.
 _NARROW = (torch.float32, *LOW_PRECISION)
-#: Most pairs of layers that a slope over depth is taken from.
+#: Largest number of pairs of layers from which a slope over depth is taken.
 MAX_PAIRS = 4096
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is known of the watched tensors before any gradient: built once, and again when they change.
+    """What is known of P tracked tensors before any gradient; built once, and again when they change.
+
+    Shapes and numbers of elements are those of whole tensors, also if they are sharded.
 
     Attributes:
         names: P names, as in ``named_parameters``.
         parameters: The P parameters.
-        order: P indices from input to output: the order of their first use in the forward pass.
+        order: P indices from input to output, the order of their first use in the forward pass.
         ordered_names: The names in that order.
         depth: float32 [P], place of each tensor in that order.
-        layers: Indices [L], in that order, of the tensors that carry the depth profile: weights of two
-            dimensions or more, embeddings and empty ones left out.
+        layers: int64 [L], indices in that order of the tensors that make up the depth profile: weights of two
+            dimensions or more, without embeddings and empty ones.
         layer_indices: The same indices, for the host.
-        alike: The same, those of one shape, dtype and device together.
+        alike: The same indices, grouped by shape, dtype and device.
         pairs: int32 [2, K], indices into ``layers``, upper one first: all pairs, or 4,096 of them.
         numel: float32 [P], number of elements.
-        is_layer: Bool [P], the same as a mask.
-        zeros: float32 [P], zeros; not to be written to.
-        nowhere, everywhere: Bool [P], False and True; not to be written to.
+        is_layer: Bool [P], which tensors are layers.
+        floors: float32 [P], smallest weight norm that counts as such: a tenth of what a common initialization gives, so
+            that a zero-initialised tensor has a finite gradient-to-weight ratio.
+        zeros: float32 [P], zeros; read-only.
+        nowhere, everywhere: Bool [P], False and True; read-only.
         is_one_kind: Whether one foreach call takes all of them: real, of one dtype up to float32, on one device.
-        batches: What `norms` reads together, for each choice of tensors.
-        views: What `samples` looks at of the parameters, as long as their memory stays where it is.
-        floors: float32 [P], smallest weight norm that counts as such: a tenth of what a usual
-            initialisation gives, so that a zero-initialised tensor has a finite gradient-to-weight ratio.
-        shards: How the tensors are spread over ranks; None where each rank holds all of them. What is said of
-            shapes and elements here is of the whole tensors.
+        shards: How the tensors are sharded over ranks; None if each rank holds all of them.
+        batches: Cache of `norms`: which tensors are read by one call, for each set of gradients.
+        views: Cache of `samples`: views of the sampled elements, as long as the memory of the parameters stays.
     """
 
     names: tuple[str, ...]
@@ -82,12 +83,12 @@ class Layout:
         order: Sequence[int] | None = None,
         embeddings: frozenset[str] = frozenset(),
     ) -> Layout:
-        """Describes named parameters.
+        """Return the layout of named parameters.
 
         Args:
             parameters: Name to parameter, at least one.
             order: Indices from input to output; the order of the mapping if None.
-            embeddings: Names of look-up tables, whose gradient says nothing of depth.
+            embeddings: Names of look-up tables, whose gradient says nothing about depth.
         """
         names, tensors = tuple(parameters), tuple(parameters.values())
         device = tensors[0].device
@@ -118,13 +119,13 @@ class Layout:
         )
 
     def constant(self, value: float) -> Tensor:
-        """A number as float32 [] on the device; made once, and not to be written to."""
+        """Return a number as float32 [] on the device; made once, read-only."""
         if value not in self._constants:
             self._constants[value] = torch.tensor(float(value), device=self.numel.device, dtype=torch.float32)
         return self._constants[value]
 
     def indices(self, chosen: tuple[int, ...]) -> Tensor:
-        """Indices as a tensor on the device; made once for each choice, of which there are few."""
+        """Return indices as int64 [n] on the device; made once for each choice, of which there are few."""
         if chosen not in self._indices:
             if len(self._indices) >= 16:
                 self._indices.clear()
@@ -132,11 +133,11 @@ class Layout:
         return self._indices[chosen]
 
     def presence(self, pattern: tuple[bool, ...]) -> Tensor:
-        """Bool [P], where there is a gradient, from `pattern_of`."""
+        """Return where there is a gradient, bool [P], from `pattern_of`."""
         return self.everywhere if all(pattern) else self.flags(pattern)
 
     def flags(self, pattern: tuple[bool, ...]) -> Tensor:
-        """A mask of the tensors as bool [P] on the device; built once for each pattern, of which there are few."""
+        """Return a mask of the tensors, bool [P] on the device; made once for each pattern, of which there are few."""
         if pattern not in self._flags:
             if len(self._flags) >= 64:
                 self._flags.clear()
@@ -145,15 +146,15 @@ class Layout:
 
 
 def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
-    """Which of the gradients there are."""
+    """Return for each gradient whether there is one."""
     return tuple(map(is_not, gradients, repeat(None)))
 
 
 def _pairs(count: int) -> Tensor:
-    """Pairs (i < j) out of ``count``, Indices [2, K]: all, or `MAX_PAIRS` drawn evenly, so that memory is bounded."""
+    """Return pairs (i < j) out of ``count``, int64 [2, K]: all, or `MAX_PAIRS` at random, to bound memory."""
     if count * (count - 1) // 2 <= MAX_PAIRS:
         return torch.triu_indices(count, count, 1)
-    # Every distance between two layers gets its share, in the same random numbers at each start.
+    # Every distance between two layers gets its share. The seed makes each run draw the same pairs.
     generator = torch.Generator().manual_seed(count)
     first = torch.randint(count, (MAX_PAIRS,), generator=generator)
     second = (first + torch.randint(1, count, (MAX_PAIRS,), generator=generator)) % count
@@ -161,6 +162,7 @@ def _pairs(count: int) -> Tensor:
 
 
 def _alike(layers: Sequence[int], tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Return indices grouped by shape, dtype and device."""
     kinds: dict[object, list[int]] = {}
     for i in layers:
         kinds.setdefault((tensors[i].shape, tensors[i].dtype, tensors[i].device), []).append(i)
@@ -168,4 +170,5 @@ def _alike(layers: Sequence[int], tensors: Sequence[Tensor]) -> tuple[tuple[int,
 
 
 def _fan_in(parameter: Tensor) -> int:
+    """Return the number of inputs of each output unit; 1 for vectors and scalars."""
     return math.prod(parameter.shape[1:]) if parameter.ndim >= 2 and len(parameter) else 1

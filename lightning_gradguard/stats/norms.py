@@ -1,8 +1,9 @@
-"""L2 norms of many tensors with one read of each, and what else is read of whole tensors."""
+"""L2 norms of many tensors with one read of each, and other statistics of whole tensors."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,62 +13,30 @@ from torch import Tensor
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.sharding import local
 
-#: Elements up to which a tensor is small: on a CPU a call for its norm costs more than to copy it beside others.
+#: Elements up to which a tensor is small: on a CPU one call for its norm costs more than copying it beside others.
 _SMALL = 2**11
-#: Elements that are copied together, so few that they stay in a CPU's cache.
+#: Elements that are copied together, few enough to stay in a CPU's cache.
 _TOGETHER = 2**16
 
 
-class Batches(NamedTuple):
-    """Which tensors are read by one call.
-
-    Attributes:
-        together: Numbers of small tensors of one shape, for each call.
-        alone: Numbers of all others, which a foreach call takes.
-        places: Indices [n], whose norms these are, in that order.
-    """
-
-    together: list[list[int]]
-    alone: list[int]
-    places: Tensor
-
-
 def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """L2 norm of each tensor, float32 [P], 0 for None; where they are spread over ranks, every rank has to call it."""
+    """Return the L2 norm of each tensor, float32 [P], 0 for None; if sharded, every rank has to call it."""
     norms = local_norms(tensors, layout)
     if layout.shards is None:
         return norms
     return layout.shards.sum_over_ranks([layout.shards.squares(norms)])[0].sqrt().to(torch.float32)
 
 
-@torch.no_grad()
-def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """L2 norm of what this rank holds of each tensor, float32 [P], 0 for None."""
-    if layout.shards is not None:
-        tensors = [None if t is None else local(t).detach() for t in tensors]
-    present, whose = [t for t in tensors if t is not None], None
-    if not present:
-        return layout.zeros
-    if len(present) < len(tensors):
-        whose = tuple([i for i, t in enumerate(tensors) if t is not None])
-    if layout.is_one_kind:
-        # The everyday case, in which a look at each tensor would cost more than its norm. It is refused for a sparse
-        # gradient, and for one of another dtype than its parameter.
-        with contextlib.suppress(RuntimeError):
-            return _norms_of_one_kind(present, whose, layout)
-    return _norms_of_any_kind(present, range(len(tensors)) if whose is None else whose, layout)
-
-
 def weight_norms(layout: Layout) -> Tensor:
-    """L2 norm of each parameter, float32 [P]: one read of the weights, so refreshed only every few steps.
+    """Return the L2 norm of each parameter, float32 [P]; if sharded, every rank has to call it.
 
-    Where they are spread over ranks, every rank has to call it.
+    It reads all weights, so it is refreshed only every few steps.
     """
     return norms_of(layout.parameters, layout)
 
 
 def weight_means(layout: Layout) -> Tensor:
-    """Mean of each parameter's elements, float32 [P]; where they are spread over ranks, every rank has to call it."""
+    """Return the mean of each parameter's elements, float32 [P]; if sharded, every rank has to call it."""
     parts = [
         real(local(p).detach()).sum(dtype=torch.float32) / (1 + p.is_complex()) for p in layout.parameters
     ]
@@ -78,37 +47,77 @@ def weight_means(layout: Layout) -> Tensor:
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
-    """L2 norm per output unit, broadcastable to ``tensor``: over all but the first dimension.
+    """Return the L2 norm of each output unit, broadcastable to ``tensor``; float64 for float64, else float32.
 
-    Vectors and scalars are one unit. float32, or float64 for float64 input.
+    A unit is a row, over all but the first dimension, or a whole vector or scalar. For a sparse tensor all units are
+    returned, most of them 0.
 
     Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
     """
+    if tensor.layout == torch.sparse_coo and tensor.ndim >= 2:
+        sparse = tensor.coalesce()
+        values = sparse._values().abs().reshape(sparse._nnz(), math.prod(sparse._values().shape[1:]))
+        squares = unit_norms(values).square().reshape(-1)
+        units = squares.new_zeros(tensor.shape[0]).index_add_(0, sparse._indices()[0], squares).sqrt()
+        return units.reshape([-1] + [1] * (tensor.ndim - 1))
     stored = dense(tensor)
+    # A complex norm refuses a real dtype argument.
+    stored = stored.abs() if stored.is_complex() else stored
     dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
     dims = list(range(1, stored.ndim)) if stored.ndim > 1 else None
-    stored = stored.abs() if stored.is_complex() else stored  # refuses a real dtype argument
     norms: Tensor = torch.linalg.vector_norm(stored, dim=dims, keepdim=dims is not None, dtype=dtype)
     return norms
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values that a sparse tensor stores, each once; any other tensor as it is."""
+    """Return the values that a sparse tensor stores, each once; any other tensor unchanged."""
     return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers; any other tensor as it is."""
+    """Return a complex tensor as pairs of real numbers; any other tensor unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _norms_of_one_kind(tensors: list[Tensor], whose: tuple[int, ...] | None, layout: Layout) -> Tensor:
-    """Norms of tensors that are alike, float32 [P]: small ones side by side, all others by one foreach call."""
-    batches = layout.batches.get(whose)
+@torch.no_grad()
+def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
+    """Return the L2 norm of this rank's part of each tensor, float32 [P], 0 for None."""
+    if layout.shards is not None:
+        tensors = [None if t is None else local(t).detach() for t in tensors]
+    present, indices = [t for t in tensors if t is not None], None
+    if not present:
+        return layout.zeros
+    if len(present) < len(tensors):
+        indices = tuple([i for i, t in enumerate(tensors) if t is not None])
+    if layout.is_one_kind:
+        # The common case: to check each tensor would cost more than its norm. Torch refuses a sparse gradient, and one
+        # of another dtype than its parameter.
+        with contextlib.suppress(RuntimeError):
+            return _norms_of_one_kind(present, indices, layout)
+    return _norms_of_any_kind(present, range(len(tensors)) if indices is None else indices, layout)
+
+
+class Batches(NamedTuple):
+    """Which of some tensors are read by one call.
+
+    Attributes:
+        together: For each call, positions of small tensors of one shape.
+        alone: Positions of all others, which one foreach call takes.
+        places: int64 [n], indices of the tensors whose norms these are, in that order.
+    """
+
+    together: list[list[int]]
+    alone: list[int]
+    places: Tensor
+
+
+def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Tensor:
+    """Return norms of tensors of one dtype and device, float32 [P]: small ones stacked, others by a foreach call."""
+    batches = layout.batches.get(indices)
     if batches is None:
         if len(layout.batches) >= 16:
             layout.batches.clear()
-        batches = layout.batches[whose] = _batches_of(tensors, whose, layout)
+        batches = layout.batches[indices] = _batches_of(tensors, indices, layout)
     pieces = []
     for some in batches.together:
         rows = torch.stack([tensors[i] for i in some]).view(len(some), -1)
@@ -119,8 +128,8 @@ def _norms_of_one_kind(tensors: list[Tensor], whose: tuple[int, ...] | None, lay
     return layout.zeros.index_copy(0, batches.places, torch.cat(pieces))
 
 
-def _batches_of(tensors: list[Tensor], whose: tuple[int, ...] | None, layout: Layout) -> Batches:
-    """Groups small tensors by shape; an accelerator's foreach call needs no such help."""
+def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Batches:
+    """Group small tensors by shape; an accelerator's foreach call needs no such help."""
     shapes: dict[torch.Size, list[int]] = {}
     alone: list[int] = []
     for i, tensor in enumerate(tensors):
@@ -135,14 +144,14 @@ def _batches_of(tensors: list[Tensor], whose: tuple[int, ...] | None, layout: La
         together += [some[begin : begin + width] for begin in range(0, len(some), width)]
     alone.sort()
     order = [i for some in together for i in some] + alone
-    places = order if whose is None else [whose[i] for i in order]
+    places = order if indices is None else [indices[i] for i in order]
     return Batches(together, alone, torch.tensor(places, dtype=torch.long, device=layout.zeros.device))
 
 
-def _norms_of_any_kind(tensors: list[Tensor], whose: Sequence[int], layout: Layout) -> Tensor:
-    """Norms of tensors of several dtypes, devices or layouts, float32 [P]: one foreach call for each kind."""
+def _norms_of_any_kind(tensors: list[Tensor], indices: Sequence[int], layout: Layout) -> Tensor:
+    """Return norms of tensors of several dtypes, devices or layouts, float32 [P]: one foreach call for each kind."""
     buckets: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
-    for place, stored in zip(whose, tensors, strict=True):
+    for place, stored in zip(indices, tensors, strict=True):
         tensor = real(dense(stored))
         buckets.setdefault((tensor.device, tensor.dtype == torch.float64), []).append((place, tensor))
     pieces: list[Tensor] = []

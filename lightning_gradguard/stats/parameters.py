@@ -1,4 +1,4 @@
-"""Which parameters an optimizer has, and what they are called."""
+"""Parameters of a model or an optimizer, and their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
 
 
 def as_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """The pairs of name and parameter, as a list.
+    """Return pairs of name and parameter as a list.
 
     Raises:
         TypeError: If they are something else, such as a module or its ``parameters()``.
@@ -32,27 +32,27 @@ def as_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, 
 
 
 def members(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """An optimizer's parameters, group after group."""
+    """Return an optimizer's parameters, group after group; none without an optimizer."""
     return [*chain.from_iterable(_groups(optimizer))]
 
 
 def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether two lists hold the same tensors, which tells whether any came, went, or was replaced."""
+    """Return whether two lists hold the same tensors, so that none came, went, or was replaced."""
     return len(some) == len(others) and all(map(is_, some, others))
 
 
 def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Name to parameter: in the model's order, then what the optimizer has beyond the model.
+    """Return name to parameter, in the model's order, then those that only the optimizer has.
 
-    Tied parameters count once, under their first name. Parameters of two models that bear the same name are
-    numbered, for none is to be left unwatched. Names that torch.compile and FSDP put in front are left out.
+    Tied parameters count once, under their first name. Parameters of two models with the same name are numbered, so
+    that all are tracked. Prefixes that torch.compile and FSDP add to names are removed.
 
     Args:
         named: Pairs of name and parameter.
         optimizer: Restricts the choice to its parameters; None takes all.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no parameter.
     """
     known = {id(p): (_plain(name), p) for name, p in reversed(named)}
     own = {
@@ -72,7 +72,7 @@ def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
 
 
 def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
-    """Whether the names are those of a compiled module, of which no hook sees anything."""
+    """Return whether the names are those of a compiled module, which calls no hooks."""
     return any("_orig_mod." in name for name, _ in named)
 
 

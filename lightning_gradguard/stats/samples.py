@@ -1,4 +1,8 @@
-"""What is read only now and then, and only in part: samples of weights and of gradients."""
+"""What is read only at some steps, and of a part of the elements: samples of weights, dead rows, and lost elements.
+
+Each quantity has two forms: of whole tensors, and the part of it that one rank holds if they are sharded, which
+`collect` sums over ranks. Both take the same elements.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,18 @@ from lightning_gradguard.stats.layout import LOW_PRECISION, Layout
 from lightning_gradguard.stats.norms import dense, real
 from lightning_gradguard.stats.sharding import Shards, local
 
-#: Elements of each tensor, and output rows of each weight, that stand for it.
+#: Elements of each tensor, and output rows of each weight, that represent it.
 SAMPLES = 64
-#: Elements that are compared with zero at once: so few that they stay in a CPU's cache.
+#: Elements that are compared with zero at once, few enough to stay in a CPU's cache.
 _TOGETHER = 2**16
 
 
+# Weights before and after a step
+
+
 def sample(layout: Layout) -> Tensor:
-    """A copy of up to `SAMPLES` evenly strided elements of each parameter, float32 [P, SAMPLES], zeros behind."""
-    views, places = _views(layout)
+    """Return a copy of up to `SAMPLES` evenly strided elements of each parameter, float32 [P, SAMPLES], zero-padded."""
+    views, places = _sample_views(layout)
     device = layout.numel.device
     if any(view.device != device for view in views):
         views = [view.to(device) for view in views]
@@ -31,11 +38,25 @@ def sample(layout: Layout) -> Tensor:
     return rows.index_copy_(0, places, picked).view(len(views), SAMPLES)
 
 
-def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
-    """Applied update ratio ‖Δw‖/‖w‖ of each tensor, float32 [P], from two results of `sample`.
+def local_sample(layout: Layout, shards: Shards) -> Tensor:
+    """Return this rank's part of `sample`, float64 [P, SAMPLES]; the sum over ranks is the sample."""
+    rows = []
+    for index, parameter in enumerate(layout.parameters):
+        part = real(local(parameter).detach())
+        numbers, places = _local_elements(shards, index, part)
+        rows.append(_at(numbers, part.reshape(-1)[places], shards))
+    return torch.stack(rows) * shards.shares[:, None]
+
+
+def update_ratios(before: Tensor, after: Tensor) -> Tensor:
+    """Return the applied update ratio ‖Δw‖/‖w‖ of each tensor, float32 [P].
 
     Works for every optimizer, since it looks at the weights alone. ‖w‖ is the larger of before and after, so that a
     zero-initialised layer may begin to move, and no ratio exceeds 2.
+
+    Args:
+        before: `sample` before the step.
+        after: `sample` after it.
 
     Source: CS231n notes, "ratio of weights:updates".
     """
@@ -45,12 +66,20 @@ def update_ratios(before: Tensor, after: Tensor, layout: Layout) -> Tensor:
 
 
 def median_update(updates: Tensor, layout: Layout) -> Tensor:
-    """Median of the update ratios of the layers, float32 []; NaN where none is known."""
+    """Return the median update ratio of the layers, float32 []; NaN where none is known."""
     return updates[layout.layers].nanmedian(0).values if layout.layers.numel() else layout.constant(torch.nan)
 
 
+# Rows without any gradient
+
+
+def dead_row_share(gradient: Tensor) -> Tensor:
+    """Return the share of a gradient's output rows that are exactly zero, float32 []; all rows are read."""
+    return (_row_maxima(gradient) == 0).float().mean()
+
+
 def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Share of a layer's output rows whose gradient is exactly zero, float32 [P]; 0 for other tensors.
+    """Return the share of each layer's output rows whose gradient is exactly zero, float32 [P]; 0 for other tensors.
 
     From up to `SAMPLES` evenly strided rows, each read whole.
     """
@@ -59,31 +88,86 @@ def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     for layers in layout.alike:
         some = {i: _rows(g) for i in layers if (g := gradients[i]) is not None and g.layout == torch.strided}
         if some:
-            largest = torch.cat(_largest_of_rows(list(some.values())))
-            shares.append((largest == 0).mean(1, dtype=torch.float32).to(layout.zeros.device))
+            maxima = torch.cat(_batched_row_maxima(list(some.values())))
+            shares.append((maxima == 0).mean(1, dtype=torch.float32).to(layout.zeros.device))
             where += some
-    return (
-        layout.zeros.index_copy(0, layout.indices(tuple(where)), torch.cat(shares))
-        if shares
-        else layout.zeros
-    )
+    if not shares:
+        return layout.zeros
+    return layout.zeros.index_copy(0, layout.indices(tuple(where)), torch.cat(shares))
 
 
-def _largest_of_rows(tensors: list[Tensor]) -> list[Tensor]:
-    """Largest magnitude in each row of tensors of one shape, [n, rows] each.
+def local_live_rows(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
+    """Return which sampled rows have an element other than zero in this rank's part, float64 [P, SAMPLES]."""
+    rows = [shards.shares.new_zeros(SAMPLES) for _ in gradients]
+    for index, part in _layers_with_gradient(gradients, layout):
+        count = shards.shapes[index][0]
+        numbers, places = shards.local_entries(index, (count,), row_stride(count), SAMPLES)
+        rows[index] = _at(numbers, _row_maxima(real(part)[places]) != 0, shards)
+    return torch.stack(rows)
 
-    To compare each element with zero would take a CPU four times as long, and a norm's squares would underflow.
+
+def dead_shares_from_rows(
+    live: Tensor, gradients: Sequence[Tensor | None], layout: Layout, shards: Shards
+) -> Tensor:
+    """Return `dead_shares`, float32 [P], from the sum of `local_live_rows` over ranks.
+
+    Args:
+        live: The sum, float64 [P, SAMPLES].
+        gradients: The P gradients.
+        layout: Gives the layers.
+        shards: Gives their whole shapes.
     """
+    counts = [0.0] * len(gradients)
+    for index, _ in _layers_with_gradient(gradients, layout):
+        rows = shards.shapes[index][0]
+        counts[index] = float(len(range(0, rows, row_stride(rows))[:SAMPLES]))
+    read = torch.tensor(counts, device=live.device)
+    return torch.where(read > 0, 1 - (live > 0).sum(1) / read.clamp(min=1), 0.0)
+
+
+def row_stride(rows: int) -> int:
+    """Return the stride from one sampled row to the next."""
+    return max(1, rows // SAMPLES)
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    """Return up to `SAMPLES` rows."""
+    rows = real(gradient)
+    return rows if len(rows) <= SAMPLES else rows[:: row_stride(len(rows))][:SAMPLES]
+
+
+def _row_maxima(gradient: Tensor) -> Tensor:
+    """Return the largest magnitude in each row, [rows].
+
+    A CPU takes four times as long to compare each element with zero, and the squares of a norm would underflow.
+    """
+    rows = gradient.flatten(1)
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
+def _batched_row_maxima(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the largest magnitude in each row of tensors of one shape, [n, rows] each."""
     if 2 * tensors[0].numel() > _TOGETHER:
-        return [t.flatten(1).abs().amax(1)[None] for t in tensors]
+        return [_row_maxima(t)[None] for t in tensors]
     # Several at a time, since calls cost more than arithmetic; not all, since memory is bounded.
     width = _TOGETHER // max(1, tensors[0].numel())
     chunks = [torch.stack(tensors[begin : begin + width]) for begin in range(0, len(tensors), width)]
     return [chunk.flatten(2).abs().amax(2) for chunk in chunks]
 
 
+def _layers_with_gradient(gradients: Sequence[Tensor | None], layout: Layout) -> Iterator[tuple[int, Tensor]]:
+    """Yield the layers that `dead_shares` takes: index, and what this rank holds of the gradient."""
+    for index in sorted(layout.layer_indices):
+        gradient = gradients[index]
+        if gradient is not None and gradient.layout == torch.strided:
+            yield index, local(gradient)
+
+
+# Elements lost to half precision
+
+
 def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Share of a half-precision gradient's elements that are zero or subnormal in its dtype, float32 [P].
+    """Return the share of a half-precision gradient's elements that are zero or subnormal in its dtype, float32 [P].
 
     By count, from up to `SAMPLES` elements; 0 for gradients of higher precision, which lose nothing that matters.
     """
@@ -98,8 +182,28 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     return layout.zeros.index_copy(0, layout.indices(tuple(where)), torch.stack(shares))
 
 
+def local_lost_shares(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
+    """Return this rank's part of `lost_shares`, float64 [P]; the sum over ranks is the share."""
+    shares = [shards.shares.new_zeros(())] * len(gradients)
+    for index, gradient in enumerate(gradients):
+        if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():
+            continue
+        part = local(gradient)
+        _, places = _local_elements(shards, index, part)
+        small = part.reshape(-1)[places].abs() < torch.finfo(part.dtype).tiny
+        whole = len(range(0, gradient.numel(), stride_of(gradient.shape))[:SAMPLES])
+        shares[index] = small.sum().to(shares[index]) / whole
+    return torch.stack(shares) * shards.shares
+
+
+# Which elements are sampled
+
+
 def stride_of(shape: Sequence[int]) -> int:
-    """From one sampled element to the next; shares no factor with a row, or all would come from a few columns."""
+    """Return the stride from one sampled element to the next.
+
+    It shares no factor with the length of a row, or all elements would come from a few columns.
+    """
     stride = max(1, math.prod(shape) // SAMPLES)
     width = shape[-1] if shape else 1
     while stride > 1 and math.gcd(stride, width) > 1:
@@ -107,21 +211,22 @@ def stride_of(shape: Sequence[int]) -> int:
     return stride
 
 
-def row_stride(rows: int) -> int:
-    """From one sampled row to the next."""
-    return max(1, rows // SAMPLES)
+def _strided(tensor: Tensor) -> Tensor:
+    """Return up to `SAMPLES` elements."""
+    return _flat(tensor)[:: stride_of(tensor.shape)][:SAMPLES]
 
 
-def _rows(gradient: Tensor) -> Tensor:
-    """Up to `SAMPLES` rows."""
-    rows = real(gradient)
-    return rows if len(rows) <= SAMPLES else rows[:: row_stride(len(rows))][:SAMPLES]
+def _flat(tensor: Tensor) -> Tensor:
+    """Return all elements in the order of memory, as a view also for layouts such as channels last."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
 
 
-def _views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
-    """Views of the sampled elements of each parameter, and their places in rows unless they fill them.
+def _sample_views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
+    """Return views of the sampled elements of each parameter, and their places in rows unless they fill them.
 
-    Made anew when memory moves.
+    Kept in the layout, and made anew when the memory of a parameter moves.
     """
     try:
         memory = tuple([p.data_ptr() for p in layout.parameters])
@@ -139,80 +244,20 @@ def _views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
     return known[1], known[2]
 
 
-def _strided(tensor: Tensor) -> Tensor:
-    """Up to `SAMPLES` elements."""
-    return _flat(tensor)[:: stride_of(tensor.shape)][:SAMPLES]
+def _local_elements(shards: Shards, index: int, part: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers and places of the sampled elements that this rank holds.
 
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All elements in the order of memory: a view of a tensor that is laid out otherwise too, such as channels last."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
-
-
-def local_sample(layout: Layout, shards: Shards) -> Tensor:
-    """What this rank holds of `samples.sample`, float64 [P, SAMPLES]; summed over ranks it is the sample."""
-    rows = []
-    for index, parameter in enumerate(layout.parameters):
-        part = real(local(parameter).detach())
-        numbers, places = _elements(shards, index, part)
-        rows.append(_at(numbers, part.reshape(-1)[places], shards))
-    return torch.stack(rows) * shards.shares[:, None]
-
-
-def local_live_rows(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """Which sampled rows have an element other than zero in this rank's part, float64 [P, SAMPLES]."""
-    rows = [shards.shares.new_zeros(SAMPLES) for _ in gradients]
-    for index, part in _layers(gradients, layout):
-        count = shards.shapes[index][0]
-        numbers, places = shards.local_entries(index, (count,), row_stride(count), SAMPLES)
-        rows[index] = _at(numbers, (real(part)[places].flatten(1) != 0).any(1), shards)
-    return torch.stack(rows)
-
-
-def dead_shares_from_rows(
-    live: Tensor, gradients: Sequence[Tensor | None], layout: Layout, shards: Shards
-) -> Tensor:
-    """`samples.dead_shares` from the sum of `local_live_rows` over ranks, float32 [P]."""
-    counts = [0.0] * len(gradients)
-    for index, _ in _layers(gradients, layout):
-        rows = shards.shapes[index][0]
-        counts[index] = float(len(range(0, rows, row_stride(rows))[:SAMPLES]))
-    read = torch.tensor(counts, device=live.device)
-    return torch.where(read > 0, 1 - (live > 0).sum(1) / read.clamp(min=1), 0.0)
-
-
-def local_lost_shares(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """What this rank adds to `samples.lost_shares`, float64 [P]."""
-    shares = [shards.shares.new_zeros(())] * len(gradients)
-    for index, gradient in enumerate(gradients):
-        if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():
-            continue
-        part = local(gradient)
-        _, places = _elements(shards, index, part)
-        small = part.reshape(-1)[places].abs() < torch.finfo(part.dtype).tiny
-        whole = len(range(0, gradient.numel(), stride_of(gradient.shape))[:SAMPLES])
-        shares[index] = small.sum().to(shares[index]) / whole
-    return torch.stack(shares) * shards.shares
-
-
-def _layers(gradients: Sequence[Tensor | None], layout: Layout) -> Iterator[tuple[int, Tensor]]:
-    """The layers with a gradient, as `samples.dead_shares` takes them: index, and what this rank holds."""
-    for index in sorted(layout.layer_indices):
-        gradient = gradients[index]
-        if gradient is not None and gradient.layout == torch.strided:
-            yield index, local(gradient)
-
-
-def _elements(shards: Shards, index: int, part: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers and places of the sampled elements that this rank holds; ``part`` is what it holds, as real numbers."""
+    Args:
+        shards: How the tensors are sharded.
+        index: Which of the P tensors.
+        part: This rank's part of it, as real numbers.
+    """
     shape = tuple(shards.shapes[index])
     shape += (2,) * (part.ndim - len(shape))
     return shards.local_entries(index, shape, stride_of(shape), SAMPLES)
 
 
 def _at(numbers: Tensor, values: Tensor, shards: Shards) -> Tensor:
-    """Values at their numbers, zeros elsewhere, float64 [SAMPLES]."""
+    """Return values at their numbers, zeros elsewhere, float64 [SAMPLES]."""
     row = shards.shares.new_zeros(SAMPLES)
     return row.index_copy(0, numbers, values.to(row.device, row.dtype))

@@ -1,8 +1,8 @@
-"""Tensors that are spread over ranks (DTensor: FSDP2, tensor parallel): what a rank holds, and sums over all ranks.
+"""Tensors that are sharded over ranks (DTensor: FSDP2, tensor parallel): what a rank holds, and sums over all ranks.
 
-The only code that talks to other ranks. What is summed goes through one all-reduce as float64, in which neither the
-square of a large float32 norm overflows nor that of a small one vanishes; an element that several ranks hold counts
-once. All ranks get the same bits, and so come to the same verdict.
+The only code that talks to other ranks. What is summed goes through one all-reduce as float64, where the square of a
+large float32 norm does not overflow and that of a small one does not vanish. An element that several ranks hold counts
+once. All ranks get the same bits, and so come to the same decision.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: For each dimension where a part begins and ends.
+#: For each dimension of a tensor, where a rank's part begins and ends.
 Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How P tensors are spread over ranks, as this rank sees it.
+    """How P tensors are sharded over ranks, as this rank sees it.
 
     Attributes:
         shapes: Their whole shapes.
         spans: Which part of each this rank holds.
         shares: float64 [P], one over the number of ranks that hold the same elements.
-        device: Where the ranks exchange tensors; with CPU offload not where they lie.
+        device: Device on which ranks exchange tensors; with CPU offload not where the tensors are.
     """
 
     shapes: tuple[torch.Size, ...]
     spans: tuple[Spans, ...]
     shares: Tensor
     device: torch.device
-    _local_entries: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = field(
+    _entries: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
-        """Describes tensors, of which some may not be spread; None if none is.
+        """Return how tensors are sharded, of which some may not be; None if none is.
 
         Raises:
-            ValueError: If one is spread in a way that is not known, or does not bear its own gradient.
+            ValueError: If one is sharded in an unknown way, or its gradient is kept elsewhere.
         """
         for tensor in tensors:
-            _refuse_hidden(tensor)
-        spread = next((t for t in tensors if is_sharded(t)), None)
-        if spread is None:
+            _check_bears_gradient(tensor)
+        sharded = next((t for t in tensors if is_sharded(t)), None)
+        if sharded is None:
             return None
-        here, kind = tensors[0].device, spread.device_mesh.device_type  # type: ignore[attr-defined]
+        here, kind = tensors[0].device, sharded.device_mesh.device_type  # type: ignore[attr-defined]
         shares = [_share(tensor) for tensor in tensors]
         return cls(
             shapes=tuple(tensor.shape for tensor in tensors),
@@ -61,7 +61,7 @@ class Shards:
         )
 
     def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sums each part over all ranks, as float64; one all-reduce, which every rank has to call."""
+        """Sum each part over all ranks, as float64; one all-reduce, which every rank has to call."""
         joined = torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts])
         total = joined.to(self.device)
         torch.distributed.all_reduce(total)
@@ -69,11 +69,11 @@ class Shards:
         return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
     def squares(self, norms: Tensor) -> Tensor:
-        """What norms of parts, float [P], contribute to the squares of the whole norms, float64 [P]."""
+        """Return what norms of this rank's parts, float [P], add to the squares of whole norms, float64 [P]."""
         return norms.to(torch.float64).square() * self.shares
 
     def unit_norms(self, indices: Sequence[int], norms: Sequence[Tensor]) -> list[Tensor]:
-        """Norms of whole units from those of their parts; a unit is a row, or a vector or scalar as a whole.
+        """Return norms of whole units from those of their parts; a unit is a row, or a whole vector or scalar.
 
         Args:
             indices: Which of the P tensors they are of.
@@ -94,19 +94,19 @@ class Shards:
     def local_entries(
         self, index: int, shape: tuple[int, ...], stride: int, most: int
     ) -> tuple[Tensor, Tensor]:
-        """Of evenly strided entries of a tensor those that this rank holds; made once.
+        """Return which of evenly strided entries of a tensor this rank holds; computed once.
 
         Args:
             index: Which of the P tensors.
             shape: Its whole shape, or (rows,), or with a last dimension of 2 for a complex one.
             stride: From one entry to the next, in row-major order.
-            most: Most entries, from the first.
+            most: Largest number of entries, from the first.
 
         Returns:
             int64 [K] each: the numbers of those K among the entries, and their places in this rank's part.
         """
         key = index, shape
-        if key not in self._local_entries:
+        if key not in self._entries:
             spans = (*self.spans[index], (0, 2))[: len(shape)]
             entries = torch.arange(0, math.prod(shape), stride)[:most]
             inside, places = torch.ones_like(entries, dtype=torch.bool), torch.zeros_like(entries)
@@ -117,11 +117,11 @@ class Shards:
                 places += (where - begin) * inner
                 width, inner = width * size, inner * (end - begin)
             numbers, device = inside.nonzero().reshape(-1), self.shares.device
-            self._local_entries[key] = numbers.to(device), places[numbers].to(device)
-        return self._local_entries[key]
+            self._entries[key] = numbers.to(device), places[numbers].to(device)
+        return self._entries[key]
 
     def check_agreement(self, names: Sequence[str]) -> None:
-        """Makes sure that all ranks have tensors of these names; one all-reduce.
+        """Check that all ranks have tensors of these names; one all-reduce.
 
         Raises:
             ValueError: On every rank, if some have others, as the stages of a pipeline do.
@@ -133,17 +133,17 @@ class Shards:
         if highest != -lowest:
             raise ValueError(
                 "named_parameters must be the same on every rank, got different ones, as the stages of a pipeline "
-                "have; FSDP2 and tensor parallel can be judged, pipelines cannot"
+                "have; use FSDP2 or tensor parallel, pipeline parallel is not supported"
             )
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is distributed over ranks."""
+    """Return whether a tensor is a DTensor, sharded or replicated over ranks."""
     return hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory; one that is not spread as it is."""
+    """Return this rank's part of a tensor, in the same memory; one that is not sharded unchanged."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -151,10 +151,23 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def align_gradients(parameters: Sequence[Tensor]) -> None:
-    """Spreads each gradient as its parameter is, which the optimizer would do otherwise.
+def local_units(units: Tensor, tensor: Tensor) -> Tensor:
+    """Return those numbers that belong to the rows which this rank holds.
 
-    Under tensor parallel the gradient of a replicated parameter may be a sum over ranks that is still to be taken.
+    Args:
+        units: A number for each unit of the whole tensor, [rows, 1, ...], or one for all, [].
+        tensor: The tensor.
+    """
+    if not is_sharded(tensor) or units.numel() <= 1:
+        return units
+    begin, end = spans_of(tensor)[0]
+    return units[begin:end]
+
+
+def align_gradients(parameters: Sequence[Tensor]) -> None:
+    """Shard each gradient as its parameter is, which otherwise the optimizer does.
+
+    Under tensor parallel the gradient of a replicated parameter may still have to be summed over ranks.
     """
     for parameter in parameters:
         gradient: Any = parameter.grad
@@ -162,25 +175,17 @@ def align_gradients(parameters: Sequence[Tensor]) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
 
 
-def local_units(units: Tensor, tensor: Tensor) -> Tensor:
-    """Of numbers for each unit of a tensor, [] or [rows, 1, ...], those of the rows that this rank holds."""
-    if not is_sharded(tensor) or units.numel() <= 1:
-        return units
-    begin, end = spans_of(tensor)[0]
-    return units[begin:end]
-
-
 def spans_of(tensor: Tensor) -> Spans:
-    """Which part of a tensor this rank holds.
+    """Return which part of a tensor this rank holds.
 
     Raises:
-        ValueError: If it is spread in a way that is not known.
+        ValueError: If it is sharded in an unknown way.
     """
     spans = [(0, size) for size in tensor.shape]
     if not is_sharded(tensor):
         return tuple(spans)
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    for axis, dim in _splits(tensor):
+    for axis, dim in _sharded_dims(tensor):
         begin, end = spans[dim]
         chunk = -(-(end - begin) // mesh.size(axis))  # as torch.chunk cuts
         first = min(begin + chunk * mesh.get_local_rank(axis), end)
@@ -193,14 +198,14 @@ def spans_of(tensor: Tensor) -> Spans:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
 def mean_over_ranks(numbers: Tensor) -> Tensor:
-    """Numbers averaged over all ranks, float32, so that all come to the same verdict; one all-reduce.
+    """Average numbers over all ranks, as float32; one all-reduce, which every rank has to call.
 
-    Every rank has to call it. Without a process group it is the numbers themselves.
+    Without a process group the numbers are returned unchanged.
     """
     if not _is_distributed():
         return numbers
@@ -210,29 +215,34 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 
 def largest_over_ranks(table: Sequence[Sequence[int]], device: torch.device) -> list[list[int]]:
-    """The largest of each number over all ranks, each of which has to call it; a table of one shape on all."""
+    """Return the largest of each number over all ranks, each of which has to call it.
+
+    Args:
+        table: Numbers, of one shape on all ranks.
+        device: Device on which ranks exchange tensors.
+    """
     largest = torch.tensor(table, dtype=torch.int64, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     rows: list[list[int]] = largest.tolist()
     return rows
 
 
-def _refuse_hidden(tensor: Tensor) -> None:
-    """Raises ValueError for a parameter whose gradient lies elsewhere: of the first FSDP, or of DeepSpeed."""
+def _check_bears_gradient(tensor: Tensor) -> None:
+    """Raise ValueError for a parameter whose gradient is kept elsewhere: by the first FSDP, or by DeepSpeed."""
     if getattr(tensor, "_fsdp_flattened", False):
         owner = "FullyShardedDataParallel, which flattens them"
     elif hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
-        owner = "DeepSpeed, which keeps their gradients in buffers of its own"
+        owner = "DeepSpeed, which keeps their gradients in its own buffers"
     else:
         return
     raise ValueError(
-        f"named_parameters must bear their own gradients, got those of {owner}; take fully_shard (FSDP2), in Lightning "
+        f"named_parameters must hold their own gradients, got those of {owner}; use fully_shard (FSDP2), in Lightning "
         "ModelParallelStrategy"
     )
 
 
-def _splits(tensor: Any) -> list[tuple[int, int]]:
-    """Pairs of mesh dimension and the tensor's dimension that is cut along it, in the order of the cuts."""
+def _sharded_dims(tensor: Any) -> list[tuple[int, int]]:
+    """Return pairs of mesh dimension and the tensor's dimension that is cut along it, in the order of the cuts."""
     cuts = [(axis, p) for axis, p in enumerate(tensor.placements) if getattr(p, "dim", None) is not None]
     # FSDP2 cuts what tensor parallel has left to it, although its mesh dimension comes first; torch calls it strided.
     plain = [cut for cut in cuts if not hasattr(cut[1], "split_factor")]
@@ -241,10 +251,9 @@ def _splits(tensor: Any) -> list[tuple[int, int]]:
 
 
 def _share(tensor: Any) -> float:
-    """One over the number of ranks that hold the same elements."""
-    parts = (
-        math.prod(tensor.device_mesh.size(axis) for axis, _ in _splits(tensor)) if is_sharded(tensor) else 1
-    )
+    """Return one over the number of ranks that hold the same elements."""
+    cuts = _sharded_dims(tensor) if is_sharded(tensor) else []
+    parts = math.prod(tensor.device_mesh.size(axis) for axis, _ in cuts)
     return float(parts / torch.distributed.get_world_size())
 
 

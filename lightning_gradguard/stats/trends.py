@@ -1,4 +1,17 @@
-"""What detectors see of the running statistics at one step; what nobody asks for is not computed."""
+"""Running statistics of the global norm, the depth profile and the loss, which all detectors share.
+
+`init` and `update` carry a `TrendState` from step to step; `Trends` is what detectors read at one step. A property of
+`Trends` is computed only if it is read. Norms and losses are winsorised (outliers are limited before they are
+averaged), so one bad step moves the statistics little.
+
+Three groups of statistics:
+
+- The norm has a baseline: the global norm that the tensors seen before would have at their running means of log‖g‖.
+  Each step's deviation from it gives a z-score.
+- The depth profile is the running mean of log10(‖g‖/‖w‖) of each tensor, from which come the depth tilt and each
+  layer's offset from the middle one.
+- The loss has a start, a mean, a slower mean and a minimum, from which progress is judged.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +23,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.stats.depth_profile import depth_tilt as depth_tilt
-from lightning_gradguard.stats.depth_profile import shape_of
+from lightning_gradguard.stats.depth_profile import offsets_and_tilt
 from lightning_gradguard.stats.grad_stats import GradStats
 
-#: Steps that establish what is usual, before a z-score means anything.
+#: Steps that establish the baseline, before a z-score means anything.
 WARM_UP = 25
-#: Steps with a loss after which it can be called flat.
-_FLAT_AFTER = 60
-#: From natural logarithms to decades.
+#: Spike score from which a step counts as a spike of the norm.
+ALARM_Z = 6.0
+#: Deviation, in standard deviations, to which a step is limited before it enters the statistics. At the alarm level a
+#: spike in every twentieth step would make the spread grow without bound; at 3 every tenth step may be one.
+WINSOR_Z = 3.0
+#: From natural logarithms to decades (factors of ten).
 DECADES = 1 / math.log(10)
+
+#: Smallest weight of a step in the running means of the norms, the profile, the loss, and the slower one of the loss.
+_NORM_GAIN, _PROFILE_GAIN, _LOSS_GAIN, _SLOW_LOSS_GAIN = 0.03, 0.1, 0.05, 0.01
+#: Good steps before the one whose baseline is kept as the early one.
+_EARLY = 9
+#: Losses whose median is the start.
+_FIRST_LOSSES = 5
+#: Steps with a loss before there can be a plateau.
+_PLATEAU_FROM = 60
 
 
 class TrendState(NamedTuple):
-    """What is carried from step to step; P-vectors and scalars, float32."""
+    """What is carried from step to step, float32.
+
+    Attributes:
+        steps: [], good steps so far.
+        seen: [P], steps with a gradient that is not all zero.
+        level: [P], running mean of log‖g‖.
+        early: [], log of the baseline at the tenth step; NaN before.
+        drift: [], log of what the baseline moved beyond the levels.
+        variance: [], of the deviation of the log global norm.
+        profile: [P], running mean of log10(‖g‖/‖w‖), decades.
+        offset: [P], `Trends.offset` at the last full evaluation.
+        tilt: [], depth tilt at the last full evaluation, decades.
+        first_losses: [5], NaN where there is none yet.
+        loss_start: [], their median.
+        loss: [], winsorised mean of the loss.
+        loss_spread: [], its mean absolute deviation.
+        slow_loss: [], mean of that mean over about 100 steps.
+        best_loss: [], lowest mean; inf before the fifth loss.
+        loss_steps: [], steps with a loss.
+    """
 
     steps: Tensor
     seen: Tensor
@@ -45,15 +88,15 @@ class TrendState(NamedTuple):
 
 @dataclass(frozen=True)
 class Trends:
-    """The statistics at one step; what is not asked for is not computed.
+    """Running statistics at one step.
 
     Attributes:
         stats: The step.
         before: The state before it.
         state: The state after it.
-        baseline: float32 [], log of the usual global norm (geometric mean).
+        baseline: float32 [], log of the global norm to expect (geometric mean).
         deviation: float32 [], log of this step's norm over that.
-        sigma: float32 [], usual size of the deviation.
+        sigma: float32 [], standard deviation of ``deviation``.
         live: Bool [P], tensors with a gradient that is not all zero.
     """
 
@@ -77,25 +120,20 @@ class Trends:
 
     @property
     def offset(self) -> Tensor:
-        """Distance of a layer's profile from that of the middle one at the last closer look, decades, float32 [P].
+        """Distance of each layer's profile from that of the middle layer, decades, float32 [P].
 
-        NaN for what is no live layer.
+        As of the last full evaluation; NaN for what is no live layer.
         """
         return self.state.offset
 
     @property
     def tilt(self) -> Tensor:
-        """Depth tilt in decades at the last closer look, float32 []; NaN with fewer than four live layers."""
+        """Depth tilt at the last full evaluation, decades, float32 []; NaN with fewer than four live layers."""
         return self.state.tilt
-
-    @property
-    def loss_start(self) -> Tensor:
-        """Median of the first five losses, float32 []; NaN when none was given."""
-        return self.state.loss_start
 
     @cached_property
     def jump(self) -> Tensor:
-        """Global norm divided by its usual value, dimensionless, float32 []."""
+        """Global norm divided by its baseline, dimensionless, float32 []."""
         return self.deviation.exp()
 
     @cached_property
@@ -107,128 +145,62 @@ class Trends:
         )
 
     @cached_property
+    def surge(self) -> Tensor:
+        """Decades by which the baseline has grown since the tenth step, float32 []; NaN before."""
+        return (self.baseline - self.before.early) * self.stats.layout.constant(DECADES)
+
+    @property
+    def loss_start(self) -> Tensor:
+        """Median of the first five losses, float32 []; NaN if none was given."""
+        return self.state.loss_start
+
+    @cached_property
     def first_loss(self) -> Tensor:
-        """The very first loss, of weights that no step has touched, float32 []."""
+        """The very first loss, of weights before any step, float32 []."""
         return self.state.first_losses[0]
 
     @cached_property
-    def surge(self) -> Tensor:
-        """Decades by which the usual norm has grown since the tenth step, float32 []."""
-        return (self.baseline - self.before.early) * self.stats.layout.constant(DECADES)
-
-    @cached_property
     def loss(self) -> Tensor:
-        """Running mean of the loss, winsorised, float32 []."""
+        """Running mean of the loss, winsorised, float32 []; NaN if none was given."""
         number = self.stats.layout.constant
         return torch.where(self.state.loss_steps > number(0.0), self.state.loss, number(torch.nan))
 
     @cached_property
     def loss_jump(self) -> Tensor:
-        """How far this loss lies above its mean, in mean absolute deviations, float32 []."""
+        """Distance of this loss from its running mean, in mean absolute deviations, float32 []."""
         spread = torch.maximum(self.before.loss_spread, self.stats.layout.constant(1e-30))
         return (self.stats.loss - self.before.loss) / spread
 
     @cached_property
     def no_progress(self) -> Tensor:
-        """Whether the mean loss is still above 90 % of its start, or of the first loss if that was lower, bool [].
+        """Whether the mean loss is still above 90 % of its start, bool []; False if no loss is given.
 
-        False when no loss is given.
+        The first loss counts as the start if it was lower: it is of weights that no bad step has changed.
         """
-        # The first loss is of weights that no wild step has touched yet.
         start = torch.minimum(self.loss_start, self.first_loss)
         return self.state.loss > start - 0.1 * start.abs()
 
     @cached_property
     def plateau(self) -> Tensor:
-        """Whether the loss falls no more, and has not fallen to half, bool [].
+        """Whether the loss has stopped falling before it fell to half of its start, bool [].
 
-        Its mean over 20 steps is within 3 % of that over 100 then. Further down it is as likely that there is nothing
-        left to learn.
+        Its mean over 20 steps is then within 3 % of that over 100. Below half of the start a flat loss may as well mean
+        that there is nothing left to learn.
         """
         loss, slow = self.state.loss, self.state.slow_loss
         start = torch.minimum(self.loss_start, self.first_loss)
-        still = (loss > slow - 0.03 * slow.abs()) & (self.state.loss_steps >= _FLAT_AFTER)
-        return still & (loss > start - 0.5 * start.abs())
+        flat = (loss > slow - 0.03 * slow.abs()) & (self.state.loss_steps >= _PLATEAU_FROM)
+        return flat & (loss > start - 0.5 * start.abs())
 
     @cached_property
     def relapsed(self) -> Tensor:
-        """Whether the mean loss is more than ten times the lowest it had been, bool []."""
+        """Whether the mean loss is more than ten times its lowest value so far, bool []."""
         best = self.before.best_loss
         return (best > 0) & (self.state.loss > 10 * best)
 
 
-_GAIN, _SLOW_GAIN = 0.05, 0.01
-_FIRST = 5
-_FIELDS = ("first_losses", "loss_start", "loss", "loss_spread", "slow_loss", "best_loss", "loss_steps")
-
-
-def _init_losses(zero: Tensor) -> dict[str, Tensor]:
-    """No loss yet.
-
-    Args:
-        zero: float32 [], on the device.
-    """
-    return {
-        "first_losses": zero.new_full((_FIRST,), torch.nan),
-        "loss_start": torch.full_like(zero, torch.nan),
-        "loss": zero,
-        "loss_spread": zero,
-        "slow_loss": zero,
-        "best_loss": torch.full_like(zero, torch.inf),
-        "loss_steps": zero,
-    }
-
-
-def _follow_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
-    """What is known after this step, of which one outlier moves little; as it was where no loss is given.
-
-    Returns:
-        First losses, float32 [5], their median, winsorised mean, mean absolute deviation, slower mean, lowest mean, and
-        count, float32 [] each: fields of `TrendState`.
-    """
-    known = {name: getattr(state, name) for name in _FIELDS}
-    if not stats.has_loss:
-        return known
-    number, before = stats.layout.constant, state.loss_steps
-    count, offset = before + number(1.0), stats.loss - state.loss
-    # The loss itself at least, or one that was constant could not be seen to move.
-    reach = torch.maximum(number(3.0) * state.loss_spread, state.loss.abs())
-    winsorised = torch.clamp(offset, -reach, reach)
-    share = count.reciprocal()
-    gain = torch.maximum(share, number(_GAIN))
-    if stats.elapsed:
-        # Each of the first losses comes with a closer look.
-        places, begun = torch.arange(_FIRST, device=count.device), before < number(_FIRST)
-        known["first_losses"] = torch.where(places == before, stats.loss, state.first_losses)
-        known["loss_start"] = torch.nanmedian(known["first_losses"], 0).values
-        winsorised = torch.where(begun, offset, winsorised)
-    loss = torch.addcmul(state.loss, gain, winsorised)
-    # The first offset is the loss itself, and no deviation.
-    spread = state.loss_spread.lerp(winsorised.abs(), gain) * (before > number(0.0))
-    settled = count >= number(_FIRST)
-    return {
-        **known,
-        "loss": loss,
-        "loss_spread": spread,
-        "slow_loss": state.slow_loss.lerp(loss, torch.maximum(share, number(_SLOW_GAIN))),
-        "best_loss": torch.where(settled, torch.minimum(state.best_loss, loss), state.best_loss),
-        "loss_steps": count,
-    }
-
-
-#: Spike score at which a step counts as an alarm.
-ALARM_Z = 6.0
-#: Deviation, in standard deviations, up to which a step enters the statistics. At the alarm level a spike
-#: in every twentieth step would make the spread grow without bound; at 3 its share may be a tenth.
-WINSOR_Z = 3.0
-
-_NORM_GAIN = 0.03
-_PROFILE_GAIN = 0.1
-_EARLY = 9
-
-
 def init(stats: GradStats) -> TrendState:
-    """A state that knows nothing yet."""
+    """Return the state before the first step."""
     zero, zeros = torch.zeros_like(stats.total), torch.zeros_like(stats.norms)
     unknown = torch.full_like(zero, torch.nan)
     return TrendState(
@@ -241,61 +213,117 @@ def init(stats: GradStats) -> TrendState:
         profile=zeros,
         offset=torch.full_like(zeros, torch.nan),
         tilt=unknown,
-        **_init_losses(zero),
+        first_losses=zero.new_full((_FIRST_LOSSES,), torch.nan),
+        loss_start=torch.full_like(zero, torch.nan),
+        loss=zero,
+        loss_spread=zero,
+        slow_loss=zero,
+        best_loss=torch.full_like(zero, torch.inf),
+        loss_steps=zero,
     )
 
 
 def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
-    """Judges one step against the past and returns it with the past that the next step is judged against."""
+    """Compare one step with the past; return the result and the state after it."""
     number, live = stats.layout.constant, stats.norms > stats.layout.zeros
     known = live & (state.seen > stats.layout.zeros)
-    usual, deviation, any_known = _deviation(stats, state, known)
+    baseline, deviation, any_known = _baseline_and_deviation(stats, state, known)
     sigma = state.variance.sqrt()
     # At least e-fold, so that the fast first steps pass before the spread is known.
     reach = torch.maximum(number(WINSOR_Z) * sigma, number(1.0))
     change = torch.clamp(deviation, -reach, reach)
-    # What the whole norm has in excess of that is taken off every tensor alike.
-    excess = deviation - change
-    calm = stats.log_norms - excess
+    # What the global norm exceeds that by is taken off every tensor alike.
+    log_norms = stats.log_norms - (deviation - change)
     steps = state.steps + number(1.0)
-    moved = torch.maximum(steps.reciprocal(), number(_NORM_GAIN)) * any_known
-    variance = torch.addcmul(state.variance, moved, change.square())
+    norm_gain = torch.maximum(steps.reciprocal(), number(_NORM_GAIN)) * any_known
+    variance = torch.addcmul(state.variance, norm_gain, change.square())
 
-    share = (state.seen + number(1.0)).reciprocal()
-    ratios = (calm - stats.log_weights) * number(DECADES)
-    profile = _mean(state.profile, ratios, live, torch.maximum(share, number(_PROFILE_GAIN)))
+    gain = (state.seen + number(1.0)).reciprocal()
+    ratios = (log_norms - stats.log_weights) * number(DECADES)
+    profile = _mean(state.profile, ratios, live, torch.maximum(gain, number(_PROFILE_GAIN)))
     early, offset, tilt = state.early, state.offset, state.tilt
     if stats.elapsed:
-        early = torch.where(state.steps == number(_EARLY), usual, early)
-        offset, tilt = shape_of(profile, live, stats.layout)
+        early = torch.where(state.steps == number(_EARLY), baseline, early)
+        offset, tilt = offsets_and_tilt(profile, live, stats.layout)
     new = TrendState(
         steps=steps,
         seen=state.seen + live,
-        level=_mean(state.level, calm, live, torch.maximum(share, number(_NORM_GAIN))),
+        level=_mean(state.level, log_norms, live, torch.maximum(gain, number(_NORM_GAIN))),
         early=early,
-        drift=torch.addcmul(state.drift, moved, change),
-        variance=torch.addcmul(variance, moved, variance, value=-1),
+        drift=torch.addcmul(state.drift, norm_gain, change),
+        variance=torch.addcmul(variance, norm_gain, variance, value=-1),
         profile=profile,
         offset=offset,
         tilt=tilt,
-        **_follow_losses(stats, state),
+        **_next_losses(stats, state),
     )
-    return Trends(stats, state, new, usual, deviation, sigma, live), new
+    return Trends(stats, state, new, baseline, deviation, sigma, live), new
 
 
 def _mean(before: Tensor, value: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-    """A running mean, which stays where a value does not count."""
+    """Return the next running mean, unchanged where a value does not count."""
     return before.lerp(torch.where(counts, value, before), gain)
 
 
-def _deviation(stats: GradStats, state: TrendState, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log of the global norm over what is usual, from tensors seen before, so that thawing a layer is no spike.
+def _baseline_and_deviation(
+    stats: GradStats, state: TrendState, known: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare the global norm with its baseline, over tensors seen before, so that thawing a layer is no spike.
+
+    Args:
+        stats: The step.
+        state: The state before it.
+        known: Bool [P], tensors that count.
 
     Returns:
-        Log of the usual norm, the deviation of this step's from it, 0 if no tensor had been seen, and whether any had.
+        Log of the baseline; the deviation from it, 0 if no tensor counts; and whether any does. [] each.
     """
     observed = torch.linalg.vector_norm(stats.norms * known).log()
-    usual = torch.linalg.vector_norm(state.level.exp() * known).log() + state.drift
-    # A norm whose square is below float32 says nothing, as if it had not been seen.
-    any_known = torch.minimum(observed, usual) > -torch.inf
-    return usual, torch.where(any_known, observed - usual, stats.layout.constant(0.0)), any_known
+    baseline = torch.linalg.vector_norm(state.level.exp() * known).log() + state.drift
+    # A norm whose square is below float32 says nothing, as if no tensor counted.
+    any_known = torch.minimum(observed, baseline) > -torch.inf
+    deviation = torch.where(any_known, observed - baseline, stats.layout.constant(0.0))
+    return baseline, deviation, any_known
+
+
+_LOSS_FIELDS = (
+    "first_losses",
+    "loss_start",
+    "loss",
+    "loss_spread",
+    "slow_loss",
+    "best_loss",
+    "loss_steps",
+)
+
+
+def _next_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
+    """Return the fields of `TrendState` that follow the loss; unchanged if no loss is given."""
+    known = {name: getattr(state, name) for name in _LOSS_FIELDS}
+    if not stats.has_loss:
+        return known
+    number, before = stats.layout.constant, state.loss_steps
+    count, offset = before + number(1.0), stats.loss - state.loss
+    # At least the loss itself, or one that was constant could never be seen to move.
+    reach = torch.maximum(number(3.0) * state.loss_spread, state.loss.abs())
+    winsorised = torch.clamp(offset, -reach, reach)
+    share = count.reciprocal()
+    gain = torch.maximum(share, number(_LOSS_GAIN))
+    if stats.elapsed:
+        # The first losses all fall into full evaluations.
+        places, early = torch.arange(_FIRST_LOSSES, device=count.device), before < number(_FIRST_LOSSES)
+        known["first_losses"] = torch.where(places == before, stats.loss, state.first_losses)
+        known["loss_start"] = torch.nanmedian(known["first_losses"], 0).values
+        winsorised = torch.where(early, offset, winsorised)
+    loss = torch.addcmul(state.loss, gain, winsorised)
+    # The first offset is the loss itself, and no deviation.
+    spread = state.loss_spread.lerp(winsorised.abs(), gain) * (before > number(0.0))
+    has_start = count >= number(_FIRST_LOSSES)
+    return {
+        **known,
+        "loss": loss,
+        "loss_spread": spread,
+        "slow_loss": state.slow_loss.lerp(loss, torch.maximum(share, number(_SLOW_LOSS_GAIN))),
+        "best_loss": torch.where(has_start, torch.minimum(state.best_loss, loss), state.best_loss),
+        "loss_steps": count,
+    }

@@ -26,6 +26,7 @@ def without_a_peer(monkeypatch):
     monkeypatch.setattr(peers, "find", lambda peer: None if peer == HIDDEN else find(peer))
 
 
+@pytest.mark.slow
 # wandb, trainscope and OLMo-core, where they are installed, warn of what is their own concern.
 @pytest.mark.filterwarnings("default")
 def test_the_quick_form_measures_everything_and_says_what_is_absent(

@@ -40,8 +40,8 @@ def run(code, **environment):
     )
 
 
-def test_a_script_that_knows_nothing_of_it_is_guarded(tmp_path):
-    done = run(SCRIPT, GRADGUARD="strict")
+def test_a_script_that_knows_nothing_of_it_is_guarded(python):
+    done = python.run(SCRIPT, kind="code", env={"GRADGUARD": "strict"})
     assert done.returncode == 1
     assert "GradientHalt: " in done.stderr
     assert "callbacks from entry point 'gradguard'" in done.stderr

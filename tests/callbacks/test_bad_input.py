@@ -79,7 +79,7 @@ def test_a_clippers_pattern_may_be_for_another_optimizer_or_for_nobody(fit):
     guard = GradGuard(clipper=NormClip(1e-3, exclude=("other.*", "one.bias", "frozen.weight")))
     module = Pair()
     fit(module, guard, batches=3)
-    one, other = guard._guards.made[0], guard._guards.made[1]
+    one, other = guard._registry.guards[0], guard._registry.guards[1]
     assert (one.counts["clipped"], other.counts["clipped"]) == (3, 0)
     assert float(module.one.weight.grad.norm()) < 2e-3
     assert float(module.one.bias.grad.norm()) > 1e-2

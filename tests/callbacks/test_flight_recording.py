@@ -162,7 +162,7 @@ def test_what_cannot_be_written_costs_one_warning_and_hides_nothing(fit, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recording, "write", full)
+    monkeypatch.setattr(recording, "write_bundle", full)
     if strict:
         warnings.simplefilter("error", GradientWarning)
     guard, error = halt(fit, Net(bad=[7]))

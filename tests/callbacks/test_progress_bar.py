@@ -1,8 +1,9 @@
 """The progress bar: at most two values, on request, right, and read from nowhere."""
 
 import copy
+import gc
 import math
-from types import SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor, nn
 
 from lightning_gradguard import GradGuard, NormClip
-from lightning_gradguard.callbacks.run_logging import ProgressBar
+from lightning_gradguard.callbacks.run_logging import RunLogging
 
 quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 BARS = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}
@@ -141,9 +142,8 @@ def test_only_rank_0_shows_anything():
         report=SimpleNamespace(total_norm=2.0), clipper=None, counts={"skipped": 1, "judged": 3, "clipped": 0}
     )
     for is_global_zero, shown in ((False, {}), (True, {"grad_norm": 2.0, "skipped": "1"})):
-        bar = ProgressBar(True)
-        bar.start(SimpleNamespace(is_global_zero=is_global_zero, _logger_connector=connector))
-        bar.observe(guard, 0)
+        trainer = SimpleNamespace(is_global_zero=is_global_zero, _logger_connector=connector)
+        RunLogging(per_layer=False, progress_bar=True).observe(trainer, {0: guard}, 0, None)
         assert connector._progress_bar_metrics == shown
 
 
@@ -165,6 +165,19 @@ def test_a_copy_holds_no_trainer(fit, classifier):
             copies.append(copy.deepcopy(guard))
 
     guard, copies = GradGuard(progress_bar=True), []
-    fit(classifier(), guard, Copy(), batches=1)
-    assert copies[0]._display._bar._trainer is None
+    trainer = fit(classifier(), guard, Copy(), batches=1)
+    assert not is_reachable(trainer, copies[0])
     assert copies[0].report == guard.report
+
+
+def is_reachable(wanted, start):
+    """Follow attributes and containers from an object."""
+    seen, waiting = {}, [start]
+    while waiting:
+        one = waiting.pop()
+        if one is wanted:
+            return True
+        if id(one) not in seen and not isinstance(one, (type, Tensor, str, bytes, ModuleType, FunctionType)):
+            seen[id(one)] = one
+            waiting.extend(gc.get_referents(one))
+    return False

@@ -5,10 +5,9 @@ import logging
 import math
 import re
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -230,7 +229,7 @@ def report(*findings):
 def test_what_is_only_recorded_is_not_told():
     summary = RunSummary()
     summary.add(report(finding()))
-    assert list(summary._found(several=False)) == []
+    assert summary.describe_faults(several=False) == []
 
 
 def test_a_condition_that_becomes_critical_is_one():
@@ -239,7 +238,7 @@ def test_a_condition_that_becomes_critical_is_one():
         summary.add(report(finding(Fault.VANISHING, severity, 40)))
     summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 3)))
     summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 9)))
-    assert list(summary._found(several=False)) == [
+    assert summary.describe_faults(several=False) == [
         ("vanishing", "critical, once, first at step 40 in w"),
         ("spike", "warning, 2 times, first at step 3 in w"),
     ]
@@ -371,15 +370,17 @@ HEAD = "\nGradGuard | Judged | Skipped | Non-finite | Faults found\n"
 
 
 @pytest.fixture
-def train(tmp_path):
-    """What a user sees on stdout and stderr of a program of its own."""
+def train(python, tmp_path):
+    """What a user sees on stdout and stderr of a program of its own, of all ranks together."""
 
-    def run(before="", options="enable_progress_bar=False"):
+    def run(before="", options="enable_progress_bar=False", world=1):
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.format(before=before, options=options))
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=150)
-        assert done.returncode == 0, done.stderr
-        return done
+        done = python.ranks(script, world=world)
+        assert not any(rank.returncode for rank in done), done[0].stderr
+        return SimpleNamespace(
+            stdout="".join(rank.stdout for rank in done), stderr="".join(rank.stderr for rank in done)
+        )
 
     return run
 
@@ -406,6 +407,6 @@ def test_a_program_with_a_log_of_its_own_finds_it_there(train, tmp_path):
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo")
 def test_of_two_processes_one_speaks_and_says_each_thing_once(train):
-    done = train(options='enable_progress_bar=False, strategy="ddp", devices=2')
+    done = train(options='enable_progress_bar=False, strategy="ddp", devices=2', world=2)
     assert done.stderr.count(HEAD) == 1
     assert done.stderr.count("GradGuard: nonfinite since step 2") == 1

@@ -1,8 +1,6 @@
 """Histograms of sharded gradients are those of the whole ones, under FSDP2 with two processes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch.distributed as dist
@@ -67,16 +65,14 @@ with open(f"{folder}/said{trainer.global_rank}.json", "w") as file:
 """
 
 
-def train(folder, devices):
+def train(python, folder, devices):
     """Histograms and shares that rank 0 wrote, by tag, and what each rank said."""
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), str(devices)], capture_output=True, text=True, timeout=150
-    )
+    done = python.ranks(script, folder, devices, world=devices)
     files = sorted(folder.glob("said*.json"))
-    assert len(files) == devices, done.stderr[-3000:]
+    assert len(files) == devices, "".join(rank.stderr[-3000:] for rank in done)
     seen = EventAccumulator(str(folder)).Reload()
     tags = seen.Tags()
     histograms = {
@@ -88,9 +84,9 @@ def train(folder, devices):
 
 @needs_gloo
 @needs_fsdp2
-def test_two_ranks_count_what_one_does(tmp_path):
-    whole, shares, _ = train(tmp_path / "one", 1)
-    sharded, their_shares, said = train(tmp_path / "two", 2)
+def test_two_ranks_count_what_one_does(python, tmp_path):
+    whole, shares, _ = train(python, tmp_path / "one", 1)
+    sharded, their_shares, said = train(python, tmp_path / "two", 2)
     assert [sum(row[2] for row in sharded[tag]) for tag in sorted(sharded)] == [35, 7, 7, 1]
     assert sharded == {tag: table for tag, table in whole.items() if "log10" in tag}
     assert their_shares == pytest.approx(shares)

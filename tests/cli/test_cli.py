@@ -1,6 +1,5 @@
-"""The command's face: what it prints, what it returns, what it writes."""
+"""The command: what it prints, returns and writes."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,29 +32,31 @@ def test_report_writes_a_page_and_says_what_it_found(run, capsys):
     assert Path("page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_the_page_is_called_report_if_nothing_is_said(run, capsys):
+def test_the_page_is_called_report_by_default(run, capsys):
     assert main(["report", "runs"]) == 0
     assert Path("report.html").exists()
 
 
 @pytest.mark.parametrize(
-    ("folders", "said"),
+    ("folders", "words"),
     [
         (["empty"], "empty holds no TensorBoard event files"),
         (["nowhere"], "nowhere is not a folder"),
         (["runs", "empty"], "empty holds"),
     ],
 )
-def test_without_a_run_nothing_is_written(run, capsys, folders, said):
+def test_without_a_run_nothing_is_written(run, capsys, folders, words):
     Path("empty").mkdir()
     assert main(["report", *folders]) == 2
-    assert f"gradguard report: {said}" in capsys.readouterr().err
+    assert f"gradguard report: {words}" in capsys.readouterr().err
     assert not Path("report.html").exists()
 
 
-def test_what_cannot_be_written_is_no_traceback(run, capsys):
+def test_a_page_that_cannot_be_written_is_an_error_without_a_traceback(run, capsys):
     assert main(["report", str(run), "--out", "no/such/folder/page.html"]) == 2
-    assert "gradguard report: " in capsys.readouterr().err
+    assert (
+        capsys.readouterr().err == "gradguard report: no/such/folder/page.html: No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["report"], ["nonsense"]])
@@ -64,30 +65,6 @@ def test_a_wrong_command_is_refused(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: gradguard" in capsys.readouterr().err
-
-
-MODELS = """
-from torch import nn
-
-def make(): return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-def needs(width): return nn.Linear(width, 1)
-def nothing(): return 5
-def frozen(): return nn.Linear(2, 1).requires_grad_(False)
-def lazy(): return nn.LazyLinear(2)
-model = make()
-five = 5
-class Holder:
-    Model = nn.Bilinear
-    make = staticmethod(make)
-"""
-
-
-@pytest.fixture
-def models():
-    """A module with models good and bad, in the current folder."""
-    Path("models_to_cost.py").write_text(MODELS)
-    yield "models_to_cost"
-    sys.modules.pop("models_to_cost", None)
 
 
 @pytest.mark.parametrize("name", ["make", "model", "Holder.make"])
@@ -101,40 +78,31 @@ def test_cost_shows_a_row_for_each_arm(models, capsys, name):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "words"),
     [
-        ("models_to_cost", "must be a module and a name in it, such as train:make_model, got 'models_to_cost'"),
-        (":make", "must be a module and a name in it"),
-        ("model_to_cost:make", "could not be imported: ModuleNotFoundError: No module named 'model_to_cost'; "
-         "did you mean models_to_cost?"),
-        ("models_to_cost:mak", "there is no 'mak' in models_to_cost; did you mean make?"),
-        ("models_to_cost:Holder.mak", "there is no 'mak' in models_to_cost; did you mean make?"),
-        ("models_to_cost:needs", "could not be called without arguments: TypeError: needs() missing"),
-        ("models_to_cost:five", "must be a model or give one when called, got int"),
-        ("models_to_cost:nothing", "must give an nn.Module, got int"),
-        ("models_to_cost:frozen", "must give a model with trainable parameters, got none"),
-        ("models_to_cost:lazy", "whose parameters have values, got lazy or meta ones"),
+        ("models_to_cost", "the model must be MODULE:NAME, such as train:Model, got 'models_to_cost'"),
+        ("models_to_cost:mak", "models_to_cost has no 'mak'; did you mean make?"),
+        ("models_to_cost:needs", "cannot call models_to_cost:needs without arguments: TypeError: needs() missing"),
+        ("models_to_cost:five", "must be a model, or return one when called, got int"),
+        ("models_to_cost:nothing", "must return an nn.Module, got int"),
+        ("models_to_cost:frozen", "must have trainable parameters, got none"),
+        ("models_to_cost:lazy", "must have parameters with values, got lazy or meta ones"),
     ],
 )  # fmt: skip
-def test_what_is_no_model_is_no_traceback(models, capsys, spec, said):
+def test_an_unusable_model_is_an_error_without_a_traceback(models, capsys, spec, words):
     assert main(["cost", spec]) == 2
     error = capsys.readouterr().err
     assert error.startswith("gradguard cost: ")
-    assert said in error
+    assert words in error
+    assert error.count("\n") == 1
 
 
-def test_a_clipper_that_is_none_is_named_the_nearest(models, capsys):
+def test_an_unknown_clipper_is_answered_with_the_nearest(models, capsys):
     assert main(["cost", f"{models}:make", "--clipper", "Spikeclip"]) == 2
     assert (
         "--clipper must be one of SpikeClip, AGC, AutoClip, ZClip, AdaGC, got 'Spikeclip'; did you mean SpikeClip?"
         in (capsys.readouterr().err)
     )
-
-
-def test_a_model_that_fails_to_import_says_why(capsys):
-    Path("broken_model.py").write_text("raise RuntimeError('no data here')")
-    assert main(["cost", "broken_model:make"]) == 2
-    assert "broken_model could not be imported: RuntimeError: no data here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["0", "-1"])

@@ -1,4 +1,4 @@
-"""What is timed and how ratios come about; never how long something takes."""
+"""What is timed and how ratios are computed; never how long something takes."""
 
 import math
 
@@ -7,7 +7,16 @@ from torch import nn
 
 from lightning_gradguard import Guard, NormClip, SpikeClip
 from lightning_gradguard.cli import cost
-from lightning_gradguard.cli.cost import BARE, CLIP, CYCLE, WARM_UP, QuietTraining, Spread, Timings, measure
+from lightning_gradguard.cli.cost import (
+    BARE,
+    CLIP,
+    CYCLE,
+    WARM_UP,
+    Spread,
+    SyntheticTraining,
+    Timings,
+    measure,
+)
 
 
 def net():
@@ -41,7 +50,7 @@ def test_without_a_clipper_there_is_one_guard_and_more_arms_come_last():
     assert list(timings.seconds) == [BARE, CLIP, "Guard", "mine"]
 
 
-def test_every_arm_finds_the_gradients_that_all_found_in_that_round():
+def test_all_arms_of_a_round_find_the_same_gradients():
     model, seen = net(), []
 
     def look():
@@ -57,13 +66,13 @@ def test_every_arm_finds_the_gradients_that_all_found_in_that_round():
     assert not torch.equal(seen[0][0], seen[2][0])
 
 
-def test_gradients_are_new_tensors_each_time():
+def test_gradients_are_new_tensors_in_each_round():
     model, seen = net(), []
     measure(model, steps=1, more={"one": lambda: seen.append(model[0].weight.grad)})
     assert len({id(gradient) for gradient in seen}) == len(seen)
 
 
-def test_a_clipper_that_clips_is_told_of():
+def test_the_share_of_clipped_steps_is_reported():
     assert measure(net(), NormClip(1e-6), steps=1).clipped == 0.5  # all steps of one guard of two
 
 
@@ -76,7 +85,7 @@ def test_the_order_of_the_arms_changes_from_round_to_round():
     assert len(set(rounds)) > 3
 
 
-def test_the_clock_is_the_one_that_was_given():
+def test_the_given_clock_is_used():
     timings = measure(net(), steps=CYCLE, clock=Ticking())
     # First the guard alone, then a cycle of all three arms that does not count.
     before = (WARM_UP - CYCLE) + 3 * CYCLE
@@ -85,8 +94,8 @@ def test_the_clock_is_the_one_that_was_given():
     ]
 
 
-def test_guards_have_settled_before_the_clock_counts(monkeypatch):
-    """All arms take turns in the cycle before, and in those that count a guard looks closer once."""
+def test_guards_are_warm_before_they_are_timed(monkeypatch):
+    """All arms run in the cycle before, and in each timed cycle a guard samples the weights once."""
     seen = []
 
     class Watched(Guard):
@@ -113,7 +122,7 @@ def test_frozen_parameters_get_no_gradient():
     assert torch.equal(model[0].weight, before)
 
 
-def test_figures_are_of_whole_cycles_so_that_a_costly_step_counts():
+def test_figures_are_means_over_cycles_so_that_a_costly_step_counts():
     cycle = [1.0] * (CYCLE - 1) + [CYCLE + 1.0]
     timings = Timings({"a": cycle * 3, "b": [2.0] * 3 * CYCLE})
     assert timings.median("a") == 1.0
@@ -121,7 +130,7 @@ def test_figures_are_of_whole_cycles_so_that_a_costly_step_counts():
     assert timings.ratio("a", "b") == Spread(1.0, 1.0, 1.0)
 
 
-def test_an_interruption_does_not_count():
+def test_an_interruption_by_another_program_does_not_count():
     cycle = [1.0] * (CYCLE - 1) + [CYCLE + 1.0]
     seconds = cycle * 5
     seconds[3], seconds[12], seconds[CYCLE - 1] = 1000.0, 1000.0, 1000.0
@@ -139,10 +148,10 @@ def test_a_spread_is_a_median_and_quartiles():
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
-def test_quiet_gradients_stay_below_the_limit_and_weights_move_a_little():
+def test_synthetic_gradients_stay_below_the_limit_and_weights_move_a_little():
     model = net()
     before = [p.detach().clone() for p in model.parameters()]
-    training = QuietTraining(model)
+    training = SyntheticTraining(model)
     losses = []
     for _ in range(200):
         training.advance()

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.clippers.adaptive import EXACT, AdaGC, AutoClip, ZClip
-from lightning_gradguard.stats.grad_stats import Layout, measure
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
 
-few = settings(max_examples=5)
+few = settings(max_examples=settings.default.max_examples // 5)
 
 
 class Stream:
@@ -34,7 +35,7 @@ class Stream:
 
 
 def healthy(seed, steps, tensors=1, sigma=0.3, spikes=0.05):
-    """Log-normal norms with a spike of x2 to x100 now and then, float32 values as float64 [steps, tensors]."""
+    """Return log-normal norms with some spikes of x2 to x100, float32 values as float64 [steps, tensors]."""
     rng = np.random.default_rng(seed)
     norms = np.exp(rng.normal(0, sigma, (steps, tensors)) - rng.uniform(0, 3))
     norms *= np.where(rng.random((steps, 1)) < spikes, rng.uniform(2, 100, (steps, 1)), 1)

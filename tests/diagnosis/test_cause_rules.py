@@ -1,4 +1,4 @@
-"""Rules on plain numbers: what each is silent about, and how its weight depends on what was measured."""
+"""The rule of each cause on plain numbers: when it yields evidence, and how its weight depends on the measurement."""
 
 import dataclasses
 import math
@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, FADING, GROWING
-from lightning_gradguard.diagnosis.causes.ranking import RULES, find_causes
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.causes import RULES, find_causes
+from lightning_gradguard.diagnosis.causes.evidence import CERTAIN
+from lightning_gradguard.diagnosis.context import TOO_LARGE, TOO_SMALL, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.fixes.selection import find_remedies
+from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -51,11 +51,9 @@ def case_with(
 
 
 def weights(case):
-    best = {}
-    for rule in RULES:
-        for clue in rule(case):
-            best[clue.cause] = max(best.get(clue.cause, -math.inf), clue.weight)
-    return best
+    """Cause to the weight of its strongest evidence."""
+    found = {cause: [evidence.weight for evidence in rule(case)] for cause, rule in RULES.items()}
+    return {cause: max(weights) for cause, weights in found.items() if weights}
 
 
 @pytest.mark.parametrize(
@@ -84,11 +82,11 @@ def test_flat_activations_weigh_what_the_weights_leave_unexplained(tilt, gain):
     )
 
 
-@given(gain=st.floats(0.01, 100), fault=st.sampled_from(sorted(FADING + GROWING)))
+@given(gain=st.floats(0.01, 100), fault=st.sampled_from(sorted(TOO_SMALL + TOO_LARGE)))
 def test_gains_weigh_their_decades_times_the_layers_in_the_right_direction(gain, fault):
     found = weights(case_with(fault, gain=gain)).get(Cause.BAD_INITIALIZATION, 0.0)
-    decades = math.log10(gain) * (1 if fault in GROWING else -1)
-    least = 0.15 if fault in (Fault.VANISHING, *GROWING) else 0.6
+    decades = math.log10(gain) * (1 if fault in TOO_LARGE else -1)
+    least = 0.15 if fault in (Fault.VANISHING, *TOO_LARGE) else 0.6
     assert found == pytest.approx(6 * decades if decades > least + 1e-9 else 0.0, abs=1e-6)
 
 
@@ -96,7 +94,7 @@ def test_weights_that_were_ruined_before_the_first_step():
     case = case_with(Fault.NONFINITE, initial_weight_norms=(4.0, math.nan, 4.0, 4.0, 4.0, 4.0))
     cause, evidence = find_causes(case)[0]
     assert cause == Cause.BAD_INITIALIZATION
-    assert "`1.weight` are not finite" in evidence
+    assert "`1.weight` were NaN or Inf before the first step" in evidence
     later = case_with(Fault.NONFINITE, initial_weight_norms=(4.0,) * 6, weight_norms=(math.inf,) * 6)
     assert weights(later).get(Cause.BAD_INITIALIZATION) is None
 
@@ -139,9 +137,7 @@ def test_adam_at_a_rate_that_ruins_the_first_steps():
     )
     cause, evidence = find_causes(case)[0]
     assert cause == Cause.LEARNING_RATE_TOO_HIGH
-    assert (
-        "Adam change the median layer by 3 of its size, 30 times the limit" in evidence or "grown" in evidence
-    )
+    assert "first steps of Adam change the median layer by 300 % of its size, 30 times the" in evidence
     assert weights(dataclasses.replace(case, learning_rates=(1e-3,), initial_weight_norms=(4.0,) * 6)) == {}
 
 
@@ -226,7 +222,7 @@ def test_bad_rows_settle_it():
     assert find_causes(case)[0][1].endswith("rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more.")
 
 
-def test_calm_before_a_batch_that_is_not_finite_speaks_of_an_outlier():
+def test_a_nonfinite_batch_in_a_healthy_run_may_be_an_outlier():
     assert Cause.OUTLIER_BATCH in weights(case_with(Fault.NONFINITE, loss_last=math.nan))
     assert Cause.OUTLIER_BATCH not in weights(case_with(Fault.NONFINITE, loss_last=math.nan, loss_now=9.0))
     spike = weights(case_with(Fault.SPIKE, value=100.0))
@@ -269,7 +265,7 @@ def test_a_first_loss_that_only_large_outputs_give():
     assert find_causes(deep)[0][0] == Cause.TOO_DEEP
 
 
-def test_weights_that_decay_has_shrunk_have_no_name_but_words():
+def test_weights_shrunk_by_decay_are_explained_in_the_unknown_cause():
     known = {"initial_weight_norms": (4.0,) * 6, "weight_norms": (0.1,) * 6, "tilt": 0.0}
     shrunk = case_with(
         Fault.OVERSIZED_UPDATE, defaults={"weight_decay": 1.0}, update_ratios=(0.2,) * 6, **known
@@ -277,7 +273,7 @@ def test_weights_that_decay_has_shrunk_have_no_name_but_words():
     ((cause, evidence),) = find_causes(shrunk)
     assert cause == Cause.UNKNOWN
     assert "2.5 %" in evidence
-    assert "decay of 1 " in evidence
+    assert "weight decay of 1 is too strong" in evidence
     undecayed = dataclasses.replace(shrunk, defaults={"weight_decay": 0.0})
     assert find_causes(undecayed)[0][0] == Cause.LEARNING_RATE_TOO_HIGH
 
@@ -298,7 +294,7 @@ def test_units_that_died_after_they_had_learnt_were_killed_by_the_steps():
 def test_a_path_through_rounding_has_no_slope():
     rounded = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5, "step": 1})
     assert find_causes(rounded)[0][0] == Cause.DETACHED_GRAPH
-    assert find_remedies(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
+    assert find_fixes(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
 
 
 def test_a_loss_without_a_bottom_and_one_that_is_flat():

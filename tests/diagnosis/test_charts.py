@@ -28,9 +28,9 @@ def pixels(uri):
     return np.round(255 * imread(io.BytesIO(base64.b64decode(data)))).astype(int)
 
 
-@pytest.mark.parametrize("course", [None, Timeline((), ("a",), ((),)), Timeline((1,), (), ())])
-def test_of_nothing_there_is_no_picture(course):
-    assert heat_map(course, 1, ("a",)) is None
+@pytest.mark.parametrize("timeline", [None, Timeline((), ("a",), ((),)), Timeline((1,), (), ())])
+def test_of_nothing_there_is_no_picture(timeline):
+    assert heat_map(timeline, 1, ("a",)) is None
 
 
 def test_each_cell_is_a_pixel():

@@ -1,4 +1,4 @@
-"""A bad set-up is seen in one batch, a good one is passed, and the model is as it was."""
+"""The check-up finds a bad set-up in one batch, passes a good one, and leaves the model unchanged."""
 
 import dataclasses
 import io
@@ -46,7 +46,7 @@ def good(lab):
     return he(lab.mlp(8))
 
 
-def test_a_good_set_up_has_nothing_to_say(good):
+def test_a_good_set_up_has_no_problems(good):
     result = found(good)
     assert result.ok
     assert result.causes == ()
@@ -65,7 +65,7 @@ def test_twelve_sigmoids_vanish(lab):
     assert Cause.SATURATING_ACTIVATION in result.causes
 
 
-def test_chaos_grows_towards_the_input(lab):
+def test_chaotic_weights_explode_towards_the_input(lab):
     net = lab.mlp(24, 64, nn.Tanh)
     for layer in net[::2]:
         nn.init.normal_(layer.weight, std=4 / math.sqrt(layer.in_features))
@@ -87,7 +87,7 @@ def test_dead_layers(good):
     assert result.causes == (Cause.DEAD_ACTIVATION,)
 
 
-def test_a_residual_that_starts_at_zero_is_healthy():
+def test_a_residual_branch_that_starts_at_zero_is_healthy():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -100,7 +100,7 @@ def test_a_residual_that_starts_at_zero_is_healthy():
     assert found(nn.Sequential(nn.Linear(32, 32), Block(), Block(), nn.Linear(32, 10))).ok
 
 
-def test_adapters_that_start_at_nothing_are_healthy():
+def test_adapters_that_start_at_zero_are_healthy():
     class Adapter(nn.Module):
         def __init__(self, width):
             super().__init__()
@@ -114,14 +114,14 @@ def test_adapters_that_start_at_nothing_are_healthy():
     assert found(nn.Sequential(Adapter(32), nn.ReLU(), Adapter(10))).ok
 
 
-def test_flat_activations(lab):
+def test_saturated_activations(lab):
     net = lab.mlp(4, activation=nn.Tanh)
     with torch.no_grad():
         net[0].bias.fill_(6.0)
     assert "activations" in names(found(net))
 
 
-def test_a_path_that_is_cut():
+def test_a_detached_layer_has_no_path():
     class Cut(nn.Module):
         def __init__(self):
             super().__init__()
@@ -138,7 +138,7 @@ def test_a_path_that_is_cut():
     assert "unused" not in cut.value
 
 
-def test_a_copy_of_the_net_that_only_answers_is_not_cut():
+def test_a_teacher_without_gradients_is_healthy():
     class Teacher(nn.Module):
         def __init__(self):
             super().__init__()
@@ -171,7 +171,7 @@ def test_a_constant_factor_of_the_loss_changes_nothing(lab, factor):
     assert names(result) == names(found(sick))
 
 
-def test_what_is_not_finite_is_traced(good):
+def test_nan_is_traced_to_its_origin(good):
     x, y = batch_of()
     x[5, 1] = math.nan
     (check,) = found(good, (x, y)).findings
@@ -184,20 +184,20 @@ def test_what_is_not_finite_is_traced(good):
     assert found(good).causes == (Cause.BAD_INITIALIZATION,)
 
 
-def test_a_loss_scale_that_overflows_is_the_scalers_business(lab):
+def test_an_overflow_of_the_loss_scale_is_no_problem(lab):
     net = he(lab.mlp(3)).half()
     result = found(net, loss_of=lambda b: F.cross_entropy(net(b[0].half()).float(), b[1]), scale=1e30)
     assert result.ok
 
 
-def test_any_batch_with_a_loss_of_its_own(good):
+def test_any_batch_with_loss_of(good):
     x, y = batch_of()
     batch = {"image": x, "label": [y]}
     assert found(good, batch, loss_of=lambda b: F.cross_entropy(good(b["image"]), b["label"][0])).ok
 
 
 class Step(nn.Module):
-    """What a LightningModule is without its Trainer."""
+    """Module with the training step of a LightningModule, without a Trainer."""
 
     def __init__(self, net, returns=lambda loss: loss):
         super().__init__()
@@ -217,7 +217,15 @@ def test_a_training_step_without_a_trainer(good, returns):
     assert checkup(Step(good, returns), batch_of()).ok
 
 
-def test_what_cannot_be_looked_at_says_what_is_missing(good):
+def test_a_training_step_that_takes_the_batch_alone(good):
+    class OneArgument(Step):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    assert checkup(OneArgument(good), batch_of()).ok
+
+
+def test_errors_say_what_is_missing(good):
     with pytest.raises(TypeError, match="checkup needs loss="):
         checkup(good, batch_of())
     with pytest.raises(TypeError, match="must not both be given"):
@@ -232,7 +240,7 @@ def test_what_cannot_be_looked_at_says_what_is_missing(good):
         checkup(by_hand, batch_of())
 
 
-def test_everything_is_as_it_was():
+def test_the_model_is_unchanged():
     net = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 10))
     x, y = batch_of()
     before, data = {k: t.clone() for k, t in net.state_dict().items()}, x.clone()
@@ -255,7 +263,7 @@ def test_it_is_printed_as_text_and_as_a_table(lab):
     assert "bad initialization" in console.export_text()
 
 
-def test_it_is_plain_data(good):
+def test_the_result_is_plain_data(good):
     result = found(good)
     assert isinstance(result, Checkup)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -264,6 +272,6 @@ def test_it_is_plain_data(good):
 
 
 @pytest.mark.parametrize("loss", [lambda out, y: out.square(), lambda out, y: 1.0])
-def test_a_loss_that_is_no_scalar_tensor_is_named(loss):
+def test_a_loss_that_is_no_scalar_tensor_is_an_error(loss):
     with pytest.raises(ValueError, match="the loss must be a tensor with one element"):
         checkup(nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2)), loss=loss)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.diagnosis.context import DiagnosticContext, middle_of
+from lightning_gradguard.diagnosis.context import DiagnosticContext, finite_median
 from lightning_gradguard.results import Fault, Finding, Severity
 
 
@@ -119,9 +119,9 @@ def test_growth_leaves_out_what_began_near_zero(case):
 
 
 @given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=3), st.integers(0, 3))
-def test_middle_of_ignores_what_is_not_finite(odd, count):
+def test_finite_median_ignores_what_is_not_finite(odd, count):
     values = [float(i) for i in range(count)]
-    middle = middle_of([*odd, *values])
+    middle = finite_median([*odd, *values])
     assert middle == (count - 1) / 2 if count else math.isnan(middle)
 
 

@@ -49,18 +49,18 @@ def test_layers_stand_from_input_to_output_in_root_mean_squares():
             }
         )
         guard.step(loss=loss)
-    course = timeline_of(guard.history, guard.tracker.layout, finding_of("norm.bias", "first.bias"))
-    assert course.steps == (0, 1, 2)
-    assert (course.skipped, course.clipped) == ((False, True, False), (True, False, True))
-    used = [name for name in course.layers if name != "unused.weight"]
+    timeline = timeline_of(guard.history, guard.tracker.layout, finding_of("norm.bias", "first.bias"))
+    assert timeline.steps == (0, 1, 2)
+    assert (timeline.skipped, timeline.clipped) == ((False, True, False), (True, False, True))
+    used = [name for name in timeline.layers if name != "unused.weight"]
     assert used == ["first.weight", "norm.bias", "last.weight"]
-    for name, row in zip(course.layers, course.rms_log10, strict=True):
+    for name, row in zip(timeline.layers, timeline.rms_log10, strict=True):
         if name == "unused.weight":
             assert row == (-math.inf,) * 3
         else:
             expected = [math.nan if i == 1 else math.log10(step[name]) for i, step in enumerate(seen)]
             assert np.allclose(row, expected, atol=1e-5, equal_nan=True)
-    assert np.array_equal(np.isnan(course.losses), [False, True, False])
+    assert np.array_equal(np.isnan(timeline.losses), [False, True, False])
 
 
 def test_a_zero_gradient_is_none():
@@ -68,8 +68,8 @@ def test_a_zero_gradient_is_none():
     guard = guarded(model)
     (model(torch.zeros(1, 2)).sum()).backward()
     guard.step(loss=1.0)
-    course = timeline_of(guard.history, guard.tracker.layout, finding_of())
-    assert (course.layers, course.rms_log10) == (("weight",), ((-math.inf,),))
+    timeline = timeline_of(guard.history, guard.tracker.layout, finding_of())
+    assert (timeline.layers, timeline.rms_log10) == (("weight",), ((-math.inf,),))
 
 
 def test_without_layers_all_tensors_are_shown():
@@ -89,9 +89,9 @@ def test_a_longer_history_is_cut():
         model.zero_grad()
         model(torch.ones(1, 2)).sum().backward()
         guard.step(loss=1.0)
-    course = timeline_of(guard.history, guard.tracker.layout, finding_of())
-    assert course.steps == tuple(range(5, PICTURED + 5))
-    assert all(len(row) == PICTURED for row in course.rms_log10)
+    timeline = timeline_of(guard.history, guard.tracker.layout, finding_of())
+    assert timeline.steps == tuple(range(5, PICTURED + 5))
+    assert all(len(row) == PICTURED for row in timeline.rms_log10)
 
 
 def test_a_history_begins_empty():

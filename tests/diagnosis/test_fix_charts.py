@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard.diagnosis.charts import DOTS, HEIGHT, WIDTH, healthy_band, panels_of
+from lightning_gradguard.diagnosis.charts import DOTS, HEIGHT, WIDTH, fix_panels, healthy_band
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
 from lightning_gradguard.diagnosis.trials.runner import unhealthy_decades
 from lightning_gradguard.diagnosis.trials.trial import TrialResult
@@ -57,11 +57,11 @@ def points(line):
     ],
 )
 def test_of_nothing_there_is_no_picture(diagnosis):
-    assert panels_of(diagnosis) is None
+    assert fix_panels(diagnosis) is None
 
 
 def test_they_have_the_places_of_their_remedies():
-    panels = panels_of(tried(None, FLAT, None, VANISHING)).panels
+    panels = fix_panels(tried(None, FLAT, None, VANISHING)).panels
     assert [(panel.rank, panel.name) for panel in panels] == [(2, "remedy 1"), (4, "remedy 3")]
     assert [round(panel.tilt, 1) for panel in panels] == [0.2, 8.0]
 
@@ -73,7 +73,7 @@ def test_they_have_the_places_of_their_remedies():
 )
 def test_all_are_drawn_on_one_scale_and_inside(profiles):
     before, *after = map(tuple, profiles)
-    pictures = panels_of(tried(*after, before=before))
+    pictures = fix_panels(tried(*after, before=before))
     lines = [pictures.before, *(panel.line for panel in pictures.panels)]
     heights = {}
     for profile, line in zip(profiles, lines, strict=True):
@@ -91,7 +91,7 @@ def test_all_are_drawn_on_one_scale_and_inside(profiles):
 
 
 def test_layers_without_a_finite_gradient_are_crosses():
-    pictures = panels_of(tried((NONE, -1.0, math.nan, BAD, -1.0), before=(BAD, -1.0, -1.0, -1.0, NONE)))
+    pictures = fix_panels(tried((NONE, -1.0, math.nan, BAD, -1.0), before=(BAD, -1.0, -1.0, -1.0, NONE)))
     (panel,) = pictures.panels
     assert (pictures.has_absent, pictures.has_nonfinite) == (True, True)
     assert [(cross.title, cross.y > HEIGHT, cross.y < 0) for cross in panel.line.crosses] == [
@@ -100,7 +100,7 @@ def test_layers_without_a_finite_gradient_are_crosses():
     ]
     assert [dot.title for dot in panel.line.dots] == ["net.1.weight: 0.1", "net.4.weight: 0.1"]
     assert len(points(panel.line)) == 2
-    calm = panels_of(tried(FLAT))
+    calm = fix_panels(tried(FLAT))
     assert (calm.has_absent, calm.has_nonfinite) == (False, False)
 
 
@@ -121,10 +121,10 @@ def test_a_straight_line_of_a_healthy_tilt_is_within_its_band(tilt, layers, outp
 
 def test_good_is_what_is_level_and_not_all_too_large():
     much, falling, dead = tuple(x + 8 for x in FLAT), tuple(x / 2 for x in VANISHING), (NONE,) * 5
-    goods = [panel.good for panel in panels_of(tried(FLAT, much, falling, dead, FLAT)).panels]
+    goods = [panel.good for panel in fix_panels(tried(FLAT, much, falling, dead, FLAT)).panels]
     assert goods == [True, False, False, False, True]
-    assert [panel.good for panel in panels_of(tried(falling, dead)).panels] == [False, False]
-    assert panels_of(tried(falling)).band is None
+    assert [panel.good for panel in fix_panels(tried(falling, dead)).panels] == [False, False]
+    assert fix_panels(tried(falling)).band is None
 
 
 def test_a_profile_keeps_the_places_of_its_layers():
@@ -143,4 +143,4 @@ def test_healthy_means_here_what_it_means_to_the_trials(tilt):
     line = tuple(VANISHING[-1] - tilt * (1 - i / 4) for i in range(5))
     is_healthy = unhealthy_decades(TrialResult(0.0, tilt, None, 5, LayerStructure(), 1)) == 0
     assert is_healthy == (tilt in HEALTHY_DEPTH_TILT)
-    assert [panel.good for panel in panels_of(tried(FLAT, line)).panels] == [True, is_healthy]
+    assert [panel.good for panel in fix_panels(tried(FLAT, line)).panels] == [True, is_healthy]

@@ -1,4 +1,4 @@
-"""The first operation, or the batch, that is to blame for a number that is not finite; and nothing else is touched."""
+"""The origin of the first NaN or Inf is found: an operation, the batch, a parameter; the training is unchanged."""
 
 import math
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.causes.ranking import diagnose
+from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.nan_origin import Place, find_origin, origin_in_batch
 from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
@@ -16,7 +16,7 @@ from lightning_gradguard.results import Fault
 
 
 class Spread(nn.Module):
-    """Divides by a spread that is nothing."""
+    """Module that divides by a standard deviation of zero."""
 
     def __init__(self):
         super().__init__()
@@ -28,14 +28,14 @@ class Spread(nn.Module):
 
 
 class Root(nn.Module):
-    """Finite, with an infinite slope."""
+    """Module with a finite output and an infinite slope."""
 
     def forward(self, x):
         return (x * 0).sqrt()
 
 
 class Sharp(torch.autograd.Function):
-    """A gradient of its own, which is not finite."""
+    """Function whose gradient is infinite."""
 
     @staticmethod
     def forward(ctx, x):
@@ -116,7 +116,7 @@ def test_the_batch_is_named_with_its_rows(form):
     assert str(found).startswith("Batch 17 contains bad data: `batch")
 
 
-def test_values_of_the_batch_that_are_masked_are_not_to_blame():
+def test_masked_values_of_the_batch_are_not_the_origin():
     net, x = net_of(), torch.randn(6, 4)
     y = torch.full((6, 4), math.nan)
     y[0] = 1.0
@@ -130,7 +130,7 @@ def test_values_of_the_batch_that_are_masked_are_not_to_blame():
     assert [entry.path for entry in found.entries] == ["batch[1]"]
 
 
-def test_infinities_of_a_mask_are_meant_until_they_leave_nothing():
+def test_infinities_of_a_mask_are_intended_until_every_entry_is_hidden():
     net = net_of()
 
     def loss_of(mask, then):
@@ -144,7 +144,7 @@ def test_infinities_of_a_mask_are_meant_until_they_leave_nothing():
     assert "a mask that hides every entry" in str(found)
 
 
-def test_a_gradient_that_is_healed_is_not_to_blame():
+def test_a_nan_gradient_that_is_left_out_is_not_the_origin():
     net, zero = net_of(), torch.zeros((), requires_grad=True)
 
     def loss_of(x):
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_healed_is_not_to_blame():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_an_overflow_is_named_as_such(dtype):
+def test_an_overflow_is_recognized(dtype):
     net = net_of().to(dtype)
     largest = torch.finfo(dtype).max
     found = origin(net, lambda x: (net(x.to(dtype)).abs() + 1).mul(largest).float().mean())
@@ -202,7 +202,7 @@ def test_a_tensor_from_outside():
     assert "is not in the batch and was not computed in this step" in str(found)
 
 
-def test_memory_that_is_filled_later_is_no_origin():
+def test_uninitialized_memory_is_no_origin():
     net = net_of()
 
     def loss_of(x):
@@ -214,7 +214,7 @@ def test_memory_that_is_filled_later_is_no_origin():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_scripted_is_known_by_its_module():
+def test_a_scripted_module_is_named():
     class Logarithm(nn.Module):
         def forward(self, x):
             return (x - x).log()
@@ -245,14 +245,14 @@ def test_a_norm_that_overflows():
     assert "their norm overflows" in str(found)
 
 
-def test_a_finite_replay_says_so():
+def test_a_finite_replay_has_no_origin():
     net = net_of()
     assert origin(net, lambda x: net(x).mean()).place == Place.NOWHERE
     assert "dropout" in str(origin(net, lambda x: net(x).mean()))
     assert origin(net, lambda x: torch.zeros(())).place == Place.NOWHERE
 
 
-def test_a_replay_that_fails_says_so_and_keeps_what_the_batch_shows():
+def test_a_replay_that_fails_has_a_note_and_keeps_the_entries_of_the_batch():
     net = net_of()
 
     def fails(x):
@@ -264,7 +264,7 @@ def test_a_replay_that_fails_says_so_and_keeps_what_the_batch_shows():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_the_step_itself_writes_into_the_batch(number):
+def test_a_nan_that_the_step_writes_into_the_batch(number):
     net = net_of()
 
     def spoils(x):
@@ -283,7 +283,7 @@ def test_the_batch_alone():
     assert origin_in_batch([torch.tensor([0.0, math.inf])], 3).entries[0].rows == (1,)
 
 
-def test_nothing_is_left_of_a_replay():
+def test_a_replay_leaves_the_training_unchanged():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), Root(), nn.Linear(4, 4))
     x = torch.randn(6, 4)
@@ -310,7 +310,7 @@ def test_nothing_is_left_of_a_replay():
         (lambda y: ((y + 1e6).half()).float().mean(), Cause.LOW_PRECISION),
     ],
 )
-def test_the_diagnosis_rests_on_it(lab, loss, cause):
+def test_the_diagnosis_follows_the_origin(lab, loss, cause):
     net = net_of()
     found = origin(net, lambda x: loss(net(x)))
     scalar = loss(net(torch.randn(6, 4)))
@@ -324,7 +324,7 @@ def test_the_diagnosis_rests_on_it(lab, loss, cause):
     assert str(found) in diagnosis.signs
 
 
-def test_data_that_is_not_to_blame_does_not_lead(lab):
+def test_bad_data_that_is_not_the_origin_is_not_the_first_cause(lab):
     net, x = net_of(), torch.randn(6, 4)
     y = torch.tensor([math.nan, 1.0, 1.0, 1.0, 1.0, 1.0])
     found = origin(net, lambda b: (net(b[0])[1:] * 0).sqrt().mean(), (x, y))

@@ -160,8 +160,11 @@ def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def main(folder, first, count, rank=0, world=1, port=0):
-    if world > 1:
+def main(folder, first, count, rank=None, world=None, port=None):
+    """Trains; rank and world are those of the environment unless given."""
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if rank is None else rank
+    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    if port is not None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0")
         os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Small trainings that end badly, for test_replay; their classes can be imported by the command, too."""
+"""Small trainings that end in a fault, for test_replay; the command imports their classes too."""
 
 import os
 import resource
@@ -53,8 +53,8 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-class StruckByLightning(Model):
-    """A cosmic ray hits a gradient while training; a replay knows nothing of it."""
+class FaultFromOutside(Model):
+    """A hook writes NaN into a gradient in training, and not in a replay."""
 
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == BAD:
@@ -62,14 +62,14 @@ class StruckByLightning(Model):
 
 
 class Amplifier(nn.Module):
-    """Doubles the gradient alone."""
+    """Doubles the gradient, and leaves the values as they are."""
 
     def forward(self, x):
         return 2 * x - x.detach()
 
 
 class Deep(Model):
-    """Twelve sigmoid layers, through which nothing arrives at the first; or amplifiers, and too much does."""
+    """Twelve sigmoid layers, so that gradients vanish, or twelve amplifiers, so that they explode."""
 
     def __init__(self, grows=False):
         super().__init__()
@@ -88,7 +88,7 @@ class Gan(pl.LightningModule):
     """Two nets, two optimizers, by hand.
 
     Args:
-        tolerant: The critic does not mind a NaN, so that it is the generator's step that is halted.
+        tolerant: The critic replaces NaN in its input, so that the generator's step is halted.
     """
 
     def __init__(self, tolerant=False):
@@ -150,7 +150,7 @@ class Fused(Model):
 
 
 class Bare(Model):
-    """Without anything that would bring large inputs back to size."""
+    """A single layer without normalization, so that large inputs stay large."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ class Bare(Model):
 
 
 def batches(spoil=(), value=torch.nan, count=20, pack=lambda x, y: (x, y)):
-    """Batches of 16 rows; in batch 7 some rows hold a value that they should not."""
+    """Return batches of 16 rows; in batch 7 the given rows hold a wrong value."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for number in range(count):
@@ -170,7 +170,7 @@ def batches(spoil=(), value=torch.nan, count=20, pack=lambda x, y: (x, y)):
 
 
 def fit(module, data, *callbacks, policy=None, recorder=None, guard=None, **options):
-    """Trains with a recorder until the end, or until something ends it; returns the guard and what was raised."""
+    """Train with a recorder until the end or an error; return the guard and the error."""
     callback = GradGuard(policy=policy or Policy.strict(), recorder=recorder or Recorder(), **(guard or {}))
     defaults = {
         "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
@@ -187,7 +187,7 @@ def fit(module, data, *callbacks, policy=None, recorder=None, guard=None, **opti
 
 
 class Spoiled(Model):
-    """Spoils rows 3 and 9 of batch 7, on the second process alone."""
+    """Writes NaN into rows 3 and 9 of batch 7, only in the second process."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         if self.trainer.fit_loop.epoch_loop.batch_idx + 1 == BAD and self.global_rank == 1:
@@ -196,7 +196,7 @@ class Spoiled(Model):
 
 
 class TermRequested(pl.Callback):
-    """Asks this process to end, as a scheduler does."""
+    """Sends SIGTERM to this process, as a job scheduler does."""
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 5:
@@ -204,7 +204,7 @@ class TermRequested(pl.Callback):
 
 
 def main(kind):
-    """What a test has to run in processes of its own."""
+    """Run what a test needs in processes of its own."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if kind == "ranks":

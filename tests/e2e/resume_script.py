@@ -111,6 +111,11 @@ def fused(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, fused=True)
 
 
+def decaying(parameters, lr):
+    """Weight decay so strong that each update is large beside its weights, which stay too small to learn anything."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=40.0)
+
+
 def nan(*steps):
     return FaultInjector(NaN(at=steps, parameters="head.weight"))
 
@@ -141,7 +146,7 @@ CASES = {
     "DeadUnits": ({"lr": 1e-6}, one(DeadUnits()), [DEAD], None),
     "Disconnected": ({"kind": "cut"}, one(Disconnected()), [], None),
     "Underflow": ({"kind": "tiny"}, one(Underflow()), [], None),
-    "UpdateRatio": ({"lr": 2.0}, one(UpdateRatio()), [], None),
+    "UpdateRatio": ({"lr": 0.01, "optimizer": decaying}, one(UpdateRatio()), [], None),
     "Stalled": ({"lr": 1e-12}, one(Stalled()), [], None),
     "all": ({"kind": "saturated", "lr": 1e-4}, {}, [nan(33, 50), spikes(40)], 47),
     "experts": ({"kind": "experts"}, {}, [nan(33)], 41),

@@ -1,6 +1,7 @@
 """Run by `test_sharded` in two or four processes that share tensors; each writes what it saw to a file of its own."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -94,9 +95,9 @@ def rank_local(rank):
     watch = guard.tracker
     layout = Layout.of(dict(net.named_parameters()))
     tilt = collect(
-        layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), asked=True
+        layout, gradients_of(layout), loss, None if rank else torch.tensor(3.0), tilt_due=True
     ).time_tilt
-    silence = collect(layout, gradients_of(layout), loss, None, asked=True).time_tilt
+    silence = collect(layout, gradients_of(layout), loss, None, tilt_due=True).time_tilt
     return {
         "loss": [report.loss, loss.item()],
         "order": list(watch.layout.ordered_names),
@@ -213,7 +214,7 @@ def with_four(rank):
 
 
 if __name__ == "__main__":
-    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, rank, world = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)

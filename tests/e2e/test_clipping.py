@@ -110,7 +110,7 @@ def test_a_resumed_run_clips_as_the_uninterrupted_one(clipper):
 
 
 @every_clipper
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_after_a_bad_step_40_the_thresholds_are_those_of_a_run_without_it(clipper, bad):
     clean, hit = Run(clipper), Run(clipper)
     for number in range(61):

@@ -48,7 +48,7 @@ def trainer(folder, *callbacks, logger=False):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [pytest.param("plain", marks=pytest.mark.slow), "all"])
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_before_and_after_a_fit_is_a_guard(tmp_path, how, options):
     guard = GradGuard(clipper=SpikeClip(), **OPTIONS[options])

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +9,16 @@ import pytest
 SCRIPT = Path(__file__).parent / "ddp_script.py"
 
 
-def train(folder, bad, policy):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), json.dumps(bad), policy],
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+def train(python, script, folder, *arguments):
+    ranks = python.ranks(script, folder, *arguments)
     files = [folder / f"rank{rank}.json" for rank in (0, 1)]
-    assert all(file.exists() for file in files), done.stderr[-3000:]
+    assert all(file.exists() for file in files), "".join(rank.stderr[-3000:] for rank in ranks)
     return [json.loads(file.read_text()) for file in files]
 
 
 @pytest.fixture(scope="module")
-def protected(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("ddp"), [5, 6, 20], "protect")
+def protected(python, tmp_path_factory):
+    return train(python, SCRIPT, tmp_path_factory.mktemp("ddp"), json.dumps([5, 6, 20]), "protect")
 
 
 def test_ranks_agree_in_everything(protected):
@@ -44,22 +39,15 @@ def test_the_loss_is_the_mean_over_ranks(protected):
     assert all(0 < loss < 1.5 for loss in losses)
 
 
-def test_both_halt_before_the_same_step(tmp_path):
-    first, second = train(tmp_path, [7], "strict")
+def test_both_halt_before_the_same_step(python, tmp_path):
+    first, second = train(python, SCRIPT, tmp_path, json.dumps([7]), "strict")
     assert first["halted"] == second["halted"] == 7
     assert first["findings"] == second["findings"]
 
 
 @pytest.mark.parametrize("talks", [False, True])
-def test_each_rank_tries_remedies_by_itself_and_none_waits(tmp_path, talks):
-    script = SCRIPT.with_name("ddp_trials_script.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), json.dumps(talks)],
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    files = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
-    assert all(file.exists() for file in files), done.stderr[-3000:]
-    first, second = (json.loads(file.read_text()) for file in files)
+def test_each_rank_tries_remedies_by_itself_and_none_waits(python, tmp_path, talks):
+    first, second = train(python, SCRIPT.with_name("ddp_trials_script.py"), tmp_path, json.dumps(talks))
     assert first["fault"] == second["fault"] == "vanishing"
     assert first["halted"] == second["halted"] is not None
     for rank in (first, second):

@@ -129,22 +129,29 @@ def test_no_optimizer_is_left_out():
     assert OPTIMIZERS.keys() >= LATE
 
 
-@pytest.mark.parametrize("loop", BAD)
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+WAYS = [(scaled, loop) for scaled in ("plain", "scaled") for loop in BAD]
+
+
+def combinations(names):
+    """All names in all ways; those left to `make test-long` but that each name is trained in one way, in turn."""
+    for number, name in enumerate(names):
+        for way in WAYS:
+            marks = () if way == WAYS[number % len(WAYS)] else pytest.mark.slow
+            yield pytest.param(name, *way, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "scaled", "loop"), list(combinations(OPTIMIZERS)))
 def test_a_skip_is_exact_and_training_goes_on(name, loop, scaled):
-    guard, changed, module = train(name, loop, scaled)
+    guard, changed, module = train(name, loop, scaled == "scaled")
     assert changed == good(loop)
     assert guard.summary["skipped"] == 2
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("loop", BAD)
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("name", sorted(LATE))
+@pytest.mark.parametrize(("name", "scaled", "loop"), list(combinations(sorted(LATE))))
 def test_a_skip_on_the_device_is_exact(name, loop, scaled):
     """With ``lag=1`` the step is called with ``found_inf``, but for the first, which is awaited."""
-    guard, changed, module = train(name, loop, scaled, lag=1)
+    guard, changed, module = train(name, loop, scaled == "scaled", lag=1)
     assert changed == good(loop)
     assert guard.summary["skipped"] == 2
     assert not hasattr(module.trainer.optimizers[0], "found_inf")

@@ -2,8 +2,6 @@
 
 import csv
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -146,13 +144,10 @@ def test_a_finite_fault_is_halted_before_its_step_too(stop, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def processes(python, tmp_path_factory):
     """A run that is halted, and one that is ended gracefully, in processes of their own."""
     folder = tmp_path_factory.mktemp("halting")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "halting_script.py"), str(folder)],
-        capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python.run(HERE / "halting_script.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

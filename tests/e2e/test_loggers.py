@@ -123,6 +123,7 @@ def test_wandb_offline_has_scalars_histograms_pictures_and_texts(home, caplog):
     assert notices(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::PendingDeprecationWarning"
 )

@@ -1,9 +1,6 @@
-"""From a training that ends badly to the word about it: what a recorder leaves is replayed, also in a new process."""
+"""Trainings that end in a fault are recorded and replayed, also in a new process."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 
 from lightning_gradguard import GradientHalt, Recorder, Recurrence, ReplayError, replay
 from lightning_gradguard.cli import main
-from lightning_gradguard.flight_recorder.bundle import read
+from lightning_gradguard.flight_recorder.bundle import read_bundle
 
 HERE = Path(__file__).parent
 BAD = 7
@@ -27,7 +24,7 @@ def models(monkeypatch):
 
 @pytest.fixture
 def end(models):
-    """Trains until the halt, and replays what it left in a module that was made anew."""
+    """Train until the halt, and replay the bundle in a new module."""
 
     def run(make, data, **options):
         guard, error = models.fit(make(), data, **options)
@@ -38,47 +35,55 @@ def end(models):
     return run
 
 
-def in_a_new_process(*arguments, cwd=HERE):
+@pytest.fixture
+def in_a_new_process(python):
     """What ``gradguard`` returns and prints."""
-    command = [sys.executable, "-m", "lightning_gradguard.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
-    return done.returncode, " ".join(done.stdout.split()), done.stderr
+
+    def run(*arguments):
+        options = {"kind": "module", "cwd": HERE, "env": {"COLUMNS": "120"}}
+        done = python.run("lightning_gradguard.cli", *arguments, **options)
+        return done.returncode, " ".join(done.stdout.split()), done.stderr
+
+    return run
 
 
-def train_in_processes(kind, folder):
+@pytest.fixture
+def train_in_processes(python, tmp_path):
     """Runs a training of ``replay_models`` by itself; what it printed."""
-    command = [sys.executable, "-W", "ignore", str(HERE / "replay_models.py"), kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=folder, env=environment)
-    return done.stdout + done.stderr
+
+    def run(kind, world=1):
+        options = {"cwd": tmp_path, "warnings": "ignore", "world": world}
+        done = python.ranks(HERE / "replay_models.py", kind, **options)
+        return "".join(one.stdout + one.stderr for one in done)
+
+    return run
 
 
-def test_bad_rows_are_found_by_another_process_that_knows_only_the_file(models, tmp_path):
+def test_bad_rows_are_found_by_another_process_that_knows_only_the_file(models, in_a_new_process):
     guard, _ = models.fit(models.Model(width=12), models.batches(spoil=(3, 9)))
     status, printed, _ = in_a_new_process("replay", guard.bundle, "--module", "replay_models:Model")
     assert status == 0
-    assert "DATA-DEPENDENT: nonfinite at step 7 comes again." in printed
+    assert "DATA-DEPENDENT: nonfinite at step 7 occurs again, but only with rows 3, 9 of batch 7." in printed
     assert "`batch[0]` holds NaN in rows 3, 9." in printed
-    assert "Rows 3, 9 of batch 7 bring it; without them the batch is without fault." in printed
-    assert "With 3 of 3 other seeds it comes, too." in printed
+    assert "Rows 3, 9 of batch 7 each cause it; without them the fault does not occur." in printed
+    assert "The fault occurs with 3 of 3 other random seeds." in printed
     # The recorded width is 12, and another is given here.
     status, _, said = in_a_new_process(
         "replay", guard.bundle, "--module", "replay_models:Model", "--args", "width=5"
     )
     assert status == 2
-    assert "net.0.weight is [5, 8] and not [12, 8]" in said
+    assert "net.0.weight has shape [5, 8], recorded [12, 8]" in said
     assert "Traceback" not in said
 
 
-def test_a_logarithm_of_zero_is_the_models_own(end, models):
+def test_a_logarithm_of_zero_in_the_model_is_reproducible(end, models):
     found = end(lambda: models.Model(fault="log"), models.batches())
     assert (found.verdict, found.every) == (REPRODUCIBLE, True)
     assert (found.origin.operation, found.other_random) == ("log", 3)
     assert found.recorded_loss == found.loss == -torch.inf
 
 
-def test_random_numbers_decide_where_the_fault_is_theirs(end, models):
+def test_a_fault_of_random_numbers_occurs_with_the_recorded_ones(end, models):
     class Rare(models.Model):
         """Takes the logarithm of a mean that dropout makes zero now and then."""
 
@@ -93,21 +98,23 @@ def test_random_numbers_decide_where_the_fault_is_theirs(end, models):
     assert found.loss == -torch.inf
 
 
-def test_what_a_cosmic_ray_did_does_not_come_again(end, models):
-    found = end(models.StruckByLightning, models.batches())
+def test_a_fault_from_outside_does_not_occur_again(end, models):
+    found = end(models.FaultFromOutside, models.batches())
     assert (found.verdict, found.rows, found.origin) == (TRANSIENT, (), None)
     assert found.loss == pytest.approx(found.recorded_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(("grows", "fault"), [(False, "vanishing"), (True, "exploding")])
-def test_the_tilt_comes_again(models, grows, fault):
+def test_the_tilt_occurs_again(models, grows, fault):
     guard, _ = models.fit(models.Deep(grows=grows), models.batches(count=120))
-    assert read(guard.bundle)["target"]["quantity"] == "depth_tilt"
+    assert read_bundle(guard.bundle)["target"]["quantity"] == "depth_tilt"
     found = replay(guard.bundle, models.Deep(grows=grows))
     assert (found.verdict, found.fault, found.every) == (REPRODUCIBLE, fault, True)
     assert found.loss == pytest.approx(found.recorded_loss, rel=1e-5)
-    assert found.shown.startswith("depth tilt in decades: ")
-    now, then = (float(word) for word in found.shown.replace(",", "").split() if word[-1].isdigit())
+    assert found.shown.startswith("Depth tilt ")
+    now, then = (
+        float(word) for word in found.shown.partition("(")[0].replace(",", "").split() if word[-1].isdigit()
+    )
     assert now == pytest.approx(then, abs=0.6)
 
 
@@ -141,7 +148,7 @@ def test_other_precisions(end, models, precision):
     assert (found.verdict, found.rows) == (DATA_DEPENDENT, (3, 9))
 
 
-def test_an_overflow_of_half_precision_comes_only_there(end, models):
+def test_an_overflow_of_half_precision_is_replayed_in_half_precision(end, models):
     """1e5 is too large for float16 alone."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -152,12 +159,12 @@ def test_an_overflow_of_half_precision_comes_only_there(end, models):
     assert (found.origin.operation, found.origin.dtype) == ("linear", "float16")
 
 
-def test_of_several_batches_the_culprit_is_named(end, models):
+def test_of_accumulated_batches_the_one_that_causes_it_is_named(end, models):
     found = end(models.Model, models.batches(spoil=(3, 9)), accumulate_grad_batches=4)
     assert (found.verdict, found.step, found.number, found.rows) == (DATA_DEPENDENT, 1, BAD, (3, 9))
 
 
-def test_steps_judged_late(end, models):
+def test_steps_judged_one_step_late(end, models):
     found = end(models.Fused, models.batches(spoil=(3, 9)), guard={"lag": 1})
     assert (found.verdict, found.step, found.number, found.rows) == (DATA_DEPENDENT, 7, BAD, (3, 9))
 
@@ -171,12 +178,12 @@ def test_an_error_of_the_training_step(models):
     assert (found.verdict, found.fault, found.rows) == (DATA_DEPENDENT, "ArithmeticError", (3, 9))
 
 
-def test_each_process_leaves_its_own_and_one_replay_takes_all(models, tmp_path):
-    printed = train_in_processes("ranks", tmp_path)
+def test_each_process_leaves_its_own_and_one_replay_takes_all(models, train_in_processes, tmp_path):
+    printed = train_in_processes("ranks", 2)
     assert printed.count("ended by GradientHalt") == 2, printed[-3000:]
     paths = sorted((tmp_path / "gradguard").iterdir())
     assert [p.name for p in paths] == ["step-00000007-rank0.pt", "step-00000007-rank1.pt"]
-    first, second = (read(path) for path in paths)
+    first, second = (read_bundle(path) for path in paths)
     assert first["run"] == second["run"]
     assert (first["weights"] is None, second["weights"] is None) == (False, True)
     for path in paths:
@@ -184,11 +191,11 @@ def test_each_process_leaves_its_own_and_one_replay_takes_all(models, tmp_path):
         assert (found.verdict, found.rank, found.rows) == (DATA_DEPENDENT, 1, (3, 9))
 
 
-def test_a_signal_to_end_leaves_what_is_known(tmp_path):
-    printed = train_in_processes("sigterm", tmp_path)
+def test_a_signal_to_end_leaves_what_is_known(train_in_processes, tmp_path):
+    printed = train_in_processes("sigterm")
     assert "ended by SIGTERMException" in printed
     (path,) = (tmp_path / "gradguard").iterdir()
-    bundle = read(path)
+    bundle = read_bundle(path)
     assert (bundle["reason"], bundle["step"], bundle["left_out"]) == (
         "sigterm", 5, ["batch (training ended between two batches)"],
     )  # fmt: skip
@@ -196,8 +203,8 @@ def test_a_signal_to_end_leaves_what_is_known(tmp_path):
     assert len(bundle["weights"]) == 6
 
 
-def test_a_disk_that_fills_up_while_writing_hides_no_halt(tmp_path):
-    printed = train_in_processes("full", tmp_path)
+def test_a_disk_that_fills_up_while_writing_hides_no_halt(train_in_processes, tmp_path):
+    printed = train_in_processes("full")
     assert "ended by GradientHalt: The gradients or the loss are NaN or infinite" in printed
     assert "No flight record was written to" in printed
     assert "File too large" in printed
@@ -209,44 +216,44 @@ def bundle(models):
     return models.fit(models.Model(), models.batches(spoil=(3,)))[0].bundle
 
 
-def test_without_a_module_the_command_says_what_there_is(bundle, capsys):
+def test_without_a_module_the_command_lists_the_contents(bundle, capsys):
     assert main(["replay", str(bundle)]) == 0
     printed = capsys.readouterr().out
-    assert "Flight record of a run that ended at step 7 (halt): nonfinite." in printed
+    assert "GradGuard halted training before step 7: nonfinite." in printed
     assert "Batch 7 contains bad data: `batch[0]` holds NaN in row 3." in printed
     assert "steps 0 to 7, 6 tensors (AdamW)" in printed
     assert f"gradguard replay {bundle} --module replay_models:Model" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
         (["nothing.pt"], "nothing.pt does not exist"),
-        (["BUNDLE", "--module", "replay_models"], "--module must be a module and a class"),
-        (["BUNDLE", "--module", "nobody:Model"], "nobody:Model could not be imported: ModuleNotFoundError"),
+        (["BUNDLE", "--module", "replay_models"], "--module must be MODULE:NAME, such as train:Model"),
+        (["BUNDLE", "--module", "nobody:Model"], "cannot import nobody: ModuleNotFoundError"),
         (
             ["BUNDLE", "--module", "replay_models:Gan"],
-            "the module has other parameters than the recorded one",
+            "the module's parameters do not match the record",
         ),
         (["BUNDLE", "--module", "replay_models:Model", "--args", "width"], "--args must be name=value"),
         (
             ["BUNDLE", "--module", "replay_models:Model", "--device", "tpu"],
-            "device must be one that is there",
+            "device must be available on this machine",
         ),
-        (["CUT"], "is damaged, or no bundle of gradguard"),
+        (["CUT"], "is damaged, or is not a flight record of GradGuard"),
     ],
 )
-def test_what_cannot_be_replayed_is_one_line_and_no_traceback(bundle, capsys, arguments, said):
+def test_what_cannot_be_replayed_is_reported_on_one_line(bundle, capsys, arguments, words):
     Path("cut.pt").write_bytes(bundle.read_bytes()[:5000])
     names = {"BUNDLE": str(bundle), "CUT": "cut.pt"}
     assert main(["replay", *(names.get(a, a) for a in arguments)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("gradguard replay: ")
-    assert said in printed
+    assert words in printed
     assert printed.count("\n") == 1
 
 
-def test_a_module_that_will_not_do_is_unchanged(models, bundle):
+def test_a_module_that_is_refused_is_unchanged(models, bundle):
     module = models.Gan()
     before = [p.clone() for p in module.parameters()]
     with pytest.raises(ReplayError):

@@ -1,7 +1,5 @@
 """A run that is interrupted and goes on in another process judges, clips, skips and halts as the uninterrupted one."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,16 +18,13 @@ EVERYTHING = ("halted", "stop_reason", "findings", "reports", "summary", "state"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(python, tmp_path_factory):
     """Each case as trained whole, and as resumed in a process of its own from what the whole run left on its way."""
     folder = tmp_path_factory.mktemp("resume")
     names = [*CASES, *LATE]
     torch.set_num_threads(1)
     whole = {name: train(name, folder, resumed=False) for name in names}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "resume_script.py"), str(folder), *names],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python.run(HERE / "resume_script.py", folder, *names, warnings="ignore")
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = {name: torch.load(file_of(folder, name).with_suffix(".pt")) for name in names}
     return whole, resumed, folder

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,27 +18,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the scripts import their trainings from beside them
 from sharded_cases import CLIPPED, FAULTY, Block, Net, Training  # noqa: E402
 
-#: Seconds after which processes that wait for each other are ended.
-LIMIT = 150
 
-
-def run(script, folder, world):
+def run(python, script, folder, world):
     """Starts a script in so many processes; what each of them saw."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    started = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(HERE / script), str(folder), str(rank), str(world)]
-            with log.open("w") as file:
-                started.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
-        for process in started:
-            process.wait(timeout=LIMIT)
-    finally:
-        for process in started:
-            process.kill()
+    ranks = python.ranks(HERE / script, folder, world=world)
     files = [folder / f"rank{rank}.json" for rank in range(world)]
-    assert all(file.exists() for file in files), "\n".join(log.read_text()[-2000:] for log in logs)
+    assert all(file.exists() for file in files), "\n".join(rank.stderr[-2000:] for rank in ranks)
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -51,13 +34,13 @@ def _fsdp2():
 
 
 @pytest.fixture(scope="module")
-def two(_fsdp2, tmp_path_factory):
-    return run("sharded_script.py", tmp_path_factory.mktemp("two"), 2)
+def two(_fsdp2, python, tmp_path_factory):
+    return run(python, "sharded_script.py", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
-def four(_fsdp2, tmp_path_factory):
-    return run("sharded_script.py", tmp_path_factory.mktemp("four"), 4)
+def four(_fsdp2, python, tmp_path_factory):
+    return run(python, "sharded_script.py", tmp_path_factory.mktemp("four"), 4)
 
 
 def alone(net, **kwargs):
@@ -211,17 +194,10 @@ def test_what_cannot_be_judged_is_refused_on_every_rank(two):
 
 
 @pytest.fixture(scope="module")
-def lightning(_fsdp2, tmp_path_factory):
+def lightning(_fsdp2, python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lightning")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "sharded_lightning_script.py"), str(folder)],
-        capture_output=True, text=True, timeout=LIMIT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    files = [folder / f"rank{rank}.json" for rank in (0, 1)]
-    assert all(file.exists() for file in files), done.stderr[-3000:]
-    return SimpleNamespace(
-        ranks=[json.loads(file.read_text()) for file in files], saved=folder / "checkpoint"
-    )
+    ranks = run(python, "sharded_lightning_script.py", folder, 2)
+    return SimpleNamespace(ranks=ranks, saved=folder / "checkpoint")
 
 
 class TestLightning:

@@ -1,4 +1,4 @@
-"""A small bundle as the callback writes it, for tests that need no training."""
+"""A small bundle, as the callback writes it, for tests that need no training."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def tiny():
 
 @pytest.fixture
 def make_bundle():
-    """Of a `Tiny` whose batch of 12 rows has zeros in the second column of some."""
+    """Return a function that makes a bundle of a `Tiny`; some of the 12 rows have a zero in the second column."""
 
     def make(zeros=(4,), module=None, **changes):
         torch.manual_seed(3)
@@ -38,7 +38,7 @@ def make_bundle():
         names = [name for name, _ in module.named_parameters()]
         target = {
             "fault": "nonfinite", "optimizer": 0, "value": 1.0, "limit": 0.0, "parameters": [],
-            "measure": "losses that are not finite",
+            "measure": "losses that are not finite", "quantity": None,
         }  # fmt: skip
         bundle = {
             "reason": "halt", "step": 7, "run": "a", "rank": 0, "world_size": 1, "target": target,

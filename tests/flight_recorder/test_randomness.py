@@ -1,4 +1,4 @@
-"""Random numbers come again after their states are put back, also through a file."""
+"""Random numbers repeat after their states are restored, also through a file."""
 
 import io
 import random
@@ -14,8 +14,8 @@ def draw():
     return [torch.rand(2).tolist(), random.gauss(0, 1), random.random(), np.random.randn(3).tolist()]
 
 
-def test_numbers_come_again():
-    random.gauss(0, 1)  # leaves a second number behind
+def test_numbers_repeat():
+    random.gauss(0, 1)  # keeps a second number in its state
     np.random.randn()
     states = randomness.capture()
     first = draw()
@@ -37,14 +37,14 @@ def test_states_survive_a_file():
 @pytest.mark.parametrize(
     "use", [lambda: torch.rand(1), random.random, np.random.rand, lambda: random.gauss(0, 1)]
 )
-def test_each_generator_is_watched(use):
+def test_a_draw_from_each_generator_is_noticed(use):
     before = randomness.capture()
     assert randomness.same(before, randomness.capture())
     use()
     assert not randomness.same(before, randomness.capture())
 
 
-def test_a_seed_stands_for_one_course():
+def test_a_seed_determines_the_numbers():
     randomness.reseed(4)
     first = draw()
     randomness.reseed(5)

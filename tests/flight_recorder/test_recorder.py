@@ -1,4 +1,4 @@
-"""What a recorder is told, and what it refuses."""
+"""Arguments of a recorder: what it accepts and refuses."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def test_equal_settings_print_alike_and_are_equal():
 
 
 @pytest.mark.parametrize("folder", [None, "here", Path("there")])
-def test_any_path_will_do(folder):
+def test_any_path_is_accepted(folder):
     assert Recorder(folder=folder).folder == folder
 
 

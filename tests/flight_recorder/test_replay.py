@@ -1,4 +1,4 @@
-"""A recorded step is judged by what its passes show; small bundles that no training wrote."""
+"""The verdict of a replay follows from its passes; with small bundles that no training wrote."""
 
 import copy
 import math
@@ -9,55 +9,55 @@ from torch import nn
 
 from lightning_gradguard import Recurrence, ReplayError, replay
 from lightning_gradguard.flight_recorder import randomness
-from lightning_gradguard.flight_recorder.bundle import write
+from lightning_gradguard.flight_recorder.bundle import write_bundle
 from lightning_gradguard.flight_recorder.serialization import encode
 
 
 @pytest.fixture
-def play(tmp_path):
+def replayed(tmp_path):
     """Writes a bundle and replays it."""
 
     def run(bundle, module, **options):
-        return replay(write(bundle, tmp_path, keep=3), module, **options)
+        return replay(write_bundle(bundle, tmp_path, keep=3), module, **options)
 
     return run
 
 
-def test_rows_that_bring_it_are_named(play, make_bundle, tiny):
-    found = play(make_bundle(zeros=(4, 10)), tiny)
+def test_rows_that_cause_it_are_named(replayed, make_bundle, tiny):
+    found = replayed(make_bundle(zeros=(4, 10)), tiny)
     assert found.verdict == Recurrence.DATA_DEPENDENT
     assert (found.rows, found.number, found.rank, found.other_random) == ((4, 10), 5, None, 3)
     assert found.origin.operation == "log"
-    assert "Rows 4, 10 of batch 5 bring it; without them the batch is without fault." in str(found)
+    assert "Rows 4, 10 of batch 5 each cause it; without them the fault does not occur." in str(found)
 
 
-def test_every_row_is_none_in_particular(play, make_bundle, tiny):
-    found = play(make_bundle(zeros=range(12)), tiny)
+def test_if_every_row_causes_it_it_does_not_depend_on_rows(replayed, make_bundle, tiny):
+    found = replayed(make_bundle(zeros=range(12)), tiny)
     assert (found.verdict, found.rows, found.every) == (Recurrence.REPRODUCIBLE, (), True)
-    assert "Each row of batch 5 brings it." in str(found)
+    assert "Each row of batch 5 causes it by itself." in str(found)
 
 
-def test_another_batch_acquits_the_model(play, make_bundle, tiny):
+def test_another_batch_without_the_fault_makes_it_data_dependent(replayed, make_bundle, tiny):
     other = torch.rand(12, 3) + 0.5, torch.randint(2, (12,))
-    assert play(make_bundle(zeros=range(12)), tiny, other=other).verdict == Recurrence.DATA_DEPENDENT
+    assert replayed(make_bundle(zeros=range(12)), tiny, other=other).verdict == Recurrence.DATA_DEPENDENT
     other[0][:, 1] = 0
-    found = play(make_bundle(zeros=range(12)), tiny, other=other)
+    found = replayed(make_bundle(zeros=range(12)), tiny, other=other)
     assert found.verdict == Recurrence.REPRODUCIBLE
-    assert "With the other batch it comes, too." in found.notes
-    # One that cannot be run acquits nobody.
-    assert play(make_bundle(zeros=range(12)), tiny, other=(1, 2)).verdict == Recurrence.REPRODUCIBLE
+    assert "With the other batch the fault occurs too." in found.notes
+    # A batch that cannot be run shows nothing.
+    assert replayed(make_bundle(zeros=range(12)), tiny, other=(1, 2)).verdict == Recurrence.REPRODUCIBLE
 
 
-def test_what_does_not_come_again_is_transient(play, make_bundle, tiny):
-    found = play(make_bundle(zeros=()), tiny)
+def test_a_fault_that_does_not_occur_again_is_transient(replayed, make_bundle, tiny):
+    found = replayed(make_bundle(zeros=()), tiny)
     assert (found.verdict, found.rows, found.number, found.origin) == (Recurrence.TRANSIENT, (), None, None)
     assert (found.other_random, found.passes) == (0, 4)
     assert math.isfinite(found.loss)
-    assert "look at the hardware" in " ".join(str(found).split())
+    assert "a hardware fault, a race condition" in " ".join(str(found).split())
 
 
 class Unlucky(nn.Module):
-    """Fails with one seed of two: by the first random number."""
+    """Fails with one seed of two, by the first random number."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Unlucky(nn.Module):
 
 
 def with_luck(make_bundle, unlucky):
-    """A bundle of which the recorded random numbers bring the fault, or do not."""
+    """Return a bundle whose recorded random numbers cause the fault, or do not."""
     seed = next(s for s in range(99) if (torch.manual_seed(s) and torch.rand(()).item() < 0.5) == unlucky)
     bundle = make_bundle(zeros=(), module=Unlucky())
     torch.manual_seed(seed)
@@ -78,20 +78,21 @@ def with_luck(make_bundle, unlucky):
 
 
 @pytest.mark.parametrize("unlucky", [True, False])
-def test_recorded_random_numbers_decide_and_others_are_told(play, make_bundle, unlucky):
-    found = play(with_luck(make_bundle, unlucky), Unlucky())
+def test_recorded_random_numbers_decide_and_others_are_counted(replayed, make_bundle, unlucky):
+    found = replayed(with_luck(make_bundle, unlucky), Unlucky())
     assert found.verdict == (Recurrence.REPRODUCIBLE if unlucky else Recurrence.TRANSIENT)
     lucky = [torch.manual_seed(s) and torch.rand(()).item() < 0.5 for s in (1, 2, 3)]
     assert found.other_random == sum(lucky)
     assert 0 < found.other_random < 3
-    assert ("those of the step were not the recorded ones" in " ".join(str(found).split())) == (not unlucky)
+    is_noted = "probably drew other random numbers than the recorded ones" in " ".join(str(found).split())
+    assert is_noted == (not unlucky)
 
 
-def test_a_replay_leaves_the_recorded_weights_and_the_random_numbers_as_they_are(play, make_bundle, tiny):
+def test_a_replay_leaves_the_recorded_weights_and_changes_no_random_numbers(replayed, make_bundle, tiny):
     bundle = make_bundle()
     weights = copy.deepcopy(bundle["weights"])
     before = randomness.capture()
-    play(bundle, tiny)
+    replayed(bundle, tiny)
     assert randomness.same(before, randomness.capture())
     for name, parameter in tiny.named_parameters():
         assert torch.equal(parameter, weights[name])
@@ -100,49 +101,49 @@ def test_a_replay_leaves_the_recorded_weights_and_the_random_numbers_as_they_are
     assert set(vars(tiny)) == set(vars(type(tiny)()))
 
 
-def test_two_replays_say_the_same(play, make_bundle, tiny):
-    assert str(play(make_bundle(), tiny)) == str(play(make_bundle(), type(tiny)()))
+def test_two_replays_give_the_same_text(replayed, make_bundle, tiny):
+    assert str(replayed(make_bundle(), tiny)) == str(replayed(make_bundle(), type(tiny)()))
 
 
-def test_the_process_that_brings_it_is_named(make_bundle, tiny, tmp_path):
+def test_the_process_that_causes_it_is_named(make_bundle, tiny, tmp_path):
     for rank, zeros in ((0, ()), (1, range(12))):
         weights = {} if rank == 0 else {"weights": None}
-        path = write(make_bundle(zeros=zeros, rank=rank, world_size=2, **weights), tmp_path, keep=3)
+        path = write_bundle(make_bundle(zeros=zeros, rank=rank, world_size=2, **weights), tmp_path, keep=3)
     for path in sorted(tmp_path.iterdir()):
         found = replay(path, tiny)
         assert (found.rank, found.verdict) == (1, Recurrence.DATA_DEPENDENT)
-        assert "Each row of batch 5 of rank 1 brings it." in str(found)
+        assert "Each row of batch 5 of rank 1 causes it by itself." in str(found)
         assert "batches of the other processes" in found.notes[-1]
 
 
 def test_without_rank_0_there_are_no_weights(make_bundle, tiny, tmp_path):
-    path = write(make_bundle(rank=1, world_size=2, weights=None), tmp_path, keep=3)
-    with pytest.raises(ReplayError, match=r"no weights to replay with; .*bundle of rank 0 is not beside it"):
+    path = write_bundle(make_bundle(rank=1, world_size=2, weights=None), tmp_path, keep=3)
+    with pytest.raises(ReplayError, match=r"no weights to replay with: .*not in this folder: rank 0"):
         replay(path, tiny)
 
 
 class Counting(nn.Module):
-    """Has statistics that the pass before has changed, and that its loss depends on."""
+    """Has a buffer that each pass changes and that its loss depends on."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3, 2)
-        self.register_buffer("room", torch.tensor(1.0))
+        self.register_buffer("margin", torch.tensor(1.0))
 
     def training_step(self, batch):
-        self.room -= 1
-        return nn.functional.cross_entropy(self.layer(batch[0]), batch[1]) / self.room.relu()
+        self.margin -= 1
+        return nn.functional.cross_entropy(self.layer(batch[0]), batch[1]) / self.margin.relu()
 
 
-def test_buffers_are_those_before_the_forward_pass(play, make_bundle):
-    bundle = make_bundle(zeros=(), module=Counting(), buffers={"room": torch.tensor(2.0)})
-    assert play(bundle, Counting()).verdict == Recurrence.TRANSIENT
-    bundle = make_bundle(zeros=(), module=Counting(), buffers={"room": torch.tensor(1.0)})
-    assert play(bundle, Counting()).verdict == Recurrence.REPRODUCIBLE
+def test_buffers_are_those_before_the_forward_pass(replayed, make_bundle):
+    bundle = make_bundle(zeros=(), module=Counting(), buffers={"margin": torch.tensor(2.0)})
+    assert replayed(bundle, Counting()).verdict == Recurrence.TRANSIENT
+    bundle = make_bundle(zeros=(), module=Counting(), buffers={"margin": torch.tensor(1.0)})
+    assert replayed(bundle, Counting()).verdict == Recurrence.REPRODUCIBLE
 
 
 class Large(nn.Module):
-    """Overflows where its inputs are not standardised."""
+    """Overflows unless its inputs are standardized."""
 
     def __init__(self):
         super().__init__()
@@ -152,16 +153,16 @@ class Large(nn.Module):
         return self.layer(batch[0]).exp().mean()
 
 
-def test_the_scale_of_the_inputs_is_asked_for(play, make_bundle):
+def test_standardized_inputs_are_tried_if_the_inputs_are_large(replayed, make_bundle):
     torch.manual_seed(0)
     batch = torch.rand(12, 3) * 1e4 + 1e4, torch.zeros(12)
     module = Large()
     nn.init.ones_(module.layer.weight)
     bundle = make_bundle(module=module)
     bundle["parts"][0]["batch"] = encode(batch, "batch", [])
-    found = play(bundle, Large())
+    found = replayed(bundle, Large())
     assert (found.verdict, found.rows, found.every) == (Recurrence.DATA_DEPENDENT, (), True)
-    assert "with standardised ones it does not come." in found.notes[-1]
+    assert "scaled to zero mean and unit variance the fault does not occur." in found.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -169,45 +170,50 @@ def test_the_scale_of_the_inputs_is_asked_for(play, make_bundle):
     [
         (
             {"parts": [], "left_out": ["batch (Custom)"]},
-            r"nothing to replay; not in the bundle: batch \(Custom\)",
+            r"there is no batch to replay: batch \(Custom\)",
         ),
         ({"weights": None}, "no weights to replay with"),
-        ({"optimizers": [{"settings": 3}]}, "bundle is damaged"),
-        ({"parts": [{"batch": 1}]}, "bundle is damaged"),
+        ({"optimizers": [{"settings": 3}]}, "flight record is damaged"),
+        ({"parts": [{"batch": 1}]}, "flight record is damaged"),
     ],
 )
-def test_what_cannot_be_replayed_is_one_line(play, make_bundle, tiny, changes, words):
+def test_what_cannot_be_replayed_is_reported_on_one_line(replayed, make_bundle, tiny, changes, words):
     with pytest.raises(ReplayError, match=words) as caught:
-        play(make_bundle(**changes), tiny)
+        replayed(make_bundle(**changes), tiny)
     assert "\n" not in str(caught.value)
 
 
-def test_a_training_step_that_fails_only_here(play, make_bundle, tiny):
+def test_a_training_step_that_fails_only_here(replayed, make_bundle, tiny):
     bundle = make_bundle(left_out=["batch['meta'] (Custom)"])
     bundle["parts"][0]["batch"] = encode([1, 2, 3], "batch", [])
     with pytest.raises(
-        ReplayError, match=r"could not be run again: ValueError.*not in the bundle: batch\['meta'\]"
+        ReplayError,
+        match=r"the training step fails in the replay: ValueError.*not in the record: batch\['meta'\]",
     ):
-        play(bundle, tiny)
+        replayed(bundle, tiny)
 
 
-def test_modules_and_devices_that_will_not_do(play, make_bundle, tiny):
-    with pytest.raises(ReplayError, match="module must have a training_step, and a Linear has none"):
-        play(make_bundle(), nn.Linear(3, 2))
-    with pytest.raises(ReplayError, match="device must be one that is there, such as 'cpu', got 'gpu'"):
-        play(make_bundle(), tiny, device="gpu")
+def test_unusable_modules_and_devices_are_refused(replayed, make_bundle, tiny):
+    with pytest.raises(ReplayError, match="module must have a training_step, got a Linear without one"):
+        replayed(make_bundle(), nn.Linear(3, 2))
+    with pytest.raises(
+        ReplayError, match="device must be available on this machine, such as 'cpu', got 'gpu'"
+    ):
+        replayed(make_bundle(), tiny, device="gpu")
 
 
-def test_other_hardware_and_versions_are_told(play, make_bundle, tiny):
-    found = play(make_bundle(versions={"device": "cuda:0 (Card)", "torch": "1.0"}), tiny)
-    assert found.notes[0].startswith("Recorded on cuda:0 (Card), replayed on cpu: rounding differs")
-    assert found.notes[1].startswith("Recorded with torch 1.0, replayed with")
+def test_other_hardware_and_versions_are_noted(replayed, make_bundle, tiny):
+    found = replayed(make_bundle(versions={"device": "cuda:0 (Card)", "torch": "1.0"}), tiny)
+    assert found.notes[0].startswith(
+        "Recorded on cuda:0 (Card), replayed on cpu: rounding and random numbers differ"
+    )
+    assert found.notes[1].startswith("Recorded with torch 1.0, replayed with torch")
 
 
-def test_rich_and_plain_text_say_the_same(play, make_bundle, tiny, capsys):
+def test_rich_and_plain_text_have_the_same_words(replayed, make_bundle, tiny, capsys):
     from rich.console import Console
 
-    found = play(make_bundle(zeros=(4,)), tiny)
+    found = replayed(make_bundle(zeros=(4,)), tiny)
     Console(width=200).print(found)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed == " ".join(str(found).split())

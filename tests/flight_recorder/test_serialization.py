@@ -1,4 +1,4 @@
-"""What is encoded comes back, loads without code, and holds no more than it shows."""
+"""What is encoded is decoded again, loads without running code, and stores no more than it shows."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_gradguard.flight_recorder.serialization import decode, describe, encode, size_of, tensors_in
+from lightning_gradguard.flight_recorder.serialization import decode, describe, encode, size_of
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -30,7 +30,7 @@ class Colour(Enum):
 
 
 class Custom:
-    """No class that anybody knows."""
+    """A class that is not supported."""
 
 
 def through_a_file(plain):
@@ -59,7 +59,7 @@ nested = st.recursive(
 
 
 @given(nested)
-def test_plain_containers_come_back_as_they_are(value):
+def test_plain_containers_are_unchanged(value):
     back, left_out = round_trip(value)
     assert back == value
     assert type(back) is type(value)
@@ -82,32 +82,32 @@ def test_plain_containers_come_back_as_they_are(value):
     ],
     ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}",
 )
-def test_tensors_come_back(tensor):
+def test_tensors_are_unchanged(tensor):
     back, left_out = round_trip([tensor])
     assert torch.equal(back[0].to_dense(), tensor.detach().to_dense())
     assert (back[0].dtype, back[0].layout, left_out) == (tensor.dtype, tensor.layout, [])
 
 
-def test_a_batch_that_is_a_view_of_the_data_set_does_not_bring_it_along():
+def test_a_batch_that_is_a_view_of_the_data_set_is_stored_without_it():
     data = torch.randn(10_000, 8)
     plain = encode((data[:4], data[4]), "batch", [])
     assert size_of(plain) == 5 * 8 * 4
     assert torch.equal(decode(plain)[0], data[:4])
 
 
-def test_memory_that_is_shared_counts_once():
+def test_shared_memory_counts_once():
     tensor = torch.randn(100)
     assert size_of([tensor, tensor.view(10, 10), {"a": tensor}]) == 400
 
 
-def test_look_alikes_of_classes_have_their_fields():
+def test_dataclasses_and_named_tuples_keep_names_and_fields():
     sample, _ = round_trip(Sample(torch.ones(2), 3))
     assert (sample.image.tolist(), sample.label, type(sample).__name__) == ([1, 1], 3, "Sample")
     first, second = pair = round_trip(Pair(1, [2]))[0]
     assert (first, second, pair.second) == (1, [2], [2])
 
 
-def test_mappings_that_are_no_dict_have_attributes_as_entries():
+def test_entries_of_other_mappings_are_attributes_too():
     back, _ = round_trip(UserDict(image=torch.ones(1), label=2))
     assert (back["label"], back.label, dict(**back)["label"]) == (2, 2, 2)
     with pytest.raises(AttributeError, match="the recorded batch has no entry 'other'"):
@@ -115,7 +115,7 @@ def test_mappings_that_are_no_dict_have_attributes_as_entries():
     assert type(round_trip(OrderedDict(a=1))[0]) is dict
 
 
-def test_arrays_sequences_and_the_like():
+def test_arrays_numbers_enums_paths_and_packed_sequences():
     value = [np.arange(3), np.float32(2.5), Colour.RED, Path("a/b"), torch.Size([2]), {1, 2}, torch.float16]
     (array, number, colour, path, size, some, dtype), left_out = round_trip(value)
     assert array.tolist() == [0, 1, 2]
@@ -127,14 +127,14 @@ def test_arrays_sequences_and_the_like():
     assert nn.LSTM(2, 2)(back)[0].data.shape == (4, 2)
 
 
-def test_what_is_not_plain_is_named_and_missing():
+def test_unsupported_parts_are_listed_and_decode_to_none():
     back, left_out = round_trip({"x": torch.ones(1), "meta": [Custom(), 1], "words": np.array(["a"])})
     assert back["x"].tolist() == [1]
     assert (back["meta"], back["words"]) == ([None, 1], None)
     assert left_out == ["batch['meta'][0] (Custom)", "batch['words'] (ndarray)"]
 
 
-def test_what_holds_itself_is_left_out():
+def test_a_container_that_holds_itself_is_left_out():
     circle = []
     circle.append(circle)
     _, left_out = round_trip({"a": 1, "circle": circle})
@@ -142,7 +142,7 @@ def test_what_holds_itself_is_left_out():
     assert left_out[0].startswith("batch['circle']")
 
 
-def test_nothing_that_is_encoded_is_changed_by_what_comes_back():
+def test_changing_a_decoded_value_does_not_change_the_encoded_one():
     plain = encode({"x": torch.zeros(2)}, "batch", [])
     decode(plain)["x"].add_(1)
     assert decode(plain)["x"].tolist() == [0, 0]
@@ -157,19 +157,18 @@ def test_nothing_that_is_encoded_is_changed_by_what_comes_back():
         {"is": "dataclass", "name": "A", "keys": ["class"], "of": [1]},
     ],
 )
-def test_names_from_a_file_are_names_and_nothing_else(plain, capsys):
+def test_names_from_a_file_are_never_run_as_code(plain, capsys):
     with pytest.raises(ValueError, match="holds a"):
         decode(plain)
     assert capsys.readouterr().out == ""
 
 
-def test_a_description_is_for_people():
+def test_a_description_is_plain():
     described = describe({Colour.RED: Sample(torch.ones(1), 2), "n": (1, None, Custom)})
     assert described["red"] == {"image": "tensor([1.])", "label": 2}
     assert described["n"][:2] == [1, None]
     assert through_a_file(described) == described
 
 
-def test_all_tensors_are_found():
-    plain = encode({"a": [torch.ones(1)], "b": (torch.zeros(2), 3)}, "batch", [])
-    assert [len(t) for t in tensors_in(plain)] == [1, 2]
+def test_all_tensors_of_an_encoded_value_count():
+    assert size_of(encode({"a": [torch.ones(1)], "b": (torch.zeros(2), 3)}, "batch", [])) == 3 * 4

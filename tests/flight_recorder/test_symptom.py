@@ -1,4 +1,4 @@
-"""Which passes show which fault."""
+"""A pass shows a fault, or does not."""
 
 import math
 
@@ -38,21 +38,21 @@ def symptom(fault, quantity=None, value=1.0, limit=0.0, parameters=(), total_nor
         ("exploding", None, 5.0, 3.0, Pass(total=1.9), Pass(total=1.0)),
     ],
 )
-def test_each_fault_is_seen_where_it_is_and_only_there(fault, quantity, value, limit, sick, well):
+def test_each_fault_is_found_where_it_is_and_only_there(fault, quantity, value, limit, sick, well):
     asked = symptom(fault, quantity, value, limit)
-    assert asked.shows(sick)
-    assert not asked.shows(well)
-    assert asked.tell(sick)
+    assert asked.is_shown_by(sick)
+    assert not asked.is_shown_by(well)
+    assert asked.describe(sick)
     if fault != "nonfinite":
-        assert not asked.shows(Pass(finite=False, total=math.nan))
-        assert asked.tell(Pass(finite=False)) == "loss or gradients are not finite"
+        assert not asked.is_shown_by(Pass(finite=False, total=math.nan))
+        assert asked.describe(Pass(finite=False)) == "The loss or a gradient is NaN or infinite."
 
 
 @pytest.mark.parametrize("quantity", Quantity)
 def test_every_quantity_can_be_measured_in_part_of_a_batch(quantity):
-    assert symptom("vanishing", quantity.value).splits
-    assert not symptom("vanishing").splits
-    assert not symptom("vanishing", "made_by_a_later_version").splits
+    assert symptom("vanishing", quantity.value).is_divisible
+    assert not symptom("vanishing").is_divisible
+    assert not symptom("vanishing", "made_by_a_later_version").is_divisible
 
 
 def test_detectors_declare_a_quantity_for_each_measure_or_none_at_all():
@@ -73,27 +73,27 @@ def test_detectors_declare_a_quantity_for_each_measure_or_none_at_all():
 def test_bundles_from_before_quantities_still_replay(sentence, sick):
     target = {"fault": "vanishing", "measure": sentence, "value": 4.0, "limit": 3.0, "parameters": []}
     asked = Symptom({"target": target, "message": "", "report": {"total_norm": 2.0}})
-    assert asked.splits
-    assert asked.shows(sick)
-    assert not asked.shows(Pass())
+    assert asked.is_divisible
+    assert asked.is_shown_by(sick)
+    assert not asked.is_shown_by(Pass())
 
 
-def test_tensors_without_a_path_get_no_gradient():
+def test_a_disconnected_tensor_gets_no_gradient():
     asked = symptom("disconnected", parameters=["a", "b"])
-    assert asked.shows(Pass(norms={"c": 1.0}))
-    assert not asked.shows(Pass(norms={"b": 1.0}))
-    assert asked.tell(Pass(norms={"c": 1.0})) == "no gradient arrives at what had none"
+    assert asked.is_shown_by(Pass(norms={"c": 1.0}))
+    assert not asked.is_shown_by(Pass(norms={"b": 1.0}))
+    assert asked.describe(Pass(norms={"c": 1.0})) == "Again no gradient reaches the tensors that had none."
 
 
-def test_an_error_is_known_by_its_class():
+def test_an_error_is_recognized_by_its_class():
     asked = Symptom({"target": None, "message": "KeyError: 'a'", "report": None})
     assert asked.name == "KeyError"
-    assert asked.shows(Pass(raised="KeyError"))
-    assert not asked.shows(Pass())
-    assert not asked.shows(Pass(raised="ValueError"))
+    assert asked.is_shown_by(Pass(raised="KeyError"))
+    assert not asked.is_shown_by(Pass())
+    assert not asked.is_shown_by(Pass(raised="ValueError"))
 
 
-def test_what_cannot_be_measured_does_not_count():
+def test_a_value_that_cannot_be_measured_does_not_count():
     asked = symptom("vanishing", "depth_tilt", 4.0, 3.0)
-    assert not asked.shows(Pass(tilt=None))
-    assert "not measurable" in asked.tell(Pass(tilt=None))
+    assert not asked.is_shown_by(Pass(tilt=None))
+    assert "not measurable" in asked.describe(Pass(tilt=None))

@@ -1,4 +1,4 @@
-"""A training step runs without its Trainer, up to the step in question, and leaves the weights alone."""
+"""A training step runs without its Trainer, up to the step in question, and does not change the weights."""
 
 from contextlib import nullcontext
 
@@ -38,12 +38,12 @@ class Gan(pl.LightningModule):
             self.log("loss", 1.0)
         self.lr_schedulers().step()
         self.logger.experiment.add_scalar("a", 1)
-        self.print("never said")
+        self.print("never printed")
 
     factor = 1.0
 
 
-def host(module, target=1, stop=None, **trainer):
+def stub(module, target=1, stop=None, **trainer):
     return TrainerStub(module, RECORDED, target=target, stop=stop, trainer={"max_epochs": 3, **trainer})
 
 
@@ -51,34 +51,34 @@ def host(module, target=1, stop=None, **trainer):
 def test_it_ends_before_the_step_in_question(stop, steps, capsys):
     module = Gan()
     before = [p.clone() for p in module.parameters()]
-    host(module, stop=stop).run(torch.ones(3, 2), 0, nullcontext())
+    stub(module, stop=stop).run(torch.ones(3, 2), 0, nullcontext())
     assert len(module.seen) == steps
     assert (module.generator.weight.grad is not None) == (steps > 0)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert capsys.readouterr().out == ""
 
 
-def test_the_backward_pass_that_went_wrong_is_known_and_its_loss_can_be_asked_for():
+def test_the_first_nonfinite_backward_pass_is_known_and_its_loss_can_be_computed():
     module = Gan()
     module.factor = torch.inf
-    first = host(module, stop=1)
+    first = stub(module, stop=1)
     first.run(torch.ones(3, 2), 0, nullcontext())
-    assert first.first_bad == 1
+    assert first.first_nonfinite == 1
     second = Gan()
     second.load_state_dict(module.state_dict())
     second.factor = torch.inf
-    loss = host(second, stop=1).loss_of(torch.ones(3, 2), 0, nullcontext(), backward=1)
+    loss = stub(second, stop=1).loss_of(torch.ones(3, 2), 0, nullcontext(), backward=1)
     assert not loss.isfinite()
     assert loss.grad_fn is not None
     assert second.critic.weight.grad is None
 
 
-def test_gradients_that_are_removed_are_forgotten():
+def test_cleared_gradients_are_forgotten():
     module = Gan()
-    asked = host(module, target=0)
-    asked.first_bad = 0
+    asked = stub(module, target=0)
+    asked.first_nonfinite = 0
     asked.optimizers[0].zero_grad()
-    assert asked.first_bad is None
+    assert asked.first_nonfinite is None
 
 
 class Automatic(pl.LightningModule):
@@ -90,7 +90,7 @@ class Automatic(pl.LightningModule):
         assert self.trainer.max_epochs == 3
         assert (self.trainer.is_global_zero, self.global_rank) == (False, 2)
         assert torch.equal(self.all_gather(batch), batch)
-        self.inner.log("of a module within", 1.0)
+        self.inner.log("of an inner module", 1.0)
         return {"loss": self.critic(batch).mean()}
 
 
@@ -107,15 +107,15 @@ def test_a_step_of_one_argument_that_returns_a_dict():
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (lambda self, dataloader_iter: None, "takes its batches itself"),
+        (lambda self, dataloader_iter: None, "reads its batches from dataloader_iter, so it cannot run"),
         (lambda self, batch: None, "must return a loss, got NoneType"),
-        (lambda self, batch: self.trainer.datamodule, "a replay has no trainer.datamodule"),
+        (lambda self, batch: self.trainer.datamodule, "trainer.datamodule is not available in a replay"),
     ],
 )
-def test_what_cannot_be_run_says_why(step, words):
+def test_a_step_that_cannot_run_is_refused_with_the_reason(step, words):
     module = type("Odd", (Automatic,), {"training_step": step})()
     with pytest.raises((ValueError, AttributeError), match=words):
-        host(module, target=0).run(torch.ones(1, 2), 0, nullcontext())
+        stub(module, target=0).run(torch.ones(1, 2), 0, nullcontext())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_what_cannot_be_run_says_why(step, words):
         ("transformer-engine", torch.float32, torch.float32),
     ],
 )
-def test_precision_is_as_it_was(precision, matmul, made):
+def test_precision_is_as_recorded(precision, matmul, made):
     a = torch.ones(2, 2)
     with precision_context(precision, torch.device("cpu")):
         assert (a @ a).dtype == matmul
@@ -137,5 +137,5 @@ def test_precision_is_as_it_was(precision, matmul, made):
     assert torch.ones(1).dtype == torch.float32
 
 
-def test_an_idle_thing_takes_everything():
+def test_an_idle_object_accepts_every_call():
     assert isinstance(Idle().experiment.add_image("x", 1, tag="y"), Idle)

@@ -1,11 +1,7 @@
-"""Event files as the callbacks write them, of any size, and a browser that opens the page."""
+"""Event files as the callbacks write them, of any size."""
 
 import math
-import os
-import re
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -16,14 +12,6 @@ from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 from lightning_gradguard.stats.histogram import EDGES
-
-#: Folder for screenshots of all opened pages; git ignores it.
-PICTURES = Path(__file__).parents[2] / "test-artifacts" / "pages"
-
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 def decades_of(kind: str, depth: float, progress: float) -> float:
@@ -120,49 +108,3 @@ def written(begun):
 def _decades_of():
     """Return the function that the synthetic runs are made with."""
     return decades_of
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """Start a headless browser; without one skip the tests, or fail if GRADGUARD_REQUIRE_BROWSER is 1."""
-    lacks = pytest.fail if os.environ.get("GRADGUARD_REQUIRE_BROWSER") == "1" else pytest.skip
-    try:
-        from playwright import sync_api as api
-    except ImportError:
-        lacks("needs Playwright: pip install playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        except api.Error:
-            lacks("needs a Chromium: make browser, or playwright install chromium")
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(chromium, request):
-    """Open a page from disk; a console message, a request or an error makes the test fail."""
-    contexts, messages = [], []
-
-    def open_page(path, width=1280, height=900, scheme="light"):
-        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: messages.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: messages.append(f"error: {error}"))
-        page.on(
-            "request",
-            lambda request: messages.append(request.url) if request.url.startswith(("http", "ws")) else None,
-        )
-        page.goto(path.resolve().as_uri())
-        return page
-
-    yield open_page
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", request.node.name).strip("_")
-    for number, context in enumerate(contexts):
-        for page in context.pages:
-            page.screenshot(path=PICTURES / f"{name}_{number}.png", full_page=True)
-        context.close()
-    assert messages == []

@@ -29,7 +29,7 @@ def test_a_healthy_run(written):
     [
         ("vanishing", "Gradients vanish on their way"),
         ("exploding", "Gradients explode"),
-        ("nan", "NaN or infinite"),
+        ("nan", "NaN or Inf"),
     ],
 )
 def test_a_run_with_a_fault(written, kind, title):

@@ -1,4 +1,4 @@
-"""What a walk over the autograd graph must find, whatever the model is written like."""
+"""The structure read from an autograd graph, whichever way the model is written."""
 
 import gc
 import weakref
@@ -45,7 +45,7 @@ def sigmoids(depth, width=4):
     return nn.Sequential(*layers)
 
 
-def test_a_loss_without_graph_gives_an_empty_anatomy():
+def test_a_loss_without_a_graph_has_an_empty_summary():
     graph_summary = summarize_graph(torch.tensor(1.0), named(nn.Linear(2, 2)))
     assert graph_summary == GraphSummary(names=("weight", "bias"), order=(0, 1))
     assert not graph_summary.missing  # a detached copy of the loss says nothing about the model
@@ -74,7 +74,7 @@ def test_a_chain_is_counted_exactly(depth):
     assert not graph_summary.missing | graph_summary.recurrent | graph_summary.embeddings
 
 
-def test_modules_and_functions_look_alike():
+def test_modules_and_functions_have_the_same_summary():
     model, x = sigmoids(3), torch.randn(3, 4)
 
     def functional():
@@ -153,7 +153,7 @@ def test_another_models_parameters_are_all_missing():
     assert summarize_graph(model(torch.randn(3, 4)).sum(), named(other)).missing == set(named(other))
 
 
-def test_residual_nets_have_a_short_way():
+def test_residual_nets_have_a_short_path():
     block = [Residual(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))) for _ in range(10)]
     model = nn.Sequential(nn.Linear(8, 8), *block, nn.Linear(8, 2))
     graph_summary = summarize_graph(model(torch.randn(3, 8)).sum(), named(model))
@@ -183,7 +183,7 @@ def test_what_counts_as_a_skip_connection(join, skips):
 
 
 @pytest.mark.parametrize("join", [lambda a, b: a + b, lambda a, b: b + a])
-def test_the_longest_path_is_found_whichever_way_is_walked_first(join):
+def test_the_longest_path_is_found_whichever_path_comes_first(join):
     first = nn.Linear(4, 4)
     h = first(torch.randn(3, 4))
     loss = join(h.sin().cos().exp(), h.tanh()).sum()
@@ -232,7 +232,7 @@ def test_a_layer_that_hides_its_steps_is_recurrent():
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
-def test_gated_layers_are_recurrent_on_this_machine_too(layer):
+def test_gated_layers_are_recurrent_with_any_backend(layer):
     model = Recurrent(layer(3, 8, batch_first=True))
     graph_summary = summarize_graph(model(torch.randn(2, 20, 3)).sum(), named(model))
     assert "layer.weight_hh_l0" in graph_summary.recurrent
@@ -280,7 +280,7 @@ def test_tied_weights_are_placed_at_their_first_use():
         lambda w, i: torch.cat([w[:1], torch.randn(2, 4)]),  # a class token
     ],
 )
-def test_tables_are_told_from_layers(look_up):
+def test_tables_are_distinguished_from_layers(look_up):
     table, layer = nn.Parameter(torch.randn(10, 4)), nn.Linear(4, 4).double()
     loss = layer(look_up(table, torch.tensor([3, 1])).double()).sum()
     assert summarize_graph(loss, {"table": table, "layer": layer.weight, "bias": layer.bias}).embeddings == {
@@ -313,7 +313,7 @@ def test_the_loss_function_is_what_follows_the_last_product():
     assert graph_summary.loss_ops == {"Neg": 1, "Mean": 1, "Log": 1, "Softmax": 1}
 
 
-def test_a_loss_that_a_trainer_divides_is_not_made_risky_by_that():
+def test_the_division_of_a_loss_by_a_trainer_is_not_risky():
     model = sigmoids(2)
     loss = model(torch.randn(3, 4)).square().mean()
     assert summarize_graph(loss / 4, named(model)).loss_ops == summarize_graph(loss, named(model)).loss_ops
@@ -329,7 +329,7 @@ def test_compiled_models_keep_the_natural_order():
     assert not graph_summary.missing
 
 
-def test_checkpointing_that_hides_parameters_misses_none():
+def test_checkpointing_that_hides_parameters_reports_none_missing():
     model, x = sigmoids(3), torch.randn(3, 4, requires_grad=True)
     hidden = summarize_graph(checkpoint(model, x, use_reentrant=True).sum(), named(model))
     assert hidden.opaque
@@ -338,7 +338,7 @@ def test_checkpointing_that_hides_parameters_misses_none():
     assert shown == summarize_graph(model(x).sum(), named(model))
 
 
-def test_a_function_of_ones_own_is_walked_through():
+def test_a_custom_autograd_function_is_traversed():
     class Double(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):

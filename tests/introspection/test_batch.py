@@ -1,13 +1,20 @@
-"""What is not finite in a batch is found wherever it stands, and its rows are named."""
+"""Tensors in nested batches are found and replaced, and NaN and Inf are named with their rows."""
 
 import math
-from collections import UserDict, namedtuple
+from collections import UserDict, defaultdict, namedtuple
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
 
-from lightning_gradguard.introspection.batch import find_nonfinite, is_finite, tensors_of
+from lightning_gradguard.introspection.batch import (
+    find_nonfinite,
+    inputs_and_targets,
+    is_finite,
+    map_tensors,
+    tensors_of,
+)
 
 
 @dataclass
@@ -36,11 +43,11 @@ def spoiled(*rows, length=10, value=math.nan):
         ([Sample(spoiled(2))], "batch[0].image"),
     ],
 )
-def test_every_nesting_is_searched(batch, path):
+def test_nan_is_found_in_every_container(batch, path):
     assert [(e.path, e.rows, e.values) for e in find_nonfinite(batch)] == [(path, (2,), "NaN")]
 
 
-def test_what_is_finite_or_no_tensor_is_no_entry():
+def test_finite_tensors_and_other_values_are_no_entries():
     assert find_nonfinite((torch.ones(3), torch.arange(3), torch.zeros(0), "text", None, {"n": 1.0})) == ()
 
 
@@ -57,8 +64,46 @@ def test_both_values_are_named():
     assert (entry.values, entry.rows) == ("NaN and Inf", (0, 2))
 
 
-def test_what_cannot_be_looked_into_counts_as_finite():
+def test_tensors_that_cannot_be_read_count_as_finite():
     assert is_finite(torch.empty(3, device="meta"))
     assert is_finite(torch.arange(3))
     assert not is_finite(torch.tensor([complex(math.nan, 0)]))
     assert [path for path, _ in tensors_of(3)] == []
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(3),
+        [torch.ones(3), "text"],
+        (torch.ones(3), None),
+        {"x": [torch.ones(3)], "n": 1},
+        UserDict(x=torch.ones(3)),
+        MappingProxyType({"x": torch.ones(3)}),
+        defaultdict(list, x=torch.ones(3)),
+        Pair(torch.ones(2), (torch.ones(3),)),
+        [Sample(torch.ones(2), "y")],
+    ],
+)
+def test_tensors_are_replaced_in_every_container(batch):
+    paths = [(path, (2 * tensor).tolist()) for path, tensor in tensors_of(batch)]
+    mapped = map_tensors(batch, lambda tensor: 2 * tensor)
+    assert type(mapped) is type(batch)
+    assert [(path, tensor.tolist()) for path, tensor in tensors_of(mapped)] == paths
+    assert all(bool((tensor == 1).all()) for _, tensor in tensors_of(batch))
+
+
+def test_other_values_and_default_factories_are_kept():
+    batch = defaultdict(list, x=torch.ones(2), name="text", sample=Sample(torch.ones(1), "y"))
+    mapped = map_tensors(batch, torch.zeros_like)
+    assert mapped["missing"] == []
+    assert (mapped["name"], mapped["sample"].name) == ("text", "y")
+    assert "missing" not in batch
+
+
+@pytest.mark.parametrize("key", ["y", "Label", "targets"])
+def test_targets_of_a_mapping_are_known_by_their_name(key):
+    x, y = torch.ones(2), torch.zeros(2)
+    inputs, targets = inputs_and_targets({"image": x, "nested": {key: y}})
+    assert (inputs is x, targets is y) == (True, True)
+    assert inputs_and_targets({"image": x, f"my_{key}": y}) == (None, None)

@@ -1,4 +1,4 @@
-"""Backward nodes of the torch that is installed are known by name."""
+"""Backward nodes of the installed torch are known by name."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("function", "kind"), KINDS)
-def test_kinds_are_recognised(function, kind):
+def test_kinds_are_recognized(function, kind):
     weight = nn.Parameter(torch.randn(4, WIDTH))
     assert summarize_graph(function(weight * 1.0).sum(), {"w": weight}).kinds["w"].get(kind) == 1
 
@@ -113,7 +113,7 @@ RISKY_CALLS = {
 
 
 @pytest.mark.parametrize("name", RISKY)
-def test_each_risky_operation_is_one(name):
+def test_each_risky_operation_gives_nan_or_inf(name):
     x = torch.zeros(3, requires_grad=True)
     loss = RISKY_CALLS[name](x).sum()
     assert name in summarize_graph(loss, {"x": x}).loss_ops
@@ -121,7 +121,7 @@ def test_each_risky_operation_is_one(name):
     assert not (loss.isfinite() and gradient.isfinite().all())
 
 
-def test_decoration_is_taken_off():
+def test_decoration_is_removed_from_names():
     assert operation_of("NativeLayerNormBackward0") == "NativeLayerNorm"
     assert operation_of("SumBackward1") == operation_of("SumBackward0") == "Sum"
     assert operation_of("torch::autograd::CopySlices") == "CopySlices"

@@ -1,4 +1,4 @@
-"""Whatever a step does to a module in a sandbox, nothing of it is left."""
+"""A module is unchanged after a sandbox, whatever a step does inside."""
 
 import gc
 import random
@@ -19,7 +19,7 @@ class Tracker:
 
 
 class Model(nn.Module):
-    """Holds everything that a training step is known to change."""
+    """Model that holds everything that training steps are known to change."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_as_it_was(fails):
+def test_everything_is_restored(fails):
     model, x = Model(), torch.randn(8, 4)
     model.head.weight.grad = torch.ones(4, 4)
     before = state_of(model)
@@ -114,7 +114,7 @@ def test_everything_is_as_it_was(fails):
     assert torch.equal(model.head.weight.grad, torch.ones(4, 4))
 
 
-def test_inside_the_module_is_whole_and_its_own():
+def test_inside_the_module_works_on_its_own_copies():
     model = Model()
     outside = dict(model.named_parameters())
     with sandbox(model):
@@ -128,7 +128,7 @@ def test_inside_the_module_is_whole_and_its_own():
         assert all(torch.equal(inside[name], outside[name]) for name in outside)
 
 
-def test_each_pass_gets_a_batch_of_its_own():
+def test_each_pass_gets_its_own_copy_of_the_batch():
     batch = {"x": torch.zeros(2), "pair": (torch.zeros(1), [1])}
     with sandbox(nn.Linear(1, 1)) as copy:
         first = copy(batch)
@@ -157,7 +157,7 @@ def test_data_that_a_module_carries_is_not_copied(monkeypatch):
 
 
 class Closing:
-    """Closes what it holds when it goes."""
+    """Object that closes what it holds when it is deleted."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -166,7 +166,7 @@ class Closing:
         self.stream.close()
 
 
-def test_what_closes_itself_is_not_copied(tmp_path):
+def test_objects_with_a_finalizer_are_not_copied(tmp_path):
     model = nn.Linear(2, 2)
     model.held = Closing((tmp_path / "log").open("w"))
     with sandbox(model):
@@ -175,7 +175,7 @@ def test_what_closes_itself_is_not_copied(tmp_path):
     assert not model.held.stream.closed
 
 
-def test_a_generator_of_numpy_goes_on_as_if_nothing_had_been_drawn():
+def test_a_numpy_generator_is_restored():
     model = nn.Linear(2, 2)
     model.random = np.random.default_rng(0)
     with sandbox(model):
@@ -184,7 +184,7 @@ def test_a_generator_of_numpy_goes_on_as_if_nothing_had_been_drawn():
 
 
 @pytest.mark.parametrize("attribute", ["a generator", "a schedule"])
-def test_what_a_trial_would_use_up_is_refused(attribute):
+def test_iterators_that_a_run_would_consume_are_refused(attribute):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.held = (
@@ -194,8 +194,8 @@ def test_what_a_trial_would_use_up_is_refused(attribute):
         pass
 
 
-def test_nothing_is_sent_to_other_processes(monkeypatch, tmp_path):
-    """A group of one, that the sandbox is told is of two: what would wait for ever is refused."""
+def test_collectives_are_refused(monkeypatch, tmp_path):
+    """The sandbox of a group of one believes that there are two processes."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         model = nn.Linear(2, 2)
@@ -209,7 +209,7 @@ def test_nothing_is_sent_to_other_processes(monkeypatch, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_what_hides_in_slots_and_in_kinds_of_dicts_is_copied():
+def test_slots_and_dict_subclasses_are_copied():
     class Slotted:
         __slots__ = ("seen",)
 
@@ -228,7 +228,7 @@ def test_what_hides_in_slots_and_in_kinds_of_dicts_is_copied():
     assert model.table == {"n": [1]}
 
 
-def test_a_batch_is_copied_however_large(monkeypatch):
+def test_a_batch_of_any_size_is_copied(monkeypatch):
     monkeypatch.setattr(room, "LARGEST_TENSOR", 4)
     x = torch.ones(3, 3)
     with sandbox(nn.Linear(3, 3)) as copy:

@@ -1,12 +1,13 @@
-"""What is read at one step in one process; with other ranks see e2e/test_sharded."""
+"""`collect` in one process; with several ranks see e2e/test_sharded."""
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_gradguard.stats.collect import collect, collect_sample
-from lightning_gradguard.stats.grad_stats import gradients_of, measure, weight_norms
+from lightning_gradguard.stats.grad_stats import gradients_of, measure
 from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.samples import dead_shares, lost_shares, sample
 
 
@@ -18,10 +19,12 @@ def layout():
     return Layout.of(parameters)
 
 
-def test_what_is_due_is_what_its_functions_give(layout):
+def test_what_is_due_is_read_by_its_functions(layout):
     loss = torch.tensor(2.0)
     gradients = gradients_of(layout)
-    found = collect(layout, gradients, loss, torch.tensor(3.0), asked=True, fresh=True, sampled=True)
+    found = collect(
+        layout, gradients, loss, torch.tensor(3.0), tilt_due=True, refresh_due=True, sample_due=True
+    )
     assert torch.equal(found.norms, measure(layout, layout.floors, layout.floors).norms)
     assert torch.equal(found.weights, weight_norms(layout))
     assert torch.equal(found.sample, sample(layout))

@@ -1,1 +1,69 @@
-"""Rules that find the causes of a fault, most likely first."""
+"""Find the causes of a fault, most likely first: one function for each cause, named after it.
+
+To add a cause: write the function in one of the files here, add it to `RULES`, add a member to `Cause`, and its fixes
+to `lightning_gradguard.diagnosis.fixes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lightning_gradguard.diagnosis.causes import data, model, numerics, optimizer
+from lightning_gradguard.diagnosis.causes.evidence import Evidence
+from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.wording import number
+
+#: When each cause is named: its function yields the evidence for it. Ties go to the earlier one.
+RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
+    Cause.SATURATING_ACTIVATION: model.saturating_activation,
+    Cause.BAD_INITIALIZATION: model.bad_initialization,
+    Cause.TOO_DEEP: model.too_deep,
+    Cause.RECURRENCE: model.recurrence,
+    Cause.DEAD_ACTIVATION: model.dead_activation,
+    Cause.DETACHED_GRAPH: model.detached_graph,
+    Cause.UNNORMALIZED_INPUT: data.unnormalized_input,
+    Cause.TARGET_SCALE: data.target_scale,
+    Cause.LEARNING_RATE_TOO_HIGH: optimizer.learning_rate_too_high,
+    Cause.LEARNING_RATE_TOO_LOW: optimizer.learning_rate_too_low,
+    Cause.OPTIMIZER_EPSILON: optimizer.optimizer_epsilon,
+    Cause.MOMENTUM: optimizer.momentum,
+    Cause.BAD_DATA: data.bad_data,
+    Cause.LOW_PRECISION: numerics.low_precision,
+    Cause.OUTLIER_BATCH: data.outlier_batch,
+    Cause.LOSS_FUNCTION: numerics.loss_function,
+}
+
+#: A named cause accounts for at least so many decades, and for at least this fraction of the most likely one's.
+_LEAST_WEIGHT, _LEAST_FRACTION = 0.5, 0.2
+_MOST_CAUSES = 4
+
+
+def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
+    """Rank the causes by their strongest evidence.
+
+    Args:
+        context: The facts at the step of the finding.
+
+    Returns:
+        Causes with a sentence of evidence, most likely first: at least one, at most four. `Cause.UNKNOWN` if no other
+        fits, and for a custom fault.
+    """
+    strongest: dict[Cause, Evidence] = {}
+    for cause, rule in RULES.items() if not context.fault.is_custom else ():
+        evidence = max(rule(context), key=lambda evidence: evidence.weight, default=None)
+        if evidence is not None:
+            strongest[cause] = evidence
+    least = max(_LEAST_WEIGHT, _LEAST_FRACTION * max((e.weight for e in strongest.values()), default=0.0))
+    ranked = sorted(strongest.items(), key=lambda item: -item[1].weight)
+    named = [(cause, evidence.text) for cause, evidence in ranked if evidence.weight >= least]
+    return named[:_MOST_CAUSES] or [(Cause.UNKNOWN, _unknown(context))]
+
+
+def _unknown(context: DiagnosticContext) -> str:
+    if context.fault.is_custom:
+        return "The rules for causes know the built-in faults only; this one comes from a custom detector."
+    if context.decayed:
+        decay, size = number(context.setting("weight_decay")), number(100 * context.shrunk)
+        return f"The weights have shrunk to {size} % of their initial size: a weight decay of {decay} is too strong."
+    return "No cause that is known here fits what was measured."

@@ -1,4 +1,4 @@
-"""Rules that look for the cause in the model: its activations, weights, depth, and the graph itself."""
+"""Causes in the model: its activations, weights and depth, and the graph itself."""
 
 from __future__ import annotations
 
@@ -6,239 +6,223 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, FADING, GROWING, Evidence
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.causes.data import outputs_too_large
+from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, Evidence
+from lightning_gradguard.diagnosis.context import DEEP, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
-from lightning_gradguard.introspection.operations import SATURATING
 from lightning_gradguard.results import Fault
 
-#: Gain of a layer, in decades from the usual one, that is worth a word: 1.4 times; and what cripples: 4 times.
+#: Decades by which a layer's gain differs from `usual_gain` before it is reported (a factor of 1.4), and before it can
+#: stall or kill a network by itself (a factor of 4).
 _NOTABLE_GAIN, _CRIPPLING_GAIN = 0.15, 0.6
-#: Growth of weights before units died that shows that they had been alive, and were killed by the steps.
+#: Growth of the weights which shows that dead units were once active, and that the updates killed them.
 DIED_AFTER = 1.5
-#: RMS of biases that is more than standardised inputs make of the sums they are added to; and of those of a layer whose
-#: activations are off their slope.
+#: RMS of a bias that exceeds the sums of standardized inputs, and RMS of the median bias that moves activations to
+#: where they are flat.
 _LARGE_BIAS, _NOTABLE_BIAS = 3.0, 2.0
-#: Mean of a layer's weights, as a part of their RMS, from which they are all of one sign.
+#: Mean of a layer's weights as a fraction of their RMS from which nearly all have the same sign.
 _ONE_SIGNED = 0.5
-#: Decades lost between layers of usual weights that depth alone does not lose by chance.
-_BETWEEN = 3.0
-#: Layers in a row without a short cut or normalisation that count as deep, and the decades that one is blamed
-#: for: He-initialised ReLU nets of 30 layers tilt by one or two decades by chance alone.
-DEEP, _DECADES_OF_DEPTH = 10, 0.05
+#: Decades lost between layers of usual weights that depth does not lose by chance.
+_LOST_BETWEEN_LAYERS = 3.0
+#: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
+#: or two decades by chance.
+_DECADES_PER_LAYER = 0.05
 
 
-def saturating_activation(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Activations that pass only a part: what their steepest slope loses, and what nothing else explains."""
-    if case.fault in FADING and not case.saturating:
-        yield from _shifted(case)
-    if case.fault not in FADING or not case.saturating:
+def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame activations whose slope is near zero.
+
+    Their weight is what they lose even at their steepest, plus the decades that nothing else explains.
+    """
+    if not context.too_small:
         return
-    bounded, rest = _bounded_slopes(case), unexplained(case)
-    kinds = " and ".join(count(n, f"{kind} activation") for kind, n in case.saturating.items())
-    evidence = f"{kinds} on the shortest path from the loss to the first layer"
+    rest = context.unexplained_decades
+    if not context.saturating:
+        # Activations that are flat on one side, such as softplus or GELU, pushed there by their biases.
+        biases = _median_bias_rms(context)
+        if context.path.get("soft relu") and rest >= 1 and biases > _NOTABLE_BIAS:
+            activations = count(context.path["soft relu"], "activation")
+            text = (
+                f"Gradients lose {rest:.1f} decades (factors of ten) that the weights do not explain. The median bias "
+                f"has an RMS of {number(biases)}, which moves {activations} on the path to where they are flat."
+            )
+            yield Evidence(rest, text)
+        return
+    bounded = context.decades_lost_in_activations
+    kinds = " and ".join(count(n, f"{kind} activation") for kind, n in context.saturating.items())
+    text = f"The shortest path from the loss to the first layer has {kinds}."
     if bounded >= 0.1:
-        of = f" of the {case.lost_decades:.1f}" if case.lost_decades > bounded else ""
-        evidence += f": even where the slope is steepest that costs {bounded:.1f}{of} decades"
+        of = f" of the {context.lost_decades:.1f}" if context.lost_decades > bounded else ""
+        text += f" Even at their steepest, they account for {bounded:.1f}{of} lost decades (factors of ten)."
     if rest >= 0.5:
-        evidence += f", and {rest:.1f} decades are lost that the weights do not explain: slopes near zero"
-    yield Evidence(bounded + rest, Cause.SATURATING_ACTIVATION, evidence + ".")
-
-
-def _shifted(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Activations with one flat side, such as softplus or GELU, whose biases push everything there."""
-    biases = [case.weight_rms(i) for i in range(len(case.names)) if len(case.shapes[i]) == 1]
-    rest, size = unexplained(case), median(biases) if biases else 0.0
-    if case.path.get("soft relu") and rest >= 1 and size > _NOTABLE_BIAS:
-        evidence = (
-            f"{rest:.1f} decades are lost that the weights do not explain, and the median bias has an RMS of "
-            f"{number(size)}: {count(case.path['soft relu'], 'activation')} on the path work where they are flat."
+        lost = (
+            f"Another {rest:.1f} decades are"
+            if bounded >= 0.1
+            else f"{rest:.1f} decades (factors of ten) are"
         )
-        yield Evidence(rest, Cause.SATURATING_ACTIVATION, evidence)
-    elif rest >= _BETWEEN and case.path and not case.recurrent and case.fault == Fault.VANISHING:
-        evidence = (
-            f"{rest:.1f} decades are lost that neither weights nor activations explain: something between the layers "
-            "makes the signals smaller."
-        )
-        yield Evidence(0.5 * rest, Cause.BAD_INITIALIZATION, evidence)
+        text += f" {lost} lost that the weights do not explain, so slopes are near zero."
+    yield Evidence(bounded + rest, text)
 
 
-def bad_initialization(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Weights that shrink or blow up what passes through them, layer after layer."""
-    norms = case.initial_weight_norms or case.weight_norms
-    ruined = [n for n, norm in zip(case.names, norms, strict=True) if not math.isfinite(norm)]
-    if ruined:
-        yield Evidence(
-            CERTAIN, Cause.BAD_INITIALIZATION, f"The weights of {listing(ruined)} are not finite themselves."
-        )
-        return
-    yield from _one_signed(case)
-    # PyTorch's default, 0.4 to 0.6 of the usual, adds up over depth, but stalls or kills nothing by itself.
-    notable = _NOTABLE_GAIN if case.fault in (Fault.VANISHING, *GROWING) else _CRIPPLING_GAIN
-    excess, layers = case.excess_gain, case.bare_layers
-    excess = max(excess, 0.0) if case.fault in GROWING else min(excess, 0.0)
-    if abs(excess) <= notable or not layers or case.fault not in FADING + GROWING:
-        return
-    scheme = "He" if case.usual_gain > 1 else "Xavier"
-    verb = "were at the start" if case.initial_weight_norms else "are"
-    size = (
-        f"{10**excess:.2g} times the size that {scheme} initialization gives"
-        if excess > -3
-        else "all but zero"
-    )
-    lost = (
-        f"{abs(excess) * layers:.1f} decades {'lost' if excess < 0 else 'gained'} in {count(layers, 'layer')}"
-    )
-    evidence = f"The median layer's weights {verb} {size}: {lost}."
-    yield Evidence(abs(excess) * layers, Cause.BAD_INITIALIZATION, evidence)
+def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame initial weights that shrink or enlarge what passes through them, layer after layer."""
+    yield from _lost_between_layers(context)
+    yield from _one_signed_weights(context)
+    yield from weights_out_of_scale(context)
+    yield from outputs_too_large(context, Cause.BAD_INITIALIZATION)
 
 
-def _one_signed(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Weights that all have the same sign: a ReLU's inputs are then all positive, or all negative."""
-    if case.fault != Fault.DEAD or case.weight_means is None or case.growth[0] > DIED_AFTER:
-        return
-    signed = [
-        case.names[i]
-        for i in case.layers
-        if abs(case.weight_means[i]) > _ONE_SIGNED * case.weight_rms(i) > 0
-        and math.prod(case.shapes[i]) >= 64
+def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame weights that are too small or too large for their fan-in, or not finite."""
+    ruined = [
+        n for n, norm in zip(context.names, context.starting_norms, strict=True) if not math.isfinite(norm)
     ]
-    if signed:
-        yield Evidence(
-            3.0, Cause.BAD_INITIALIZATION, f"The weights of {listing(signed)} are nearly all of one sign."
-        )
+    if ruined:
+        verb = "were NaN or Inf before the first step" if context.initial_weight_norms else "are NaN or Inf"
+        yield Evidence(CERTAIN, f"The weights of {listing(ruined)} {verb}.")
+        return
+    # PyTorch's default has 0.4 to 0.6 of the usual gain. That adds up over depth, but does not stall or kill by itself.
+    notable = _NOTABLE_GAIN if context.too_large or context.fault == Fault.VANISHING else _CRIPPLING_GAIN
+    excess, layers = context.excess_gain, context.bare_layers
+    excess = max(excess, 0.0) if context.too_large else min(excess, 0.0)
+    if abs(excess) <= notable or not layers or not (context.too_small or context.too_large):
+        return
+    scheme = "He" if context.usual_gain > 1 else "Xavier"
+    known = bool(context.initial_weight_norms)
+    weights = "The initial weights of the median layer were" if known else "The median layer's weights are"
+    size = f"{10**excess:.2g} times the size of {scheme} initialization" if excess > -3 else "almost zero"
+    decades = abs(excess) * layers
+    change = f"{'lose' if excess < 0 else 'gain'} {decades:.1f} decades (factors of ten)"
+    yield Evidence(decades, f"{weights} {size}: over {count(layers, 'layer')}, gradients {change}.")
 
 
-def too_deep(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Many layers in a row with no way around them."""
-    graph_summary = case.graph_summary
+def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
+    rest = context.unexplained_decades
+    flat = (
+        context.path.get("soft relu") and _median_bias_rms(context) > _NOTABLE_BIAS
+    )  # see saturating_activation
     if (
-        graph_summary is None
-        or graph_summary.skips
-        or graph_summary.recurrent
-        or case.fault not in FADING + GROWING
+        context.fault != Fault.VANISHING
+        or context.saturating
+        or not context.path
+        or context.recurrent
+        or flat
     ):
         return
-    if not case.path or case.bare_layers < DEEP:
+    if rest >= _LOST_BETWEEN_LAYERS:
+        text = (
+            f"Gradients lose {rest:.1f} decades (factors of ten) that neither weights nor activations explain: "
+            "something between the layers shrinks the signals."
+        )
+        yield Evidence(0.5 * rest, text)
+
+
+def _one_signed_weights(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame weights of one sign: the inputs of a ReLU are then all positive or all negative."""
+    if context.fault != Fault.DEAD or context.weight_means is None or context.growth[0] > DIED_AFTER:
         return
-    loss = f", {case.lost_decades / case.bare_layers:.1f} decades lost in each" if case.lost_decades else ""
-    evidence = (
-        f"{count(case.bare_layers, 'layer')} in a row without a skip connection or normalization{loss}."
-    )
-    yield Evidence(_DECADES_OF_DEPTH * case.bare_layers, Cause.TOO_DEEP, evidence)
+    signed = [
+        context.names[i]
+        for i in context.layers
+        if abs(context.weight_means[i]) > _ONE_SIGNED * context.weight_rms(i) > 0
+        and math.prod(context.shapes[i]) >= 64
+    ]
+    if signed:
+        yield Evidence(3.0, f"Nearly all weights of {listing(signed)} have the same sign.")
 
 
-def recurrence(case: DiagnosticContext) -> Iterator[Evidence]:
-    """The same weights applied at every step of a sequence."""
-    tilt = case.finding.value if case.fault == Fault.VANISHING_IN_TIME else case.time_tilt
+def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame many layers in a row without a skip connection."""
+    graph, layers = context.graph_summary, context.bare_layers
+    plain = graph is not None and not graph.skips and not graph.recurrent and bool(context.path)
+    if plain and layers >= DEEP and (context.too_small or context.too_large):
+        decades = context.lost_decades / layers
+        each = f"; each divides the gradient by {10**decades:.2g} on average" if decades else ""
+        text = f"{count(layers, 'layer')} are in a row without a skip connection or normalization{each}."
+        yield Evidence(_DECADES_PER_LAYER * layers, text)
+    yield from outputs_too_large(context, Cause.TOO_DEEP)
+
+
+def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame weights that are applied at every step of a sequence."""
+    tilt = context.finding.value if context.fault == Fault.VANISHING_IN_TIME else context.time_tilt
     if tilt is not None and abs(tilt) >= 1:
         way = "smaller" if tilt > 0 else "larger"
-        gradient = f"a gradient {abs(tilt):.1f} decades {way} than the last tenth"
-        evidence = f"The first tenth of the sequence gets {gradient}."
-        yield Evidence(abs(tilt), Cause.RECURRENCE, evidence)
+        gradient = (
+            f"a gradient {abs(tilt):.1f} decades (a factor of 10^{abs(tilt):.1f}) {way} than the last tenth"
+        )
+        yield Evidence(abs(tilt), f"The first tenth of the sequence gets {gradient}.")
         return
-    graph_summary = case.graph_summary
-    if graph_summary is None or not graph_summary.recurrent or case.fault not in FADING + GROWING:
+    graph, growing = context.graph_summary, context.too_large
+    if graph is None or not graph.recurrent or not (context.too_small or growing):
         return
-    growing = case.fault in GROWING
-    matrices = [i for i in case.layers if case.names[i] in graph_summary.recurrent]
-    for i in sorted(matrices, key=lambda i: "hh" not in case.names[i]):
-        # Of the weights at the start: what has run away since is what came of it.
-        size = (case.initial_weight_norms or case.weight_norms)[i] / math.sqrt(math.prod(case.shapes[i]))
-        gain = size * math.sqrt(case.shapes[i][-1])
-        square = len(set(case.shapes[i])) == 1
-        if not (graph_summary.recurrences and square and gain > 0):
-            # Gates, or a fused layer: the norm of the weights does not tell what one step does.
-            yield Evidence(
-                1.0, Cause.RECURRENCE, f"{quote(case.names[i])} is applied at each step of a sequence."
-            )
+    matrices = [i for i in context.layers if context.names[i] in graph.recurrent]
+    for i in sorted(matrices, key=lambda i: "hh" not in context.names[i]):
+        # From the weights at the start: those that have run away since are a result.
+        shape, size = context.shapes[i], context.starting_norms[i] / math.sqrt(math.prod(context.shapes[i]))
+        gain = size * math.sqrt(shape[-1])
+        if not (graph.recurrences and len(set(shape)) == 1 and gain > 0):
+            # With gates or a fused layer the norm of the weights does not tell what one step does.
+            yield Evidence(1.0, f"{quote(context.names[i])} is applied at each step of a sequence.")
         elif (gain > 1) == growing:
-            decades = abs(math.log10(gain)) * graph_summary.recurrences
-            evidence = (
-                f"{quote(case.names[i])}, of gain {number(gain)}, is applied {graph_summary.recurrences} times "
-                f"in a row: {decades:.1f} decades {'gained' if growing else 'lost'} over the sequence."
+            decades = abs(math.log10(gain)) * graph.recurrences
+            text = (
+                f"{quote(context.names[i])} has a gain of {number(gain)} and is applied {graph.recurrences} times in a "
+                f"row: over the sequence, gradients {'gain' if growing else 'lose'} {decades:.1f} decades (factors of "
+                "ten)."
             )
-            yield Evidence(decades, Cause.RECURRENCE, evidence)
+            yield Evidence(decades, text)
 
 
-def dead_activation(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Units that no input reaches: ReLUs whose inputs are all negative."""
-    zero = [case.names[i] for i in case.layers if case.gradients_log10[i] == -math.inf]
-    rectifying = case.path.get("relu", 0) + case.path.get("hardtanh", 0)
-    opaque = not case.path
-    if case.fault == Fault.DEAD:
-        yield from _dead_units(case)
-    elif case.fault in (Fault.STALLED, Fault.DISCONNECTED) and zero and (rectifying or opaque):
-        evidence = (
-            f"The gradient of {listing(zero)} is exactly zero, though a path leads there: no unit is active."
+def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame units that no input activates: ReLUs whose inputs are all negative."""
+    if context.fault == Fault.DEAD:
+        where = f" in {listing(context.finding.parameters)}" if context.finding.parameters else ""
+        text = f"{100 * context.finding.value:.0f} % of the units get a gradient of exactly zero{where}"
+        if context.growth[0] > DIED_AFTER:
+            # The biases say nothing here: if weights have grown, so have the sums.
+            yield Evidence(1.0, text + "; they were active before.")
+            return
+        biases = [(context.weight_rms(i), i) for i, name in enumerate(context.names) if name.endswith("bias")]
+        size, i = max(biases, default=(0.0, -1))
+        # Standardized inputs make sums of about the layer's gain, at most a few times that.
+        if size > _LARGE_BIAS:
+            bias = f"{quote(context.names[i])} has an RMS of {number(size)}"
+            text += f". {bias}, far more than the sums it is added to, so no input activates the units"
+        yield Evidence(2.5 if size > _LARGE_BIAS else 2.0, text + ".")
+        return
+    zero = [context.names[i] for i in context.layers if context.gradients_log10[i] == -math.inf]
+    rectifying = context.path.get("relu", 0) + context.path.get("hardtanh", 0)
+    could_be_dead = zero and (rectifying or not context.path) and not context.missing.intersection(zero)
+    if context.fault in (Fault.STALLED, Fault.DISCONNECTED) and could_be_dead:
+        text = (
+            f"The gradient of {listing(zero)} is exactly zero although a path leads there: no unit is active."
         )
-        missing = case.graph_summary.missing if case.graph_summary else frozenset()
-        if not missing.intersection(zero):
-            yield Evidence(1.5, Cause.DEAD_ACTIVATION, evidence)
+        yield Evidence(1.5, text)
 
 
-def _dead_units(case: DiagnosticContext) -> Iterator[Evidence]:
-    where = f" in {listing(case.finding.parameters)}" if case.finding.parameters else ""
-    evidence = f"{100 * case.finding.value:.0f} % of the units get a gradient of exactly zero{where}"
-    biases = [(case.weight_rms(i), i) for i, name in enumerate(case.names) if name.endswith("bias")]
-    # Of weights that have grown the sums have, too.
-    size, i = max(biases, default=(0.0, -1)) if case.growth[0] <= DIED_AFTER else (0.0, -1)
-    # Standardised inputs make sums of about the layer's gain, at most a few times that.
-    if size > _LARGE_BIAS:
-        evidence += (
-            f"; {quote(case.names[i])} has an RMS of {number(size)}, far more than the sums it is added to"
-        )
-    if case.growth[0] > DIED_AFTER:
-        yield Evidence(1.0, Cause.DEAD_ACTIVATION, evidence + ", and they had been alive.")
+def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a graph that is cut, or leads through a function without a slope; name where."""
+    concerned, missing = context.finding.parameters, context.missing
+    kinds = context.graph_summary.kinds if context.graph_summary else {}
+    steps = [name for name in concerned if kinds.get(name, {}).get("step")]
+    if steps and context.fault in (Fault.DEAD, Fault.DISCONNECTED, Fault.STALLED):
+        text = f"The path from the loss to {listing(steps)} goes through rounding or a sign function, whose slope is 0."
+        yield Evidence(CERTAIN, text)
         return
-    yield Evidence(2.5 if size > _LARGE_BIAS else 2.0, Cause.DEAD_ACTIVATION, evidence + ".")
-
-
-def detached_graph(case: DiagnosticContext) -> Iterator[Evidence]:
-    """Parameters to which no path leads, or none with a slope; says between which two the graph is cut."""
-    steps = [
-        n
-        for n in case.finding.parameters
-        if case.graph_summary and case.graph_summary.kinds.get(n, {}).get("step")
-    ]
-    if steps and case.fault in (Fault.DEAD, Fault.DISCONNECTED, Fault.STALLED):
-        evidence = f"The path from the loss to {listing(steps)} leads through rounding, or a sign, whose slope is zero."
-        yield Evidence(CERTAIN, Cause.DETACHED_GRAPH, evidence)
+    cut = [name for name in context.names if name in missing]
+    if not cut or not (context.fault == Fault.DISCONNECTED or missing.intersection(concerned)):
         return
-    missing = case.graph_summary.missing if case.graph_summary else frozenset()
-    cut = [n for n in case.names if n in missing]
-    if not cut or not (case.fault == Fault.DISCONNECTED or missing.intersection(case.finding.parameters)):
-        return
-    evidence = f"No path leads from the loss to {listing(cut)}"
-    reached = [n for n in case.names if n not in missing]
-    after = next((n for n in case.names[case.names.index(cut[-1]) :] if n not in missing), None)
-    if not reached:
-        evidence += ", nor to any other tensor of this optimizer: the loss is of another model"
+    text = f"No path leads from the loss to {listing(cut)}"
+    after = next((n for n in context.names[context.names.index(cut[-1]) :] if n not in missing), None)
+    if len(cut) == len(context.names):
+        text += ", nor to any other tensor of this optimizer: the loss comes from another model"
     elif after is not None:
-        evidence += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
-    yield Evidence(CERTAIN, Cause.DETACHED_GRAPH, evidence + ".")
+        text += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
+    yield Evidence(CERTAIN, text + ".")
 
 
-MODEL_RULES = (
-    saturating_activation,
-    bad_initialization,
-    too_deep,
-    recurrence,
-    dead_activation,
-    detached_graph,
-)
-
-
-def _bounded_slopes(case: DiagnosticContext) -> float:
-    """Decades that the activations cost even where they are steepest; a normalisation makes up for its own."""
-    total = sum(case.saturating.values())
-    decades = sum(-math.log10(min(SATURATING[kind], 1.0)) * n for kind, n in case.saturating.items())
-    return decades * max(0, total - case.path.get("normalisation", 0)) / max(total, 1)
-
-
-def unexplained(case: DiagnosticContext) -> float:
-    """Decades lost that neither bounded slopes nor small weights account for."""
-    return max(
-        0.0, case.lost_decades - _bounded_slopes(case) - max(0.0, -case.excess_gain) * case.bare_layers
-    )
+def _median_bias_rms(context: DiagnosticContext) -> float:
+    biases = [context.weight_rms(i) for i in range(len(context.names)) if len(context.shapes[i]) == 1]
+    return median(biases) if biases else 0.0

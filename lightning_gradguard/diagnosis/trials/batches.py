@@ -35,7 +35,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def of_features(cls, x: Tensor) -> Scale:
-        """Return the scale of each column of a table; of all elements of any other tensor, and of a short table."""
+        """Return the scale of each column of a table; of all elements if it is no table, or short."""
         if x.ndim != 2 or len(x) < MIN_EXAMPLES or not bool(x.isfinite().all()):
             return cls.of_tensor(x)
         x = x.detach().float()
@@ -71,7 +71,9 @@ def has_targets(batch: Any) -> bool:
 
 
 def half(batch: Any) -> Any:
-    """Return every other example; all of a small batch, or of one whose tensors differ in length.
+    """Return every other example of a batch.
+
+    A small batch, and one whose tensors differ in length, is returned whole.
 
     Args:
         batch: Nested containers of tensors, examples along the first dimension.

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_gradguard.diagnosis.causes.evidence import GROWING
+from lightning_gradguard.diagnosis import fixes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
-from lightning_gradguard.diagnosis.fixes import model, training
 from lightning_gradguard.diagnosis.trials.batches import has_targets
 from lightning_gradguard.diagnosis.trials.weights import has_gates, has_plain_recurrence, has_recurrence
 from lightning_gradguard.introspection.layer_calls import LayerStructure
@@ -31,10 +30,10 @@ def find_candidates(
     structure: LayerStructure,
     profile: Sequence[float] = (),
 ) -> list[Remedy]:
-    """Return the fixes to try, most promising first; those of data and learning rate where a cause asks for them.
+    """Return the fixes to try, most promising first.
 
-    The order matters where more fixes are healthy than there are passes for. It was chosen on the benchmark's cases;
-    see ``benchmarks/diagnosis.md``.
+    Those of data and learning rate are tried where a cause asks for them. The order matters where more fixes are
+    healthy than there are passes for. It was chosen on the benchmark's cases; see ``benchmarks/diagnosis.md``.
 
     Args:
         context: The facts that the diagnosis rests on.
@@ -45,13 +44,13 @@ def find_candidates(
         profile: log10(‖g‖/‖w‖) of its layers without a fix, from weights of their size at the start.
     """
     if context.decayed:
-        return [training.lower_decay(context)]
+        return [fixes.lower_weight_decay(context)]
     if is_bottomless(context, causes):
-        return [training.bounded_slopes()]
+        return [fixes.SPECTRAL_NORMALIZATION]
     found: list[Remedy] = []
     if Cause.TARGET_SCALE in causes and has_targets(batch):
-        found.append(training.standard_target())
-    data = [model.standard_input()] if context.input_rms is not None else []
+        found.append(fixes.STANDARD_TARGET)
+    data = [fixes.STANDARD_INPUT] if context.input_rms is not None else []
     if Cause.UNNORMALIZED_INPUT in causes:
         found += data
     if causes[0] == Cause.RECURRENCE and (has_recurrence(module) or structure.repeated):
@@ -59,7 +58,7 @@ def find_candidates(
         if has_recurrence(module):
             return found
     if Cause.MOMENTUM in causes:
-        found.append(training.momentum(context)[0])
+        found.append(fixes.lower_momentum(context))
     if Cause.LEARNING_RATE_TOO_HIGH in causes:
         # Where the gradient is large for another reason, that is to be fixed, and the rate is not to follow it.
         found += _lower_rate(context, profile if causes[0] == Cause.LEARNING_RATE_TOO_HIGH else ())
@@ -70,8 +69,8 @@ def find_candidates(
 
 
 def is_bottomless(context: DiagnosticContext, causes: Sequence[Cause]) -> bool:
-    """Return True if the loss has no lower bound, so that a lower one is not a better one."""
-    return causes[0] == Cause.LOSS_FUNCTION and context.fault in GROWING and context.loss_now < 0
+    """Return True if the loss has no lower bound, so that lower is not better."""
+    return causes[0] == Cause.LOSS_FUNCTION and context.too_large and context.loss_now < 0
 
 
 def combine(first: Remedy, second: Remedy) -> Remedy | None:
@@ -92,10 +91,10 @@ def _layer_fixes(context: DiagnosticContext, structure: LayerStructure) -> Itera
     bare = [i for i in range(structure.last) if i not in structure.normalised]
     kinds = {kind_of(operation_of(_node(name))) for name in structure.activations}
     rectifying = kinds <= {"relu", "soft relu"}
-    blocks = model.residual_blocks(context) if inner and kinds else []
-    norm = model.normalisation(context) if bare else []
-    relu_and_norm = [model.relu_and_norm(context)] if bare and not rectifying else []
-    he, xavier = model.he(), model.xavier()
+    blocks = [fix for fix in [fixes.residual_blocks(context)] if fix is not None and inner and kinds]
+    norm = [fix for fix in [fixes.normalization(context)] if fix is not None and bare]
+    relu_and_norm = [fixes.relu_and_normalization(context)] if bare and not rectifying else []
+    he, xavier = fixes.HE, fixes.XAVIER
     yield from blocks
     yield from (both for fix in relu_and_norm or norm if (both := combine(fix, he if kinds else xavier)))
     yield he if kinds and rectifying else xavier
@@ -103,46 +102,47 @@ def _layer_fixes(context: DiagnosticContext, structure: LayerStructure) -> Itera
     yield from norm
     yield from (both for fix in blocks if (both := combine(fix, he)))
     if not rectifying:
-        yield model.relu_and_he()
+        yield fixes.RELU_AND_HE
     if inner and context.graph_summary is not None and not context.graph_summary.skips:
-        yield model.skip_connections()
+        yield fixes.SKIP_CONNECTIONS
     if kinds:
         if set(structure.activations) != {"relu"}:
-            yield model.relu()
+            yield fixes.RELU
         if rectifying:
-            yield model.leaky_relu()
+            yield fixes.LEAKY_RELU
         if "gelu" not in structure.activations:
-            yield model.gelu()
+            yield fixes.GELU
     if len(inner) >= _MIN_SHORTENED:
-        yield model.fewer_layers()
+        yield fixes.FEWER_LAYERS
 
 
 def _recurrent_fixes(module: nn.Module) -> list[Remedy]:
-    found = [model.remembering() if has_gates(module) else model.orthogonal()]
+    found = [fixes.REMEMBERING_GATES if has_gates(module) else fixes.ORTHOGONAL]
     if has_plain_recurrence(module):
-        found += [model.remembering_lstm(), model.gru(), model.gates()]
+        found += [fixes.REMEMBERING_LSTM, fixes.GRU, fixes.LSTM]
     return found
 
 
 def _lower_rate(context: DiagnosticContext, profile: Sequence[float]) -> list[Remedy]:
-    """Return the fix with a lower learning rate; nothing if the rate that fits is not lower.
+    """Return the fix with a lower learning rate, if a lower one fits.
 
     Args:
         context: The facts that the diagnosis rests on.
         profile: log10(‖g‖/‖w‖) of the layers at the start; with it plain descent gets a rate that fits the start, too.
     """
-    lower = training.lowered_rate(context)
+    lower = fixes.lowered_rate(context)
     steep = max((decades for decades in profile if math.isfinite(decades)), default=-math.inf)
     if not context.normalises and steep > -math.inf:
         # An applied ratio is at most 2, whatever the step; that of a plain step from the weights at the start is not.
         momentum = context.setting("momentum")
         steady = 1 / max(1 - momentum, 1e-3) if momentum == momentum else 1.0
-        lower = min(lower, training.round_down(_START_RATIO / (10.0**steep * steady)))
-    return training.lower_learning_rate(context, lower)[:1] if 0 < lower < context.learning_rate else []
+        lower = min(lower, fixes.round_down(_START_RATIO / (10.0**steep * steady)))
+    fix = fixes.lower_learning_rate(context, lower) if 0 < lower < context.learning_rate else None
+    return [] if fix is None else [fix]
 
 
 def _node(function: str) -> str:
-    """Return the name of the autograd node of an activation function, by which its kind is known."""
+    """Return the name of the autograd node of an activation function."""
     special = {
         "logsigmoid": "LogSigmoid",
         "expit": "Sigmoid",

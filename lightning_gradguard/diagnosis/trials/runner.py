@@ -46,7 +46,7 @@ _UNTRIED = frozenset({Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA}
 
 
 class Trial(NamedTuple):
-    """A fix that was tried, with its result; the result is None and the problem says why if it could not be tried."""
+    """A fix that was tried, with its result; None and the problem if it could not be tried."""
 
     fix: Remedy
     result: TrialResult | None
@@ -56,7 +56,7 @@ class Trial(NamedTuple):
 def try_fixes(
     diagnosis: Diagnosis, context: DiagnosticContext, sandboxed_step_of: Callable[[], SandboxedStep]
 ) -> Diagnosis:
-    """Return the diagnosis with the fixes that were tried, best first, before those that were not.
+    """Return the diagnosis with tried fixes, best first, before the others.
 
     Fixes are tried for faults of the gradient's scale, and for causes of that kind. Every fix that fits gets one
     forward and backward pass, which measures its tilt. Those with the healthiest tilt then take virtual steps on half
@@ -133,7 +133,7 @@ class TrialRunner:
         self.baseline: TrialResult | None = None
 
     def run_baseline(self) -> TrialResult:
-        """Run the trial without a change: on half of the batch, or on all of it if that fails."""
+        """Run the trial without a change, on half of the batch or, if that fails, all of it."""
         try:
             self.baseline = self._run(Change(), _FULL)
         except Exception:  # half of the batch may be no batch: a graph with its adjacency matrix
@@ -142,7 +142,9 @@ class TrialRunner:
         return self.baseline
 
     def run(self, fixes: list[Remedy]) -> list[Trial]:
-        """Try all fixes with one pass, the most promising with virtual steps, and the best two of these together.
+        """Try the fixes.
+
+        All get one pass, the most promising virtual steps, and the best two of these are tried together.
 
         Returns:
             The trials, best first: those that did better than no fix, then healthy ones without virtual steps, then
@@ -170,7 +172,7 @@ class TrialRunner:
         return [*full[: len(full) - len(worse)], *healthy, *worse, *others, *failed]
 
     def is_worse(self, trial: Trial) -> bool:
-        """Return True if the trial failed, or its virtual steps led to no lower loss than without a fix.
+        """Return True if a trial failed, or did no better than no fix.
 
         Where the fix brings the tilt back to health, a slightly higher loss passes: weights that are drawn again start
         from another loss, and a few steps do not show what a long sequence teaches.
@@ -211,7 +213,10 @@ class TrialRunner:
 
 
 def unhealthy_decades(result: TrialResult | None) -> float:
-    """Return the decades by which a tilt lies outside the healthy range; infinite if no layer gets a gradient."""
+    """Return the decades by which a tilt lies outside the healthy range.
+
+    Infinite if no layer gets a gradient, or the trial failed.
+    """
     if result is None or not result.live:
         return math.inf
     beyond = [0.0]
@@ -222,7 +227,7 @@ def unhealthy_decades(result: TrialResult | None) -> float:
 
 
 def _norms_to_rewind_to(context: DiagnosticContext) -> dict[str, float] | None:
-    """Return the weight norms at the start if weights have run away or shrunk since; None otherwise, or if unknown."""
+    """Return the weight norms at the start if weights have run away or shrunk since."""
     ruined = not all(math.isfinite(norm) for norm in context.weight_norms)
     if context.initial_weight_norms is None or not (
         context.growth[0] > _RUNAWAY or context.decayed or ruined
@@ -232,7 +237,7 @@ def _norms_to_rewind_to(context: DiagnosticContext) -> dict[str, float] | None:
 
 
 def _with_result(trial: Trial, baseline: TrialResult) -> Remedy:
-    """Return the fix with what its trial measured, or with a note why it could not be tried."""
+    """Return the fix with the measurements of its trial, or a note why there are none."""
     result = trial.result
     if result is None:
         return dataclasses.replace(trial.fix, note=f"could not be tried: {trial.problem}")
@@ -248,20 +253,20 @@ def _with_result(trial: Trial, baseline: TrialResult) -> Remedy:
 
 
 def _account(runner: TrialRunner, baseline: TrialResult, tried: int, *, nothing_helped: bool) -> list[str]:
-    """Describe how fixes were tried: a sentence or two for each thing a reader of the table must know."""
+    """Describe the trials: all that a reader of the table must know."""
     in_time = baseline.time_tilt is not None and baseline.tilt is None
     if in_time:
         way, (low, high) = "from the last to the first step of the sequence", HEALTHY_TIME_TILT
     else:
         way, (low, high) = "from output to input", HEALTHY_DEPTH_TILT
     loss = number(baseline.loss) if math.isfinite(baseline.loss) else "inf"
-    batch = "half of the batch" if runner.halve else "the batch"
+    learned = "half of it" if runner.halve else "it"
     sentences = [
         f"{count(tried, 'fix was', 'fixes were')} tried on copies of the weights and the batch, in {runner.passes} "
-        f"passes; the training itself is unchanged. The tilt is the number of decades (factors of ten) by which "
-        f"gradients shrink {way}: {low:g} to {high:g} is healthy.",
-        f"The loss is that of the batch after {_FULL - 1} steps on {batch}: without a fix it is {loss}. It is blank "
-        f"if no passes were left for steps, and inf if it overflowed or a layer died.",
+        "passes; the training itself is unchanged.",
+        f"Tilt: decades (factors of ten) by which gradients shrink {way}; {low:g} to {high:g} is healthy.",
+        f"Loss: that of the batch after {_FULL - 1} steps on {learned} (inf if it overflowed or a layer died); "
+        f"without a fix {loss}.",
     ]
     if nothing_helped:
         sentences.insert(0, "None of the fixes that were tried did better than no fix in so few steps.")

@@ -66,9 +66,10 @@ def run_trial(
     start_norms: Mapping[str, float] | None = None,
     halve: bool = True,
 ) -> TrialResult:
-    """Make a change in a sandbox and take virtual steps; the training is unchanged afterwards.
+    """Make a change in a sandbox and take virtual steps.
 
-    In memory there is one copy of the parameters, buffers and batch, their gradients, and an optimizer's state.
+    The training is unchanged afterwards. In memory there is one copy of the parameters, buffers and batch, their
+    gradients, and an optimizer's state.
 
     Args:
         step: The training step that the change is tried on.
@@ -156,7 +157,7 @@ def apply_change_(module: nn.Module, change: Change, structure: LayerStructure) 
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Return True if a node of the graph is a re-entrant checkpoint, which takes no saved-tensor hooks."""
+    """Return True if a node of the graph is a re-entrant checkpoint."""
     pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()

@@ -1,4 +1,4 @@
-"""Remedies that were tried come first, are few and honest, and the first of them cures."""
+"""Tried fixes come first, are few, and the first of them cures."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.causes.ranking import diagnose
+from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.trials.candidates import find_candidates
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.runner import MAX_PASSES, TrialRunner, try_fixes, unhealthy_decades
@@ -24,7 +24,7 @@ def sgd(model, lr=0.1):
 
 
 def ruined(kind):
-    """A model, and what is wrong with it."""
+    """Return a model with a given fault."""
     torch.manual_seed(0)
     depth, activation, weight, bias = {
         Fault.VANISHING: (14, nn.Sigmoid, None, None),
@@ -43,12 +43,12 @@ def ruined(kind):
 
 
 def result(tilt, time_tilt=None, live=5):
-    """The result of a trial with given tilts."""
+    """Return the result of a trial with given tilts."""
     return TrialResult(0.0, tilt, time_tilt, live, LayerStructure(), 1)
 
 
 class Counted:
-    """A training step that counts its calls."""
+    """Training step that counts its calls."""
 
     def __init__(self, lab, model, breaks=None):
         self.lab, self.model, self.calls, self.breaks = lab, model, 0, breaks
@@ -61,7 +61,7 @@ class Counted:
 
 
 def examined(lab, fault, **more):
-    """A model's case, its diagnosis with remedies tried, and how many passes that took."""
+    """Return a model, its context, its diagnosis without and with trials, and the passes these took."""
     model = ruined(fault)
     optimizer = sgd(model, 1e-6 if fault == Fault.EXPLODING else 0.1)
     case = lab.train(model, lab.cross_entropy, optimizer, 5, fault, value=1.0)
@@ -73,7 +73,7 @@ def examined(lab, fault, **more):
 
 
 @pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.EXPLODING, Fault.DEAD])
-def test_the_first_remedy_cures(lab, fault):
+def test_the_first_fix_cures(lab, fault):
     _, _, _, diagnosis, calls = examined(lab, fault)
     first = diagnosis.remedies[0]
     assert calls <= MAX_PASSES
@@ -100,7 +100,7 @@ def test_the_first_remedy_cures(lab, fault):
 
 
 @pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.DEAD])
-def test_the_ranks_are_by_health_and_then_by_loss(lab, fault):
+def test_fixes_are_ranked_by_health_and_then_by_loss(lab, fault):
     _, _, plain, diagnosis, _ = examined(lab, fault)
     tried = [r for r in diagnosis.remedies if r.tried]
     stepped = [r for r in tried if r.loss is not None]
@@ -116,8 +116,8 @@ def test_the_ranks_are_by_health_and_then_by_loss(lab, fault):
     assert dataclasses.replace(diagnosis, remedies=plain.remedies, trials=()) == plain
 
 
-def test_a_remedy_that_cannot_be_tried_says_so(lab):
-    """The first look after the four passes without a change fails."""
+def test_a_fix_that_cannot_be_tried_has_a_note(lab):
+    """The first trial after the four passes without a change fails."""
     _, _, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={5})
     failed = [r for r in diagnosis.remedies if r.note]
     assert [r.name for r in failed] == [plain.remedies[0].name]
@@ -130,7 +130,7 @@ def test_a_remedy_that_cannot_be_tried_says_so(lab):
     assert "<memory>" not in diagnosis.to_markdown()
 
 
-def test_where_nothing_can_be_tried_the_reason_is_told(lab):
+def test_the_reason_is_given_where_nothing_can_be_tried(lab):
     _, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING, breaks={1, 2})
     assert diagnosis.remedies == plain.remedies
     assert diagnosis.trials == ("No fix was tried: RuntimeError: out of | <memory> here.",)
@@ -144,7 +144,7 @@ def test_where_nothing_can_be_tried_the_reason_is_told(lab):
     assert refused.trials[0] in str(refused)
 
 
-def test_other_faults_are_left_to_the_evidence(lab):
+def test_fixes_of_other_faults_are_not_tried(lab):
     model = lab.mlp(4)
     case = lab.train(model, lab.cross_entropy, sgd(model, 1e-9), 30, Fault.STALLED)
     plain = diagnose(case)
@@ -153,7 +153,7 @@ def test_other_faults_are_left_to_the_evidence(lab):
     assert dataclasses.replace(told, trials=()) == plain
 
 
-def test_weights_that_have_run_away_are_scaled_back(lab):
+def test_runaway_weights_are_scaled_back_for_trials(lab):
     model = ruined(Fault.VANISHING)
     optimizer = sgd(model)
     case = lab.train(model, lab.cross_entropy, optimizer, 5, Fault.VANISHING, value=8.0)
@@ -169,7 +169,7 @@ def test_weights_that_have_run_away_are_scaled_back(lab):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
-def test_a_compiled_model_is_tried_as_it_is_written(lab):
+def test_fixes_of_a_compiled_model_are_tried_eagerly(lab):
     model, case, plain, diagnosis, _ = examined(lab, Fault.VANISHING)
     compiled = torch.compile(model, backend="eager")
     optimizer = sgd(compiled)
@@ -200,15 +200,15 @@ def test_a_sequence_is_ranked_by_its_tilt_over_time(lab):
     step = SandboxedStep(model, lambda b: F.cross_entropy(model(b[0]), b[1]), batch, optimizer)
     diagnosis = try_fixes(diagnose(case), case, lambda: step)
     by_name = {r.name: r for r in diagnosis.remedies}
-    assert {"Orthogonal recurrent weights", "LSTM that begins by remembering", "GRU"} <= set(by_name)
+    assert {"Orthogonal recurrent weights", "LSTM with a forget-gate bias of 3", "GRU"} <= set(by_name)
     assert diagnosis.remedies[0].before > 6
     assert -3 < diagnosis.remedies[0].after < 6
-    assert by_name["GRU"].after > by_name["LSTM that begins by remembering"].after
+    assert by_name["GRU"].after > by_name["LSTM with a forget-gate bias of 3"].after
     assert isinstance(model.rnn, nn.RNN)
 
 
-def test_what_fits_is_tried(lab):
-    """Names are those of the remedies that the evidence suggests, so that none stands there twice."""
+def test_fixes_that_fit_are_candidates(lab):
+    """They are the fixes that the evidence suggests, and more; none is there twice."""
     model, case, plain, _, _ = examined(lab, Fault.VANISHING)
     step = SandboxedStep(model, Counted(lab, model), lab.templates()(0), sgd(model))
     structure = run_trial(step, Change(), layers=(), passes=1).structure
@@ -222,7 +222,7 @@ def test_what_fits_is_tried(lab):
     assert any(r.change.rate < 1 for r in exploding)
 
 
-def test_health_is_told_by_the_farther_tilt():
+def test_the_worse_of_both_tilts_counts():
     assert (
         unhealthy_decades(result(0.0))
         == unhealthy_decades(result(2.5, 3.8))
@@ -235,7 +235,7 @@ def test_health_is_told_by_the_farther_tilt():
     assert unhealthy_decades(result(0.0, live=0)) == unhealthy_decades(result(0.0, math.nan)) == math.inf
 
 
-def test_a_graph_of_which_no_half_is_one_is_tried_whole():
+def test_a_batch_that_cannot_be_halved_is_used_whole():
     model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     batch = torch.randn(12, 5), torch.eye(12), torch.randint(3, (12,))
 

@@ -1,4 +1,4 @@
-"""A swap gives what a model gives that was written with the change in it, whichever way it was written."""
+"""A swapped forward pass equals that of a model written with the change, whichever way it is written."""
 
 import itertools
 
@@ -15,7 +15,7 @@ WIDTH = 6
 
 
 class Net(nn.Module):
-    """Three square layers between a narrower one and a head; ``activation`` may be a function or a module."""
+    """Net of three square layers between a narrower one and a head; ``activation`` is a function or a module."""
 
     def __init__(self, activation, raw=False):
         super().__init__()
@@ -108,13 +108,13 @@ MODULES += [
 
 
 @pytest.mark.parametrize("activation", [*MODULES, torch.erf, torch.atan, F.relu6], ids=str)
-def test_every_activation_is_known(activation):
+def test_every_activation_is_recognized(activation):
     model, x = Net(activation), torch.randn(9, 3)
     out = swapped(model, Change(activation="gelu"), x)
     assert torch.allclose(out, written(model, x, activation=F.gelu), atol=1e-6)
 
 
-def test_what_comes_after_the_last_layer_is_the_losses_own():
+def test_an_activation_after_the_last_layer_is_not_swapped():
     model, x, y = Net(torch.tanh), torch.randn(9, 3), torch.rand(9, 2)
     whole = nn.Module()
     whole.net, whole.forward = model, lambda x: F.binary_cross_entropy(torch.sigmoid(model(x)), y)
@@ -122,7 +122,7 @@ def test_what_comes_after_the_last_layer_is_the_losses_own():
     assert torch.allclose(out, F.binary_cross_entropy(written(model, x, activation=torch.relu).sigmoid(), y))
 
 
-def test_layers_that_are_normalised_are_not_normalised_again():
+def test_normalized_layers_are_not_normalized_again():
     model = nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
     )
@@ -152,7 +152,7 @@ def test_convolutions(rank):
     assert torch.allclose(swapped(model, Change(skip=True), x), skipped, atol=1e-5)
 
 
-def test_sequences_and_single_examples_are_normalised_over_their_features():
+def test_sequences_and_single_examples_are_normalized_over_their_features():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     for x in (torch.randn(5, 7, 3), torch.randn(1, 3)):
         expected = model[2](F.layer_norm(model[0](x), (4,)).tanh())
@@ -168,7 +168,7 @@ def test_a_linear_net_gets_skips_around_its_layers():
     assert torch.allclose(swapped(model, Change(skip=True), x), model[3](h), atol=1e-6)
 
 
-def test_changes_add_up_unless_they_change_the_same():
+def test_changes_combine_unless_they_change_the_same():
     both = Change(activation="relu") | Change(initialise="he")
     assert both == Change(activation="relu", initialise="he")
     assert both.fields == {"activation", "initialise"}

@@ -1,4 +1,4 @@
-"""Attempts give the known decades, take the steps that the optimizer would take, and leave no trace."""
+"""Trials measure the known decades, take the steps of the optimizer, and leave the training unchanged."""
 
 import copy
 import dataclasses
@@ -10,7 +10,6 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepare_batch
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
 from lightning_gradguard.diagnosis.trials.trial import run_trial
@@ -38,7 +37,7 @@ def weights(model):
 
 
 def test_twenty_sigmoids_lose_the_known_decades():
-    """Swapping the activation, or drawing the weights again, is not enough alone; both together are."""
+    """Another activation, or other weights, is not enough alone; both together are."""
     torch.manual_seed(0)
     model = chain()
     step, layers = sandboxed_step_of(model), weights(model)
@@ -60,7 +59,7 @@ def test_twenty_sigmoids_lose_the_known_decades():
 @pytest.mark.parametrize(
     "kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
 )
-def test_training_goes_on_bit_for_bit_as_if_nothing_had_been_tried(kind, change):
+def test_training_is_bit_identical_with_and_without_trials(kind, change):
     torch.manual_seed(1)
     first = nn.Sequential(
         chain(3, activation=nn.Tanh, outputs=64), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 10)
@@ -95,7 +94,7 @@ def _tensors(optimizer):
     ],
 )
 def test_virtual_steps_are_those_of_the_optimizer(kind, options, same):
-    """Half of the batch is trained on, and the loss is that of all of it. A velocity counts with what it comes to."""
+    """They train on half of the batch; the loss is that of all of it. A velocity counts with its steady size."""
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
     step = sandboxed_step_of(model, kind(model.parameters(), **options))
@@ -108,7 +107,7 @@ def test_virtual_steps_are_those_of_the_optimizer(kind, options, same):
     assert found == pytest.approx(step.loss_of(step.batch).item(), rel=1e-5)
 
 
-def test_groups_keep_their_rates_and_frozen_parameters_stay():
+def test_groups_keep_their_rates_and_frozen_parameters_stay_frozen():
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
     model[0].requires_grad_(False)
@@ -127,7 +126,7 @@ def test_groups_keep_their_rates_and_frozen_parameters_stay():
     assert moved == [False, False, False, False, True, True]
 
 
-def test_an_optimizer_that_cannot_be_made_again_gives_way_to_plain_descent():
+def test_plain_descent_replaces_an_optimizer_that_cannot_be_made_again():
     class Odd(torch.optim.SGD):
         def __init__(self, model, rate):
             super().__init__(model.parameters(), lr=rate)
@@ -153,40 +152,13 @@ def test_a_lower_rate_moves_less_and_weights_are_scaled_back():
     assert still.loss == pytest.approx(math.log(10), rel=0.1)
 
 
-def test_a_step_that_is_not_finite_ends_the_attempt():
+def test_a_nonfinite_step_ends_the_trial():
     model = chain(2, activation=nn.ReLU)
     step = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e20))
     assert run_trial(step, Change(), layers=weights(model), passes=4).loss == math.inf
 
 
-def test_standardised_data_has_no_scale():
-    x, y = 7 + 100 * torch.randn(50, 3), 1e4 * torch.randn(50)
-    batch = {"x": x, "ids": torch.arange(50), "target": y}
-    for change in (Change(input=True), Change(target=True)):
-        out = prepare_batch(batch, change, Scale.of_targets(batch))
-        changed, kept = (out["x"], out["target"])[:: 1 if change.input else -1]
-        assert changed.mean().item() == pytest.approx(0, abs=1e-5)
-        assert changed.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
-        assert any(kept is t for t in (x, y))
-        assert out["ids"] is batch["ids"]
-    assert prepare_batch(batch, Change(), None) is batch
-    assert prepare_batch([torch.zeros(9)], Change(input=True))[0].isfinite().all()
-    # Of a mapping whose names say nothing nobody knows what is what.
-    unnamed = {"price": x, "features": y}
-    assert prepare_batch(unnamed, Change(input=True)) is unnamed
-    # Tokens come first, so that what follows is no input.
-    tokens = torch.arange(50), y
-    assert prepare_batch(tokens, Change(input=True)) is tokens
-
-
-def test_half_a_batch_is_every_other_example():
-    x, y = torch.arange(20).view(10, 2), torch.arange(10)
-    assert [t.tolist() for t in half([x, y])] == [x[::2].tolist(), y[::2].tolist()]
-    for whole in ([x[:4], y[:4]], [x, y[:9]], [torch.tensor(3.0)], "text"):
-        assert half(whole) is whole
-
-
-def test_gradients_of_parameters_that_others_hold_are_put_back():
+def test_gradients_of_outside_parameters_are_restored():
     model = chain(2, activation=nn.ReLU)
     outside = nn.Parameter(torch.ones(()))
     step = sandboxed_step_of(model, torch.optim.SGD([*model.parameters(), outside], lr=0.1))
@@ -198,7 +170,7 @@ def test_gradients_of_parameters_that_others_hold_are_put_back():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_activations_are_refused(reentrant):
+def test_activation_checkpointing_is_refused(reentrant):
     model = chain(2, activation=nn.ReLU)
     step = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -221,6 +193,12 @@ def test_a_scripted_module_is_refused():
         run_trial(step, Change(), layers=weights(model), passes=4)
 
 
+def test_a_step_without_an_optimizer_is_refused():
+    step = dataclasses.replace(sandboxed_step_of(chain(2)), optimizer=None)
+    with pytest.raises(ValueError, match="needs the optimizer"):
+        run_trial(step, Change(), layers=(), passes=1)
+
+
 def test_spectral_norms_bound_every_slope():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
@@ -237,7 +215,7 @@ def test_spectral_norms_bound_every_slope():
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.0])
-def test_weight_decay_is_taken_in_virtual_steps_by_its_factor(decay):
+def test_virtual_steps_use_the_factor_of_weight_decay(decay):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=9.0)
@@ -257,7 +235,7 @@ def test_weight_decay_is_taken_in_virtual_steps_by_its_factor(decay):
     assert seen[-1] == pytest.approx(before * (1 - 0.9 * decay) ** 4, rel=1e-4, abs=1e-8)
 
 
-def test_another_momentum_is_another_rate_of_a_steady_gradient():
+def test_another_momentum_is_another_rate_for_a_steady_gradient():
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
     heavy = sandboxed_step_of(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.99))
@@ -270,7 +248,7 @@ def test_another_momentum_is_another_rate_of_a_steady_gradient():
     assert math.isfinite(run_trial(grows, Change(), layers=weights(model), passes=2).loss)
 
 
-def test_a_net_that_the_steps_have_killed_has_learnt_nothing():
+def test_a_net_that_the_steps_killed_has_infinite_loss():
     torch.manual_seed(0)
     model = chain(2, activation=nn.ReLU)
     calm = run_trial(sandboxed_step_of(model), Change(), layers=weights(model), passes=4)

@@ -1,4 +1,4 @@
-"""Weights drawn anew have the spread that is promised, and gates take the place of plain recurrence."""
+"""Weights that are drawn again have the promised variance, and gated layers replace plain recurrent ones."""
 
 import math
 
@@ -17,7 +17,7 @@ from lightning_gradguard.diagnosis.trials.weights import (
 from lightning_gradguard.introspection.layer_calls import LayerStructure, StructureRecorder
 
 
-def plan_of(model, *inputs):
+def structure_of(model, *inputs):
     recorder = StructureRecorder(model)
     with recorder:
         model(*inputs)
@@ -27,11 +27,11 @@ def plan_of(model, *inputs):
 @pytest.mark.parametrize(
     ("how", "variance"), [("he", lambda i, o: 2 / i), ("xavier", lambda i, o: 2 / (i + o))]
 )
-def test_layers_are_drawn_again_and_the_rest_begins_anew(how, variance):
+def test_layers_are_drawn_again_and_biases_and_normalizations_are_reset(how, variance):
     model = nn.Sequential(nn.Embedding(9, 200), nn.Linear(200, 400), nn.LayerNorm(400), nn.Linear(400, 3))
     for parameter in model.parameters():
         parameter.data.fill_(5.0)
-    plan = plan_of(model, torch.arange(9))
+    plan = structure_of(model, torch.arange(9))
     random = torch.get_rng_state()
     initialise_(model, how, plan)
     assert torch.equal(random, torch.get_rng_state())
@@ -50,7 +50,7 @@ def test_layers_are_drawn_again_and_the_rest_begins_anew(how, variance):
 def test_recurrent_matrices_become_orthogonal_and_nothing_else_changes(kind):
     model = nn.Sequential(kind(3, 5))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    initialise_(model, "orthogonal", plan_of(model, torch.randn(4, 2, 3)))
+    initialise_(model, "orthogonal", structure_of(model, torch.randn(4, 2, 3)))
     for block in model[0].weight_hh_l0.split(5):
         assert torch.allclose(block @ block.T, torch.eye(5), atol=1e-5)
     assert torch.equal(model[0].weight_ih_l0, before["0.weight_ih_l0"])
@@ -62,7 +62,7 @@ def test_recurrent_matrices_become_orthogonal_and_nothing_else_changes(kind):
 
 
 @pytest.mark.parametrize("gates", ["GRU", "LSTM"])
-def test_gates_take_the_place_of_a_plain_layer(gates):
+def test_a_gated_layer_replaces_a_plain_one(gates):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -86,7 +86,7 @@ def test_gates_take_the_place_of_a_plain_layer(gates):
 
 
 @pytest.mark.parametrize(("cell", "kept"), [(nn.LSTMCell, True), (nn.GRUCell, True), (nn.RNNCell, False)])
-def test_cells_begin_by_remembering_too(cell, kept):
+def test_gates_of_cells_are_set_to_keep_the_state(cell, kept):
     model = nn.ModuleDict({"cell": cell(3, 5)})
     initialise_(model, "orthogonal", LayerStructure())
     for block in model["cell"].weight_hh.split(5):
@@ -110,7 +110,7 @@ def test_a_matrix_of_a_loop_becomes_orthogonal():
 
     model = Loop()
     before = model.out.weight.detach().clone()
-    plan = plan_of(model, torch.randn(3, 6))
+    plan = structure_of(model, torch.randn(3, 6))
     assert plan.repeated == {"step.weight"}
     initialise_(model, "orthogonal", plan)
     assert torch.allclose(model.step.weight @ model.step.weight.T, torch.eye(6), atol=1e-5)
@@ -118,7 +118,7 @@ def test_a_matrix_of_a_loop_becomes_orthogonal():
 
 
 @pytest.mark.parametrize("grown", [3.0, 50.0, math.nan])
-def test_weights_come_back_to_the_size_that_they_began_with(grown):
+def test_weights_are_rewound_to_their_size_at_the_start(grown):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A result too large for its format is told from one that has no value at all."""
+"""A result that is too large for its dtype is distinguished from one without a finite value."""
 
 import math
 
@@ -15,7 +15,7 @@ def size_of(func, *args, **kwargs):
     return exact_size(func, args, kwargs, [result])
 
 
-def test_what_merely_does_not_fit():
+def test_an_overflow_has_its_exact_size():
     assert size_of(torch.exp, torch.tensor([100.0])) == pytest.approx(math.exp(100))
     half = torch.full((4, 64), 60.0, dtype=torch.float16)
     assert size_of(F.linear, half, half) == 64 * 3600
@@ -31,11 +31,11 @@ def test_what_merely_does_not_fit():
         (torch.exp, (torch.tensor([1e4]),)),
     ],
 )
-def test_what_has_no_value_that_float64_could_hold(func, args):
+def test_a_result_without_a_finite_value_has_no_size(func, args):
     assert size_of(func, *args) == 0.0
 
 
-def test_a_function_that_does_not_know_float64():
+def test_a_function_without_float64_has_no_size():
     def only_float(x):
         assert x.dtype == torch.float32
         return x / 0

@@ -1,0 +1,89 @@
+"""Checks of a Trainer and a module: refuse what cannot work with the callbacks, and warn of what has no effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_gradguard.callbacks.base import import_from
+from lightning_gradguard.callbacks.trainer_adapter import warn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+#: Strategies under which parameters do not hold their own gradients, and why.
+_HIDING = {
+    "DeepSpeedStrategy": "it keeps them in buffers of its own",
+    "FSDPStrategy": "it flattens parameters, and cuts the flat ones without regard to layers",
+}
+
+
+def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
+    """Raise if the strategy keeps gradients where a callback cannot see them.
+
+    Args:
+        trainer: Trainer with the strategy.
+        callback: Name of the callback, such as "GradGuard".
+        act: What it would do with gradients, such as "judge".
+
+    Raises:
+        MisconfigurationException: Lightning's own, under DeepSpeed and the first FSDP.
+    """
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in _HIDING:
+            raise _misconfiguration(
+                trainer,
+                f"{callback} cannot {act} gradients under {kind.__name__}: {_HIDING[kind.__name__]}; take "
+                f"ModelParallelStrategy, with fully_shard (FSDP2) in configure_model, or leave out {callback}",
+            )
+
+
+def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: object) -> None:
+    """Raise if Lightning would clip after the clipper; warn if the module may.
+
+    Args:
+        trainer: Trainer that may clip.
+        module: Module that may clip.
+        clipper: Clipper of `GradGuard`.
+
+    Raises:
+        MisconfigurationException: Lightning's own, if ``gradient_clip_val`` is set.
+    """
+    if trainer.gradient_clip_val:
+        raise _misconfiguration(
+            trainer,
+            f"GradGuard(clipper={clipper!r}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
+            "clip; leave out one of them",
+        )
+    original = import_from(trainer).LightningModule.configure_gradient_clipping
+    if type(module).configure_gradient_clipping is not original:
+        warn(
+            trainer,
+            f"{type(module).__name__}.configure_gradient_clipping runs after GradGuard(clipper={clipper!r}): what is "
+            "logged as the norm after clipping is what GradGuard left",
+        )
+
+
+def warn_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
+    """Warn of a model without a trainable parameter."""
+    if not _is_trainable(module):
+        warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
+
+
+def warn_if_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
+    """Warn after a training of a trainable model in which Lightning announced no optimizer step."""
+    if _is_trainable(module):
+        warn(
+            trainer,
+            "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
+            "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
+        )
+
+
+def _is_trainable(module: LightningModule) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _misconfiguration(trainer: Trainer, message: str) -> Exception:
+    """Return Lightning's own error for settings that exclude each other."""
+    error: Exception = import_from(trainer, "utilities.exceptions").MisconfigurationException(message)
+    return error

@@ -1,0 +1,54 @@
+"""Import what a user names on the command line, such as ``train:Model``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+
+class CommandError(ValueError):
+    """Raised when a command cannot use its input; the message says what to enter instead."""
+
+
+def import_object(spec: str, argument: str) -> Any:
+    """Import an object by module and name, also from the current folder.
+
+    Args:
+        spec: Module and name, such as ``train:Model`` or ``train:Model.Inner``.
+        argument: What the command calls this input, such as "--module"; for messages.
+
+    Raises:
+        CommandError: If the spec has another form, or the module or the name cannot be found.
+    """
+    name, _, path = spec.partition(":")
+    if not name or not path:
+        raise CommandError(f"{argument} must be MODULE:NAME, such as train:Model, got {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # user code may fail in any way
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        here = [m.name for m in pkgutil.iter_modules([os.getcwd()])] if is_missing else []
+        raise CommandError(f"cannot import {name}: {one_line(error)}{did_you_mean(name, here)}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise CommandError(f"{spec}: {name} has no {part!r}{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return a hint at the most similar public choice, or nothing."""
+    near = difflib.get_close_matches(name, [c for c in choices if not c.startswith("_")], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's class and message on one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

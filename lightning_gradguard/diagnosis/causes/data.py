@@ -1,0 +1,141 @@
+"""Causes in the data: the scale of inputs and targets, NaN or Inf in a batch, and outlier batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, Evidence
+from lightning_gradguard.diagnosis.context import DEEP, DiagnosticContext
+from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.nan_origin import Place
+from lightning_gradguard.diagnosis.wording import count, number, power
+from lightning_gradguard.results import Fault
+
+#: Decades between the RMS of the inputs and 1 before it is reported: a factor of five.
+_NOTABLE_SCALE = 0.7
+#: Largest first loss of a classification, in nats, that usual outputs give; ten thousand classes give 9.
+_USUAL_LOSS = 20.0
+_SQUARED = ("MseLoss", "SmoothL1Loss", "HuberLoss", "Pow")
+_CLASSIFYING = ("NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits")
+
+
+def unnormalized_input(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame inputs far from unit scale: they saturate the first layer, and the curvature grows with their square."""
+    yield from inputs_out_of_scale(context)
+    yield from outputs_too_large(context, Cause.UNNORMALIZED_INPUT)
+
+
+def inputs_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame inputs whose RMS is far from 1."""
+    rms = context.input_rms
+    if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < _NOTABLE_SCALE:
+        return
+    if context.shapes and len(context.shapes[0]) == 1 and context.normalised:
+        return  # the first parameters are those of a normalization
+    decades = abs(math.log10(rms))
+    # Inputs this large move the activations of the first layer to where they are flat.
+    saturated = context.too_small and context.saturating and rms > 1
+    weight = (
+        2 * decades if context.too_large or saturated else max(context.unexplained_decades, 0.5 * decades)
+    )
+    yield Evidence(weight, f"The inputs of the batch have an RMS of {number(rms)}; about 1 is typical.")
+
+
+def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evidence]:
+    """Blame a first loss that only very large outputs give on one of three causes.
+
+    Args:
+        context: The facts at the step of the finding.
+        cause: Yields only if this one explains the outputs: `Cause.UNNORMALIZED_INPUT` if the inputs are large,
+            `Cause.TOO_DEEP` in a deep model of usual weights without normalization, else `Cause.BAD_INITIALIZATION`.
+    """
+    first = context.loss_start
+    if not context.too_large:
+        return
+    if any(op in context.loss_operations for op in _CLASSIFYING):
+        usual, decades = _USUAL_LOSS, math.log10(max(first, 1.0) / 3)
+    elif _is_squared(context) and context.target_rms is not None:
+        usual, decades = 100 * max(context.target_rms**2, 1.0), math.log10(max(first, 1.0)) / 2
+    else:
+        return
+    if not first > usual:
+        return
+    began = f"The first loss was {number(first)}, which only far too large outputs can give"
+    layers = len(context.layers)
+    if any(True for _ in inputs_out_of_scale(context)):
+        explanation = Cause.UNNORMALIZED_INPUT
+        size = f"an RMS of {number(context.input_rms or 0.0)}"
+        text = f"{began}; the inputs of the batch have {size}, and about 1 is typical."
+    elif layers >= 2 * DEEP and abs(context.excess_gain) < 0.3 and not context.normalised:
+        explanation = Cause.TOO_DEEP
+        grown = f"signals grow over {count(layers, 'layer')} without normalization"
+        text = f"{began}: the weights have a typical size, but {grown}."
+    else:
+        explanation = Cause.BAD_INITIALIZATION
+        text = f"{began}: the model enlarges what passes through it."
+    if cause == explanation:
+        yield Evidence(decades, text)
+
+
+def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame targets of large scale under a squared loss, which is about their square."""
+    if not context.too_large or not _is_squared(context) or not context.loss_start > 100:
+        return
+    if context.target_rms is not None and context.target_rms**2 < 0.01 * context.loss_start:
+        return  # the outputs are large, not the targets
+    decades = math.log10(context.loss_start) / 2
+    first = number(context.loss_start)
+    if context.target_rms is not None:
+        text = f"The targets have an RMS of {number(context.target_rms)}, and the first loss was {first}."
+    else:
+        text = f"The first loss was {first}: outputs and targets differ by about {power(decades)}."
+    yield Evidence(decades, text)
+
+
+def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame NaN or Inf in the batch."""
+    if context.fault != Fault.NONFINITE:
+        return
+    origin, rows = context.origin, context.bad_rows
+    if origin is not None and (origin.place in (Place.BATCH, Place.OUTSIDE) or origin.in_data):
+        yield Evidence(CERTAIN if origin.place == Place.BATCH else 8.0, str(origin))
+    elif rows:
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        listed = ", ".join(str(row) for row in rows[:8]) + more
+        text = f"The batch has NaN or Inf in row{'' if len(rows) == 1 else 's'} {listed}."
+        # If the replay blames something else, the NaN or Inf may be intended, such as masked targets.
+        elsewhere = origin is not None and origin.located
+        yield Evidence(3.0 if elsewhere else CERTAIN, text)
+    elif origin is None and rows is None and context.nonfinite_loss and _was_healthy(context):
+        text = "The loss became NaN or Inf from one step to the next. The batch itself could not be examined."
+        yield Evidence(2.5, text)
+
+
+def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame one batch unlike the others, in a training that was healthy before."""
+    step = context.finding.step
+    if context.fault == Fault.STALLED and "adagrad" in context.optimizer.lower():
+        spike = next((f for f in context.findings if f.fault == Fault.SPIKE), None)
+        if spike is not None and abs(spike.step - step) <= 1:
+            text = (
+                f"The gradient spiked at step {spike.step} ({spike.measure or 'spike score'}: {number(spike.value)}). "
+                f"{context.optimizer} divides by the root of the sum of all squared gradients, which never shrinks."
+            )
+            yield Evidence(5.0, text)
+    if context.fault == Fault.SPIKE and context.finding.value > 0:
+        size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
+        text = f"Only the gradient of this step is so large ({size})."
+        yield Evidence(1 + math.log10(context.finding.value), text)
+    if context.fault == Fault.NONFINITE and _was_healthy(context) and not context.bad_rows:
+        yield Evidence(2.0, f"No fault was found before step {step}.")
+
+
+def _is_squared(context: DiagnosticContext) -> bool:
+    return any(op in context.loss_operations for op in _SQUARED)
+
+
+def _was_healthy(context: DiagnosticContext) -> bool:
+    """Return True if nothing was found before this step and the loss had not risen."""
+    risen = context.loss_now > 1.5 * abs(context.loss_start)
+    return context.steps > 5 and not risen and not context.found_before(*Fault.known())

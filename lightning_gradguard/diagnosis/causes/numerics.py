@@ -1,0 +1,102 @@
+"""Causes in the numerics: the loss function and the number format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from lightning_gradguard.diagnosis.causes.evidence import Evidence
+from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.wording import number, quote
+from lightning_gradguard.introspection.operations import COMMON, RISKY
+from lightning_gradguard.results import Fault
+
+#: Operations of a loss whose slope fades as their value approaches zero.
+_FADING_LOSSES = ("Softplus", "LogSigmoid", "Log", "Log1P", "Sigmoid", "Exp", "Tanh")
+#: First loss below which the slope of such an operation, which is about as large, moves nothing.
+_FLAT = 1e-3
+#: Multiple of its size at the start by which a loss has to fall below zero to count as unbounded.
+_UNBOUNDED = 100.0
+_LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
+
+
+def loss_function(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a loss that is numerically unstable, has no lower bound, or is flat where training starts."""
+    yield from _unstable_operation(context)
+    yield from unbounded_loss(context)
+    yield from _flat_loss(context)
+
+
+def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame an operation, most often in the loss, whose value or slope is not finite for some finite inputs."""
+    origin = context.origin
+    if context.fault != Fault.NONFINITE or (origin is not None and origin.in_data):
+        return
+    if origin is not None and origin.located:
+        # What overflows in the loss was most often too large before it.
+        if origin.in_loss or not origin.overflow:
+            yield Evidence(3.0 if origin.overflow else 9.0, str(origin))
+        return
+    risky = [op for op in RISKY if op in context.loss_operations]
+    if context.bad_rows or not risky:
+        return
+    examined = context.bad_rows is not None
+    if context.nonfinite_loss:
+        what = "The loss is NaN or Inf" + (" although the batch is finite" if examined else "")
+    else:
+        finite = "the loss and the batch are" if examined else "the loss is"
+        what = f"The gradient is NaN or Inf although {finite} finite"
+    reasons = "; ".join(RISKY[op] for op in risky[:2])
+    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
+    yield Evidence(weight, f"{what}. Operations after the last layer can cause this: {reasons}.")
+
+
+def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a loss without a lower bound: larger weights always improve it."""
+    start, now = context.loss_start, context.loss_now
+    if context.too_large and math.isfinite(start) and now < -_UNBOUNDED * max(abs(start), 1.0):
+        text = (
+            f"The loss fell from {number(start)} to {number(now)} and keeps falling: it has no lower bound, so the "
+            "weights grow without end."
+        )
+        yield Evidence(2 + math.log10(-now / max(abs(start), 1.0)), text)
+
+
+def _flat_loss(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a loss that was almost zero from the beginning, where its operations are flat."""
+    flat = next((op for op in _FADING_LOSSES if op in context.loss_operations), None)
+    if context.fault not in (Fault.STALLED, Fault.VANISHING) or flat is None:
+        return
+    if 0 < abs(context.loss_start) < _FLAT:
+        text = (
+            f"The loss was {number(context.loss_start)} from the beginning: {quote(flat.lower())} is flat there, and "
+            "its slope is as small as its value."
+        )
+        yield Evidence(-math.log10(abs(context.loss_start)), text)
+
+
+def low_precision(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame numbers below or above the range of the dtype."""
+    low = [dtype for dtype in context.dtypes if dtype in _LOW_PRECISION]
+    if context.fault == Fault.UNDERFLOW:
+        dtype = low[0] if low else next(iter(context.dtypes), "this dtype")
+        text = f"{100 * context.finding.value:.0f} % of the gradient's elements are too small for {dtype}."
+        yield Evidence(10.0, text)
+    elif low and context.fault == Fault.DEAD and all(g == -math.inf for g in context.gradients_log10):
+        text = f"All gradients are exactly zero, even in the last layer. They pass through {_range(low[0])}."
+        yield Evidence(6.0, text)
+    elif low and context.fault in (Fault.NONFINITE, Fault.VANISHING):
+        origin = context.origin
+        if origin is not None and origin.overflow and origin.dtype in low:
+            yield Evidence(8.0, str(origin))
+            return
+        text = f"Gradients pass through {_range(low[0])}."
+        yield Evidence(4.0 if context.fault == Fault.NONFINITE else 1.0, text)
+
+
+def _range(dtype: str) -> str:
+    info = torch.finfo(getattr(torch, dtype))
+    smallest = info.tiny * info.eps  # subnormal
+    return f"{quote(dtype)}, which holds magnitudes from {number(smallest)} to {number(info.max)} only"

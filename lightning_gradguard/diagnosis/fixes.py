@@ -1,0 +1,465 @@
+"""Find the fixes for each cause, best first, each with a line of code that makes it.
+
+To add a fix: add a `Remedy` below, and name it where it helps in `fixes_for`. A remedy with a ``change`` can be tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_gradguard.diagnosis.context import (
+    DEEP,
+    LARGEST_UPDATE,
+    TYPICAL_MOMENTUM,
+    TYPICAL_UPDATE,
+    DiagnosticContext,
+)
+from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
+from lightning_gradguard.diagnosis.trials.change import Change
+from lightning_gradguard.diagnosis.wording import number
+from lightning_gradguard.introspection.operations import RISKY
+from lightning_gradguard.results import Fault
+
+#: Fixes shown for the most likely cause, for each other cause, and in all: as many as one reads before trying one.
+_FIRST, _OTHERS, _ALL = 4, 2, 6
+
+
+def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Remedy, ...]:
+    """Return the fixes for these causes, best first, at most six and each once.
+
+    Args:
+        context: The facts at the step of the finding.
+        causes: Most likely first.
+    """
+    chosen: dict[str, Remedy] = {}
+    for rank, cause in enumerate(causes):
+        fitting = [remedy for remedy in fixes_for(cause, context) if remedy is not None]
+        for remedy in fitting[: _OTHERS if rank else _FIRST]:
+            chosen.setdefault(remedy.key, remedy)
+    return tuple(chosen.values())[:_ALL]
+
+
+def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
+    """Return the fixes for one cause, best first; None in place of one that does not fit this training.
+
+    Args:
+        cause: The cause.
+        context: The facts at the step of the finding.
+    """
+    c = context
+    match cause:
+        case Cause.SATURATING_ACTIVATION:
+            # In the order of what they did to 12 sigmoid layers of width 64 on scikit-learn's digits. Validation
+            # accuracy in % after 10 epochs, mean of three seeds, at the worst and the best of five settings of SGD and
+            # Adam: unchanged 8 to 11; residual blocks 96 to 98; ReLU and BatchNorm 96 to 97; sigmoid and BatchNorm 94
+            # to 97; ReLU with He initialization 27 to 96. ReLU alone: 8 to 87.
+            return [residual_blocks(c), relu_and_normalization(c), normalization(c), RELU_AND_HE]
+
+        case Cause.BAD_INITIALIZATION if c.usual_gain > 1:
+            # Twenty ReLU layers from N(0, 0.05), mean loss of two seeds at the worst of five settings of SGD and Adam,
+            # from 2.3: residual blocks 0.02, BatchNorm 0.2, He initialization NaN. Eight layers: He 0.01, save for one
+            # setting.
+            by_depth = [residual_blocks(c), normalization(c), HE]
+            return by_depth if c.bare_layers >= DEEP else by_depth[::-1]
+        case Cause.BAD_INITIALIZATION:
+            others = [residual_blocks(c), relu_and_normalization(c), normalization(c)]
+            # Sigmoids need more than other weights.
+            return [*others, XAVIER] if "sigmoid" in c.saturating else [XAVIER, *others[::-1]]
+
+        case Cause.TOO_DEEP:
+            return [residual_blocks(c), normalization(c), FEWER_LAYERS]
+
+        case Cause.RECURRENCE:
+            clip = clip_spikes(c) if c.fault == Fault.EXPLODING else None
+            weights = [REMEMBERING_GATES] if is_gated(c) else [LSTM, ORTHOGONAL]
+            return [clip, *weights, TRUNCATED_BACKPROPAGATION]
+
+        case Cause.DEAD_ACTIVATION:
+            large_bias = any(len(c.shapes[i]) == 1 and c.weight_rms(i) > 3 for i in range(len(c.names)))
+            lower = _lower_learning_rate_or_warm_up(c) if c.largest_update[0] > LARGEST_UPDATE else None
+            return [ZERO_BIASES if large_bias else None, lower, LEAKY_RELU, HE, normalization(c)]
+
+        case Cause.DETACHED_GRAPH if c.missing and c.missing.issuperset(c.names):
+            return [RIGHT_OPTIMIZER]
+        case Cause.DETACHED_GRAPH if c.graph_summary and any(
+            k.get("step") for k in c.graph_summary.kinds.values()
+        ):
+            return [STRAIGHT_THROUGH]
+        case Cause.DETACHED_GRAPH:
+            return [NO_DETACH, FREEZE]
+
+        case Cause.UNNORMALIZED_INPUT:
+            return [STANDARD_INPUT, normalize_inputs(c)]
+
+        case Cause.TARGET_SCALE:
+            return [STANDARD_TARGET, HUBER, lower_learning_rate(c), WARM_UP, clip_spikes(c)]
+
+        case Cause.LEARNING_RATE_TOO_HIGH:
+            return [lower_learning_rate(c), WARM_UP, clip_spikes(c)]
+
+        case Cause.LEARNING_RATE_TOO_LOW:
+            return [raise_learning_rate(c)]
+
+        case Cause.OPTIMIZER_EPSILON:
+            return [lower_epsilon(c)]
+
+        case Cause.MOMENTUM:
+            return [lower_momentum(c), lower_learning_rate(c), WARM_UP, clip_spikes(c)]
+
+        case Cause.BAD_DATA:
+            return [look_at_bad_rows(c), DROP_BAD_ROWS, FILL_IN]
+
+        case Cause.LOSS_FUNCTION if c.too_large and c.fault != Fault.NONFINITE:
+            return [SPECTRAL_NORMALIZATION, _lower_learning_rate_or_warm_up(c)]
+        case Cause.LOSS_FUNCTION if c.too_small:
+            return [STEEP_LOSS]
+        case Cause.LOSS_FUNCTION:
+            stable = stable_forms(c)[:3]
+            located = c.origin is not None and c.origin.located
+            return [*stable, None if located and stable else DETECT_ANOMALY]
+
+        case Cause.LOW_PRECISION:
+            return [BFLOAT16, SCALE_LOSS, FLOAT32_LOSS]
+
+        case Cause.OUTLIER_BATCH if c.fault == Fault.NONFINITE:
+            return [LOOK_AT_BATCH, DETECT_ANOMALY]  # clipping cannot help where the gradient is not finite
+        case Cause.OUTLIER_BATCH:
+            return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
+
+        case Cause.UNKNOWN if c.fault.is_custom:
+            return [change_response(c.fault)]
+        case Cause.UNKNOWN if c.decayed:
+            return [lower_weight_decay(c), ONE_BATCH]
+        case Cause.UNKNOWN:
+            return [DETECT_ANOMALY if c.fault == Fault.NONFINITE else None, ONE_BATCH]
+
+
+# Activations and initial weights.
+
+RELU = Remedy("ReLU", "activation = nn.ReLU()", change=Change(activation="relu"))
+GELU = Remedy("GELU", "activation = nn.GELU()", change=Change(activation="gelu"))
+LEAKY_RELU = Remedy(
+    "An activation that cannot die",
+    "activation = nn.LeakyReLU(0.1)  # in place of nn.ReLU()",
+    change=Change(activation="leaky_relu"),
+)
+HE = Remedy(
+    "He initialization",
+    'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"); nn.init.zeros_(layer.bias)',
+    change=Change(initialise="he"),
+)
+XAVIER = Remedy(
+    "Xavier initialization",
+    "nn.init.xavier_normal_(layer.weight); nn.init.zeros_(layer.bias)",
+    change=Change(initialise="xavier"),
+)
+RELU_AND_HE = Remedy(
+    "ReLU with He initialization",
+    'activation = nn.ReLU(); nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")',
+    change=Change(activation="relu", initialise="he"),
+)
+ZERO_BIASES = Remedy("Zero biases", "nn.init.zeros_(layer.bias)")
+
+# Depth and normalization.
+
+FEWER_LAYERS = Remedy("Fewer layers", "layers = layers[: len(layers) // 2]", change=Change(shorten=True))
+SKIP_CONNECTIONS = Remedy("Skip connections", "h = h + activation(layer(h))", change=Change(skip=True))
+
+
+def residual_blocks(context: DiagnosticContext) -> Remedy | None:
+    """Return residual blocks with ReLU and normalization, unless the model has skip connections."""
+    if context.graph_summary is not None and context.graph_summary.skips:
+        return None
+    # Not without the normalization: residual blocks of He-initialized layers reach 8 to 94 % there.
+    convolution = _rank(context) > 2
+    layer, norm = ("conv", _batch_norm(context)) if convolution else ("linear", "nn.LayerNorm(width)")
+    how = f"h = h + torch.relu({layer}(norm(h)))  # norm = {norm}"
+    change = Change(activation="relu", normalise=True, skip=True)
+    return Remedy("ReLU in residual blocks with normalization", how, change=change)
+
+
+def relu_and_normalization(context: DiagnosticContext) -> Remedy:
+    """Return the best fix that keeps the layers in a row."""
+    how = f"block = nn.Sequential(layer, {_normalization_layer(context)}, nn.ReLU())"
+    return Remedy("ReLU and normalization", how, change=Change(activation="relu", normalise=True))
+
+
+def normalization(context: DiagnosticContext) -> Remedy | None:
+    """Return normalization after each layer, unless there is one already."""
+    if not context.bare_layers:
+        return None
+    how = f"block = nn.Sequential(layer, {_normalization_layer(context)}, activation)"
+    return Remedy("Normalization after each layer", how, change=Change(normalise=True))
+
+
+def _normalization_layer(context: DiagnosticContext) -> str:
+    """Return the code of a normalization: over the width in sequences, where batch statistics mean little."""
+    sequential = context.path.get("attention") or context.recurrent
+    return "nn.LayerNorm(width)" if sequential else _batch_norm(context)
+
+
+def _batch_norm(context: DiagnosticContext) -> str:
+    rank = _rank(context)
+    return f"nn.BatchNorm{max(1, rank - 2)}d({'width' if rank == 2 else 'channels'})"
+
+
+def _rank(context: DiagnosticContext) -> int:
+    """Return the dimensions of most weights: 2 for linear layers, 3 to 5 for convolutions."""
+    ranks = [len(context.shapes[i]) for i in context.layers]
+    return max(set(ranks), key=ranks.count, default=2)
+
+
+# Sequences.
+
+LSTM = Remedy(
+    "LSTM or GRU",
+    "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN",
+    change=Change(gates="LSTM"),
+)
+GRU = Remedy("GRU", "rnn = nn.GRU(inputs, width)  # in place of nn.RNN", change=Change(gates="GRU"))
+REMEMBERING_LSTM = Remedy(
+    "LSTM with a forget-gate bias of 3",
+    "rnn = nn.LSTM(inputs, width); rnn.bias_ih_l0.data[width : 2 * width] = 3.0  # in place of nn.RNN",
+    change=Change(gates="LSTM", initialise="orthogonal"),
+)
+ORTHOGONAL = Remedy(
+    "Orthogonal recurrent weights",
+    "nn.init.orthogonal_(rnn.weight_hh_l0)",
+    change=Change(initialise="orthogonal"),
+)
+#: The forget gate of an LSTM, or the update gate of a GRU, begins by keeping the state.
+REMEMBERING_GATES = Remedy(
+    "Gates that keep the state at the start",
+    "nn.init.orthogonal_(rnn.weight_hh_l0); rnn.bias_ih_l0.data[width : 2 * width] = 3.0",
+    change=Change(initialise="orthogonal"),
+)
+TRUNCATED_BACKPROPAGATION = Remedy(
+    "Truncated backpropagation through time", "state = state.detach()  # about every 20 steps"
+)
+
+
+def is_gated(context: DiagnosticContext) -> bool:
+    """Return True if recurrent weights have the three or four blocks of a GRU or an LSTM."""
+    recurrent = context.graph_summary.recurrent if context.graph_summary else frozenset()
+    shapes = [context.shapes[i] for i in context.layers if context.names[i] in recurrent]
+    return any(shape[0] in (3 * shape[-1], 4 * shape[-1]) for shape in shapes)
+
+
+# The graph.
+
+RIGHT_OPTIMIZER = Remedy(
+    "Give the optimizer the parameters of the model that is trained",
+    "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from",
+)
+STRAIGHT_THROUGH = Remedy(
+    "Straight-through gradient",
+    "h = h + (torch.round(h) - h).detach()  # rounded in the forward pass only",
+)
+NO_DETACH = Remedy(
+    "Remove what cuts the graph",
+    "h = layer(h)  # without .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()",
+)
+FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
+
+# Data.
+
+STANDARD_INPUT = Remedy(
+    "Standardize the inputs",
+    "x = (x - mean) / std  # mean and std of the training set",
+    change=Change(input=True),
+)
+STANDARD_TARGET = Remedy(
+    "Standardize the targets",
+    "y = (y - mean) / std  # and prediction * std + mean afterwards",
+    change=Change(target=True),
+)
+DROP_BAD_ROWS = Remedy(
+    "Drop these rows", "keep = torch.isfinite(x).flatten(1).all(1); x, y = x[keep], y[keep]"
+)
+FILL_IN = Remedy("Replace NaN and Inf by 0", "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)")
+LOOK_AT_BATCH = Remedy("Inspect the batch", "print(x.aminmax(), y.aminmax())")
+ONE_BATCH = Remedy("Check that the model can learn a single batch", "trainer = Trainer(overfit_batches=1)")
+
+
+def normalize_inputs(context: DiagnosticContext) -> Remedy:
+    """Return a normalization in front of the model."""
+    norm = _batch_norm(context).replace("width", "features")
+    return Remedy("Normalize the inputs in the model", f"model = nn.Sequential({norm}, model)")
+
+
+def look_at_bad_rows(context: DiagnosticContext) -> Remedy:
+    """Return code that prints the rows with NaN or Inf, or finds them."""
+    rows = list(context.bad_rows or ())[:8]
+    how = f"print(x[{rows}], y[{rows}])" if rows else "print((~x.isfinite()).flatten(1).any(1).nonzero())"
+    return Remedy("Inspect the rows with NaN or Inf", how)
+
+
+def change_response(fault: Fault) -> Remedy:
+    """Return a policy that warns of a custom fault and goes on."""
+    how = f'guard = GradGuard(policy=Policy(respond={{"{fault.value}": "warn"}}))  # or "ignore"'
+    return Remedy("Change the response to this fault", how)
+
+
+# The loss and the number format.
+
+HUBER = Remedy("Huber loss, which grows linearly", "loss = nn.functional.huber_loss(prediction, y)")
+STEEP_LOSS = Remedy(
+    "Non-saturating loss, steep where the model is wrong",
+    "loss = -nn.functional.logsigmoid(logits).mean()  # in place of logsigmoid(-logits).mean()",
+)
+SPECTRAL_NORMALIZATION = Remedy(
+    "Spectral normalization",
+    "layer = nn.utils.parametrizations.spectral_norm(layer)  # each layer of the critic",
+    change=Change(lipschitz=True),
+)
+DETECT_ANOMALY = Remedy("Find the operation that makes NaN or Inf", "torch.autograd.set_detect_anomaly(True)")
+BFLOAT16 = Remedy("bfloat16, which has the range of float32", 'trainer = Trainer(precision="bf16-mixed")')
+SCALE_LOSS = Remedy(
+    "Loss scaling, which Trainer does in this mode", 'trainer = Trainer(precision="16-mixed")'
+)
+FLOAT32_LOSS = Remedy("Compute the loss in float32", "loss = loss_fn(logits.float(), y)")
+
+_POSITIVE_LOG, _POSITIVE_ROOT = (
+    "Keep the argument of the logarithm above 0",
+    "Keep the argument of the square root above 0",
+)
+_NONZERO = "Keep the denominator away from 0"
+#: Risky operation to its stable form.
+_STABLE = {
+    "Log": Remedy(_POSITIVE_LOG, "log_p = torch.log(p.clamp_min(1e-8))"),
+    "Xlogy": Remedy(_POSITIVE_LOG, "entropy = torch.xlogy(p, p.clamp_min(1e-8))"),
+    "Logit": Remedy("Keep the argument of logit between 0 and 1", "logit = torch.logit(p, eps=1e-6)"),
+    "Sqrt": Remedy(_POSITIVE_ROOT, "root = torch.sqrt(x + 1e-12)"),
+    "Rsqrt": Remedy(_POSITIVE_ROOT, "root = torch.rsqrt(x + 1e-12)"),
+    "Div": Remedy(_NONZERO, "ratio = x / (y + 1e-8)"),
+    "Reciprocal": Remedy(_NONZERO, "ratio = 1 / (y + 1e-8)"),
+    "Exp": Remedy("Bound the argument of exp", "e = torch.exp(x.clamp_max(30))"),
+    "Acos": Remedy(
+        "Keep the argument of acos between -1 and 1", "angle = torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))"
+    ),
+}
+_LOGITS_SOFTMAX = Remedy(
+    "Cross-entropy of the logits",
+    "loss = nn.functional.cross_entropy(logits, y)  # in place of log(softmax(logits))",
+)
+_LOGITS_SIGMOID = Remedy(
+    "Cross-entropy of the logits",
+    "loss = nn.functional.binary_cross_entropy_with_logits(logits, y)  # not log(sigmoid(logits))",
+)
+
+
+def stable_forms(context: DiagnosticContext) -> list[Remedy]:
+    """Return the stable forms of the risky operations in the loss."""
+    operations = context.loss_operations
+    found = [_STABLE[op] for op in RISKY if op in operations and op in _STABLE]
+    if "Log" in operations and "Softmax" in operations:
+        return [_LOGITS_SOFTMAX, *found]
+    if "Log" in operations and "Sigmoid" in operations:
+        return [_LOGITS_SIGMOID, *found]
+    return found
+
+
+# The optimizer.
+
+WARM_UP = Remedy(
+    "Warm up the learning rate",
+    "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)",
+)
+CLIP = Remedy("Clip gradient spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
+
+
+def clip_spikes(context: DiagnosticContext) -> Remedy | None:
+    """Return adaptive clipping, unless a clipper is in use."""
+    return None if context.clipper else CLIP
+
+
+def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -> Remedy | None:
+    """Return a lower learning rate; None if the current one is not known.
+
+    Args:
+        context: The facts at the step of the finding.
+        rate: The lower rate; `lowered_rate` if None.
+    """
+    current, ratio, why = context.learning_rate, _largest_ratio(context), "a tenth"
+    if not current > 0:
+        return None
+    if rate is not None and rate < lowered_rate(context):
+        why = "the first steps change a layer by at most 0.02 of its size"
+    elif ratio > LARGEST_UPDATE:
+        why = f"steps are {number(ratio / LARGEST_UPDATE)} times the limit of {LARGEST_UPDATE}"
+    rate = lowered_rate(context) if rate is None else rate
+    name = f"Lower the learning rate from {number(current)} to {number(rate)}"
+    how = f"lr = {number(rate)}  # was {number(current)}; {why}"
+    return Remedy(name, how, change=Change(rate=rate / current), key="lower learning rate")
+
+
+def lowered_rate(context: DiagnosticContext) -> float:
+    """Return the learning rate over the factor by which updates are too large, or a tenth of it."""
+    ratio = _largest_ratio(context)
+    # Once the weights have run away the ratio is unbounded, and tells nothing about a rate that would have been safe.
+    factor = min(ratio / LARGEST_UPDATE, 1000.0) if ratio > LARGEST_UPDATE else 10.0
+    return round_down(context.learning_rate / factor)
+
+
+def _largest_ratio(context: DiagnosticContext) -> float:
+    return max(context.largest_update[0], context.first_update)
+
+
+def _lower_learning_rate_or_warm_up(context: DiagnosticContext) -> Remedy:
+    return lower_learning_rate(context) or WARM_UP
+
+
+def raise_learning_rate(context: DiagnosticContext) -> Remedy:
+    """Return the learning rate that gives a typical update ratio, within reason."""
+    rate, typical = context.learning_rate, context.typical_learning_rate
+    higher, note = typical, f"was {number(rate)}"
+    # An update may be too small for the weights' precision; the gradient then tells what a step of plain SGD would do.
+    ratio = context.typical_update / rate if rate > 0 and context.typical_update > 0 else math.nan
+    if math.isnan(ratio) and not context.normalises:
+        ratio = context.typical_gradient
+    if ratio > 0:
+        higher = round_down(min(max(TYPICAL_UPDATE / ratio, typical), 100 * typical))
+        note += f"; a step then changes a layer by about {number(higher * ratio)} of its size"
+    name = f"Raise the learning rate from {number(rate)} to {number(higher)}"
+    return Remedy(name, f"lr = {number(higher)}  # {note}", key="raise learning rate")
+
+
+def lower_epsilon(context: DiagnosticContext) -> Remedy:
+    """Return an epsilon two decades below the smallest gradient."""
+    finite = [i for i in context.layers if math.isfinite(context.gradients_log10[i])]
+    rms = min((context.gradient_rms_log10(i) for i in finite), default=0.0)
+    # Not below the range of float32.
+    eps = number(10.0 ** max(-30, min(-8, math.floor(rms) - 2)))
+    kind, rate = context.optimizer or "Adam", number(context.learning_rate)
+    name = f"Lower the optimizer's eps from {number(context.setting('eps'))} to {eps}"
+    how = f"optimizer = torch.optim.{kind}(model.parameters(), lr={rate}, eps={eps})"
+    return Remedy(name, how, key="lower eps")
+
+
+def lower_momentum(context: DiagnosticContext) -> Remedy:
+    """Return a typical momentum."""
+    current, typical = number(context.setting("momentum")), number(TYPICAL_MOMENTUM)
+    name, how = f"Lower the momentum from {current} to {typical}", f"momentum = {typical}  # was {current}"
+    return Remedy(name, how, change=Change(momentum=TYPICAL_MOMENTUM), key="lower momentum")
+
+
+def lower_weight_decay(context: DiagnosticContext) -> Remedy:
+    """Return a typical weight decay of 1e-4, or a hundredth of a smaller one."""
+    current = context.setting("weight_decay")
+    lower = min(1e-4, current / 100)
+    name = f"Lower the weight decay from {number(current)} to {number(lower)}"
+    how = f"weight_decay = {number(lower)}  # was {number(current)}"
+    return Remedy(name, how, change=Change(decay=lower / current), key="lower weight decay")
+
+
+def round_down(value: float) -> float:
+    """Return the value rounded down to one digit.
+
+    >>> round_down(0.0417), round_down(1.0)
+    (0.04, 1.0)
+    """
+    if not (math.isfinite(value) and value > 0):
+        return value
+    unit = 10.0 ** math.floor(math.log10(value))
+    return float(f"{math.floor(value / unit + 1e-9) * unit:.0e}")

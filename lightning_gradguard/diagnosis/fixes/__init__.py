@@ -1,1 +1,0 @@
-"""Fixes for each cause, best first."""

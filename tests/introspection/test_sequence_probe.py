@@ -1,0 +1,126 @@
+"""The gradient at each step of a sequence, in the training itself and in a sandbox."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from lightning_gradguard import Guard
+from lightning_gradguard.introspection.sandbox import sandbox
+from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe, SequenceGradientProbe
+
+
+class Cell(nn.Module):
+    """A recurrent net by hand, which multiplies its state by ``gain`` in each step."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.step = nn.Linear(8, 8, bias=False)
+        nn.init.eye_(self.step.weight).data.mul_(gain)
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], 8)
+        for t in range(x.shape[1]):
+            h = self.step(h + x[:, t])
+        return h
+
+
+def tilt_of(model, x, reduce=lambda out: out.square().sum()):
+    probe = SequenceGradientProbe(frozenset(id(p) for p in model.parameters()))
+    reduce(model(x)).backward()
+    tilt = probe.close()
+    return None if tilt is None else tilt.item()
+
+
+@pytest.mark.parametrize(("gain", "decades"), [(0.5, 54 * 0.301), (1.0, 0.0), (1.1, -54 * 0.0414)])
+def test_time_tilt_of_a_cell_by_hand(gain, decades):
+    assert tilt_of(Cell(gain), torch.ones(2, 60, 8)) == pytest.approx(decades, abs=0.8)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_time_tilt_of_a_fused_layer(batch_first):
+    torch.manual_seed(0)
+    model = nn.RNN(8, 8, batch_first=batch_first, nonlinearity="relu", bias=False)
+    nn.init.eye_(model.weight_ih_l0)
+    nn.init.eye_(model.weight_hh_l0).data.mul_(0.5)
+    x = torch.rand(2, 60, 8) + 0.5
+    last = (lambda out: out[0][:, -1].sum()) if batch_first else (lambda out: out[0][-1].sum())
+    assert tilt_of(model, x if batch_first else x.transpose(0, 1), last) == pytest.approx(54 * 0.301, abs=0.8)
+
+
+def test_the_probe_changes_no_gradient_and_leaves_no_hook():
+    torch.manual_seed(0)
+    model = nn.LSTM(4, 8, batch_first=True)
+    x = torch.randn(2, 30, 4)
+    model(x)[0].sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    before = len(_global_forward_hooks), len(_global_forward_pre_hooks)
+    assert tilt_of(model, x, lambda out: out[0].sum()) is not None
+    assert (len(_global_forward_hooks), len(_global_forward_pre_hooks)) == before
+    assert all(torch.equal(a, p.grad) for a, p in zip(expected, model.parameters(), strict=True))
+    assert not x.requires_grad
+
+
+def test_short_sequences_and_unused_models_have_no_tilt():
+    assert tilt_of(Cell(0.5), torch.ones(2, 5, 8)) is None
+    probe = SequenceGradientProbe(frozenset())
+    assert probe.close() is None
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_a_closed_guard_leaves_no_hook():
+    model = nn.LSTM(4, 8, batch_first=True)
+    gc.collect()
+    before = len(_global_forward_hooks), len(_global_forward_pre_hooks)
+    guard = Guard(model.named_parameters())
+    for _ in range(33):
+        model.zero_grad()
+        loss = model(torch.randn(2, 30, 4))[0].square().sum() * 0 + 1.0
+        loss.backward()
+        guard.step(loss=loss)
+    assert (len(_global_forward_hooks), len(_global_forward_pre_hooks)) != before
+    guard.close()
+    assert (len(_global_forward_hooks), len(_global_forward_pre_hooks)) == before
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM])
+def test_the_tilt_in_a_sandbox_equals_that_in_the_training(kind):
+    model, x = kind(3, 4, batch_first=True), torch.randn(5, 30, 3)
+    probe = SequenceGradientProbe(frozenset(id(p) for p in model.parameters()))
+    model(x)[0][:, -1].sum().backward()
+    reference = probe.close().item()
+    with sandbox(model):
+        inside = SandboxedSequenceProbe(model)
+        model(x)[0][:, -1].sum().backward()
+        assert inside.take() == pytest.approx(reference, rel=1e-4)
+        assert inside.take() is None
+    assert reference > 1
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_a_loop_over_a_cell_has_the_profile_of_the_layer(kind):
+    """The same weights in a cell that is called once a step, and in a layer that takes the sequence."""
+    torch.manual_seed(0)
+    layer = {nn.RNNCell: nn.RNN, nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM}[kind](4, 6)
+    cell = kind(4, 6)
+    with torch.no_grad():
+        for name, parameter in cell.named_parameters():
+            parameter.copy_(getattr(layer, f"{name}_l0"))
+    x = torch.randn(40, 3, 4)
+    tilts = []
+    for module in (nn.ModuleList([layer]), nn.ModuleList([cell])):
+        probe = SandboxedSequenceProbe(module)
+        if module[0] is layer:
+            out = layer(x)[0][-1]
+        else:
+            state = None
+            for step in x:
+                state = cell(step, state)
+            out = state[0] if isinstance(state, tuple) else state
+        out.sum().backward()
+        tilts.append(probe.take())
+    assert tilts[0] == pytest.approx(tilts[1], rel=1e-4)
+    assert tilts[0] > 3
