@@ -1,4 +1,4 @@
-"""Judged one step late: what is set on the optimizer is set for one step, and no step begins with what is not there."""
+"""Skipping on the device: found_inf is set for one step only, and no step starts from uninitialised momentum."""
 
 import math
 import warnings
@@ -32,7 +32,7 @@ def sound(model, optimizer):
 
 @pytest.fixture
 def uninitialised():
-    """Memory that nobody has written to holds NaN."""
+    """Fill uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -63,7 +63,7 @@ def test_two_guards_of_one_optimizer(spoilt):
 
 
 @pytest.mark.usefixtures("uninitialised")
-def test_a_group_that_is_added_with_a_bad_step_begins_with_the_next():
+def test_a_group_added_at_a_bad_step_starts_with_the_next():
     model, extra = network(), nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     guard = Guard([*model.named_parameters(), *extra.named_parameters("extra")], optimizer=optimizer, lag=1)
@@ -79,7 +79,7 @@ def test_a_group_that_is_added_with_a_bad_step_begins_with_the_next():
 
 
 def test_a_halt_leaves_nothing_on_the_optimizer():
-    """So that whoever catches it may go on, also with a step of their own."""
+    """A caller who catches the halt can continue, even with a step of their own."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     guard = Guard(model.named_parameters(), optimizer=optimizer, lag=1, policy=Policy.strict())
@@ -90,7 +90,7 @@ def test_a_halt_leaves_nothing_on_the_optimizer():
             optimizer.step()
     assert caught.value.step == 5
     assert "found_inf" not in optimizer.__dict__
-    # The step that was under way is not taken, whoever calls it.
+    # The step under way is not taken, whoever calls it.
     before = [p.clone() for p in model.parameters()]
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""FastPath steps are passed over, and everything is as if each step had been judged."""
+"""Accepting steps on the fast path gives what evaluating every step in full would give, to the bit."""
 
 import math
 from dataclasses import asdict
@@ -23,21 +23,21 @@ TENSORS, STEPS = 6, 130
 
 
 class Twins:
-    """Two guards that are given the same gradients, of which one judges each step.
+    """Two guards that get the same gradients; the second evaluates every step in full.
 
     Attributes:
-        guards: The one that passes quiet steps over, and the one that passes none over.
-        passed: Steps that the first has passed over.
+        guards: The one with a fast path, and the one without.
+        accepted_steps: Steps that the first accepted without a full evaluation.
     """
 
     def __init__(self, **kwargs):
         self.weights = [{f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS)} for _ in range(2)]
         self.guards = [Guard(weights.items(), **kwargs) for weights in self.weights]
         self.guards[1].fast_path._is_able = False
-        self.passed, self.reports = [], ([], [])
+        self.accepted_steps, self.reports = [], ([], [])
 
     def step(self, norms, loss=None, **kwargs):
-        """One step, with a norm for each tensor or None."""
+        """Take one step, with a norm for each tensor or None."""
         steps = self.guards[0].steps
         for weights, guard, reports in zip(self.weights, self.guards, self.reports, strict=True):
             for i, (weight, norm) in enumerate(zip(weights.values(), norms, strict=True)):
@@ -47,13 +47,13 @@ class Twins:
             was = guard.fast_path.accepted
             reports.append(guard.step(loss=loss, **kwargs))
             if guard.fast_path.accepted > was:
-                self.passed.append(steps)
+                self.accepted_steps.append(steps)
 
     def agree(self, states=True):
-        """Asserts that both have come to the same."""
-        (a, b), (quiet, judged) = self.guards, self.reports
-        assert [plain(asdict(report)) for report in quiet] == [plain(asdict(report)) for report in judged]
-        assert [list(report.norms) for report in quiet] == [list(report.norms) for report in judged]
+        """Assert that both guards agree in everything."""
+        (a, b), (fast, full) = self.guards, self.reports
+        assert [plain(asdict(report)) for report in fast] == [plain(asdict(report)) for report in full]
+        assert [list(report.norms) for report in fast] == [list(report.norms) for report in full]
         if states:
             assert plain(a.state) == plain(b.state)
         assert plain(a.findings) == plain(b.findings)
@@ -65,7 +65,7 @@ class Twins:
 
 
 def plain(value):
-    """As text, to the last bit, in which NaN is like NaN."""
+    """Return a value as text, exact to the bit, in which NaN equals NaN."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return repr(value.tolist())
     if isinstance(value, tuple | list):
@@ -96,7 +96,7 @@ def jump(size):
 
 
 def odd(value, *places):
-    """Noise, with a value in some places: steps, tensors."""
+    """Return noise with a factor at some places (steps, tensors)."""
     rows = noise().astype(object)
     for steps, tensors in places:
         rows[steps, tensors] = value
@@ -108,7 +108,7 @@ def falling(step):
 
 
 STREAMS = {
-    "quiet": noise,
+    "plain noise": noise,
     "loud": lambda: noise(0.8),
     "nearly constant": lambda: noise(0.001),
     **{f"all x{s:g}": lambda s=s: spikes(s, slice(None)) for s in (1.5, 2.5, 10, 1e4, 0.4, 1e-3)},
@@ -160,7 +160,7 @@ def go(stream, loss=LOSSES["falls"], **kwargs):
 QUICK = {
     "default": STREAMS.keys() - {"all x1.5", "all x10", "all x0.4", "one x2.5", "one x1000", "small one x10000",
                                  "nearly constant", "thaws from zero", "scaled up"},
-    "none": {"quiet", "loud", "all x2.5", "one x10000", "nan", "thaws"},
+    "none": {"plain noise", "loud", "all x2.5", "one x10000", "nan", "thaws"},
     "exclude": {"all x2.5", "one x10000", "zeros"},
 }  # fmt: skip
 
@@ -173,22 +173,22 @@ def slow_unless(quick):
     ("stream", "clipper"),
     [pytest.param(s, c, marks=slow_unless(s in QUICK[c])) for c in QUICK for s in STREAMS],
 )
-def test_a_stream_gives_what_it_would_step_by_step(stream, clipper):
+def test_streams_give_the_results_of_full_evaluations(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
 
 
 @pytest.mark.parametrize("clipper", [c for c in CLIPPERS if c not in ("none", "default", "exclude")])
 @pytest.mark.parametrize(
     "stream",
-    [pytest.param(s, marks=slow_unless(s == "all x2.5")) for s in ("quiet", "all x2.5", "one x10000")],
+    [pytest.param(s, marks=slow_unless(s == "all x2.5")) for s in ("plain noise", "all x2.5", "one x10000")],
 )
-def test_so_it_does_with_any_spike_clip(stream, clipper):
+def test_so_does_any_spike_clip(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
 
 
 @pytest.mark.parametrize("clipper", [pytest.param("none", marks=pytest.mark.slow), "default"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_so_it_does_with_any_loss(loss, clipper):
+def test_so_does_any_loss(loss, clipper):
     go(noise(), LOSSES[loss], clipper=CLIPPERS[clipper])
 
 
@@ -199,7 +199,7 @@ def test_so_it_does_with_any_loss(loss, clipper):
     loss=st.sampled_from(sorted(LOSSES)),
     clipper=st.sampled_from(sorted(CLIPPERS)),
 )
-def test_so_it_does_whatever_comes(seed, sigma, often, loss, clipper):
+def test_so_does_any_stream(seed, sigma, often, loss, clipper):
     rng, rows = np.random.default_rng(seed), noise(sigma, 100, seed).astype(object)
     for step in np.flatnonzero(rng.random(100) < often):
         tensors = slice(None) if rng.random() < 0.5 else rng.integers(TENSORS)
@@ -210,24 +210,24 @@ def test_so_it_does_whatever_comes(seed, sigma, often, loss, clipper):
     go(rows, LOSSES[loss], clipper=CLIPPERS[clipper])
 
 
-def test_of_the_quiet_steps_seven_in_eight_are_passed_over():
-    """From the first steps on of which each is a closer look, or at which a level is not sure."""
+def test_seven_of_eight_unremarkable_steps_are_accepted():
+    """After the first steps, which are all evaluated in full or have no settled level yet."""
     for name, first in (("none", 33), ("default", 33), ("exclude", 33), ("quick", 33), ("slow", 57)):
-        passed = go(noise(), clipper=CLIPPERS[name]).passed
+        passed = go(noise(), clipper=CLIPPERS[name]).accepted_steps
         assert set(range(first, STEPS)) - set(passed) == set(range(first, STEPS, 8)), name
-    assert len(go(STREAMS["one x1000"](), clipper=SpikeClip()).passed) > 60
-    assert len(go(STREAMS["drift down"](), clipper=SpikeClip()).passed) > 60
+    assert len(go(STREAMS["one x1000"](), clipper=SpikeClip()).accepted_steps) > 60
+    assert len(go(STREAMS["drift down"](), clipper=SpikeClip()).accepted_steps) > 60
 
 
-def test_a_loss_far_above_its_start_is_judged():
-    """At 1.5 times its start the mean would be an alarm, and each step a closer look."""
+def test_a_loss_far_above_its_start_is_evaluated_in_full():
+    """A mean of 1.5 times the start would be an alarm, and every step would be evaluated in full."""
     for factor, expected in ((1.3, 11), (1.45, 0), (-1.0, 11)):
-        passed = go(noise(), lambda step, factor=factor: factor if 50 <= step < 62 else 1.0).passed
+        passed = go(noise(), lambda step, factor=factor: factor if 50 <= step < 62 else 1.0).accepted_steps
         assert sum(50 <= step < 62 for step in passed) == expected, factor
 
 
 class Wordy:
-    """A detector that has to be asked at each step."""
+    """A detector that must be asked at every step."""
 
     fault, measures = Fault.STALLED, ("nothing",)
 
@@ -243,7 +243,7 @@ class Wordy:
 
 
 class Mute(Wordy):
-    """One that says it need not be."""
+    """The same, declared safe on the fast path."""
 
     fast_path_safe = True
 
@@ -259,44 +259,44 @@ class Mute(Wordy):
     ],
     ids=["detector", "ratio", "clipper", "policy", "lag"],
 )
-def test_no_step_is_passed_over_where_each_has_to_be_judged(options):
-    assert go(noise(), **options).passed == []
+def test_no_step_is_accepted_if_a_part_needs_full_evaluations(options):
+    assert go(noise(), **options).accepted_steps == []
 
 
-def test_nor_is_one_with_a_gradient_scaler():
+def test_no_step_with_a_gradient_scaler_is_accepted():
     twins, scaler = Twins(), torch.amp.GradScaler("cpu")
     for row in noise():
         twins.step(row, 1.0, scaler=scaler)
     twins.agree()
-    assert twins.passed == []
+    assert twins.accepted_steps == []
 
 
-def test_a_detector_that_says_so_is_asked_less():
+def test_a_detector_that_is_safe_on_the_fast_path_is_asked_less():
     mute = Mute()
     twins = go(noise(), detectors=(mute,))
-    assert len(twins.passed) > 60
-    assert mute.asked == 2 * STEPS - len(twins.passed)
+    assert len(twins.accepted_steps) > 60
+    assert mute.asked == 2 * STEPS - len(twins.accepted_steps)
 
 
 @pytest.mark.parametrize("stream", ["nan", "all x10", "one x10000", "none", "zeros"])
 @pytest.mark.parametrize("clipper", ["none", "default"])
-def test_what_stands_out_is_judged(stream, clipper):
-    """Whatever is skipped, clipped or found; where another tensor has a gradient; and at the looks after it."""
+def test_remarkable_steps_are_evaluated_in_full(stream, clipper):
+    """Steps that are skipped, clipped or found, steps at which another tensor has a gradient, and those after them."""
     twins, rows = Twins(clipper=CLIPPERS[clipper]), STREAMS[stream]()
     for step, row in enumerate(rows):
-        schedule, before = twins.guards[1].tracker.schedule, len(twins.passed)
+        schedule, before = twins.guards[1].tracker.schedule, len(twins.accepted_steps)
         twins.step(row, 1.0)
-        was_passed, said = len(twins.passed) > before, twins.reports[1][-1]
+        was_passed, said = len(twins.accepted_steps) > before, twins.reports[1][-1]
         looked_at = schedule.last_full == schedule.good - 1 and not said.skip
         if looked_at or said.skip or said.scale < 1 or said.findings:
             assert not was_passed, step
         if step not in (0, 76) and [x is None for x in row] != [x is None for x in rows[step - 1]]:
             assert not was_passed, step
-    assert len(twins.passed) > 20
+    assert len(twins.accepted_steps) > 20
 
 
-def test_hot_steps_are_forgotten_in_quiet_ones_also_before_a_step_that_is_not_taken():
-    """`Exploding` counts down at each step, passed over or not."""
+def test_large_steps_are_forgotten_during_accepted_ones_also_before_a_skipped_step():
+    """`Exploding` counts down at every step, accepted or evaluated."""
     rows = noise()
     rows[42:46] *= 1e4
     rows[48] = math.nan
@@ -304,12 +304,12 @@ def test_hot_steps_are_forgotten_in_quiet_ones_also_before_a_step_that_is_not_ta
     for step, row in enumerate(rows[:52]):
         twins.step(row, falling(step))
         if step == 47:
-            assert twins.passed[-1] == 47
+            assert twins.accepted_steps[-1] == 47
     twins.agree()
 
 
 class Grave(Wordy):
-    """A slow detector of a condition that lasts, and that is grave from a step on."""
+    """A slow detector of a lasting fault that may become critical from some step on."""
 
     fault, slow = Fault.VANISHING, True
 
@@ -318,12 +318,12 @@ class Grave(Wordy):
         return reading(stats, stats.total > 0, stats.total, 0.0, ceiling=grave), state
 
 
-def test_for_how_long_a_condition_is_held_counts_quiet_steps():
+def test_patience_counts_accepted_steps():
     assert len(go(noise(), detectors=(Grave(),), policy=Policy(patience=50)).guards[0].findings) == 2
 
 
 @pytest.mark.parametrize("clipper", ["none", "default"])
-def test_the_host_reads_once_at_a_quiet_step_and_once_at_a_look(clipper, monkeypatch):
+def test_the_host_reads_once_at_an_accepted_step_and_once_at_a_full_evaluation(clipper, monkeypatch):
     import lightning_gradguard.engine.readback as module
 
     reads, plainly = [], module.read_array
@@ -335,14 +335,14 @@ def test_the_host_reads_once_at_a_quiet_step_and_once_at_a_look(clipper, monkeyp
     twins.weights, twins.guards = twins.weights[:1], twins.guards[:1]
     twins.reports = twins.reports[:1]
     for step, row in enumerate(STREAMS["all x10"]()):
-        waiting, before = len(guard.fast_path.deferred), len(twins.passed)
+        waiting, before = len(guard.fast_path.deferred), len(twins.accepted_steps)
         reads.clear(), letters.clear()
         twins.step(row, falling(step))
-        quiet = len(twins.passed) > before
+        quiet = len(twins.accepted_steps) > before
         assert len(letters) == (not quiet)
         counts.append((waiting, quiet, len(reads)))
         assert len(guard.fast_path.deferred) == (waiting + 1 if quiet else 0)
     assert {reads for _, quiet, reads in counts if quiet} == {1}
     assert {reads for waiting, quiet, reads in counts if waiting == 7} == {1}
-    # What stands out has been glanced at before.
+    # A step that is not accepted takes a short read first.
     assert max(reads for *_, reads in counts) == 2

@@ -1,4 +1,4 @@
-"""Bounds of SpikeClip: what lies within them is ordinary, and is learnt from at once as it would be step by step."""
+"""Bounds of SpikeClip: steps within them are not clipped, and folding them in at once equals doing it step by step."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from lightning_gradguard.stats.layout import Layout
 
 
 class Stream:
-    """Tensors of one element whose gradient norms are given; None for no gradient."""
+    """Tensors of one element with given gradient norms; None for no gradient."""
 
     def __init__(self, clipper, tensors):
         self.clipper, self.state = clipper, None
@@ -38,7 +38,7 @@ def lies_within(bounds, stats):
 
 
 def past(stream, rng, steps, sigma, late):
-    """Feeds noise that leaps now and then, of tensors that come in one after the other; the last statistics."""
+    """Feed noise with occasional jumps to tensors that join one by one; return the last statistics."""
     tensors = len(stream.weights)
     base, level = np.exp(rng.normal(0, 3, tensors)), 1.0
     for step in range(steps):
@@ -50,7 +50,7 @@ def past(stream, rng, steps, sigma, late):
 
 
 def edge(stream, bounds, signs, shrink):
-    """Statistics at an edge of the bounds, or as near to it as the mean of all allows; None where there is none."""
+    """Return statistics at an edge of the bounds, or as near as the joint bound allows; None if there is none."""
     low, high = bounds.low.double().log().numpy(), bounds.high.double().log().numpy()
     middle, half = (low + high) / 2, (high - low) / 2
     for part in (shrink, shrink * (1 - 1e-5), *np.linspace(shrink, 0, 100)[1:]):
@@ -72,10 +72,10 @@ def edge(stream, bounds, signs, shrink):
     shrink=st.sampled_from([1.0, 1.0, 0.9, 0.5]),
     data=st.data(),
 )
-def test_what_lies_within_is_ordinary(
+def test_steps_within_the_bounds_are_not_clipped(
     seed, tensors, decay, thresholds, sigma, steps, late, turn, shrink, data
 ):
-    """Also where all of a window lies at one edge, and its end at the other."""
+    """Also if all steps of a window lie at one edge, and the last at the other."""
     stream = Stream(SpikeClip(*thresholds, decay=decay), tensors)
     stats = past(stream, np.random.default_rng(seed), steps, sigma, late)
     bounds = stream.clipper.bounds(stats, stream.state)
@@ -84,7 +84,7 @@ def test_what_lies_within_is_ordinary(
     for step in range(WINDOW - 1):
         stats = edge(stream, bounds, signs if step < turn else -signs, shrink)
         assert stats is not None
-        assume(stats.finite)  # of a step that is not, nothing is learnt, and it is never quiet
+        assume(stats.finite)  # a non-finite step is never folded in nor accepted
         before, clip = stream.state, stream.feed(stats)
         assert (clip.multipliers == 1).all()
         assert torch.equal(clip.norms, stats.norms)
@@ -94,18 +94,18 @@ def test_what_lies_within_is_ordinary(
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.98])
-def test_nothing_is_certain_before_a_level_has_settled(decay):
+def test_there_are_no_bounds_before_a_level_has_settled(decay):
     stream, seen = Stream(SpikeClip(decay=decay), 2), []
     for step in range(70):
         stats = stream.stats([1.0, None if step < 7 else 1.0])
         stream.feed(stats)
         seen.append(lies_within(stream.clipper.bounds(stats, stream.state), stats))
     settled = 7 + max(16, round(1 / (1 - decay))) - 1
-    # While the second has no gradient, it is no matter.
+    # A tensor without a gradient does not matter.
     assert seen[7:] == [step >= settled for step in range(7, 70)]
 
 
-def test_another_tensor_is_out_of_bounds():
+def test_a_gradient_on_another_tensor_is_out_of_bounds():
     stream = Stream(SpikeClip(exclude=("w2", "w3")), 4)
     for _ in range(20):
         stats = stream.stats([1.0, None, 1.0, None])
@@ -127,8 +127,8 @@ def test_another_tensor_is_out_of_bounds():
 
 @pytest.mark.parametrize("tensors", [1, 2, 7, 15, 16, 31, 32, 100])
 @pytest.mark.parametrize("options", [{}, {"decay": 0.5}, {"z_threshold": 30.0, "exclude": ("w0",)}], ids=str)
-def test_a_window_is_learnt_from_at_once_to_the_last_bit(tensors, options):
-    """Whatever the number of tensors, of which as many as a register holds are computed together."""
+def test_a_window_is_folded_in_at_once_to_the_bit(tensors, options):
+    """For any number of tensors: a vector register holds several of them."""
     rng, learnt = np.random.default_rng(tensors), 0
     stream = Stream(SpikeClip(**options), tensors)
     stats = past(stream, rng, 20, 0.2, 0)

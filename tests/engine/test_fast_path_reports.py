@@ -1,4 +1,4 @@
-"""Reports of quiet steps are like any other, and a guard may be copied, saved or changed while some of them wait."""
+"""Reports of accepted steps are like any other; a guard may be copied, saved or changed while steps are deferred."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ TENSORS, FIRST = 4, 33
 
 
 class Hand:
-    """A guard over gradients that are set by hand, the same at each call.
+    """A guard over gradients set by hand, the same at each call.
 
     Args:
         judged: Whether each step is judged.
@@ -53,7 +53,7 @@ class Hand:
 
 
 def same(a, b):
-    """Whether two nested values are equal to the last bit, where NaN is like NaN."""
+    """Return True if two nested values are equal to the bit, where NaN equals NaN."""
     if isinstance(a, torch.Tensor | np.ndarray):
         return repr(a.tolist()) == repr(b.tolist())
     if isinstance(a, dict):
@@ -68,7 +68,7 @@ def values(reports):
 
 
 def results(hand):
-    """All that a guard has come to, but for what it may know a little late."""
+    """Return all results of a guard, except what it may know a few steps late."""
     guard = hand.guard
     kept = (
         guard.state,
@@ -82,14 +82,14 @@ def results(hand):
 
 @pytest.fixture
 def quiet():
-    """A report of a quiet step that waits, and its like in full."""
+    """Return the report of a deferred step, and the same report with every field."""
     hands = Hand(), Hand(judged=True)
     reports = [hand.go(0, FIRST + 4)[-1] for hand in hands]
     assert len(hands[0].guard.fast_path.deferred) == 3
     return hands[0], *reports
 
 
-def test_a_report_knows_the_rest_when_it_is_asked(quiet):
+def test_a_report_works_out_deferred_fields_on_request(quiet):
     hand, report, like = quiet
     assert "threshold" not in vars(report)
     assert "norms" not in vars(report)
@@ -126,8 +126,8 @@ LOOKS = {
         for look in LOOKS
     ],
 )
-def test_a_report_is_like_any_other(quiet, look, when):
-    """At once, when more steps have followed, and when its guard is gone."""
+def test_a_deferred_report_behaves_like_any_other(quiet, look, when):
+    """At once, after further steps, and after its guard is gone."""
     hand, report, like = quiet
     if when == "later":
         hand.go(FIRST + 4, FIRST + 20)
@@ -156,12 +156,12 @@ def test_without_a_clipper_there_is_no_threshold():
     assert [report.threshold for report in reports] == [None] * len(reports)
 
 
-def test_a_copy_of_a_report_holds_on_to_nothing(quiet):
+def test_a_copy_of_a_report_keeps_no_guard(quiet):
     copied = copy.copy(quiet[1])
     assert vars(copied).keys() == {field.name for field in dataclasses.fields(Report)}
 
 
-def test_no_gradient_is_kept_by_a_step_that_waits():
+def test_a_deferred_step_keeps_no_gradient():
     hand = Hand()
     hand.go(0, FIRST + 3)
     marks = [weakref.ref(w.grad) for w in hand.weights.values() if w.grad is not None]
@@ -188,7 +188,7 @@ def pickled(hand):
 
 
 @pytest.mark.parametrize("way", [copied, pickled, through_a_file])
-def test_a_guard_goes_on_exactly_from_any_step_of_a_window(way):
+def test_a_guard_continues_exactly_from_any_step_of_a_window(way):
     plain = Hand(judged=True)
     expected = values(plain.go(0, FIRST + 30))
     states, hand = results(plain), Hand()
@@ -205,7 +205,7 @@ def test_a_guard_goes_on_exactly_from_any_step_of_a_window(way):
         hand.step(step)
 
 
-def test_what_was_asked_for_in_a_window_changes_nothing():
+def test_asking_for_deferred_fields_changes_nothing():
     plain, hand = Hand(judged=True), Hand()
     expected, reports = values(plain.go(0, 80)), []
     for step in range(80):
@@ -240,8 +240,8 @@ def test_a_bad_state_changes_nothing(spoil):
 
 
 @pytest.mark.parametrize("options", [{"detectors": (Spike(ratio=2.0),)}, {"lag": 1}], ids=str)
-def test_a_state_opens_no_window_where_each_step_has_to_be_judged(options):
-    """Parts of the same classes may have other options, and a guard another lag."""
+def test_a_restored_state_does_not_open_the_fast_path_for_parts_that_need_full_evaluations(options):
+    """Parts of the same classes may have other options, and the guard another lag."""
     first = Hand(detectors=(Spike(),))
     first.go(0, FIRST + 3)
     assert first.guard.fast_path._is_open
@@ -254,7 +254,7 @@ def test_a_state_opens_no_window_where_each_step_has_to_be_judged(options):
 
 
 @pytest.mark.parametrize("cut", [None, FIRST + 4, FIRST + 8])
-def test_a_guard_that_goes_back_has_let_nothing_wait(cut):
+def test_a_guard_that_rolls_back_has_no_deferred_steps(cut):
     ways = []
     for hand in (Hand(), Hand(judged=True)):
         reports = hand.go(0, cut or 0)
@@ -262,13 +262,13 @@ def test_a_guard_that_goes_back_has_let_nothing_wait(cut):
         reports += hand.go(cut or 0, FIRST + 11)
         hand.guard.roll_back(state)
         assert not hand.guard.fast_path.deferred
-        # A guard that judges each step goes on doing so.
+        # A guard without a fast path still has none.
         reports += hand.go(FIRST + 11, FIRST + 50)
         ways.append((values(reports), results(hand)))
     assert same(*ways)
 
 
-def test_a_group_that_is_added_in_a_window_begins_anew():
+def test_a_parameter_group_added_in_a_window_starts_the_statistics_anew():
     ways = []
     for hand in (Hand(), Hand(judged=True)):
         reports = hand.go(0, FIRST + 4)
@@ -281,7 +281,7 @@ def test_a_group_that_is_added_in_a_window_begins_anew():
 
 
 class Raising:
-    """A slow detector that fails when it is told to."""
+    """A slow detector that fails on request."""
 
     fault, measures, slow, fails = Fault.STALLED, ("nothing",), True, False
 
@@ -295,14 +295,14 @@ class Raising:
 
 
 @pytest.mark.parametrize("at", range(FIRST, FIRST + 9))
-def test_a_step_that_fails_loses_none_of_those_that_wait(at):
+def test_a_step_that_fails_loses_no_deferred_steps(at):
     ways = []
     for judged in (False, True):
         detector = Raising()
         hand = Hand(judged, detectors=(*default_detectors(), detector))
         reports = hand.go(0, at)
         detector.fails = True
-        # Asked at a closer look, which a step after one that was not taken is.
+        # Asked at a full evaluation, which the step after a skipped one gets.
         hand.guard.tracker.schedule.alarm = True
         with pytest.raises(OSError, match="no detector"):
             hand.step(at, 1.01)

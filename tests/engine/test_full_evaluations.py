@@ -1,4 +1,4 @@
-"""Slow detectors through a guard: what sets in late is found soon, and what was seen stands until the next look."""
+"""Slow detectors in a guard: late faults are found soon, and a result stands until the next full evaluation."""
 
 import copy
 import math
@@ -23,14 +23,14 @@ WATCH = Policy(respond={fault.value: "warn" for fault in Fault}, patience=10**6)
 
 
 class Weights(nn.Module):
-    """Weights that take part in a pass, of which all but the first so many are used."""
+    """Weights that take part in a pass; all but the first so many are used."""
 
     def forward(self, cut):
         return sum((weight * 0).sum() for weight in list(self.parameters())[cut:]) + 1.0
 
 
 class Hand:
-    """A guard over weights and gradients set by hand, step by step; the loss makes no progress.
+    """A guard over weights and gradients set by hand; the loss makes no progress.
 
     Args:
         sick: Whether something is wrong at a step.
@@ -48,7 +48,7 @@ class Hand:
         self.moved = 0.0
 
     def set(self, step):
-        """Weights, gradients and loss of a step."""
+        """Set weights and gradients of a step; return its loss."""
         sick = self.sick(step)
         wave = 1 + 0.1 * math.sin(step)
         self.moved += {"stalled": 0.0, "large": 0.3}.get(self.fault, 1e-3) if sick else 1e-3
@@ -66,7 +66,7 @@ class Hand:
                 if sick and self.fault == "dead" and i == 2:
                     weight.grad[1:] = 0
         if self.fault == "disconnected":
-            # Its path is gone: it takes part in the pass, and there is nothing from the loss.
+            # Cut off: it takes part in the pass, but no path leads to it from the loss.
             if sick:
                 named["w0"].grad = None
             return self.model(int(sick))
@@ -76,7 +76,7 @@ class Hand:
         return self.guard.step(loss=self.set(step))
 
     def first(self, steps, fault=None):
-        """The first step at which something is warned of."""
+        """Return the first step with a warning."""
         for step in steps:
             for finding in self.step(step).findings:
                 if finding.severity >= Severity.WARNING and fault in (None, finding.fault):
@@ -85,7 +85,7 @@ class Hand:
 
 
 class Always(SamplingSchedule):
-    """Each step is a closer look, as if no detector were slow; what is sampled is sampled as often as else."""
+    """Evaluates every step in full, as if no detector were slow; samples are as frequent as usual."""
 
     def due(self, has_loss):
         due = super().due(has_loss)
@@ -105,8 +105,8 @@ LATE = {
 }
 
 
-def looks_between(first, last):
-    """Closer looks of a quiet training from one step, left out, to another."""
+def evaluations_between(first, last):
+    """Count the full evaluations of an unremarkable training after one step, up to another."""
     schedule, found = SamplingSchedule(), 0
     schedule.alert = True  # the loss makes no progress
     for step in range(last + 1):
@@ -117,7 +117,7 @@ def looks_between(first, last):
 
 @pytest.mark.parametrize("fault", LATE)
 @pytest.mark.parametrize("alone", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_what_sets_in_late_is_found_a_few_looks_later_at_most(fault, alone):
+def test_a_late_fault_is_found_within_a_few_full_evaluations(fault, alone):
     detector, expected, allowed = LATE[fault]
     detectors = (detector,) if alone and detector is not None else default_detectors()
     plain, always = (Hand(fault, detectors=detectors) for _ in range(2))
@@ -126,14 +126,14 @@ def test_what_sets_in_late_is_found_a_few_looks_later_at_most(fault, alone):
     found = plain.first(range(ONSET + 6 * LATER), expected)
     assert soon is not None
     assert found is not None
-    # Since a look stands for eight steps, it may come to its end some steps before.
+    # A full evaluation stands for eight steps, so the count may be reached some steps early.
     assert ONSET <= soon <= found + REFRESH
-    assert looks_between(soon - 1, found) <= allowed
+    assert evaluations_between(soon - 1, found) <= allowed
 
 
 @pytest.mark.parametrize("fault", [*LATE, "disconnected"])
-def test_what_is_sick_from_the_start_is_found_at_the_step_where_it_would_be_anyway(fault):
-    """Or a few steps later where that lies beyond the steps that are all looked at."""
+def test_a_fault_from_the_start_is_found_as_early_as_with_full_evaluations_alone(fault):
+    """Or a few steps later, if that lies beyond the first steps, which are all evaluated in full."""
     plain, always = (Hand(fault, lambda step: True) for _ in range(2))
     always.guard.tracker.schedule = Always()
     soon, found = (hand.first(range(80)) for hand in (always, plain))
@@ -141,16 +141,16 @@ def test_what_is_sick_from_the_start_is_found_at_the_step_where_it_would_be_anyw
     assert soon == found or (soon >= 32 and soon <= found < soon + 10)
 
 
-def test_what_is_cut_off_late_is_found_six_looks_later():
+def test_a_tensor_cut_off_late_is_found_six_full_evaluations_later():
     """At the first of them it has had a gradient since the one before."""
     hand = Hand("disconnected", detectors=(Disconnected(),))
     found = hand.first(range(ONSET + 6 * LATER))
     assert found is not None
-    assert looks_between(ONSET, found) == 6
+    assert evaluations_between(ONSET, found) == 6
 
 
-def test_a_reading_stands_so_that_patience_counts_steps():
-    """The critical finding comes exactly as many steps after the warning, looked at or not."""
+def test_a_result_stands_so_that_patience_counts_steps():
+    """The critical finding comes exactly that many steps after the warning, evaluated in full or not."""
     patience = 10
     policy = Policy(respond={"stalled": "halt"}, patience=patience)
     hand = Hand("stalled", detectors=(Stalled(),), policy=policy)
@@ -167,7 +167,7 @@ def test_a_reading_stands_so_that_patience_counts_steps():
 
 
 class Counting:
-    """A detector that notes at which of its steps it was asked, and for how many steps it was to answer."""
+    """A detector that records when it was asked, and for how many steps its answer stands."""
 
     fault, measures = Fault.STALLED, ("nothing",)
 
@@ -182,7 +182,7 @@ class Counting:
         return reading(stats, stats.loss < 0, stats.total, 0.0), state
 
 
-def test_slow_detectors_are_asked_at_closer_looks_alone():
+def test_slow_detectors_are_asked_at_full_evaluations_only():
     slow, fast = Counting(slow=True), Counting(slow=False)
     hand, due = Hand("", detectors=(slow, fast)), []
     for step in range(SETTLED + 2 * LATER):
@@ -193,8 +193,8 @@ def test_slow_detectors_are_asked_at_closer_looks_alone():
     assert len(slow.asked) < 0.25 * len(fast.asked)
 
 
-def test_the_shape_over_depth_stands_too():
-    """Of which a diagnosis tells, at whatever step it is made."""
+def test_the_depth_profile_stands_too():
+    """A diagnosis uses it at whatever step it is made."""
     hand = Hand("vanishing", lambda step: True)
     for step in range(SETTLED + 2):
         hand.step(step)
@@ -208,7 +208,7 @@ def test_the_shape_over_depth_stands_too():
     assert offset[0] < offset[-1] - 5
 
 
-def test_what_is_over_stands_until_it_is_looked_at():
+def test_a_fault_that_is_over_stands_until_the_next_full_evaluation():
     healed = ONSET + 3 * LATER + 5
     hand = Hand("vanishing", lambda step: ONSET <= step < healed, detectors=(DepthTilt(),))
     states = []
@@ -216,7 +216,7 @@ def test_what_is_over_stands_until_it_is_looked_at():
         hand.step(step)
         states.append((hand.guard._results[0].raised, hand.guard._results[0].value))
     changes = [step for step in range(SETTLED + 2, len(states)) if states[step] != states[step - 1]]
-    # Numbers change at looks alone, the verdict with them.
+    # Numbers and verdict change at full evaluations only.
     assert changes
     assert {step % REFRESH for step in changes} == {1}
     assert states[healed][0]
@@ -224,7 +224,7 @@ def test_what_is_over_stands_until_it_is_looked_at():
 
 
 @pytest.mark.parametrize("bad", ["nan", "spike"])
-def test_after_an_odd_step_everything_is_looked_at(bad):
+def test_a_full_evaluation_follows_a_skipped_step_or_a_spike(bad):
     hand = Hand("", detectors=default_detectors())
     for step in range(280):
         hand.step(step)
@@ -245,8 +245,8 @@ def test_after_an_odd_step_everything_is_looked_at(bad):
 
 @pytest.mark.parametrize("fault", ["vanishing", "exploding", "dead", "underflow"])
 @pytest.mark.parametrize("lasts", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_what_is_skipped_is_looked_at_again_at_each_step_and_left_when_it_is_over(fault, lasts):
-    """Nothing of a skipped step is remembered, so that the first good one is seen to be good."""
+def test_a_skipped_fault_is_evaluated_at_every_step_until_it_is_over(fault, lasts):
+    """A skipped step leaves no trace, so the first good step is seen to be good."""
     expected = LATE[fault][1]
     policy = Policy(respond={f.value: "skip" if f == expected else "ignore" for f in Fault})
     hand = Hand(fault, policy=policy)
@@ -262,7 +262,7 @@ def test_what_is_skipped_is_looked_at_again_at_each_step_and_left_when_it_is_ove
     assert not any(seen[1:])
 
 
-def test_what_is_skipped_and_lasts_is_halted_on():
+def test_a_skipped_fault_that_lasts_halts():
     policy = Policy(respond={"vanishing": "skip"}, max_consecutive_skips=5)
     hand = Hand("vanishing", policy=policy, detectors=(DepthTilt(),))
     reports = []
@@ -274,7 +274,7 @@ def test_what_is_skipped_and_lasts_is_halted_on():
 
 
 class Experts(nn.Module):
-    """Of which each step uses one."""
+    """A mixture of experts; each step uses one."""
 
     def __init__(self):
         super().__init__()
@@ -285,12 +285,14 @@ class Experts(nn.Module):
         return self.head(sum(expert(x) * float(i == chosen) for i, expert in enumerate(self.experts)))
 
 
-def test_what_has_its_turn_now_and_then_is_not_cut_off():
-    """Between two looks it may have had it, and at none of them."""
+def test_an_expert_that_is_used_now_and_then_is_not_reported_as_cut_off():
+    """It may be used between two full evaluations, and at none of them."""
     torch.manual_seed(0)
     net = Experts()
     guard = Guard(net.named_parameters(), detectors=(Disconnected(),))
-    turns = [step % 8 for step in range(700)]  # so that the looks see the same expert each time, or none
+    turns = [
+        step % 8 for step in range(700)
+    ]  # so that full evaluations see the same expert each time, or none
     for step, turn in enumerate(turns):
         net.zero_grad()
         loss = net(torch.ones(2, 4), turn if step >= 100 else 0).square().mean() + 700 / (step + 1)
@@ -299,8 +301,8 @@ def test_what_has_its_turn_now_and_then_is_not_cut_off():
     assert not [f for f in guard.findings if f.severity >= Severity.WARNING]
 
 
-def test_while_something_is_wrong_nothing_stands_for_long():
-    """Else two looks would use up the patience for a condition that was soon over."""
+def test_results_do_not_stand_for_long_while_something_is_wrong():
+    """Otherwise two full evaluations would use up the patience for a fault that was soon over."""
     hand = Hand("exploding", lambda step: 284 <= step < 313, policy=Policy.strict(), detectors=(Exploding(),))
     for step in range(400):
         hand.step(step)

@@ -1,4 +1,4 @@
-"""What the passes of a model show of the watched tensors, in one process; with others see e2e/test_sharded."""
+"""What the passes of a model show of its tensors, in one process; for several ranks see e2e/test_sharded."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from lightning_gradguard.stats.layout import Layout, pattern_of
 
 
 class Net(nn.Module):
-    """Modules in another order than they are used in; one has no path from the loss, one is not called."""
+    """Modules listed in another order than they are used in; one has no path from the loss, one is not called."""
 
     def __init__(self):
         super().__init__()
@@ -23,26 +23,26 @@ class Net(nn.Module):
 
 
 def started(net):
-    """A walk that has seen nothing yet, and its layout."""
+    """Return an observer that has seen nothing yet, and its layout."""
     layout = Layout.of(dict(net.named_parameters()))
-    walk = GraphObserver(list(net.named_parameters()), None)
-    walk.reset(layout)
-    return walk, layout
+    observer = GraphObserver(list(net.named_parameters()), None)
+    observer.reset(layout)
+    return observer, layout
 
 
-def arrange(walk, layout, loss):
-    return walk.update_order(layout, pattern_of([p.grad for p in layout.parameters]), loss)
+def update_order(observer, layout, loss):
+    return observer.update_order(layout, pattern_of([p.grad for p in layout.parameters]), loss)
 
 
-def test_order_tables_and_paths_are_those_of_the_graph():
+def test_order_embeddings_and_paths_come_from_the_graph():
     net = Net()
-    walk, layout = started(net)
+    observer, layout = started(net)
     loss = net(torch.tensor([1, 2]))
     loss.backward()
-    layout = arrange(walk, layout, loss)
+    layout = update_order(observer, layout, loss)
     assert layout.order[0] == layout.names.index("table.weight")
-    assert walk.embeddings == {"table.weight"}
-    marks = walk.marks._asdict().items()
+    assert observer.embeddings == {"table.weight"}
+    marks = observer.marks._asdict().items()
     named = {field: [n for n, on in zip(layout.names, mark, strict=True) if on] for field, mark in marks}
     assert named["cut"] == ["cut.weight", "cut.bias"]
     assert named["unused"] == ["spare.weight", "spare.bias"]
@@ -50,32 +50,32 @@ def test_order_tables_and_paths_are_those_of_the_graph():
     assert named["recurrent"] == []
 
 
-def test_a_graph_is_walked_once_for_each_pattern_of_gradients():
+def test_a_graph_is_read_once_for_each_pattern_of_gradients():
     net = nn.Linear(2, 1)
-    walk, layout = started(net)
+    observer, layout = started(net)
     loss = net(torch.ones(1, 2)).sum()
     loss.backward()
-    first = arrange(walk, layout, loss)
+    first = update_order(observer, layout, loss)
     assert first is not layout
-    assert arrange(walk, first, loss) is first
+    assert update_order(observer, first, loss) is first
     net.bias.grad = None
-    assert arrange(walk, first, loss) is not first
+    assert update_order(observer, first, loss) is not first
 
 
-def test_time_is_looked_at_on_request_alone():
+def test_sequences_are_probed_on_request_only():
     net = nn.GRU(3, 3, batch_first=True)
-    walk, layout = started(net)
+    observer, layout = started(net)
 
     def step():
         loss = net(torch.ones(2, 30, 3))[0][:, -1].sum()
         loss.backward()
-        return arrange(walk, layout, loss)
+        return update_order(observer, layout, loss)
 
-    assert walk.take_time_tilt() == (False, None)
+    assert observer.take_time_tilt() == (False, None)
     step()
-    walk.probe_sequence(layout)
+    observer.probe_sequence(layout)
     step()
-    asked, tilt = walk.take_time_tilt()
+    asked, tilt = observer.take_time_tilt()
     assert asked
     assert tilt.item() > 0
-    assert walk.take_time_tilt() == (False, None)
+    assert observer.take_time_tilt() == (False, None)

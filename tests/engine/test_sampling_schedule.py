@@ -1,4 +1,4 @@
-"""Laws of when to look closer, over all ways that good and bad steps and losses may come."""
+"""Laws of when full evaluations are due, over all sequences of good and bad steps and losses."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_gradguard.engine.sampling_schedule import EAGER, LATER, REFRESH, SETTLED, SamplingSchedule
 
-#: Steps: whether one is good, whether it has a loss, whether it is sampled out of turn; long rows of the same.
+#: Steps as (good, has a loss, sampled out of turn), in long runs of the same.
 STEPS = st.lists(
     st.tuples(
         st.integers(1, 2 * LATER),
@@ -23,7 +23,7 @@ STEPS = st.lists(
 
 
 def go(schedule, steps):
-    """What was due at each step, and the good steps before it."""
+    """Return what was due at each step, with the number of good steps before it."""
     seen = []
     for good, has_loss, asked in steps:
         seen.append((schedule.good, schedule.due(has_loss)))
@@ -33,16 +33,16 @@ def go(schedule, steps):
     return seen
 
 
-def quiet(count, has_loss=True):
+def steady(count, has_loss=True):
     return [(True, has_loss, False)] * count
 
 
-def looks(seen):
+def full_evaluations(seen):
     return [good for good, due in seen if due.elapsed]
 
 
-def test_the_looks_of_a_quiet_training():
-    every = looks(go(SamplingSchedule(), quiet(SETTLED + 3 * LATER)))
+def test_full_evaluations_of_an_unremarkable_training():
+    every = full_evaluations(go(SamplingSchedule(), steady(SETTLED + 3 * LATER)))
     assert every[: EAGER + 1] == [*range(EAGER), EAGER + 1]
     assert every[EAGER + 1 :] == [
         *range(EAGER + REFRESH + 1, SETTLED + 2, REFRESH),
@@ -51,24 +51,24 @@ def test_the_looks_of_a_quiet_training():
 
 
 @given(steps=STEPS)
-def test_each_of_the_first_good_steps_is_looked_at(steps):
+def test_each_of_the_first_good_steps_is_evaluated_in_full(steps):
     for good, due in go(SamplingSchedule(), steps):
         assert good >= EAGER or due.elapsed
 
 
 @given(before=st.integers(0, SETTLED + 2 * LATER), steps=st.integers(1, 2 * LATER + 2))
-def test_no_more_than_a_refresh_lies_between_two_looks(before, steps):
+def test_at_most_one_refresh_interval_lies_between_two_full_evaluations(before, steps):
     schedule = SamplingSchedule()
-    seen = go(schedule, quiet(before + steps))
-    at = looks(seen)
+    seen = go(schedule, steady(before + steps))
+    at = full_evaluations(seen)
     gaps = [(later, later - earlier) for earlier, later in zip(at, at[1:], strict=False)]
     assert all(gap <= (REFRESH if later <= SETTLED + 1 else LATER) for later, gap in gaps)
     assert before + steps - 1 - at[-1] < (REFRESH if before + steps <= SETTLED else LATER)
 
 
 @given(steps=STEPS)
-def test_with_odd_steps_too_the_next_look_is_a_refresh_away_at_most(steps):
-    """A look at a bad step is of no use, and the next one makes up for it."""
+def test_so_it_is_with_bad_steps_in_between(steps):
+    """A full evaluation of a bad step does not count, and the next step makes up for it."""
     last = -1
     for (good, due), (is_good, _, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
         assert good - last <= (REFRESH if good <= SETTLED + 1 else LATER)
@@ -77,59 +77,59 @@ def test_with_odd_steps_too_the_next_look_is_a_refresh_away_at_most(steps):
 
 
 @given(steps=STEPS)
-def test_a_bad_step_is_followed_by_a_look(steps):
-    seen = go(SamplingSchedule(), [*steps, *quiet(1)])
+def test_a_full_evaluation_follows_a_bad_step(steps):
+    seen = go(SamplingSchedule(), [*steps, *steady(1)])
     for (good, _, _), (_, due) in zip(steps, seen[1:], strict=True):
         assert good or due.elapsed
 
 
 @given(steps=STEPS)
-def test_what_is_sampled_is_followed_by_a_look_unless_it_was_bad(steps):
-    seen = go(SamplingSchedule(), [*steps, *quiet(1)])
+def test_a_full_evaluation_follows_a_sampled_good_step(steps):
+    seen = go(SamplingSchedule(), [*steps, *steady(1)])
     for (good, _, asked), (_, due), (count, after) in zip(steps, seen, seen[1:], strict=False):
         assert after.updated == (good and (due.fresh or asked))
         assert not after.updated or after.elapsed
-        # An update stands for what its sample stands for; none stands for nothing.
+        # An update stands for as many steps as its sample.
         assert after.sampled_steps == ((1 if count <= REFRESH else REFRESH) if after.updated else 0)
 
 
 @given(steps=STEPS)
-def test_looks_stand_for_no_more_steps_than_there_were(steps):
+def test_full_evaluations_stand_for_no_more_steps_than_there_were(steps):
     counted = 0
     for (good, due), (is_good, _, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
         assert 0 <= due.elapsed <= REFRESH
-        # This step counts too, if it turns out to be good.
+        # This step counts too if it turns out good.
         assert counted + due.elapsed <= good + 1
         counted += due.elapsed * is_good
 
 
-def test_up_to_a_refresh_apart_looks_stand_for_all_steps():
-    seen = go(SamplingSchedule(), quiet(SETTLED + 2))
+def test_full_evaluations_within_a_refresh_interval_stand_for_all_steps():
+    seen = go(SamplingSchedule(), steady(SETTLED + 2))
     assert sum(due.elapsed for _, due in seen) == SETTLED + 2
-    assert {due.elapsed for _, due in go(SamplingSchedule(), quiet(SETTLED + 4 * LATER))[SETTLED + 2 :]} == {
+    assert {due.elapsed for _, due in go(SamplingSchedule(), steady(SETTLED + 4 * LATER))[SETTLED + 2 :]} == {
         0,
         REFRESH,
     }
 
 
 @given(before=st.integers(0, SETTLED + LATER), bad=st.integers(0, 3))
-def test_with_the_first_loss_a_new_row_of_looks_begins(before, bad):
+def test_the_first_losses_are_all_evaluated_in_full_however_late_they_come(before, bad):
     schedule = SamplingSchedule()
-    go(schedule, [*quiet(before, has_loss=False), *([(False, False, False)] * bad)])
-    seen = go(schedule, quiet(EAGER))
-    assert looks(seen) == [*range(before, before + EAGER)]
-    later = go(schedule, quiet(3 * REFRESH))
-    assert len(looks(later)) <= 4
+    go(schedule, [*steady(before, has_loss=False), *([(False, False, False)] * bad)])
+    seen = go(schedule, steady(EAGER))
+    assert full_evaluations(seen) == [*range(before, before + EAGER)]
+    later = go(schedule, steady(3 * REFRESH))
+    assert len(full_evaluations(later)) <= 4
 
 
-def test_a_loss_that_goes_and_comes_again_is_no_first_one():
+def test_a_loss_that_returns_is_not_a_first_one():
     schedule = SamplingSchedule()
-    go(schedule, [*quiet(100), *quiet(5, has_loss=False)])
-    assert len(looks(go(schedule, quiet(REFRESH)))) == 1
+    go(schedule, [*steady(100), *steady(5, has_loss=False)])
+    assert len(full_evaluations(go(schedule, steady(REFRESH)))) == 1
 
 
 @given(steps=STEPS)
-def test_each_of_the_first_losses_is_looked_at(steps):
+def test_each_of_the_first_losses_is_evaluated_in_full(steps):
     losses = 0
     for (_, due), (is_good, has_loss, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
         assert due.elapsed or not has_loss or losses >= EAGER
@@ -149,22 +149,22 @@ def test_each_of_the_first_losses_is_looked_at(steps):
         (math.nan, math.nan, True, LATER // REFRESH),
     ],
 )
-def test_a_loss_that_makes_no_progress_or_grows_makes_looks_frequent(start, mean, is_on, expected):
+def test_full_evaluations_are_frequent_while_the_loss_stalls_or_grows(start, mean, is_on, expected):
     schedule = SamplingSchedule()
-    go(schedule, quiet(SETTLED + 2))
+    go(schedule, steady(SETTLED + 2))
     schedule.observe(start, mean, is_on)
-    assert len(looks(go(schedule, quiet(LATER)))) == expected
+    assert len(full_evaluations(go(schedule, steady(LATER)))) == expected
 
 
 @given(steps=STEPS, cut=st.integers(0, SETTLED + 3 * LATER))
-def test_a_saved_schedule_goes_on_as_it_would_have(steps, cut):
+def test_a_restored_schedule_continues_exactly(steps, cut):
     whole, first = SamplingSchedule(), SamplingSchedule()
     expected = go(whole, steps)
     seen = go(first, steps[:cut])
     state = first.state_dict()
     assert all(type(value) in (int, bool) for value in state.values())
     second = SamplingSchedule()
-    go(second, quiet(7))  # of which nothing is left
+    go(second, steady(7))  # overwritten below
     second.load_state_dict(state)
     assert second.state_dict() == state
     assert seen + go(second, steps[cut:]) == expected
@@ -172,9 +172,9 @@ def test_a_saved_schedule_goes_on_as_it_would_have(steps, cut):
 
 
 @pytest.mark.parametrize("before", [40, 50, SETTLED + 5])
-def test_a_step_that_is_sampled_out_of_turn_is_followed_by_an_update(before):
+def test_an_update_follows_a_step_that_is_sampled_out_of_turn(before):
     schedule = SamplingSchedule()
-    go(schedule, quiet(before))
+    go(schedule, steady(before))
     first = schedule.due(True)
     schedule.sample_now()
     schedule.commit(True)
@@ -186,11 +186,11 @@ def test_a_step_that_is_sampled_out_of_turn_is_followed_by_an_update(before):
     assert not schedule.due(True).updated
 
 
-def test_nothing_moves_at_a_bad_step():
+def test_a_bad_step_changes_nothing():
     schedule = SamplingSchedule()
-    go(schedule, quiet(EAGER + REFRESH))
+    go(schedule, steady(EAGER + REFRESH))
     fresh = schedule.due(True)
     schedule.commit(False)
     again = schedule.due(True)
-    # What was read of a bad step is read again.
+    # What was sampled at a bad step is sampled again.
     assert (schedule.good, fresh.fresh, again.fresh, again.updated) == (EAGER + REFRESH, True, True, False)

@@ -1,4 +1,4 @@
-"""A guard that is saved between two closer looks and goes on elsewhere does exactly what it would have done."""
+"""A guard saved between two full evaluations continues elsewhere exactly as it would have."""
 
 import io
 import math
@@ -16,7 +16,7 @@ WATCH = Policy(respond={fault.value: "warn" for fault in Fault}, patience=10**6)
 
 
 class Training:
-    """A real training with a guard, that can be saved at any step and gone on with elsewhere."""
+    """A real training with a guard that can be saved at any step and continued elsewhere."""
 
     def __init__(self, lag, fault):
         torch.manual_seed(0)
@@ -34,7 +34,7 @@ class Training:
         )
 
     def steps(self, begin, end):
-        """The reports of steps, as plain text, in which NaN is like NaN."""
+        """Return the reports of steps as text, in which NaN equals NaN."""
         return [repr(self.step(step)) for step in range(begin, end)]
 
     def step(self, step):
@@ -69,7 +69,7 @@ class Training:
 
 @pytest.mark.parametrize("fault", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_guard_that_is_saved_between_two_looks_goes_on_exactly(lag, fault):
+def test_a_guard_saved_between_two_full_evaluations_continues_exactly(lag, fault):
     cuts, end = (20, 33, 37, 41, 200, 276, 286, 287, 301, 311, 321), 340
     whole = Training(lag, fault)
     saved, expected = {}, []
@@ -110,8 +110,8 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("cut", [pytest.param(40, marks=pytest.mark.slow), 41, 42])
-def test_how_gradients_fall_over_time_is_asked_by_a_guard_that_was_saved_too(lag, cut):
-    """Also where it was saved between the question and the answer."""
+def test_a_restored_guard_probes_sequences_too(lag, cut):
+    """Also if it was saved between the request and the pass."""
     tilts = []
     for saved in (False, True):
         torch.manual_seed(0)
