@@ -1,7 +1,7 @@
-"""Gradient health for PyTorch Lightning, Fabric and plain loops.
+"""Gradient health for PyTorch Lightning, Fabric and plain training loops.
 
-`GradGuard` and `GradHistogram` are Lightning callbacks; `Guard` serves any loop and imports no Lightning.
-Names are loaded when they are first used, so that importing the package costs next to nothing.
+`GradGuard` and `GradHistogram` are Lightning callbacks. `Guard` works in any training loop and does not need Lightning.
+Each name is imported when it is first used, so that importing the package takes almost no time.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.stats.parameters import select
+from lightning_gradguard.validation import check_fraction, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,17 @@ class Injection(ABC):
     def __post_init__(self) -> None:
         steps = (self.at,) if isinstance(self.at, int) else self.at
         if not isinstance(steps, Sequence) or not steps or not all(map(_is_count, steps)):
-            raise ValueError(f"at must be a step from 0, or steps such as range(50, 100), got {self.at!r}")
+            raise ValueError(
+                f"at must be a step, 0 or more, or a sequence of steps such as range(50, 100), got {self.at!r}"
+            )
         if not isinstance(self.parameters, str):
             raise TypeError(
                 f'parameters must be a pattern of names such as "encoder.*", got {self.parameters!r}'
             )
         if self.rank is not None and not _is_count(self.rank):
-            raise ValueError(f"rank must be a whole number from 0, or None for all, got {self.rank!r}")
+            raise ValueError(
+                f"rank must be a whole number, 0 or more, or None for all processes, got {self.rank!r}"
+            )
         object.__setattr__(self, "at", steps if isinstance(steps, range) else tuple(steps))
 
     @abstractmethod
@@ -84,7 +89,7 @@ class Injection(ABC):
         trained = {name: p for name, p in matching.items() if p.requires_grad}
         if not trained:
             raise ValueError(
-                f"parameters must match one that is trained, got {self.parameters!r}: all are frozen"
+                f"parameters must match a trainable parameter, got {self.parameters!r}: it matches frozen ones only"
             )
         return trained
 
@@ -134,13 +139,14 @@ class Spike(Injection):
 
     Raises:
         ValueError: If the factor is not positive and finite.
+        TypeError: If it is not a number.
     """
 
     factor: float = 1e3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("factor", self.factor)
+        check_positive("factor", self.factor)
 
     def change(self, gradient: Tensor, depth: float) -> Tensor:
         """Return the gradient times the factor."""
@@ -164,13 +170,14 @@ class Vanishing(Injection):
 
     Raises:
         ValueError: If ``decades`` is not positive and finite.
+        TypeError: If it is not a number.
     """
 
     decades: float = 6.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("decades", self.decades)
+        check_positive("decades", self.decades)
 
     def change(self, gradient: Tensor, depth: float) -> Tensor:
         """Return the gradient scaled by depth."""
@@ -191,18 +198,14 @@ class DeadRows(Injection):
 
     Raises:
         ValueError: If the share is out of range.
+        TypeError: If it is not a number.
     """
 
     share: float = 0.95
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            isinstance(self.share, bool)
-            or not isinstance(self.share, (int, float))
-            or not 0 < self.share <= 1
-        ):
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
+        check_fraction("share", self.share)
 
     def change(self, gradient: Tensor, depth: float) -> Tensor:
         """Return the gradient with rows of zeros; a scalar counts as one row."""
@@ -268,8 +271,3 @@ def _with_first(gradient: Tensor, value: float) -> Tensor:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -138,10 +138,11 @@ def compose(
 def _notes(window: StepWindow) -> list[str]:
     notes = []
     if window.dropped:
-        notes.append(f"Of the accumulated batches the first {window.dropped} were too large to be held.")
+        held = f"at most {HELD_BYTES / 1e6:,.0f} MB of them are held"
+        notes.append(f"The first {window.dropped} of the accumulated batches are not in the record: {held}.")
     if any(held.is_changed for held in window.held):
         notes.append(
-            "The batch was written to in place after its step began, and is kept as it was at the end."
+            "The training step wrote to the batch in place, so the record holds the batch as it was afterwards."
         )
     return notes
 
@@ -215,7 +216,7 @@ def _weights(trainer: Trainer, module: nn.Module, left_out: list[str]) -> dict[s
         return None
     named = list(module.named_parameters())
     if any(hasattr(p, "to_local") or hasattr(p, "ds_tensor") or "_fsdp_wrapped" in name for name, p in named):
-        left_out.append("weights (they are spread over several processes)")
+        left_out.append("weights (they are sharded over several processes)")
         return None
     return {name: p.detach() for name, p in select(named, None).items()}
 

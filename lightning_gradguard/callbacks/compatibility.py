@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 #: Strategies under which parameters do not hold their own gradients, and why.
 _HIDING = {
     "DeepSpeedStrategy": "it keeps them in buffers of its own",
-    "FSDPStrategy": "it flattens parameters, and cuts the flat ones without regard to layers",
+    "FSDPStrategy": "it flattens all parameters and splits them without regard to layers",
 }
 
 
@@ -32,8 +32,8 @@ def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
         if kind.__name__ in _HIDING:
             raise _misconfiguration(
                 trainer,
-                f"{callback} cannot {act} gradients under {kind.__name__}: {_HIDING[kind.__name__]}; take "
-                f"ModelParallelStrategy, with fully_shard (FSDP2) in configure_model, or leave out {callback}",
+                f"{callback} cannot {act} gradients under {kind.__name__}: {_HIDING[kind.__name__]}. Use "
+                f"ModelParallelStrategy with fully_shard (FSDP2) in configure_model, or remove {callback}.",
             )
 
 
@@ -52,21 +52,25 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
         raise _misconfiguration(
             trainer,
             f"GradGuard(clipper={clipper!r}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
-            "clip; leave out one of them",
+            "clip gradients. Remove one of them.",
         )
     original = import_from(trainer).LightningModule.configure_gradient_clipping
     if type(module).configure_gradient_clipping is not original:
         warn(
             trainer,
-            f"{type(module).__name__}.configure_gradient_clipping runs after GradGuard(clipper={clipper!r}): what is "
-            "logged as the norm after clipping is what GradGuard left",
+            f"GradGuard: {type(module).__name__}.configure_gradient_clipping runs after clipper={clipper!r} and may "
+            "clip again, so the logged norm after clipping may not be what the optimizer gets. Remove one of the two.",
         )
 
 
 def warn_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
     """Warn of a model without a trainable parameter."""
     if not _is_trainable(module):
-        warn(trainer, "the model has no trainable parameter, so there is nothing for GradGuard to judge")
+        warn(
+            trainer,
+            "GradGuard: no step will be judged, since the model has no trainable parameter. Set requires_grad, or "
+            "remove GradGuard.",
+        )
 
 
 def warn_if_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
@@ -74,8 +78,8 @@ def warn_if_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
     if _is_trainable(module):
         warn(
             trainer,
-            "GradGuard saw no optimizer step: Lightning announces none for optimizers taken with "
-            "self.optimizers(use_pl_optimizer=False); use self.optimizers(), or call Guard.step yourself",
+            "GradGuard: no step was judged. Lightning does not announce steps of optimizers that are taken from "
+            "self.optimizers(use_pl_optimizer=False). Use self.optimizers(), or call Guard.step in training_step.",
         )
 
 

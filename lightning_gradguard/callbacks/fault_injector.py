@@ -33,9 +33,7 @@ class FaultInjector(Callback):
 
     def __init__(self, injection: Injection) -> None:
         if not isinstance(injection, Injection):
-            raise TypeError(
-                f"injection must be one of testing's, such as testing.NaN(at=7), got {injection!r}"
-            )
+            raise TypeError(f"injection must be an Injection, such as testing.NaN(at=7), got {injection!r}")
         self.injection = injection
         self._active = ExitStack()
 

@@ -66,8 +66,10 @@ class FlightRecording:
                 self._window.add(batch, number)
         except Exception as error:
             self.close()
-            problem = f"the flight recorder is off, since the batch cannot be followed: {_one_line(error)}"
-            _warn(trainer, problem)
+            problem = _one_line(error)
+            _warn(
+                trainer, f"the flight recorder is off from now on, since a batch could not be held: {problem}"
+            )
 
     def start_step(self, guard: Guard, step: int) -> None:
         """Note a step before it is judged."""
@@ -150,7 +152,7 @@ class FlightRecording:
                 bundle["notes"].append("Steps were judged one step late (lag=1).")
             if index is None and window is not None and window.steps:
                 bundle["notes"].append(
-                    "It came after the step was judged: the weights may be those after it."
+                    "The error came after the step was judged, so the weights may be those after the step."
                 )
             if window is None:
                 bundle["left_out"].append("batch (training ended between two batches)")

@@ -67,33 +67,36 @@ class _Results:
 
 
 class GradGuard(Callback):
-    """Judges every optimizer step, clips, skips what is not finite, and halts what cannot be saved.
+    """Callback that judges every optimizer step, clips, skips non-finite steps, and halts before a run is ruined.
 
-    With no argument it watches: it warns, skips a step whose gradients, norm or loss are not finite, halts when that
-    goes on, and never changes a gradient whose norm is finite.
+    Without arguments it only watches: it warns of faults, skips a step whose gradients, norm or loss are not finite,
+    halts if such steps persist, and never changes a gradient whose norm is finite.
 
     Example:
         >>> from lightning_gradguard import GradGuard, Policy, SpikeClip
         >>> guard = GradGuard(clipper=SpikeClip(), policy=Policy.protect())
 
     Args:
-        detectors: What is judged; all with their defaults when None.
-        clipper: How gradients are clipped, such as ``SpikeClip()``; not at all when None.
-        policy: What is done about a fault; ``Policy.watch()`` when None.
-        monitor: Name of a logged metric, such as "val_acc", whose course the diagnosis cites.
-        trials: Try remedies when something critical is found, in 30 passes over the newest batch; changes nothing.
-        recorder: A ``Recorder()`` leaves a bundle when training is halted, for ``gradguard replay``; None leaves none.
+        detectors: Detectors to judge with; all of them with their defaults when None.
+        clipper: Clipper such as ``SpikeClip()``; gradients are not clipped when None.
+        policy: Response to each fault; ``Policy.watch()`` when None.
+        monitor: Name of a logged metric, such as "val_acc", whose course a diagnosis cites.
+        trials: Check the model on the first batch, and try fixes on a critical finding, in 30 passes over the newest
+            batch. Neither changes the training.
+        recorder: ``Recorder()`` writes a flight record when training is halted, for ``gradguard replay``; None writes
+            none.
         per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/NNN_name``.
-        progress_bar: Show two values in the progress bar: ``grad_norm``, the gradients' norm before clipping, and
-            ``clip_rate``, the share of the run's steps that were clipped, or ``skipped`` where there is no clipper.
-        lag: 0, 1, or None for the cheapest that still skips exactly; see `Guard`.
+        progress_bar: Show two values in the progress bar: ``grad_norm``, the norm of the gradients before clipping, and
+            ``clip_rate``, the share of the run's steps that were clipped, or ``skipped`` without a clipper.
+        lag: 0 to read each step at once, 1 to read it one step later, or None for the cheapest that still skips
+            exactly; see `Guard`.
 
     Attributes:
-        checkup: With ``trials``, what the check-up of the first batch found; None if there was none.
+        checkup: Check-up of the first batch, with ``trials``; None if there was none.
 
     Raises:
-        ValueError: For a wrong value.
-        TypeError: For a detector, clipper or policy of the wrong kind.
+        ValueError: If a value is out of range.
+        TypeError: If a detector, clipper or policy is of the wrong type.
     """
 
     def __init__(
@@ -125,9 +128,9 @@ class GradGuard(Callback):
         self._recording = FlightRecording(recorder)
         self._logging = RunLogging(per_layer=per_layer, progress_bar=progress_bar)
         self._summary = RunSummary()
-        # The newest batch with its index, until it is done; number of batches; True once a graceful halt ended fit.
-        self._batch: tuple[Any, int] = (None, 0)
-        self._batches, self._has_ended = 0, False
+        self._batch: tuple[Any, int] = (None, 0)  # the newest batch and its index, until it is done
+        self._batches = 0
+        self._ended_gracefully = False
 
     def __repr__(self) -> str:
         return short_repr(
@@ -155,7 +158,7 @@ class GradGuard(Callback):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was found, oldest first; the newest 1,000."""
+        """Findings so far, oldest first; the newest 1,000."""
         return tuple(self._results.findings)
 
     @property
@@ -165,22 +168,22 @@ class GradGuard(Callback):
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """After a critical finding: what, where, why, and what to do."""
+        """Diagnosis of the newest critical finding, or None: what, where, why, and what to do."""
         return self._results.diagnosis
 
     @property
     def stop_reason(self) -> str | None:
-        """After a halt, the fault's value, such as "nonfinite"."""
+        """Value of the fault that training was halted for, such as "nonfinite"; None without a halt."""
         return self._results.stop_reason
 
     @property
     def bundle(self) -> Path | None:
-        """File that the recorder left, or None."""
+        """File of the flight record, or None."""
         return self._results.bundle
 
     @property
     def summary(self) -> dict[str, int]:
-        """Steps so far: how many were judged, clipped, skipped, and not finite; and rollbacks, if there may be."""
+        """Number of steps judged, clipped, skipped and not finite; and of rollbacks, if the policy has them."""
         return self._registry.summary() | self._rollback.state_dict()
 
     @cached_property
@@ -191,7 +194,7 @@ class GradGuard(Callback):
 
     @property
     def _judging(self) -> dict[str, Any]:
-        """Arguments that decide how a step is judged; what is shown or recorded does not."""
+        """Arguments that decide how a step is judged, as against what is shown or recorded."""
         return {name: getattr(self, name) for name in ("detectors", "clipper", "policy", "lag")}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -210,7 +213,7 @@ class GradGuard(Callback):
         self._registry = GuardRegistry(self._judging, self._registry.restored)
         self._results, self._summary = _Results(), RunSummary()
         self._losses, self._metric = StepLosses(), MonitoredMetric(self.monitor)
-        self._batch, self._batches, self._has_ended = (None, 0), 0, False
+        self._batch, self._batches, self._ended_gracefully = (None, 0), 0, False
         self._logging.start(trainer)
         self._recording.start(trainer)
         warn_if_nothing_trains(trainer, pl_module)
@@ -245,7 +248,7 @@ class GradGuard(Callback):
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
-        if self._has_ended:
+        if self._ended_gracefully:
             drop_gradients(trainer, optimizer)
             return
         if is_placeholder(optimizer):
@@ -291,9 +294,13 @@ class GradGuard(Callback):
             results.bundle = self._recording.record_halt(trainer, guards, halt, index)
             if self.policy is None or self.policy.stop != "graceful":
                 raise
-            self._has_ended = True
+            self._ended_gracefully = True
             stop_training(trainer)
-            warn(trainer, f"GradGuard ends the training before step {halt.step}, as the policy asks.\n{halt}")
+            warn(
+                trainer,
+                f"GradGuard: {results.stop_reason} ends the training before step {halt.step}, without an error, since "
+                f'the policy has stop="graceful".\n{halt}',
+            )
         finally:
             if guard.report is not None and guard.report is not report:
                 results.report = guard.report

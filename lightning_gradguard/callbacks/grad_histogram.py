@@ -32,6 +32,7 @@ from lightning_gradguard.loggers.tags import tag_group, tag_names
 from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
 from lightning_gradguard.stats.parameters import are_same, members, select
 from lightning_gradguard.stats.sharding import Shards, align_gradients, is_sharded, local
+from lightning_gradguard.validation import check_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -43,22 +44,23 @@ _BINS = len(EDGES) - 1
 
 
 class GradHistogram(Callback):
-    """Writes gradient histograms to TensorBoard, as ``gradguard_hist_log10/NNN_name``.
+    """Callback that writes gradient histograms to TensorBoard, as ``gradguard_hist_log10/NNN_name``.
 
-    They show log10 of the magnitude on an axis from -12 to 3 that never changes: a drift to the left is vanishing, to
-    the right exploding, and a wall at the left edge is exact zeros. Put before a `GradGuard` that clips, it shows
-    gradients before clipping; put after it, after clipping.
+    A histogram shows log10 of the gradient's magnitude, on a fixed axis from -12 to 3. Gradients that drift to the left
+    vanish, those that drift to the right explode, and a high bar at the left edge counts exact zeros. If the callback
+    stands before a `GradGuard` that clips, it shows gradients before clipping, else after clipping.
 
-    With ``axis="value"`` they show the values of ``p.grad``, as ``gradguard_hist_value/NNN_name``: 30 equal bins
-    around zero, as wide as the largest magnitude, but no wider than 4 root mean squares to each side, beyond which
-    the outer bins count all.
+    With ``axis="value"`` a histogram shows the values of ``p.grad``, as ``gradguard_hist_value/NNN_name``. It has 30
+    equal bins around zero. The axis ends at the largest magnitude or at 4 root mean squares, whichever is smaller, and
+    the outer bins count everything beyond.
 
-    With ``exponents=True`` it also tells how much of the gradient would lose digits, or be lost, in fp16, bf16 and two
-    formats of fp8: shares of all elements as scalars, and a table by tensor in the text tab, ``gradguard_exponents/``.
+    With ``exponents=True`` the callback also shows which share of the gradient would lose digits or become zero in
+    fp16, bf16 and two formats of fp8: scalars over all tensors, and a table by tensor in the text tab,
+    ``gradguard_exponents/``.
 
-    By default 4,096 elements of each tensor are read: no cumulative share of a histogram is then off by more than
-    2.1 % in 95 of 100 (see `lightning_gradguard.stats.histogram.count`). Of a sharded tensor each rank reads as
-    many of its part.
+    By default 4,096 elements of each tensor are read. In 95 of 100 histograms no cumulative share is then off by more
+    than 2.1 % (see `lightning_gradguard.stats.histogram.count`). Of a sharded tensor each rank reads that many elements
+    of its part.
 
     Example:
         >>> from lightning_gradguard import GradHistogram
@@ -68,14 +70,16 @@ class GradHistogram(Callback):
         every_n_steps: Optimizer steps between two histograms.
         include: Patterns of parameter names to show, such as "encoder.*"; all when None.
         exclude: Patterns of parameter names to leave out.
-        max_tensors: Most tensors shown at a time; the worst, where there are more. All that match are counted.
-        max_samples: Most elements read of each tensor, evenly strided; None counts all of them, which is exact.
+        max_tensors: Largest number of tensors shown at a time. If more match, those with the most unusual gradients are
+            shown, and all are counted.
+        max_samples: Largest number of elements read of each tensor, evenly strided; None reads all of them.
         axis: "log10" for magnitudes, "value" for values.
-        exponents: Also tell what narrow number formats would lose.
+        exponents: Also show what narrow number formats would lose.
 
     Raises:
-        ValueError: If a number is not a positive whole number, or ``axis`` is neither of the two.
-        TypeError: If patterns are not a sequence of strings, or ``exponents`` is not a bool.
+        ValueError: If a number is not a whole number, 1 or more, or if ``axis`` is neither of the two.
+        TypeError: If a number is of another type, patterns are not a sequence of strings, or ``exponents`` is not a
+            bool.
     """
 
     def __init__(
@@ -89,15 +93,10 @@ class GradHistogram(Callback):
         axis: Axis = "log10",
         exponents: bool = False,
     ) -> None:
-        for name, number in (
-            ("every_n_steps", every_n_steps),
-            ("max_tensors", max_tensors),
-            ("max_samples", max_samples),
-        ):
-            if name == "max_samples" and number is None:
-                continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number, 1 or more, got {number!r}")
+        check_whole("every_n_steps", every_n_steps)
+        check_whole("max_tensors", max_tensors)
+        if max_samples is not None:
+            check_whole("max_samples", max_samples)
         if axis not in AXES:
             raise ValueError(f"axis must be {' or '.join(map(repr, AXES))}, got {axis!r}")
         if not isinstance(exponents, bool):
@@ -147,12 +146,19 @@ class GradHistogram(Callback):
         self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         if not trainer.loggers:
-            warn(trainer, "GradHistogram has no logger to write to; give the Trainer a TensorBoardLogger")
+            warn(
+                trainer,
+                "GradHistogram: nothing is written, since the Trainer has no logger. Use "
+                "Trainer(logger=TensorBoardLogger(...)), or remove GradHistogram.",
+            )
         named = list(pl_module.named_parameters())
         for problem in self._patterns.problems(list(select(named, None))) if named else ():
             warn(trainer, f"GradHistogram: {problem}")
         if self.axis == "value" and any(is_sharded(p) for _, p in named):
-            warn(trainer, 'GradHistogram(axis="value") leaves out sharded gradients; axis="log10" shows them')
+            warn(
+                trainer,
+                'GradHistogram: sharded gradients are left out, since axis="value" cannot show them. Use axis="log10".',
+            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -334,9 +340,9 @@ class NamePatterns:
         for pattern in (*(self._include or ()), *self._exclude):
             if names and not any(fnmatchcase(name, pattern) for name in names):
                 near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-                found.append(f"pattern {pattern!r} matches no parameter; the nearest is {near!r}")
+                found.append(f"pattern {pattern!r} matches no parameter. The nearest name is {near!r}.")
         if names and not found and not any(self.match(name) for name in names):
             found.append(
-                f"include={self._include!r} and exclude={self._exclude!r} leave no parameter to show"
+                f"include={self._include!r} and exclude={self._exclude!r} leave no parameter to show."
             )
         return found

@@ -68,7 +68,10 @@ class GuardRegistry:
             try:
                 guard.load_state_dict(state)
             except (ValueError, KeyError, TypeError) as error:
-                warn(trainer, f"GradGuard starts afresh, since the checkpoint does not fit: {error}")
+                warn(
+                    trainer,
+                    f"GradGuard: judging starts afresh, since the state in the checkpoint does not fit: {error}",
+                )
         return guard
 
     @property

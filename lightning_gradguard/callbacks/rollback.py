@@ -94,9 +94,10 @@ class Rollback:
         self.count, self._candidate = self.count + 1, None
         warn(
             trainer,
-            f"GradGuard: {halt.diagnosis.fault} since step {halt.diagnosis.step}: weights and optimizers are back at "
-            f"those of step {state.step}, the learning rate is {after:.3g} in place of {before:.3g}, and training "
-            f"goes on with the next batch (rollback {self.count} of {policy.max_rollbacks}).\n{halt.diagnosis}",
+            f"GradGuard: {halt.diagnosis.fault} since step {halt.diagnosis.step}, so weights and optimizer states are "
+            f"back at those of step {state.step} (rollback {self.count} of {policy.max_rollbacks}). The learning rate "
+            f"is now {after:.3g} instead of {before:.3g}, and training continues with the next batch.\n"
+            f"{halt.diagnosis}",
         )
         return True
 

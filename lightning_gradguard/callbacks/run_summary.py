@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Columns of a log file.
 WIDTH = 80
 
+#: Label of the line with the flight record's file.
+RECORD = "flight record"
+
 #: Logger of the table. Its level silences the table; INFO unless it was set.
 LOGGER = logging.getLogger("lightning_gradguard")
 
@@ -72,8 +75,8 @@ class RunSummary:
             return
         notes = self.describe_faults(several=len(guards) > 1)
         notes += [("rollbacks", str(rollbacks))] if rollbacks else []
-        notes += [("halted", f"for {stop_reason}")] if stop_reason else []
-        notes += [("bundle", str(bundle))] if bundle is not None else []
+        notes += [("halted", f"because of {stop_reason}")] if stop_reason else []
+        notes += [(RECORD, str(bundle))] if bundle is not None else []
         table = _table(self._rows(guards))
         lines = [*table, *_footer(notes, rule=table[1])]
         _open_logger()
@@ -151,7 +154,7 @@ def _footer(notes: list[tuple[str, str]], *, rule: str) -> list[str]:
     for name, text in notes:
         line = f"{name.ljust(width)}  {text}"
         # A path is not wrapped, so that it can be copied as a whole.
-        lines += [line] if name == "bundle" else _wrapped(line, width + 2)
+        lines += [line] if name == RECORD else _wrapped(line, width + 2)
     return lines
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import import_from
 from lightning_gradguard.engine.parameter_tracker import unscale
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import GradientWarning
 
 if TYPE_CHECKING:
@@ -81,7 +80,11 @@ class MonitoredMetric:
             self._values.append(float(trainer.callback_metrics[self._name]))
         elif trainer.callback_metrics:
             near = difflib.get_close_matches(self._name, trainer.callback_metrics, n=1, cutoff=0.0)[0]
-            warn(trainer, f"GradGuard: monitor {self._name!r} is not logged; the nearest that is: {near!r}")
+            warn(
+                trainer,
+                f"GradGuard: monitor {self._name!r} is not logged, so a diagnosis cannot cite it. The nearest metric "
+                f"that is logged is {near!r}.",
+            )
             self._name = None
 
     def end(self, trainer: Trainer) -> None:
@@ -89,11 +92,19 @@ class MonitoredMetric:
         if self._name is None or self._values:
             return
         if self._name in trainer.callback_metrics:
-            warn(trainer, f"GradGuard: monitor {self._name!r} is followed at validations, and there was none")
+            warn(
+                trainer,
+                f"GradGuard: monitor {self._name!r} was never read, since it is read after each validation and there "
+                "was none.",
+            )
         elif trainer.callback_metrics:
             self.update(trainer)
         else:
-            warn(trainer, f"GradGuard: monitor {self._name!r} is not logged, nor is anything else")
+            warn(
+                trainer,
+                f"GradGuard: monitor {self._name!r} is not logged, and neither is any other metric. Call "
+                f"self.log({self._name!r}, ...) in validation_step.",
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -101,10 +112,9 @@ class MonitoredMetric:
         if len(self._values) < 2:
             return ()
         first, last, count = self._values[0], self._values[-1], len(self._values)
-        between = f"between {min(self._values):.3g} and {max(self._values):.3g}"
-        return (
-            f"`{self._name}` went from {first:.3g} to {last:.3g} in {count} validations, always {between}.",
-        )
+        low, high = min(self._values), max(self._values)
+        course = f"went from {first:.3g} to {last:.3g} over {count} validations"
+        return (f"`{self._name}` {course}, and stayed between {low:.3g} and {high:.3g}.",)
 
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -175,20 +185,15 @@ def sandboxed_step_of(
     if any(hasattr(p, "placements") for p in module.parameters()):
         raise ValueError("the parameters are sharded over processes, so no process can run a step by itself")
     if not module.automatic_optimization:
-        raise ValueError("the module optimizes by hand, so its training step cannot be run without a step")
-    parameters = inspect.signature(module.training_step).parameters
-    if "dataloader_iter" in parameters:
-        raise ValueError("the training step takes its batches itself")
-    # As in Lightning, a second argument of any name is the index of the batch.
-    arguments = (batch_idx,) if len(parameters) > 1 else ()
+        raise ValueError(
+            "the module optimizes by hand, so its training step cannot be run without updating weights"
+        )
+    arguments = index_arguments(module, batch_idx)
 
     def loss_of(batch: Any) -> Tensor:
         with _without_logging(trainer, module), trainer.precision_plugin.train_step_context():
             output = module.training_step(batch, *arguments)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-        return loss
+        return loss_in(output)
 
     return SandboxedStep(module, loss_of, batch, optimizer, batch_idx)
 
@@ -238,5 +243,10 @@ def check_first_batch(
         return None
     if not result.ok:
         found = "; ".join(str(check) for check in result.findings)
-        warn(trainer, f"GradGuard: check-up before training: {found}")
+        count = f"{len(result.findings)} problem{'' if len(result.findings) == 1 else 's'}"
+        warn(
+            trainer,
+            f"GradGuard: the check-up of the first batch found {count}: {found}. To see all checks, print "
+            "GradGuard.checkup.",
+        )
     return result

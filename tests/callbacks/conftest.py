@@ -38,7 +38,7 @@ def loader(batches=40, size=8):
 
 @pytest.fixture
 def fit(tmp_path):
-    """Fits a module with callbacks; returns the trainer."""
+    """Fit a module with callbacks; return the trainer."""
 
     def run(module, *callbacks, batches=40, ckpt_path=None, **arguments):
         defaults = {

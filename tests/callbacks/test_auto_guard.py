@@ -18,11 +18,11 @@ import warnings
 warnings.simplefilter("ignore")
 import lightning.pytorch as pl
 from lightning.pytorch.demos.boring_classes import BoringModel
-class Sick(BoringModel):
+class Broken(BoringModel):
     def training_step(self, batch, batch_idx):
         return self.layer(batch * float("nan")).sum()
 options = dict(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-pl.Trainer(**options, enable_progress_bar=False, enable_model_summary=False).fit(Sick())
+pl.Trainer(**options, enable_progress_bar=False, enable_model_summary=False).fit(Broken())
 """
 
 
@@ -40,7 +40,7 @@ def run(code, **environment):
     )
 
 
-def test_a_script_that_knows_nothing_of_it_is_guarded(python):
+def test_a_script_needs_no_change_to_be_guarded(python):
     done = python.run(SCRIPT, kind="code", env={"GRADGUARD": "strict"})
     assert done.returncode == 1
     assert "GradientHalt: " in done.stderr
@@ -57,7 +57,7 @@ def test_without_the_variable_nothing_is_imported():
 
 
 @pytest.mark.parametrize("name", ["watch", "protect", "strict", "Strict "])
-def test_the_name_says_the_policy(fit, classifier, monkeypatch, name):
+def test_the_variable_chooses_the_policy(fit, classifier, monkeypatch, name):
     monkeypatch.setenv("GRADGUARD", name)
     (guard,) = guards_of(fit(classifier(), batches=3))
     assert guard.policy == getattr(Policy, name.strip().lower())()
@@ -71,7 +71,7 @@ def test_without_the_variable_there_is_no_guard(fit, classifier, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [lambda: GradGuard(), lambda: GradGuard(clipper=SpikeClip())])
-def test_a_trainer_with_a_guard_gets_no_second(fit, classifier, monkeypatch, own):
+def test_a_trainer_with_a_guard_gets_no_other(fit, classifier, monkeypatch, own):
     monkeypatch.setenv("GRADGUARD", "watch")
     guard = own()
     trainer = fit(classifier(), guard, batches=3)
@@ -79,7 +79,7 @@ def test_a_trainer_with_a_guard_gets_no_second(fit, classifier, monkeypatch, own
     assert guard.summary["judged"] == 3
 
 
-def test_a_module_with_a_guard_gets_no_second(fit, classifier, monkeypatch):
+def test_a_module_with_a_guard_gets_no_other(fit, classifier, monkeypatch):
     monkeypatch.setenv("GRADGUARD", "watch")
     module, guard = classifier(), GradGuard(clipper=SpikeClip())
     module.configure_callbacks = lambda: [guard]
@@ -131,6 +131,6 @@ def test_a_wrong_value_names_the_choices(monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_both_packages_ask_for_it(package):
+def test_both_packages_load_it(package):
     (entry,) = (e for e in entry_points(group=f"{package}.callbacks_factory") if e.name == "gradguard")
     assert entry.load() is autoload.callbacks

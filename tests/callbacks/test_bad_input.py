@@ -1,4 +1,4 @@
-"""What is misspelt is said, with the nearest name that there is: once, or as an error, by a real Trainer."""
+"""A misspelt name raises or warns once, with the nearest name that exists, in a real Trainer."""
 
 import lightning.pytorch as pl
 import pytest
@@ -24,7 +24,7 @@ CLIPPERS = {
 
 
 class Pair(pl.LightningModule):
-    """Two nets, each with its optimizer; the first layer is nobody's."""
+    """Two nets, each with its optimizer; the first layer has none."""
 
     def __init__(self):
         super().__init__()
@@ -69,13 +69,13 @@ def ours(caught):
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS)
-def test_a_clippers_pattern(fit, classifier, clipper):
+def test_a_pattern_of_a_clipper_must_match(fit, classifier, clipper):
     guard = GradGuard(clipper=CLIPPERS[clipper](exclude=("net.0.wieght",)))
     with pytest.raises(ValueError, match=r"got 'net\.0\.wieght'; nearest names: net\.0\.weight"):
         fit(classifier(), guard, batches=2)
 
 
-def test_a_clippers_pattern_may_be_for_another_optimizer_or_for_nobody(fit):
+def test_a_clippers_pattern_may_match_parameters_of_another_optimizer_or_of_none(fit):
     guard = GradGuard(clipper=NormClip(1e-3, exclude=("other.*", "one.bias", "frozen.weight")))
     module = Pair()
     fit(module, guard, batches=3)
@@ -86,25 +86,28 @@ def test_a_clippers_pattern_may_be_for_another_optimizer_or_for_nobody(fit):
     assert float(module.other.weight.grad.norm()) > 1e-2
 
 
-def test_a_pattern_for_none_of_several_optimizers_names_the_nearest_of_all(fit):
+def test_with_several_optimizers_the_nearest_name_is_that_of_the_whole_model(fit):
     with pytest.raises(ValueError, match=r"got 'othr\.bias'; nearest names: other\.bias"):
         fit(Pair(), GradGuard(clipper=NormClip(1.0, exclude=("othr.bias",))), batches=2)
 
 
-@pytest.mark.filterwarnings("ignore:GradHistogram has no logger")
+@pytest.mark.filterwarnings("ignore:GradHistogram. nothing is written")
 @pytest.mark.parametrize("argument", ["include", "exclude"])
-def test_a_histograms_pattern(fit, classifier, argument):
+def test_a_pattern_of_a_histogram_warns(fit, classifier, argument):
     with pytest.warns(GradientWarning) as caught:
         fit(classifier(), GradHistogram(every_n_steps=1, **{argument: ["net.0.wieght"]}), batches=4)
     said = [text for text in ours(caught) if "wieght" in text]
     assert len(said) == 1
-    assert "pattern 'net.0.wieght' matches no parameter; the nearest is 'net.0.weight'" in said[0]
+    assert "pattern 'net.0.wieght' matches no parameter. The nearest name is 'net.0.weight'." in said[0]
 
 
-def test_a_monitor_that_never_appears(fit):
+def test_a_monitor_that_is_not_logged_warns_once(fit):
     with pytest.warns(GradientWarning) as caught:
         fit(Validated(), GradGuard(monitor="val_acc"), batches=4, max_epochs=3)
-    assert ours(caught) == ["GradGuard: monitor 'val_acc' is not logged; the nearest that is: 'val_accuracy'"]
+    assert ours(caught) == [
+        "GradGuard: monitor 'val_acc' is not logged, so a diagnosis cannot cite it. The nearest metric that is logged "
+        "is 'val_accuracy'."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,7 @@ def test_a_monitor_that_never_appears(fit):
         ({"stop": "gracefull"}, "did you mean 'graceful'?"),
     ],
 )
-def test_a_policy(arguments, said):
+def test_a_policy_names_the_nearest_choice(arguments, said):
     with pytest.raises(ValueError, match=r"must be one of") as error:
         Policy(**arguments)
     assert said in str(error.value)

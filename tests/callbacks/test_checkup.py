@@ -1,4 +1,4 @@
-"""`GradGuard(trials=True)` looks at the first batch before an hour is spent, and says once what it finds."""
+"""`GradGuard(trials=True)` checks the model on the first batch, and warns once of problems."""
 
 import warnings
 
@@ -50,7 +50,7 @@ def fit(model, epochs=1, **options):
     return guard, [message for message in said if "check-up" in message]
 
 
-def test_a_bad_set_up_is_told_once_before_training():
+def test_a_problem_is_warned_of_once_before_training():
     model = Model(nn.Sigmoid, 12)
     guard, said = fit(model, epochs=2, trials=True)
     assert len(said) == 1
@@ -59,7 +59,7 @@ def test_a_bad_set_up_is_told_once_before_training():
     assert model.calls == 12
 
 
-def test_a_good_one_and_one_that_was_not_asked_for_say_nothing():
+def test_no_warning_without_a_problem_or_without_trials():
     guard, said = fit(Model(), trials=True)
     assert guard.checkup.ok
     assert said == []
@@ -68,13 +68,13 @@ def test_a_good_one_and_one_that_was_not_asked_for_say_nothing():
     assert said == []
 
 
-def test_where_the_step_cannot_be_run_alone_there_is_none():
+def test_no_checkup_if_the_training_step_cannot_be_run_alone():
     guard, said = fit(Model(by_hand=True), trials=True)
     assert guard.checkup is None
     assert said == []
 
 
-def test_training_is_bit_for_bit_as_without():
+def test_the_training_is_bit_identical_with_and_without():
     results = []
     for trials in (False, True):
         model = Model(depth=2)

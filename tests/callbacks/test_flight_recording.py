@@ -1,4 +1,4 @@
-"""The flight recorder in a real Trainer: what it leaves behind, and that it changes nothing."""
+"""The flight recorder in a real Trainer: what it writes, and that it does not change the training."""
 
 import re
 import warnings
@@ -52,7 +52,7 @@ class Net(pl.LightningModule):
 
 
 def halt(fit, module, *callbacks, guard=None, **options):
-    """The guard and the halt of a training."""
+    """Fit until training halts; return the guard and the halt."""
     guard = guard or GradGuard(policy=Policy.strict(), recorder=Recorder())
     with pytest.raises(GradientHalt) as caught:
         fit(module, guard, *callbacks, **options)
@@ -63,7 +63,7 @@ def load(guard):
     return torch.load(guard.bundle, weights_only=True)
 
 
-def test_training_is_bit_for_bit_as_without(fit):
+def test_the_training_is_bit_identical_with_and_without(fit):
     results = []
     for recorder in (None, Recorder(on=("halt", "exception", "sigterm"))):
         module = Net()
@@ -79,14 +79,14 @@ def test_training_is_bit_for_bit_as_without(fit):
 
 
 class Watcher(pl.Callback):
-    """Keeps what there is before each batch."""
+    """Keeps the state before each batch."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.state = {name: t.clone() for name, t in module.state_dict().items()}
         self.batch, self.random = batch, randomness.capture()
 
 
-def test_the_bundle_is_of_the_moment_before_the_forward_pass(fit):
+def test_the_bundle_holds_the_state_before_the_forward_pass(fit):
     watcher = Watcher()
     guard, _ = halt(fit, Net(bad=[7]), watcher)
     bundle = load(guard)
@@ -101,7 +101,7 @@ def test_the_bundle_is_of_the_moment_before_the_forward_pass(fit):
         assert tensor.isfinite().all()
 
 
-def test_what_else_is_in_it(fit):
+def test_other_contents(fit):
     guard = GradGuard(policy=Policy.strict(), clipper=SpikeClip(), recorder=Recorder(steps=5))
     halt(fit, Net(bad=[7], width=3, act=nn.ReLU), guard=guard)
     bundle = load(guard)
@@ -130,7 +130,7 @@ def test_what_else_is_in_it(fit):
     assert bundle["left_out"] == []
 
 
-def test_the_halt_says_where_it_lies_and_how_to_replay_it(fit, tmp_path):
+def test_the_halt_names_the_file_and_the_command_to_replay_it(fit, tmp_path):
     guard, error = halt(fit, Net(bad=[7]))
     assert guard.bundle == tmp_path / "gradguard" / "step-00000007.pt"
     assert re.search(r"\n\nFlight record: gradguard/step-00000007.pt \([\d.]+ kB\)\n", str(error))
@@ -141,14 +141,14 @@ def test_the_halt_says_where_it_lies_and_how_to_replay_it(fit, tmp_path):
 
 
 @pytest.mark.parametrize("recorder", [None, Recorder(on=("exception",))])
-def test_nothing_is_left_where_nothing_is_wanted(fit, recorder):
+def test_nothing_is_written_unless_asked_for(fit, recorder):
     guard, error = halt(fit, Net(bad=[7]), guard=GradGuard(policy=Policy.strict(), recorder=recorder))
     assert str(error) == str(error.diagnosis)
     assert guard.bundle is None
     assert not list(Path().rglob("*.pt"))
 
 
-def test_it_lies_with_the_logs_or_where_one_says(fit, tmp_path):
+def test_it_is_written_to_the_log_folder_or_the_given_folder(fit, tmp_path):
     guard, _ = halt(fit, Net(bad=[2]), logger=CSVLogger(tmp_path, name="runs", version="mine"))
     assert guard.bundle.parent == tmp_path / "runs" / "mine" / "gradguard"
     guard = GradGuard(policy=Policy.strict(), recorder=Recorder(folder="here/or there"))
@@ -158,7 +158,7 @@ def test_it_lies_with_the_logs_or_where_one_says(fit, tmp_path):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_what_cannot_be_written_costs_one_warning_and_hides_nothing(fit, monkeypatch, recwarn, strict):
+def test_a_full_disk_warns_once_and_does_not_hide_the_halt(fit, monkeypatch, recwarn, strict):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -175,14 +175,14 @@ def test_what_cannot_be_written_costs_one_warning_and_hides_nothing(fit, monkeyp
         assert len(said) == 1
 
 
-def test_a_folder_that_is_a_file(fit):
+def test_a_folder_that_is_a_file_warns(fit):
     Path("taken").write_text("")
     guard = GradGuard(policy=Policy.strict(), recorder=Recorder(folder="taken"))
     _, error = halt(fit, Net(bad=[7]), guard=guard)
     assert "No flight record was written to taken: " in str(error)
 
 
-def test_any_error_is_recorded_on_request(fit, recwarn):
+def test_any_error_is_recorded_if_asked_for(fit, recwarn):
     guard = GradGuard(recorder=Recorder(on=("exception",)))
     with pytest.raises(ArithmeticError, match="as it happens"):
         fit(Net(fails=[4]), guard)
@@ -203,7 +203,7 @@ class Interrupt(pl.Callback):
 @pytest.mark.parametrize(
     ("error", "kept"), [(KeyboardInterrupt(), False), (ValueError("in validation"), True)]
 )
-def test_ctrl_c_leaves_nothing_and_between_batches_there_is_no_batch(fit, error, kept):
+def test_ctrl_c_is_not_recorded_and_an_error_between_batches_without_batch(fit, error, kept):
     module = Net()
     module.validation_step = lambda batch, batch_idx: None
     module.val_dataloader = lambda: DataLoader([(torch.zeros(8), 0)])
@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_nothing_and_between_batches_there_is_no_batch(fit, error,
 
 
 @pytest.mark.parametrize("room", [windows.HELD_BYTES, 1000])
-def test_all_batches_of_a_step_are_kept_as_far_as_they_can_be_held(fit, monkeypatch, room):
+def test_accumulated_batches_are_recorded_up_to_a_size(fit, monkeypatch, room):
     monkeypatch.setattr(windows, "HELD_BYTES", room)
     guard, _ = halt(fit, Net(bad=[9]), accumulate_grad_batches=4)
     bundle = load(guard)
@@ -226,11 +226,12 @@ def test_all_batches_of_a_step_are_kept_as_far_as_they_can_be_held(fit, monkeypa
     assert (bundle["notes"] == []) == (room > 1000)
     if room == 1000:
         assert bundle["notes"] == [
-            f"Of the accumulated batches the first {4 - len(numbers)} were too large to be held."
+            f"The first {4 - len(numbers)} of the accumulated batches are not in the record: "
+            "at most 0 MB of them are held."
         ]
 
 
-def test_judged_one_step_late_it_is_still_the_step_that_was_halted(fit):
+def test_with_lag_the_record_is_of_the_halted_step(fit):
     guard = GradGuard(policy=Policy.strict(), recorder=Recorder(), lag=1)
     fused = lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)  # noqa: E731
     watcher, states = Watcher(), []
@@ -248,22 +249,22 @@ def test_judged_one_step_late_it_is_still_the_step_that_was_halted(fit):
         assert torch.equal(tensor, states[7][name]), name
 
 
-def test_a_batch_that_the_step_writes_to_is_told(fit):
+def test_a_batch_that_the_step_writes_to_is_noted(fit):
     module = Net(bad=[7])
     plain = module.training_step
     module.training_step = lambda batch, batch_idx: plain((batch[0].mul_(2), batch[1]), batch_idx)
     guard, _ = halt(fit, module)
-    assert load(guard)["notes"][0].startswith("The batch was written to in place after its step began")
+    assert load(guard)["notes"][0].startswith("The training step wrote to the batch in place")
 
 
-def test_by_hand_the_steps_before_are_counted(fit):
+def test_with_manual_optimization_the_step_to_stop_at_is_recorded(fit):
     guard, error = halt(fit, Net(bad=[3], by_hand=True))
     assert error.step == 6
     assert load(guard)["parts"][0]["stop"] == 0
     assert load(guard)["parts"][0]["number"] == 3
 
 
-def test_a_batch_of_nobody_knows_what_is_named(fit):
+def test_a_batch_of_an_unknown_class_is_named(fit):
     class Custom:
         pass
 
@@ -276,13 +277,13 @@ def test_a_batch_of_nobody_knows_what_is_named(fit):
     assert "Replay it" not in str(error)
 
 
-def test_without_the_batch_there_is_less(fit):
+def test_keep_batch_false_leaves_out_the_batch(fit):
     guard = GradGuard(policy=Policy.strict(), recorder=Recorder(keep_batch=False, max_bytes=20_000))
     halt(fit, Net(bad=[7]), guard=guard)
     assert load(guard)["left_out"] == ["batch (keep_batch is False)"]
 
 
-def test_a_batch_that_cannot_be_followed_switches_it_off_with_one_warning(fit, monkeypatch, recwarn):
+def test_an_error_in_the_recorder_switches_it_off_with_one_warning(fit, monkeypatch, recwarn):
     def broken(module, onto):
         raise RuntimeError("no such luck")
 
@@ -310,7 +311,7 @@ def test_no_batch_is_held_after_its_step(fit):
     assert with_recorder == alive
 
 
-def test_a_second_fit_begins_afresh(fit):
+def test_a_second_fit_starts_anew(fit):
     guard, _ = halt(fit, Net(bad=[7]))
     assert guard.bundle is not None
     fit(Net(), guard)
@@ -330,10 +331,10 @@ def test_validating_records_nothing(fit, tmp_path):
     assert guard.bundle is None
 
 
-def test_something_else_is_no_recorder():
+def test_the_recorder_must_be_a_recorder():
     with pytest.raises(ValueError, match=r"recorder must be a Recorder, such as Recorder\(\), got True"):
         GradGuard(recorder=True)
 
 
-def test_what_is_recorded_does_not_change_the_key():
+def test_the_recorder_does_not_change_the_state_key():
     assert GradGuard(recorder=Recorder()).state_key == GradGuard().state_key

@@ -9,8 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
 
 from lightning_gradguard import (
@@ -20,9 +23,11 @@ from lightning_gradguard import (
     GradientWarning,
     NormClip,
     Policy,
+    Recorder,
     Severity,
     SpikeClip,
 )
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import NonFinite
 
 quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
@@ -191,7 +196,7 @@ def test_two_optimizers_by_hand_are_judged_each_with_its_own_loss(fit):
 
 
 @quiet
-def test_a_resumed_fit_goes_on_as_the_uninterrupted_one(fit, classifier, tmp_path):
+def test_a_resumed_fit_equals_the_uninterrupted_one(fit, classifier, tmp_path):
     def build():
         return classifier(bad=[25], optimizer=torch.optim.Adam), GradGuard(clipper=SpikeClip())
 
@@ -209,14 +214,14 @@ def test_a_resumed_fit_goes_on_as_the_uninterrupted_one(fit, classifier, tmp_pat
     assert resumed.summary == guard.summary
 
 
-def test_a_checkpoint_of_another_model_is_said_and_left(fit, classifier, tmp_path):
+def test_a_checkpoint_of_another_model_warns_and_is_not_used(fit, classifier, tmp_path):
     guard = GradGuard()
     trainer = fit(classifier(), guard, batches=5)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = guard.state_dict()
     again = GradGuard()
     again.load_state_dict(state)
-    with pytest.warns(GradientWarning, match="starts afresh, since the checkpoint does not fit"):
+    with pytest.warns(GradientWarning, match="starts afresh, since the state in the checkpoint does not fit"):
         fit(classifier(depth=6), again, batches=5)
     assert again.summary["judged"] == 5
 
@@ -240,7 +245,7 @@ def test_a_module_that_clips_itself_is_warned_of(fit, classifier):
     [{"logger": False}, {"fast_dev_run": 3}, {"barebones": True}, {"max_steps": 3}],
     ids=repr,
 )
-def test_odd_trainers_train_without_a_word(classifier, arguments, tmp_path, recwarn):
+def test_unusual_trainers_train_without_a_warning(classifier, arguments, tmp_path, recwarn):
     from lightning.pytorch.loggers import CSVLogger
 
     if "barebones" not in arguments:
@@ -258,7 +263,7 @@ def test_odd_trainers_train_without_a_word(classifier, arguments, tmp_path, recw
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`.*")
-def test_a_model_without_trainable_parameters_trains_with_one_message(fit):
+def test_a_model_without_trainable_parameters_warns_once(fit):
     class Fixed(pl.LightningModule):
         def training_step(self, batch, batch_idx):
             return None
@@ -272,7 +277,7 @@ def test_a_model_without_trainable_parameters_trains_with_one_message(fit):
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.*returned None.*")
-def test_a_training_step_that_returns_none_is_no_step(fit, classifier):
+def test_a_training_step_that_returns_none_is_not_judged(fit, classifier):
     module = classifier()
     plain = module.training_step
     module.training_step = lambda batch, batch_idx: None if batch_idx % 2 else plain(batch, batch_idx)
@@ -282,7 +287,7 @@ def test_a_training_step_that_returns_none_is_no_step(fit, classifier):
     assert guard.findings == ()
 
 
-def test_optimizers_that_lightning_does_not_announce_are_said_once(fit):
+def test_optimizers_that_lightning_does_not_announce_warn_once(fit):
     class Raw(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -298,12 +303,12 @@ def test_optimizers_that_lightning_does_not_announce_are_said_once(fit):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    with pytest.warns(GradientWarning, match="saw no optimizer step.*use_pl_optimizer=False") as caught:
+    with pytest.warns(GradientWarning, match="no step was judged.*use_pl_optimizer=False") as caught:
         fit(Raw(), GradGuard(), batches=3)
     assert len(ours(caught)) == 1
 
 
-def test_frozen_and_thawed_layers_raise_no_alarm(fit, classifier):
+def test_frozen_and_thawed_layers_are_no_fault(fit, classifier):
     module = classifier(depth=6)
     module.net[0].requires_grad_(False)
     module.net[4].requires_grad_(False)
@@ -345,6 +350,70 @@ def test_equal_configuration_has_an_equal_key():
     assert build().state_key != GradGuard().state_key
 
 
+def test_repr_shows_the_arguments_that_are_not_default():
+    assert repr(GradGuard()) == "GradGuard()"
+    guard = GradGuard(
+        detectors=[NonFinite()], clipper=NormClip(2.0), policy=Policy(patience=3), monitor="val_acc", trials=True,
+        recorder=Recorder(steps=9), per_layer=True, lag=0, progress_bar=True,
+    )  # fmt: skip
+    assert repr(guard) == (
+        "GradGuard(detectors=[NonFinite()], clipper=NormClip(max_norm=2.0), policy=Policy(patience=3), "
+        "monitor='val_acc', trials=True, recorder=Recorder(steps=9), per_layer=True, lag=0, progress_bar=True)"
+    )
+    assert eval(repr(guard)).state_key == guard.state_key
+
+
+@quiet
+def test_each_diagnosis_is_logged_once_though_two_optimizers_have_one(fit, tmp_path):
+    """The diagnosis is that of the newest critical finding, also when the other optimizer is judged again."""
+
+    class AlwaysRaised:
+        fault, measures = Fault.EXPLODING, ("norm",)
+
+        def init(self, stats):
+            return NoState()
+
+        def update(self, stats, state):
+            return reading(stats, stats.total > 0, stats.total, 0.0, score=stats.norms), state
+
+    board = TensorBoardLogger(tmp_path, name="", version="")
+    guard = GradGuard(detectors=[AlwaysRaised()], policy=Policy(patience=0))
+    fit(Gan(), guard, logger=board, batches=5, log_every_n_steps=1)
+    critical = [f for f in guard.findings if f.severity == Severity.CRITICAL]
+    assert [f.optimizer for f in critical] == [0, 1]
+    assert guard.diagnosis.parameters[0].startswith("generator")
+    seen = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    for group in ("gradguard", "gradguard_1"):
+        text = make_ndarray(seen.Tensors(f"{group}/diagnosis")[-1].tensor_proto)[()].decode()
+        assert text.count("Gradients explode") == 1
+
+
+@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
+def test_either_namespace_works(first):
+    code = f"""
+import importlib, torch, warnings
+warnings.simplefilter("ignore")
+pl = importlib.import_module({first!r})
+from lightning_gradguard import GradGuard
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+    def training_step(self, batch, i):
+        return self.layer(batch[0]).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(12, 4)), batch_size=4)
+guard = GradGuard()
+pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+           enable_model_summary=False, callbacks=[guard]).fit(Module(), data)
+assert isinstance(guard, pl.Callback)
+assert guard.summary["judged"] == 3, guard.summary
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_guard_alone_imports_no_lightning():
     code = (
         "import sys, lightning_gradguard as g; g.Guard, g.SpikeClip, g.Policy\n"
@@ -355,7 +424,7 @@ def test_the_guard_alone_imports_no_lightning():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_norm_that_is_not_finite_is_reported_as_it_was(fit, classifier):
+def test_a_nonfinite_norm_is_reported_as_it_is(fit, classifier):
     guard, module = GradGuard(), classifier(bad=[39])
     with pytest.warns(GradientWarning):
         fit(module, guard)
@@ -408,6 +477,6 @@ assert guard.summary["judged"] == 3, guard.summary
     assert "gradguard/total_norm_log10" in (tmp_path / "metrics.csv").read_text()
 
 
-def test_a_monitor_that_is_never_seen_is_said_at_the_end(fit, classifier):
-    with pytest.warns(GradientWarning, match="monitor 'val_acc' is not logged, nor is anything else"):
+def test_a_monitor_that_is_never_logged_warns_at_the_end(fit, classifier):
+    with pytest.warns(GradientWarning, match="monitor 'val_acc' is not logged, and neither is any other"):
         fit(classifier(), GradGuard(monitor="val_acc"), batches=2)

@@ -24,7 +24,7 @@ EXPONENTS = "gradguard_exponents/"
 
 
 def expanded(table):
-    """Thirty rows again, of a table in which empty neighbours are one bin."""
+    """Return a table of thirty rows from one in which empty neighbours are merged."""
     assert (table[0, 0], table[-1, 1]) == (EDGES[0], EDGES[-1])
     assert (table[1:, 0] == table[:-1, 1]).all()
     full = np.stack([EDGES[:-1], EDGES[1:], np.zeros(30)], axis=1)
@@ -34,7 +34,7 @@ def expanded(table):
 
 
 def tensors(folder, group):
-    """Tag to pairs of step and what was written, without what stands before the slash."""
+    """Return pairs of step and tensor by tag, of one tag group."""
     accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     return {
         tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors(tag)]
@@ -176,7 +176,7 @@ def test_include_and_exclude(fit, classifier, board):
 
 def test_a_pattern_that_matches_nothing_names_the_nearest(fit, classifier, board):
     with pytest.warns(
-        GradientWarning, match=r"pattern 'net.0.wieght' matches no parameter; the nearest is 'net.0.w"
+        GradientWarning, match=r"pattern 'net.0.wieght' matches no parameter. The nearest name is 'net.0.w"
     ):
         fit(classifier(), GradHistogram(exclude=["net.0.wieght"]), logger=board, batches=2)
 
@@ -184,20 +184,20 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(fit, classifier, board
 @pytest.mark.parametrize(
     "patterns", [{"include": ["encoder.*"]}, {"include": ["net.9*"]}, {"exclude": ["Net.*"]}]
 )
-def test_each_wrong_pattern_is_said_once_with_a_name_that_there_is(fit, classifier, board, patterns):
-    with pytest.warns(GradientWarning, match="matches no parameter; the nearest is 'net") as caught:
+def test_each_wrong_pattern_warns_once_with_the_nearest_name(fit, classifier, board, patterns):
+    with pytest.warns(GradientWarning, match="matches no parameter. The nearest name is 'net") as caught:
         fit(classifier(), GradHistogram(**patterns, every_n_steps=1), logger=board, batches=3)
     assert len([w for w in caught if issubclass(w.category, GradientWarning)]) == 1
 
 
-def test_patterns_that_leave_nothing_are_said(fit, classifier, board):
+def test_patterns_that_leave_nothing_warn(fit, classifier, board):
     histogram = GradHistogram(include=["net.0.*"], exclude=["*.weight", "*.bias"])
     with pytest.warns(GradientWarning, match=r"include=\['net.0.\*'\] and exclude=.* leave no parameter"):
         fit(classifier(), histogram, logger=board, batches=2)
     assert read(board.log_dir) == {}
 
 
-def test_patterns_match_the_names_of_a_compiled_model_as_they_were(fit, classifier, board):
+def test_patterns_match_names_without_the_prefix_of_a_compiled_model(fit, classifier, board):
     model = classifier()
     model.net = torch.compile(model.net, backend="eager")
     with warnings.catch_warnings():
@@ -207,7 +207,7 @@ def test_patterns_match_the_names_of_a_compiled_model_as_they_were(fit, classifi
     assert len(read(board.log_dir)) == 2
 
 
-def test_where_there_are_many_the_worst_are_shown(fit, classifier, board):
+def test_of_many_tensors_the_worst_are_shown(fit, classifier, board):
     fit(
         classifier(depth=20, activation=torch.nn.Sigmoid),
         GradHistogram(max_tensors=6),
@@ -226,13 +226,13 @@ def test_counting_changes_nothing(fit, classifier, board):
     assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), shown.parameters(), strict=True))
 
 
-def test_without_a_logger_it_says_so_once(fit, classifier):
-    with pytest.warns(GradientWarning, match="GradHistogram has no logger") as caught:
+def test_no_logger_warns_once(fit, classifier):
+    with pytest.warns(GradientWarning, match="nothing is written, since the Trainer has no logger") as caught:
         fit(classifier(), GradHistogram())
     assert len([w for w in caught if issubclass(w.category, GradientWarning)]) == 1
 
 
-def test_another_logger_is_said_once(fit, classifier, tmp_path, caplog):
+def test_a_logger_without_histograms_warns_once(fit, classifier, tmp_path, caplog):
     fit(classifier(), GradHistogram(every_n_steps=1), logger=CSVLogger(tmp_path))
     assert len([r for r in caplog.records if "need TensorBoard" in r.message]) == 1
 
@@ -241,7 +241,7 @@ def test_another_logger_is_said_once(fit, classifier, tmp_path, caplog):
     ("arguments", "error", "words"),
     [
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be a whole number, 1 or more, got 0"),
-        ({"every_n_steps": True}, ValueError, "got True"),
+        ({"every_n_steps": True}, TypeError, "got True"),
         ({"max_tensors": -1}, ValueError, "max_tensors must be"),
         ({"max_samples": 1.5}, ValueError, "max_samples must be"),
         ({"max_samples": 0}, ValueError, "max_samples must be a whole number, 1 or more, got 0"),
@@ -259,6 +259,14 @@ def test_wrong_arguments(arguments, error, words):
 def test_equal_configuration_has_an_equal_key():
     assert GradHistogram(include=["a"]).state_key == GradHistogram(include=["a"]).state_key
     assert GradHistogram(include=["a"]).state_key != GradHistogram().state_key
+
+
+def test_repr_shows_the_arguments_that_are_not_default():
+    assert repr(GradHistogram()) == "GradHistogram()"
+    histogram = GradHistogram(every_n_steps=5, include=["a"], max_samples=None, axis="value", exponents=True)
+    shown = "GradHistogram(every_n_steps=5, include=['a'], max_samples=None, axis='value', exponents=True)"
+    assert repr(histogram) == shown
+    assert eval(shown).state_key == histogram.state_key
 
 
 ODD = {
@@ -325,7 +333,7 @@ class Odd(LightningModule):
 
 @pytest.mark.parametrize("axis", ["log10", "value"])
 @pytest.mark.parametrize("max_samples", [None, 4096])
-def test_odd_parameters_are_counted_or_left_out(fit, board, max_samples, axis):
+def test_unusual_parameters_are_counted_or_left_out(fit, board, max_samples, axis):
     histogram = GradHistogram(axis=axis, max_samples=max_samples, exponents=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="GradHistogram")
@@ -337,7 +345,7 @@ def test_odd_parameters_are_counted_or_left_out(fit, board, max_samples, axis):
     }  # fmt: skip
 
 
-def test_what_cannot_be_counted_is_said_once_and_training_goes_on(fit, classifier, board, monkeypatch):
+def test_an_error_in_counting_warns_once_and_training_goes_on(fit, classifier, board, monkeypatch):
     def broken(*arguments, **keywords):
         raise RuntimeError("no such kernel")
 

@@ -1,4 +1,4 @@
-"""Everything can be set from YAML through a real LightningCLI, and what is wrong there is said."""
+"""Every argument can be set from YAML through a real LightningCLI, and wrong values are named."""
 
 import dataclasses
 import inspect
@@ -90,7 +90,7 @@ class Data(pl.LightningDataModule):
 
 @pytest.fixture
 def cli(monkeypatch, tmp_path):
-    """Runs LightningCLI with a Trainer's callbacks from YAML; returns them."""
+    """Run LightningCLI with a Trainer's callbacks from YAML; return them."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     # Of how Lightning uses it.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -129,7 +129,7 @@ def test_every_argument(cli):
     assert (histogram.include, histogram.axis, histogram.max_samples) == (["*.weight"], "value", None)
 
 
-def test_the_yaml_above_leaves_out_no_argument():
+def test_the_yaml_above_has_every_argument():
     for callback, kind in zip(yaml.safe_load(ALL)["callbacks"], (GradHistogram, GradGuard), strict=True):
         assert set(callback["init_args"]) == set(inspect.signature(kind).parameters)
     arguments = yaml.safe_load(ALL)["callbacks"][1]["init_args"]
@@ -210,7 +210,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said(cli, capsys, case):
+def test_a_wrong_value_is_named(cli, capsys, case):
     arguments, message = WRONG[case]
     with pytest.raises((SystemExit, ValueError)) as error:
         cli(guard_with(**arguments))
@@ -218,21 +218,21 @@ def test_what_is_wrong_is_said(cli, capsys, case):
     assert message in said
 
 
-def test_patterns_and_a_monitor_from_yaml_are_held_against_the_model(cli):
+def test_patterns_and_a_monitor_from_yaml_are_checked_with_the_model(cli):
     clipper = {"class_path": "lightning_gradguard.AGC", "init_args": {"exclude": ["haed.*"]}}
     with pytest.raises(ValueError, match=r"got 'haed\.\*'; nearest names: head\."):
         cli(guard_with(clipper=clipper), fit=True)
     histogram = {"class_path": "lightning_gradguard.GradHistogram", "init_args": {"include": ["boddy.*"]}}
     with pytest.warns(
-        GradientWarning, match=r"pattern 'boddy\.\*' matches no parameter; the nearest is 'body\."
+        GradientWarning, match=r"pattern 'boddy\.\*' matches no parameter. The nearest name is 'body\."
     ):
         cli(yaml.safe_dump({"callbacks": [histogram]}), fit=True)
     with pytest.warns(GradientWarning, match="monitor 'vall_acc' is not logged"):
         cli(guard_with(monitor="vall_acc"), fit=True)
 
 
-def test_a_bare_on_is_not_the_recorders(cli, capsys):
-    """YAML 1.1 takes it for true; the comment in examples/config.yaml says so."""
+def test_on_without_quotes_is_not_the_recorders(cli, capsys):
+    """YAML 1.1 reads it as true; a comment in examples/config.yaml warns of it."""
     with pytest.raises(SystemExit):
         cli(ALL.replace('"on":', "on:"))
     assert "Key must be a string, got: True" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_what_is_printed_can_be_read_again(cli, capsys, tmp_path):
     assert first.recorder == second.recorder
 
 
-def test_the_example_sets_nothing_that_is_not_there():
+def test_the_example_sets_existing_arguments_only():
     example = yaml.safe_load((Path(__file__).parents[2] / "examples" / "config.yaml").read_text())
     for callback in example["trainer"]["callbacks"]:
         kind = getattr(lightning_gradguard, callback["class_path"].removeprefix("lightning_gradguard."))

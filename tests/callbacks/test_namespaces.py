@@ -1,4 +1,4 @@
-"""Lightning has two namespaces, `lightning.pytorch` and `pytorch_lightning`: either alone will do, and both, too."""
+"""The callbacks work with `lightning.pytorch` alone, with `pytorch_lightning` alone, and with both."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
-#: What all scripts begin with: what is hidden is as if it were not installed.
+#: Beginning of all scripts. A hidden package cannot be imported, as if it were not installed.
 BEGINNING = """
 import importlib, os, sys, warnings
 from importlib.machinery import PathFinder
@@ -134,9 +134,9 @@ def test_one_guard_for_trainers_of_both(names, tmp_path):
 
 @needs_both
 @pytest.mark.parametrize("names", [NAMESPACES, NAMESPACES[::-1]])
-def test_a_trainer_of_the_one_that_is_imported_later(names, tmp_path):
+def test_a_trainer_of_the_package_that_is_imported_later(names, tmp_path):
     run(tmp_path, LATER, [], *names)
 
 
-def test_without_lightning_there_is_the_guard_alone(tmp_path):
+def test_without_lightning_the_guard_works_alone(tmp_path):
     run(tmp_path, NEITHER, ["lightning", "pytorch_lightning"])

@@ -1,4 +1,4 @@
-"""A step that is not finite is traced to its origin, with and without trials, and training goes on as without."""
+"""The source of a non-finite step is traced, with and without trials, and the training is not changed."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy
 
 
 class Model(L.LightningModule):
-    """Trains on 40 batches; some are spoiled."""
+    """A net for 40 batches, of which those in ``spoiled`` hold NaN."""
 
     def __init__(self, spoiled=(), root=False, by_hand=False):
         super().__init__()
@@ -80,7 +80,7 @@ def test_the_halt_names_the_operation_and_its_line():
         fit(Model(root=True), policy=Policy.strict())
 
 
-def test_the_first_warning_says_it_too_and_only_the_first_replays():
+def test_the_first_warning_names_it_and_only_the_first_replays():
     model = Model(spoiled=(7, 20))
     with pytest.warns(GradientWarning) as caught:
         guard = fit(model)
@@ -91,7 +91,7 @@ def test_the_first_warning_says_it_too_and_only_the_first_replays():
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
-def test_training_is_bit_for_bit_as_without_a_replay(monkeypatch):
+def test_the_training_is_bit_identical_with_and_without_a_replay(monkeypatch):
     results = []
     for silent in (True, False):
         model = Model(spoiled=(7, 8, 20))
@@ -104,13 +104,13 @@ def test_training_is_bit_for_bit_as_without_a_replay(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"lag": 1}, {"trainer": {"accumulate_grad_batches": 2}}])
-def test_what_cannot_be_replayed_is_not(options):
+def test_steps_that_cannot_be_replayed_are_not(options):
     with pytest.warns(GradientWarning) as caught:
         fit(Model(spoiled=(7,)), **options)
     said = next(str(w.message) for w in caught if "nonfinite since" in str(w.message))
     assert ("Batch 7" in said) == (options.get("lag") is None)
 
 
-def test_a_step_that_optimizes_by_hand_has_its_batch_looked_at():
+def test_with_manual_optimization_the_batch_is_searched():
     with pytest.raises(GradientHalt, match=r"The batch contains bad data: .* rows 3, 7"):
         fit(Model(spoiled=(7,), by_hand=True), policy=Policy.strict())

@@ -1,4 +1,4 @@
-"""The progress bar: at most two values, on request, right, and read from nowhere."""
+"""The progress bar shows at most two values, only if asked for, and nothing is read for it."""
 
 import copy
 import gc
@@ -19,7 +19,7 @@ BARS = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}
 
 
 class Record(pl.Callback):
-    """What a bar would show after each batch, and what the guard knew then."""
+    """Keeps what a bar would show after each batch, and what the guard reports then."""
 
     def __init__(self, guard):
         self.guard, self.shown, self.known = guard, [], []
@@ -77,7 +77,7 @@ def test_without_a_clipper_skipped_steps_are_counted(fit, classifier, lag):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_the_clip_rate_is_that_of_the_run(fit, classifier, share):
+def test_the_clip_rate_is_of_the_whole_run(fit, classifier, share):
     norms = []
 
     class Norms(pl.Callback):
@@ -94,7 +94,7 @@ def test_the_clip_rate_is_that_of_the_run(fit, classifier, share):
     assert trainer.progress_bar_metrics["clip_rate"] == share
 
 
-def test_of_several_optimizers_there_are_still_two_values(fit):
+def test_several_optimizers_share_two_values(fit):
     guard, module = GradGuard(progress_bar=True), Two()
     trainer = fit(module, guard, batches=5)
     assert trainer.progress_bar_metrics.keys() == {"grad_norm", "skipped"}
@@ -103,7 +103,7 @@ def test_of_several_optimizers_there_are_still_two_values(fit):
     assert guard.summary["judged"] == 10
 
 
-def test_what_the_module_shows_stays(fit, classifier):
+def test_values_of_the_module_stay(fit, classifier):
     class Telling(type(classifier())):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -148,14 +148,14 @@ def test_only_rank_0_shows_anything():
 
 
 @quiet
-def test_a_norm_that_is_not_finite_is_shown_as_it_is(fit, classifier):
+def test_a_nonfinite_norm_is_shown_as_it_is(fit, classifier):
     guard = GradGuard(progress_bar=True)
     record = Record(guard)
     fit(classifier(bad=[1]), guard, record, batches=3)
     assert [math.isfinite(shown["grad_norm"]) for shown in record.shown] == [True, False, True]
 
 
-def test_it_decides_nothing_of_how_is_judged():
+def test_it_does_not_change_the_state_key():
     assert GradGuard(progress_bar=True).state_key == GradGuard().state_key
 
 

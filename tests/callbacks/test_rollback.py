@@ -1,4 +1,4 @@
-"""A training that is ruined goes back to where it was healthy, ends quietly, or fails: as the policy says."""
+"""A training that would be ruined rolls back, ends gracefully, or fails, as the policy says."""
 
 import math
 import warnings
@@ -63,7 +63,7 @@ def back(fault="nonfinite", **more):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_it_goes_back_to_the_newest_state_that_proved_healthy(tmp_path, optimizer):
+def test_it_restores_the_newest_state_that_proved_healthy(tmp_path, optimizer):
     module, guard = Regression(bad=range(110, 114), optimizer=optimizer), back()
     reference, kept = Regression(optimizer=optimizer), {}
 
@@ -87,7 +87,7 @@ def test_it_goes_back_to_the_newest_state_that_proved_healthy(tmp_path, optimize
     assert guard.stop_reason is None
     (message,) = [text for text in said if "rollback 1 of 3" in text]
     assert "those of step 80" in message
-    assert "0.025 in place of 0.05" in message
+    assert "0.025 instead of 0.05" in message
     assert trainer.global_step == 200
     assert module.seen == list(range(200))  # the loop goes on, and the window is left out
     assert all(p.isfinite().all() for p in module.parameters())
@@ -107,7 +107,7 @@ def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_pa
     assert module.losses[-1] < 1e-3
 
 
-def test_after_the_stated_number_of_attempts_it_halts(tmp_path):
+def test_after_the_last_rollback_it_halts(tmp_path):
     module, guard = Regression(bad=range(50, 200)), back(max_rollbacks=2)
     with pytest.raises(GradientHalt) as caught:
         fit(module, guard, tmp_path)
@@ -118,14 +118,14 @@ def test_after_the_stated_number_of_attempts_it_halts(tmp_path):
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_other_faults_do_not_go_back(tmp_path):
+def test_other_faults_do_not_roll_back(tmp_path):
     policy = Policy(respond={"exploding": "rollback", "nonfinite": "halt"}, snapshot_every=20)
     with pytest.raises(GradientHalt):
         fit(Regression(bad=(60,)), GradGuard(policy=policy), tmp_path)
 
 
-def test_a_warned_stretch_is_nothing_to_go_back_to(tmp_path):
-    """A spike at step 90 is warned of: the state of step 80 did not prove healthy, so that of 60 it is."""
+def test_a_state_followed_by_a_warning_is_not_restored(tmp_path):
+    """A spike at step 90 is warned of, so the state of step 80 did not prove healthy, and that of 60 is restored."""
     guard = back()
     module = Regression(bad=range(95, 99), wild=(90,))
     _, said = fit(module, guard, tmp_path)
@@ -134,7 +134,7 @@ def test_a_warned_stretch_is_nothing_to_go_back_to(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["LambdaLR", "CosineAnnealingLR"])
-def test_a_schedule_goes_on_over_the_lowered_rate(tmp_path, kind):
+def test_a_schedule_continues_with_the_lowered_rate(tmp_path, kind):
     def schedule(optimizer):
         if kind == "LambdaLR":
             return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.01 * step))
@@ -158,7 +158,7 @@ def test_a_policy_without_rollback_keeps_nothing_and_trains_the_same(tmp_path):
     assert "rollbacks" not in GradGuard().summary
 
 
-def test_attempts_are_counted_on_after_a_resume(tmp_path):
+def test_rollbacks_are_counted_on_after_a_resume(tmp_path):
     first = back(max_rollbacks=1)
     saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     fit(Regression(bad=range(60, 64)), first, tmp_path, callbacks=[saver], enable_checkpointing=True)
@@ -198,7 +198,7 @@ def test_a_graceful_halt_leaves_a_checkpoint_of_good_weights(tmp_path):
     assert all(t.isfinite().all() for t in saved["state_dict"].values())
 
 
-def test_by_hand_and_with_two_optimizers_all_go_back(tmp_path):
+def test_manual_optimization_rolls_back_both_optimizers(tmp_path):
     class Two(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -244,7 +244,7 @@ def test_wrong_values_are_named(wrong):
         Policy(**wrong)
 
 
-def test_in_a_loop_of_ones_own_a_rollback_is_a_halt():
+def test_in_a_loop_of_your_own_a_rollback_is_a_halt():
     from lightning_gradguard import Guard
 
     net = nn.Linear(2, 1)
@@ -259,8 +259,8 @@ def test_in_a_loop_of_ones_own_a_rollback_is_a_halt():
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_batch_that_is_not_finite_does_not_outlive_its_step_in_running_statistics(tmp_path, lag):
-    """Without a guard the weights are lost as well; with one, a validation works as if the batch had not been."""
+def test_a_nonfinite_batch_does_not_stay_in_running_statistics(tmp_path, lag):
+    """Validation then works as if the batch had not been there."""
     kept = {}
 
     class Keeper(pl.Callback):
@@ -280,7 +280,7 @@ def test_a_batch_that_is_not_finite_does_not_outlive_its_step_in_running_statist
     assert module.net(torch.randn(4, 6)).isfinite().all()
 
 
-def test_running_statistics_are_left_alone_where_nothing_is_skipped(tmp_path):
+def test_running_statistics_do_not_change_without_a_skip(tmp_path):
     plain, watched = Regression(wild=(50,)), Regression(wild=(50,))
     fit(plain, pl.Callback(), tmp_path)
     fit(watched, GradGuard(), tmp_path)

@@ -1,4 +1,4 @@
-"""Going back to a healthy state, in a resumed run and with buffers that are replaced or cannot be written to."""
+"""Rollbacks right after a resume, and with buffers that are replaced or cannot be written to."""
 
 import math
 import warnings
@@ -64,8 +64,8 @@ def fit(folder, *bad, saved=None, ckpt_path=None, expanded=False, **options):
     return guard, follow, module
 
 
-def test_right_after_a_resume_the_guard_goes_back_to_what_it_knew(tmp_path):
-    """And not to a guard that knows nothing, whose clipper begins its warm-up anew."""
+def test_right_after_a_resume_the_guard_returns_to_the_restored_state(tmp_path):
+    """And not to a new guard, whose clipper would start its warm-up again."""
     fit(tmp_path, saved=40)
     guard, follow, module = fit(tmp_path, 41, ckpt_path=tmp_path / "half.ckpt")
     assert guard.summary["rollbacks"] == 1

@@ -1,4 +1,4 @@
-"""Running statistics survive a batch that is not finite, and nothing else of a module's buffers is touched."""
+"""Running statistics stay finite after a non-finite batch, and other buffers are not changed."""
 
 import math
 
@@ -15,7 +15,7 @@ BAD = 7
 
 
 class Net(pl.LightningModule):
-    """A net with batch norm, statistics of its own, and buffers that are none; batch 7 is multiplied by ``value``."""
+    """A net with batch norm, statistics of its own and other buffers; batch 7 is multiplied by ``value``."""
 
     def __init__(self, value=math.nan, by_hand=False, optimizer=torch.optim.AdamW):
         super().__init__()
@@ -53,7 +53,7 @@ class Net(pl.LightningModule):
 
 
 class Look(pl.Callback):
-    """Keeps the buffers after each batch, as whoever saves or validates them sees them."""
+    """Keeps the buffers after each batch, as a checkpoint or a validation gets them."""
 
     def __init__(self):
         self.seen = {}
@@ -67,7 +67,7 @@ def fused(parameters, lr):
 
 
 def fit(module, guard, accumulate=1):
-    """The buffers after each batch."""
+    """Return the buffers after each batch."""
     look = Look()
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
@@ -94,8 +94,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_batch_leaves_no_trace_when_it_ends(case):
-    """So that neither a checkpoint nor a validation between two batches sees any of it."""
+def test_a_bad_batch_is_removed_before_it_ends(case):
+    """So that neither a checkpoint nor a validation between two batches gets any of it."""
     arguments, options = CASES[case]
     guard = GradGuard(**options)
     seen = fit(Net(**arguments), guard)
@@ -104,20 +104,20 @@ def test_a_bad_batch_leaves_no_trace_when_it_ends(case):
 
 
 @pytest.mark.parametrize("value", [1e25, 1e38])
-def test_a_variance_that_overflows_is_not_kept_though_the_step_is_taken(value):
+def test_a_variance_that_overflows_is_restored_although_the_step_is_taken(value):
     guard = GradGuard()
     seen = fit(Net(value), guard)
     assert guard.summary["skipped"] == 0
     assert_as_before(seen, ("norm.running_var",))
 
 
-def test_of_accumulated_batches_the_good_ones_count():
+def test_of_accumulated_batches_the_finite_ones_count():
     seen = fit(Net(), GradGuard(), accumulate=4)
     assert_as_before(seen)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_after_a_graceful_end_they_are_sound(by_hand):
+def test_after_a_graceful_end_they_are_finite(by_hand):
     guard = GradGuard(policy=Policy(respond={"nonfinite": "halt"}, stop="graceful"))
     seen = fit(Net(by_hand=by_hand), guard)
     assert guard.stop_reason == "nonfinite"
@@ -128,14 +128,14 @@ def test_after_a_graceful_end_they_are_sound(by_hand):
     )
 
 
-def test_infinity_that_is_meant_stays():
+def test_infinity_that_was_there_before_stays():
     seen = fit(Net(), GradGuard())
     assert all(buffers["mask"].isinf().all() for buffers in seen.values())
     # It was finite before it was set to infinity, and goes on from there: only the batch that sets it is taken back.
     assert (seen[11]["best"], seen[13]["best"], seen[19]["best"]) == (9, 7, 1)
 
 
-def test_a_buffer_that_cannot_be_written_to_is_left_alone():
+def test_a_buffer_that_cannot_be_written_to_is_not_changed():
     module = Net()
     fit(module, GradGuard())
     assert module.expanded.stride() == (0,)

@@ -1,4 +1,4 @@
-"""A gradient scaler with steps that are announced and not taken: of batches without a loss, and after a quiet end."""
+"""A gradient scaler with steps that Lightning announces and does not take, and after a graceful end."""
 
 import math
 
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 
 
 class Net(pl.LightningModule):
-    """Of batches in ``absent`` there is no loss; by hand, the loss of batch ``bad`` is NaN for the first optimizer."""
+    """Batches in ``absent`` have no loss; by hand, the loss of batch ``bad`` is NaN for the first optimizer."""
 
     def __init__(self, optimizer, absent=(), bad=None):
         super().__init__()
@@ -65,7 +65,7 @@ def fit(module, folder, *callbacks, accumulate=1):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("absent", [(7,), (0,), (19,), (3, 4, 5), [n for n in range(20) if n % 3]], ids=str)
-def test_batches_without_a_loss_are_left_out_as_without_us(tmp_path, optimizer, accumulate, absent):
+def test_batches_without_a_loss_train_as_without_callbacks(tmp_path, optimizer, accumulate, absent):
     if optimizer == "fused" and accumulate == 1:
         pytest.skip("Lightning itself takes no fused optimizer through a batch without a loss")
     bare = fit(Net(OPTIMIZERS[optimizer], absent), tmp_path, accumulate=accumulate)
@@ -80,7 +80,7 @@ def test_batches_without_a_loss_are_left_out_as_without_us(tmp_path, optimizer, 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_after_a_quiet_end_the_other_optimizer_takes_no_step(tmp_path, optimizer):
+def test_after_a_graceful_end_the_other_optimizer_takes_no_step(tmp_path, optimizer):
     guard = GradGuard(policy=Policy(respond={"nonfinite": "halt"}, stop="graceful"))
     module = fit(Net(OPTIMIZERS[optimizer], bad=7), tmp_path, guard)
     assert guard.stop_reason == "nonfinite"

@@ -1,4 +1,4 @@
-"""The way back leads to the very same bits, for every optimizer, and rates stay lowered under every schedule."""
+"""A restored snapshot is bit-identical for every optimizer, and lowered rates stay low under every schedule."""
 
 import copy
 
@@ -53,7 +53,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("before", [0, 3])
-def test_what_is_restored_trains_on_as_if_nothing_had_been(kind, before):
+def test_training_continues_from_a_restored_snapshot_bit_for_bit(kind, before):
     net = net_of()
     optimizer = OPTIMIZERS[kind](net.parameters())
     train(net, optimizer, before)
@@ -70,7 +70,7 @@ def test_what_is_restored_trains_on_as_if_nothing_had_been(kind, before):
         assert equal(state_of(net, optimizer), reference)
 
 
-def test_its_size_is_that_of_what_it_holds():
+def test_its_size_is_that_of_model_and_optimizer():
     net = net_of()
     optimizer = torch.optim.Adam(net.parameters())
     numbers = sum(p.numel() for p in net.parameters())

@@ -1,4 +1,4 @@
-"""`GradGuard(trials=True)`: the halt shows what was tried, and the training is as it would have been without."""
+"""`GradGuard(trials=True)` shows in the halt which fixes were tried, and does not change the training."""
 
 import lightning as L
 import pytest
@@ -10,7 +10,7 @@ from lightning_gradguard import GradGuard, GradientHalt, Policy
 
 
 class Model(L.LightningModule):
-    """A chain of sigmoids whose training step does all that a training step may do on the side."""
+    """A chain of sigmoids whose training step logs, counts, and keeps values."""
 
     def __init__(self, activation=torch.sigmoid, form="batch_idx", by_hand=False):
         super().__init__()
@@ -72,7 +72,7 @@ def fit(tmp_path, model, steps=120, **options):
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")
 @pytest.mark.parametrize("form", ["batch_idx", "batch", "dict"])
-def test_the_halt_shows_the_table(tmp_path, form):
+def test_the_halt_shows_the_table_of_fixes(tmp_path, form):
     halt, guard, _ = fit(tmp_path, Model(form=form), policy=Policy.strict(), trials=True)
     assert halt is not None
     first = halt.diagnosis.remedies[0]
@@ -84,7 +84,7 @@ def test_the_halt_shows_the_table(tmp_path, form):
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")
-def test_training_goes_on_bit_for_bit_as_without(tmp_path):
+def test_the_training_is_bit_identical_with_and_without(tmp_path):
     results = []
     for trials in (False, True):
         model = Model()
@@ -102,7 +102,7 @@ def test_training_goes_on_bit_for_bit_as_without(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning", "ignore:.*bottleneck.*")
-def test_a_step_that_optimizes_by_hand_is_not_tried_and_says_so(tmp_path):
+def test_with_manual_optimization_the_halt_says_why_nothing_was_tried(tmp_path):
     halt, _, _ = fit(tmp_path, Model(by_hand=True), policy=Policy.strict(), trials=True)
     assert "optimizes by hand" in str(halt)
     assert not any(remedy.tried for remedy in halt.diagnosis.remedies)

@@ -1,4 +1,4 @@
-"""Trainings that are halted; run by itself, each in a process of its own, for test_halting to see how that ends.
+"""Trainings that are halted. As a script, it runs each in a process of its own, for test_halting.
 
 ``python halting_script.py FOLDER`` writes ``FOLDER/STOP/status`` for each way to stop, and all that a training leaves.
 """
@@ -21,7 +21,7 @@ BAD, BATCHES = 8, 24
 
 
 class Net(pl.LightningModule):
-    """A net with batch norm whose loss is NaN from the batch ``bad`` on; by hand two heads take turns.
+    """A net with batch norm whose loss is NaN from batch ``bad`` on; by hand, two heads are trained in turn.
 
     Attributes:
         kept: Parameters before each batch.
@@ -65,7 +65,7 @@ def data(batches=BATCHES):
 
 
 def fit(module, folder, *, stop, callbacks=(), guard=None, logger=None, **options):
-    """Trains and validates with a checkpoint after every step; returns the guard, or raises what ends the training."""
+    """Train and validate, with a checkpoint after every step; return the guard, or raise the halt."""
     guard = guard or GradGuard(policy=Policy(respond={"nonfinite": "halt"}, stop=stop), clipper=SpikeClip())
     saver = ModelCheckpoint(
         folder,
@@ -87,7 +87,7 @@ def fit(module, folder, *, stop, callbacks=(), guard=None, logger=None, **option
     return guard
 
 
-class Told(CSVLogger):
+class FinalizedLogger(CSVLogger):
     """Writes down how it was finalized."""
 
     def finalize(self, status):
@@ -104,7 +104,7 @@ def main(folder):
         if not children[stop]:
             own = folder / stop
             sys.stderr = (own / "stderr").open("w", buffering=1)
-            logs = [Told(own, "csv", ""), TensorBoardLogger(own, "tb", "")]
+            logs = [FinalizedLogger(own, "csv", ""), TensorBoardLogger(own, "tb", "")]
             # What it raises is left to Python, as in a script of anybody's.
             fit(Net(), own / "checkpoints", stop=stop, logger=logs)
             return

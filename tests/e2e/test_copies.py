@@ -1,4 +1,4 @@
-"""A guard that is copied, or sent to another process, is a guard: before, between and after trainings."""
+"""A guard can be copied and pickled before, during and after a training."""
 
 import copy
 import math
@@ -50,7 +50,7 @@ def trainer(folder, *callbacks, logger=False):
 
 @pytest.mark.parametrize("options", [pytest.param("plain", marks=pytest.mark.slow), "all"])
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_before_and_after_a_fit_is_a_guard(tmp_path, how, options):
+def test_copies_before_and_after_a_fit_work(tmp_path, how, options):
     guard = GradGuard(clipper=SpikeClip(), **OPTIONS[options])
     before = COPIES[how](guard)
     for one in (guard, before):
@@ -77,7 +77,7 @@ class Copying(pl.Callback):
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_from_between_two_batches_is_a_guard(tmp_path, how):
+def test_a_copy_from_between_two_batches_works(tmp_path, how):
     guard = GradGuard(clipper=SpikeClip())
     copying = Copying(guard, how)
     trainer(tmp_path, guard, copying).fit(Net(bad=(7,)))

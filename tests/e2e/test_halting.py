@@ -1,4 +1,4 @@
-"""A halt comes before the bad step, and nothing that is left behind holds anything of it: checkpoints, logs, status."""
+"""A halt comes before the bad step, and neither checkpoints nor logs hold anything of that step."""
 
 import csv
 import math
@@ -55,7 +55,7 @@ CASES = {
 
 
 def halted(case, stop, folder, **more):
-    """The module, the guard and the error of a training that does not come to its end."""
+    """Fit until training halts; return the module, the guard and the error."""
     arguments, options = CASES[case]
     options = {**options, **more}
     guard = options.pop(
@@ -73,7 +73,7 @@ def halted(case, stop, folder, **more):
 
 @pytest.mark.parametrize("stop", ["raise", "graceful"])
 @pytest.mark.parametrize("case", CASES)
-def test_no_bit_of_the_bad_step_is_left(case, stop, tmp_path):
+def test_the_bad_step_changes_no_bit(case, stop, tmp_path):
     module, guard, error = halted(case, stop, tmp_path)
     assert (error is not None) == (stop == "raise")
     assert guard.stop_reason == "nonfinite"
@@ -91,8 +91,8 @@ def test_no_bit_of_the_bad_step_is_left(case, stop, tmp_path):
 
 @pytest.mark.parametrize("stop", ["raise", "graceful"])
 @pytest.mark.parametrize("case", ["plain", "accumulated", "by hand", "fp16", "late", "first step"])
-def test_no_checkpoint_holds_anything_bad(case, stop, tmp_path):
-    """Neither those after every step, nor the last, nor those of an epoch's end and of an exception."""
+def test_all_checkpoints_are_finite(case, stop, tmp_path):
+    """Those after every step, the last one, and those of an epoch's end and of an exception."""
     kept = OnExceptionCheckpoint(tmp_path, "exception")
     kept.teardown = lambda *_, **__: None  # which would take it away again
     module, _, _ = halted(case, stop, tmp_path, callbacks=[kept])
@@ -107,7 +107,7 @@ def test_no_checkpoint_holds_anything_bad(case, stop, tmp_path):
         assert all(tensor.isfinite().all() for tensor in moments), file
         finite = {n for n, tensor in saved["state_dict"].items() if tensor.isfinite().all()}
         assert finite >= set(dict(module.named_parameters())), file
-        # Judged late, running statistics are mended one step late; by hand, the second forward pass comes after that.
+        # With lag=1, running statistics are restored one step late; by hand, the second forward pass comes after that.
         if case not in ("late", "by hand"):
             assert finite == saved["state_dict"].keys(), file
 
@@ -145,14 +145,14 @@ def test_a_finite_fault_is_halted_before_its_step_too(stop, tmp_path):
 
 @pytest.fixture(scope="module")
 def processes(python, tmp_path_factory):
-    """A run that is halted, and one that is ended gracefully, in processes of their own."""
+    """Run one training that raises and one that ends gracefully, each in a process of its own."""
     folder = tmp_path_factory.mktemp("halting")
     done = python.run(HERE / "halting_script.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-def test_the_status_says_whether_it_failed(processes):
+def test_the_exit_status_is_that_of_a_failure_or_a_success(processes):
     assert int((processes / "raise" / "status").read_text()) == 1
     assert int((processes / "graceful" / "status").read_text()) == 0
     # The last that is said is the diagnosis.
@@ -162,7 +162,7 @@ def test_the_status_says_whether_it_failed(processes):
 
 
 @pytest.mark.parametrize(("stop", "status"), [("raise", "failed"), ("graceful", "success")])
-def test_loggers_are_finalized_and_their_files_complete(processes, stop, status):
+def test_loggers_are_finalized_and_their_files_are_complete(processes, stop, status):
     folder = processes / stop
     assert (folder / "csv" / "finalized").read_text() == status
     rows = list(csv.DictReader((folder / "csv" / "metrics.csv").read_text().splitlines()))
@@ -177,7 +177,7 @@ def test_loggers_are_finalized_and_their_files_complete(processes, stop, status)
 
 
 @pytest.mark.parametrize("stop", ["raise", "graceful"])
-def test_a_process_leaves_checkpoints_of_good_weights_alone(processes, stop):
+def test_checkpoints_of_a_process_have_finite_weights(processes, stop):
     files = list((processes / stop / "checkpoints").glob("*.ckpt"))
     assert len(files) >= BAD
     for file in files:

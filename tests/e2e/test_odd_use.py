@@ -1,4 +1,4 @@
-"""Guards that are used in ways one would not think of first: handled, or refused with a word on what to do."""
+"""Guards in unusual trainings: several guards, closures, other stages, tuners."""
 
 import math
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 class Net(pl.LightningModule):
-    """A small classifier; batches in ``bad`` are NaN, and of those in ``absent`` no step is made."""
+    """A small classifier; batches in ``bad`` are NaN, and those in ``absent`` have no loss."""
 
     def __init__(self, optimizer=torch.optim.Adam, bad=(), absent=()):
         super().__init__()
@@ -49,7 +49,7 @@ class Net(pl.LightningModule):
 
 
 class ByHand(Net):
-    """Trained by hand, its step a closure."""
+    """The same with manual optimization and a closure."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -122,7 +122,7 @@ def test_two_equal_guards_are_refused_by_lightning(tmp_path):
 
 @pytest.mark.parametrize("plugins", [None, scaled])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, fused])
-def test_two_unequal_guards_both_judge_and_go_on_after_a_resume(tmp_path, optimizer, plugins):
+def test_two_different_guards_judge_and_resume_both(tmp_path, optimizer, plugins):
     def guards():
         return GradGuard(clipper=NormClip(0.1)), GradGuard(detectors=[])
 
@@ -142,7 +142,7 @@ def test_two_unequal_guards_both_judge_and_go_on_after_a_resume(tmp_path, optimi
     assert second.summary["judged"] == 40
 
 
-def test_parameters_of_two_optimizers(tmp_path):
+def test_parameters_may_belong_to_two_optimizers(tmp_path):
     guard, module = GradGuard(clipper=SpikeClip()), Shared()
     trainer(tmp_path, guard).fit(module)
     assert [(f.step, f.optimizer) for f in guard.findings] == [(15, 1), (16, 0)]
@@ -151,7 +151,7 @@ def test_parameters_of_two_optimizers(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_batches_without_a_step(tmp_path, accumulate):
+def test_batches_may_have_no_step(tmp_path, accumulate):
     guard, module = GradGuard(), Net(absent=[n for n in range(20) if n % 3], bad=(9,))
     trainer(tmp_path, guard, accumulate_grad_batches=accumulate).fit(module)
     assert guard.summary["skipped"] == 1
@@ -160,7 +160,7 @@ def test_batches_without_a_step(tmp_path, accumulate):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS, fused])
 @pytest.mark.parametrize("kind", [Net, ByHand])
-def test_closures(tmp_path, kind, optimizer):
+def test_closures_are_judged(tmp_path, kind, optimizer):
     guard, module = GradGuard(), kind(optimizer, bad=(7,))
     trainer(tmp_path, guard).fit(module)
     assert [f.fault for f in guard.findings].count("nonfinite") == guard.summary["skipped"] == 1
@@ -181,7 +181,7 @@ def test_a_halt_in_a_closure_of_lbfgs(tmp_path, kind):
     assert is_sound(module)
 
 
-def test_a_second_fit_begins_afresh(tmp_path):
+def test_a_second_fit_starts_anew(tmp_path):
     guard, seen = GradGuard(clipper=SpikeClip()), []
     for _ in range(2):
         trainer(tmp_path, guard).fit(Net(bad=(7,)))
@@ -190,7 +190,7 @@ def test_a_second_fit_begins_afresh(tmp_path):
     assert seen[0][0]["skipped"] == 1
 
 
-def test_one_trainer_after_another_stage(tmp_path):
+def test_stages_of_one_trainer(tmp_path):
     guard, module = GradGuard(), Net()
     several = trainer(tmp_path, guard)
     several.validate(module, verbose=False)
@@ -209,7 +209,7 @@ def test_one_trainer_after_another_stage(tmp_path):
     assert (guard.summary["judged"], guard.report.step) == (20, 19)
 
 
-def test_the_checkpoint_of_a_run_that_is_done(tmp_path):
+def test_the_checkpoint_of_a_finished_run(tmp_path):
     whole = trainer(tmp_path, GradGuard(), logger=TensorBoardLogger(tmp_path))
     whole.fit(Net(bad=(7,)))
     whole.save_checkpoint(tmp_path / "done.ckpt")
@@ -225,8 +225,8 @@ def test_the_checkpoint_of_a_run_that_is_done(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_search_for_the_rate_and_the_batch_size_is_not_judged(tmp_path):
-    """It drives the rate up until the training fails, which is no fault."""
+def test_a_search_for_learning_rate_or_batch_size_is_not_judged(tmp_path):
+    """It raises the rate until the training fails, which is no fault."""
     guard, module = GradGuard(policy=Policy.strict()), Net()
     searching = trainer(tmp_path, guard, enable_checkpointing=True)
     tuner = Tuner(searching)
