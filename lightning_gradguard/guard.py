@@ -1,4 +1,7 @@
-"""`Guard`: one optimizer step from gradients to report, in any training loop. It owns all state."""
+"""`Guard`: one optimizer step from gradients to report.
+
+It serves any training loop, and owns all state.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,9 @@ STATE_VERSION = 5
 
 
 class Guard:
-    """Judges, clips, skips and halts. Call `step` after backward and before ``optimizer.step()``.
+    """Judges, clips, skips and halts optimizer steps.
+
+    Call `step` after backward and before ``optimizer.step()``.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -169,13 +174,16 @@ class Guard:
 
     @property
     def history(self) -> History:
-        """The newest judged steps. It begins anew when the parameters change, and is not saved."""
+        """The newest judged steps.
+
+        It begins anew when the parameters change, and is not saved.
+        """
         self.flush()
         return self._history
 
     @property
     def state(self) -> GuardState | None:
-        """State of statistics, detectors and clipper after the newest good step; None before the first."""
+        """State after the newest good step; None before the first."""
         self.flush()
         return self._state
 
@@ -189,7 +197,7 @@ class Guard:
         batch: object = None,
         context: StepContext | None = None,
     ) -> Report:
-        """Judge the gradients on the parameters; clip them, or remove them if the step is bad.
+        """Judge the gradients; clip or remove them.
 
         In a distributed program every rank has to call it.
 
@@ -244,7 +252,7 @@ class Guard:
         return self._evaluate(stats, number, scaler, context or StepContext(batch=batch))
 
     def flush(self) -> None:
-        """Fold deferred steps into the running statistics, and complete their reports."""
+        """Fold in deferred steps and complete their reports."""
         thresholds, self._state = self.fast_path.fold_in(self._state)
         if thresholds:
             self._finalize(read(torch.stack(thresholds)))
@@ -254,7 +262,9 @@ class Guard:
         self.history.resize(steps)
 
     def close(self) -> None:
-        """Judge what is still under way, and remove all hooks. Call it when training ends.
+        """Judge what is still under way; remove all hooks.
+
+        Call it when training ends.
 
         Raises:
             GradientHalt: If the last step was one to halt on.
@@ -266,7 +276,10 @@ class Guard:
             self._raise_if_halted(arrived[1].step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed run needs to judge and clip as this one would: plain types and tensors."""
+        """Return the state as plain types and tensors.
+
+        A run resumed with it judges and clips as this one would.
+        """
         self.flush()
         return {
             "version": STATE_VERSION,
@@ -314,7 +327,9 @@ class Guard:
             ) from error
 
     def roll_back(self, state: Mapping[str, Any] | None) -> None:
-        """Judge on from an earlier state of this guard; the steps since then stay counted.
+        """Judge on from an earlier state of this guard.
+
+        The steps since then stay counted.
 
         Args:
             state: State from `state_dict`; None for the beginning.
@@ -388,7 +403,7 @@ class Guard:
         after: GuardState,
         arrived: tuple[list[float], PendingStep] | None,
     ) -> Report:
-        """Clip or skip this step on the device, and report on the step before (``lag=1``).
+        """Act on the device; report on the step before.
 
         Args:
             evaluation: Results of this step on the device.
@@ -419,7 +434,7 @@ class Guard:
         return dataclasses.replace(self.report, skip=False)
 
     def _conclude_late(self, numbers: list[float], pending: PendingStep) -> Report:
-        """Conclude a step that was taken already; raise if it was one to halt on."""
+        """Conclude a step that was taken already."""
         report = self._conclude(numbers, pending)
         if self._halt is not None:
             # The coming step is not taken, even if the halt is not an error and the optimizer is called.
@@ -429,7 +444,7 @@ class Guard:
         return report
 
     def _conclude(self, numbers: list[float], pending: PendingStep) -> Report:
-        """Turn a step's numbers into its report; record what was found, warn, and diagnose."""
+        """Turn a step's numbers into its report."""
         record = self.record = unpack(numbers, pending, self._parts, self._results)
         decision = self.fault_tracker.decide(
             pending.step,
@@ -474,7 +489,7 @@ class Guard:
             self.diagnosis = self._diagnose(to_diagnose, record, pending)
 
     def _trace(self, record: StepRecord, context: StepContext, *, replay: bool) -> Origin | None:
-        """Find the source of a non-finite value for a warning; None if it cannot be found."""
+        """Find the source of a non-finite value, or None."""
         from lightning_gradguard.diagnosis.diagnose import trace_nonfinite
 
         try:
@@ -485,7 +500,10 @@ class Guard:
         return origin
 
     def _diagnose(self, finding: Finding, record: StepRecord, pending: PendingStep) -> Diagnosis:
-        """Diagnose a critical finding; return a bare diagnosis if that fails, for it must never end a training."""
+        """Diagnose a critical finding, barely if that fails.
+
+        Diagnosing must never end a training.
+        """
         from lightning_gradguard.diagnosis.diagnose import GuardFacts, diagnose, undiagnosed
 
         context = pending.context
@@ -524,7 +542,7 @@ class Guard:
             raise GradientHalt(self.diagnosis, self.findings, step)
 
     def _probe_sequence_if_stuck(self) -> None:
-        """Probe how gradients fall over time in the next pass, if the loss makes no progress."""
+        """Probe gradients over time if the loss makes no progress."""
         record = self.record
         if record is None or self.tracker.schedule.good <= WARM_UP:
             return
@@ -551,6 +569,6 @@ class Guard:
             restore_under_way(self._readback, saved, tracker.layout, tracker.weights, tracker.updates)
 
     def _kinds(self) -> list[str]:
-        """Return the class names of detectors and clipper, which a saved state must share."""
+        """Return class names that a saved state must share."""
         parts = [*self.detectors, *([] if self.clipper is None else [self.clipper])]
         return [type(part).__name__ for part in parts]

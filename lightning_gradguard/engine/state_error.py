@@ -2,4 +2,7 @@
 
 
 class StateError(ValueError):
-    """The saved state does not fit; its message says in one sentence why, and what to do."""
+    """A saved state that does not fit.
+
+    The message says in one sentence why, and what to do.
+    """
