@@ -37,7 +37,7 @@ from lightning_gradguard.engine.evaluate import (
 from lightning_gradguard.engine.fast_path import FastPath
 from lightning_gradguard.engine.fault_tracker import Decision, FaultTracker
 from lightning_gradguard.engine.history import History, history_of
-from lightning_gradguard.engine.parameter_tracker import ParameterTracker
+from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
 from lightning_gradguard.engine.readback import (
     PendingStep,
     Readback,
@@ -47,7 +47,6 @@ from lightning_gradguard.engine.readback import (
     save_under_way,
     unpack,
 )
-from lightning_gradguard.engine.state_error import StateError
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn

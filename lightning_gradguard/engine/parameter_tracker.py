@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
-from lightning_gradguard.engine.state_error import StateError
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.forward_probes import ForwardUsage
 from lightning_gradguard.stats.collect import collect, collect_sample
@@ -33,6 +32,13 @@ _SAVED_TENSORS = {
     "dead": "_dead",
     "lost": "_lost",
 }
+
+
+class StateError(ValueError):
+    """A saved state that does not fit.
+
+    The message says in one sentence why, and what to do.
+    """
 
 
 class ParameterTracker:
