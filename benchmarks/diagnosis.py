@@ -34,12 +34,15 @@ from benchmarks.zoo.case import Case, select  # noqa: E402
 from benchmarks.zoo.running import fit, quiet  # noqa: E402
 from benchmarks.zoo.training import Training  # noqa: E402
 from lightning_gradguard import Fault, GradGuard, Policy  # noqa: E402
-from lightning_gradguard.diagnosis.trials.batches import Scale, prepare_batch  # noqa: E402
-from lightning_gradguard.diagnosis.trials.change import Change  # noqa: E402
-from lightning_gradguard.diagnosis.trials.swaps import SwappedForward  # noqa: E402
+from lightning_gradguard.diagnosis.trials.change import (  # noqa: E402
+    Change,
+    Scale,
+    SwappedForward,
+    prepare_batch,
+)
 from lightning_gradguard.diagnosis.trials.trial import apply_change_, run_trial  # noqa: E402
 from lightning_gradguard.introspection.layer_calls import LayerStructure  # noqa: E402
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep  # noqa: E402
+from lightning_gradguard.introspection.sandbox import SandboxedStep  # noqa: E402
 
 #: Faults whose remedies are tried, and the others, of which only the cause is asked; in the order of the page.
 FAULTS = (Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.EXPLODING, Fault.DEAD)

@@ -13,7 +13,7 @@ from lightning_gradguard.callbacks.trainer_adapter import warn
 from lightning_gradguard.clippers.base import Clipper, included_names
 from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.parameters import is_compiled, select
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import import_from
 from lightning_gradguard.engine.parameter_tracker import unscale
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, index_arguments, loss_in
+from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import GradientWarning
 
 if TYPE_CHECKING:

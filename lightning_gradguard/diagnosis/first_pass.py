@@ -15,7 +15,7 @@ from lightning_gradguard.introspection.autograd_graph import GraphSummary, summa
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
 _SATURATED = 0.99

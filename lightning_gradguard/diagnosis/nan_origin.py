@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_gradguard.diagnosis.wording import listing, number, quote
 from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
 from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
 class Place(str, Enum):

@@ -6,9 +6,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.introspection.batch import is_finite, map_tensors, nonfinite_kind, tensors_of
 from lightning_gradguard.introspection.operations import kind_of, operation_of
-from lightning_gradguard.introspection.source_lines import current_line, line_of
 
 #: Functions that return uninitialized memory, to be filled by what comes next.
 _UNINITIALIZED = frozenset(
@@ -36,6 +41,10 @@ _SIGNS = {
 _ARITHMETIC = frozenset(
     {"Mul", "Add", "Sub", "Neg", "Sum", "Expand", "Repeat", "ToCopy", "Cat", "Index", "Gather"}
 )
+#: Packages whose lines are skipped.
+_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard")
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+_CONTEXTLIB = importlib.util.find_spec("contextlib").origin  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -356,3 +365,40 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, (list, tuple, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(part)
+
+
+def current_line() -> str:
+    """Return the user's innermost running line, such as ``model.py:42``; empty without one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            return _shown(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def line_of(traceback: Iterable[str]) -> str:
+    """Return the user's innermost line in a formatted traceback, outermost line first."""
+    for entry in reversed(list(traceback)):
+        match = _FRAME.search(entry)
+        if match and _is_users(match[1]):
+            return _shown(match[1], int(match[2]))
+    return ""
+
+
+def _is_users(file: str) -> bool:
+    return not (file.startswith(_folders()) or file.startswith("<frozen") or file == _CONTEXTLIB)
+
+
+def _shown(file: str, line: int) -> str:
+    """Format file and line, relative to the working directory if the file lies in it."""
+    inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
+    name = os.path.relpath(file) if inside else Path(file).name
+    return f"{name}:{line}"
+
+
+@cache
+def _folders() -> tuple[str, ...]:
+    specs = [importlib.util.find_spec(name) for name in _FRAMEWORKS]
+    places = [place for spec in specs if spec is not None for place in spec.submodule_search_locations or ()]
+    return tuple(place + os.sep for place in places)

@@ -10,8 +10,8 @@ from torch import nn
 from lightning_gradguard.diagnosis import fixes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
-from lightning_gradguard.diagnosis.trials.batches import has_targets
 from lightning_gradguard.diagnosis.trials.weights import has_gates, has_plain_recurrence, has_recurrence
+from lightning_gradguard.introspection.batch import inputs_and_targets
 from lightning_gradguard.introspection.layer_calls import LayerStructure
 from lightning_gradguard.introspection.operations import kind_of, operation_of
 from lightning_gradguard.results import Fault
@@ -48,7 +48,7 @@ def find_candidates(
     if is_bottomless(context, causes):
         return [fixes.SPECTRAL_NORMALIZATION]
     found: list[Remedy] = []
-    if Cause.TARGET_SCALE in causes and has_targets(batch):
+    if Cause.TARGET_SCALE in causes and inputs_and_targets(batch)[1] is not None:
         found.append(fixes.STANDARD_TARGET)
     data = [fixes.STANDARD_INPUT] if context.input_rms is not None else []
     if Cause.UNNORMALIZED_INPUT in causes:

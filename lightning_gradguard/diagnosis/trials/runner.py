@@ -14,7 +14,7 @@ from lightning_gradguard.diagnosis.trials.candidates import combine, find_candid
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.trial import TrialResult, run_trial
 from lightning_gradguard.diagnosis.wording import count, number
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT
 

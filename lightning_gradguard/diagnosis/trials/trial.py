@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepare_batch
-from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
+from lightning_gradguard.diagnosis.trials.change import Change, Scale, SwappedForward, half, prepare_batch
 from lightning_gradguard.diagnosis.trials.weights import add_gates_, initialise_, rewind_
 from lightning_gradguard.introspection.gradient_profile import dead_share, depth_tilt, whole_profile
 from lightning_gradguard.introspection.layer_calls import LayerStructure, StructureRecorder
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
-from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe
+from lightning_gradguard.introspection.probes import SandboxedSequenceProbe
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Share of a layer's units without a gradient from which the layer is dead: the limit of `DeadUnits`.
 _DEAD = 0.9
