@@ -1,4 +1,4 @@
-"""The operation that made the first NaN or Inf, by observing a forward pass and then a backward pass.
+"""Trace the operation that made the first NaN.
 
 `ForwardTrace` observes every function of torch in a forward pass, `BackwardTrace` every node of an autograd graph.
 `exact_size` tells a number that is merely too large for its dtype from one that has no finite value.
@@ -49,7 +49,7 @@ _CONTEXTLIB = importlib.util.find_spec("contextlib").origin  # type: ignore[unio
 
 @dataclass(frozen=True)
 class NonFiniteSource:
-    """The place where a NaN or Inf was first computed.
+    """Place of the first NaN or Inf.
 
     Attributes:
         operation: Function that computed it; empty where only the module is known.
@@ -81,7 +81,7 @@ class NonFiniteSource:
 
 
 class ForwardTrace(TorchFunctionMode):
-    """Mode that observes every function of torch in a forward pass.
+    """Mode that observes every function of a pass.
 
     Use it in a `sandbox`, for it puts hooks on the modules.
 
@@ -118,12 +118,12 @@ class ForwardTrace(TorchFunctionMode):
                 part.register_forward_hook(self._leave, always_call=True)
 
     def source_of(self, tensor: Tensor) -> NonFiniteSource | None:
-        """Return the source of a tensor's NaN or Inf; None if it has none that was observed."""
+        """Return a non-finite tensor's source, or None."""
         known = self._known.get(_storage(tensor))
         return known[1] if known is not None and not is_finite(tensor) else None
 
     def finish(self, loss: Tensor) -> None:
-        """Assign the nodes that no module made to the training step itself."""
+        """Assign unowned nodes to the training step itself."""
         self._own([loss], ("", self._running[0][1]))
 
     def __torch_function__(
@@ -133,7 +133,6 @@ class ForwardTrace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call a function and inspect its result."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self._in_hook:
@@ -160,7 +159,7 @@ class ForwardTrace(TorchFunctionMode):
         return result
 
     def _sources(self, inputs: list[Tensor], changed: Tensor | None, name: str) -> list[NonFiniteSource]:
-        """Return the sources of the inputs that are not finite."""
+        """Return the sources of non-finite inputs."""
         sources = []
         for tensor in inputs:
             if not is_finite(tensor):
@@ -182,7 +181,7 @@ class ForwardTrace(TorchFunctionMode):
         bad: list[Tensor],
         earlier: list[NonFiniteSource],
     ) -> NonFiniteSource:
-        """Return the source of a bad result: that of an input, or this very call."""
+        """Return an input's source, or this call."""
         name = getattr(func, "__name__", "")
         genuine = [source for source in earlier if not source.intended]
         if genuine:
@@ -229,7 +228,7 @@ class ForwardTrace(TorchFunctionMode):
         self._in_hook = False
 
     def _own(self, tensors: Iterable[Tensor], owner: tuple[str, str]) -> None:
-        """Assign the nodes behind some tensors to a module, unless they have an owner."""
+        """Assign unowned nodes behind tensors to a module."""
         pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
         while pending:
             node = pending.pop()
@@ -239,7 +238,7 @@ class ForwardTrace(TorchFunctionMode):
 
 
 class BackwardTrace:
-    """Hooks on every node of an autograd graph, which observe one backward pass.
+    """Hooks that observe one backward pass.
 
     Args:
         loss: The tensor that will be differentiated, once.
@@ -264,7 +263,10 @@ class BackwardTrace:
                 node.register_hook(self._inspect(index))
 
     def first_source(self) -> tuple[NonFiniteSource, bool] | None:
-        """Return the first source that reaches a gradient, and True if it lies in the loss; None without one."""
+        """Return the first source that reaches a gradient.
+
+        The flag is True if it lies in the loss. None without a source.
+        """
         leaves = [n for n in self._nodes if not n.next_functions]
         gradients = [(n, getattr(getattr(n, "variable", None), "grad", None)) for n in leaves]
         pending = [n for n, gradient in gradients if gradient is not None and not is_finite(gradient)]
@@ -310,7 +312,7 @@ class BackwardTrace:
 
 
 def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tensor]) -> float:
-    """Compute the exact size of a result that is not finite, in float64.
+    """Compute a non-finite result's size in float64.
 
     Args:
         func: The function whose result is not finite.
@@ -359,7 +361,6 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yield the plain numbers among arguments."""
     if isinstance(value, float):
         yield value
     elif isinstance(value, (list, tuple, Mapping)):
@@ -368,7 +369,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def current_line() -> str:
-    """Return the user's innermost running line, such as ``model.py:42``; empty without one."""
+    """Return the user's innermost line, such as ``model.py:42``."""
     frame = sys._getframe(1)
     while frame is not None:
         if _is_users(frame.f_code.co_filename):
@@ -378,7 +379,7 @@ def current_line() -> str:
 
 
 def line_of(traceback: Iterable[str]) -> str:
-    """Return the user's innermost line in a formatted traceback, outermost line first."""
+    """Return the user's innermost line in a traceback."""
     for entry in reversed(list(traceback)):
         match = _FRAME.search(entry)
         if match and _is_users(match[1]):
@@ -391,7 +392,6 @@ def _is_users(file: str) -> bool:
 
 
 def _shown(file: str, line: int) -> str:
-    """Format file and line, relative to the working directory if the file lies in it."""
     inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
     name = os.path.relpath(file) if inside else Path(file).name
     return f"{name}:{line}"

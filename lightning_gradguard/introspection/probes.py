@@ -1,6 +1,7 @@
-"""Probes of forward passes: which parameters take part, and what sharded parameters are when gathered.
+"""Probe forward passes, and gradients over a sequence.
 
-Both put a hook on every module of the program. The hook is removed by `close`, or when the probe is garbage-collected.
+`ForwardUsage`, `UnshardedParameterProbe` and `SequenceGradientProbe` observe the training itself, by hooks on every
+module of the program, and change nothing. `SandboxedSequenceProbe` observes a module in a `sandbox`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MIN_TIMES = 10
 
 
 class ForwardUsage:
-    """Probe of the parameters that take part in forward passes.
+    """Probe of the parameters used in forward passes.
 
     They are those of every module that is called. This distinguishes a module that the loss was cut off from, from one
     that is not used at all.
@@ -42,15 +43,16 @@ class ForwardUsage:
         )
 
     def close(self) -> frozenset[int]:
-        """Remove the hook and return the ids of the parameters seen."""
+        """Remove the hook; return ids of used parameters."""
         self._close()
         return frozenset(self.ids)
 
 
 class UnshardedParameterProbe:
-    """Probe of the whole parameters that a sharded module holds while it is called.
+    """Probe of the whole parameters of sharded modules.
 
-    The hook runs when a module returns, but before the module's own hooks, which reshard its parameters.
+    A sharded module holds them while it is called. The hook runs when a module returns, but before the module's own
+    hooks, which reshard its parameters.
 
     Args:
         idle: Install no hook and observe nothing: for compiled modules, which a hook would recompile.
@@ -78,7 +80,7 @@ class UnshardedParameterProbe:
         return bool(self._seen)
 
     def close(self) -> dict[int, Tensor]:
-        """Remove the hook and return the whole parameters, by the id of their shards.
+        """Remove the hook; return parameters by shard id.
 
         Call it after the backward pass, when the modules hold their shards again.
         """
@@ -93,10 +95,11 @@ class UnshardedParameterProbe:
 
 
 class SequenceGradientProbe:
-    """Probe of one forward and backward pass of a training; changes nothing in it.
+    """Probe of gradients over a sequence, in training.
 
-    Measures a fused recurrent layer by the gradient of its input at each step, and a module that is called once a step
-    by the gradient of what each call returned.
+    Observes one forward and backward pass without a read on the host, and changes nothing in it. Measures a fused
+    recurrent layer by the gradient of its input at each step, and a module that is called once a step by the gradient
+    of what each call returned.
 
     Args:
         parameters: Ids of the parameters that are applied again and again.
@@ -113,9 +116,10 @@ class SequenceGradientProbe:
         ]
 
     def close(self) -> Tensor | None:
-        """Remove the hooks and return the time tilt, float32 [], in decades.
+        """Remove the hooks; return the time tilt, decades.
 
-        None without a sequence of ten steps.
+        Float32 []: log10 of the gradient at the last tenth of the sequence over that at the first. None without a
+        sequence of ten steps.
         """
         for hook in self._hooks:
             hook.remove()
@@ -161,7 +165,7 @@ class SequenceGradientProbe:
 
 
 class SandboxedSequenceProbe:
-    """Probe of the recurrent layers and cells of a module in a sandbox.
+    """Probe of gradients over a sandboxed sequence.
 
     It puts hooks on the module. It measures the gradient of a layer's input at each step, and of a cell's input at each
     call.
@@ -181,7 +185,7 @@ class SandboxedSequenceProbe:
                 layer.register_forward_pre_hook(self._before_cell)
 
     def take(self) -> float | None:
-        """Return the time tilt since the last call, in decades.
+        """Return the time tilt since last asked, decades.
 
         None without a sequence of ten steps.
         """
@@ -211,7 +215,7 @@ class SandboxedSequenceProbe:
 def _observe_input(
     layer: nn.RNNBase, args: tuple[Any, ...], keep: Callable[[Tensor], None]
 ) -> tuple[Any, ...] | None:
-    """Hook a layer's input, to pass the norms of its gradient to ``keep``.
+    """Pass norms of an input's gradient to ``keep``.
 
     There is one norm for each of T steps, float32 [T].
 
@@ -234,11 +238,11 @@ def _differentiable(x: Tensor) -> Tensor:
 
 
 def _time_tilt(norms: Tensor) -> Tensor:
-    """Return log10 of the last tenth's mean norm over the first tenth's, float32 []."""
+    """Return log10 of last over first tenth, float32 []."""
     tenth, tiny = max(1, len(norms) // 10), torch.finfo(torch.float32).tiny
     first, last = norms[:tenth].mean().clamp(min=tiny), norms[-tenth:].mean().clamp(min=tiny)
     return torch.log10(last / first)
 
 
 def _nothing() -> None:
-    """Stand in for the removal of a hook that was not installed."""
+    pass

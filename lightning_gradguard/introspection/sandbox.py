@@ -1,4 +1,4 @@
-"""A sandbox for a module: inside it, the module works on copies of everything that it holds."""
+"""Run a module or its step on copies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, 
 
 @contextmanager
 def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
-    """Let a module be run, trained and changed, and restore everything afterwards.
+    """Run and change a module, and restore everything.
 
     Parameters, buffers and attributes of the module and its submodules (numbers, containers, tensors, random
     generators, objects of the user's classes) are replaced by copies; the originals stay untouched and are put back at
@@ -75,7 +75,7 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
 
 @dataclass(frozen=True)
 class SandboxedStep:
-    """A training step: a model, a batch, and the function that computes the loss.
+    """Training step that can run without a trace.
 
     Attributes:
         module: The model.
@@ -94,7 +94,9 @@ class SandboxedStep:
 
     @contextmanager
     def sandbox(self) -> Iterator[Callable[[Any], Any]]:
-        """Run the step on copies: restore the module, gradients, random numbers and the optimizer's settings.
+        """Run the step on copies.
+
+        Module, gradients, random numbers and the optimizer's settings are restored at the end.
 
         Yields:
             A function that copies something else, such as the batch.
@@ -120,7 +122,7 @@ class SandboxedStep:
 
 
 def index_arguments(module: nn.Module, number: int) -> tuple[int, ...]:
-    """Return the arguments that a LightningModule's ``training_step`` takes after the batch.
+    """Return what ``training_step`` takes after the batch.
 
     As in Lightning, a second argument of any name is the index of the batch.
 
@@ -141,7 +143,7 @@ def index_arguments(module: nn.Module, number: int) -> tuple[int, ...]:
 
 
 def loss_in(output: Any) -> Tensor:
-    """Return the loss in the output of ``training_step``: the output itself, or its entry "loss".
+    """Return a step's output, or its entry "loss".
 
     Args:
         output: A tensor, or a mapping that holds it.
@@ -176,7 +178,10 @@ class _Copier:
             module.__dict__.update(held)
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of a value; a module stays itself and holds copies from now on."""
+        """Return a copy of a value.
+
+        A module stays itself and holds copies from now on.
+        """
         if isinstance(value, (str, bytes, int, float, complex, bool, type(None), *_CODE)):
             return value
         if id(value) not in self._copies:
@@ -191,7 +196,7 @@ class _Copier:
         return self._copies[id(value)][1]
 
     def _empty(self, value: Any) -> Any:
-        """Return a copy without the contents, or the value itself if it is not to be copied."""
+        """Return an empty copy, or the value itself."""
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, torch.Generator):
@@ -271,7 +276,7 @@ class _Copier:
 
 @contextmanager
 def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the states of the global generators: torch's, Python's, and NumPy's if it is in use."""
+    """Restore the generators of torch, Python and NumPy."""
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     numpy, python = sys.modules.get("numpy"), random.getstate()
     state = numpy.random.get_state() if numpy is not None else None

@@ -1,4 +1,4 @@
-"""The change that a fix makes, as data: one field for each thing that can be changed, so that changes combine."""
+"""Make changes to batches and forward passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ MIN_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a training; the default changes nothing.
+    """Change of a training; the default changes nothing.
+
+    Each field is one thing that can be changed, so that changes combine.
 
     Attributes:
         activation: Name in `torch.nn.functional` of the function that replaces each layer's activation.
@@ -53,7 +55,7 @@ class Change:
 
     @property
     def fields(self) -> frozenset[str]:
-        """Names of the fields that differ from the default."""
+        """Names of the fields that are set."""
         plain = Change()
         return frozenset(
             f.name
@@ -63,7 +65,7 @@ class Change:
 
     @property
     def changes_forward(self) -> bool:
-        """True if functions of the forward pass are replaced."""
+        """True if functions of the forward pass change."""
         return bool(self.fields & {"activation", "normalise", "skip", "shorten", "lipschitz"})
 
     def __or__(self, other: Change) -> Change:
@@ -81,27 +83,27 @@ class Change:
 
 
 class Scale(NamedTuple):
-    """Mean and standard deviation of a tensor, of all elements or of each feature."""
+    """Mean and standard deviation of a tensor."""
 
     mean: Tensor
     deviation: Tensor
 
     @classmethod
     def of_targets(cls, batch: Any) -> Scale | None:
-        """Return the scale of a batch's targets; None without floating-point targets."""
+        """Return the scale of floating-point targets, or None."""
         target = inputs_and_targets(batch)[1]
         return None if target is None else cls.of_tensor(target)
 
     @classmethod
     def of_tensor(cls, x: Tensor) -> Scale:
-        """Return the scale of all finite elements of a tensor."""
+        """Return the scale of a tensor's finite elements."""
         x = x.detach().float()
         x = x[x.isfinite()]
         return cls(x.mean(), x.std(unbiased=False).clamp(min=torch.finfo(torch.float32).tiny))
 
     @classmethod
     def of_features(cls, x: Tensor) -> Scale:
-        """Return the scale of each column of a table; of all elements if it is no table, or short."""
+        """Return the scale of each column, if possible."""
         if x.ndim != 2 or len(x) < MIN_EXAMPLES or not bool(x.isfinite().all()):
             return cls.of_tensor(x)
         x = x.detach().float()
@@ -110,12 +112,12 @@ class Scale(NamedTuple):
         return cls(x.mean(0), torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Subtract the mean and divide by the standard deviation."""
+        """Standardize a tensor."""
         return ((x - self.mean) / self.deviation).to(x.dtype)
 
 
 def prepare_batch(batch: Any, change: Change, target_scale: Scale | None = None) -> Any:
-    """Return the batch with standardized inputs or targets, where the change asks for it.
+    """Standardize inputs or targets, as the change says.
 
     Args:
         batch: Nested containers of tensors; see `inputs_and_targets` for which are the inputs and the targets.
@@ -146,7 +148,7 @@ def half(batch: Any) -> Any:
 
 
 class SwappedForward(LayerMode):
-    """Mode in which the forward pass runs with a change.
+    """Mode that changes the forward pass.
 
     The last layer of the pass makes the output. It stays as it is, and so does an activation after it, which belongs to
     the loss; only with residual blocks its input is normalized.
@@ -165,7 +167,7 @@ class SwappedForward(LayerMode):
         self._dropped = frozenset(inner[1::2] if change.shorten else ())
 
     def on_layer(self, call: LayerCall, function: Function) -> Tensor:
-        """Run a layer with the changes before and after it."""
+        """Run a layer with the changes around it."""
         if call.number in self._dropped:
             return call.input * 1  # a new tensor, by which its activation is recognized
         x = call.input
@@ -184,7 +186,7 @@ class SwappedForward(LayerMode):
         return out
 
     def on_activation(self, call: LayerCall, name: str, function: Function, x: Tensor) -> Tensor:
-        """Run the activation, or the one that replaces it."""
+        """Run an activation, or its replacement."""
         if call.number >= self._structure.last:
             return super().on_activation(call, name, function, x)
         if call.number in self._dropped:
@@ -201,7 +203,7 @@ class SwappedForward(LayerMode):
 
 
 def normalised(x: Tensor, weight: Tensor, *, by_example: bool = False) -> Tensor:
-    """Bring a tensor to zero mean and unit variance, as a new normalization layer does.
+    """Normalize a tensor as a new layer does.
 
     Each feature or channel is normalized over the batch. A sequence is normalized over the features of each step, and a
     batch of one example over its features.
