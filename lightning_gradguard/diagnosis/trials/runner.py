@@ -70,7 +70,7 @@ def try_fixes(
     """
     cause = diagnosis.causes[0]
     if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or context.decayed):
-        reason = "No fix was tried: none that can be tried concerns the most likely cause."
+        reason = "No fix was tried: none for this cause can be tried on a copy of the model."
         return dataclasses.replace(diagnosis, trials=(reason,))
     try:
         step = sandboxed_step_of()
