@@ -181,10 +181,10 @@ def _describe(path: Path, bundle: dict[str, Any]) -> str:
         shown = shown.relative_to(Path.cwd())
     lines = [f"Flight record: {shown} ({megabytes(path.stat().st_size)})"]
     if bundle["left_out"]:
-        lines.append(f"Not in it: {'; '.join(bundle['left_out'])}")
+        lines.append(f"Left out: {'; '.join(bundle['left_out'])}")
     if bundle["parts"]:
         command = f"gradguard replay {shlex.quote(str(shown))} --module {bundle['module']['class']}"
-        lines.append(f"Replay it: {command}")
+        lines.append(f"Replay the step: {command}")
     return "\n".join(lines)
 
 

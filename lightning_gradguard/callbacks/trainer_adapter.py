@@ -255,6 +255,6 @@ def check_first_batch(
         warn(
             trainer,
             f"GradGuard: the check-up of the first batch found {count}: {found}. To see all checks, print "
-            "GradGuard.checkup.",
+            "the callback's attribute checkup.",
         )
     return result

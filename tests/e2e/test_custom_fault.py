@@ -166,7 +166,9 @@ def test_the_flight_record_has_the_finding(halted):
     assert str(replay(guard.bundle, Net()))
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@pytest.mark.filterwarnings(
+    "ignore::lightning_gradguard.GradientWarning", "ignore:You're resuming from a checkpoint"
+)
 def test_a_run_that_resumes_with_the_active_fault_halts_at_the_same_step(halted):
     *_, error, _, _, folder = halted
     guard = make_guard()
