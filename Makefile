@@ -4,12 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST ?= build/oldest
+# Tests run side by side, on eight cores at most. The tests of a file share a process, and so what they have set up.
+WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-oldest lint docs bench browser clean help
+.PHONY: demo test test-long test-oldest lint docs bench browser clean help
 
 help:
 	@echo "make demo         see the whole product work on real images, then open TensorBoard"
-	@echo "make test         run the tests"
+	@echo "make test         run the tests but for the long ones"
+	@echo "make test-long    run the long ones, and those with random examples once more with many"
 	@echo "make test-oldest  run them with the oldest versions of torch, Lightning and the rest that are allowed"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the documentation: build/docs/index.html"
@@ -21,11 +24,14 @@ demo: $(STAMP)
 	$(BIN)/gradguard demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest $(WORKERS) -m "slow or hypothesis" --hypothesis-profile=thorough
 
 # Old versions warn of much that is no concern of ours, which is then no error.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -W default
+	$(OLDEST)/bin/python -m pytest $(WORKERS) -W default
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

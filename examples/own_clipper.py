@@ -1,4 +1,4 @@
-"""A clipper of one's own in under twenty lines: no tensor's gradient is larger than a share of its weight.
+"""A clipper of your own is one class. This one limits each tensor's gradient to a multiple of its weight.
 
 python examples/own_clipper.py
 """
@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from lightning_gradguard import Guard
-from lightning_gradguard.clippers.base import Clip, NoState, tensor_clip
-from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.clippers import Clip, NoState, tensor_clip
+from lightning_gradguard.stats import GradStats
 
 
 @dataclass(frozen=True)
 class RelativeClip:
-    """Limits ‖g‖ to ``limit`` · ‖w‖ in each tensor, and to ``limit`` · ``eps`` where the weight is less than that."""
+    """Limits ‖g‖ of each tensor to ``limit`` · max(‖w‖, ``eps``)."""
 
     limit: float = 1.0
     eps: float = 1e-3
 
-    # With these signatures to the letter, a YAML file can name it, too.
+    # With exactly these signatures a YAML file can name it, too.
     def init(self, stats: GradStats) -> Any:
         return NoState()
 

@@ -1,17 +1,16 @@
-"""A detector of one's own in under twenty lines: it flags a single tensor that has nearly all of the gradient.
+"""A detector of your own is one class. This one finds a tensor that holds nearly all of the gradient.
 
 python examples/own_detector.py
 """
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
 
-from lightning_gradguard import Fault, GradientWarning, Guard
-from lightning_gradguard.detectors.base import NoState, reading
+from lightning_gradguard import Fault, GradientWarning, Guard, Policy
+from lightning_gradguard.detectors import NoState, reading
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Lopsided:
     """Raised when one tensor holds more than ``limit`` of the squared global norm."""
 
     limit: float = 0.8
-    fault: ClassVar[Fault] = Fault.EXPLODING
-    measures: ClassVar[tuple[str, ...]] = ("share of one tensor in the squared gradient norm",)
+    fault = Fault.custom("lopsided")
+    measures = ("share of one tensor in the squared gradient norm",)
 
     def init(self, stats):
         return NoState()
@@ -34,7 +33,8 @@ def main() -> tuple:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     nn.init.constant_(model[1].weight, 100.0)
-    guard = Guard(model.named_parameters(), detectors=[Lopsided()])
+    policy = Policy(respond={"lopsided": "warn"})
+    guard = Guard(model.named_parameters(), detectors=[Lopsided()], policy=policy)
     loss = model(torch.randn(16, 8)).square().mean()
     loss.backward()
     report = guard.step(loss=loss)

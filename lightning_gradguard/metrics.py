@@ -1,7 +1,7 @@
 """Torchmetrics for gradients: mean norm, share of clipped steps, and share of spikes in a series.
 
-``update`` reads nothing on the host and ignores values that are NaN or infinite. ``compute`` pools the steps of all ranks,
-and returns NaN before the first value.
+``update`` reads nothing on the host and ignores values that are NaN or infinite. ``compute`` pools the steps of all
+ranks, and returns NaN before the first value.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in all that is started; workers run side by side
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -23,6 +26,7 @@ settings.register_profile("quick", max_examples=15, **COMMON)
 settings.register_profile("thorough", max_examples=100, **COMMON)
 settings.load_profile("quick")
 
+torch.set_num_threads(1)
 HERE = Path(__file__).parent
 
 

@@ -74,7 +74,7 @@ def test_fabric_loop():
 def test_flight_recorder(capsys):
     answer = load("flight_recorder").main()
     assert (answer.verdict, answer.step, answer.rows) == (Recurrence.DATA_DEPENDENT, 10, (5,))
-    assert "Row 5 of batch 10 brings it" in capsys.readouterr().out
+    assert "Row 5 of batch 10 causes it" in capsys.readouterr().out
 
 
 def test_cli(monkeypatch):
@@ -90,7 +90,7 @@ def test_cli(monkeypatch):
 
 def test_own_detector():
     (finding,) = load("own_detector").main()
-    assert finding.detector == "Lopsided"
+    assert (finding.detector, finding.fault.value) == ("Lopsided", "lopsided")
     assert finding.parameters[0] == "0.weight"
 
 

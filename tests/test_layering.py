@@ -42,6 +42,7 @@ LAYERS = {
         "torch", "numpy", *LIGHTNING, "stats", "detectors", "clippers", "introspection", "engine", "diagnosis",
         "guard", "policy", "loggers", "flight_recorder", "injections",
     },
+    "signals": {"detectors", "clippers", "stats"},
     "autoload": {"callbacks"},
     "cli": {"torch", "numpy", "rich", "sklearn", *LIGHTNING, "*"},
     "": {"*"},

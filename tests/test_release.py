@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         "py.typed",
         "html_report/templates/page.html",
         "diagnosis/templates/diagnosis.css",
-        "callbacks/guard.py",
+        "callbacks/grad_guard.py",
     } - files == set()
     assert {path.name for path in wheel.iterdir()} == {
         "lightning_gradguard",
@@ -111,6 +111,7 @@ def test_what_the_wheel_says_of_itself(wheel):
         assert dict(group) == {"gradguard": "lightning_gradguard.autoload:callbacks"}
 
 
+@pytest.mark.slow
 @needs_sources
 def test_what_was_built_runs(wheel, tmp_path):
     """From the unpacked wheel, beside which there is no checkout."""

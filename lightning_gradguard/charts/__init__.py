@@ -1,1 +1,1 @@
-"""Pictures drawn from plain arrays."""
+"""Pictures drawn from plain arrays, and their labels. Only this folder imports matplotlib."""

@@ -1,4 +1,8 @@
-"""The cells of a picture of layers by steps: their colours, the same in every picture, and how many there are."""
+"""Heat maps of layers by steps: the meaning of a cell, colours, binned rows, and the picture for TensorBoard.
+
+A cell is the log10 of a layer's gradient RMS (root mean square) at a step. NaN stands for a gradient that is NaN or
+Inf, `BLANK` for no gradient. Every picture of the package uses these colours on this scale, so pictures compare.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +21,42 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-#: Colour axis in decades, the same for all runs, so that pictures compare.
+#: Ends of the colour scale, log10; the same for all runs.
 SCALE = (-10.0, 2.0)
-#: A cell without a gradient. NaN stands for a gradient that is NaN or Inf.
+#: A cell without a gradient.
 BLANK = -math.inf
 #: Colours of cells that are no number, and of marks above the picture.
 NONFINITE_COLOUR, BLANK_COLOUR, CLIPPED_COLOUR = "magenta", "lightgrey", "darkorange"
+#: Rows that can be told apart in the picture for TensorBoard; more are binned.
+ROWS = 64
+
+# What is legible on a TensorBoard card.
+_SIZE, _DPI, _FONT, _STROKE = (4.8, 3.2), 150, 8, 0.4
+_LABELS, _LABEL_ROOM = 16, 18
+# Position of the cells in the figure, and of the marks above them.
+_LEFT, _WIDTH, _BOTTOM, _HEIGHT = 0.25, 0.625, 0.135, 0.605
+_TOP = _BOTTOM + _HEIGHT + 0.09
+
+
+class Marks(NamedTuple):
+    """Marks above the picture.
+
+    Attributes:
+        clipped: One byte for each column, 1 if a step was clipped.
+        skipped: One byte for each column, 1 if a step was skipped.
+        faults: Name of a fault to the step at which it was first found.
+    """
+
+    clipped: bytes
+    skipped: bytes
+    faults: Mapping[str, int]
 
 
 def paint(cells: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Return one pixel for each cell.
 
     Args:
-        cells: [rows, columns], log10 gradient RMS; NaN is not finite, `BLANK` no gradient. Values beyond `SCALE` get
-            the colour of its end.
+        cells: [rows, columns]. Values beyond `SCALE` get the colour of its end.
 
     Returns:
         uint8 [rows, columns, 4]: red, green, blue, and full opacity.
@@ -44,10 +70,10 @@ def paint(cells: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def cells_uri(cells: NDArray[np.floating]) -> str:
-    """Return the cells as the data URI of a PNG, one pixel a cell.
+    """Return the data URI of a PNG with one pixel for each cell.
 
     Args:
-        cells: [rows, columns], as `paint` takes them.
+        cells: [rows, columns].
     """
     from matplotlib.image import imsave
 
@@ -57,12 +83,12 @@ def cells_uri(cells: NDArray[np.floating]) -> str:
 
 
 def scale_uri() -> str:
-    """Return the colours of `SCALE` from left to right as the data URI of a PNG, one pixel high."""
+    """Return the data URI of a PNG, one pixel high, with the colours of `SCALE` from left to right."""
     return cells_uri(np.linspace(*SCALE, 97).reshape(1, -1))
 
 
 def decode_png(png: bytes) -> NDArray[np.uint8]:
-    """Return the pixels of a PNG with opacity.
+    """Return the pixels of a PNG that has an opacity channel.
 
     Args:
         png: The file.
@@ -79,14 +105,14 @@ def decode_png(png: bytes) -> NDArray[np.uint8]:
 def bin_rows(
     names: Sequence[str], cells: NDArray[np.floating], most: int
 ) -> tuple[list[str], NDArray[np.floating]]:
-    """Reduce the rows to at most ``most`` by showing the worst cell of each bin.
+    """Reduce the rows to at most ``most``, and show the worst cell of each bin.
 
     The worst cell of a column is one that is not finite, else the one farthest from the column's median.
 
     Args:
         names: One for each row.
-        cells: [rows, columns], as `paint` takes them.
-        most: Rows that can still be told apart.
+        cells: [rows, columns].
+        most: Largest number of rows.
 
     Returns:
         The name of each bin's first row, and the cells [bins, columns].
@@ -103,46 +129,14 @@ def bin_rows(
     return [names[i] for i in starts], np.take_along_axis(cells, worst, axis=0)
 
 
-def _colour_scale() -> ScalarMappable:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    return ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
-
-
-#: Rows that can still be told apart; more are binned.
-ROWS = 64
-
-_SIZE, _DPI, _FONT, _STROKE = (4.8, 3.2), 150, 8, 0.4  # what is legible on a card
-_LABELS, _LABEL_ROOM = 16, 18
-# Where the cells lie on the figure, and where the strip above them ends.
-_LEFT, _WIDTH, _BOTTOM, _HEIGHT = 0.25, 0.625, 0.135, 0.605
-_TOP = _BOTTOM + _HEIGHT + 0.09
-
-
-class Marks(NamedTuple):
-    """What is shown on the strip above the picture.
-
-    Attributes:
-        clipped: One byte a column, 1 where a step was clipped.
-        skipped: One byte a column, 1 where a step was skipped.
-        faults: Fault to the step at which it was first found.
-    """
-
-    clipped: bytes
-    skipped: bytes
-    faults: Mapping[str, int]
-
-
 def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: int, marks: Marks) -> bytes:
-    """Draws a heat map, without pyplot and its global state, so on any thread.
+    """Draw the picture for TensorBoard. It uses no global state of pyplot, so any thread may draw.
 
     Args:
         names: Layers from input (top) to output (bottom).
-        cells: float32 [layers, columns], log10 gradient RMS; NaN is not finite, -inf no gradient.
+        cells: float32 [layers, columns].
         first: Step at which the first column begins.
-        stride: Steps a column stands for.
+        stride: Steps that a column stands for.
         marks: What happened in each column.
 
     Returns:
@@ -163,11 +157,19 @@ def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: i
     _draw_events(figure, span, marks)
     _draw_faults(figure, span, marks.faults)
     for text in figure.findobj(Text):
-        # TensorBoard shrinks pictures by leaving out pixels, which thin strokes do not survive.
+        # TensorBoard shrinks pictures by dropping pixels, and thin strokes would disappear.
         text.set_path_effects([withStroke(linewidth=_STROKE, foreground="black")])
     file = io.BytesIO()
     canvas.print_png(file)  # type: ignore[no-untyped-call]
     return file.getvalue()
+
+
+def _colour_scale() -> ScalarMappable:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
 
 
 def _draw_cells(
@@ -179,22 +181,21 @@ def _draw_cells(
     axes.imshow(paint(rows), aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
     shown = range(0, len(labels), math.ceil(len(labels) / _LABELS))
     axes.set_yticks([i + 0.5 for i in shown])
-    # ASCII, since the font lacks many other letters; no math, since a dollar sign begins no formula here.
+    # ASCII, since the font lacks many other characters; no math, since a dollar sign begins no formula here.
     short = [shorten(labels[i], _LABEL_ROOM).encode("ascii", "replace").decode() for i in shown]
     axes.set_yticklabels(short, parse_math=False)
     steps = [x for x in MaxNLocator(5, integer=True).tick_values(*span) if span[0] <= x <= span[1]]
     axes.set_xticks(steps, [f"{x:,.0f}" for x in steps])
     axes.tick_params(labelsize=_FONT, length=2)
     axes.set_xlabel("step", fontsize=_FONT, labelpad=2)
-    scale = figure.colorbar(
-        _colour_scale(), cax=figure.add_axes((_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT))
-    )
+    place = (_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)
+    scale = figure.colorbar(_colour_scale(), cax=figure.add_axes(place))
     scale.set_ticks(range(int(SCALE[0]), int(SCALE[1]) + 1, 2))
     scale.ax.tick_params(labelsize=_FONT, length=2)
 
 
 def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
-    """Two rows above the cells: where steps were skipped, and where they were clipped."""
+    """Draw two rows above the cells: which steps were skipped, and which were clipped."""
     from matplotlib.colors import to_rgba
 
     rows = {"skipped": (marks.skipped, NONFINITE_COLOUR), "clipped": (marks.clipped, CLIPPED_COLOUR)}
@@ -211,7 +212,7 @@ def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
 
 
 def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int]) -> None:
-    """A triangle where each fault was first found, and its name in one of two lines where there is room."""
+    """Draw a triangle where each fault was first found, and its name in one of two lines if there is room."""
     taken = [0.0, 0.0]
     for fault, step in sorted(faults.items(), key=lambda item: item[1]):
         x = _LEFT + _WIDTH * min(max((step - span[0]) / (span[1] - span[0]), 0.0), 1.0)
@@ -220,8 +221,7 @@ def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int
         middle = min(max(x, half), 1 - half)
         for line, end in enumerate(taken):
             if middle - half > end:
-                figure.text(
-                    middle, _TOP + 0.03 + 0.04 * line, fault, fontsize=_FONT, ha="center", va="bottom"
-                )
+                y = _TOP + 0.03 + 0.04 * line
+                figure.text(middle, y, fault, fontsize=_FONT, ha="center", va="bottom")
                 taken[line] = middle + half
                 break

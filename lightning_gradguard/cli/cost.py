@@ -1,4 +1,4 @@
-"""``gradguard cost``: time a guarded step on a model's gradients, beside a bare norm and torch's clipping."""
+"""``gradguard cost``: time a guarded step beside a bare norm and torch's clipping."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(spec: str, clipper: str, steps: int, console: Console) -> None:
 
 
 def table(timings: Timings) -> Table:
-    """Return a table of milliseconds per step, and of ratios to a bare norm and to torch's clipping."""
+    """Return a table of times, and of ratios to a bare norm and to torch's clipping."""
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("each step", no_wrap=True)
     for head in ("mean\nms", "median\nms", f"times\n{BARE}", f"times\n{CLIP}"):
@@ -111,7 +111,7 @@ def clipper_of(name: str) -> Clipper:
 
 
 def model_of(spec: str) -> nn.Module:
-    """Import a model, or call a function or class that returns one; modules in the current folder are found too.
+    """Import a model, or a function or class that returns one.
 
     Args:
         spec: Module and name, such as ``train:make_model`` or ``train:Model``.
@@ -152,7 +152,7 @@ def measure(
     more: Arms | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Time `Guard.step` on ordinary steps, beside a bare norm of all gradients and ``clip_grad_norm_``.
+    """Time `Guard.step` on ordinary steps beside a bare norm and ``clip_grad_norm_``.
 
     All run in one process, one after the other in each step, in an order that is shuffled at each step.
 
@@ -191,7 +191,7 @@ def measure(
 def _time_in_turns(
     arms: Arms, rounds: int, training: SyntheticTraining, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each arm in each round; all arms run once in a round, in shuffled order."""
+    """Return each arm's seconds in each round, in which all run once in shuffled order."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order, generator = list(arms), random.Random(0)
     for _ in range(rounds):
@@ -208,9 +208,10 @@ def _time_in_turns(
 
 
 class SyntheticTraining:
-    """An ordinary training without a forward pass: random gradients that vary a little, moving weights, a falling loss.
+    """An ordinary training without a forward pass.
 
-    Takes twice the memory of the parameters, which are changed.
+    Gradients are random and vary a little, weights move, and the loss falls. Takes twice the memory of the parameters,
+    which are changed.
 
     Args:
         model: Model whose trainable parameters get gradients.
@@ -238,9 +239,10 @@ class SyntheticTraining:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write this step's gradients again, as a backward pass would, so that each arm finds them alike in memory.
+        """Write this step's gradients again, as a backward pass would.
 
-        They are new tensors, as after ``zero_grad``, so that nothing can be cached for them.
+        So each arm finds them alike in memory. They are new tensors, as after ``zero_grad``, so that nothing can be
+        cached for them.
         """
         torch._foreach_copy_(self._places, self._kept)
         self.gradients = [place.detach() for place in self._places]
@@ -285,24 +287,25 @@ class Timings:
     clipped: float = 0.0
 
     def step(self, arm: str) -> Spread:
-        """Return the seconds of a step, as the mean over a cycle; see `over_a_cycle`."""
+        """Return the seconds of a step, as the mean over a cycle."""
         return over_a_cycle(_cycles(self.seconds[arm]))
 
     def median(self, arm: str) -> float:
-        """Return the seconds of the median step, which leaves out the costly one in each cycle."""
+        """Return the seconds of the median step, without the costly one in each cycle."""
         return statistics.median(self.seconds[arm])
 
     def ratio(self, arm: str, base: str) -> Spread:
-        """Return the seconds of an arm over those of another in the same round, as the mean over a cycle.
+        """Return the seconds of an arm over those of another, as the mean over a cycle.
 
-        Anything that slows the machine down for a while slows both, so the ratio varies less than either.
+        Both are of the same round. Anything that slows the machine down for a while slows both, so the ratio varies
+        less than either.
         """
         pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
         return over_a_cycle(_cycles([mine / other for mine, other in pairs]))
 
 
 def over_a_cycle(cycles: list[list[float]]) -> Spread:
-    """Return the mean over the places in a cycle of the median, and of the quartiles, over the cycles.
+    """Return median and quartiles over the cycles, averaged over the places in a cycle.
 
     So a step that costs more in every cycle counts in full, and an interruption by another program does not.
 

@@ -1,4 +1,4 @@
-"""``gradguard demo``: diagnose, fix and protect trainings on 1,797 real images of digits, in three acts."""
+"""``gradguard demo``: diagnose, fix and protect trainings on real images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ WIDTH, LAYERS, BATCH = 64, 12, 32
 
 
 def run(folder: Path, epochs: int = 12) -> None:
-    """Run the three acts; what an earlier demo wrote to the folder is deleted.
+    """Run the three acts of the demo.
+
+    What an earlier demo wrote to the folder is deleted.
 
     Args:
         folder: Folder to log to; the runs are written to ``demo`` in it.
@@ -53,7 +55,7 @@ def run(folder: Path, epochs: int = 12) -> None:
 
 
 def _halt_and_diagnose(console: Console, folder: Path, epochs: int) -> Remedy:
-    """Train a network that cannot learn until it is halted, and return the first suggested fix."""
+    """Train a network that cannot learn, and return the first suggested fix."""
     console.rule(f"Act 1: a network of {LAYERS} sigmoid layers, which does not learn")
     torch.manual_seed(0)
     guard = GradGuard(policy=Policy.strict(), trials=True)
@@ -87,7 +89,7 @@ def _train_with_fix(console: Console, folder: Path, epochs: int, fix: Remedy) ->
 
 
 def _protect_from_bad_images(console: Console, folder: Path, epochs: int) -> None:
-    console.rule("Act 3: a healthy network, one NaN image and one image 10,000 times too bright")
+    console.rule("Act 3: one NaN image, and one image 10,000 times too bright")
     torch.manual_seed(0)
     network = Digits("relu", layers=3)
     bare = train("3_corrupt_unprotected", folder, network, epochs=epochs, guard=None, corrupt=True)
@@ -200,7 +202,7 @@ def train(
 
 @contextmanager
 def _single_thread_and_own_warnings(console: Console) -> Iterator[None]:
-    """Run on one thread, which is fastest for so small a network, and print only GradGuard's warnings."""
+    """Run on one thread, fastest for so small a network, and print only GradGuard's warnings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
     for logger in loggers:

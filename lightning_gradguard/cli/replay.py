@@ -27,7 +27,7 @@ _HEADLINES = {
 
 
 def run(path: Path, spec: str | None, texts: Sequence[str], device: str) -> None:
-    """Print a summary of a flight record; with a module, replay its step and print the result.
+    """Print a summary of a flight record, or replay its step with a module.
 
     Args:
         path: The flight record.
@@ -54,7 +54,7 @@ def run(path: Path, spec: str | None, texts: Sequence[str], device: str) -> None
 
 
 def summary(bundle: dict[str, Any], path: Path) -> str:
-    """Return what a bundle holds as text: how training ended, the diagnosis, the contents, how to replay it.
+    """Return a bundle's contents as text.
 
     Args:
         bundle: The bundle.
@@ -99,7 +99,9 @@ def _contents(bundle: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """Parse ``name=value`` pairs and JSON objects; a value that is not JSON is a string.
+    """Parse ``name=value`` pairs and JSON objects.
+
+    A value that is not JSON is a string.
 
     Args:
         texts: The words after ``--args``.

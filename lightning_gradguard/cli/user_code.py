@@ -12,11 +12,11 @@ from typing import Any
 
 
 class CommandError(ValueError):
-    """Input that a command cannot use; the message names it and what to enter instead."""
+    """Raised when a command cannot use its input; the message says what to enter instead."""
 
 
 def import_object(spec: str, argument: str) -> Any:
-    """Import an object by its module and its name; modules in the current folder are found too.
+    """Import an object by module and name, also from the current folder.
 
     Args:
         spec: Module and name, such as ``train:Model`` or ``train:Model.Inner``.

@@ -103,7 +103,8 @@ class Bounds(NamedTuple):
     """Norms within which the next ``WINDOW - 1`` steps are not clipped, if all steps until then lie there; float32.
 
     Attributes:
-        low, high: [P], bounds of each tensor's norm; 0 for one without a gradient now, NaN where nothing is certain.
+        low: [P], lower bound of each tensor's norm; 0 for one without a gradient now, NaN where nothing is certain.
+        high: [P], upper bound, by the same rule.
         weights: [P], weight of each tensor in the mean of log‖g‖, divided by how far that may be from its level.
         level: [], mean of log‖g‖ of the tensors that count, in the same unit.
     """

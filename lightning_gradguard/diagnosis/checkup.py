@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import Fault, Finding, Severity
 
 if TYPE_CHECKING:
@@ -197,15 +197,12 @@ def _loss_of_training_step(module: nn.Module) -> Callable[[Any], Tensor]:
         raise ValueError(
             "the module optimizes by hand, so its training_step cannot be run alone; pass loss_of="
         )
+    arguments = index_arguments(module, 0)
 
     def loss_of(batch: Any) -> Tensor:
         for name in ("log", "log_dict"):  # there is no logger; the sandbox restores the methods
             setattr(module, name, lambda *args, **kwargs: None)
-        output = step(batch, 0)
-        value = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(value, Tensor):
-            raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-        return value
+        return loss_in(step(batch, *arguments))
 
     return loss_of
 

@@ -1,4 +1,4 @@
-"""What a person in trouble is told: what happened, where, since when, why, and what to do, best first."""
+"""A diagnosis: what happened, where, since when, why, and what to do, best first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Cause(str, Enum):
-    """Why gradients fall sick."""
+    """Causes of a fault."""
 
     SATURATING_ACTIVATION = "saturating_activation"
     BAD_INITIALIZATION = "bad_initialization"
@@ -40,20 +40,20 @@ class Cause(str, Enum):
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something to do about it.
+    """A fix for a fault.
 
     Attributes:
-        name: What, in a few words.
-        how: A line of code that does it.
-        tried: Whether it was tried on the live model.
-        before: Tilt before, in decades from the input (or the first step of a sequence) to the output; None if it was
-            not tried, or could not be measured.
-        after: The same with the remedy.
-        loss: Loss on the batch of the trial after a few virtual steps with the remedy; None if they were not taken.
+        name: Name of the fix, in a few words.
+        how: A line of code that makes it.
+        tried: True if it was tried on copies of the live model.
+        before: Tilt without the fix: decades (factors of ten) by which gradients shrink from the output to the input,
+            or from the last to the first step of a sequence. None if it was not tried or could not be measured.
+        after: Tilt with the fix.
+        loss: Loss on the batch of the trial after a few trial steps with the fix; None if none were taken.
         note: Why it could not be tried; empty otherwise.
         change: What a trial of it changes; None if it cannot be tried.
-        profile: log10(‖g‖/‖w‖) of each of `Diagnosis.layers` with the remedy; -inf where there is no gradient, inf
-            where it is not finite, NaN where the layer is no longer there. Empty if it was not tried.
+        profile: log10(‖g‖/‖w‖) of each of `Diagnosis.layers` with the fix; -inf without a gradient, inf if it is NaN or
+            Inf, NaN if the layer no longer exists. Empty if it was not tried.
         key: Identity: the same for the same fix with other numbers in its name. The name if not given.
     """
 
@@ -74,16 +74,16 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The newest n steps, as a picture shows them.
+    """The newest n steps, as a heat map shows them.
 
     Attributes:
-        steps: Their numbers, oldest first.
+        steps: Numbers of the steps, oldest first.
         layers: Names of L tensors, input first.
-        rms_log10: [L][n], log10 of the root mean square of each gradient before clipping; NaN where it is not finite,
-            -inf where there is none or all is zero.
-        skipped: [n], whether the step was skipped; empty if none was.
-        clipped: [n], whether it was clipped; empty if none was.
-        losses: [n], NaN where it is not known; empty if none is.
+        rms_log10: [L][n], log10 of the root mean square of each gradient before clipping; NaN if it is NaN or Inf, -inf
+            if there is none or all of it is zero.
+        skipped: [n], True if the step was skipped; may be empty.
+        clipped: [n], True if the step was clipped; may be empty.
+        losses: [n], loss of the step, NaN if it is not known; may be empty.
 
     Raises:
         ValueError: If the lengths do not agree.
@@ -112,20 +112,20 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a critical finding came about.
+    """The diagnosis of a critical finding.
 
     Attributes:
-        fault: What is wrong.
-        step: Where the condition began.
-        parameters: Tensors concerned, worst first.
-        signs: What was measured, a sentence each.
-        causes: Most likely first; never empty.
-        evidence: For each cause, the numbers that speak for it.
-        remedies: Best first.
-        trials: How remedies were tried, or why none could be: a sentence each; empty if that was not asked for.
-        timeline: The newest steps before the diagnosis, if they are known.
-        layers: Names of the layers' weights that remedies were tried on, input first; empty if none was.
-        profile: log10(‖g‖/‖w‖) of each in the trial without a remedy, as `Remedy.profile`.
+        fault: The fault.
+        step: Step at which it began.
+        parameters: Affected tensors, worst first.
+        signs: Symptoms: what was measured, one sentence each.
+        causes: Causes, most likely first; never empty.
+        evidence: A sentence for each cause, with the numbers that support it.
+        remedies: Fixes, best first.
+        trials: How fixes were tried, or why none could be, one sentence each; empty if trials were not requested.
+        timeline: The newest steps before the diagnosis; None if they are not known.
+        layers: Names of the layers' weights in the trials, input first; empty if no fix was tried.
+        profile: log10(‖g‖/‖w‖) of each layer in the trial without a fix, as `Remedy.profile`.
     """
 
     fault: Fault
@@ -136,19 +136,19 @@ class Diagnosis:
     evidence: dict[Cause, str] = field(default_factory=dict)
     remedies: tuple[Remedy, ...] = ()
     trials: tuple[str, ...] = ()
-    # What is only drawn is not compared: it may hold NaN, which is not equal to itself.
+    # Not compared, since they may hold NaN, which is not equal to itself.
     timeline: Timeline | None = field(default=None, repr=False, compare=False)
     layers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        """What happened, where, since when; then signs, causes with their evidence, remedies: plain text."""
+        """Return plain text: what happened, where, since when; then symptoms, causes, fixes, where to look further."""
         return rendering.to_text(self)
 
     def to_markdown(self) -> str:
-        """The same in Markdown, for TensorBoard's text tab and the like."""
+        """Return the same in Markdown, as TensorBoard's Text tab shows it."""
         return rendering.to_markdown(self)
 
     def to_html(self) -> str:
-        """The same as one self-contained HTML page, with pictures of the newest steps and of what was tried."""
+        """Return the same as one self-contained HTML page, with charts of the newest steps and of the fixes tried."""
         return rendering.to_html(self)

@@ -127,6 +127,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
+        case Cause.UNKNOWN if c.fault.is_custom:
+            return [change_response(c.fault)]
         case Cause.UNKNOWN if c.decayed:
             return [lower_weight_decay(c), ONE_BATCH]
         case Cause.UNKNOWN:
@@ -211,13 +213,13 @@ def _rank(context: DiagnosticContext) -> int:
 # Sequences.
 
 LSTM = Remedy(
-    "LSTM, or GRU",
+    "LSTM or GRU",
     "rnn = nn.LSTM(input_size, hidden_size, batch_first=True)  # in place of nn.RNN",
     change=Change(gates="LSTM"),
 )
 GRU = Remedy("GRU", "rnn = nn.GRU(inputs, width)  # in place of nn.RNN", change=Change(gates="GRU"))
 REMEMBERING_LSTM = Remedy(
-    "LSTM that begins by remembering",
+    "LSTM with a forget-gate bias of 3",
     "rnn = nn.LSTM(inputs, width); rnn.bias_ih_l0.data[width : 2 * width] = 3.0  # in place of nn.RNN",
     change=Change(gates="LSTM", initialise="orthogonal"),
 )
@@ -228,12 +230,12 @@ ORTHOGONAL = Remedy(
 )
 #: The forget gate of an LSTM, or the update gate of a GRU, begins by keeping the state.
 REMEMBERING_GATES = Remedy(
-    "Gates that begin by remembering",
+    "Gates that keep the state at the start",
     "nn.init.orthogonal_(rnn.weight_hh_l0); rnn.bias_ih_l0.data[width : 2 * width] = 3.0",
     change=Change(initialise="orthogonal"),
 )
 TRUNCATED_BACKPROPAGATION = Remedy(
-    "Truncated backpropagation through time", "state = state.detach()  # every 20 steps or so"
+    "Truncated backpropagation through time", "state = state.detach()  # about every 20 steps"
 )
 
 
@@ -247,18 +249,18 @@ def is_gated(context: DiagnosticContext) -> bool:
 # The graph.
 
 RIGHT_OPTIMIZER = Remedy(
-    "Give the optimizer the parameters that the loss depends on",
+    "Give the optimizer the parameters of the model that is trained",
     "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from",
 )
 STRAIGHT_THROUGH = Remedy(
     "Straight-through gradient",
-    "h = h + (torch.round(h) - h).detach()  # rounded forward, as if it were not backward",
+    "h = h + (torch.round(h) - h).detach()  # rounded in the forward pass only",
 )
 NO_DETACH = Remedy(
-    "Take out what cuts the graph",
-    "h = layer(h)  # and no .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()",
+    "Remove what cuts the graph",
+    "h = layer(h)  # without .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()",
 )
-FREEZE = Remedy("Freeze the layers, if they are not to be trained", "layer.requires_grad_(False)")
+FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
 
 # Data.
 
@@ -269,15 +271,15 @@ STANDARD_INPUT = Remedy(
 )
 STANDARD_TARGET = Remedy(
     "Standardize the targets",
-    "y = (y - mean) / std  # and prediction * std + mean to go back",
+    "y = (y - mean) / std  # and prediction * std + mean afterwards",
     change=Change(target=True),
 )
 DROP_BAD_ROWS = Remedy(
-    "Leave them out", "keep = torch.isfinite(x).flatten(1).all(1); x, y = x[keep], y[keep]"
+    "Drop these rows", "keep = torch.isfinite(x).flatten(1).all(1); x, y = x[keep], y[keep]"
 )
-FILL_IN = Remedy("Fill in what is missing", "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)")
-LOOK_AT_BATCH = Remedy("Look at the batch", "print(x.aminmax(), y.aminmax())")
-ONE_BATCH = Remedy("See whether one batch can be learned at all", "trainer = Trainer(overfit_batches=1)")
+FILL_IN = Remedy("Replace NaN and Inf by 0", "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)")
+LOOK_AT_BATCH = Remedy("Inspect the batch", "print(x.aminmax(), y.aminmax())")
+ONE_BATCH = Remedy("Check that the model can learn a single batch", "trainer = Trainer(overfit_batches=1)")
 
 
 def normalize_inputs(context: DiagnosticContext) -> Remedy:
@@ -290,14 +292,20 @@ def look_at_bad_rows(context: DiagnosticContext) -> Remedy:
     """Return code that prints the rows with NaN or Inf, or finds them."""
     rows = list(context.bad_rows or ())[:8]
     how = f"print(x[{rows}], y[{rows}])" if rows else "print((~x.isfinite()).flatten(1).any(1).nonzero())"
-    return Remedy("Look at the rows that are not finite", how)
+    return Remedy("Inspect the rows with NaN or Inf", how)
+
+
+def change_response(fault: Fault) -> Remedy:
+    """Return a policy that warns of a custom fault and goes on."""
+    how = f'guard = GradGuard(policy=Policy(respond={{"{fault.value}": "warn"}}))  # or "ignore"'
+    return Remedy("Change the response to this fault", how)
 
 
 # The loss and the number format.
 
-HUBER = Remedy("A loss that grows linearly", "loss = nn.functional.huber_loss(prediction, y)")
+HUBER = Remedy("Huber loss, which grows linearly", "loss = nn.functional.huber_loss(prediction, y)")
 STEEP_LOSS = Remedy(
-    "A loss that is steep where the model is wrong",
+    "Non-saturating loss, steep where the model is wrong",
     "loss = -nn.functional.logsigmoid(logits).mean()  # in place of logsigmoid(-logits).mean()",
 )
 SPECTRAL_NORMALIZATION = Remedy(
@@ -305,26 +313,31 @@ SPECTRAL_NORMALIZATION = Remedy(
     "layer = nn.utils.parametrizations.spectral_norm(layer)  # each layer of the critic",
     change=Change(lipschitz=True),
 )
-DETECT_ANOMALY = Remedy("Find the operation", "torch.autograd.set_detect_anomaly(True)")
+DETECT_ANOMALY = Remedy("Find the operation that makes NaN or Inf", "torch.autograd.set_detect_anomaly(True)")
 BFLOAT16 = Remedy("bfloat16, which has the range of float32", 'trainer = Trainer(precision="bf16-mixed")')
 SCALE_LOSS = Remedy(
-    "Scale the loss, as Trainer does by itself in this mode", 'trainer = Trainer(precision="16-mixed")'
+    "Loss scaling, which Trainer does in this mode", 'trainer = Trainer(precision="16-mixed")'
 )
 FLOAT32_LOSS = Remedy("Compute the loss in float32", "loss = loss_fn(logits.float(), y)")
 
-_POSITIVE_LOG, _POSITIVE_ROOT = "Keep the logarithm's argument above 0", "Keep the root's argument above 0"
+_POSITIVE_LOG, _POSITIVE_ROOT = (
+    "Keep the argument of the logarithm above 0",
+    "Keep the argument of the square root above 0",
+)
 _NONZERO = "Keep the denominator away from 0"
 #: Risky operation to its stable form.
 _STABLE = {
     "Log": Remedy(_POSITIVE_LOG, "log_p = torch.log(p.clamp_min(1e-8))"),
     "Xlogy": Remedy(_POSITIVE_LOG, "entropy = torch.xlogy(p, p.clamp_min(1e-8))"),
-    "Logit": Remedy("Keep the argument inside 0 and 1", "logit = torch.logit(p, eps=1e-6)"),
+    "Logit": Remedy("Keep the argument of logit between 0 and 1", "logit = torch.logit(p, eps=1e-6)"),
     "Sqrt": Remedy(_POSITIVE_ROOT, "root = torch.sqrt(x + 1e-12)"),
     "Rsqrt": Remedy(_POSITIVE_ROOT, "root = torch.rsqrt(x + 1e-12)"),
     "Div": Remedy(_NONZERO, "ratio = x / (y + 1e-8)"),
     "Reciprocal": Remedy(_NONZERO, "ratio = 1 / (y + 1e-8)"),
-    "Exp": Remedy("Bound the exponent", "e = torch.exp(x.clamp_max(30))"),
-    "Acos": Remedy("Stay inside the arc cosine's range", "angle = torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))"),
+    "Exp": Remedy("Bound the argument of exp", "e = torch.exp(x.clamp_max(30))"),
+    "Acos": Remedy(
+        "Keep the argument of acos between -1 and 1", "angle = torch.acos(x.clamp(-1 + 1e-6, 1 - 1e-6))"
+    ),
 }
 _LOGITS_SOFTMAX = Remedy(
     "Cross-entropy of the logits",
@@ -353,7 +366,7 @@ WARM_UP = Remedy(
     "Warm up the learning rate",
     "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)",
 )
-CLIP = Remedy("Clip spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
+CLIP = Remedy("Clip gradient spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
 
 
 def clip_spikes(context: DiagnosticContext) -> Remedy | None:
@@ -372,9 +385,9 @@ def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -
     if not current > 0:
         return None
     if rate is not None and rate < lowered_rate(context):
-        why = "gives an update ratio of at most 0.02 at the start"
+        why = "the first steps change a layer by at most 0.02 of its size"
     elif ratio > LARGEST_UPDATE:
-        why = f"update ratio {number(ratio)} is {number(ratio / LARGEST_UPDATE)} x the limit {LARGEST_UPDATE}"
+        why = f"steps are {number(ratio / LARGEST_UPDATE)} times the limit of {LARGEST_UPDATE}"
     rate = lowered_rate(context) if rate is None else rate
     name = f"Lower the learning rate from {number(current)} to {number(rate)}"
     how = f"lr = {number(rate)}  # was {number(current)}; {why}"
@@ -407,7 +420,7 @@ def raise_learning_rate(context: DiagnosticContext) -> Remedy:
         ratio = context.typical_gradient
     if ratio > 0:
         higher = round_down(min(max(TYPICAL_UPDATE / ratio, typical), 100 * typical))
-        note += f"; gives an update ratio of about {number(higher * ratio)}"
+        note += f"; a step then changes a layer by about {number(higher * ratio)} of its size"
     name = f"Raise the learning rate from {number(rate)} to {number(higher)}"
     return Remedy(name, f"lr = {number(higher)}  # {note}", key="raise learning rate")
 

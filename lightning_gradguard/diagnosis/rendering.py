@@ -1,6 +1,8 @@
-"""A diagnosis as plain text, Markdown, HTML, and on a terminal.
+"""Render a diagnosis as plain text, Markdown, HTML, and in colour on a terminal.
 
-Sentences are plain text in which names stand in backticks; whatever else they hold is escaped for each form.
+Sentences are plain text with names in backticks; everything else is escaped for each form. The order is the same in
+all: what happened, where and since when; the most likely cause and the first fix; symptoms; causes; fixes; where to
+look further.
 """
 
 from __future__ import annotations
@@ -11,68 +13,77 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from lightning_gradguard.diagnosis.wording import listing, number
-from lightning_gradguard.results import Fault
+from lightning_gradguard.diagnosis.wording import further_reading, headline, listing, number, quote
 
 if TYPE_CHECKING:
-    from lightning_gradguard.diagnosis.diagnosis import Diagnosis, Remedy
+    from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
 
 #: Columns of the plain text; short enough for a traceback, a log file and a terminal.
 WIDTH = 100
 
-HEADLINES = {
-    Fault.NONFINITE: "The gradients or the loss are NaN or infinite",
-    Fault.UNDERFLOW: "Gradients are too small for the precision they are held in",
-    Fault.DISCONNECTED: "Layers that are in use get no gradient",
-    Fault.DEAD: "Most units of a layer are dead: their gradient is exactly zero",
-    Fault.VANISHING: "Gradients vanish on their way from the output to the input",
-    Fault.VANISHING_IN_TIME: "Gradients vanish on their way back through the sequence",
-    Fault.EXPLODING: "Gradients explode",
-    Fault.SPIKE: "The gradient of this step is far above the usual",
-    Fault.OVERSIZED_UPDATE: "Steps are too large for the weights",
-    Fault.STALLED: "The weights hardly move, and the loss stands still",
-}
+_SYMPTOMS, _CAUSES, _FIXES = "Symptoms", "Causes, most likely first", "Fixes, best first"
 
 
 def to_text(diagnosis: Diagnosis) -> str:
-    """Plain text of at most `WIDTH` columns, save for names and code that are longer."""
-    lines = _wrapped(f"{HEADLINES[diagnosis.fault]}, {_since(diagnosis)}.", "", "")
-    lines += ["", "Signs"]
-    for sign in diagnosis.signs:
-        lines += _wrapped(sign, "  - ", "    ")
-    lines += ["", "Causes, most likely first"]
+    """Render plain text of at most `WIDTH` columns, except for longer names and code.
+
+    Args:
+        diagnosis: The diagnosis to render.
+    """
+    lines = _wrapped(f"{headline(diagnosis.fault)}, {_since(diagnosis)}.")
+    lines += _wrapped(_summary(diagnosis))
+    lines += ["", _SYMPTOMS]
+    for symptom in _symptoms(diagnosis):
+        lines += _wrapped(symptom, "  - ", "    ")
+    lines += ["", _CAUSES]
     for rank, (cause, evidence) in enumerate(_causes(diagnosis), 1):
         lines += _wrapped(f"{cause}. {evidence}", f"  {rank}. ", "     ")
-    if diagnosis.remedies:
-        lines += ["", *_remedy_table(diagnosis.remedies)]
-    if diagnosis.trials:
-        lines += ["", *_wrapped(" ".join(diagnosis.trials), "", "")]
+    if diagnosis.remedies or diagnosis.trials:
+        lines += ["", _FIXES]
+    lines += _wrapped(" ".join(diagnosis.trials), "  ", "  ")
+    for rank, remedy in enumerate(diagnosis.remedies, 1):
+        lines.append(f"  {rank}. {_one_line(remedy.name)}")
+        lines += [f"       {line}" for line in remedy.how.splitlines()]
+        lines += _wrapped(_trial(remedy), "     ", "     ")
+    lines += ["", *_wrapped(_further(diagnosis))]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def to_markdown(diagnosis: Diagnosis) -> str:
-    """Markdown with a table, as TensorBoard's text tab and GitHub show it."""
+    """Render Markdown with a table, as TensorBoard's Text tab and GitHub show it.
+
+    Args:
+        diagnosis: The diagnosis to render.
+    """
     md = _markdown
-    lines = [f"### {md(HEADLINES[diagnosis.fault])}", "", f"**{md(_capital(_since(diagnosis)))}.**", ""]
-    lines += ["#### Signs", "", *(f"- {md(sign)}" for sign in diagnosis.signs), ""]
-    lines += ["#### Causes, most likely first", ""]
+    lines = [f"### {md(headline(diagnosis.fault))}", "", f"**{md(_capital(_since(diagnosis)))}.**", ""]
+    lines += [md(_summary(diagnosis)), ""]
+    lines += [f"#### {_SYMPTOMS}", "", *(f"- {md(symptom)}" for symptom in _symptoms(diagnosis)), ""]
+    lines += [f"#### {_CAUSES}", ""]
     lines += [f"{i}. **{md(cause)}.** {md(text)}" for i, (cause, text) in enumerate(_causes(diagnosis), 1)]
+    if diagnosis.remedies or diagnosis.trials:
+        lines += ["", f"#### {_FIXES}"]
+    for sentence in diagnosis.trials:
+        lines += ["", md(sentence)]
     if diagnosis.remedies:
         tried = _any_tried(diagnosis.remedies)
-        head = ["", "Remedy", "How", *(["Tilt before", "Tilt after", "Loss"] if tried else [])]
-        lines += ["", "#### Remedies, best first", "", _row(head), _row(["---"] * len(head))]
+        head = ["", "Fix", "How", *(["Tilt before", "Tilt after", "Loss"] if tried else [])]
+        lines += ["", _row(head), _row(["---"] * len(head))]
         for rank, remedy in enumerate(diagnosis.remedies, 1):
             name = f"{remedy.name} ({remedy.note})" if remedy.note else remedy.name
             lines.append(
                 _row([str(rank), md(name), _markdown_code(remedy.how), *(_numbers(remedy) if tried else [])])
             )
-    for sentence in diagnosis.trials:
-        lines += ["", md(sentence)]
+    lines += ["", md(_further(diagnosis))]
     return "\n".join(lines) + "\n"
 
 
 def to_html(diagnosis: Diagnosis) -> str:
-    """One self-contained HTML page with pictures of what is known; nothing is fetched and no script runs."""
+    """Render one self-contained HTML page with charts; it loads nothing and runs no script.
+
+    Args:
+        diagnosis: The diagnosis to render.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -88,10 +99,14 @@ def to_html(diagnosis: Diagnosis) -> str:
     pages.filters["decade"] = lambda exponent: f"{float(exponent):g}".replace("-", "−")
     return pages.get_template("diagnosis.html").render(
         diagnosis=diagnosis,
-        headline=HEADLINES[diagnosis.fault],
+        headline=headline(diagnosis.fault),
         since=_capital(_since(diagnosis)),
+        summary=_summary(diagnosis),
+        headings={"symptoms": _SYMPTOMS, "causes": _CAUSES, "fixes": _FIXES},
+        symptoms=_symptoms(diagnosis),
         causes=_causes(diagnosis),
         tried=_any_tried(diagnosis.remedies),
+        further=_further(diagnosis),
         heat=charts.heat_map(diagnosis.timeline, diagnosis.step, diagnosis.parameters),
         panels=charts.fix_panels(diagnosis),
         size={"width": charts.WIDTH, "height": charts.HEIGHT},
@@ -100,11 +115,11 @@ def to_html(diagnosis: Diagnosis) -> str:
 
 
 def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
-    """Prints in colour where ``file`` is a terminal and rich is there, else as plain text.
+    """Print in colour if ``file`` is a terminal and rich is installed, else as plain text.
 
     Args:
-        diagnosis: What to print.
-        file: Where to; standard output if None.
+        diagnosis: The diagnosis to print.
+        file: Stream to print to; standard output if None.
     """
     try:
         from rich.console import Console
@@ -115,25 +130,13 @@ def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
     # Built as a Text, so that a name such as "[red]" is not read as markup.
     text = Text(to_text(diagnosis))
     text.highlight_regex(r"\A[^\n]*(\n[^\n]+)*", "bold red")
-    text.highlight_regex(r"(?m)^(Signs|Causes, most likely first|Remedies, best first)\b", "bold")
+    text.highlight_regex(rf"(?m)^({_SYMPTOMS}|{_CAUSES}|{_FIXES})$", "bold")
     text.highlight_regex(r"`[^`]*`", "cyan")
     text.highlight_regex(r"(?m)^ {7}.*$", "green")
     Console(file=file, highlight=False, soft_wrap=True).print(text)
 
 
-def _remedy_table(remedies: tuple[Remedy, ...]) -> list[str]:
-    """Name and, where any was tried, its tilts in columns; the code below each."""
-    tried = _any_tried(remedies)
-    title = "Remedies, best first"
-    width = max(len(title), *(len(_line(r.name)) + 5 for r in remedies))
-    lines = [f"{title:{width}}  {'tilt before':>11}  {'after':>6}  {'loss':>8}" if tried else title]
-    for rank, remedy in enumerate(remedies, 1):
-        before, after, loss = _numbers(remedy)
-        numbers = f"  {before:>11}  {after:>6}  {loss:>8}" if tried else ""
-        lines.append(f"{f'  {rank}. {_line(remedy.name)}':{width}}{numbers}")
-        lines += [f"       {line}" for line in remedy.how.splitlines()]
-        lines += _wrapped(f"({remedy.note})", " " * 5, " " * 5) if remedy.note else []
-    return lines
+# What the forms have in common.
 
 
 def _since(diagnosis: Diagnosis) -> str:
@@ -141,8 +144,44 @@ def _since(diagnosis: Diagnosis) -> str:
     return f"since step {diagnosis.step}{where}"
 
 
+def _summary(diagnosis: Diagnosis) -> str:
+    """Return the most likely cause, if one is known, and the first fix."""
+    cause = diagnosis.causes[0]
+    sentences = [f"Most likely cause: {_words(cause)}."] if cause.value != "unknown" else []
+    if diagnosis.remedies:
+        sentences.append(f"Fix to try first: {_one_line(diagnosis.remedies[0].name)}.")
+    return " ".join(sentences)
+
+
+def _symptoms(diagnosis: Diagnosis) -> list[str]:
+    """Return the symptoms that are not repeated as evidence for a cause."""
+    evidence = set(diagnosis.evidence.values())
+    return [symptom for symptom in diagnosis.signs if symptom not in evidence]
+
+
 def _causes(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    return [(_capital(c.value.replace("_", " ")), diagnosis.evidence.get(c, "")) for c in diagnosis.causes]
+    return [(_capital(_words(cause)), diagnosis.evidence.get(cause, "")) for cause in diagnosis.causes]
+
+
+def _words(cause: Cause) -> str:
+    return cause.value.replace("_", " ")
+
+
+def _further(diagnosis: Diagnosis) -> str:
+    tags, page = further_reading(diagnosis.fault)
+    listed = ", ".join(quote(tag) for tag in tags[:-1]) + (" and " if len(tags) > 1 else "") + quote(tags[-1])
+    return f"See also {listed} in TensorBoard, and {page}."
+
+
+def _trial(remedy: Remedy) -> str:
+    """Return what a trial of the fix measured, or why it was not tried; empty if there is nothing to say."""
+    if remedy.note:
+        return f"({remedy.note})"
+    if not remedy.tried:
+        return ""
+    before, after, loss = _numbers(remedy)
+    tilt = f"tilt {before or 'not measurable'} -> {after}" if after else "tilt not measurable"
+    return f"Tried: {tilt}{f', loss {loss}' if loss else ''}."
 
 
 def _any_tried(remedies: tuple[Remedy, ...]) -> bool:
@@ -150,13 +189,13 @@ def _any_tried(remedies: tuple[Remedy, ...]) -> bool:
 
 
 def _numbers(remedy: Remedy) -> list[str]:
-    """Tilts in decades and the loss, as far as they are known."""
+    """Return the tilts before and after, in decades, and the loss; empty if unknown."""
     loss = "" if remedy.loss is None else number(remedy.loss)
     return [_tilt(remedy.before), _tilt(remedy.after), loss]
 
 
 def _tilt(decades: float | None) -> str:
-    # Of what is rounded to nothing the sign says nothing.
+    # A number that rounds to 0 has no sign.
     return "" if decades is None else f"{round(decades, 1) or 0.0:.1f}"
 
 
@@ -164,13 +203,16 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _wrapped(text: str, first: str, rest: str) -> list[str]:
+# Plain text, Markdown and HTML.
+
+
+def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
     return textwrap.wrap(
-        _line(text),
+        _one_line(text),
         WIDTH,
         initial_indent=first,
         subsequent_indent=rest,
@@ -179,13 +221,9 @@ def _wrapped(text: str, first: str, rest: str) -> list[str]:
     )
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _spans(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
-    """Text with its backticked parts through ``code`` and the others through ``plain``."""
-    parts = re.split(r"`([^`]*)`", _line(text))
+    """Return the text with its backticked parts through ``code`` and the others through ``plain``."""
+    parts = re.split(r"`([^`]*)`", _one_line(text))
     return "".join(code(part) if i % 2 else plain(part) for i, part in enumerate(parts))
 
 
@@ -204,13 +242,17 @@ def _markdown_plain(text: str) -> str:
 
 
 def _markdown_code(code: str) -> str:
-    """A code span; text where it holds a bar, which GitHub and TensorBoard escape differently in code."""
+    """Return a code span; plain text if it has a bar, which GitHub and TensorBoard escape differently in code."""
     code = "; ".join(line.strip() for line in code.splitlines())
     if "|" in code or not code:
         return _markdown_plain(code)
     fence = "``" if "`" in code else "`"
     pad = " " if code.startswith("`") or code.endswith("`") else ""
     return f"{fence}{pad}{code}{pad}{fence}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _html(text: str) -> str:

@@ -1,1 +1,1 @@
-"""The flight recorder: the bundle that a halted run leaves, and the replay of its step."""
+"""The flight recorder: bundles of halted runs, and their replay."""

@@ -1,4 +1,4 @@
-"""Find the rows of a batch that cause a fault: a part that shows it is halved until single rows are left."""
+"""Find the rows of a batch that cause a fault, by halving the parts that show it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def bisect_rows(shows_fault: Callable[[Tensor], bool], count: int, most: int) ->
 
 
 def keep_rows(kept: Sequence[int], count: int) -> Tensor:
-    """Return the index of the row at each place of a batch if only some rows are kept.
+    """Return the row at each place of a batch that keeps only some rows.
 
     Kept rows stay at their places and are repeated at the others. The batch keeps its size, so that random numbers fall
     on the same rows as before.

@@ -1,4 +1,7 @@
-"""The bundle, a flight record as a file: write it whole or not at all, limit its size, read it without running code."""
+"""The bundle: a flight record as a file.
+
+It is written whole or not at all, limited in size, and read without running code from it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ _NAME = re.compile(r"step-(\d+)(?:-rank(\d+))?\.pt")
 
 
 class ReplayError(ValueError):
-    """Raised when a file is not a flight record, or cannot be replayed with the given module.
+    """Raised when a flight record cannot be read or replayed.
 
     The message says on one line what is wrong and what to do.
     """
@@ -61,7 +64,7 @@ def file_name(step: int, rank: int, world_size: int) -> str:
 
 
 def limit_size(bundle: dict[str, Any], max_bytes: int) -> None:
-    """Remove the weights, and then the batch, from a bundle that is too large.
+    """Remove weights, and then the batch, from a bundle that is too large.
 
     Args:
         bundle: Changed in place; what is removed is listed under ``left_out``.
@@ -78,7 +81,7 @@ def limit_size(bundle: dict[str, Any], max_bytes: int) -> None:
 
 
 def write_bundle(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
-    """Write a bundle to a temporary file, move it into place, and delete the oldest ones.
+    """Write a bundle whole or not at all, and delete the oldest ones.
 
     Args:
         bundle: Plain types and tensors.
@@ -155,7 +158,7 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
 
 
 def read_all_ranks(path: str | Path) -> list[dict[str, Any]]:
-    """Read a bundle, and those that the other processes of the run left beside it for the same step.
+    """Read a bundle and those of the other processes beside it.
 
     Ranks whose bundle is missing or cannot be read are listed in the notes of the bundle that was named.
 
@@ -198,7 +201,7 @@ def megabytes(size: float) -> str:
 
 
 class _ErrorKeepingFile:
-    """A file that keeps the error of a failed write, since torch reports only that one failed."""
+    """A file that keeps the error of a failed write, which torch hides."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -225,7 +228,7 @@ def _save(bundle: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def _delete_oldest(folder: Path, rank: int | None, keep: int, newest: Path) -> None:
-    """Delete the oldest bundles of a rank by modification time; one that cannot be deleted stays."""
+    """Delete the oldest bundles of a rank, as far as possible."""
     with contextlib.suppress(OSError):
         own = [
             p for p in folder.iterdir()

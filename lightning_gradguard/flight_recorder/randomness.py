@@ -27,7 +27,10 @@ class Randomness(NamedTuple):
 
 
 def capture() -> Randomness:
-    """Return the current states; nothing is read from a device, since a GPU's generator keeps its state on the host."""
+    """Return the current states.
+
+    Nothing is read from a device: a GPU's generator keeps its state on the host.
+    """
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.get_rng_state() if in_use else None
     numpy = np.random.get_state(legacy=True)
@@ -35,7 +38,7 @@ def capture() -> Randomness:
 
 
 def restore(states: Randomness) -> None:
-    """Set all generators to recorded states; that of a GPU only where there is one."""
+    """Set all generators to recorded states, as far as there is such a device."""
     torch.set_rng_state(states.torch)
     if states.cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states.cuda)

@@ -1,4 +1,4 @@
-"""Rebuild the module of a bundle: construct it from recorded hyper-parameters, then load recorded weights."""
+"""Rebuild a recorded module: construct it, then load its weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mappin
 
 
 def _recorded_arguments(bundle: dict[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
-    """Return the hyper-parameters that a class takes, passed as Lightning's ``load_from_checkpoint`` passes them."""
+    """Return the recorded hyper-parameters that a class takes.
+
+    They are passed as Lightning's ``load_from_checkpoint`` passes them.
+    """
     recorded = bundle["hyper_parameters"]
     values = {name: decode(value) for name, value in recorded["values"].items()}
     argument = recorded["argument"]
@@ -60,7 +63,9 @@ def _recorded_arguments(bundle: dict[str, Any], kind: Callable[..., Any]) -> dic
 
 @torch.no_grad()
 def load_weights(module: nn.Module, bundle: dict[str, Any], device: torch.device) -> None:
-    """Load the recorded weights, buffers and modes into a module, each tensor in its recorded dtype.
+    """Load recorded weights, buffers and modes into a module.
+
+    Each tensor gets its recorded dtype.
 
     Args:
         module: Changed in place, or not at all if this raises.

@@ -1,4 +1,4 @@
-"""`replay`: run a recorded step again, and tell if its fault comes from the model, from the data, or from neither."""
+"""`replay`: run a recorded step again and tell where its fault comes from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE_INPUT = 10.0
 def replay(
     bundle: str | Path, module: nn.Module, *, device: str = "cpu", other: Any = None, most: int = 64
 ) -> Replay:
-    """Run the step of a flight record again, forward and backward, and tell where its fault comes from.
+    """Run a recorded step again and tell where its fault comes from.
 
     The module gets the recorded weights and keeps them. Its training step runs without a Trainer, in the recorded
     precision, on copies:
@@ -42,8 +42,8 @@ def replay(
 
     The verdict:
 
-    - **reproducible**: the fault occurs in 1, and in every pass of 3 and 4. The cause is in the model, its weights or
-      the loss.
+    - **reproducible**: the fault occurs in 1, and the other data in 3 and 4 do not remove it. The cause is in the
+      model, its weights or the loss.
     - **data-dependent**: the fault occurs in 1, but not without certain rows, with another batch, or with standardized
       inputs. The cause is in the data, or in how the model handles such data.
     - **transient**: the fault does not occur in 1. The cause is something that the record does not hold: a hardware
@@ -122,12 +122,12 @@ class _Investigation:
         return self.session.run(batches, **options)
 
     def _is_free_of_fault(self, batch: ReplayBatch, **options: Any) -> bool:
-        """Return True if a pass with other data runs to its end and does not show the fault."""
+        """Return True if a pass with other data ends without the fault and without an error."""
         seen = self._pass([batch], **options)
         return not (self.symptom.is_shown_by(seen) or seen.raised)
 
     def _causing_rows(self, batch: ReplayBatch, most: int) -> BisectResult | None:
-        """Find the rows that cause the fault; None if rows cannot be separated, or the others cause it too."""
+        """Find the rows that cause the fault; None if no rows can be named."""
         count = self.session.length_of(batch)
         if count is None or count < 2:
             self.notes.append(
@@ -142,7 +142,7 @@ class _Investigation:
         return causing
 
     def _some_rows(self, batch: ReplayBatch, causing: BisectResult | None) -> tuple[int, ...]:
-        """Return the rows that cause the fault if they are only some rows of the batch."""
+        """Return the rows that cause the fault; empty if all do."""
         if causing is None or len(causing.all) >= (self.session.length_of(batch) or 0):
             return ()
         return tuple(causing.all)
@@ -217,7 +217,7 @@ class _Investigation:
 
 
 def _differences(own: dict[str, Any], device: torch.device) -> list[str]:
-    """Return sentences on what differs from the machine that recorded the step."""
+    """Return sentences on differences from the recording machine."""
     then, version = str(own["versions"].get("device", "cpu")), str(own["versions"].get("torch", ""))
     notes = []
     if not then.startswith(device.type):

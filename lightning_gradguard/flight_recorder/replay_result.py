@@ -1,4 +1,4 @@
-"""`Replay`: what a replay showed, and how it prints as plain text and in color on a terminal."""
+"""`Replay`: the result of a replay, as plain text and in color."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 100
 
 
 class Recurrence(str, Enum):
-    """Verdict of a replay: if a fault occurs again, and with which data; see `replay`."""
+    """Verdict of a replay; see `replay`."""
 
     REPRODUCIBLE = "reproducible"
     DATA_DEPENDENT = "data-dependent"
@@ -154,7 +154,7 @@ def _labeled(replay: Replay) -> Iterator[tuple[str, str]]:
 
 
 def _row_sentence(replay: Replay) -> str:
-    """Return what is known about the rows that cause the fault; empty if nothing is."""
+    """Return a sentence on the rows that cause the fault; empty if none is known."""
     of_batch = _batch_text(replay)
     if replay.rows:
         which, one = _rows_text(replay), len(replay.rows) == 1

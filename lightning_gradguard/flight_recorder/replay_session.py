@@ -1,4 +1,4 @@
-"""`ReplaySession`: run a recorded step again, as often as needed, and measure its loss and gradients."""
+"""`ReplaySession`: run a recorded step any number of times and measure its gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from lightning_gradguard.introspection.sequence_probe import SandboxedSequencePr
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """One batch of the step: that of one process, and one of those whose gradients were accumulated.
+    """One batch of one process that went into the step.
+
+    With gradient accumulation a process has several.
 
     Attributes:
         rank: Rank of the process.
@@ -95,7 +97,7 @@ class Pass:
 
 
 class ReplaySession:
-    """A module with the recorded weights, on which a recorded step can be run any number of times.
+    """A module with the recorded weights, to run the recorded step on.
 
     Each pass runs on copies, in the recorded precision. The module keeps the recorded weights.
 
@@ -128,7 +130,7 @@ class ReplaySession:
         standardized: bool = False,
         other: Any = None,
     ) -> Pass:
-        """Run forward and backward over some batches, averaging their gradients, and measure the result.
+        """Run forward and backward over some batches and measure the mean gradients.
 
         Args:
             parts: The batches, in order.
@@ -167,7 +169,7 @@ class ReplaySession:
             return Pass() if stub is None else self._measure(stub, times, drew_random)
 
     def origin(self, part: ReplayBatch, backward: int) -> Origin:
-        """Find where the first non-finite number came from, with the recorded random numbers.
+        """Find the origin of the first non-finite number.
 
         Args:
             part: Batch that shows the fault.
@@ -182,7 +184,7 @@ class ReplaySession:
         return find_origin(step, scale=self._scale)
 
     def batch_of(self, part: ReplayBatch, rows: Tensor | None = None) -> Any:
-        """Decode a new copy of a batch onto the device, with the given rows at the places of its own."""
+        """Decode a new copy of a batch onto the device, with some rows replaced."""
 
         def take(tensor: Tensor) -> Tensor:
             if rows is not None and tensor.ndim and len(tensor) == len(rows):
@@ -192,7 +194,7 @@ class ReplaySession:
         return decode(part.batch, take)
 
     def length_of(self, part: ReplayBatch) -> int | None:
-        """Return the rows of a batch: the first dimension of its tensors, or None if they differ in it."""
+        """Return the number of rows of a batch; None if its tensors differ in length."""
         lengths = {
             len(t)
             for _, t in tensors_of(self.batch_of(part))
@@ -204,7 +206,7 @@ class ReplaySession:
         return precision_context(self._precision, self.device)
 
     def _stub(self, part: ReplayBatch, factor: float) -> TrainerStub:
-        """Return a trainer stub for one batch, with the module's buffers as they were before the step."""
+        """Restore the recorded buffers and return a trainer stub for one batch."""
         buffers = tensors_by_name(self.module)
         with torch.no_grad():
             for name, tensor in part.buffers.items():
@@ -220,7 +222,7 @@ class ReplaySession:
         )
 
     def _measure(self, stub: TrainerStub, times: SandboxedSequenceProbe | None, drew_random: bool) -> Pass:
-        """Measure the gradients on the parameters of the optimizer in question."""
+        """Measure the gradients of the optimizer in question."""
         known = tensors_by_name(self.module)
         targets = {id(p) for p in stub.parameters}
         norms = {}
@@ -251,7 +253,7 @@ class ReplaySession:
 
 
 def _why_it_failed(error: Exception, bundle: dict[str, Any], device: torch.device) -> str:
-    """Return one line on why a training step may fail here although it did not when it was recorded."""
+    """Return one line on why a training step fails only in the replay."""
     reason = " ".join(str(error).split())[:200]
     hint = f"; not in the record: {', '.join(bundle['left_out'])}" if bundle["left_out"] else ""
     recorded = str(bundle["versions"].get("device", "cpu"))

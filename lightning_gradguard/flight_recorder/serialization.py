@@ -1,4 +1,7 @@
-"""Convert batches and settings to plain types and tensors, and back; no class is looked up by a name from a file."""
+"""Convert batches and settings to plain types and tensors, and back.
+
+No class is looked up by a name from a file, so reading one runs no code.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,11 @@ class Record(dict[Any, Any]):
 
 
 def encode(value: Any, path: str, left_out: list[str], inside: frozenset[int] = frozenset()) -> Any:
-    """Convert a value to plain types and CPU tensors, each stored without the rest of its storage.
+    """Convert a value to plain types and CPU tensors.
 
-    Supported are tensors, NumPy arrays, numbers, strings, None, lists, tuples, named tuples, sets, mappings,
-    dataclasses and packed sequences, nested to any depth. Anything else decodes to None.
+    A tensor is stored without the rest of its storage. Supported are tensors, NumPy arrays, numbers, strings, None,
+    lists, tuples, named tuples, sets, mappings, dataclasses and packed sequences, nested to any depth. Anything else
+    decodes to None.
 
     Args:
         value: The value; not changed.
@@ -104,7 +108,7 @@ def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
 
 
 def describe(value: Any) -> Any:
-    """Convert dataclasses, enums and containers to dicts, lists and strings for people; there is no way back."""
+    """Convert a value to dicts, lists and strings for people to read."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -117,7 +121,7 @@ def describe(value: Any) -> Any:
 
 
 def size_of(plain: Any) -> int:
-    """Return the bytes that the tensors of an encoded value take on disk; shared storage counts once."""
+    """Return the bytes of an encoded value's tensors; shared storage counts once."""
     storages = {}
     for _, tensor in tensors_of(plain):
         if tensor.layout == torch.strided:
@@ -167,7 +171,10 @@ def _encode_container(value: Any, path: str, left_out: list[str], inside: frozen
 
 
 def _make_class(kind: str, name: str, fields: list[str]) -> Callable[..., Any]:
-    """Make a named tuple or dataclass; refuse names that are not identifiers, since they would be run as code."""
+    """Make a named tuple or dataclass.
+
+    Names that are not identifiers are refused, since they would be run as code.
+    """
     if not all(isinstance(n, str) and n.isidentifier() and not keyword.iskeyword(n) for n in (name, *fields)):
         raise ValueError(f"the record holds a {kind} with invalid names")
     return namedtuple(name, fields) if kind == "namedtuple" else dataclasses.make_dataclass(name, fields)

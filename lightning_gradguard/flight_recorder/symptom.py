@@ -1,4 +1,4 @@
-"""`Symptom`: tell from a single pass if the fault that a step was halted on occurs again."""
+"""`Symptom`: tell from a single pass if the recorded fault occurs again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NORM_TOLERANCE = 0.1
 
 
 class _Measured(NamedTuple):
-    """A quantity that a single pass measures again: its name, its meaning, and where a pass holds it."""
+    """Name and meaning of a quantity, and where a pass holds it."""
 
     name: str
     meaning: str
@@ -57,7 +57,7 @@ _OLD_SENTENCES = {
 
 
 class Symptom:
-    """The fault that a step was halted on, or the error that ended it, as a single pass shows it.
+    """The recorded fault or error, as a single pass shows it.
 
     A pass shows the fault if:
 

@@ -1,8 +1,7 @@
-"""`TrainerStub`: run a module's own training step without a Trainer and without taking optimizer steps."""
+"""`TrainerStub`: run a training step without a Trainer and without optimizer steps."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.introspection.batch import is_finite
+from lightning_gradguard.introspection.sandboxed_step import index_arguments, loss_in
 from lightning_gradguard.stats.parameters import select
 
 
 class TrainerStub:
-    """Runs one training step up to the optimizer step in question. Use it in a `sandbox`, since it changes the module.
+    """Stand-in for the Trainer that runs one training step, up to the optimizer step in question.
 
-    Optimizer steps do nothing and nothing is logged. All passes use the recorded weights, those before the step in
-    question; with manual optimization, earlier steps of the same batch had run on older weights.
+    Use it in a `sandbox`, since it changes the module. Optimizer steps do nothing and nothing is logged. All passes use
+    the recorded weights, those before the step in question; with manual optimization, earlier steps of the same batch
+    had run on older weights.
 
     Args:
         module: A LightningModule.
@@ -74,10 +75,12 @@ class TrainerStub:
         except _StopReplay:
             return
         if getattr(self.module, "automatic_optimization", True):
-            self._backward(_loss_in(output))
+            self._backward(loss_in(output))
 
     def loss_of(self, batch: Any, number: int, context: AbstractContextManager[Any], backward: int) -> Tensor:
-        """Return the loss of one backward pass with its autograd graph; earlier backward passes are skipped.
+        """Return the loss of one backward pass with its autograd graph.
+
+        Earlier backward passes are skipped.
 
         Args:
             batch: Batch for the training step.
@@ -95,15 +98,15 @@ class TrainerStub:
             if stop.loss is not None:
                 return stop.loss
             raise ValueError("the training step ran fewer backward passes than before") from None
-        return _loss_in(output)
+        return loss_in(output)
 
     def cleared(self, index: int) -> None:
-        """Forget the first non-finite backward pass if the target's gradients were set to zero."""
+        """Forget non-finite gradients of the target that were set to zero."""
         if index == self._target:
             self.first_nonfinite = None
 
     def stepped(self, index: int) -> None:
-        """Count an optimizer step, or end the run if it is the one in question."""
+        """Count an optimizer step; end the run at the one in question."""
         if self._stop is not None and self._steps == self._stop:
             raise _StopReplay(None)
         self._steps += 1
@@ -125,12 +128,9 @@ class TrainerStub:
 
     def _call_training_step(self, batch: Any, number: int, context: AbstractContextManager[Any]) -> Any:
         module: Any = self.module
-        step: Callable[..., Any] = module.training_step
-        needs = inspect.signature(step).parameters
-        if "dataloader_iter" in needs:
-            raise ValueError("the training step reads its batches from dataloader_iter itself")
+        arguments = index_arguments(module, number)
         with context:
-            return step(batch, number) if len(needs) > 1 else step(batch)
+            return module.training_step(batch, *arguments)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         index, self._backwards = self._backwards, self._backwards + 1
@@ -168,7 +168,7 @@ class OptimizerStub:
 
     @property
     def optimizer(self) -> OptimizerStub:
-        """The optimizer itself, under the name that Lightning's wrapper has for it."""
+        """The optimizer itself, as Lightning's wrapper names it."""
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -194,7 +194,7 @@ class OptimizerStub:
 
 
 class _RecordedTrainer:
-    """A trainer that knows recorded numbers alone; its loggers accept everything and write nothing."""
+    """A trainer that holds recorded numbers, with loggers that write nothing."""
 
     def __init__(self, recorded: Mapping[str, Any], optimizers: list[OptimizerStub]) -> None:
         self.__dict__.update(recorded)
@@ -224,21 +224,14 @@ class Idle:
 
 
 class _StopReplay(Exception):
-    """Raised inside a training step to end it at the step, or at the loss, in question."""
+    """Raised inside a training step to end it."""
 
     def __init__(self, loss: Tensor | None) -> None:
         self.loss = loss
 
 
-def _loss_in(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
-    return loss
-
-
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Accept what would be logged."""
+    """Accept any arguments."""
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Reads what the callbacks left in TensorBoard event files, also if the run was killed half way."""
+"""Reading of the event files that the callbacks wrote, also of a run that was killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ReportError(Exception):
 
 @dataclass
 class Track:
-    """What is known of one optimizer.
+    """Everything that was logged for one optimizer.
 
     Attributes:
         layers: Rows of the heat map, from input to output.
@@ -66,7 +66,7 @@ class Track:
 
 @dataclass
 class Run:
-    """What the event files of one folder hold.
+    """Contents of the event files of one folder.
 
     Attributes:
         name: Shortest path that distinguishes it from the other runs.
@@ -97,12 +97,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read_below(folder: Path) -> list[Run]:
     if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder; name the folder that a logger wrote its event files to")
+        raise ReportError(f"{folder} is not a folder; give the folder that a logger wrote its event files to")
     homes = sorted({file.parent for file in folder.rglob("*tfevents*") if file.is_file()})
     if not homes:
         raise ReportError(
-            f"{folder} holds no TensorBoard event files (*tfevents*), nor does a folder below it; "
-            "a run writes them with Trainer(logger=TensorBoardLogger(...))"
+            f"{folder} holds no TensorBoard event files (*tfevents*), and no folder below it does; "
+            "log some with Trainer(logger=TensorBoardLogger(...))"
         )
     if folder in homes:
         homes = [folder]
@@ -110,8 +110,8 @@ def _read_below(folder: Path) -> list[Run]:
     runs = [run for run in map(_read_run, homes, names) if run.tracks]
     if not runs:
         raise ReportError(
-            f"the event files in {folder} hold nothing of gradguard; "
-            "a run writes it with Trainer(callbacks=[GradHistogram(), GradGuard()])"
+            f"the event files in {folder} hold no gradguard data; "
+            "log it with Trainer(callbacks=[GradHistogram(), GradGuard()])"
         )
     return runs
 

@@ -1,4 +1,4 @@
-"""What the page draws, as plain data whose size does not grow with the run."""
+"""Data of the page's figures, whose size does not grow with the run."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ BLANK_CELL, NONFINITE_CELL = -32_768, 32_767
 
 
 def heat_map(track: Track) -> dict[str, Any] | None:
-    """The picture of layers by steps, the same that TensorBoard shows; None where there is nothing to draw.
+    """Return the heat map of layers by steps, as TensorBoard shows it; None if there is nothing to draw.
 
-    Its columns merge as those of `lightning_gradguard.loggers.heatmap.Heatmap` do. Without a `GradGuard` it is put
-    together from histograms, as far as there are any.
+    Its columns merge as those of `lightning_gradguard.loggers.heatmap.Heatmap` do. Without a `GradGuard` it is built
+    from histograms, if there are any.
     """
     names, rows = (track.layers, track.rows) if track.rows else _rows_of_histograms(track)
     if not rows:
         return None
-    # No more columns than rows, lest what was not looked at seems to have no gradient.
+    # No more columns than rows: a step that was not recorded must not look like one without a gradient.
     columns = max(2, min(COLUMNS, max(16, CELLS // len(names)), len(rows)) // 2 * 2)
     picture = Heatmap(names, columns)
     for step, row in rows.items():
@@ -63,7 +63,7 @@ def heat_map(track: Track) -> dict[str, Any] | None:
 
 
 def curve(points: Curve[float]) -> dict[str, Any]:
-    """A curve of at most `POINTS` points: of each stretch the smallest, the largest, and a gap if there is one."""
+    """Return a curve of at most `POINTS` points: of each stretch the smallest, the largest, and a gap if any."""
     steps, values = list(points), np.array(list(points.values()), dtype=np.float64)
     chosen: set[int] = set(range(len(steps)))
     if len(steps) > POINTS:
@@ -79,10 +79,10 @@ def curve(points: Curve[float]) -> dict[str, Any]:
 
 
 def histograms(track: Track) -> tuple[dict[str, dict[str, Any]], int]:
-    """For each tensor its histograms over time, and how many tensors were left out.
+    """Return the histograms of each tensor over time, and the number of tensors left out.
 
-    A column is the square root of the shares of all elements, in 255ths; neighbouring steps are added up where
-    there are too many.
+    A column is the square root of the shares of all elements, in 255ths. Neighbouring steps are added up if there are
+    too many.
     """
     longest = sorted(track.histograms, key=lambda title: -len(track.histograms[title]))[:TENSORS]
     limit = max(8, min(STEPS, COUNTS // (len(EDGES) - 1) // max(1, len(longest))))
@@ -95,7 +95,7 @@ def _columns(records: Curve[NDArray[np.float32]], limit: int) -> dict[str, Any]:
     begins = np.unique(np.linspace(0, len(steps), min(limit, len(steps)), endpoint=False).astype(int))
     summed = np.add.reduceat(counts, begins)
     shares = summed / np.maximum(summed.sum(axis=1, keepdims=True), 1e-12)
-    # Rounded up, so that a single element is still seen.
+    # Rounded up, so that a single element is still visible.
     return {
         "steps": [steps[i] for i in begins],
         "last": steps[-1],
@@ -111,7 +111,7 @@ def thin(items: Sequence[int], most: int) -> list[int]:
 
 
 def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np.float16]]]:
-    """Rows as `Track` has them: RMS from the middles of the bins, zeros in the first."""
+    """Return rows as `Track` has them: RMS from the middles of the bins; the first bin counts as zero."""
     titles = sorted(track.histograms)
     squares = 100.0 ** (np.array(EDGES[:-1]) + 0.25)
     squares[0] = 0
@@ -124,7 +124,7 @@ def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np
 
 
 def _decades(counts: NDArray[np.float32], squares: NDArray[np.float64]) -> float:
-    """log10 RMS of counted elements. What is not finite is not counted, so no count at all means that nothing was."""
+    """Return log10 RMS of counted elements. Only finite ones are counted, so no count at all means not finite: NaN."""
     if not counts.any():
         return math.nan
     mean = float(counts @ squares) / float(counts.sum())

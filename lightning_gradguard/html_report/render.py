@@ -1,4 +1,4 @@
-"""The page: one HTML file that opens from disk, fetches nothing and runs no script but its own."""
+"""The HTML page: one file that opens from disk, fetches nothing and runs no script but its own."""
 
 from __future__ import annotations
 
@@ -24,38 +24,40 @@ from lightning_gradguard.html_report.figures import BLANK_CELL, NONFINITE_CELL
 from lightning_gradguard.html_report.summary import Sheet, charts_of, sheets_of
 from lightning_gradguard.stats.histogram import EDGES
 
-#: Most runs side by side; more columns than that cannot be read.
+#: Largest number of runs side by side; more columns cannot be read.
 RUNS = 12
 
 _SCRIPTS = ("drawing.js", "heatmap.js", "charts.js", "page.js")
-# Raw HTML is escaped; pictures would be fetched, and links lead away from what is only text of a log.
+# Raw HTML is escaped. Pictures would be fetched, and links in logged text could lead anywhere.
 _MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Sheet]:
-    """Reads runs and writes the page about them.
+    """Read runs and write the page about them.
 
     Args:
-        folders: Folders of runs, or folders with such below them.
-        out: The HTML file; what is there is replaced.
+        folders: Folders of runs, or folders with such folders below them.
+        out: The HTML file; an existing file is replaced.
 
     Returns:
-        What the page says of each run.
+        What the page shows of each run.
 
     Raises:
-        ReportError: If a folder holds nothing to report on, or there are too many runs; nothing is written then.
+        ReportError: If a folder holds nothing to report on, or there are too many runs. Nothing is written then.
         OSError: If the file cannot be written.
     """
     runs = read_runs(folders)
     sheets = [sheet for run in runs for sheet in sheets_of(run)]
     if len(sheets) > RUNS:
-        raise ReportError(f"{len(sheets)} runs are too many for one page; name up to {RUNS} of their folders")
+        raise ReportError(
+            f"{len(sheets)} runs are too many for one page; give at most {RUNS} of their folders"
+        )
     out.write_text(render(sheets), encoding="utf-8")
     return sheets
 
 
 def render(sheets: Sequence[Sheet]) -> str:
-    """The page as text."""
+    """Return the page as text."""
     pages = Environment(
         loader=PackageLoader("lightning_gradguard.html_report"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What the page says of a run: verdict, record, findings, and the data of its figures."""
+"""Contents of the page about a run: verdict, record, findings, and the data of its figures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradguard.diagnosis.rendering import HEADLINES
+from lightning_gradguard.diagnosis.wording import headline
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
-from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
+from lightning_gradguard.loggers.findings import TERMS, FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.loggers.tags import NOTES
 from lightning_gradguard.results import Fault, Severity
@@ -32,23 +32,24 @@ CHARTS = {
     "threshold_log10": ("Clip threshold, log10", ()),
 }
 
-_HEADLINES = {fault.value: headline for fault, headline in HEADLINES.items()}
 _PRECEDENCE = {fault.value: fault.precedence for fault in Fault}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The first thing that is read.
+    """The result in one line, which is read first.
 
     Attributes:
         level: "critical", "warning", "healthy" or "unjudged".
         title: In a few words.
         detail: Markdown of one line.
+        terms: Explanation of the terms in ``detail``; may be empty.
     """
 
     level: str
     title: str
     detail: str
+    terms: str = ""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
         findings[::-1][:LISTED],
         diagnoses[:DIAGNOSES],
         next(reversed(track.exponents.values()), ""),
-        [*_notices(run, track), *([f"{left_out} more tensors have histograms."] if left_out else [])],
+        _notices(run, track, left_out),
         {
             "title": title,
             "judged": bool(track.scalars),
@@ -228,14 +229,13 @@ def _verdict(track: Track, groups: Sequence[Group], record: Record) -> Verdict:
         step, row = next(reversed(track.rows.items()), (-2, None))
         is_skipped = row is not None and step + 1 >= record.last and int(row[0]) == SKIPPED
         ended = f" Step {record.last:,}, the last one, was not taken." if is_skipped else ""
-        title = _HEADLINES.get(worst.fault, f"Fault found: {worst.title}")
-        detail = f"{level.capitalize()}, since step {worst.first:,}: {worst.worst.evidence}.{ended}"
-        return Verdict(level, title, detail)
+        detail = f"{level.capitalize()} since step {worst.first:,}. {worst.worst.evidence}.{ended}"
+        return Verdict(level, headline(worst.fault), detail, TERMS.get(worst.fault, ""))
     if not track.scalars:
-        return Verdict("unjudged", "Not judged", "There are histograms, but no `GradGuard` watched this run.")
+        return Verdict("unjudged", "Not judged", "This run has histograms, but no `GradGuard` judged it.")
     notes = sum(group.count for group in groups)
-    only = f"; {notes} {'thing was' if notes == 1 else 'things were'} noted" if notes else ""
-    return Verdict("healthy", "Healthy", f"No warning up to step {record.last:,}{only}.")
+    only = f" {notes} finding{' is' if notes == 1 else 's are'} for information only." if notes else ""
+    return Verdict("healthy", "Healthy", f"No warning up to step {record.last:,}.{only}")
 
 
 def _record(track: Track) -> Record:
@@ -256,23 +256,25 @@ def _total(track: Track, name: str) -> int | None:
     return int(totals[-1]) if totals and math.isfinite(totals[-1]) else None
 
 
-def _notices(run: Run, track: Track) -> list[str]:
+def _notices(run: Run, track: Track, left_out: int) -> list[str]:
     notices = []
     if run.damaged:
         files = ", ".join(f"`{name}`" for name in run.damaged)
-        verb = "breaks" if len(run.damaged) == 1 else "break"
+        verb = "ends" if len(run.damaged) == 1 else "end"
         notices.append(
-            f"{files} {verb} off in the middle of a record: the run was killed, or is still writing. "
-            "What stands before that is shown."
+            f"{files} {verb} in the middle of a record: the run was killed or is still writing. "
+            "Everything before that is shown."
         )
     if run.files > 1:
         notices.append(
-            f"Joined from {run.files} event files; where steps were taken again, the later ones are shown."
+            f"Joined from {run.files} event files. Where a resumed run repeated steps, the later ones are shown."
         )
     if track.values:
-        notices.append("Histograms of values are in TensorBoard only; those of log10 magnitudes are here.")
-    if not track.rows and track.histograms:
         notices.append(
-            "The heat map is put together from histograms, so it has only the tensors and steps of those."
+            "Histograms of values are shown in TensorBoard only. This page shows those of log10 magnitudes."
         )
+    if not track.rows and track.histograms:
+        notices.append("The heat map is built from histograms, so it shows only their tensors and steps.")
+    if left_out:
+        notices.append(f"{left_out} more tensors have histograms that are not shown.")
     return notices

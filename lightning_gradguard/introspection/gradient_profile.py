@@ -9,6 +9,7 @@ from itertools import combinations
 from torch import Tensor
 
 from lightning_gradguard.stats.depth_profile import MIN_LAYERS
+from lightning_gradguard.stats.samples import dead_row_share
 
 #: Layers of a profile that slopes are taken between; a deeper profile is thinned out evenly.
 _MAX_LAYERS = 100
@@ -67,7 +68,7 @@ def dead_shares(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> dict
     """
     gradients = {name: parameters[name].grad for name in layers if name in parameters}
     return {
-        name: float((gradient.flatten(1) == 0).all(1).float().mean())
+        name: float(dead_row_share(gradient))
         for name, gradient in gradients.items()
         if gradient is not None and len(gradient)
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +58,39 @@ class SandboxedStep:
                 parameter.grad = gradient
             for group, before in zip(groups, settings, strict=True):
                 group.update(before)
+
+
+def index_arguments(module: nn.Module, number: int) -> tuple[int, ...]:
+    """Return the arguments that a LightningModule's ``training_step`` takes after the batch.
+
+    As in Lightning, a second argument of any name is the index of the batch.
+
+    Args:
+        module: The LightningModule.
+        number: Index of the batch.
+
+    Raises:
+        ValueError: If the step reads its batches from ``dataloader_iter`` itself.
+    """
+    step: Any = module.training_step
+    parameters = inspect.signature(step).parameters
+    if "dataloader_iter" in parameters:
+        raise ValueError(
+            "training_step reads its batches from dataloader_iter, so it cannot run on a given batch"
+        )
+    return (number,) if len(parameters) > 1 else ()
+
+
+def loss_in(output: Any) -> Tensor:
+    """Return the loss in the output of ``training_step``: the output itself, or its entry "loss".
+
+    Args:
+        output: A tensor, or a mapping that holds it.
+
+    Raises:
+        ValueError: If there is no loss in it.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
+    return loss

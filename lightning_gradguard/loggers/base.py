@@ -1,4 +1,4 @@
-"""What is logged of one step, who logs it, and what every log sink needs."""
+"""Log records, log sinks, and what every sink needs: protection from errors, and drawing on a thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class LogRecord:
-    """What is logged of one step. All keys are tags, ``group/name``.
+    """Everything that is logged of one step. All keys are tags, ``group/name``.
 
     Attributes:
         scalars: Numbers. NaN is shown as a gap with a mark, infinity as NaN.
@@ -126,7 +126,7 @@ class Picture(NamedTuple):
 class PictureQueue:
     """Draws the pictures of one output on a thread, so that training does not wait.
 
-    The first drawing that fails is warned of; the others go on.
+    The first drawing that fails is warned of, and the others continue.
 
     Args:
         output: The output that the pictures are for, for the warning.

@@ -1,4 +1,4 @@
-"""Would a gradient survive in fewer bits? Shares of it that lie outside the numbers of four narrow formats."""
+"""Shares of the gradient that would lose digits, be lost or overflow in four narrow number formats."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_gradguard.loggers.base import LogRecord
 
 
 class Format(NamedTuple):
-    """The ends of a number format.
+    """Bounds of a number format.
 
     Attributes:
-        tag: In the tags.
-        title: In the table.
+        tag: Its name in tags.
+        title: Its name in the table.
         normal: Smallest normal number; below it digits are lost.
-        subnormal: Smallest number but zero.
-        overflow: Smallest float32 that is larger than the largest number.
+        subnormal: Smallest number above zero.
+        overflow: Smallest float32 above the largest number.
     """
 
     tag: str
@@ -31,7 +31,7 @@ class Format(NamedTuple):
 
     @classmethod
     def of(cls, tag: str, title: str, dtype: torch.dtype) -> Format:
-        """Of a torch dtype."""
+        """Return the bounds of a torch dtype."""
         numbers = torch.finfo(dtype)
         overflow = float(np.nextafter(np.float32(numbers.max), np.float32(np.inf)))
         return cls(tag, title, numbers.smallest_normal, numbers.smallest_normal * numbers.eps, overflow)
@@ -44,17 +44,17 @@ FORMATS = (
     Format.of("e5m2", "fp8 e5m2", torch.float8_e5m2),
 )
 
-#: What to count below: the three numbers of each format, and all that is finite.
+#: Elements below each of these are counted: the three bounds of each format, and infinity for all finite ones.
 THRESHOLDS: tuple[float, ...] = (*(x for f in FORMATS for x in (f.normal, f.subnormal, f.overflow)), math.inf)
 
-#: Share of elements lost at either end from which on a cell of the table is bold.
+#: A cell of the table is bold from this share of elements that are lost or overflow.
 BOLD = 0.01
 
 _TABLE_NOTE = (
-    "Share of the gradient's nonzero elements that would **lose digits** (below the smallest normal number) / "
-    "**be lost** (below the smallest number of all, so they round to it or to zero), cast without a scale; and "
-    "that would **overflow**, if any. A loss scale of 2^k divides all bounds of a format by 2^k, and fp8 is meant to "
-    "be used with one."
+    "Share of the gradient's nonzero elements that would **lose digits** / **be lost** if they were cast without a "
+    "scale, and that would **overflow**, if any do. An element loses digits below the smallest normal number of the "
+    "format. It is lost below the smallest number, where it rounds to that number or to zero. A loss scale of 2^k "
+    "divides all bounds of a format by 2^k. fp8 is meant to be used with a loss scale."
 )
 _SCALAR_NOTE = (
     "Share of all nonzero gradient elements below {bound:.3g}, the smallest {kind}number of {title}."
@@ -69,14 +69,14 @@ def exponents_record(
     step: int,
     group: str = "gradguard",
 ) -> LogRecord:
-    """Eight scalars over all tensors, and one table with a row for some of them.
+    """Return eight scalars over all tensors, and one table with a row for some of them.
 
     Args:
-        below: For each parameter the number of its nonzero elements below each of `THRESHOLDS`.
+        below: For each parameter, the number of its nonzero elements below each of `THRESHOLDS`.
         titles: Parameter name to its `lightning_gradguard.loggers.tags.tag_names`.
         rows: Parameters that have a row in the table.
         step: For the table's heading.
-        group: Beginning of the tag group, for a second optimizer say ``"gradguard_1"``.
+        group: Beginning of the tag group, for a second optimizer "gradguard_1".
     """
     group = f"{group}_exponents"
     whole = [sum(column) for column in zip(*below.values(), strict=True)]
@@ -88,7 +88,7 @@ def exponents_record(
     }
     shares = [x for coarse, lost, _ in _shares(whole) for x in (coarse, lost)]
     lines = [
-        f"### Gradients in fewer bits, step {step:,}",
+        f"### Gradients in narrow number formats, step {step:,}",
         _TABLE_NOTE,
         "\n".join(
             [
@@ -111,10 +111,10 @@ def exponents_record(
 
 
 def _shares(below: Sequence[float]) -> list[tuple[float, float, float]]:
-    """For each format the shares that lose digits, are lost, and overflow; NaN where all is zero."""
+    """Return for each format the shares that lose digits, are lost, and overflow; NaN if all elements are zero."""
     whole = below[-1]
     parts = [x / whole if whole else math.nan for x in below[:-1]]
-    # Where nothing overflows both counts came about alike, so the difference is zero to the last bit.
+    # If nothing overflows, both counts were summed in the same order, so the difference is exactly zero.
     return [
         (coarse, lost, 1 - fits)
         for coarse, lost, fits in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
@@ -135,7 +135,7 @@ def _cell(coarse: float, lost: float, over: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """No more digits than are read, but what is not nothing is not called so."""
+    """Return a share in per cent with few digits; a small one never reads as zero."""
     percent = 100 * share
     if 0 < percent < 0.1:
         return "<0.1 %"

@@ -6,10 +6,21 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from lightning_gradguard.results import Finding, Severity
+from lightning_gradguard.results import Fault, Finding, Severity
 
 #: Newest findings and diagnoses that are kept.
 FINDINGS, DIAGNOSES = 50, 3
+
+_TILT = (
+    "Depth tilt: by how many decades (factors of ten) gradients are smaller at the input than at the output. "
+    "It is negative if they are larger."
+)
+#: Fault to an explanation of the terms in its evidence, in Markdown.
+TERMS = {
+    Fault.VANISHING.value: _TILT,
+    Fault.EXPLODING.value: _TILT,
+    Fault.VANISHING_IN_TIME.value: "A decade is a factor of ten.",
+}
 
 
 class LoggedFinding(NamedTuple):
@@ -51,8 +62,9 @@ class LoggedFinding(NamedTuple):
         """The measured value, its limit, and the three worst tensors, in Markdown of one line."""
         names = [f"`{name}`" for name in self.parameters[:3]]
         more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
-        where = f", in {', '.join(names)}{more}" if names else ""
-        return f"{self.measure} {self.value:.3g}, limit {self.limit:.3g}{where}"
+        where = f", worst in {', '.join(names)}{more}" if names else ""
+        measure = self.measure[:1].upper() + self.measure[1:]
+        return f"{measure}: {self.value:.3g} (limit {self.limit:.3g}){where}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types that JSON can hold: numbers that are not finite become strings."""
@@ -139,10 +151,11 @@ class FindingLog:
         self._new_findings = self._new_diagnoses = 0
         # A list, since TensorBoard breaks the words in a table beside long names.
         lines = [
-            f"* step {f.step:,}: **{f.fault}** ({f.severity.name.lower()}), {f.evidence}"
+            f"* **{f.fault}** ({f.severity.name.lower()}) since step {f.step:,}. {f.evidence}."
             for f in self._findings
         ]
-        found = "### Found, newest first\n\n" + "\n".join(lines)
+        terms = dict.fromkeys(TERMS[f.fault] for f in self._findings if f.fault in TERMS)
+        found = "\n\n".join(["### Findings, newest first", "\n".join(lines), *terms])
         return "\n\n---\n\n".join([*self._diagnoses, found]), new
 
     def state_dict(self) -> dict[str, Any]:

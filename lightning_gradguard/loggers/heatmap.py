@@ -67,7 +67,7 @@ class Heatmap:
 
     @property
     def marks(self) -> Marks:
-        """What happened in each column in use, and where faults were first found."""
+        """Clipped and skipped columns in use, and the step at which each fault was first found."""
         used = self._used
         return Marks(bytes(self._clipped[:used]), bytes(self._skipped[:used]), dict(self._faults))
 

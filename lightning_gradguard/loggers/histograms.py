@@ -14,14 +14,14 @@ from lightning_gradguard.stats.histogram import SPREAD, edges
 MARGIN = 1.0
 
 _LOG10_NOTE = (
-    "**log10 of the gradient's magnitude**, all elements of `{name}`. One unit is a factor of ten. Drift to "
-    "the left, over time or from late layers to early ones: vanishing. Drift to the right: exploding. A wall "
-    "at the left edge: exact zeros (dead units, underflow). NaN and infinity do not count."
+    "**log10 of the gradient's magnitude**, all elements of `{name}`. One unit is a decade, a factor of ten. A drift "
+    "to the left, over time or from late layers to early ones, is vanishing. A drift to the right is exploding. A "
+    "peak in the leftmost bin is exact zeros: dead units or underflow. NaN and infinity are not counted."
 )
 _VALUE_NOTE = (
     f"**Values of the gradient**, all elements of `{{name}}`. The axis is as wide as the largest magnitude, but "
-    f"no wider than {SPREAD:.0f} root mean squares to each side; what lies beyond counts in the outer bins. NaN and "
-    "infinity do not count."
+    f"no wider than {SPREAD:.0f} root mean squares to each side. Values beyond it are counted in the outer bins. NaN "
+    "and infinity are not counted."
 )
 
 

@@ -17,30 +17,33 @@ LAYER_RMS, FINDINGS, DIAGNOSIS, HEATMAP = "layer_rms_log10", "findings", "diagno
 #: How to read the tags of the overview.
 NOTES = {
     HEATMAP: (
-        "One row a layer, input at the top; one column a step or, later, several. Colour: log10 of the "
-        "gradient's root mean square, the same scale in every run. **Blue growing from the top: vanishing. "
-        "Red: exploding. Even colour: healthy.** Magenta: NaN or Inf. Triangles: where a fault was found."
+        "One row for each layer, input at the top. One column for each step, or for several steps in a long run. "
+        "Colour: log10 of the gradient's root mean square, on the same scale in every run. **Blue that grows from the "
+        "top: vanishing. Red: exploding. An even colour: healthy.** Magenta: NaN or Inf. Grey: no gradient. "
+        "Triangles: where a fault was found."
     ),
-    "total_norm_log10": "log10 of the norm of all gradients together, before clipping. NaN: not finite.",
-    "worst_layer_rms_log10": "log10 of the gradient RMS of the layer farthest from the median layer.",
+    "total_norm_log10": "log10 of the norm of all gradients together, before clipping. NaN: the norm is not finite.",
+    "worst_layer_rms_log10": (
+        "log10 of the gradient RMS (root mean square) of the layer that is farthest from the median layer."
+    ),
     "depth_tilt_decades": (
-        "How many decades smaller gradients are at the input than at the output, relative to the weights. "
-        "Healthy: about -1 to 2. 3 and more: vanishing. -1.8 and less: exploding."
+        "By how many decades (factors of ten) gradients are smaller at the input than at the output, relative to the "
+        "weights. Healthy: about -1 to 2. Vanishing: 3 or more. Exploding: -1.8 or less."
     ),
     "update_ratio_log10": (
-        "log10 of the size of an applied update relative to its weight. About -3 is usual; above -1 the "
-        "steps are too large, below -6 nothing is learned."
+        "log10 of the size of an applied update relative to its weight. About -3 is usual. Above -1 the "
+        "steps are too large; below -6 nothing is learned."
     ),
-    "clip_scale": "What the gradients were multiplied with: 1 is not clipped, 0 a skipped step.",
+    "clip_scale": "Factor that the gradients were multiplied with: 1 is not clipped, 0 is a skipped step.",
     "clip_rate": "Share of the steps taken so far whose gradients were clipped. A few per cent at most is usual.",
-    "clipped_norm_log10": "log10 of the norm of all gradients together, after clipping: what the optimizer got.",
+    "clipped_norm_log10": "log10 of the norm of all gradients together after clipping, as the optimizer gets them.",
     "threshold_log10": "log10 of the largest norm that the clipper allowed at this step.",
-    "nonfinite_total": "Steps so far whose gradients were not finite. Each was skipped.",
-    "clipped_total": "Steps so far whose gradients were clipped.",
-    "skipped_total": "Steps so far that were not taken.",
-    LAYER_RMS: "The values of the heat map, for `gradguard report`; shown by no dashboard.",
-    FINDINGS: "The findings and diagnoses as JSON, for `gradguard report`; shown by no dashboard.",
-    DIAGNOSIS: "All that was found so far, newest first.",
+    "nonfinite_total": "Number of steps so far whose gradients were NaN or Inf. Each of them was skipped.",
+    "clipped_total": "Number of steps so far whose gradients were clipped.",
+    "skipped_total": "Number of steps so far that were not taken.",
+    LAYER_RMS: "Values of the heat map, for `gradguard report`. No dashboard shows them.",
+    FINDINGS: "Findings and diagnoses as JSON, for `gradguard report`. No dashboard shows them.",
+    DIAGNOSIS: "Everything that was found so far, newest first, and the newest diagnoses.",
 }
 #: How to read the tag of one tensor's RMS.
 RMS_NOTE = "log10 of the root mean square of the gradient of `{name}`, before clipping."

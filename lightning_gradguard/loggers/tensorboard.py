@@ -1,4 +1,4 @@
-"""Writes panels for TensorBoard: one event for each step, in a form that both of its loaders show alike."""
+"""Writes log records for TensorBoard: one event for each step, in a form that both of its loaders show alike."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _SCALAR_LIMIT = 3.4028234e38  # of the float32 in which TensorBoard keeps number
 
 
 class TensorBoardSink:
-    """Shows panels in TensorBoard.
+    """Shows records in TensorBoard.
 
-    Histograms are written as tensors [bins, 3] of left edge, right edge and count: the older form is trimmed and
-    stretched by TensorBoard's two loaders in different ways. All values of a step are one event. Pictures are
-    drawn on a thread and written with a later panel, or on closing, at the step which they show.
+    Histograms are written as tensors [bins, 3] of left edge, right edge and count, since TensorBoard's two loaders trim
+    and stretch the older form in different ways. All values of a step are one event. Pictures are drawn on a thread
+    and written with a later record, or on closing, at the step that they show.
 
-    A writer that fails is warned of once, and training goes on.
+    A writer that fails is warned of once, and training continues.
 
     Args:
         writer: A ``torch.utils.tensorboard.SummaryWriter``, or tensorboardX's. It is not closed by the sink.
@@ -49,7 +49,7 @@ class TensorBoardSink:
         self._described: set[str] = set()
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Writes a panel as one event and starts its drawings.
+        """Write a record as one event and start its drawings.
 
         Args:
             step: Position on the x axis.
@@ -64,7 +64,7 @@ class TensorBoardSink:
         self._write_pictures(wait=False)
 
     def close(self) -> None:
-        """Finishes and writes pending drawings and flushes the file; the writer stays open."""
+        """Finish and write pending drawings, and flush the file. The writer stays open."""
         self._write_pictures(wait=True)
         self._pictures.close()
         self._output.run(self._writer.flush)
@@ -93,7 +93,7 @@ class TensorBoardSink:
             self._output.run(partial(self._write_picture, picture))
 
     def _write_picture(self, picture: Picture) -> None:
-        width, height = struct.unpack(">II", picture.png[16:24])  # of the header chunk, which comes first
+        width, height = struct.unpack(">II", picture.png[16:24])  # in the header chunk, which comes first
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture.png)
         notes = {picture.tag: picture.note}
         self._add([self._value(picture.tag, notes, "images", image=image)], picture.step)
@@ -115,7 +115,7 @@ class TensorBoardSink:
     def _add(self, values: list[Summary.Value], step: int) -> None:
         file = self._writer._get_file_writer()
         summary: Any = Summary(value=values)
-        if type(file).__module__.startswith("tensorboardX"):  # has classes of its own for the same bytes
+        if type(file).__module__.startswith("tensorboardX"):  # it has its own classes for the same bytes
             other = importlib.import_module("tensorboardX.proto.summary_pb2")
             summary = other.Summary.FromString(summary.SerializeToString())
         file.add_summary(summary, step)
@@ -127,28 +127,28 @@ _DATA_CLASS = {
     "histograms": DATA_CLASS_TENSOR,
     "text": DATA_CLASS_TENSOR,
     "images": DATA_CLASS_BLOB_SEQUENCE,
-    # No dashboard has this name, so TensorBoard leaves it alone.
+    # No dashboard has this name, so TensorBoard ignores it.
     "gradguard": DATA_CLASS_TENSOR,
 }
 
 
 def _number(value: float) -> float:
-    # An infinite value is left out of the chart without a word, while NaN is marked.
+    # TensorBoard drops an infinite value silently, but marks NaN.
     return value if abs(value) <= _SCALAR_LIMIT else math.nan
 
 
 def _buckets(
     histograms: Mapping[str, Sequence[float]], edges: Mapping[str, Sequence[float]]
 ) -> Iterator[TensorProto]:
-    """Left edge, right edge and count of each bin, where empty neighbours are one bin.
+    """Yield left edge, right edge and count of each bin; empty neighbours are one bin.
 
-    Half of the bytes, whose checksum is what writing costs; the axis keeps its ends, and the picture is the same.
+    That halves the bytes, whose checksum is most of the cost of writing. The axis and the picture stay the same.
     """
     if not histograms:
         return
     counts = np.array(list(histograms.values()), dtype=np.float32)
     is_full = counts > 0
-    # A bin follows on a full one, or is full itself.
+    # A bin begins after a full one, or is full itself.
     begins = is_full | np.roll(is_full, 1, axis=1)
     begins[:, 0] = True
     row, place = begins.nonzero()
@@ -168,7 +168,7 @@ def _buckets(
 
 
 def _row(values: Sequence[float]) -> TensorProto:
-    # Half precision tells 0.01 decades apart, at half of the bytes.
+    # Half precision distinguishes 0.01 decades, at half of the bytes.
     content = np.array(values, dtype=np.float16).tobytes()
     return TensorProto(
         dtype=DT_HALF, tensor_shape=TensorShapeProto(dim=[{"size": len(values)}]), tensor_content=content

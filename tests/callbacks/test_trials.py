@@ -78,7 +78,7 @@ def test_the_halt_shows_the_table_of_fixes(tmp_path, form):
     first = halt.diagnosis.remedies[0]
     assert first.tried
     assert first.before > 3 > first.after
-    assert "tilt before" in str(halt)
+    assert "Tried: tilt" in str(halt)
     assert "passes" in str(halt)
     assert guard._batch == (None, 0)
 

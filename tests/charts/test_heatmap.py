@@ -1,3 +1,5 @@
+"""The colours, bins and picture of a heat map."""
+
 import io
 import math
 import subprocess
@@ -7,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.image import imread
 
 import lightning_gradguard
-from lightning_gradguard.charts.heatmap import Marks, draw
+from lightning_gradguard.charts.heatmap import BLANK_COLOUR, NONFINITE_COLOUR, Marks, bin_rows, draw, paint
 
 MAGENTA, ORANGE, GREY = (to_rgb(c) for c in ("magenta", "darkorange", "lightgrey"))
+DECADES = st.floats(-12, 4) | st.sampled_from([math.nan, -math.inf])
 
 
 def picture(cells, names=None, first=0, stride=1, clipped=(), skipped=(), faults=None):
@@ -42,9 +47,9 @@ def test_is_of_the_size_of_a_card():
 
 def test_equal_values_have_equal_colours_in_all_runs():
     shared = np.linspace(-10, 2, 12).reshape(1, -1)
-    calm, wild = picture(shared), picture(np.concatenate([shared, np.full((1, 12), 300.0)]))
+    narrow, wide = picture(shared), picture(np.concatenate([shared, np.full((1, 12), 300.0)]))
     places = np.linspace(200, 610, 12).astype(int)
-    assert np.array_equal(calm[160, places], wild[160, places])
+    assert np.array_equal(narrow[160, places], wide[160, places])
 
 
 @pytest.mark.parametrize(("beyond", "end"), [(-30.0, -10.0), (30.0, 2.0)])
@@ -64,7 +69,7 @@ def test_marks_are_seen(marks, colour):
 
 def test_no_gradient_is_grey():
     assert area(picture([[-math.inf, 0.0]]), GREY) > 10_000
-    assert area(picture([[-10.0, 0.0]]), GREY) < 500  # rims of letters
+    assert area(picture([[-10.0, 0.0]]), GREY) < 500  # edges of characters
 
 
 @pytest.mark.parametrize("step", [0, 50, 99, -20, 500])
@@ -75,7 +80,7 @@ def test_a_fault_is_named(step):
     assert np.array_equal(named[120:], plain[120:])
 
 
-def test_many_faults_at_once_leave_the_cells_alone():
+def test_many_faults_at_once_do_not_cover_the_cells():
     faults = dict.fromkeys(
         ["nonfinite", "underflow", "exploding", "oversized_update", "spike", "stalled"], 50
     )
@@ -101,7 +106,7 @@ def test_threads_do_not_disturb_each_other():
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_leaves_pyplot_and_its_state_alone():
+def test_does_not_import_pyplot():
     code = (
         "import sys, numpy as np; from lightning_gradguard.charts.heatmap import Marks, draw;"
         "assert 'matplotlib' not in sys.modules;"
@@ -111,3 +116,39 @@ def test_leaves_pyplot_and_its_state_alone():
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=Path(lightning_gradguard.__file__).parents[1]
     )
+
+
+@pytest.mark.parametrize("value", [-30.0, -10.0, -4.2, 0.0, 2.0, 30.0, math.nan, -math.inf])
+def test_the_picture_for_tensorboard_has_the_painted_colours(value):
+    picture = imread(io.BytesIO(draw(["a"], np.float32([[value]]), 0, 1, Marks(b"\0", b"\0", {}))))
+    assert np.abs(255 * picture[300, 400] - paint(np.array([[value]]))[0, 0]).max() <= 1
+
+
+def test_cells_that_are_no_number_have_their_own_colours():
+    pixels = paint(np.array([[math.nan, -math.inf, math.inf]]))
+    assert pixels[0, :2].tolist() == [
+        [round(255 * x) for x in to_rgba(colour)] for colour in (NONFINITE_COLOUR, BLANK_COLOUR)
+    ]
+    assert pixels[0, 2].tolist() == paint(np.array([[2.0]]))[0, 0].tolist()
+
+
+@given(
+    cells=st.integers(1, 4).flatmap(
+        lambda n: st.lists(st.lists(DECADES, min_size=n, max_size=n), min_size=1, max_size=20)
+    ),
+    most=st.integers(1, 20),
+)
+def test_bins_show_one_of_their_rows_and_never_hide_what_is_not_finite(cells, most):
+    names, cells = [str(i) for i in range(len(cells))], np.array(cells)
+    shown, rows = bin_rows(names, cells, most)
+    size = math.ceil(len(names) / most)
+    assert shown == names[::size]
+    assert rows.shape == (len(shown), cells.shape[1])
+    assert len(shown) <= most
+    for row, start in zip(rows, range(0, len(names), size), strict=True):
+        group = cells[start : start + size]
+        assert np.array_equal(np.isnan(row), np.isnan(group).any(axis=0))
+        assert all(
+            math.isnan(cell) or cell in column for cell, column in zip(row, group.T.tolist(), strict=True)
+        )
+        assert np.array_equal(np.isneginf(row), np.isneginf(group).all(axis=0))

@@ -20,7 +20,7 @@ def test_the_three_acts(capsys):
     printed = capsys.readouterr().out
     assert "GradGuard halted training before step 79" in printed
     assert "linears.0.weight" in printed
-    assert "Remedies, best first" in printed
+    assert "Fixes, best first" in printed
     act_two = re.search(
         r"([\d.]+) % of the validation images are classified\s+correctly.*made\s+(\d+)\s+findings",
         printed,

@@ -35,7 +35,7 @@ class Stream:
 
 
 def healthy(seed, steps, tensors=1, sigma=0.3, spikes=0.05):
-    """Log-normal norms with a spike of x2 to x100 now and then, float32 values as float64 [steps, tensors]."""
+    """Return log-normal norms with some spikes of x2 to x100, float32 values as float64 [steps, tensors]."""
     rng = np.random.default_rng(seed)
     norms = np.exp(rng.normal(0, sigma, (steps, tensors)) - rng.uniform(0, 3))
     norms *= np.where(rng.random((steps, 1)) < spikes, rng.uniform(2, 100, (steps, 1)), 1)

@@ -1,4 +1,4 @@
-"""The one writer of gradients, and tensors left out by name."""
+"""The only writer of gradients, tensors excluded by name, and support of the fast path."""
 
 import dataclasses
 import inspect
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
-from lightning_gradguard.clippers.base import Clipper, apply_, included_names
+from lightning_gradguard.clippers.base import Clipper, apply_, included_names, supports_fast_path
 from lightning_gradguard.clippers.fixed import AGC, NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip
 
@@ -51,7 +51,7 @@ def test_a_strong_clip_of_half_precision_does_not_become_zero(dtype, shape):
     torch.testing.assert_close(gradient.double(), torch.full(shape, 6e-5).double(), rtol=0.01, atol=0)
 
 
-def test_apply_passes_over_none_and_mixes_dtypes():
+def test_apply_skips_none_and_mixes_dtypes():
     gradients = [
         torch.ones(2, dtype=torch.float64),
         None,
@@ -181,7 +181,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda v: getattr(v, "__name__", v))
-def test_every_number_is_looked_at_when_a_clipper_is_made(kind, name):
+def test_every_number_is_checked_when_a_clipper_is_made(kind, name):
     needed = {} if kind is not NormClip else {"max_norm": 1.0}
     for value in (0, -1, -0.5, math.nan, math.inf, -math.inf, *NUMBERS[kind, name]):
         with pytest.raises(ValueError, match=f"^{name} must be .*got {value!r}"):
@@ -195,6 +195,33 @@ def test_no_number_is_missing_above():
     for kind in {kind for kind, _ in NUMBERS}:
         fields = {f.name for f in dataclasses.fields(kind)} - {"exclude"}
         assert fields == {name for k, name in NUMBERS if k is kind}
+
+
+class Inherits(SpikeClip):
+    pass
+
+
+class Declares(SpikeClip):
+    fast_path_safe = True
+
+
+class Declines(SpikeClip):
+    fast_path_safe = False
+
+
+@pytest.mark.parametrize(
+    ("clipper", "supports"),
+    [
+        (SpikeClip(), True),
+        (NormClip(1.0), False),
+        (Inherits(), False),
+        (Declares(), True),
+        (Declines(), False),
+    ],
+    ids=repr,
+)
+def test_the_fast_path_takes_clippers_whose_own_class_declares_it(clipper, supports):
+    assert supports_fast_path(clipper) is supports
 
 
 def test_the_interface_says_what_each_class_must_repeat():

@@ -1,4 +1,4 @@
-"""Laws that hold for every clipper, and the two without memory against their references."""
+"""Laws that hold for every clipper, and `NormClip` and `AGC` against their references."""
 
 import dataclasses
 import inspect
@@ -53,7 +53,7 @@ every_clipper = pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
 
 
 class Stream:
-    """Gradients of all shapes, drawn at random, judged by one clipper."""
+    """Random gradients of all shapes, clipped by one clipper."""
 
     def __init__(self, clipper, dtype=torch.float32, seed=0, device="cpu"):
         self.clipper, self.state = clipper, None
@@ -67,7 +67,7 @@ class Stream:
         ).to(dtype)
 
     def feed(self, scale=1.0, bad=None, loss=None):
-        """One step with all gradients near ``scale``, and ``bad`` written into one of them."""
+        """Run one step with all gradients near ``scale``, and ``bad`` written into one of them."""
         for name, weight in self.weights.items():
             size = scale * math.exp(0.2 * torch.randn((), generator=self.random).item())
             gradient = size * self.draw(weight.shape, weight.dtype).to(weight.device)
@@ -127,7 +127,7 @@ def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, dty
 
 @st.composite
 def steps_of_any_shapes(draw):
-    """Some steps of gradients of drawn shapes and dtypes; magnitudes differ by up to ten powers of ten."""
+    """Draw steps of gradients of several shapes and dtypes; magnitudes differ by up to six powers of ten."""
     sides = st.lists(st.integers(0, 4), max_size=4).map(tuple)
     shapes = draw(st.lists(sides, min_size=1, max_size=5))
     dtypes = [draw(st.sampled_from(DTYPES)) for _ in shapes]
@@ -173,7 +173,7 @@ def test_the_norm_never_exceeds_the_threshold_at_any_scale(clipper, seed, expone
 
 @pytest.mark.parametrize("clipper", [NormClip(1.0), AutoClip(50), ZClip(warmup_steps=3)], ids=repr)
 @given(seed=st.integers(0, 2**20))
-def test_a_norm_below_the_threshold_is_not_touched(clipper, seed):
+def test_a_norm_below_the_threshold_is_unchanged(clipper, seed):
     stream = Stream(clipper, seed=seed)
     for step in range(12):
         stats, clip = stream.feed(0.05 * 1.1 ** (step % 4))
@@ -315,7 +315,7 @@ def test_signatures_repeat_the_interface(clipper):
 
 
 @every_clipper
-def test_a_name_to_leave_out_that_does_not_exist_is_refused_at_init(clipper):
+def test_an_excluded_name_that_does_not_exist_is_refused_at_init(clipper):
     stream = Stream(dataclasses.replace(clipper, exclude=("matrx",)))
     with pytest.raises(ValueError, match="got 'matrx'; nearest names: matrix"):
         stream.feed()
@@ -352,7 +352,7 @@ def test_norm_clip_leaves_excluded_tensors_out_of_the_norm():
 
 
 def agc_in_numpy(weight, gradient, clip_factor, eps):
-    """``timm.utils.agc.adaptive_clip_grad`` in float64."""
+    """Return what ``timm.utils.agc.adaptive_clip_grad`` gives, in float64."""
     axes = tuple(range(1, weight.ndim)) if weight.ndim > 1 else None
 
     def unitwise(x):

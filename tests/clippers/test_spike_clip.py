@@ -1,4 +1,4 @@
-"""SpikeClip: what it cuts, what it lets pass, and what it learns from."""
+"""SpikeClip: what it cuts, what it leaves unchanged, and what it learns from."""
 
 import math
 
@@ -41,18 +41,18 @@ class Stream:
         return clip
 
     def clips(self, norms):
-        """Norms after clipping, of the shape of ``norms``: [steps], or [steps, tensors]."""
+        """Return norms after clipping, of the shape of ``norms``: [steps], or [steps, tensors]."""
         rows = np.reshape(norms, (len(norms), -1))
         return np.stack([self.feed(*row).norms.numpy() for row in rows]).reshape(norms.shape).astype(float)
 
 
 def noisy(seed, *shape, sigma=0.2):
-    """Log-normal norms that float32 can hold."""
+    """Return log-normal norms that float32 represents exactly."""
     return np.exp(np.random.default_rng(seed).normal(0, sigma, shape)).astype(np.float32).astype(float)
 
 
 class Definition:
-    """The definition in float64, in the words of its docstring: one tensor after the other, no vector arithmetic."""
+    """The definition in float64, as the docstring gives it: one tensor after the other, without vectors."""
 
     def __init__(self, tensors, z_threshold=9.0, joint_threshold=5.0, decay=0.9, patience=20):
         self.z_threshold, self.joint_threshold = z_threshold, joint_threshold
@@ -61,7 +61,7 @@ class Definition:
         self.levels = [dict(start) for _ in range(tensors)]
 
     def step(self, norms):
-        """The norms after clipping."""
+        """Return the norms after clipping."""
         if not all(map(math.isfinite, norms)):
             return list(norms)
         counting = [(i, math.log(x)) for i, x in enumerate(norms) if x > 0]
@@ -84,7 +84,7 @@ class Definition:
         return abs(z) > self.z_threshold or abs(joint_z) > self.joint_threshold
 
     def tensor(self, level, x, joint_z):
-        """The limit, and what is learnt."""
+        """Return the limit of one tensor, and update its level."""
         seen, mean, now = level["seen"], level["mean"], sigma(level["var"])
         z = (x - mean) / now
         outlier = self.outlier(level, x, joint_z)
@@ -170,7 +170,7 @@ def test_one_wild_tensor_is_no_spike_of_all():
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 0.3, 1.0])
-def test_healthy_noise_is_let_through(sigma):
+def test_healthy_noise_is_unchanged(sigma):
     norms = noisy(0, 600, 20, sigma=sigma)
     assert (Stream(tensors=20).clips(norms) < norms).mean() < 1e-3
 
@@ -191,14 +191,14 @@ T = np.arange(1, 61)
     ],
     ids=["decay", "growth", "linear", "harmonic", "drop", "wiggle", "cycle"],
 )
-def test_what_healthy_trainings_do_is_let_through(course):
+def test_what_healthy_trainings_do_is_unchanged(course):
     norms = course.astype(np.float32).astype(float)
     assert np.array_equal(Stream().clips(norms), norms)
 
 
 @pytest.mark.parametrize("course", [np.cumsum(T), np.exp(0.15 * T)], ids=["warm_up", "fast_growth"])
-def test_a_norm_that_grows_fast_is_held_back_for_no_longer_than_patience(course):
-    # 1, 3, 6, 10: a zero-initialised layer under learning-rate warm-up; and a plateau left in a hurry.
+def test_a_norm_that_grows_fast_is_cut_for_no_longer_than_patience(course):
+    # 1, 3, 6, 10: a zero-initialised layer under learning-rate warm-up; and a plateau that ends fast.
     norms = np.concatenate([course, np.full(20, course[-1])]).astype(np.float32).astype(float)
     share = Stream().clips(norms) / norms
     runs = "".join("c" if s < 1 else "." for s in share).split(".")
@@ -228,13 +228,13 @@ def test_a_level_that_falls_for_good_is_accepted():
     assert stream.feed(1.0).norms.item() < 0.03
 
 
-def test_a_spike_at_step_0_is_outvoted_by_what_follows():
+def test_a_spike_at_step_0_does_not_set_the_level():
     stream = Stream()
     stream.clips(np.array([1e3, 1.0, 1.1, 0.9]))
     assert stream.feed(1e3).norms.item() < 3
 
 
-def test_frequent_spikes_do_not_blunt_it():
+def test_frequent_spikes_do_not_widen_sigma():
     norms = noisy(0, 1000)
     spikes = np.random.default_rng(1).random(1000) < 0.1
     spikes[:5] = False
@@ -242,7 +242,7 @@ def test_frequent_spikes_do_not_blunt_it():
     assert clipped[spikes].max() < 4
 
 
-def test_empty_batches_do_not_blunt_it():
+def test_empty_batches_do_not_widen_sigma():
     norms = noisy(0, 400)
     norms[::10] *= 1e-6
     stream = Stream()
@@ -250,7 +250,7 @@ def test_empty_batches_do_not_blunt_it():
     assert stream.feed(100.0).norms.item() < 2
 
 
-def test_each_tensor_is_judged_by_itself():
+def test_each_tensor_has_its_own_level():
     stream = Stream(tensors=3)
     for a, b in zip(noisy(0, 50), noisy(1, 50), strict=True):
         stream.feed(a, 1e-4 * b, None)

@@ -1,4 +1,4 @@
-"""Laws that hold for every detector, and what each alone is for."""
+"""Laws that hold for every detector, then what each one detects."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard.detectors import default_detectors
+from lightning_gradguard.detectors.base import DetectorTraits, traits_of
 from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
 from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
@@ -23,7 +24,7 @@ DETECTORS = default_detectors()
 
 
 class Stream:
-    """Gradients set by hand, judged by some detectors; ``facts`` overrides what is measured otherwise."""
+    """Gradients set by hand, evaluated by some detectors; ``facts`` replaces what is measured."""
 
     def __init__(self, *detectors, layers=6, device="cpu"):
         self.detectors = detectors
@@ -148,7 +149,7 @@ def test_a_tilt_counts_on_a_plateau_below_the_start():
     assert not any(converged.feed(vanishing(4), loss)[0].raised for loss in losses)
 
 
-def test_tilt_is_mild_while_the_layers_still_move():
+def test_tilt_is_a_warning_while_the_layers_still_move():
     stream = Stream(DepthTilt())
     assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 1
     stream.updates = torch.full((6,), 1e-8)
@@ -160,7 +161,7 @@ def starving(decades, at, layers=6):
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
-def test_a_single_layer_that_starves_is_named(at):
+def test_a_single_layer_far_below_the_middle_is_named(at):
     stream = Stream(DepthTilt())
     stream.updates[at] = 1e-7
     seen = [stream.feed(starving(4, at))[0] for _ in range(110)]
@@ -170,7 +171,7 @@ def test_a_single_layer_that_starves_is_named(at):
     assert torch.argmax(seen[-1].score) == at
 
 
-def test_a_single_layer_may_lag_behind_while_the_loss_falls():
+def test_a_single_layer_may_be_low_while_the_loss_falls():
     stream = Stream(DepthTilt())
     stream.updates[2] = 1e-7
     assert not any(stream.feed(starving(6, 2), loss=2 * 0.98**s)[0].raised for s in range(150))
@@ -179,12 +180,12 @@ def test_a_single_layer_may_lag_behind_while_the_loss_falls():
     assert not any(milder.feed(starving(2, 2))[0].raised for _ in range(150))
 
 
-def test_a_single_layer_that_is_moved_as_the_others_are_does_not_starve():
+def test_a_single_low_layer_that_is_updated_as_the_others_are_is_healthy():
     stream = Stream(DepthTilt())
     assert not any(stream.feed(starving(6, 2))[0].raised for _ in range(150))
 
 
-def test_the_last_layers_of_a_net_that_explodes_do_not_starve():
+def test_the_last_layers_of_a_net_that_explodes_are_not_vanishing():
     stream = Stream(DepthTilt())
     stream.updates[5] = 1e-7
     assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(150))
@@ -206,7 +207,7 @@ def test_exploding_by_tilt_from_step_fifteen_on_without_progress():
     assert not any(learning.feed(vanishing(-6), 0.9**s)[0].raised for s in range(100))
 
 
-def test_exploding_by_hot_steps():
+def test_exploding_by_repeated_spikes():
     rng, stream = np.random.default_rng(2), Stream(Exploding())
     raised = [
         bool(stream.feed([n * (1000 if s >= 100 else 1) for n in healthy(rng)])[0].raised) for s in range(110)
@@ -226,7 +227,7 @@ def test_exploding_by_loss():
     assert seen[first].value > 3
 
 
-def test_exploding_by_a_loss_without_a_bottom():
+def test_exploding_by_a_loss_without_a_lower_bound():
     stream = Stream(Exploding())
     seen = [stream.feed([1.1**s] * 6, 0.1 - 1.1**s)[0] for s in range(120)]
     assert seen[-1].raised
@@ -250,13 +251,13 @@ def test_single_spikes_do_not_add_up_to_an_explosion():
     assert explosions == 0
 
 
-def test_a_wiggle_of_a_deterministic_run_is_no_spike():
+def test_a_small_change_in_a_deterministic_run_is_no_spike():
     stream = Stream(Spike())
     assert not any(stream.feed([2.0 if s == 80 else 1.0] * 6)[0].raised for s in range(100))
     assert stream.feed([10.0] * 6)[0].raised
 
 
-def test_a_spike_after_convergence_to_nothing_is_only_noted():
+def test_a_spike_after_convergence_to_zero_is_info():
     rng, stream = np.random.default_rng(5), Stream(Spike())
     for step in range(200):
         stream.feed([n * 10 ** -(step / 20) for n in healthy(rng)], loss=10 ** -(step / 10))
@@ -291,6 +292,34 @@ def test_wrong_arguments(kind, arguments, words):
         kind(**arguments)
 
 
+class Inherits(Spike):
+    pass
+
+
+class Declares(Spike):
+    fast_path_safe = True
+
+
+class Bare:
+    pass
+
+
+def test_traits_are_those_declared_and_defaults_for_the_rest():
+    assert traits_of(Bare()) == DetectorTraits()
+    assert not any(DetectorTraits())
+    assert traits_of(Spike()) == DetectorTraits(event=True, fast_path_safe=True)
+    assert traits_of(DepthTilt()) == DetectorTraits(
+        slow=True, needs_loss=True, quantities=DepthTilt.quantities
+    )
+    assert all(traits_of(d).slow or traits_of(d).fast_path_safe for d in DETECTORS)
+
+
+def test_only_the_own_class_of_a_detector_declares_it_safe_on_the_fast_path():
+    assert traits_of(Inherits()) == DetectorTraits(event=True)
+    assert traits_of(Declares()).fast_path_safe
+    assert not traits_of(Spike(ratio=2.5)).fast_path_safe
+
+
 def mask(*indices, layers=6):
     return torch.tensor([i in indices for i in range(layers)])
 
@@ -304,14 +333,14 @@ def test_disconnected_after_forty_steps_without_a_gradient():
     assert torch.topk(seen[-1].score, 2).indices.tolist() == [1, 0]
 
 
-def test_a_part_that_has_its_turn_now_and_then_is_not_disconnected():
+def test_a_part_that_is_used_now_and_then_is_not_disconnected():
     stream = Stream(Disconnected())
     for step in range(200):
         norm = 1.0 if step % 30 == 0 else None
         assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
 
 
-def test_an_unused_part_is_only_mentioned():
+def test_an_unused_part_is_info():
     stream = Stream(Disconnected())
     seen = [stream.feed([None, 1.0, 1.0, 1.0, 1.0, 1.0], unused=mask(0))[0] for _ in range(50)][-1]
     assert seen.raised
@@ -319,7 +348,7 @@ def test_an_unused_part_is_only_mentioned():
     assert seen.measure == 1
 
 
-def test_a_bias_alone_may_lie_off_every_path():
+def test_a_bias_alone_may_have_no_path():
     stream = Stream(Disconnected())
     stream.weights["w5"] = nn.Parameter(torch.ones(16))
     stream.layout = Layout.of(stream.weights)
@@ -351,7 +380,7 @@ def test_dead_units_need_ninety_per_cent_for_twenty_steps_and_no_progress():
     assert not any(half.feed([1.0] * 6, dead=shares / 2)[0].raised for s in range(60))
 
 
-def test_outputs_that_the_loss_does_not_ask_for_are_not_dead():
+def test_outputs_that_the_loss_does_not_use_are_not_dead():
     stream = Stream(DeadUnits())
     shares = torch.tensor([0.0] * 5 + [0.95])
     assert not any(stream.feed([1.0] * 6, dead=shares)[0].raised for _ in range(60))
@@ -365,12 +394,12 @@ def test_an_optimizer_of_another_model_is_more_than_unused_tensors():
     assert seen.ceiling == 2
 
 
-def test_a_loss_that_is_not_finite_is_called_so():
+def test_a_nonfinite_loss_is_a_measure_of_its_own():
     seen = Stream(NonFinite()).feed([1.0] * 6, math.nan)[0]
     assert (seen.raised, seen.measure, seen.value) == (True, 1, 1)
 
 
-def test_underflow_is_judged_by_the_output_layer():
+def test_underflow_is_measured_at_the_output_layer():
     early, late = torch.tensor([1.0] * 5 + [0.2]), torch.tensor([0.0] * 5 + [1.0])
     stream = Stream(Underflow())
     assert not any(stream.feed([1.0] * 6, lost=early)[0].raised for _ in range(30))
@@ -379,7 +408,7 @@ def test_underflow_is_judged_by_the_output_layer():
     assert not any(Stream(Underflow()).feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
 
 
-def test_oversized_updates_must_go_on():
+def test_oversized_updates_must_last():
     large = torch.tensor([1e-3] * 5 + [0.5])
     stream = Stream(UpdateRatio())
     raised = [bool(stream.feed([1.0] * 6, updates=large, sampled_steps=1)[0].raised) for _ in range(60)]
@@ -393,14 +422,14 @@ def test_oversized_updates_must_go_on():
         assert not first.feed([1.0] * 6, **facts)[0].raised
 
 
-def test_oversized_updates_are_none_while_the_loss_falls():
+def test_large_updates_are_healthy_while_the_loss_falls():
     stream = Stream(UpdateRatio())
     large = torch.full((6,), 0.5)
     seen = [stream.feed([1.0] * 6, 0.9**s, updates=large, sampled_steps=1)[0] for s in range(60)]
     assert not any(r.raised for r in seen[20:])
 
 
-def test_oversized_updates_are_over_when_nothing_moves_any_more():
+def test_oversized_updates_are_over_when_the_layer_stops_moving():
     stream = Stream(UpdateRatio())
     large, frozen = torch.full((6,), 0.5), torch.full((6,), 1e-9)
     seen = [
@@ -410,7 +439,7 @@ def test_oversized_updates_are_over_when_nothing_moves_any_more():
     assert seen[-1].cleared
 
 
-def test_large_updates_during_progress_are_not_held_against_a_later_plateau():
+def test_large_updates_during_progress_do_not_count_on_a_later_plateau():
     stream = Stream(UpdateRatio())
     large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
     for step in range(100):
@@ -436,7 +465,7 @@ def test_large_updates_are_remembered_for_a_while():
     assert seen[-1].raised  # the loss never moved, and what ruined it is known
 
 
-def test_stalled_unless_the_learning_rate_rests():
+def test_stalled_unless_the_learning_rate_is_low():
     stream = Stream(Stalled())
     still = torch.full((6,), 1e-9)
     raised = [bool(stream.feed([1.0] * 6, updates=still)[0].raised) for _ in range(60)]
@@ -452,13 +481,13 @@ def test_a_converged_net_that_moves_now_and_then_has_not_stalled():
         assert not stream.feed([1.0] * 6, updates=torch.full((6,), ratio))[0].raised
 
 
-def test_most_layers_may_rest_while_one_moves():
+def test_most_layers_may_stand_still_while_one_moves():
     stream = Stream(Stalled())
     updates = torch.tensor([1e-9] * 5 + [1e-3])
     assert not any(stream.feed([1.0] * 6, updates=updates)[0].raised for _ in range(60))
 
 
-def test_time_tilt_keeps_the_newest_answer():
+def test_time_tilt_keeps_the_newest_measurement():
     stream = Stream(TimeTilt())
     unknown, steep = torch.tensor(math.nan), torch.tensor(16.0)
     assert not stream.feed([1.0] * 6, time_tilt=unknown)[0].raised

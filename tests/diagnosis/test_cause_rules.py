@@ -1,4 +1,4 @@
-"""Rules on plain numbers: what each is silent about, and how its weight depends on what was measured."""
+"""The rule of each cause on plain numbers: when it yields evidence, and how its weight depends on the measurement."""
 
 import dataclasses
 import math
@@ -94,7 +94,7 @@ def test_weights_that_were_ruined_before_the_first_step():
     case = case_with(Fault.NONFINITE, initial_weight_norms=(4.0, math.nan, 4.0, 4.0, 4.0, 4.0))
     cause, evidence = find_causes(case)[0]
     assert cause == Cause.BAD_INITIALIZATION
-    assert "`1.weight` are not finite" in evidence
+    assert "`1.weight` were NaN or Inf before the first step" in evidence
     later = case_with(Fault.NONFINITE, initial_weight_norms=(4.0,) * 6, weight_norms=(math.inf,) * 6)
     assert weights(later).get(Cause.BAD_INITIALIZATION) is None
 
@@ -137,9 +137,7 @@ def test_adam_at_a_rate_that_ruins_the_first_steps():
     )
     cause, evidence = find_causes(case)[0]
     assert cause == Cause.LEARNING_RATE_TOO_HIGH
-    assert (
-        "Adam change the median layer by 3 of its size, 30 times the limit" in evidence or "grown" in evidence
-    )
+    assert "first steps of Adam change the median layer by 300 % of its size, 30 times the" in evidence
     assert weights(dataclasses.replace(case, learning_rates=(1e-3,), initial_weight_norms=(4.0,) * 6)) == {}
 
 
@@ -224,7 +222,7 @@ def test_bad_rows_settle_it():
     assert find_causes(case)[0][1].endswith("rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more.")
 
 
-def test_calm_before_a_batch_that_is_not_finite_speaks_of_an_outlier():
+def test_a_nonfinite_batch_in_a_healthy_run_may_be_an_outlier():
     assert Cause.OUTLIER_BATCH in weights(case_with(Fault.NONFINITE, loss_last=math.nan))
     assert Cause.OUTLIER_BATCH not in weights(case_with(Fault.NONFINITE, loss_last=math.nan, loss_now=9.0))
     spike = weights(case_with(Fault.SPIKE, value=100.0))
@@ -267,7 +265,7 @@ def test_a_first_loss_that_only_large_outputs_give():
     assert find_causes(deep)[0][0] == Cause.TOO_DEEP
 
 
-def test_weights_that_decay_has_shrunk_have_no_name_but_words():
+def test_weights_shrunk_by_decay_are_explained_in_the_unknown_cause():
     known = {"initial_weight_norms": (4.0,) * 6, "weight_norms": (0.1,) * 6, "tilt": 0.0}
     shrunk = case_with(
         Fault.OVERSIZED_UPDATE, defaults={"weight_decay": 1.0}, update_ratios=(0.2,) * 6, **known
@@ -275,7 +273,7 @@ def test_weights_that_decay_has_shrunk_have_no_name_but_words():
     ((cause, evidence),) = find_causes(shrunk)
     assert cause == Cause.UNKNOWN
     assert "2.5 %" in evidence
-    assert "decay of 1 " in evidence
+    assert "weight decay of 1 is too strong" in evidence
     undecayed = dataclasses.replace(shrunk, defaults={"weight_decay": 0.0})
     assert find_causes(undecayed)[0][0] == Cause.LEARNING_RATE_TOO_HIGH
 

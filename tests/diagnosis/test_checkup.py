@@ -217,6 +217,14 @@ def test_a_training_step_without_a_trainer(good, returns):
     assert checkup(Step(good, returns), batch_of()).ok
 
 
+def test_a_training_step_that_takes_the_batch_alone(good):
+    class OneArgument(Step):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    assert checkup(OneArgument(good), batch_of()).ok
+
+
 def test_errors_say_what_is_missing(good):
     with pytest.raises(TypeError, match="checkup needs loss="):
         checkup(good, batch_of())

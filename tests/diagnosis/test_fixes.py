@@ -1,4 +1,4 @@
-"""Remedies are short lines of Python that run, without repetition, and fit the case."""
+"""Fixes are short lines of Python that run, come once each, and fit the training."""
 
 import ast
 import dataclasses
@@ -56,7 +56,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_each_cause_has_a_remedy_that_parses_and_fits_on_a_line(cause):
+def test_each_cause_has_a_fix_that_parses_and_fits_on_a_line(cause):
     for case in CASES:
         remedies = find_fixes(case, [cause])
         assert remedies
@@ -71,7 +71,7 @@ def test_each_cause_has_a_remedy_that_parses_and_fits_on_a_line(cause):
 @given(
     causes=st.lists(st.sampled_from(CAUSES), unique=True, min_size=1, max_size=4), case=st.sampled_from(CASES)
 )
-def test_remedies_are_few_and_distinct_and_the_likeliest_causes_come_first(causes, case):
+def test_fixes_are_few_and_distinct_and_those_of_the_likeliest_cause_come_first(causes, case):
     remedies = find_fixes(case, causes)
     assert len(remedies) <= 6
     assert len({remedy.name for remedy in remedies}) == len(remedies)
@@ -83,8 +83,8 @@ def test_remedies_are_few_and_distinct_and_the_likeliest_causes_come_first(cause
     ("rank", "module", "batch"),
     [(2, nn.Linear, (4, 8)), (3, nn.Conv1d, (4, 8, 9)), (4, nn.Conv2d, (4, 8, 9, 9))],
 )
-def test_normalisation_fits_the_kind_of_layer(rank, module, batch):
-    """The block that is advised takes the layer's output."""
+def test_normalization_fits_the_kind_of_layer(rank, module, batch):
+    """The block of the fix accepts the layer's output."""
     layer = module(8, 8) if rank == 2 else module(8, 8, 3)
     remedies = find_fixes(case_with(rank=rank), [Cause.SATURATING_ACTIVATION])
     blocks = [remedy.how for remedy in remedies if remedy.how.startswith("block")]
@@ -95,7 +95,7 @@ def test_normalisation_fits_the_kind_of_layer(rank, module, batch):
         assert scope["block"](torch.randn(batch)).shape[1] == 8
 
 
-def test_what_the_model_has_is_not_advised():
+def test_what_the_model_already_has_is_no_fix():
     skipping = find_fixes(case_with(graph_summary=anatomy_with(skips=True)), [Cause.TOO_DEEP])
     assert not any("residual" in remedy.name for remedy in skipping)
     kinds = {"0.weight": {"product": 2, "normalisation": 2}}
@@ -107,15 +107,15 @@ def test_what_the_model_has_is_not_advised():
 
 
 @pytest.mark.parametrize(("rows", "gated"), [(8, False), (24, True), (32, True)])
-def test_gates_are_not_advised_where_there_are_gates(rows, gated):
+def test_gates_are_no_fix_for_a_gated_model(rows, gated):
     graph_summary = anatomy_with(recurrent=frozenset({"2.weight"}))
     case = case_with(shapes=((8, 8), (8,), (rows, 8)), graph_summary=graph_summary)
     names = [remedy.name for remedy in find_fixes(case, [Cause.RECURRENCE])]
-    assert ("LSTM, or GRU" in names) != gated
+    assert ("LSTM or GRU" in names) != gated
 
 
 @given(log=st.floats(-28, -1), rate=st.floats(1e-6, 1.0))
-def test_epsilon_is_put_below_every_gradient(log, rate):
+def test_epsilon_is_set_below_every_gradient(log, rate):
     case = case_with(gradients_log10=(log, -1.0, -1.0), learning_rates=(rate,))
     parameter = nn.Parameter(torch.ones(1))
     scope = {"torch": torch, "model": nn.ParameterList([parameter])}
@@ -137,7 +137,7 @@ def test_the_learning_rate_is_lowered_at_least_by_the_measured_factor(ratio, rat
     assert scope["lr"] * ratio / rate >= 0.04
 
 
-def test_a_ratio_without_bound_does_not_take_the_rate_to_nothing():
+def test_an_unbounded_ratio_divides_the_rate_by_at_most_1000():
     case = case_with(Fault.EXPLODING, optimizer="SGD", update_ratios=(1e12, 0.0, 0.0), learning_rates=(5.0,))
     scope = {}
     exec(find_fixes(case, [Cause.LEARNING_RATE_TOO_HIGH])[0].how, scope)
@@ -145,12 +145,12 @@ def test_a_ratio_without_bound_does_not_take_the_rate_to_nothing():
 
 
 @given(value=st.floats(1e-30, 1e30))
-def test_round_down_is_one_digit_and_never_more(value):
+def test_round_down_has_one_digit_and_is_never_larger(value):
     rounded = round_down(value)
     assert value / 2 < rounded <= value * (1 + 1e-6)
     assert float(f"{rounded:.0e}") == rounded
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf])
-def test_round_down_leaves_what_has_no_digits(value):
+def test_round_down_returns_zero_and_infinity_unchanged(value):
     assert round_down(value) == value

@@ -1,4 +1,4 @@
-"""What people read: complete, in order, narrow enough, and safe whatever a tensor is called."""
+"""The text, Markdown and HTML of a diagnosis are complete, in order, narrow enough, and safe for any tensor name."""
 
 import dataclasses
 import html.parser
@@ -8,25 +8,28 @@ import pickle
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy, Timeline
-from lightning_gradguard.diagnosis.rendering import HEADLINES, WIDTH, print_diagnosis
-from lightning_gradguard.diagnosis.wording import quote
+from lightning_gradguard.diagnosis.rendering import WIDTH, print_diagnosis
+from lightning_gradguard.diagnosis.wording import further_reading, headline, quote
+from lightning_gradguard.loggers.tags import NOTES
 from lightning_gradguard.results import Fault, GradientHalt
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the HTML sanitizer that TensorBoard carries along
+    warnings.simplefilter("ignore")  # from the HTML sanitizer that TensorBoard bundles
     from tensorboard.plugin_util import markdown_to_safe_html
 
+ROOT = Path(__file__).parents[2]
 DIAGNOSIS = Diagnosis(
     fault=Fault.VANISHING,
     step=30,
     parameters=("net.0.weight", "net.2.weight", "net.4.weight"),
-    signs=("The loss stands still: from 2.31 to 2.3 in 80 steps.", "The weights hardly change."),
+    signs=("The loss has plateaued: from 2.31 to 2.3 in 80 steps.", "The weights hardly change."),
     causes=(Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION),
     evidence={
         Cause.SATURATING_ACTIVATION: "11 sigmoid activations on the path to `net.0.weight`.",
@@ -41,7 +44,7 @@ TRIED = dataclasses.replace(
         Remedy("GELU", "g()", note="could not be tried: RuntimeError"),
         DIAGNOSIS.remedies[1],
     ),
-    trials=("1 remedy was tried, in 5 passes.", "Without it the loss is 2.3."),
+    trials=("1 fix was tried, in 5 passes.", "Without it the loss is 2.3."),
 )
 NAMES = tuple(f"net.{2 * i}.weight" for i in range(5))
 PICTURED = dataclasses.replace(
@@ -81,7 +84,7 @@ VOID = {"meta", "br"}
 
 
 class Reader(html.parser.HTMLParser):
-    """The text and the tags of a page, which are closed in the order in which they were opened."""
+    """Text and tags of a page; checks that tags are closed in the reverse order of opening."""
 
     def __init__(self, page):
         super().__init__()
@@ -108,46 +111,91 @@ def shown(page):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_everything_is_said_in_order(form):
+def test_all_parts_come_in_order(form):
     text = form(DIAGNOSIS)
     parts = [
-        HEADLINES[Fault.VANISHING],
+        headline(Fault.VANISHING),
         "ince step 30",
         "net.0.weight",
         "and 1 more",
+        "Most likely cause: saturating activation. Fix to try first: ReLU.",
+        "Symptoms",
         "from 2.31 to 2.3 in 80",
-    ]
-    parts += [
+        "Causes, most likely first",
         "Saturating activation",
         "11 sigmoid",
         "Bad initialization",
         "0.58 times",
+        "Fixes, best first",
         "x = torch.relu(x)  # not",
         "kaiming",
+        "See also",
+        "gradguard/depth_tilt_decades",
     ]
     places = [text.find(part) for part in parts]
     assert -1 not in places
     assert places == sorted(places)
 
 
+def test_the_text_begins_with_what_where_and_since_when():
+    first, second = str(DIAGNOSIS).split("\n\n")[0].split(".\n")
+    assert " ".join(first.split()) == (
+        "Gradients vanish on their way from the output to the input, since step 30, worst in `net.0.weight`, "
+        "`net.2.weight` and 1 more"
+    )
+    assert second == "Most likely cause: saturating activation. Fix to try first: ReLU."
+
+
+def test_an_unknown_cause_is_not_called_the_most_likely():
+    unknown = dataclasses.replace(
+        DIAGNOSIS, causes=(Cause.UNKNOWN,), evidence={Cause.UNKNOWN: "No cause fits."}
+    )
+    assert "Most likely cause" not in str(unknown)
+    assert "Fix to try first: ReLU." in str(unknown)
+    assert "1. Unknown. No cause fits." in str(unknown)
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_tilts_are_shown_only_where_something_was_tried(form):
-    assert "ilt" not in form(DIAGNOSIS)
-    assert "Tilt before" in form(TRIED) or "tilt before" in form(TRIED)
-    assert "9.5" in form(TRIED)
-    assert "1.88" in form(TRIED)
-    assert "could not be tried: RuntimeError" in form(TRIED)
-    assert "1 remedy was tried, in 5 passes." in form(TRIED)
-    assert "the loss is 2.3" in form(TRIED)
-    assert "0.4" in form(TRIED)
-    assert "None" not in form(TRIED)
+def test_a_symptom_that_is_the_evidence_is_not_repeated(form):
+    sentence = "Batch 7 contains bad data"
+    evidence = {**DIAGNOSIS.evidence, Cause.BAD_INITIALIZATION: sentence}
+    repeated = dataclasses.replace(DIAGNOSIS, signs=(*DIAGNOSIS.signs, sentence), evidence=evidence)
+    assert form(repeated).count(sentence) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_results_of_trials_are_shown_only_if_a_fix_was_tried(form):
+    assert not re.search("tried|ilt before|tilt [-0-9]", form(DIAGNOSIS), flags=re.IGNORECASE)
+    text = form(TRIED)
+    assert "tilt 9.5 -> 0.4" in text or "Tilt before" in text
+    parts = ("9.5", "0.4", "1.88", "could not be tried: RuntimeError", "the loss is 2.3")
+    assert all(part in text for part in parts)
+    assert "None" not in text
+    # The account of the trials explains the numbers, so it comes before them.
+    assert text.index("1 fix was tried, in 5 passes.") < text.index("f()")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "loss", "result"),
+    [
+        (9.5, 0.42, 1.875, "Tried: tilt 9.5 -> 0.4, loss 1.88."),
+        (9.5, 0.42, None, "Tried: tilt 9.5 -> 0.4."),
+        (None, 0.42, math.inf, "Tried: tilt not measurable -> 0.4, loss inf."),
+        (None, None, 2.0, "Tried: tilt not measurable, loss 2."),
+        (9.5, None, None, "Tried: tilt not measurable."),
+    ],
+)
+def test_the_result_of_a_trial_is_a_line_below_the_fix(before, after, loss, result):
+    fix = Remedy("ReLU", "f()", tried=True, before=before, after=after, loss=loss)
+    lines = str(dataclasses.replace(TRIED, remedies=(fix,))).splitlines()
+    assert lines[lines.index("  1. ReLU") + 1 :][:2] == ["       f()", f"     {result}"]
 
 
 def test_the_text_is_narrow_and_small():
     long = dataclasses.replace(DIAGNOSIS, signs=("word " * 60,) * 6)
     lines = str(long).splitlines()
     assert max(map(len, lines)) <= WIDTH
-    assert len(str(DIAGNOSIS).splitlines()) <= 24
+    assert len(str(DIAGNOSIS).splitlines()) <= 26
     assert lines == [line.rstrip() for line in lines]
 
 
@@ -162,14 +210,14 @@ def named(name):
         DIAGNOSIS,
         parameters=(name,),
         signs=(f"Norm 1 in {quote(name)}.", name),
-        evidence={Cause.SATURATING_ACTIVATION: f"In {quote(name)}.", Cause.BAD_INITIALIZATION: name},
+        evidence={Cause.SATURATING_ACTIVATION: f"In {quote(name)}.", Cause.BAD_INITIALIZATION: f"{name}."},
         remedies=(Remedy(name, f"layer = model[{name!r}]  # | a | b", note=name), Remedy("other", "f()")),
         trials=(f"Not tried: {name}.",),
     )
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_names_break_out_of_no_form(name):
+def test_no_name_escapes_its_form(name):
     diagnosis = named(name)
     head = str(diagnosis).split("\n\n")[0]
     assert quote(name) in " ".join(head.split("\n"))
@@ -221,22 +269,21 @@ def test_any_sentence_is_safe_in_html(text):
 
 
 @given(text=st.text(st.sampled_from("ab `*_#|<>[]()!-+.1~\\&\n"), max_size=30))
-def test_sentences_say_the_same_in_markdown(text):
-    """What TensorBoard shows is the sentence, without its backticks."""
+def test_tensorboard_shows_the_sentence_without_its_backticks(text):
     marked = dataclasses.replace(DIAGNOSIS, signs=(f"x {text} y",)).to_markdown()
     item = re.search(r"<li>(.*?)</li>", markdown_to_safe_html(marked), re.DOTALL).group(1)
     expected = " ".join(re.sub(r"`([^`]*)`", r"\1", " ".join(f"x {text} y".split())).split())
     assert shown(item) == expected
 
 
-def test_markdown_is_safe_where_html_is_not_taken_out():
-    """GitHub keeps some HTML; between code spans no tag and no entity may be left."""
+def test_markdown_is_safe_if_html_is_not_removed():
+    """GitHub keeps some HTML, so no tag and no entity may remain outside code spans."""
     sentence = "a <b> c & `<d>` <script>"
     marked = dataclasses.replace(DIAGNOSIS, signs=(sentence,)).to_markdown()
     assert "- a &lt;b> c &amp; `<d>` &lt;script>\n" in marked
 
 
-def test_the_page_needs_nothing_from_elsewhere():
+def test_the_page_loads_nothing():
     page = Reader(DIAGNOSIS.to_html())
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
     assert not [
@@ -249,16 +296,24 @@ def of_kind(page, tag):
     return [attributes for kind, attributes in Reader(page).tags if kind == tag]
 
 
-def test_what_is_known_is_pictured():
+def test_known_facts_are_charted():
     page = PICTURED.to_html()
     assert Reader(page).open == []
     labels = [attributes["aria-label"] for attributes in of_kind(page, "svg") if "aria-label" in attributes]
     assert len(labels) == 2
     assert "since step 30" in shown(page)
     assert all(name in shown(page) for name in NAMES)
-    for word in ("The newest steps", "NaN or Inf", "no gradient", "skipped", "clipped", "loss", "worst."):
+    for word in (
+        "The newest steps",
+        "NaN or Inf",
+        "no gradient",
+        "skipped",
+        "clipped",
+        "loss",
+        "worst layers",
+    ):
         assert word in shown(page)
-    assert "tilt 8.0" not in shown(page)  # with the remedy only three layers have a gradient
+    assert "tilt 8.0" not in shown(page)  # with the fix only three layers have a gradient
     assert len(of_kind(page, "polyline")) == 2 + 2
 
 
@@ -273,21 +328,21 @@ def test_what_is_known_is_pictured():
         ({"timeline": None, "remedies": ()}, 0),
     ],
 )
-def test_of_what_is_not_known_there_is_no_picture(unknown, pictures):
+def test_unknown_facts_are_not_charted(unknown, pictures):
     page = dataclasses.replace(PICTURED, **unknown).to_html()
     assert len([a for a in of_kind(page, "svg") if "aria-label" in a]) == pictures
     assert ("The newest steps" in page) == ("timeline" not in unknown)
     assert ("What was tried" in page) == (pictures == 1 and "timeline" in unknown)
 
 
-def test_without_anything_known_the_page_has_no_picture():
+def test_without_known_facts_the_page_has_no_chart():
     page = DIAGNOSIS.to_html()
     assert not {"svg", "figure", "image"} & {tag for tag, _ in Reader(page).tags}
     assert Reader(page).open == []
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_names_break_out_of_no_picture(name):
+def test_no_name_escapes_a_chart(name):
     def page(name):
         timeline = dataclasses.replace(PICTURED.timeline, layers=(name, *NAMES[1:]))
         remedies = (dataclasses.replace(PICTURED.remedies[0], name=name), *PICTURED.remedies[1:])
@@ -300,7 +355,7 @@ def test_names_break_out_of_no_picture(name):
     assert page(name).open == []
 
 
-def test_a_page_with_pictures_needs_nothing_from_elsewhere():
+def test_a_page_with_charts_loads_nothing():
     page = Reader(PICTURED.to_html())
     assert not {"script", "link", "img", "iframe", "use"} & {tag for tag, _ in page.tags}
     named = [(a, value) for _, attributes in page.tags for a, value in attributes.items()]
@@ -318,7 +373,7 @@ def test_a_page_is_small_however_many_layers_there_are(layers):
     flags = tuple(j % 2 == 0 for j in range(128))
     timeline = Timeline(tuple(range(128)), names, tuple(map(tuple, noise)), flags, flags, tuple(noise[-1]))
     remedies = tuple(
-        Remedy(f"remedy {k}", "f()", tried=True, profile=tuple(row[k] for row in noise)) for k in range(6)
+        Remedy(f"fix {k}", "f()", tried=True, profile=tuple(row[k] for row in noise)) for k in range(6)
     )
     big = dataclasses.replace(
         DIAGNOSIS, timeline=timeline, layers=names, profile=tuple(row[9] for row in noise), remedies=remedies
@@ -326,13 +381,13 @@ def test_a_page_is_small_however_many_layers_there_are(layers):
     assert len(big.to_html().encode()) < 500_000
 
 
-def test_what_is_only_drawn_is_neither_compared_nor_printed():
+def test_chart_data_is_neither_compared_nor_printed():
     assert pickle.loads(pickle.dumps(PICTURED)) == PICTURED
     assert "timeline" not in repr(PICTURED)
     assert "profile" not in repr(PICTURED)
 
 
-def test_text_and_markdown_need_neither_templates_nor_pictures(monkeypatch):
+def test_text_and_markdown_need_neither_jinja2_nor_matplotlib(monkeypatch):
     expected = str(PICTURED), PICTURED.to_markdown()
     for name in ("jinja2", "markupsafe", "matplotlib", "matplotlib.image", "matplotlib.colors"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -340,7 +395,7 @@ def test_text_and_markdown_need_neither_templates_nor_pictures(monkeypatch):
 
 
 @pytest.mark.parametrize(("tilt", "text"), [(-0.04, "0.0"), (0.0, "0.0"), (-0.05001, "-0.1"), (None, "")])
-def test_a_tilt_that_is_rounded_to_nothing_has_no_sign(tilt, text):
+def test_a_tilt_that_rounds_to_0_has_no_sign(tilt, text):
     remedy = dataclasses.replace(TRIED.remedies[0], before=tilt, after=tilt)
     cells = re.findall(r"<td>(.*?)</td>", dataclasses.replace(TRIED, remedies=(remedy,)).to_html())
     assert cells[-3:-1] == [text, text]
@@ -385,6 +440,25 @@ def test_without_rich_a_terminal_gets_plain_text(colour, monkeypatch):
     assert file.getvalue() == f"{DIAGNOSIS}\n"
 
 
-@pytest.mark.parametrize("fault", Fault)
-def test_each_fault_has_a_headline(fault):
-    assert str(dataclasses.replace(DIAGNOSIS, fault=fault)).startswith(HEADLINES[fault])
+CUSTOM = Fault.custom("mixed_up")
+
+
+@pytest.mark.parametrize("fault", [*Fault, CUSTOM])
+def test_each_fault_has_a_headline_and_further_reading(fault):
+    diagnosis = dataclasses.replace(DIAGNOSIS, fault=fault)
+    tags, page = further_reading(fault)
+    assert str(diagnosis).startswith(headline(fault))
+    for form in FORMS:
+        assert all(part in shown(form(diagnosis)) for part in (*tags, page))
+
+
+def test_a_custom_fault_has_the_headline_of_its_name():
+    assert headline(CUSTOM) == "Custom fault: mixed up"
+    assert len({headline(fault) for fault in Fault}) == len(Fault)
+
+
+@pytest.mark.parametrize("fault", [*Fault, CUSTOM])
+def test_further_reading_exists(fault):
+    tags, page = further_reading(fault)
+    assert {tag.removeprefix("gradguard/") for tag in tags} <= set(NOTES)
+    assert (ROOT / page).is_file()

@@ -1,4 +1,4 @@
-"""The loggers that people use, each the real package, offline, and read back by its own means."""
+"""The usual loggers: each is the real package, offline, and what it wrote is read back with its own tools."""
 
 import csv
 from pathlib import Path
@@ -26,7 +26,7 @@ BAD = 12
 
 
 class Net(pl.LightningModule):
-    """Two layers; the batch of step 12 is NaN, so that there is something to tell."""
+    """Two layers; the batch of step 12 is NaN, so there is a finding."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Net(pl.LightningModule):
 
 
 def train(logger):
-    """Thirty steps, of which every tenth is logged; returns the guard."""
+    """Train for thirty steps, of which every tenth is logged; return the guard."""
     guard = GradGuard()
     trainer = pl.Trainer(
         max_epochs=1,
@@ -58,13 +58,13 @@ def train(logger):
     return guard
 
 
-def told(caplog):
+def notices(caplog):
     return [r.getMessage() for r in caplog.records if "need TensorBoard" in r.getMessage()]
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """No file is written but here, nobody is asked, and nothing goes over the network."""
+    """Keep all files in this folder, ask no questions, and use no network."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb"))
@@ -76,7 +76,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_csv_has_the_scalars_and_what_it_lacks_is_said_once(home, caplog):
+def test_csv_has_the_scalars_and_logs_once_what_it_lacks(home, caplog):
     logger = CSVLogger(home)
     guard = train(logger)
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
@@ -85,16 +85,16 @@ def test_csv_has_the_scalars_and_what_it_lacks_is_said_once(home, caplog):
     last = [row for row in rows if row["gradguard/skipped_total"]][-1]
     assert float(last["gradguard/skipped_total"]) == guard.summary["skipped"] == 1
     assert "gradguard_exponents/fp16_subnormal" in rows[0]
-    assert told(caplog) == [
+    assert notices(caplog) == [
         "CSVLogger shows gradguard's scalars. Its histograms and heat map need TensorBoard: "
         "Trainer(logger=[..., TensorBoardLogger(...)])."
     ]
 
 
-def test_beside_tensorboard_no_logger_is_said_to_lack_anything(home, caplog):
+def test_beside_tensorboard_no_notice_is_logged(home, caplog):
     board = TensorBoardLogger(home)
     train([CSVLogger(home), board])
-    assert told(caplog) == []
+    assert notices(caplog) == []
     seen = EventAccumulator(board.log_dir).Reload().Tags()
     assert HISTOGRAM in seen["tensors"]
     assert "gradguard/heatmap" in seen["images"]
@@ -120,7 +120,7 @@ def test_wandb_offline_has_scalars_histograms_pictures_and_texts(home, caplog):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     texts = [p.read_text() for p in files.glob("media/html/gradguard/diagnosis*.html")]
     assert any("nonfinite" in text for text in texts)
-    assert told(caplog) == []
+    assert notices(caplog) == []
 
 
 @pytest.mark.slow
@@ -139,14 +139,14 @@ def test_mlflow_in_a_folder_has_scalars_pictures_and_texts(home, caplog):
     assert any("heatmap" in path and path.endswith(".png") for path in images)
     text = Path(client.download_artifacts(run, "gradguard/diagnosis.md", str(home)))
     assert "**nonfinite**" in text.read_text()
-    assert told(caplog) == [
+    assert notices(caplog) == [
         "MLFlowLogger shows gradguard's scalars, heat map and texts. Its histograms need TensorBoard: "
         "Trainer(logger=[..., TensorBoardLogger(...)])."
     ]
 
 
 class TensorboardXLogger(Logger):
-    """As people write it, since Lightning takes tensorboardX only where TensorBoard is missing."""
+    """Logger for tensorboardX as users write it: Lightning uses tensorboardX only without TensorBoard."""
 
     name, version = "x", ""
 
@@ -174,5 +174,5 @@ def test_tensorboardx_writes_the_files_that_tensorboard_reads(home, caplog):
     assert all((table[0, 0], table[-1, 1]) == (EDGES[0], EDGES[-1]) for table in tables)
     text = make_ndarray(seen.Tensors("gradguard/diagnosis")[-1].tensor_proto).item().decode()
     assert "nonfinite" in text
-    assert told(caplog) == []
+    assert notices(caplog) == []
     assert np.isfinite(seen.Scalars("gradguard/total_norm_log10")[0].value)

@@ -20,9 +20,10 @@ EVERYTHING = ("halted", "stop_reason", "findings", "reports", "summary", "state"
 @pytest.fixture(scope="module")
 def runs(python, tmp_path_factory):
     """Each case as trained whole, and as resumed in a process of its own from what the whole run left on its way."""
-    folder = tmp_path_factory.mktemp("resume")
-    names = [*CASES, *LATE]
-    torch.set_num_threads(1)
+    return interrupt(python, tmp_path_factory.mktemp("resume"), list(CASES))
+
+
+def interrupt(python, folder, names):
     whole = {name: train(name, folder, resumed=False) for name in names}
     done = python.run(HERE / "resume_script.py", folder, *names, warnings="ignore")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,9 +54,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs, name):
     assert whole["findings"] or name == "experts"
 
 
-@pytest.mark.parametrize("name", [name for name in LATE if "halt" not in name])
-def test_judged_late_the_weights_are_those_of_the_uninterrupted_run(runs, name):
-    compare(runs, name, ("weights", "optimizer"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "all, late" else pytest.mark.slow)
+        for name in LATE
+        if "halt" not in name
+    ],
+)
+def test_judged_late_the_weights_are_those_of_the_uninterrupted_run(python, tmp_path, name):
+    compare(interrupt(python, tmp_path, [name]), name, ("weights", "optimizer"))
 
 
 @pytest.mark.parametrize("name", ["DepthTilt", "DeadUnits", "Stalled", "UpdateRatio", "Disconnected"])

@@ -74,7 +74,11 @@ def assert_close(seen, expected, where):
         assert seen == expected, where
 
 
-@pytest.mark.parametrize("world", ["two", "four"])
+#: Sharded in two ways at once, which `make test` leaves out.
+FOUR = pytest.param("four", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("world", ["two", FOUR])
 def test_all_ranks_see_the_same_to_the_last_bit(world, request):
     first, *others = (rank["runs"] for rank in request.getfixturevalue(world))
     for name in first:
@@ -87,8 +91,8 @@ def test_all_ranks_see_the_same_to_the_last_bit(world, request):
     [
         ("two", "FSDP2", Net),
         ("two", "TP", Block),
-        ("four", "HSDP", Net),
-        ("four", "FSDP2 and TP", Block),
+        pytest.param("four", "HSDP", Net, marks=pytest.mark.slow),
+        pytest.param("four", "FSDP2 and TP", Block, marks=pytest.mark.slow),
     ],
 )
 def test_norms_factors_and_weights_are_those_of_one_process(world, kind, net, name, request):

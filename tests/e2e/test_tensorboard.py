@@ -1,4 +1,4 @@
-"""What a real TensorBoard says of our files over HTTP, with both of its loaders."""
+"""Answers of a real TensorBoard about our files over HTTP, with both of its loaders."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ RUN = "run"
 
 @pytest.fixture(scope="module")
 def logdir(tmp_path_factory):
-    """A run of 60 steps, NaN at step 40, whose writer was closed half way, so that there are two files."""
+    """Write a run of 60 steps with NaN at step 40; its writer is closed half way, so there are two files."""
     folder = tmp_path_factory.mktemp("logs")
     writer = SummaryWriter(folder / RUN)
     sink = TensorBoardSink(writer)
@@ -70,7 +70,7 @@ def report_of(step: int) -> Report:
 
 @pytest.fixture(scope="module")
 def servers(logdir):
-    """The address of a TensorBoard for each loader; both start at the same time."""
+    """Start a TensorBoard for each loader, both at the same time; yield their addresses."""
     with contextlib.ExitStack() as stack:
         processes = {loader: stack.enter_context(tensorboard(logdir, loader)) for loader in LOADERS}
         yield {loader: address_of(process) for loader, process in processes.items()}
@@ -97,17 +97,17 @@ def tensorboard(logdir, loader):
 
 
 def address_of(process) -> str:
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if found := re.search(r"at (http://127\.0\.0\.1:\d+)", line):
             return found[1]
-    raise AssertionError(f"TensorBoard did not start: {''.join(said)}")
+    raise AssertionError(f"TensorBoard did not start: {''.join(lines)}")
 
 
 @pytest.fixture(params=LOADERS)
 def ask(request, servers):
-    """Asks the server for a plugin's data, once it has read all of the run."""
+    """Return a function that asks for a plugin's data once the server has read all of the run."""
 
     def get(path, **query):
         url = f"{servers[request.param]}/data/plugin/{path}?{urllib.parse.urlencode(query)}"
@@ -155,7 +155,7 @@ def test_what_is_kept_for_the_report_is_shown_nowhere(ask):
 @pytest.mark.parametrize(
     ("plugin", "tag", "words"),
     [
-        ("scalars", "gradguard/depth_tilt_decades", "vanishing"),
+        ("scalars", "gradguard/depth_tilt_decades", "Vanishing"),
         ("histograms", "gradguard_hist_log10/001_1.weight", "net.1.weight"),
         ("histograms", "gradguard_hist_value/001_1.weight", "net.1.weight"),
         ("scalars", "gradguard_exponents/fp16_lost", "fp16"),

@@ -1,7 +1,7 @@
-"""Trainings whose log files cannot be written, each in a process of its own, for test_chaos.
+"""Trainings whose log files cannot be written, each in its own process, for test_chaos.
 
-``python writers_script.py FOLDER`` writes what became of each to ``FOLDER/LOGGER-TROUBLE.pt``, and of one without any
-logger to ``FOLDER/none-nothing.pt``.
+``python writers_script.py FOLDER`` writes the result of each to ``FOLDER/LOGGER-TROUBLE.pt``, and that of one without
+any logger to ``FOLDER/none-nothing.pt``.
 """
 
 import math
@@ -26,22 +26,22 @@ LOGGERS = {"board": TensorBoardLogger, "csv": CSVLogger}
 
 
 def full(logger):
-    """The disk takes no file of more than 1,000 bytes."""
+    """Let no file grow beyond 1,000 bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def closed(logger):
-    """Somebody closes the writer, which a file of metrics has not."""
+    """Close the writer, if the logger has one."""
     getattr(logger.experiment, "close", lambda: None)()
 
 
 def removed(logger):
-    """Somebody tidies up."""
+    """Remove the folder."""
     shutil.rmtree(logger.log_dir)
 
 
 def replaced(logger):
-    """There is a file where the folder was; to take rights away would not keep root from writing."""
+    """Put a file in place of the folder; removed permissions would not stop root."""
     shutil.rmtree(logger.log_dir)
     Path(logger.log_dir).write_text("")
 
@@ -50,7 +50,7 @@ TROUBLES = {"full": full, "closed": closed, "removed": removed, "replaced": repl
 
 
 class Net(pl.LightningModule):
-    """A net that logs nothing itself; the logger has its trouble in the middle, and in one batch there is a NaN."""
+    """Net that logs nothing itself; its logger fails half way, and one batch has a NaN."""
 
     def __init__(self, trouble, logger, ruined):
         super().__init__()
@@ -72,7 +72,7 @@ class Net(pl.LightningModule):
 
 
 def train(folder, kind, trouble, ruined):
-    """What became of a training."""
+    """Train, and return the result."""
     logger = LOGGERS[kind](folder, kind, f"{trouble}{ruined}") if kind in LOGGERS else False
     guard = GradGuard(clipper=SpikeClip(), policy=Policy(), recorder=Recorder() if ruined else None)
     module = Net(TROUBLES.get(trouble), logger, ruined)

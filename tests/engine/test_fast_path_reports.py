@@ -116,8 +116,16 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("when", ["at once", "later", "alone"])
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    ("look", "when"),
+    [
+        pytest.param(
+            look, when, marks=() if when == "at once" or look in ("==", "pickle") else pytest.mark.slow
+        )
+        for when in ("at once", "later", "alone")
+        for look in LOOKS
+    ],
+)
 def test_a_deferred_report_behaves_like_any_other(quiet, look, when):
     """At once, after further steps, and after its guard is gone."""
     hand, report, like = quiet

@@ -116,7 +116,7 @@ def evaluations_between(first, last):
 
 
 @pytest.mark.parametrize("fault", LATE)
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_late_fault_is_found_within_a_few_full_evaluations(fault, alone):
     detector, expected, allowed = LATE[fault]
     detectors = (detector,) if alone and detector is not None else default_detectors()
@@ -244,7 +244,7 @@ def test_a_full_evaluation_follows_a_skipped_step_or_a_spike(bad):
 
 
 @pytest.mark.parametrize("fault", ["vanishing", "exploding", "dead", "underflow"])
-@pytest.mark.parametrize("lasts", [1, 3])
+@pytest.mark.parametrize("lasts", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_skipped_fault_is_evaluated_at_every_step_until_it_is_over(fault, lasts):
     """A skipped step leaves no trace, so the first good step is seen to be good."""
     expected = LATE[fault][1]

@@ -67,7 +67,7 @@ class Training:
             getattr(self, name).load_state_dict(state)
 
 
-@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize("fault", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_guard_saved_between_two_full_evaluations_continues_exactly(lag, fault):
     cuts, end = (20, 33, 37, 41, 200, 276, 286, 287, 301, 311, 321), 340
@@ -109,7 +109,7 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("cut", [40, 41, 42])
+@pytest.mark.parametrize("cut", [pytest.param(40, marks=pytest.mark.slow), 41, 42])
 def test_a_restored_guard_probes_sequences_too(lag, cut):
     """Also if it was saved between the request and the pass."""
     tilts = []

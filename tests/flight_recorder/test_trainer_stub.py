@@ -107,7 +107,7 @@ def test_a_step_of_one_argument_that_returns_a_dict():
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (lambda self, dataloader_iter: None, "reads its batches from dataloader_iter itself"),
+        (lambda self, dataloader_iter: None, "reads its batches from dataloader_iter, so it cannot run"),
         (lambda self, batch: None, "must return a loss, got NoneType"),
         (lambda self, batch: self.trainer.datamodule, "trainer.datamodule is not available in a replay"),
     ],

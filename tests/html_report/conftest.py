@@ -15,7 +15,7 @@ from lightning_gradguard.stats.histogram import EDGES
 
 
 def decades_of(kind: str, depth: float, progress: float) -> float:
-    """log10 RMS at a depth between input (0) and output (1), at a time between begin (0) and end (1)."""
+    """Return log10 RMS at a depth between input (0) and output (1) and a time between begin (0) and end (1)."""
     wave = 0.2 * math.sin(40 * progress + 9 * depth)
     slopes = {
         "healthy": -2 - progress,
@@ -30,7 +30,7 @@ FAULTS = {"vanishing": Fault.VANISHING, "exploding": Fault.EXPLODING, "nan": Fau
 
 
 def report_of(step: int, names: list[str], kind: str, steps: int) -> Report:
-    """A step of a made-up run; of a NaN run one step in ten is skipped, and of all runs one in seven clipped."""
+    """Return a step of a synthetic run: one in seven is clipped, and in a NaN run one in ten is skipped."""
     progress = step / steps
     norms = {
         name: 10 * 10 ** decades_of(kind, i / max(1, len(names) - 1), progress)
@@ -53,7 +53,7 @@ def report_of(step: int, names: list[str], kind: str, steps: int) -> Report:
 
 
 class Writing:
-    """A run that is being written."""
+    """Writer of a synthetic run."""
 
     def __init__(self, folder, layers=5, kind="healthy", steps=200, diagnosis="", every=10):
         self.names = [f"net.blocks.{i}.weight" for i in range(layers)]
@@ -63,7 +63,7 @@ class Writing:
         self.titles = dict(zip(self.names, tag_names(self.names), strict=True))
 
     def write(self, begin=0, end=None):
-        """Writes steps to a new event file."""
+        """Write steps to a new event file."""
         end = self.steps if end is None else end
         with SummaryWriter(self.folder, filename_suffix=f".{begin}") as writer:
             sink = TensorBoardSink(writer)
@@ -75,7 +75,7 @@ class Writing:
                 if step % self.every == 0 or step == end - 1:
                     writer.add_scalar("train_loss", 2 - step / self.steps, step)
                     record = self.overview.build_record(report, tilt=1.5, update_ratio=1e-3)
-                    sink.write(step, replace(record, images={}))  # which take long, and are not read
+                    sink.write(step, replace(record, images={}))  # slow to draw, and not read
                     sink.write(step, histogram_record(self._counts(report), self.titles))
             sink.close()
         return self.folder
@@ -94,17 +94,17 @@ class Writing:
 
 @pytest.fixture
 def begun(tmp_path):
-    """Begins a run in a folder of that name."""
+    """Begin a run in a folder of that name."""
     return lambda name="run", **options: Writing(tmp_path / name, **options)
 
 
 @pytest.fixture
 def written(begun):
-    """Writes a whole run and returns its folder."""
+    """Write a whole run and return its folder."""
     return lambda *arguments, **options: begun(*arguments, **options).write()
 
 
 @pytest.fixture(name="decades_of")
 def _decades_of():
-    """What the made-up runs hold."""
+    """Return the function that the synthetic runs are made with."""
     return decades_of

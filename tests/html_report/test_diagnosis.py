@@ -27,11 +27,11 @@ class Deep(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def diagnosed(layers, activation=nn.Sigmoid, spoilt=False):
-    """The diagnosis that ends this training."""
+def diagnosed(layers, activation=nn.Sigmoid, with_nan=False):
+    """Return the diagnosis that ends this training."""
     torch.manual_seed(0)
     x = torch.randn(64, WIDTH)
-    x[40:] = torch.nan if spoilt else x[40:]
+    x[40:] = torch.nan if with_nan else x[40:]
     trainer = pl.Trainer(
         max_epochs=20,
         accelerator="cpu",
@@ -68,7 +68,7 @@ def test_the_page_of_a_training_that_vanishes(opened, scheme):
     assert page.locator(".panels figure").count() == len(tried)
     assert tried[0].name in page.locator(".panels figcaption").first.inner_text()
     assert page.locator(".panels polyline.good").count() >= 1
-    # What a remedy is to lift lies below it at the input.
+    # At the input, the profile before lies below the profile with a fix.
     first = page.locator(".panels svg").first
     heights = [
         first.locator(f"polyline.{kind}").evaluate("line => line.points[0].y") for kind in ("before", "good")
@@ -82,8 +82,8 @@ def test_the_page_of_a_training_that_vanishes(opened, scheme):
     assert (ink < paper - 300) if scheme == "light" else (ink > paper + 300)
 
 
-def test_the_page_of_a_training_that_meets_nan(opened):
-    page = opened(written(diagnosed(3, nn.ReLU, spoilt=True)))
+def test_the_page_of_a_training_with_nan(opened):
+    page = opened(written(diagnosed(3, nn.ReLU, with_nan=True)))
     assert "NaN" in page.locator("h1").inner_text()
     assert page.locator(".legend").first.inner_text().count("NaN or Inf") == 1
     assert page.locator(".panels").count() == 0
@@ -91,7 +91,7 @@ def test_the_page_of_a_training_that_meets_nan(opened):
 
 
 @pytest.mark.parametrize("width", [375, 768, 1600])
-def test_nothing_sticks_out_sideways(opened, width):
+def test_nothing_overflows_sideways(opened, width):
     page = opened(written(diagnosed(12)), width=width)
     sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     assert len(set(page.evaluate(sizes))) == 1

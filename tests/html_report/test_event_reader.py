@@ -28,7 +28,7 @@ def file_of(folder):
 
 
 def ends_of_records(path):
-    """Places in a file where a record ends."""
+    """Return the positions in a file where a record ends."""
     ends, place, content = [], 0, path.read_bytes()
     while place < len(content):
         place += 16 + struct.unpack_from("<Q", content, place)[0]
@@ -89,7 +89,7 @@ def test_a_file_that_was_cut_off_is_read_up_to_there(written, cut):
     assert list(rows) == list(whole.tracks["gradguard"].rows)[: len(rows)]
 
 
-def test_a_flipped_bit_is_noticed(written):
+def test_a_flipped_bit_is_detected(written):
     folder = written(steps=100)
     path = file_of(folder)
     content = bytearray(path.read_bytes())
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_joined_and_its_later_steps_count(begun, decades_of):
     assert track.scalars["clipped_total"][99] == 14
 
 
-def test_a_run_started_anew_in_its_folder_replaces_the_old_one(written):
+def test_a_run_restarted_in_its_folder_replaces_the_old_one(written):
     written(steps=100, kind="vanishing")
     track = read(written(steps=40)).tracks["gradguard"]
     assert max(track.rows) == 39
@@ -136,17 +136,17 @@ def test_runs_below_a_folder_are_found(tmp_path, written):
 def test_what_others_log_is_no_run(tmp_path, written):
     with SummaryWriter(tmp_path / "theirs") as writer:
         writer.add_scalar("train_loss", 1.0, 0)
-    with pytest.raises(ReportError, match="hold nothing of gradguard"):
+    with pytest.raises(ReportError, match="hold no gradguard data"):
         read_runs([tmp_path])
     written("ours", steps=20)
     assert [run.name for run in read_runs([tmp_path])] == ["ours"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a record at all, by its checksum"])
-def test_without_events_it_says_so(tmp_path, content):
+def test_a_folder_without_events_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "events.out.tfevents.1.x").write_bytes(content)
-    expected = "holds no TensorBoard event files" if content is None else "hold nothing of gradguard"
+    expected = "holds no TensorBoard event files" if content is None else "hold no gradguard data"
     with pytest.raises(ReportError, match=expected):
         read_runs([tmp_path])
 

@@ -40,7 +40,7 @@ def test_a_heat_map_is_the_picture_that_the_run_drew(begun, kind, layers):
     assert heat["skipped"] == [i for i, flag in enumerate(state["skipped"]) if flag]
 
 
-def test_without_a_guard_it_is_put_together_from_histograms():
+def test_without_a_guard_it_is_built_from_histograms():
     counts = np.zeros(30, dtype=np.float32)
     counts[[0, 20]] = 50  # half of them zero, half at 10^-2 to 10^-1.5
     histograms = {"000_a": {0: counts, 10: 0 * counts}, "001_b": {0: counts * (np.arange(30) == 0)}}

@@ -53,10 +53,10 @@ def train(name, activation, policy=None):
 
 @pytest.fixture
 def page(opened):
-    """The page about a training that is halted and one that is not."""
+    """Return a function that opens the page of a halted training and one that is not."""
     with pytest.raises(GradientHalt) as halt:
-        train("sick", nn.Sigmoid, Policy.strict())
-    train("well", nn.ReLU)
+        train("1_vanishing", nn.Sigmoid, Policy.strict())
+    train("2_healthy", nn.ReLU)
     write_report([Path("runs")], Path("report.html"))
 
     def open_page(**options):
@@ -69,10 +69,10 @@ def page(opened):
 
 def test_the_page_of_two_trainings(page):
     shown = page()
-    sick, well = shown.locator("#verdict article").all()
-    assert "Gradients vanish" in sick.inner_text()
-    assert f"Step {shown.halt.step}, the last one, was not taken." in sick.inner_text()
-    assert "Healthy" in well.inner_text()
+    vanishing, healthy = shown.locator("#verdict article").all()
+    assert "Gradients vanish" in vanishing.inner_text()
+    assert f"Step {shown.halt.step}, the last one, was not taken." in vanishing.inner_text()
+    assert "Healthy" in healthy.inner_text()
     diagnosis = shown.locator("#diagnosis").inner_text()
     assert all(remedy.name in diagnosis for remedy in shown.halt.diagnosis.remedies)
     assert "vanishing" in shown.locator("#findings").inner_text()
@@ -87,10 +87,11 @@ def test_the_page_of_two_trainings(page):
 
 
 def hover(shown):
-    """The pointer reads the layer, the step, and a value that falls towards the input."""
+    """Check that the pointer reads the layer, the step, and a value that falls towards the input."""
     picture, readout = shown.locator("[data-heat='0'] image"), shown.locator("[data-heat='0'] .readout")
     values = []
     for row in (0, LAYERS):
+        picture.scroll_into_view_if_needed()
         box = picture.bounding_box()
         shown.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * (row + 0.5) / (LAYERS + 1))
         text = readout.inner_text()
@@ -104,7 +105,7 @@ def hover(shown):
 
 
 def keys(shown):
-    """Tab reaches the picture, and the arrow keys go on from where the pointer was."""
+    """Check that Tab reaches the picture and the arrow keys continue from the pointer."""
     shown.mouse.move(0, 0)
     shown.locator("nav a").last.focus()
     shown.keyboard.press("Tab")
@@ -119,7 +120,7 @@ def keys(shown):
 
 
 def histogram(shown):
-    """Another tensor can be picked, and its bins are read."""
+    """Check that another tensor can be selected and its bins are read."""
     picker = shown.locator("#layer")
     titles = picker.locator("option").all_inner_texts()
     assert len(titles) == 2 * (LAYERS + 1)
@@ -154,7 +155,7 @@ def test_it_fits_all_widths_and_is_legible_in_both_schemes(opened, written, sche
 
 
 def contrast(shown, selector):
-    """Contrast of an element's text with what lies behind it, as WCAG 2 defines it."""
+    """Return the contrast of an element's text with its background, as WCAG 2 defines it."""
     ink, paper = shown.evaluate(
         """selector => {
           const element = document.querySelector(selector), ink = getComputedStyle(element);
@@ -175,7 +176,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_a_narrowed_window_draws_anew(opened, written):
+def test_a_narrowed_window_is_drawn_again(opened, written):
     write_report([written(steps=60)], Path("report.html"))
     shown = opened(Path("report.html"), width=1200)
     before = shown.locator("[data-heat] svg").get_attribute("viewBox")

@@ -29,16 +29,16 @@ def test_a_healthy_run(written):
     [
         ("vanishing", "Gradients vanish on their way"),
         ("exploding", "Gradients explode"),
-        ("nan", "NaN or infinite"),
+        ("nan", "NaN or Inf"),
     ],
 )
-def test_a_sick_run(written, kind, title):
+def test_a_run_with_a_fault(written, kind, title):
     sheet = sheet_of(written(steps=100, kind=kind, diagnosis="### Why"))
     assert sheet.verdict.level == "critical"
     assert title in sheet.verdict.title
     begin = 4 if kind == "nan" else 50
     assert (
-        f"Critical, since step {begin}: tilt, decades 4.25, limit 3, in `net.blocks.0.weight`"
+        f"Critical since step {begin}. Tilt, decades: 4.25 (limit 3), worst in `net.blocks.0.weight`"
         in sheet.verdict.detail
     )
     assert sheet.diagnoses == ["### Why"]
@@ -56,7 +56,7 @@ def test_a_run_that_ended_in_a_skip_says_so(begun):
 def test_without_a_guard_nothing_is_judged():
     (sheet,) = sheets_of(Run("r", {"gradguard": Track(histograms={"000_a": {0: np.ones(30)}})}))
     assert sheet.verdict.level == "unjudged"
-    assert "put together from histograms" in sheet.notices[0]
+    assert "built from histograms" in sheet.notices[0]
     assert sheet.record.clipped is None
 
 
@@ -67,7 +67,7 @@ def test_notices_of_damaged_and_joined_files(begun):
     newest = max(run.folder.iterdir(), key=lambda path: path.name.endswith(".20"))
     newest.write_bytes(newest.read_bytes()[:-3])
     notices = sheet_of(run.folder).notices
-    assert f"`{newest.name}` breaks off in the middle of a record" in notices[0]
+    assert f"`{newest.name}` ends in the middle of a record" in notices[0]
     assert "Joined from 2 event files" in notices[1]
 
 
@@ -104,17 +104,18 @@ def test_a_loss_that_spans_decades_is_shown_as_its_logarithm(values, shown):
     assert chart["title"] == ("loss, log10" if shown[0] == 4 else "loss")
 
 
-def test_what_narrow_formats_lose_is_told_as_of_the_newest_step():
+def test_the_newest_table_of_narrow_formats_is_shown():
     (sheet,) = sheets_of(Run("run", {"gradguard": Track(exponents={0: "old", 10: "new"})}))
     assert sheet.exponents == "new"
     (sheet,) = sheets_of(Run("run", {"gradguard": Track()}))
     assert sheet.exponents == ""
 
 
-def test_histograms_of_values_are_said_to_be_elsewhere():
+def test_a_notice_says_where_histograms_of_values_are():
     (sheet,) = sheets_of(Run("run", {"gradguard": Track(values={"000_w"})}))
     assert (
-        "Histograms of values are in TensorBoard only; those of log10 magnitudes are here." in sheet.notices
+        "Histograms of values are shown in TensorBoard only. This page shows those of log10 magnitudes."
+        in sheet.notices
     )
 
 

@@ -32,7 +32,7 @@ def test_warns_once_and_says_what_failed():
     assert output.calls == 3
 
 
-def test_gives_up_after_errors_in_a_row():
+def test_is_switched_off_after_errors_in_a_row():
     output, fail_safe = Output([True] * 100), FailSafe("The file")
     with pytest.warns(UserWarning, match="it is switched off"):
         repeat(fail_safe, output)
@@ -40,7 +40,7 @@ def test_gives_up_after_errors_in_a_row():
     assert fail_safe.is_off
 
 
-def test_a_success_starts_the_count_anew():
+def test_a_success_resets_the_count():
     output, fail_safe = Output(([True] * (PATIENCE - 1) + [False]) * 5), FailSafe("The file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -49,7 +49,7 @@ def test_a_success_starts_the_count_anew():
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_lets_a_person_stop_the_program(stop):
+def test_does_not_catch_a_request_to_stop(stop):
     def action():
         raise stop
 
@@ -62,7 +62,7 @@ def record_of(*draws):
 
 
 def test_pictures_come_in_order_with_their_step_and_note():
-    pictures = PictureQueue("a wall")
+    pictures = PictureQueue("a file")
     pictures.start(3, record_of(lambda: PNG, lambda: PNG + b"1"))
     pictures.start(4, record_of(lambda: PNG + b"2"))
     assert list(pictures.take(wait=True)) == [
@@ -73,9 +73,9 @@ def test_pictures_come_in_order_with_their_step_and_note():
     pictures.close()
 
 
-def test_nobody_waits_for_a_picture():
+def test_training_does_not_wait_for_a_picture():
     may_go_on = threading.Event()
-    pictures = PictureQueue("a wall")
+    pictures = PictureQueue("a file")
     pictures.start(0, record_of(lambda: may_go_on.wait(60) and PNG))
     assert list(pictures.take()) == []
     may_go_on.set()
@@ -83,8 +83,8 @@ def test_nobody_waits_for_a_picture():
     pictures.close()
 
 
-def test_it_can_be_used_again_after_closing():
-    pictures, before = PictureQueue("a wall"), threading.active_count()
+def test_a_queue_can_be_used_again_after_closing():
+    pictures, before = PictureQueue("a file"), threading.active_count()
     for step in range(2):
         pictures.start(step, record_of(lambda: PNG))
         assert [picture.step for picture in pictures.take(wait=True)] == [step]
@@ -93,20 +93,20 @@ def test_it_can_be_used_again_after_closing():
 
 
 def test_nothing_to_draw_starts_no_thread():
-    pictures, before = PictureQueue("a wall"), threading.active_count()
+    pictures, before = PictureQueue("a file"), threading.active_count()
     pictures.start(0, LogRecord(scalars={"a/b": 1.0}))
     assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("broken", [lambda: 1 / 0, lambda: b"", lambda: b"GIF89a", lambda: None])
-def test_a_failed_drawing_is_warned_of_once_and_given_up(broken):
-    pictures, drawn = PictureQueue("a wall"), []
+def test_a_failed_drawing_warns_once_and_is_switched_off(broken):
+    pictures, drawn = PictureQueue("a file"), []
 
     def draw():
         drawn.append(1)
         return broken()
 
-    with pytest.warns(UserWarning, match="Drawing for a wall failed") as caught:
+    with pytest.warns(UserWarning, match="Drawing for a file failed") as caught:
         for step in range(20):
             pictures.start(step, record_of(draw))
             assert list(pictures.take(wait=True)) == []

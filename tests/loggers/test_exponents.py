@@ -66,7 +66,7 @@ def test_shares_are_of_all_elements_that_are_not_zero():
     assert record.notes.keys() >= record.scalars.keys()
 
 
-def test_a_table_is_read_at_a_glance():
+def test_the_table_has_few_digits_and_bold_cells():
     record = record_of(a=[1.0] * 200 + [1e-9], b=[1e-3] * 999 + [1e-5], c=[0.0])
     table = table_of(record)
     assert table["**all 3 tensors**"][:2] == ["0.2 % / <0.1 %", "0 % / 0 %"]
@@ -75,7 +75,7 @@ def test_a_table_is_read_at_a_glance():
     assert "step 7" in record.texts["gradguard_exponents/table"]
 
 
-def test_overflow_is_told_only_where_there_is_some():
+def test_overflow_is_shown_only_if_there_is_any():
     table = table_of(record_of(a=[1e-5, 65504.0, 7e4, 448.0], b=[1.0]))
     assert table["`000_a`"] == [
         "**25 % / 0 %, 25 % overflow**", "0 % / 0 %", "**25 % / 25 %, 50 % overflow**",

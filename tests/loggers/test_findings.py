@@ -54,9 +54,9 @@ def test_any_number_survives_strict_json(value):
 
 def test_evidence_names_the_worst_three_tensors():
     assert LoggedFinding.of(finding()).evidence == (
-        "depth tilt, decades 4.26, limit 3, in `net.0.weight`, `net.1.weight`, `a, in `b`` and 1 more"
+        "Depth tilt, decades: 4.26 (limit 3), worst in `net.0.weight`, `net.1.weight`, `a, in `b`` and 1 more"
     )
-    assert LoggedFinding.of(finding(names=())).evidence == "depth tilt, decades 4.26, limit 3"
+    assert LoggedFinding.of(finding(names=())).evidence == "Depth tilt, decades: 4.26 (limit 3)"
 
 
 def test_a_detector_without_a_measure_is_named():
@@ -78,16 +78,21 @@ def test_only_what_is_new_is_recorded_and_the_text_holds_all():
     text, record = log.flush()
     assert [f.step for f in record.findings] == [2, 3]
     assert record.diagnoses == ("### two",)
-    assert [text.index(part) for part in ("### two", "### one", "step 3", "step 2", "step 1")] == sorted(
-        text.index(part) for part in ("### two", "### one", "step 3", "step 2", "step 1")
-    )
+    places = [text.index(part) for part in ("### two", "### one", "step 3.", "step 2.", "step 1.")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(("fault", "count"), [(Fault.VANISHING, 1), (Fault.SPIKE, 0)])
+def test_our_terms_are_explained_once_where_they_are_used(fault, count):
+    text, _ = flushed(finding(0, fault), finding(1, fault))
+    assert text.count("factors of ten") == count
 
 
 def test_text_and_record_are_bounded():
     text, record = flushed(*map(finding, range(1000)), diagnoses=map(str, range(10)))
     assert [f.step for f in record.findings] == list(range(1000 - FINDINGS, 1000))
     assert record.diagnoses == ("7", "8", "9")[-DIAGNOSES:]
-    assert text.count("\n* step") == FINDINGS
+    assert text.count("\n* **vanishing**") == FINDINGS
 
 
 def test_a_resumed_log_repeats_everything_once(tmp_path):

@@ -78,7 +78,7 @@ def test_memory_and_work_do_not_grow_with_the_run():
 
 
 @pytest.mark.parametrize("first", [0, 7, 123_456])
-def test_wants_one_step_for_each_column(first):
+def test_one_step_starts_each_column(first):
     heatmap = Heatmap(["a"], 4)
     wanted = []
     for step in range(first, first + 32):
@@ -98,7 +98,7 @@ def test_a_gap_in_the_steps_stays_blank():
     assert (cells[1:-1] == BLANK).all()
 
 
-def test_an_earlier_step_starts_anew():
+def test_an_earlier_step_starts_the_picture_again():
     heatmap = Heatmap(["a"], 4)
     for step in range(100, 200):
         heatmap.record(step, [1.0])
@@ -124,7 +124,7 @@ def test_resumes_as_if_it_had_not_stopped(before, after, skipped):
     np.testing.assert_equal(resumed.state_dict(), whole.state_dict())
 
 
-def test_says_what_is_new_in_a_column():
+def test_returns_what_is_new_in_a_column():
     heatmap = Heatmap(["a", "b"], 2)
     assert not heatmap.record(0, [1.0, None])
     assert heatmap.record(1, [math.nan, 1.0])
@@ -147,7 +147,7 @@ def test_state_is_plain(tmp_path):
 
 
 @pytest.mark.parametrize("other", [Heatmap(["c"]), Heatmap(["a"], 2)])
-def test_state_of_another_model_is_left_out(other):
+def test_state_of_another_model_is_ignored(other):
     heatmap = Heatmap(["a"])
     for step in range(10):
         heatmap.record(step, [1.0])

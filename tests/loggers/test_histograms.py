@@ -41,21 +41,21 @@ def test_zero_and_nonfinite_are_worst(value):
 
 
 @pytest.mark.parametrize(("rival", "shown"), [(5e-8, "b"), (2e-9, "b"), (5e-10, "c"), (1e-20, "c")])
-def test_gives_way_only_to_one_that_is_a_decade_worse(rival, shown):
+def test_is_replaced_only_by_one_that_is_a_decade_worse(rival, shown):
     worst = WorstTensors(1)
-    calm = {"a": 1e-3, "b": 1e-8, "c": 1e-3, "d": 1e-3, "e": 1e-3}
-    assert worst.choose(calm) == ["b"]
-    assert worst.choose(calm | {"c": rival}) == [shown]
+    tensors = {"a": 1e-3, "b": 1e-8, "c": 1e-3, "d": 1e-3, "e": 1e-3}
+    assert worst.choose(tensors) == ["b"]
+    assert worst.choose(tensors | {"c": rival}) == [shown]
 
 
-def test_the_mildest_gives_way():
+def test_the_mildest_is_replaced():
     worst = WorstTensors(2)
-    calm = {"a": 1e-3, "b": 1e-8, "c": 1e-5, "d": 1e-3, "e": 1e-3, "f": 1e-3, "g": 1e-3}
-    assert worst.choose(calm) == ["b", "c"]
-    assert worst.choose(calm | {"d": 1e-7}) == ["b", "d"]
+    tensors = {"a": 1e-3, "b": 1e-8, "c": 1e-5, "d": 1e-3, "e": 1e-3, "f": 1e-3, "g": 1e-3}
+    assert worst.choose(tensors) == ["b", "c"]
+    assert worst.choose(tensors | {"d": 1e-7}) == ["b", "d"]
 
 
-def test_goes_on_after_a_resume():
+def test_continues_after_a_resume():
     worst, resumed = WorstTensors(1), WorstTensors(1)
     worst.choose({"a": 1e-3, "b": 1e-9, "c": 1e-3})
     resumed.load_state_dict(worst.state_dict())

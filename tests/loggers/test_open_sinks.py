@@ -16,7 +16,7 @@ RECORD = LogRecord(
 
 
 class Recording:
-    """All that a logger must have."""
+    """Logger with the least that is required."""
 
     experiment = object()
 
@@ -74,7 +74,7 @@ def test_any_logger_gets_the_scalars():
     assert logger.logged == [({"gradguard/clip_scale": 0.5}, 7)]
 
 
-def test_what_a_logger_cannot_show_is_said_once(caplog):
+def test_what_a_logger_cannot_show_is_logged_once(caplog):
     sink = LoggerSink(Recording())
     with caplog.at_level(logging.WARNING):
         for step in range(5):
@@ -94,7 +94,7 @@ def test_scalars_alone_need_no_message(caplog):
 @pytest.mark.parametrize(
     "error", [OSError("disk full"), ValueError("you tried to log"), RuntimeError("offline")]
 )
-def test_a_failing_logger_is_warned_of_once_and_given_up(error):
+def test_a_failing_logger_warns_once_and_is_switched_off(error):
     logger = Recording(error)
     sink = LoggerSink(logger)
     with pytest.warns(UserWarning, match="Recording output failed") as caught:

@@ -132,7 +132,7 @@ def test_without_matrices_every_layer_is_a_row():
 
 
 @pytest.mark.parametrize("step", [0, 1, 500, 12_345])
-def test_a_nonfinite_bias_spoils_its_layer_at_any_step(step):
+def test_a_nonfinite_bias_makes_its_layer_nonfinite_at_any_step(step):
     view = overview()
     for before in range(0, step, 7):
         view.observe(report(before))
@@ -142,14 +142,14 @@ def test_a_nonfinite_bias_spoils_its_layer_at_any_step(step):
     assert np.isnan(view._heatmap.cells).any(axis=0).tolist() == [True, False]
 
 
-def test_drawings_grow_rare():
+def test_drawings_become_rare():
     view = overview()
     drawn = [step for step in range(10_000) if shown(view, report(step)).images]
     assert drawn[0] < 30
     gaps = np.diff(drawn)
     assert (gaps[1:] >= gaps[:-1]).all()
     assert len(drawn) < 20
-    # And yet no picture is older than a third of the run.
+    # But no picture is older than a third of the run.
     assert all(b <= 1.6 * a for a, b in pairwise(drawn))
 
 
@@ -164,13 +164,13 @@ def test_a_finding_is_drawn_soon_but_not_all_findings():
     assert len([step for step in drawn if step >= 1000]) <= 10
 
 
-def test_final_panel_has_a_picture():
+def test_the_final_record_has_a_picture():
     view = overview()
     view.observe(report())
     assert view.build_record(report(), final=True).images["gradguard/heatmap"]().startswith(b"\x89PNG")
 
 
-def test_nothing_seen_is_nothing_drawn():
+def test_without_a_step_nothing_is_drawn():
     assert not overview().build_record(report(), final=True).images
 
 
@@ -184,7 +184,7 @@ def test_picture_shows_the_step_it_was_asked_at():
     assert draw() == before
 
 
-def test_text_is_cumulative_and_written_when_there_is_news():
+def test_text_is_cumulative_and_written_when_something_is_new():
     view = overview()
     assert not shown(view, report(0)).texts
     first = shown(view, report(1, findings=(finding(1),))).texts["gradguard/diagnosis"]
@@ -203,7 +203,7 @@ def test_text_does_not_grow_without_end():
         view.add_diagnosis("why" * 100)
     text = view.build_record(report(2000)).texts["gradguard/diagnosis"]
     assert len(text) < 20_000
-    assert "step 1,999:" in text
+    assert "since step 1,999." in text
 
 
 def test_rows_are_kept_with_their_own_steps_until_they_are_written():

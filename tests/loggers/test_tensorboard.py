@@ -25,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (7).to_bytes(4, "big") + (5).to_b
 
 
 def events(folder) -> list[Event]:
-    """Events that hold a summary, as they lie in the files."""
+    """Return the events that hold a summary, as they are in the files."""
     found = []
     for path in sorted(folder.iterdir()):
         found += [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
@@ -66,7 +66,9 @@ def test_infinity_is_shown_as_nan(tmp_path, value):
 
 def test_histograms_keep_every_count_and_the_ends_of_the_axis(tmp_path):
     counts = np.random.default_rng(0).integers(0, 3, (9, 30)).astype(np.float32)
-    counts[3:5, :3] = counts[4:6, -3:] = counts[6] = 0  # empty ones at the ends too, and nothing else
+    counts[3:5, :3] = counts[4:6, -3:] = counts[6] = (
+        0  # empty bins at the ends, and a histogram without any count
+    )
     counts[7] = 1
     write(
         tmp_path,
@@ -144,7 +146,7 @@ def test_a_tag_is_described_once(tmp_path):
         assert not second.HasField("metadata")
 
 
-#: Bins with something in them, and the bytes of a hundred such histograms at most: a bin takes 12, and a tag with its
+#: Bins that are not empty, and the largest size of a hundred such histograms: a bin takes 12 bytes, and a tag with its
 #: framing 68. Gradients over twelve decades, and zeros, fill 26 bins.
 @pytest.mark.parametrize(("bins", "kib"), [(14, 27), (26, 40), (30, 42)])
 def test_a_step_of_a_hundred_histograms_is_small(tmp_path, bins, kib):
@@ -156,7 +158,7 @@ def test_a_step_of_a_hundred_histograms_is_small(tmp_path, bins, kib):
     assert len(events(tmp_path)[-1].SerializeToString()) <= kib * 1024
 
 
-def test_a_writer_closed_in_between_is_opened_anew(tmp_path):
+def test_a_writer_closed_in_between_is_opened_again(tmp_path):
     writer = SummaryWriter(tmp_path)
     sink = TensorBoardSink(writer)
     for step in range(3):
@@ -202,7 +204,9 @@ def test_a_failed_drawing_is_warned_of_and_the_rest_is_written(tmp_path, broken)
 
 
 def test_disk_full_is_warned_of_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the writer's own thread dies of it
+    monkeypatch.setattr(
+        threading, "excepthook", lambda args: None
+    )  # the writer's own thread ends with the error
     writer = SummaryWriter(tmp_path, max_queue=1)
     sink = TensorBoardSink(writer)
 
@@ -215,7 +219,7 @@ def test_disk_full_is_warned_of_once(tmp_path, monkeypatch):
     assert len(caught) == 1
 
 
-def test_a_dead_writer_is_not_tried_for_ever():
+def test_a_dead_writer_is_switched_off():
     class Dead:
         calls = 0
 

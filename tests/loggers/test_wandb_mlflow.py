@@ -1,4 +1,4 @@
-"""What the sinks ask of W&B and MLflow, in stand-ins; the packages themselves are in tests/e2e/test_loggers.py."""
+"""Calls that the sinks make to W&B and MLflow, on stubs; tests/e2e/test_loggers.py uses the packages themselves."""
 
 import sys
 import types
@@ -23,7 +23,7 @@ def png(tmp_path):
 
 
 class Experiment:
-    """A client that writes down what it is asked to log."""
+    """Client that records what it is asked to log."""
 
     def __init__(self):
         self.asked = []
@@ -36,7 +36,7 @@ class Experiment:
 
 
 class Recording:
-    """A logger that writes down what it is asked to log."""
+    """Logger that records what it is asked to log."""
 
     run_id = "r"
 
@@ -95,7 +95,7 @@ def test_wandb_gets_everything(wandb, png, caplog):
     assert not caplog.records
 
 
-def test_mlflow_gets_all_but_histograms_which_is_said_once(png, caplog):
+def test_mlflow_gets_all_but_histograms_and_a_notice_once(png, caplog):
     logger = Recording("mlflow")
     (sink,) = open_sinks([logger])
     for step in range(3):
@@ -125,7 +125,7 @@ def test_media_that_fail_do_not_stop_the_scalars(wandb, png):
     assert [step for step, _ in logger.logged] == list(range(20))
 
 
-def test_pictures_are_not_drawn_for_one_that_is_given_up(png):
+def test_pictures_are_not_drawn_for_an_output_that_is_off(png):
     logger, drawn = Recording("mlflow"), []
     logger.experiment.log_text = None
     sink = MlflowSink(logger)

@@ -1,4 +1,4 @@
-"""What is read at one step in one process; with other ranks see e2e/test_sharded."""
+"""`collect` in one process; with several ranks see e2e/test_sharded."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def layout():
     return Layout.of(parameters)
 
 
-def test_what_is_due_is_what_its_functions_give(layout):
+def test_what_is_due_is_read_by_its_functions(layout):
     loss = torch.tensor(2.0)
     gradients = gradients_of(layout)
     found = collect(

@@ -1,4 +1,4 @@
-"""What `measure` makes of norms and loss, and what a layout knows before any gradient."""
+"""`measure`: norms, presence and finiteness; and `Layout`: layers, order, pairs and floors."""
 
 import math
 
@@ -27,7 +27,7 @@ def stats_of(*gradients, loss=None):
     return measure(layout, weight_norms(layout), unknown, loss)
 
 
-def test_what_is_there_is_known():
+def test_presence_norms_and_total():
     stats = stats_of(torch.full((3,), 2.0), None, torch.full((4,), 1.0, dtype=torch.float64))
     assert stats.present.tolist() == [True, False, True]
     assert stats.norms.tolist() == pytest.approx([math.sqrt(12), 0.0, 2.0])
@@ -35,7 +35,7 @@ def test_what_is_there_is_known():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_bad_element_is_seen_in_its_own_tensor_alone(bad):
+def test_a_nonfinite_element_affects_its_own_norm_alone(bad):
     gradients = [torch.ones(50), torch.ones(50), torch.ones(50)]
     gradients[1][17] = bad
     stats = stats_of(*gradients)
@@ -60,7 +60,7 @@ def test_measuring_changes_nothing():
     assert torch.equal(gradient, before)
 
 
-def test_layers_leave_out_vectors_and_embeddings_and_follow_the_order():
+def test_layers_exclude_vectors_and_embeddings_and_follow_the_order():
     parameters = {
         "emb": torch.ones(9, 4),
         "w2": torch.ones(4, 4),
@@ -78,9 +78,9 @@ def test_pairs_are_bounded_for_thousands_of_layers():
     assert layout.pairs.shape[1] < 2 * 4096
 
 
-def test_a_zero_weight_has_a_floor_of_a_tenth_of_a_usual_initialisation():
+def test_a_zero_weight_has_a_floor_of_a_tenth_of_a_common_initialization():
     weight = torch.empty(64, 256)
     nn.init.xavier_normal_(weight)
-    usual = torch.linalg.vector_norm(weight).item()
+    common = torch.linalg.vector_norm(weight).item()
     floor = Layout.of({"w": torch.zeros(64, 256)}).floors.item()
-    assert 0.05 < floor / usual < 0.2
+    assert 0.05 < floor / common < 0.2

@@ -1,3 +1,5 @@
+"""Histograms against brute force, NumPy and torch, over dtypes, layouts and samples."""
+
 import math
 
 import numpy as np
@@ -17,7 +19,7 @@ values = st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), max_size=40)
 
 
 def bounds(elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest number of finite elements below each inner edge: rounding may move one that lies on it."""
+    """Return least and greatest number of finite elements below each inner edge; rounding may move one on it."""
     magnitude = np.abs(elements.astype(np.float64))
     magnitude = magnitude[np.isfinite(magnitude)]
     edges = 10.0 ** np.array(EDGES[1:-1])[:, None]
@@ -30,12 +32,12 @@ def flat(gradient: Tensor) -> np.ndarray:
 
 
 def distance(left: Tensor, right: Tensor) -> float:
-    """Kolmogorov distance of two histograms."""
+    """Return the Kolmogorov distance of two histograms."""
     return float((left.cumsum(0) / left.sum() - right.cumsum(0) / right.sum()).abs().max())
 
 
 def linear(gradient: Tensor, limit: float) -> np.ndarray:
-    """What NumPy counts, as TensorBoard's own writer does, in equal bins to the limit on both sides."""
+    """Count with NumPy, as TensorBoard's own writer does, in equal bins to the limit on both sides."""
     elements = flat(gradient)
     elements = elements[np.isfinite(elements)].clip(-limit, limit)
     return np.histogram(elements, bins=np.array(edges(limit)))[0]
@@ -119,7 +121,7 @@ def test_double_beyond_the_range_of_float_is_finite():
     assert counts.nonfinite[0] == 1
 
 
-#: Dvoretzky, Kiefer, Wolfowitz; Massart: no share of n random elements is off by more, but for a share of 5 %.
+#: Dvoretzky, Kiefer, Wolfowitz; Massart: in 95 % of samples no share of n random elements is off by more.
 def bound(n: int, risk: float = 0.05) -> float:
     return math.sqrt(math.log(2 / risk) / (2 * n))
 
@@ -167,7 +169,7 @@ def test_a_sample_is_not_in_step_with_the_columns(shape):
 
 @pytest.mark.parametrize("max_samples", [1, 2, 100, 4096])
 @pytest.mark.parametrize("numel", [4097, 5000, 8192, 9999, 65_536])
-def test_a_sample_has_all_elements_that_it_may_and_none_twice(numel, max_samples):
+def test_a_sample_has_as_many_elements_as_allowed_and_none_twice(numel, max_samples):
     # Each element is its own threshold: it is either read, and counts for numel / samples, or not.
     gradient = torch.arange(1.0, numel + 1)
     below = count([gradient], max_samples=max_samples, thresholds=gradient[::7].tolist()).below[0]
@@ -181,7 +183,7 @@ def test_a_sample_has_all_elements_that_it_may_and_none_twice(numel, max_samples
 
 @pytest.mark.parametrize("max_samples", [1, 5, 100, 4096])
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300))
-def test_reads_no_more_than_it_may(max_samples, rows, columns):
+def test_reads_no_more_elements_than_allowed(max_samples, rows, columns):
     # One element in a bin of its own counts for numel / samples: the largest single scale bounds what was read.
     gradient = torch.ones(rows, columns)
     gradient[0, 0] = 1e-5
@@ -219,7 +221,7 @@ def test_conjugate_counts_like_its_original():
     assert torch.equal(count([gradient.conj()]).bins, count([gradient]).bins)
 
 
-def test_together_as_one_by_one():
+def test_tensors_together_count_as_one_by_one():
     torch.manual_seed(0)
     gradients = [
         torch.randn(5, 3),
@@ -258,7 +260,7 @@ def test_completes_without_data(dtype, max_samples, axis):
     assert counts.bins.is_meta
 
 
-def test_leaves_gradients_as_they_are():
+def test_leaves_gradients_unchanged():
     gradient = torch.randn(10, 10)
     before = gradient.clone()
     count([gradient])
@@ -328,7 +330,7 @@ NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(values)
-def test_what_is_below_a_threshold_is_exact(dtype, numbers):
+def test_counts_below_a_threshold_are_exact(dtype, numbers):
     gradient = torch.tensor(numbers, dtype=torch.float64).to(dtype)
     magnitude = np.abs(flat(gradient))
     thresholds = [*(torch.finfo(d).smallest_normal for d in NARROW), 2.0**-24, 2.0**-133, 1.0, math.inf]
@@ -347,7 +349,7 @@ def test_thresholds_are_exact_to_the_last_bit(axis):
     assert below.tolist() == [3 * (129 - k) + 1 for k in range(130)]
 
 
-def test_zeros_that_a_sparse_gradient_does_not_store_are_below_nothing():
+def test_zeros_that_a_sparse_gradient_does_not_store_are_below_no_threshold():
     gradient = torch.sparse_coo_tensor([[1]], [2e-3], (500,), check_invariants=True)
     assert count([gradient], thresholds=[1.0, math.inf]).below.tolist() == [[1.0, 1.0]]
 

@@ -1,4 +1,4 @@
-"""Norms of many tensors against torch's own of each, over shapes, dtypes, layouts, and whatever way they are read."""
+"""Norms of many tensors against torch's own norm of each, over shapes, dtypes and layouts."""
 
 import math
 
@@ -14,14 +14,14 @@ from lightning_gradguard.stats.norms import local_norms, norms_of, unit_norms, w
 
 REAL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DTYPES = [*REAL, torch.complex64, torch.complex128]
-#: Shapes of small tensors, some of them likely to be drawn twice, and of some that are read alone.
+#: Shapes of small tensors, some likely to be drawn twice, and of larger ones, which are read alone.
 SHAPES = st.one_of(
     st.sampled_from([(), (0,), (0, 3), (1,), (5,), (4, 4), (2, 3, 2)]),
     st.sampled_from([(4, 4), (4, 4), (2**11,), (2**11 + 1,), (64, 33)]),
     st.lists(st.integers(0, 5), max_size=3).map(tuple),
 )
-#: How a tensor may lie in memory.
-LIE = {
+#: Ways in which a tensor is laid out in memory.
+STORED = {
     "plain": lambda t: t,
     "transposed": lambda t: t.mT.contiguous().mT if t.ndim >= 2 else t,
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
@@ -30,7 +30,7 @@ LIE = {
 
 
 def layout_of(tensors, dtype=torch.float32):
-    """A layout for gradients; of None as of a parameter of two elements."""
+    """Return a layout for gradients; for None that of a parameter with two elements."""
     return Layout.of(
         {
             f"p{i}": nn.Parameter(torch.ones((2,) if t is None else t.shape, dtype=dtype))
@@ -50,7 +50,8 @@ def reference(tensor):
 def assert_norms(found, tensors):
     expected = torch.stack([reference(t) for t in tensors])
     assert (found.dtype, found.shape) == (torch.float32, expected.shape)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-12)
+    # Torch itself is off by 1e-5 for an expanded tensor of 2,048 elements.
+    torch.testing.assert_close(found.double(), expected, rtol=3e-5, atol=1e-12)
 
 
 @given(
@@ -59,27 +60,28 @@ def assert_norms(found, tensors):
         st.sampled_from(DTYPES).map(lambda dtype: [dtype]), st.lists(st.sampled_from(DTYPES), min_size=2)
     ),
     missing=st.sets(st.integers(0, 8), max_size=9),
-    lies=st.lists(st.sampled_from(list(LIE)), min_size=9, max_size=9),
+    stored=st.lists(st.sampled_from(list(STORED)), min_size=9, max_size=9),
     seed=st.integers(0, 2**31),
 )
-def test_norms_are_torchs_norms(shapes, dtypes, missing, lies, seed):
+def test_norms_are_torchs_norms(shapes, dtypes, missing, stored, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
     tensors = [
-        None if i in missing else LIE[lies[i]](t.to(dtypes[i % len(dtypes)])) for i, t in enumerate(drawn)
+        None if i in missing else STORED[stored[i]](t.to(dtypes[i % len(dtypes)]))
+        for i, t in enumerate(drawn)
     ]
     parameters = {
         f"p{i}": nn.Parameter(torch.ones(t.shape, dtype=dtypes[i % len(dtypes)])) for i, t in enumerate(drawn)
     }
     layout = Layout.of(parameters)
-    for _ in range(2):  # the second time by what was remembered
+    for _ in range(2):  # the second time from the cache
         assert_norms(norms_of(tensors, layout), tensors)
     assert_norms(weight_norms(layout), list(parameters.values()))
 
 
 @pytest.mark.parametrize("dtype", REAL[:3])
 def test_each_norm_is_where_its_tensor_is(dtype):
-    """Where stacks of several shapes, lone tensors and gaps take turns."""
+    """Stacks of several shapes, single tensors and missing ones alternate."""
     shapes = [(4, 4), (7,), (4, 4), (64, 64), (7,), (), (3, 2), (), (4, 4), (0,), (50, 50)] * 3
     tensors = [torch.full(shape, float(i + 1), dtype=dtype) for i, shape in enumerate(shapes)]
     tensors[2] = tensors[17] = None
@@ -90,7 +92,7 @@ def test_each_norm_is_where_its_tensor_is(dtype):
     assert len(alone) == 9
 
 
-def test_many_small_ones_are_read_a_few_at_a_time():
+def test_many_small_tensors_are_read_in_bounded_groups():
     tensors = [torch.full((2**11,), float(i)) for i in range(70)]
     layout = layout_of(tensors)
     assert_norms(local_norms(tensors, layout), tensors)
@@ -102,7 +104,7 @@ def test_many_small_ones_are_read_a_few_at_a_time():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", [(8,), (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_what_is_not_finite_stays_where_it_is(bad, shape, dtype):
+def test_a_nonfinite_element_affects_its_own_norm_alone(bad, shape, dtype):
     tensors = [torch.ones(shape, dtype=dtype) for _ in range(5)]
     tensors[3].view(-1)[5] = bad
     found = norms_of(tensors, layout_of(tensors, dtype))
@@ -118,15 +120,15 @@ def test_half_precision_does_not_overflow_in_its_own_range(count, dtype):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_double_precision_is_squared_in_its_own(count):
-    """1e30 squared is no float32."""
+def test_double_precision_is_squared_in_double_precision(count):
+    """The square of 1e30 overflows float32."""
     tensors = [torch.full((4,), 1e30, dtype=torch.float64) for _ in range(count)]
     assert norms_of(tensors, layout_of(tensors, torch.float64)).tolist() == pytest.approx([2e30] * count)
 
 
 @pytest.mark.parametrize("others", REAL)
 def test_a_gradient_of_another_dtype_than_its_parameter(others):
-    """As where gradients are kept in float32 beside weights in half precision, or some of them."""
+    """As if all or some gradients are kept in float32 beside weights in half precision."""
     for dtype in REAL:
         tensors = [torch.randn(6).to(others if i % 2 else dtype) for i in range(6)]
         assert_norms(norms_of(tensors, layout_of(tensors, dtype)), tensors)
@@ -135,7 +137,7 @@ def test_a_gradient_of_another_dtype_than_its_parameter(others):
 
 
 def test_a_gradient_of_another_shape_than_the_one_before():
-    """As of a parameter whose data are set anew."""
+    """As if ``parameter.data`` is replaced."""
     layout = layout_of([torch.ones(4, 4)] * 3)
     for shape in ((4, 4), (2, 2), (100, 100), (4, 4)):
         tensors = [torch.randn(shape), torch.randn(shape), torch.randn(4, 4)]
@@ -149,13 +151,13 @@ def test_sparse_gradients_are_coalesced_first(dtype):
     tensors = [sparse, torch.ones(4, 2, dtype=dtype), None, torch.ones(4, 2, dtype=dtype), sparse]
     layout = layout_of(tensors, dtype)
     assert norms_of(tensors, layout).tolist() == pytest.approx([5.0, math.sqrt(8), 0.0, math.sqrt(8), 5.0])
-    # Dense ones the next time, and sparse ones again.
+    # Dense gradients at the next step, then sparse ones again.
     dense = [None if t is None else t.to_dense() for t in tensors]
     assert_norms(norms_of(dense, layout), dense)
     assert_norms(norms_of(tensors, layout), tensors)
 
 
-def test_none_at_all_is_zero():
+def test_without_any_gradient_all_norms_are_zero():
     layout = layout_of([torch.ones(3)] * 4)
     assert norms_of([None] * 4, layout).tolist() == [0.0] * 4
     assert layout.zeros.tolist() == [0.0] * 4
@@ -164,7 +166,7 @@ def test_none_at_all_is_zero():
 @pytest.mark.parametrize("shape", [(4,), (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_that_require_grad_leave_no_graph(shape, dtype):
-    """As with ``create_graph=True``."""
+    """As after ``backward(create_graph=True)``."""
     tensors = [torch.ones(shape, dtype=dtype, requires_grad=True) * 2 for _ in range(3)]
     layout = layout_of(tensors, dtype)
     for found in (norms_of(tensors, layout), weight_norms(layout), local_norms(tensors, layout)):
@@ -173,7 +175,7 @@ def test_gradients_that_require_grad_leave_no_graph(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_remembered_stays_small_when_parts_come_and_go(dtype):
+def test_caches_stay_small_when_gradients_come_and_go(dtype):
     count = 9
     layout = layout_of([torch.ones(2, 2)] * count, dtype)
     full = [torch.full((2, 2), float(i + 1), dtype=dtype) for i in range(count)]
@@ -186,7 +188,7 @@ def test_what_is_remembered_stays_small_when_parts_come_and_go(dtype):
         assert len(layout._flags) <= 64
 
 
-def test_nothing_that_is_remembered_holds_a_gradient():
+def test_caches_hold_no_gradient():
     tensors = [torch.randn(4, 4) for _ in range(5)]
     layout = layout_of(tensors)
     norms_of(tensors, layout)
@@ -195,7 +197,7 @@ def test_nothing_that_is_remembered_holds_a_gradient():
     assert sum(t.numel() for t in kept) == 5
 
 
-def test_what_is_shared_is_not_written_to():
+def test_shared_zeros_are_not_written_to():
     layout = layout_of([torch.ones(3)] * 3)
     first = norms_of([torch.ones(3)] * 3, layout)
     second = norms_of([torch.ones(3) * 2, None, torch.ones(3)], layout)

@@ -1,4 +1,6 @@
-"""Samples stand for the whole: against the whole."""
+"""Samples against the whole tensors that they represent."""
+
+import math
 
 import pytest
 import torch
@@ -7,7 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.stats.layout import Layout
-from lightning_gradguard.stats.samples import SAMPLES, dead_shares, lost_shares, sample, update_ratios
+from lightning_gradguard.stats.samples import (
+    SAMPLES,
+    dead_row_share,
+    dead_shares,
+    lost_shares,
+    sample,
+    update_ratios,
+)
 
 
 @given(numel=st.integers(0, 5000))
@@ -41,13 +50,14 @@ def test_a_sample_is_not_of_one_column(width):
 
 
 @pytest.mark.parametrize("dead", [0, 3, 10])
-def test_dead_share_counts_rows_that_are_all_zero(dead):
+def test_dead_shares_count_rows_that_are_all_zero(dead):
     gradient = torch.randn(10, 7)
     gradient[:dead] = 0
     gradient[9, :6] = 0
     layout = Layout.of({"w": torch.ones(10, 7), "b": torch.ones(10)})
     shares = dead_shares([gradient, torch.zeros(10)], layout)
     assert shares.tolist() == pytest.approx([dead / 10, 0.0])
+    assert dead_row_share(gradient).item() == pytest.approx(dead / 10)
 
 
 @pytest.mark.parametrize("size", [4, 300])
@@ -56,9 +66,10 @@ def test_a_row_of_the_smallest_numbers_is_not_dead(size):
     gradient[2:4] = 0
     layout = Layout.of({"w": torch.ones(8, size), "v": torch.ones(8, size)})
     assert dead_shares([gradient, -gradient], layout).tolist() == [0.25, 0.25]
+    assert dead_row_share(gradient) == 0.25
 
 
-def test_dead_share_of_convolutions_and_missing_gradients():
+def test_dead_shares_of_convolutions_and_missing_gradients():
     layout = Layout.of(
         {"conv": torch.ones(200, 2, 3, 3), "none": torch.ones(2, 2), "empty": torch.ones(0, 3)}
     )
@@ -69,7 +80,16 @@ def test_dead_share_of_convolutions_and_missing_gradients():
     )
 
 
-def test_lost_share_is_of_half_precision_alone():
+def test_dead_row_share_reads_every_row_of_every_kind():
+    many = torch.ones(200, 3)
+    many[5] = 0
+    assert dead_row_share(many).item() == pytest.approx(1 / 200)
+    assert dead_row_share(torch.tensor([[0j, 0], [1j, 0]])) == 0.5
+    assert dead_row_share(torch.tensor([[math.nan, 0.0], [0.0, 0.0]])) == 0.5
+    assert dead_row_share(torch.ones(3, 0)) == 1
+
+
+def test_only_half_precision_loses_elements():
     values = torch.tensor([1.0, 1e-3, 1e-6, 0.0])
     kinds = (torch.float16, torch.bfloat16, torch.float32)
     layout = Layout.of({str(kind): torch.ones(4, dtype=kind) for kind in kinds})

@@ -1,4 +1,4 @@
-"""Which part of a tensor a rank holds, against cutting a real one; with other ranks see e2e/test_sharded."""
+"""Parts of sharded tensors against real cuts; with several ranks see e2e/test_sharded."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def cut(dim, *, after_the_rest=False):
     return placement
 
 
-class Spread:
+class ShardedTensor:
     """A tensor as one rank of a mesh sees it, cut with `torch.chunk`."""
 
     device, requires_grad = torch.device("cpu"), False
@@ -46,7 +46,7 @@ class Spread:
 
 @st.composite
 def sharded_tensors(draw):
-    """A whole tensor, and what each rank of a mesh sees of it."""
+    """Draw a whole tensor, and the part of each rank of a mesh."""
     shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     mesh = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
     choices = [REPLICATE, *(cut(dim) for dim in range(len(shape)))]
@@ -55,11 +55,11 @@ def sharded_tensors(draw):
         placements[0] = cut(placements[1].dim, after_the_rest=True)
     whole = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
     coordinates = itertools.product(*(range(size) for size in mesh))
-    return whole, [Spread(whole, mesh, coordinate, placements) for coordinate in coordinates]
+    return whole, [ShardedTensor(whole, mesh, coordinate, placements) for coordinate in coordinates]
 
 
 @given(sharded_tensors())
-def test_spans_are_where_the_part_lies(tensors):
+def test_spans_are_those_of_the_part(tensors):
     whole, ranks = tensors
     for rank in ranks:
         box = tuple(slice(begin, end) for begin, end in spans_of(rank))
@@ -92,7 +92,7 @@ def test_ranks_together_hold_the_entries_that_one_process_reads(tensors, stride,
 
 
 @given(tensors=sharded_tensors())
-def test_rows_and_their_multipliers_are_those_of_the_part(tensors):
+def test_local_units_are_those_of_the_part(tensors):
     whole, ranks = tensors
     units = torch.arange(float(whole.shape[0])).reshape([-1] + [1] * (whole.ndim - 1))
     for rank in ranks:
@@ -107,14 +107,14 @@ def test_a_complex_tensor_is_sampled_as_pairs(monkeypatch):
     whole = torch.arange(10, dtype=torch.float32).to(torch.complex64)
     shape, found = (10, 2), []
     for rank in range(2):
-        tensor = Spread(whole, (2,), (rank,), [cut(0)])
+        tensor = ShardedTensor(whole, (2,), (rank,), [cut(0)])
         numbers, places = Shards.of([tensor]).local_entries(0, shape, stride_of(shape), SAMPLES)
         found += torch.view_as_real(tensor.part).reshape(-1)[places].tolist()
         assert len(numbers) == 10
     assert found == torch.view_as_real(whole).reshape(-1).tolist()
 
 
-def test_tensors_that_are_not_spread_are_left_alone():
+def test_tensors_that_are_not_sharded_are_unchanged():
     tensor = torch.ones(3)
     assert Shards.of([tensor]) is None
     assert local(tensor) is tensor
@@ -123,7 +123,7 @@ def test_tensors_that_are_not_spread_are_left_alone():
 
 
 def test_an_unknown_way_to_cut_is_refused():
-    tensor = Spread(torch.ones(6), (2,), (0,), [cut(0)])
+    tensor = ShardedTensor(torch.ones(6), (2,), (0,), [cut(0)])
     tensor.part = torch.ones(5)
     with pytest.raises(ValueError, match="must be sharded as FSDP2 and tensor parallel do"):
         spans_of(tensor)

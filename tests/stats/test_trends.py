@@ -1,4 +1,4 @@
-"""The running statistics, on synthetic streams with a known truth, and against SciPy."""
+"""Running statistics on synthetic streams with a known truth, and against SciPy."""
 
 import math
 
@@ -17,7 +17,7 @@ from lightning_gradguard.stats.norms import weight_norms
 
 
 class Stream:
-    """A model whose gradients are set by hand, and the trends that follow it."""
+    """A model whose gradients are set by hand, and its trends."""
 
     def __init__(self, layers=6, order=None):
         self.weights = {f"w{i}": nn.Parameter(torch.randn(4, 4)) for i in range(layers)}
@@ -52,7 +52,7 @@ def test_tilt_is_the_theil_sen_slope_times_depth():
     assert tilt.item() == pytest.approx(19 * slope, rel=0.02)
 
 
-def test_tilt_leaves_dead_layers_out_and_closes_the_gap():
+def test_tilt_excludes_dead_layers_and_closes_the_gap():
     profile = torch.arange(10.0)
     live = torch.ones(10, dtype=torch.bool)
     live[3:5] = False
@@ -97,7 +97,7 @@ def test_a_healthy_stream_has_no_spike():
 
 
 @pytest.mark.parametrize("at", [30, 100, 400])
-def test_a_spike_stands_out_and_is_forgotten(at):
+def test_a_spike_stands_out_and_does_not_last(at):
     rng = np.random.default_rng(3)
     stream = Stream()
     scores = [
@@ -127,7 +127,7 @@ def test_a_layer_that_thaws_is_no_spike():
     assert max(scores) < trends.ALARM_Z
 
 
-def test_after_a_nan_everything_is_as_if_it_had_not_been():
+def test_a_nan_leaves_no_trace():
     rng_a, rng_b = np.random.default_rng(6), np.random.default_rng(6)
     torch.manual_seed(0)
     clean = Stream()
@@ -142,11 +142,11 @@ def test_after_a_nan_everything_is_as_if_it_had_not_been():
         assert all(torch.equal(x, y) for x, y in zip(a.state, b.state, strict=True) if not x.isnan().any())
 
 
-@pytest.mark.parametrize(("end", "stuck"), [(0.5, False), (0.97, True), (1.2, True)])
-def test_progress_is_ten_per_cent_of_the_start(end, stuck):
+@pytest.mark.parametrize(("end", "no_progress"), [(0.5, False), (0.97, True), (1.2, True)])
+def test_progress_is_ten_per_cent_of_the_start(end, no_progress):
     stream = Stream()
     seen = [stream.feed([1.0] * 6, 2.0 + (end - 1) * 2.0 * min(1, s / 100)) for s in range(300)][-1]
-    assert bool(seen.no_progress) is stuck
+    assert bool(seen.no_progress) is no_progress
     assert seen.loss_start.item() == pytest.approx(2.0, rel=0.02)
 
 
@@ -158,7 +158,7 @@ def test_one_outlier_moves_the_loss_little():
     assert seen.loss.item() == pytest.approx(1.0, abs=0.2)
 
 
-def test_without_a_loss_progress_is_unknown_and_nothing_is_stuck():
+def test_without_a_loss_no_progress_is_false():
     stream = Stream()
     for _ in range(40):
         seen = stream.feed([1.0] * 6, None)

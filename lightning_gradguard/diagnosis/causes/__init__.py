@@ -47,10 +47,10 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
 
     Returns:
         Causes with a sentence of evidence, most likely first: at least one, at most four. `Cause.UNKNOWN` if no other
-        fits.
+        fits, and for a custom fault.
     """
     strongest: dict[Cause, Evidence] = {}
-    for cause, rule in RULES.items():
+    for cause, rule in RULES.items() if not context.fault.is_custom else ():
         evidence = max(rule(context), key=lambda evidence: evidence.weight, default=None)
         if evidence is not None:
             strongest[cause] = evidence
@@ -61,10 +61,9 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
 
 
 def _unknown(context: DiagnosticContext) -> str:
+    if context.fault.is_custom:
+        return "The rules for causes know the built-in faults only; this one comes from a custom detector."
     if context.decayed:
-        decay = number(context.setting("weight_decay"))
-        return (
-            f"The weights have shrunk to {number(100 * context.shrunk)} % of their size at the start: the weight decay "
-            f"of {decay} takes more from them than gradients add."
-        )
-    return "None of the causes that are known here shows in what was measured."
+        decay, size = number(context.setting("weight_decay")), number(100 * context.shrunk)
+        return f"The weights have shrunk to {size} % of their initial size: a weight decay of {decay} is too strong."
+    return "No cause that is known here fits what was measured."

@@ -39,7 +39,7 @@ def inputs_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     weight = (
         2 * decades if context.too_large or saturated else max(context.unexplained_decades, 0.5 * decades)
     )
-    yield Evidence(weight, f"The batch's inputs have an RMS of {number(rms)}; layers are made for about 1.")
+    yield Evidence(weight, f"The inputs of the batch have an RMS of {number(rms)}; about 1 is typical.")
 
 
 def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evidence]:
@@ -61,16 +61,16 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
         return
     if not first > usual:
         return
-    began = f"The loss began at {number(first)}, which only outputs far too large can give"
+    began = f"The first loss was {number(first)}, which only far too large outputs can give"
     layers = len(context.layers)
     if any(True for _ in inputs_out_of_scale(context)):
         explanation = Cause.UNNORMALIZED_INPUT
         size = f"an RMS of {number(context.input_rms or 0.0)}"
-        text = f"{began}, and the batch's inputs have {size}; layers are made for about 1."
+        text = f"{began}; the inputs of the batch have {size}, and about 1 is typical."
     elif layers >= 2 * DEEP and abs(context.excess_gain) < 0.3 and not context.normalised:
         explanation = Cause.TOO_DEEP
-        grown = f"signals grow in {count(layers, 'layer')} without normalization"
-        text = f"{began}: the weights are usual, but {grown}."
+        grown = f"signals grow over {count(layers, 'layer')} without normalization"
+        text = f"{began}: the weights have a typical size, but {grown}."
     else:
         explanation = Cause.BAD_INITIALIZATION
         text = f"{began}: the model enlarges what passes through it."
@@ -87,9 +87,9 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     decades = math.log10(context.loss_start) / 2
     first = number(context.loss_start)
     if context.target_rms is not None:
-        text = f"The targets have an RMS of {number(context.target_rms)}, and the loss began at {first}."
+        text = f"The targets have an RMS of {number(context.target_rms)}, and the first loss was {first}."
     else:
-        text = f"The loss began at {first}: outputs and targets are about {power(decades)} apart."
+        text = f"The first loss was {first}: outputs and targets differ by about {power(decades)}."
     yield Evidence(decades, text)
 
 
@@ -103,14 +103,12 @@ def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
     elif rows:
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         listed = ", ".join(str(row) for row in rows[:8]) + more
-        text = f"The batch holds NaN or Inf in row{'' if len(rows) == 1 else 's'} {listed}."
+        text = f"The batch has NaN or Inf in row{'' if len(rows) == 1 else 's'} {listed}."
         # If the replay blames something else, the NaN or Inf may be intended, such as masked targets.
         elsewhere = origin is not None and origin.located
         yield Evidence(3.0 if elsewhere else CERTAIN, text)
     elif origin is None and rows is None and context.nonfinite_loss and _was_healthy(context):
-        text = (
-            "The loss stopped being finite from one step to the next; whether the batch is was not looked at."
-        )
+        text = "The loss became NaN or Inf from one step to the next. The batch itself could not be examined."
         yield Evidence(2.5, text)
 
 
@@ -121,15 +119,16 @@ def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
         spike = next((f for f in context.findings if f.fault == Fault.SPIKE), None)
         if spike is not None and abs(spike.step - step) <= 1:
             text = (
-                f"The gradient of step {spike.step} was {number(spike.value)} ({spike.measure or 'spike score'}), and "
-                f"{context.optimizer} divides by the sum of all squares so far, which never falls again."
+                f"The gradient spiked at step {spike.step} ({spike.measure or 'spike score'}: {number(spike.value)}). "
+                f"{context.optimizer} divides by the root of the sum of all squared gradients, which never shrinks."
             )
             yield Evidence(5.0, text)
     if context.fault == Fault.SPIKE and context.finding.value > 0:
-        text = f"The {context.finding.measure or 'gradient'} is {number(context.finding.value)} at this step alone."
+        size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
+        text = f"Only the gradient of this step is so large ({size})."
         yield Evidence(1 + math.log10(context.finding.value), text)
     if context.fault == Fault.NONFINITE and _was_healthy(context) and not context.bad_rows:
-        yield Evidence(2.0, f"All was calm until step {step}.")
+        yield Evidence(2.0, f"No fault was found before step {step}.")
 
 
 def _is_squared(context: DiagnosticContext) -> bool:

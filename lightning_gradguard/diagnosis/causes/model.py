@@ -42,22 +42,27 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         # Activations that are flat on one side, such as softplus or GELU, pushed there by their biases.
         biases = _median_bias_rms(context)
         if context.path.get("soft relu") and rest >= 1 and biases > _NOTABLE_BIAS:
+            activations = count(context.path["soft relu"], "activation")
             text = (
-                f"{rest:.1f} decades are lost that the weights do not explain, and the median bias has an RMS "
-                f"of {number(biases)}: {count(context.path['soft relu'], 'activation')} on the path work where they "
-                "are flat."
+                f"Gradients lose {rest:.1f} decades (factors of ten) that the weights do not explain. The median bias "
+                f"has an RMS of {number(biases)}, which moves {activations} on the path to where they are flat."
             )
             yield Evidence(rest, text)
         return
     bounded = context.decades_lost_in_activations
     kinds = " and ".join(count(n, f"{kind} activation") for kind, n in context.saturating.items())
-    text = f"{kinds} on the shortest path from the loss to the first layer"
+    text = f"The shortest path from the loss to the first layer has {kinds}."
     if bounded >= 0.1:
         of = f" of the {context.lost_decades:.1f}" if context.lost_decades > bounded else ""
-        text += f": even where the slope is steepest that costs {bounded:.1f}{of} decades"
+        text += f" Even at their steepest, they account for {bounded:.1f}{of} lost decades (factors of ten)."
     if rest >= 0.5:
-        text += f", and {rest:.1f} decades are lost that the weights do not explain: slopes near zero"
-    yield Evidence(bounded + rest, text + ".")
+        lost = (
+            f"Another {rest:.1f} decades are"
+            if bounded >= 0.1
+            else f"{rest:.1f} decades (factors of ten) are"
+        )
+        text += f" {lost} lost that the weights do not explain, so slopes are near zero."
+    yield Evidence(bounded + rest, text)
 
 
 def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -74,7 +79,8 @@ def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
         n for n, norm in zip(context.names, context.starting_norms, strict=True) if not math.isfinite(norm)
     ]
     if ruined:
-        yield Evidence(CERTAIN, f"The weights of {listing(ruined)} are not finite themselves.")
+        verb = "were NaN or Inf before the first step" if context.initial_weight_norms else "are NaN or Inf"
+        yield Evidence(CERTAIN, f"The weights of {listing(ruined)} {verb}.")
         return
     # PyTorch's default has 0.4 to 0.6 of the usual gain. That adds up over depth, but does not stall or kill by itself.
     notable = _NOTABLE_GAIN if context.too_large or context.fault == Fault.VANISHING else _CRIPPLING_GAIN
@@ -83,15 +89,12 @@ def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     if abs(excess) <= notable or not layers or not (context.too_small or context.too_large):
         return
     scheme = "He" if context.usual_gain > 1 else "Xavier"
-    verb = "were at the start" if context.initial_weight_norms else "are"
-    size = (
-        f"{10**excess:.2g} times the size that {scheme} initialization gives"
-        if excess > -3
-        else "all but zero"
-    )
+    known = bool(context.initial_weight_norms)
+    weights = "The initial weights of the median layer were" if known else "The median layer's weights are"
+    size = f"{10**excess:.2g} times the size of {scheme} initialization" if excess > -3 else "almost zero"
     decades = abs(excess) * layers
-    change = f"{decades:.1f} decades {'lost' if excess < 0 else 'gained'} in {count(layers, 'layer')}"
-    yield Evidence(decades, f"The median layer's weights {verb} {size}: {change}.")
+    change = f"{'lose' if excess < 0 else 'gain'} {decades:.1f} decades (factors of ten)"
+    yield Evidence(decades, f"{weights} {size}: over {count(layers, 'layer')}, gradients {change}.")
 
 
 def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -109,8 +112,8 @@ def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
         return
     if rest >= _LOST_BETWEEN_LAYERS:
         text = (
-            f"{rest:.1f} decades are lost that neither weights nor activations explain: something between the layers "
-            "makes the signals smaller."
+            f"Gradients lose {rest:.1f} decades (factors of ten) that neither weights nor activations explain: "
+            "something between the layers shrinks the signals."
         )
         yield Evidence(0.5 * rest, text)
 
@@ -126,7 +129,7 @@ def _one_signed_weights(context: DiagnosticContext) -> Iterator[Evidence]:
         and math.prod(context.shapes[i]) >= 64
     ]
     if signed:
-        yield Evidence(3.0, f"The weights of {listing(signed)} are nearly all of one sign.")
+        yield Evidence(3.0, f"Nearly all weights of {listing(signed)} have the same sign.")
 
 
 def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -134,8 +137,9 @@ def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
     graph, layers = context.graph_summary, context.bare_layers
     plain = graph is not None and not graph.skips and not graph.recurrent and bool(context.path)
     if plain and layers >= DEEP and (context.too_small or context.too_large):
-        each = f", {context.lost_decades / layers:.1f} decades lost in each" if context.lost_decades else ""
-        text = f"{count(layers, 'layer')} in a row without a skip connection or normalization{each}."
+        decades = context.lost_decades / layers
+        each = f"; each divides the gradient by {10**decades:.2g} on average" if decades else ""
+        text = f"{count(layers, 'layer')} are in a row without a skip connection or normalization{each}."
         yield Evidence(_DECADES_PER_LAYER * layers, text)
     yield from outputs_too_large(context, Cause.TOO_DEEP)
 
@@ -145,7 +149,9 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
     tilt = context.finding.value if context.fault == Fault.VANISHING_IN_TIME else context.time_tilt
     if tilt is not None and abs(tilt) >= 1:
         way = "smaller" if tilt > 0 else "larger"
-        gradient = f"a gradient {abs(tilt):.1f} decades {way} than the last tenth"
+        gradient = (
+            f"a gradient {abs(tilt):.1f} decades (a factor of 10^{abs(tilt):.1f}) {way} than the last tenth"
+        )
         yield Evidence(abs(tilt), f"The first tenth of the sequence gets {gradient}.")
         return
     graph, growing = context.graph_summary, context.too_large
@@ -162,8 +168,9 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
         elif (gain > 1) == growing:
             decades = abs(math.log10(gain)) * graph.recurrences
             text = (
-                f"{quote(context.names[i])}, of gain {number(gain)}, is applied {graph.recurrences} times "
-                f"in a row: {decades:.1f} decades {'gained' if growing else 'lost'} over the sequence."
+                f"{quote(context.names[i])} has a gain of {number(gain)} and is applied {graph.recurrences} times in a "
+                f"row: over the sequence, gradients {'gain' if growing else 'lose'} {decades:.1f} decades (factors of "
+                "ten)."
             )
             yield Evidence(decades, text)
 
@@ -175,13 +182,14 @@ def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         text = f"{100 * context.finding.value:.0f} % of the units get a gradient of exactly zero{where}"
         if context.growth[0] > DIED_AFTER:
             # The biases say nothing here: if weights have grown, so have the sums.
-            yield Evidence(1.0, text + ", and they had been alive.")
+            yield Evidence(1.0, text + "; they were active before.")
             return
         biases = [(context.weight_rms(i), i) for i, name in enumerate(context.names) if name.endswith("bias")]
         size, i = max(biases, default=(0.0, -1))
         # Standardized inputs make sums of about the layer's gain, at most a few times that.
         if size > _LARGE_BIAS:
-            text += f"; {quote(context.names[i])} has an RMS of {number(size)}, far more than the sums it is added to"
+            bias = f"{quote(context.names[i])} has an RMS of {number(size)}"
+            text += f". {bias}, far more than the sums it is added to, so no input activates the units"
         yield Evidence(2.5 if size > _LARGE_BIAS else 2.0, text + ".")
         return
     zero = [context.names[i] for i in context.layers if context.gradients_log10[i] == -math.inf]
@@ -189,7 +197,7 @@ def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
     could_be_dead = zero and (rectifying or not context.path) and not context.missing.intersection(zero)
     if context.fault in (Fault.STALLED, Fault.DISCONNECTED) and could_be_dead:
         text = (
-            f"The gradient of {listing(zero)} is exactly zero, though a path leads there: no unit is active."
+            f"The gradient of {listing(zero)} is exactly zero although a path leads there: no unit is active."
         )
         yield Evidence(1.5, text)
 
@@ -200,7 +208,7 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
     kinds = context.graph_summary.kinds if context.graph_summary else {}
     steps = [name for name in concerned if kinds.get(name, {}).get("step")]
     if steps and context.fault in (Fault.DEAD, Fault.DISCONNECTED, Fault.STALLED):
-        text = f"The path from the loss to {listing(steps)} leads through rounding, or a sign, whose slope is zero."
+        text = f"The path from the loss to {listing(steps)} goes through rounding or a sign function, whose slope is 0."
         yield Evidence(CERTAIN, text)
         return
     cut = [name for name in context.names if name in missing]
@@ -209,7 +217,7 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
     text = f"No path leads from the loss to {listing(cut)}"
     after = next((n for n in context.names[context.names.index(cut[-1]) :] if n not in missing), None)
     if len(cut) == len(context.names):
-        text += ", nor to any other tensor of this optimizer: the loss is of another model"
+        text += ", nor to any other tensor of this optimizer: the loss comes from another model"
     elif after is not None:
         text += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
     yield Evidence(CERTAIN, text + ".")

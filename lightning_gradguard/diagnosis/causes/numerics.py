@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
+
 from lightning_gradguard.diagnosis.causes.evidence import Evidence
 from lightning_gradguard.diagnosis.context import DiagnosticContext
-from lightning_gradguard.diagnosis.wording import listing, number, quote
+from lightning_gradguard.diagnosis.wording import number, quote
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault
 
@@ -40,15 +42,15 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     risky = [op for op in RISKY if op in context.loss_operations]
     if context.bad_rows or not risky:
         return
-    what = (
-        "The loss is not finite"
-        if context.nonfinite_loss
-        else "The gradient is not finite, though the loss is"
-    )
-    batch = "; the batch is" if context.bad_rows is not None else ""
+    examined = context.bad_rows is not None
+    if context.nonfinite_loss:
+        what = "The loss is NaN or Inf" + (" although the batch is finite" if examined else "")
+    else:
+        finite = "the loss and the batch are" if examined else "the loss is"
+        what = f"The gradient is NaN or Inf although {finite} finite"
     reasons = "; ".join(RISKY[op] for op in risky[:2])
-    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if batch else 1.0
-    yield Evidence(weight, f"{what}{batch}. Among what is computed after the last layer: {reasons}.")
+    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
+    yield Evidence(weight, f"{what}. Operations after the last layer can cause this: {reasons}.")
 
 
 def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -56,8 +58,8 @@ def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
     start, now = context.loss_start, context.loss_now
     if context.too_large and math.isfinite(start) and now < -_UNBOUNDED * max(abs(start), 1.0):
         text = (
-            f"The loss fell from {number(start)} to {number(now)} and falls on: it has no lower bound, so that the "
-            "weights grow for ever."
+            f"The loss fell from {number(start)} to {number(now)} and keeps falling: it has no lower bound, so the "
+            "weights grow without end."
         )
         yield Evidence(2 + math.log10(-now / max(abs(start), 1.0)), text)
 
@@ -70,7 +72,7 @@ def _flat_loss(context: DiagnosticContext) -> Iterator[Evidence]:
     if 0 < abs(context.loss_start) < _FLAT:
         text = (
             f"The loss was {number(context.loss_start)} from the beginning: {quote(flat.lower())} is flat there, and "
-            "passes no more of a gradient than that."
+            "its slope is as small as its value."
         )
         yield Evidence(-math.log10(abs(context.loss_start)), text)
 
@@ -83,17 +85,18 @@ def low_precision(context: DiagnosticContext) -> Iterator[Evidence]:
         text = f"{100 * context.finding.value:.0f} % of the gradient's elements are too small for {dtype}."
         yield Evidence(10.0, text)
     elif low and context.fault == Fault.DEAD and all(g == -math.inf for g in context.gradients_log10):
-        text = (
-            f"Every gradient is exactly zero, those of the last layer too, and they pass through {listing(low)}, "
-            "which holds nothing below 6e-8."
-        )
+        text = f"All gradients are exactly zero, even in the last layer. They pass through {_range(low[0])}."
         yield Evidence(6.0, text)
     elif low and context.fault in (Fault.NONFINITE, Fault.VANISHING):
         origin = context.origin
         if origin is not None and origin.overflow and origin.dtype in low:
             yield Evidence(8.0, str(origin))
             return
-        text = (
-            f"Gradients pass through {listing(low)}, which holds nothing above 65504 and little below 6e-8."
-        )
+        text = f"Gradients pass through {_range(low[0])}."
         yield Evidence(4.0 if context.fault == Fault.NONFINITE else 1.0, text)
+
+
+def _range(dtype: str) -> str:
+    info = torch.finfo(getattr(torch, dtype))
+    smallest = info.tiny * info.eps  # subnormal
+    return f"{quote(dtype)}, which holds magnitudes from {number(smallest)} to {number(info.max)} only"

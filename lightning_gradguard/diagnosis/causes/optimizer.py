@@ -17,7 +17,7 @@ from lightning_gradguard.diagnosis.context import (
     finite_median,
 )
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.wording import number, power, quote
+from lightning_gradguard.diagnosis.wording import fraction, number, power, quote
 from lightning_gradguard.results import Fault
 
 #: Growth of a layer's weights since the start that healthy training does not show in so few steps.
@@ -46,7 +46,7 @@ def learning_rate_too_high(context: DiagnosticContext) -> Iterator[Evidence]:
         left += 10.0
     elif killed:
         left += 2.0
-    yield Evidence(left, f"At a learning rate of {number(context.learning_rate)} {words}.")
+    yield Evidence(left, f"At a learning rate of {number(context.learning_rate)}, {words}.")
 
 
 def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -65,7 +65,8 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
         below = max(below, 0.6)
     text = f"The learning rate is {number(rate)}"
     if not math.isnan(update):
-        text += f", and the median update ratio {number(update)}, where {TYPICAL_UPDATE} is usual"
+        typical = number(100 * TYPICAL_UPDATE)
+        text += f", and a step changes the median layer by {fraction(update)}, where {typical} % is typical"
     yield Evidence(below, text + ".")
 
 
@@ -82,8 +83,9 @@ def optimizer_epsilon(context: DiagnosticContext) -> Iterator[Evidence]:
         return
     decades = math.log10(eps) - rms
     text = (
-        f"{context.optimizer} divides by the gradient's size plus eps = {number(eps)}, but the RMS of the "
-        f"gradients is {power(rms)}: steps are {decades:.1f} decades smaller than the learning rate says."
+        f"{context.optimizer} divides each gradient by its size plus eps. Here eps = {number(eps)} is larger than the "
+        f"gradients, whose RMS is {power(rms)}: steps are 10^{decades:.1f} times smaller than the learning rate "
+        "suggests."
     )
     # If the gradient vanished on its way, that is the cause; eps only keeps the optimizer from making up for it.
     yield Evidence(decades if context.fault == Fault.STALLED else min(decades, 1.0), text)
@@ -96,12 +98,10 @@ def momentum(context: DiagnosticContext) -> Iterator[Evidence]:
     if not (context.too_large or killed) or not value >= 0.95:
         return
     if value >= 1:
-        yield Evidence(50.0, f"A momentum of {number(value)} lets the velocity grow by itself.")
+        yield Evidence(50.0, f"With a momentum of {number(value)}, the velocity never decays.")
         return
     factor = 1 / (1 - value)
-    text = (
-        f"Momentum {number(value)} lets a steady gradient add up to {number(factor)} times the learning rate."
-    )
+    text = f"With a momentum of {number(value)}, a steady gradient adds up to {number(factor)} times the learning rate."
     oversized = _oversized_steps(context) if context.finding.step > _BUILT_UP else None
     weight = max(math.log10(factor), oversized[0] if oversized else 0.0)
     yield Evidence(weight + 2.5 if killed else weight, text)
@@ -112,12 +112,11 @@ def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
     limit, killed = LARGEST_UPDATE, context.fault == Fault.DEAD
     ratio, name = context.largest_update
     if ratio > max(limit, 0.0 if killed else context.first_update):
-        times = f"{number(ratio / limit)} times the limit {limit}"
-        words = f"the update ratio is {number(ratio)} in {quote(name)}, {times}"
+        words = f"a step changes {quote(name)} by {fraction(ratio)}, {number(ratio / limit)} times the healthy limit"
         return math.log10(10 * ratio / limit), words
     ratio = context.first_update
     if ratio > limit and not killed:
-        size = f"by {number(ratio)} of its size, {number(ratio / limit)} times the limit {limit}"
+        size = f"by {fraction(ratio)}, {number(ratio / limit)} times the healthy limit"
         words = f"the first steps of {context.optimizer} change the median layer {size}"
         return math.log10(10 * ratio / limit), words
     growth, name = context.growth

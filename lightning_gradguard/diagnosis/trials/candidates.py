@@ -69,7 +69,7 @@ def find_candidates(
 
 
 def is_bottomless(context: DiagnosticContext, causes: Sequence[Cause]) -> bool:
-    """Return True if the loss has no lower bound, so that a lower one is not a better one."""
+    """Return True if the loss has no lower bound, so that lower is not better."""
     return causes[0] == Cause.LOSS_FUNCTION and context.too_large and context.loss_now < 0
 
 

@@ -263,10 +263,10 @@ def _account(runner: TrialRunner, baseline: TrialResult, tried: int, *, nothing_
     learned = "half of it" if runner.halve else "it"
     sentences = [
         f"{count(tried, 'fix was', 'fixes were')} tried on copies of the weights and the batch, in {runner.passes} "
-        f"passes; the training itself is unchanged. The tilt is the number of decades (factors of ten) by which "
-        f"gradients shrink {way}: {low:g} to {high:g} is healthy.",
-        f"The loss is that of the batch after {_FULL - 1} steps on {learned}; without a fix it is {loss}. It is blank "
-        f"if no passes were left for steps, and inf if it overflowed or a layer died.",
+        "passes; the training itself is unchanged.",
+        f"Tilt: decades (factors of ten) by which gradients shrink {way}; {low:g} to {high:g} is healthy.",
+        f"Loss: that of the batch after {_FULL - 1} steps on {learned} (inf if it overflowed or a layer died); "
+        f"without a fix {loss}.",
     ]
     if nothing_helped:
         sentences.insert(0, "None of the fixes that were tried did better than no fix in so few steps.")

@@ -38,7 +38,7 @@ function drawCurve(p, line) {
     if (value === null) {
       add(p.svg, "path", { class: "gap", d: `M${x} ${p.box.bottom - 7}l4 7h-8z` });
     } else {
-      // A point with gaps on both sides is a line of no length, which round ends make seen.
+      // A point with gaps on both sides is a line of no length; round ends make it visible.
       path += `${isDown ? "L" : "M"}${x} ${p.y(value).toFixed(1)}${isDown ? "" : "h0"}`;
     }
     isDown = value !== null;
@@ -66,10 +66,10 @@ function readCurves(p, readout, lines) {
     const values = lines.flatMap((line) => {
       const i = nearest(line.steps, steps[index]);
       const isOver = steps[index] > line.steps.at(-1);
-      const value = isOver ? "over" : line.values[i] === null ? "NaN or infinity" : shortNumber(line.values[i]);
+      const value = isOver ? "ended" : line.values[i] === null ? "NaN or infinity" : shortNumber(line.values[i]);
       return [lines.length > 1 ? `, ${line.run.title} ` : ", ", value];
     });
-    say(readout, `step ${whole(steps[index])}`, "", ...values);
+    setText(readout, `step ${whole(steps[index])}`, "", ...values);
   };
   follow(
     p.svg,
@@ -83,7 +83,7 @@ function readCurves(p, readout, lines) {
     },
     () => {
       rule.setAttribute("visibility", "hidden");
-      say(readout);
+      setText(readout);
     },
   );
 }
@@ -91,7 +91,7 @@ function readCurves(p, readout, lines) {
 function drawHistogram(figure, run, title) {
   const place = figure.querySelector(".plot"), readout = figure.querySelector(".readout");
   const history = run.histograms[title], edges = DATA.edges, bins = edges.length - 1;
-  say(readout, history ? "Point at a cell, or focus the picture and use the arrow keys." : "This run has no histogram of it.");
+  setText(readout, history ? "Point at a cell, or focus the picture and use the arrow keys." : "This run has no histogram of this tensor.");
   place.replaceChildren();
   if (!history) return;
   const steps = history.steps, shares = bytes(history.shares);
@@ -124,7 +124,7 @@ function readHistogram(p, readout, h) {
     const low = decades(h.edges[bin], 1), high = decades(h.edges[bin + 1], 1);
     const range = bin === 0 ? `zero or below 10^${high}` : bin === h.bins - 1 ? `10^${low} and above` : `10^${low} to 10^${high}`;
     const found = h.isEmpty(column) ? ["no finite element"] : [range, ": ", `${share.toFixed(share < 10 ? 1 : 0)} % of the elements`];
-    say(readout, "", `step ${whole(h.steps[column])}`, ", ", ...found);
+    setText(readout, "", `step ${whole(h.steps[column])}`, ", ", ...found);
   };
   follow(
     p.svg,
@@ -143,7 +143,7 @@ function readHistogram(p, readout, h) {
     },
     () => {
       frame.setAttribute("visibility", "hidden");
-      say(readout, rest);
+      setText(readout, rest);
     },
   );
 }

@@ -1,5 +1,5 @@
 "use strict";
-// What all figures need: elements, axes, numbers in words, and a cursor that mouse, finger and keyboard move.
+// Helpers of all figures: elements, axes, formatted numbers, and a cursor that mouse, finger and keyboard move.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
@@ -12,14 +12,14 @@ function add(parent, tag, attributes = {}, text = "") {
 }
 
 function bytes(text) {
-  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }
 
 function whole(number) {
   return Math.round(number).toLocaleString("en");
 }
 
-// Decades with a true minus sign, and what they come to.
+// Decades (powers of ten) with a true minus sign, and the number that they stand for.
 function decades(x, digits = 2) {
   return x.toFixed(digits).replace("-", "−");
 }
@@ -33,7 +33,7 @@ function ticks(low, high, most) {
   const unit = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((k) => k * unit).find((s) => s >= rough);
   const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(k * step + 0); // of a negative zero, zero
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(k * step + 0); // + 0 turns a negative zero into zero
   return found;
 }
 
@@ -42,7 +42,7 @@ function shortNumber(x) {
   return String(Number(x.toPrecision(4))).replace("-", "−");
 }
 
-// A drawing of a given size; `box` is the part inside the axes, `x` and `y` bring values to places.
+// An empty drawing. `box` is the part inside the axes; `x` and `y` turn values into positions.
 function plot(place, height, margin, xs, ys, label) {
   const width = Math.max(200, place.clientWidth);
   place.replaceChildren();
@@ -72,7 +72,7 @@ function valueAxis(p, most = 4) {
   }
 }
 
-// Mouse and finger give places; arrow keys give moves of one cell, or of ten with Shift.
+// Mouse and finger give positions; arrow keys give moves of one cell, or of ten with Shift.
 function follow(svg, point, move, leave) {
   const at = (event) => {
     const frame = svg.getBoundingClientRect();
@@ -92,8 +92,8 @@ function follow(svg, point, move, leave) {
   });
 }
 
-// Text in parts; every second one is emphasized. Nothing is read as markup.
-function say(readout, ...parts) {
+// Sets text in parts, of which every second one is emphasized. Nothing is parsed as markup.
+function setText(readout, ...parts) {
   readout.replaceChildren(
     ...parts.map((part, i) => {
       const element = document.createElement(i % 2 ? "b" : "span");

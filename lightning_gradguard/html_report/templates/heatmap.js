@@ -1,4 +1,4 @@
-// Layers by step, and above them on the same axis what was found and what was done.
+// Layers by step, and lanes above them for faults and for skipped and clipped steps.
 
 const LANE = 17;
 
@@ -12,8 +12,8 @@ function drawHeat(figure, run) {
   if (!heat || !place) return;
   const done = run.judged ? ["skipped", "clipped"] : [];
   const lanes = [...run.marks.map((mark) => mark.title), ...done];
-  const letters = Math.max(...[...lanes, ...heat.labels].map((label) => label.length));
-  const left = clamp(6.4 * letters + 12, 56, Math.max(110, 0.35 * place.clientWidth));
+  const characters = Math.max(...[...lanes, ...heat.labels].map((label) => label.length));
+  const left = clamp(6.4 * characters + 12, 56, Math.max(110, 0.35 * place.clientWidth));
   const top = lanes.length * LANE + 6;
   const last = heat.first + heat.columns * heat.stride;
   const margin = { left, right: 4, top, bottom: 22 };
@@ -63,7 +63,7 @@ function drawLayerNames(p, heat) {
 function explore(p, readout, heat) {
   const cells = new Int16Array(bytes(heat.cells).buffer), rest = readout.textContent;
   const frame = add(p.svg, "rect", { class: "cursor", visibility: "hidden" });
-  let column = heat.columns, layer = -1; // the first key begins at the newest step of the first layer
+  let column = heat.columns, layer = -1; // the first key starts at the newest step of the first layer
   const show = () => {
     const begin = heat.first + column * heat.stride, x = p.x(begin), y = p.y(layer);
     const size = { x, y, width: Math.max(3, p.x(begin + heat.stride) - x), height: Math.max(3, p.y(layer + 1) - y) };
@@ -72,7 +72,7 @@ function explore(p, readout, heat) {
     const cell = cells[layer * heat.columns + column];
     const value = cell === DATA.blankCell ? "no gradient" : cell === DATA.nonfiniteCell ? "NaN or infinity" : power(cell / 100);
     const steps = heat.stride === 1 ? `step ${whole(begin)}` : `steps ${whole(begin)} to ${whole(begin + heat.stride - 1)}`;
-    say(readout, "", heat.names[layer], ", ", steps, ", ", value);
+    setText(readout, "", heat.names[layer], ", ", steps, ", ", value);
   };
   follow(
     p.svg,
@@ -89,7 +89,7 @@ function explore(p, readout, heat) {
     },
     () => {
       frame.setAttribute("visibility", "hidden");
-      say(readout, rest);
+      setText(readout, rest);
     },
   );
 }

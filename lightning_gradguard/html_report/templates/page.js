@@ -1,4 +1,4 @@
-// Puts the figures in their places, and draws them anew when their width changes.
+// Draws all figures, and draws a figure again when its width changes.
 
 function drawRunLegend(item) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -10,7 +10,7 @@ function drawRunLegend(item) {
 function fillPicker(picker) {
   const titles = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.histograms)))].sort();
   picker.append(...titles.map((title) => new Option(title, title)));
-  // Begins with one that can be compared: the first that most runs have.
+  // Starts with a tensor that can be compared: the first that most runs have.
   const runsWith = (title) => DATA.runs.filter((run) => title in run.histograms).length;
   picker.value = titles.reduce((best, title) => (runsWith(title) > runsWith(best) ? title : best));
 }
@@ -28,7 +28,7 @@ function start() {
   }
   const widths = new Map();
   const redraw = (figure) => {
-    // Drawing changes the height, which must not be the cause of drawing again.
+    // Drawing changes the height, and a changed height must not start another drawing.
     if (widths.get(figure) === figure.clientWidth) return;
     widths.set(figure, figure.clientWidth);
     drawings.get(figure)();

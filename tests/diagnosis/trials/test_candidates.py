@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
-from lightning_gradguard.diagnosis.fixes import training
+from lightning_gradguard.diagnosis.fixes import lower_learning_rate
 from lightning_gradguard.diagnosis.trials.candidates import combine, find_candidates
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.introspection.layer_calls import StructureRecorder
@@ -54,7 +54,7 @@ def test_each_candidate_changes_something_else(activation, fault):
 
 
 def test_a_key_is_the_name_unless_that_holds_numbers():
-    first, second = (training.lower_learning_rate(context_with(), rate)[0] for rate in (1e-2, 1e-4))
+    first, second = (lower_learning_rate(context_with(), rate) for rate in (1e-2, 1e-4))
     assert first.name != second.name
     assert first.key == second.key != first.name
     assert (first.change.rate, second.change.rate) == (pytest.approx(0.1), pytest.approx(0.001))
@@ -63,7 +63,7 @@ def test_a_key_is_the_name_unless_that_holds_numbers():
 
 def test_two_fixes_combine_unless_they_change_the_same():
     rate, relu = (
-        training.lower_learning_rate(context_with())[0],
+        lower_learning_rate(context_with()),
         Remedy("ReLU", "f()", change=Change(activation="relu")),
     )
     both = combine(rate, relu)

@@ -200,10 +200,10 @@ def test_a_sequence_is_ranked_by_its_tilt_over_time(lab):
     step = SandboxedStep(model, lambda b: F.cross_entropy(model(b[0]), b[1]), batch, optimizer)
     diagnosis = try_fixes(diagnose(case), case, lambda: step)
     by_name = {r.name: r for r in diagnosis.remedies}
-    assert {"Orthogonal recurrent weights", "LSTM that begins by remembering", "GRU"} <= set(by_name)
+    assert {"Orthogonal recurrent weights", "LSTM with a forget-gate bias of 3", "GRU"} <= set(by_name)
     assert diagnosis.remedies[0].before > 6
     assert -3 < diagnosis.remedies[0].after < 6
-    assert by_name["GRU"].after > by_name["LSTM that begins by remembering"].after
+    assert by_name["GRU"].after > by_name["LSTM with a forget-gate bias of 3"].after
     assert isinstance(model.rnn, nn.RNN)
 
 

@@ -107,7 +107,9 @@ MODULES += [
 ]
 
 
-@pytest.mark.parametrize("activation", [*MODULES, torch.erf, torch.atan, F.relu6], ids=str)
+@pytest.mark.parametrize(
+    "activation", [*MODULES, torch.erf, torch.atan, F.relu6], ids=lambda a: getattr(a, "__name__", str(a))
+)
 def test_every_activation_is_recognized(activation):
     model, x = Net(activation), torch.randn(9, 3)
     out = swapped(model, Change(activation="gelu"), x)
