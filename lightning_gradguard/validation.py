@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 
 def check_number(name: str, value: object, need: str, holds: Callable[[float], bool]) -> None:
-    """Raise unless an argument is a number for which a condition holds.
+    """Raise unless an argument is a number that meets a condition.
 
     Args:
         name: Name of the argument.

@@ -75,7 +75,7 @@ class AutoClip:
         return AutoClipState(bins[0].to(torch.int64), stats.norms.new_full((EXACT,), math.inf), bins)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Add the norm to the history, then compare it with the percentile."""
+        """Add the norm to the history, then clip to the percentile."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         new = _remember(state, norm, stats.finite & (norm > 0))
@@ -84,7 +84,7 @@ class AutoClip:
         return global_clip(stats, included, norm, coefficient, limit), new
 
     def _threshold(self, state: AutoClipState) -> Tensor:
-        """Return the percentile of the history, float32 []; inf while it is empty."""
+        """Return the percentile, float32 []; inf before the first norm."""
         last = torch.clamp(state.seen - 1, min=0)
         # In integers: float32 loses the fraction of a large rank, and not every device has float64.
         rank = last * round(self.percentile * 10**7)
@@ -161,7 +161,7 @@ class ZClip:
         return ZClipState(seen=zero.to(torch.int64), mean=zero, var=zero.clone())
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare the global norm with the averages of the steps before it."""
+        """Compare the global norm with the moving averages before it."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         warm = state.seen < self.warmup_steps
@@ -178,7 +178,7 @@ class ZClip:
         return global_clip(stats, included, norm, coefficient, limit), kept
 
     def _average(self, state: ZClipState, norm: Tensor, warm: Tensor) -> ZClipState:
-        """Return mean and population variance of all norms while ``warm``, moving ones after."""
+        """Return mean and variance of all norms while ``warm``, moving ones after."""
         gain = torch.where(warm, 1 / (state.seen + 1), 1 - self.decay)
         mean = state.mean + gain * (norm - state.mean)
         # After warm-up the reference takes the distance from the new mean; an exact variance needs both (Welford).

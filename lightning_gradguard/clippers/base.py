@@ -52,7 +52,7 @@ class Clipper(Protocol):
     """
 
     def init(self, stats: GradStats) -> Any:
-        """Return the state before the first step, a NamedTuple of tensors.
+        """Return the first state, a NamedTuple of tensors.
 
         Raises:
             ValueError: If an entry of ``exclude`` matches no tensor.
@@ -60,7 +60,7 @@ class Clipper(Protocol):
         ...
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Evaluate one step; return what to scale and the new state. Reads no tensor on the host."""
+        """Return the clip for one step, and the new state; reads nothing on the host."""
         ...
 
 
@@ -78,7 +78,7 @@ class FastPathClipper(Clipper, Protocol):
     fast_path_safe: ClassVar[bool]
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
-        """Return the bounds within which the next steps are certainly not clipped.
+        """Return bounds within which the next steps are not clipped.
 
         Args:
             stats: The newest step.
@@ -87,7 +87,7 @@ class FastPathClipper(Clipper, Protocol):
         ...
 
     def fold_in(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
-        """Fold deferred steps that lay within the bounds into the state.
+        """Fold deferred steps within the bounds into the state.
 
         Args:
             rows: The k steps, oldest first.
@@ -167,7 +167,7 @@ def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Seq
 
 
 def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the dense tensor to write, and the multiplier in the shape that gives the exact product."""
+    """Return the dense tensor to write, and the multiplier in its shape."""
     target = gradient
     if is_sharded(gradient):
         target, multiplier = local(gradient), local_units(multiplier, gradient)
@@ -191,7 +191,7 @@ def global_norm(stats: GradStats, included: Tensor) -> Tensor:
 
 
 def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: Tensor, limit: Tensor) -> Clip:
-    """Return the clip of a clipper that scales all included tensors alike.
+    """Return a clip that scales all included tensors alike.
 
     Args:
         stats: The step.
@@ -206,7 +206,7 @@ def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: T
 
 
 def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
-    """Return the clip of a clipper that limits each tensor by itself.
+    """Return a clip that limits each tensor by itself.
 
     Args:
         stats: The step.
@@ -223,7 +223,7 @@ def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
 
 
 def finite_or_zero(norms: Tensor) -> Tensor:
-    """Return the norms, 0 where one is not finite, so that a threshold is a number on a bad step too."""
+    """Return the norms, 0 where one is not finite: a threshold is then a number."""
     return torch.where(norms < torch.inf, norms, 0.0)
 
 

@@ -96,7 +96,7 @@ class AGC:
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare the gradient of each unit with its weight as it is now."""
+        """Compare the gradient of each unit with its current weight."""
         device = stats.norms.device
         included = included_names(stats.layout.names, self.exclude)
         gradients = {i: g for i, g in enumerate(stats.gradients) if g is not None and included[i]}
@@ -116,7 +116,7 @@ class AGC:
         return Clip(tuple(multipliers), torch.stack(norms), threshold), state
 
     def _clip_units(self, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the multiplier per unit, float32; norm after clipping and largest norm allowed, float32 []."""
+        """Return multiplier per unit, norm after clipping, and largest norm allowed, float32."""
         limit = torch.clamp(weight, min=self.eps) * self.clip_factor
         over = torch.isfinite(gradient) & (gradient > limit)
         multiplier = torch.where(over, limit / torch.clamp(gradient, min=1e-6), 1.0).to(torch.float32)
@@ -125,7 +125,7 @@ class AGC:
 
 
 def _norms_of_units(stats: GradStats, gradients: dict[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return norms of the units of gradients and of their weights, by index; of whole units, also if sharded."""
+    """Return unit norms of gradients and of their weights, by index; whole units, even if sharded."""
     weights = {i: stats.layout.parameters[i] for i in gradients}
     shards = stats.layout.shards
     if shards is None:

@@ -98,7 +98,7 @@ class SpikeClip:
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """Return a state without levels, with the variances of the prior."""
+        """Return a state without levels, with the prior variances."""
         included_names(stats.layout.names, self.exclude)
         zero = torch.zeros_like(stats.norms)
         var = torch.full_like(zero, PRIOR_SIGMA**2)
@@ -106,13 +106,13 @@ class SpikeClip:
         return SpikeClipState(zero, zero.clone(), var, zero.clone(), zero.clone(), joint)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare each norm with its level, and the mean of all with theirs."""
+        """Compare each norm with its level, and their mean with its own."""
         number, zeros = stats.layout.constant, stats.layout.zeros
         included = included_tensors(stats, self.exclude)
         counts = stats.finite & included & (stats.norms > zeros)
         fresh = state.seen == zeros
         known = counts & ~fresh
-        # A norm that does not count, or has no past, stands at its level.
+        # A norm that does not count, or has no past, is taken to be at its level.
         x = torch.where(counts, stats.log_norms, state.mean)
         distance = (x - state.mean) * known
         known_count = torch.maximum(known.sum(), number(1.0))
@@ -150,7 +150,7 @@ class SpikeClip:
         return tensor_clip(stats, included, limits), new
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
-        """Return the bounds within which the next steps are certainly not clipped.
+        """Return bounds within which the next steps are not clipped.
 
         Steps within a part f of the outlier distance move a level over a window by at most (1 - decay^(WINDOW-1)) f of
         that distance, since it learns from all of them at one rate. Sigma shrinks to 0.85 of itself at most. So
@@ -256,7 +256,7 @@ def _limited(number: Callable[[float], Tensor], distance: Tensor, sigma: Tensor)
 
 
 def _variance_gain(number: Callable[[float], Tensor], seen: Tensor) -> Tensor:
-    """Return the share of one more step in a variance, after the prior and ``seen`` steps."""
+    """Return the weight of one more step in a variance of ``seen`` steps."""
     return torch.maximum((seen + number(PRIOR_STEPS)).reciprocal(), number(1 - SPREAD_DECAY))
 
 
@@ -268,6 +268,7 @@ def _next_variance(
     seen: Tensor,
     counts: Tensor,
 ) -> Tensor:
-    """Return the variance after one more change, where it counts; a change's own sigma is larger by √2."""
+    """Return the variance after one more change, where it counts."""
+    # The sigma of a change is larger than that of a norm by √2.
     square = _limited(number, change * number(math.sqrt(0.5)), sigma).square()
     return var.lerp(square, _variance_gain(number, seen) * counts)

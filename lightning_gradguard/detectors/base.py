@@ -53,10 +53,10 @@ class Detector(Protocol):
     measures: ClassVar[tuple[str, ...]]
 
     def init(self, stats: GradStats) -> Any:
-        """Return the state before the first step, a NamedTuple of tensors."""
+        """Return the first state, a NamedTuple of tensors."""
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Evaluate one step; return its reading and the new state. Reads no tensor on the host."""
+        """Return the reading of one step, and the new state; reads nothing on the host."""
 
 
 class DetectorTraits(NamedTuple):
@@ -81,7 +81,7 @@ class DetectorTraits(NamedTuple):
 
 
 def traits_of(detector: Detector) -> DetectorTraits:
-    """Return the optional attributes of a detector, defaults where it declares none."""
+    """Return the traits that a detector declares, defaults for the rest."""
     found = {name: getattr(detector, name) for name in DetectorTraits._fields if hasattr(detector, name)}
     if "fast_path_safe" not in vars(type(detector)):
         found.pop("fast_path_safe", None)
@@ -124,7 +124,7 @@ def reading(
 
 
 def is_norm_spike(stats: GradStats, z: float, ratio: float) -> Tensor:
-    """Return where the global norm is far above its baseline, bool [].
+    """Return whether the global norm is far above its baseline, bool [].
 
     Args:
         stats: The step.
@@ -136,7 +136,7 @@ def is_norm_spike(stats: GradStats, z: float, ratio: float) -> Tensor:
 
 
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
-    """Return a score by each layer's distance from the middle layer in the depth profile.
+    """Return each layer's distance from the middle one as a score.
 
     Args:
         stats: The step.

@@ -64,7 +64,7 @@ class DepthTilt:
         check_positive("moving", self.moving)
 
     def init(self, stats: GradStats) -> Any:
-        """Return an empty state; the depth profile is part of ``stats.trends``."""
+        """Return an empty state; the profile is in ``stats.trends``."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:

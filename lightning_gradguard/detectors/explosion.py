@@ -85,7 +85,7 @@ class Spike:
     z: float = ALARM_Z
     ratio: float = 3.0
     fault: ClassVar[Fault] = Fault.SPIKE
-    measures: ClassVar[tuple[str, ...]] = ("global norm over its usual value",)
+    measures: ClassVar[tuple[str, ...]] = ("global norm over its baseline",)
     event: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -94,11 +94,11 @@ class Spike:
 
     @property
     def fast_path_safe(self) -> bool:
-        """Whether a norm up to twice its baseline never is a spike."""
+        """True if a norm up to twice its baseline is no spike."""
         return self.ratio >= _FAST_PATH_RATIO
 
     def init(self, stats: GradStats) -> Any:
-        """Return an empty state; the baseline is part of ``stats.trends``."""
+        """Return an empty state; the baseline is in ``stats.trends``."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
@@ -166,8 +166,8 @@ class Exploding:
     fault: ClassVar[Fault] = Fault.EXPLODING
     measures: ClassVar[tuple[str, ...]] = (
         "depth tilt in decades (negative: growing towards the input)",
-        "steps in a row with a norm far above the usual",
-        "running mean of the loss over its start, in size",
+        "steps with a norm far above its baseline",
+        "absolute running mean of the loss over its start",
     )
     quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, None, None)
     fast_path_safe: ClassVar[bool] = True
@@ -207,7 +207,7 @@ class Exploding:
         return found, ExplodingState(count, raised, over, value, limit, measure)
 
     def _evaluate_tilt_and_loss(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return raised, over, value, limit and measure by tilt and loss, [] each."""
+        """Return raised, over, value, limit and measure, [] each."""
         trends = stats.trends
         no_progress = trends.no_progress | trends.plateau
         tilted = (trends.tilt <= self.tilt) & no_progress & (trends.steps >= _TILT_FROM_STEP)

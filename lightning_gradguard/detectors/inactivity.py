@@ -129,7 +129,7 @@ class DeadUnits:
         return Held(torch.zeros_like(stats.norms))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Evaluate one step by the shares of the last sampled step."""
+        """Evaluate one step by the last sampled shares."""
         layers = stats.layout.is_layer & stats.present
         dead = (stats.dead >= self.limit) & layers
         depth = torch.where(layers, stats.layout.depth, -1.0)
@@ -183,7 +183,7 @@ class Underflow:
         return Steps(torch.zeros_like(stats.total))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Evaluate one step by the shares of the last sampled step."""
+        """Evaluate one step by the last sampled shares."""
         layers = stats.layout.is_layer & stats.present
         depth = torch.where(layers, stats.layout.depth, -1.0)
         output = layers & (depth == depth.max())
@@ -197,7 +197,7 @@ class Underflow:
 
 
 def zero_up_to_first_live(stats: GradStats) -> Tensor:
-    """Return the layers with a gradient of exactly zero before the first that has any, bool [P]."""
+    """Return the layers with a zero gradient before the first live one, bool [P]."""
     layout, live = stats.layout, stats.trends.live
     first = torch.where(layout.is_layer & live, layout.depth, torch.inf).amin()
     return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()

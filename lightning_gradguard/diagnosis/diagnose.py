@@ -87,7 +87,7 @@ def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple
         diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
     diagnosis = replace(
         diagnosis,
-        timeline=timeline_of(facts.history, facts.stats.layout, finding),
+        course=timeline_of(facts.history, facts.stats.layout, finding),
         signs=(*diagnosis.signs, *context.notes),
     )
     return diagnosis, origin

@@ -123,7 +123,7 @@ class Diagnosis:
         evidence: A sentence for each cause, with the numbers that support it.
         remedies: Fixes, best first.
         trials: How fixes were tried, or why none could be, one sentence each; empty if trials were not requested.
-        timeline: The newest steps before the diagnosis; None if they are not known.
+        course: The newest steps before the diagnosis; None if they are not known.
         layers: Names of the layers' weights in the trials, input first; empty if no fix was tried.
         profile: log10(‖g‖/‖w‖) of each layer in the trial without a fix, as `Remedy.profile`.
     """
@@ -137,7 +137,7 @@ class Diagnosis:
     remedies: tuple[Remedy, ...] = ()
     trials: tuple[str, ...] = ()
     # Not compared, since they may hold NaN, which is not equal to itself.
-    timeline: Timeline | None = field(default=None, repr=False, compare=False)
+    course: Timeline | None = field(default=None, repr=False, compare=False)
     layers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
 

@@ -107,7 +107,7 @@ def to_html(diagnosis: Diagnosis) -> str:
         causes=_causes(diagnosis),
         tried=_any_tried(diagnosis.remedies),
         further=_further(diagnosis),
-        heat=charts.heat_map(diagnosis.timeline, diagnosis.step, diagnosis.parameters),
+        heat=charts.heat_map(diagnosis.course, diagnosis.step, diagnosis.parameters),
         panels=charts.fix_panels(diagnosis),
         size={"width": charts.WIDTH, "height": charts.HEIGHT},
         style=Markup(loader.get_source(pages, "diagnosis.css")[0]),

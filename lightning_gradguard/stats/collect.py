@@ -53,7 +53,9 @@ def collect(
     refresh_due: bool = False,
     sample_due: bool = False,
 ) -> Collected:
-    """Read the gradients, and what else is due; if there are several ranks, each has to call it.
+    """Read the gradients, and what else is due.
+
+    Collective if there are several ranks: each has to call it.
 
     Args:
         layout: The tracked tensors.
@@ -82,7 +84,10 @@ def collect(
 
 
 def collect_sample(layout: Layout) -> Tensor:
-    """Return `samples.sample` of the whole tensors; if they are sharded, every rank has to call it."""
+    """Return `samples.sample` of whole tensors.
+
+    Collective if the tensors are sharded: every rank has to call it.
+    """
     if layout.shards is None:
         return sample(layout)
     return layout.shards.sum_over_ranks([local_sample(layout, layout.shards)])[0].to(torch.float32)
@@ -96,7 +101,7 @@ class _RankValues(NamedTuple):
     tilt_due: bool
 
     def numbers(self, device: torch.device) -> Tensor:
-        """Return what is averaged over ranks, float32 [0 to 3], of one length on all of them."""
+        """Return the numbers to average over ranks, float32 [0 to 3]."""
         device = device if self.loss is None else self.loss.device
         numbers = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
         if self.tilt_due:
@@ -107,7 +112,7 @@ class _RankValues(NamedTuple):
         return torch.stack(numbers) if numbers else torch.zeros(0, device=device, dtype=torch.float32)
 
     def from_means(self, means: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the mean loss, and the mean time tilt of the ranks that measured one."""
+        """Return mean loss, and mean time tilt where one was measured."""
         loss = None if self.loss is None else means[0]
         return loss, means[-2] / means[-1] if self.tilt_due else None
 
@@ -121,7 +126,7 @@ def _collect_sharded(
     refresh_due: bool,
     sample_due: bool,
 ) -> Collected:
-    """Read what this rank holds, and sum everything over ranks in one all-reduce."""
+    """Read this rank's part, and sum everything in one all-reduce."""
     parts = {
         "norms": shards.squares(norms),
         "own": own.numbers(norms.device).to(norms.device) / world_size(),

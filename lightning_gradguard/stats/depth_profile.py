@@ -9,14 +9,14 @@ from lightning_gradguard.stats.layout import Layout
 
 #: Fewest layers for which a depth tilt means anything.
 MIN_LAYERS = 4
-#: Depth tilts that are healthy, in decades from input to output. Below lies the limit of `Exploding`; healthy trainings
-#: reach -1.56 (benchmarks/detection.md). Above, `DepthTilt` counts the condition as over; healthy trainings reach 2.27,
-#: and 2.58 in cases that nothing was chosen on (benchmarks/held_out.md).
+#: Range of healthy depth tilts in decades. The lower end is the limit of `Exploding`; healthy trainings reach -1.56
+#: (benchmarks/detection.md). The upper end is where `DepthTilt` clears; healthy trainings reach 2.27, and 2.58 in cases
+#: that were held out (benchmarks/held_out.md).
 HEALTHY_DEPTH_TILT = (-1.8, 2.5)
 
 
 def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the distance of each layer from the middle one, and the depth tilt.
+    """Return each layer's distance from the middle one, and the tilt.
 
     Args:
         profile: float32 [P], log10(‖g‖/‖w‖) of each tensor, decades (factors of ten).
@@ -31,10 +31,11 @@ def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Ten
 
 
 def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
-    """Return the decades by which the profile rises from the first to the last layer, float32 [].
+    """Return the depth tilt, float32 [].
 
-    (L - 1) times the Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single odd layers
-    do not matter. Positive: gradients shrink towards the input. NaN with fewer than four live layers.
+    The decades (factors of ten) by which the profile rises from the first to the last layer. It is (L - 1) times the
+    Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single odd layers do not matter.
+    Positive: gradients shrink towards the input. NaN with fewer than four live layers.
 
     Args:
         profile: float32 [P], decades.

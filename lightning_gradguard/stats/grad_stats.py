@@ -99,7 +99,7 @@ class GradStats:
 
     @cached_property
     def finite(self) -> Tensor:
-        """Whether the global norm, and the loss if given, are finite, bool []."""
+        """True if the global norm, and the loss if given, are finite, bool []."""
         number = self.layout.constant
         # Zero times what is not finite is NaN.
         both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
@@ -108,16 +108,17 @@ class GradStats:
 
     @cached_property
     def relative(self) -> Tensor:
-        """Size of each gradient relative to its weight, log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
+        """Relative size log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
         return (self.log_norms - self.log_weights) * self.layout.constant(1 / math.log(10))
 
     @cached_property
     def log_norms(self) -> Tensor:
-        """Natural logarithms of the norms, float32 [P]; -inf where one is zero."""
+        """Natural logarithms of the norms, float32 [P]."""
         return self.norms.log()
 
     def replace(self, **changes: Any) -> GradStats:
-        """Return a copy with other values for some fields; faster than `dataclasses.replace`."""
+        """Return a copy with other values for some fields."""
+        # Many times faster than `dataclasses.replace`.
         copy = object.__new__(GradStats)
         vars(copy).update(vars(self), **changes)
         return copy
@@ -137,7 +138,9 @@ class NoState(NamedTuple):
 
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
-    """Measure the gradients of the parameters now, with one read of each; if sharded, every rank has to call it.
+    """Measure the current gradients, with one read of each.
+
+    Collective if the tensors are sharded: every rank has to call it.
 
     Args:
         layout: The tracked tensors.
@@ -159,7 +162,7 @@ def stats_of(
     loss: Tensor | None,
     **known: Any,
 ) -> GradStats:
-    """Return the statistics that follow from the norms of the gradients.
+    """Return the statistics that follow from gradient norms.
 
     Args:
         layout: The tracked tensors.
@@ -194,7 +197,7 @@ def stats_of(
 
 
 def gradients_of(layout: Layout) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the parameters now, each sharded as its parameter is."""
+    """Return the current gradients, each sharded as its parameter is."""
     if layout.shards is not None:
         align_gradients(layout.parameters)
     return tuple([p.grad for p in layout.parameters])

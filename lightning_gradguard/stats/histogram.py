@@ -49,7 +49,7 @@ class Counts(NamedTuple):
 
 
 def edges(limit: float) -> tuple[float, ...]:
-    """Return the 31 edges of 30 equal bins of values from ``-limit`` to ``limit``."""
+    """Return the 31 edges of 30 equal bins from ``-limit`` to ``limit``."""
     return tuple(limit * (2 * k / _BINS - 1) for k in range(_BINS + 1))
 
 
@@ -60,7 +60,7 @@ def count(
     axis: Axis = "log10",
     thresholds: Sequence[float] = (),
 ) -> Counts:
-    """Count the elements of each gradient by the decimal logarithm of their magnitude, or by their value.
+    """Count the elements of each gradient by magnitude or by value.
 
     Gradients span many decades, so a histogram of their values is one peak at zero whether they vanish or explode. On
     the logarithmic axis vanishing gradients move left, exploding ones right, and exact zeros fill the first bin. The
@@ -141,14 +141,20 @@ def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[flo
 
 
 def _tally_decades(magnitudes: Tensor) -> Tensor:
-    """Count magnitudes [T, n] by decade, int64 [T, 31], and overwrite them; the first column is non-finite."""
+    """Count magnitudes [T, n] by decade, int64 [T, 31], and overwrite them.
+
+    The first column counts elements that are not finite.
+    """
     # In place: touching fresh memory costs more than the arithmetic. A zero goes from -inf to the first bin.
     places = magnitudes.log10_().mul_(2).add_(1 - 2 * EDGES[0]).clamp_(min=1)
     return _frequencies(places.nan_to_num_(nan=0, posinf=0).clamp_(max=_BINS))
 
 
 def _tally_values(values: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Count values [T, n] padded with zeros, int64 [T, 31], and return the limits of their axes, float32 [T]."""
+    """Count values [T, n], int64 [T, 31]; return the limits of their axes too, float32 [T].
+
+    The first column counts elements that are not finite.
+    """
     is_finite = values.isfinite()
     finite = torch.where(is_finite, values, 0)
     number = (is_finite.sum(1) - padding).clamp(min=1)
@@ -162,14 +168,14 @@ def _tally_values(values: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _frequencies(places: Tensor) -> Tensor:
-    """Return how often each bin occurs in each row of [T, n], int64 [T, 31]."""
+    """Count each bin in each row of [T, n], int64 [T, 31]."""
     # Integers: float32 stops counting at 2**24.
     table = torch.zeros(len(places), _BINS + 1, dtype=torch.int64, device=places.device)
     return table.scatter_add_(1, places.long(), table.new_ones(1, 1).expand(places.shape))
 
 
 def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
-    """Scale up the counts of samples, each of whose elements stands for several."""
+    """Scale the counts of samples up to whole tensors."""
     column = torch.tensor(scale, device=counts.bins.device).clamp(min=1)
     row = column.unsqueeze(1)
     bins, nonfinite, squares, below, limits = counts
@@ -177,7 +183,7 @@ def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
 
 
 def _stored(gradient: Tensor) -> Tensor:
-    """Return the stored elements as real numbers, dimensions in the order of memory."""
+    """Return the stored elements as real numbers, in memory order."""
     dense = gradient.detach()
     if dense.layout == torch.sparse_coo:
         dense = dense.coalesce().values()
@@ -192,14 +198,14 @@ def _stored(gradient: Tensor) -> Tensor:
 
 
 def _implied(gradient: Tensor | None, stored: Tensor) -> float:
-    """Return the number of zeros that a sparse gradient does not store."""
+    """Return how many zeros a sparse gradient does not store."""
     if gradient is None:
         return 0.0
     return float(gradient.numel() * (2 if gradient.is_complex() else 1) - stored.numel())
 
 
 def _joined(stored: Sequence[Tensor], max_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Join up to ``max_samples`` elements of each tensor in one matrix [T, n]; return it and the padding of rows, [T].
+    """Join samples of tensors in one matrix [T, n]; return it and the padding of rows, [T].
 
     The stride is the golden section of the number of elements, modulo that number. It spreads any number of places
     evenly, and since it shares no factor with the number, it never falls in step with the rows of a weight.

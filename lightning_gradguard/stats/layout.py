@@ -119,13 +119,13 @@ class Layout:
         )
 
     def constant(self, value: float) -> Tensor:
-        """Return a number as float32 [] on the device; made once, read-only."""
+        """Return a number as float32 [] on the device; cached, read-only."""
         if value not in self._constants:
             self._constants[value] = torch.tensor(float(value), device=self.numel.device, dtype=torch.float32)
         return self._constants[value]
 
     def indices(self, chosen: tuple[int, ...]) -> Tensor:
-        """Return indices as int64 [n] on the device; made once for each choice, of which there are few."""
+        """Return indices as int64 [n] on the device; cached."""
         if chosen not in self._indices:
             if len(self._indices) >= 16:
                 self._indices.clear()
@@ -137,7 +137,7 @@ class Layout:
         return self.everywhere if all(pattern) else self.flags(pattern)
 
     def flags(self, pattern: tuple[bool, ...]) -> Tensor:
-        """Return a mask of the tensors, bool [P] on the device; made once for each pattern, of which there are few."""
+        """Return a mask as bool [P] on the device; cached."""
         if pattern not in self._flags:
             if len(self._flags) >= 64:
                 self._flags.clear()
@@ -151,7 +151,7 @@ def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
 
 
 def _pairs(count: int) -> Tensor:
-    """Return pairs (i < j) out of ``count``, int64 [2, K]: all, or `MAX_PAIRS` at random, to bound memory."""
+    """Return pairs (i < j) out of ``count``, int64 [2, K]: all, or `MAX_PAIRS` at random."""
     if count * (count - 1) // 2 <= MAX_PAIRS:
         return torch.triu_indices(count, count, 1)
     # Every distance between two layers gets its share. The seed makes each run draw the same pairs.
@@ -170,5 +170,5 @@ def _alike(layers: Sequence[int], tensors: Sequence[Tensor]) -> tuple[tuple[int,
 
 
 def _fan_in(parameter: Tensor) -> int:
-    """Return the number of inputs of each output unit; 1 for vectors and scalars."""
+    """Return the inputs per output unit; 1 for vectors."""
     return math.prod(parameter.shape[1:]) if parameter.ndim >= 2 and len(parameter) else 1

@@ -20,7 +20,10 @@ _TOGETHER = 2**16
 
 
 def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the L2 norm of each tensor, float32 [P], 0 for None; if sharded, every rank has to call it."""
+    """Return the L2 norm of each tensor, float32 [P], 0 for None.
+
+    Collective if the tensors are sharded: every rank has to call it.
+    """
     norms = local_norms(tensors, layout)
     if layout.shards is None:
         return norms
@@ -28,15 +31,19 @@ def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 def weight_norms(layout: Layout) -> Tensor:
-    """Return the L2 norm of each parameter, float32 [P]; if sharded, every rank has to call it.
+    """Return the L2 norm of each parameter, float32 [P].
 
-    It reads all weights, so it is refreshed only every few steps.
+    It reads all weights, so it is refreshed only every few steps. Collective if they are sharded: every rank has to
+    call it.
     """
     return norms_of(layout.parameters, layout)
 
 
 def weight_means(layout: Layout) -> Tensor:
-    """Return the mean of each parameter's elements, float32 [P]; if sharded, every rank has to call it."""
+    """Return the mean of each parameter's elements, float32 [P].
+
+    Collective if the tensors are sharded: every rank has to call it.
+    """
     parts = [
         real(local(p).detach()).sum(dtype=torch.float32) / (1 + p.is_complex()) for p in layout.parameters
     ]
@@ -47,10 +54,10 @@ def weight_means(layout: Layout) -> Tensor:
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
-    """Return the L2 norm of each output unit, broadcastable to ``tensor``; float64 for float64, else float32.
+    """Return the L2 norm of each output unit, broadcastable to ``tensor``.
 
-    A unit is a row, over all but the first dimension, or a whole vector or scalar. For a sparse tensor all units are
-    returned, most of them 0.
+    float64 for a float64 tensor, otherwise float32. A unit is one index of the first dimension, or a whole vector or
+    scalar. For a sparse tensor all units are returned, most of them 0.
 
     Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
     """
@@ -70,18 +77,18 @@ def unit_norms(tensor: Tensor) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return the values that a sparse tensor stores, each once; any other tensor unchanged."""
+    """Return the coalesced values of a sparse tensor; others unchanged."""
     return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as pairs of real numbers; any other tensor unchanged."""
+    """Return a complex tensor as real pairs; others unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()
 def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the L2 norm of this rank's part of each tensor, float32 [P], 0 for None."""
+    """Return the L2 norm of this rank's parts, float32 [P], 0 for None."""
     if layout.shards is not None:
         tensors = [None if t is None else local(t).detach() for t in tensors]
     present, indices = [t for t in tensors if t is not None], None
@@ -112,7 +119,10 @@ class Batches(NamedTuple):
 
 
 def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Tensor:
-    """Return norms of tensors of one dtype and device, float32 [P]: small ones stacked, others by a foreach call."""
+    """Return norms of tensors of one dtype and device, float32 [P].
+
+    Small ones are stacked by shape, all others take one foreach call.
+    """
     batches = layout.batches.get(indices)
     if batches is None:
         if len(layout.batches) >= 16:
@@ -129,7 +139,7 @@ def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, l
 
 
 def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Batches:
-    """Group small tensors by shape; an accelerator's foreach call needs no such help."""
+    """Group small tensors by shape, on a CPU only: an accelerator's foreach call is fast enough."""
     shapes: dict[torch.Size, list[int]] = {}
     alone: list[int] = []
     for i, tensor in enumerate(tensors):
@@ -149,7 +159,7 @@ def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: 
 
 
 def _norms_of_any_kind(tensors: list[Tensor], indices: Sequence[int], layout: Layout) -> Tensor:
-    """Return norms of tensors of several dtypes, devices or layouts, float32 [P]: one foreach call for each kind."""
+    """Return norms of mixed tensors, float32 [P]: one foreach call for each kind."""
     buckets: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
     for place, stored in zip(indices, tensors, strict=True):
         tensor = real(dense(stored))

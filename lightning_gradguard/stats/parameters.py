@@ -32,20 +32,21 @@ def as_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, 
 
 
 def members(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """Return an optimizer's parameters, group after group; none without an optimizer."""
+    """Return an optimizer's parameters, group after group."""
     return [*chain.from_iterable(_groups(optimizer))]
 
 
 def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Return whether two lists hold the same tensors, so that none came, went, or was replaced."""
+    """Return whether two lists hold the same tensors."""
     return len(some) == len(others) and all(map(is_, some, others))
 
 
 def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Return name to parameter, in the model's order, then those that only the optimizer has.
+    """Return name to parameter.
 
-    Tied parameters count once, under their first name. Parameters of two models with the same name are numbered, so
-    that all are tracked. Prefixes that torch.compile and FSDP add to names are removed.
+    The order is that of the model, then come parameters that only the optimizer has. Tied parameters count once, under
+    their first name. Parameters of two models with the same name are numbered, so that all are tracked. Prefixes that
+    torch.compile and FSDP add to names are removed.
 
     Args:
         named: Pairs of name and parameter.
@@ -72,7 +73,7 @@ def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
 
 
 def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
-    """Return whether the names are those of a compiled module, which calls no hooks."""
+    """Return whether a compiled module has these names; it calls no hooks."""
     return any("_orig_mod." in name for name, _ in named)
 
 

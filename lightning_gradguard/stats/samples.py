@@ -26,7 +26,10 @@ _TOGETHER = 2**16
 
 
 def sample(layout: Layout) -> Tensor:
-    """Return a copy of up to `SAMPLES` evenly strided elements of each parameter, float32 [P, SAMPLES], zero-padded."""
+    """Return up to `SAMPLES` elements of each parameter, float32 [P, SAMPLES].
+
+    A copy, evenly strided, padded with zeros.
+    """
     views, places = _sample_views(layout)
     device = layout.numel.device
     if any(view.device != device for view in views):
@@ -39,7 +42,7 @@ def sample(layout: Layout) -> Tensor:
 
 
 def local_sample(layout: Layout, shards: Shards) -> Tensor:
-    """Return this rank's part of `sample`, float64 [P, SAMPLES]; the sum over ranks is the sample."""
+    """Return this rank's part of `sample`, float64 [P, SAMPLES], to be summed."""
     rows = []
     for index, parameter in enumerate(layout.parameters):
         part = real(local(parameter).detach())
@@ -66,7 +69,7 @@ def update_ratios(before: Tensor, after: Tensor) -> Tensor:
 
 
 def median_update(updates: Tensor, layout: Layout) -> Tensor:
-    """Return the median update ratio of the layers, float32 []; NaN where none is known."""
+    """Return the median update ratio of the layers, float32 []; NaN if unknown."""
     return updates[layout.layers].nanmedian(0).values if layout.layers.numel() else layout.constant(torch.nan)
 
 
@@ -74,14 +77,14 @@ def median_update(updates: Tensor, layout: Layout) -> Tensor:
 
 
 def dead_row_share(gradient: Tensor) -> Tensor:
-    """Return the share of a gradient's output rows that are exactly zero, float32 []; all rows are read."""
+    """Return the share of a gradient's rows that are exactly zero, float32 []."""
     return (_row_maxima(gradient) == 0).float().mean()
 
 
 def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the share of each layer's output rows whose gradient is exactly zero, float32 [P]; 0 for other tensors.
+    """Return the share of each layer's rows that are exactly zero, float32 [P].
 
-    From up to `SAMPLES` evenly strided rows, each read whole.
+    From up to `SAMPLES` evenly strided rows of the gradient, each read whole. 0 for tensors that are no layers.
     """
     where: list[int] = []
     shares: list[Tensor] = []
@@ -97,7 +100,10 @@ def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 def local_live_rows(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """Return which sampled rows have an element other than zero in this rank's part, float64 [P, SAMPLES]."""
+    """Return this rank's live rows among the sampled ones, float64 [P, SAMPLES], to be summed.
+
+    A row is live if an element is not zero.
+    """
     rows = [shards.shares.new_zeros(SAMPLES) for _ in gradients]
     for index, part in _layers_with_gradient(gradients, layout):
         count = shards.shapes[index][0]
@@ -146,7 +152,7 @@ def _row_maxima(gradient: Tensor) -> Tensor:
 
 
 def _batched_row_maxima(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the largest magnitude in each row of tensors of one shape, [n, rows] each."""
+    """Return `_row_maxima` of tensors of one shape, [n, rows] each."""
     if 2 * tensors[0].numel() > _TOGETHER:
         return [_row_maxima(t)[None] for t in tensors]
     # Several at a time, since calls cost more than arithmetic; not all, since memory is bounded.
@@ -156,7 +162,7 @@ def _batched_row_maxima(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _layers_with_gradient(gradients: Sequence[Tensor | None], layout: Layout) -> Iterator[tuple[int, Tensor]]:
-    """Yield the layers that `dead_shares` takes: index, and what this rank holds of the gradient."""
+    """Yield index and local gradient of each layer that has one."""
     for index in sorted(layout.layer_indices):
         gradient = gradients[index]
         if gradient is not None and gradient.layout == torch.strided:
@@ -167,9 +173,10 @@ def _layers_with_gradient(gradients: Sequence[Tensor | None], layout: Layout) ->
 
 
 def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the share of a half-precision gradient's elements that are zero or subnormal in its dtype, float32 [P].
+    """Return the share of each gradient that is lost to half precision, float32 [P].
 
-    By count, from up to `SAMPLES` elements; 0 for gradients of higher precision, which lose nothing that matters.
+    An element is lost if it is zero or subnormal in float16 or bfloat16. By count, from up to `SAMPLES` elements; 0 for
+    gradients of higher precision, which lose nothing that matters.
     """
     shares, where = [], []
     for index, gradient in enumerate(gradients):
@@ -183,7 +190,7 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 def local_lost_shares(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """Return this rank's part of `lost_shares`, float64 [P]; the sum over ranks is the share."""
+    """Return this rank's part of `lost_shares`, float64 [P], to be summed."""
     shares = [shards.shares.new_zeros(())] * len(gradients)
     for index, gradient in enumerate(gradients):
         if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():
@@ -217,14 +224,14 @@ def _strided(tensor: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return all elements in the order of memory, as a view also for layouts such as channels last."""
+    """Return all elements in memory order, as a view if possible."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
 
 
 def _sample_views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
-    """Return views of the sampled elements of each parameter, and their places in rows unless they fill them.
+    """Return views of the sampled elements, and their places in rows unless they fill them.
 
     Kept in the layout, and made anew when the memory of a parameter moves.
     """
@@ -245,7 +252,7 @@ def _sample_views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
 
 
 def _local_elements(shards: Shards, index: int, part: Tensor) -> tuple[Tensor, Tensor]:
-    """Return numbers and places of the sampled elements that this rank holds.
+    """Return numbers and places of the sampled elements on this rank.
 
     Args:
         shards: How the tensors are sharded.

@@ -41,7 +41,7 @@ class Shards:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
-        """Return how tensors are sharded, of which some may not be; None if none is.
+        """Return how tensors are sharded; None if none is.
 
         Raises:
             ValueError: If one is sharded in an unknown way, or its gradient is kept elsewhere.
@@ -61,7 +61,10 @@ class Shards:
         )
 
     def sum_over_ranks(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sum each part over all ranks, as float64; one all-reduce, which every rank has to call."""
+        """Sum each part over all ranks, as float64.
+
+        One all-reduce, which every rank has to call.
+        """
         joined = torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts])
         total = joined.to(self.device)
         torch.distributed.all_reduce(total)
@@ -69,11 +72,13 @@ class Shards:
         return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
     def squares(self, norms: Tensor) -> Tensor:
-        """Return what norms of this rank's parts, float [P], add to the squares of whole norms, float64 [P]."""
+        """Return what local norms, float [P], add to the squares of whole ones, float64 [P]."""
         return norms.to(torch.float64).square() * self.shares
 
     def unit_norms(self, indices: Sequence[int], norms: Sequence[Tensor]) -> list[Tensor]:
-        """Return norms of whole units from those of their parts; a unit is a row, or a whole vector or scalar.
+        """Return norms of whole units from those of their parts.
+
+        A unit is a row, or a whole vector or scalar. One all-reduce, which every rank has to call.
 
         Args:
             indices: Which of the P tensors they are of.
@@ -94,7 +99,7 @@ class Shards:
     def local_entries(
         self, index: int, shape: tuple[int, ...], stride: int, most: int
     ) -> tuple[Tensor, Tensor]:
-        """Return which of evenly strided entries of a tensor this rank holds; computed once.
+        """Return which of evenly strided entries this rank holds; cached.
 
         Args:
             index: Which of the P tensors.
@@ -121,7 +126,9 @@ class Shards:
         return self._entries[key]
 
     def check_agreement(self, names: Sequence[str]) -> None:
-        """Check that all ranks have tensors of these names; one all-reduce.
+        """Check that all ranks have tensors of these names.
+
+        One all-reduce, which every rank has to call.
 
         Raises:
             ValueError: On every rank, if some have others, as the stages of a pipeline do.
@@ -138,12 +145,12 @@ class Shards:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is a DTensor, sharded or replicated over ranks."""
+    """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, in the same memory; one that is not sharded unchanged."""
+    """Return this rank's part of a tensor, in the same memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -152,7 +159,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_units(units: Tensor, tensor: Tensor) -> Tensor:
-    """Return those numbers that belong to the rows which this rank holds.
+    """Return the numbers of the rows that this rank holds.
 
     Args:
         units: A number for each unit of the whole tensor, [rows, 1, ...], or one for all, [].
@@ -165,9 +172,10 @@ def local_units(units: Tensor, tensor: Tensor) -> Tensor:
 
 
 def align_gradients(parameters: Sequence[Tensor]) -> None:
-    """Shard each gradient as its parameter is, which otherwise the optimizer does.
+    """Shard each gradient as its parameter is.
 
-    Under tensor parallel the gradient of a replicated parameter may still have to be summed over ranks.
+    Otherwise the optimizer does it. Under tensor parallel the gradient of a replicated parameter may still have to be
+    summed over ranks.
     """
     for parameter in parameters:
         gradient: Any = parameter.grad
@@ -203,9 +211,9 @@ def world_size() -> int:
 
 
 def mean_over_ranks(numbers: Tensor) -> Tensor:
-    """Average numbers over all ranks, as float32; one all-reduce, which every rank has to call.
+    """Average numbers over all ranks, as float32.
 
-    Without a process group the numbers are returned unchanged.
+    One all-reduce, which every rank has to call. Without a process group the numbers are returned unchanged.
     """
     if not _is_distributed():
         return numbers
@@ -215,7 +223,9 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 
 def largest_over_ranks(table: Sequence[Sequence[int]], device: torch.device) -> list[list[int]]:
-    """Return the largest of each number over all ranks, each of which has to call it.
+    """Return the largest of each number over all ranks.
+
+    One all-reduce, which every rank has to call.
 
     Args:
         table: Numbers, of one shape on all ranks.
@@ -228,7 +238,7 @@ def largest_over_ranks(table: Sequence[Sequence[int]], device: torch.device) -> 
 
 
 def _check_bears_gradient(tensor: Tensor) -> None:
-    """Raise ValueError for a parameter whose gradient is kept elsewhere: by the first FSDP, or by DeepSpeed."""
+    """Raise ValueError if FSDP1 or DeepSpeed keeps a parameter's gradient elsewhere."""
     if getattr(tensor, "_fsdp_flattened", False):
         owner = "FullyShardedDataParallel, which flattens them"
     elif hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
@@ -242,7 +252,7 @@ def _check_bears_gradient(tensor: Tensor) -> None:
 
 
 def _sharded_dims(tensor: Any) -> list[tuple[int, int]]:
-    """Return pairs of mesh dimension and the tensor's dimension that is cut along it, in the order of the cuts."""
+    """Return pairs of mesh dimension and tensor dimension, in the order of the cuts."""
     cuts = [(axis, p) for axis, p in enumerate(tensor.placements) if getattr(p, "dim", None) is not None]
     # FSDP2 cuts what tensor parallel has left to it, although its mesh dimension comes first; torch calls it strided.
     plain = [cut for cut in cuts if not hasattr(cut[1], "split_factor")]
@@ -251,7 +261,7 @@ def _sharded_dims(tensor: Any) -> list[tuple[int, int]]:
 
 
 def _share(tensor: Any) -> float:
-    """Return one over the number of ranks that hold the same elements."""
+    """Return one over the number of ranks with the same elements."""
     cuts = _sharded_dims(tensor) if is_sharded(tensor) else []
     parts = math.prod(tensor.device_mesh.size(axis) for axis, _ in cuts)
     return float(parts / torch.distributed.get_world_size())

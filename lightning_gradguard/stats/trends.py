@@ -120,7 +120,7 @@ class Trends:
 
     @property
     def offset(self) -> Tensor:
-        """Distance of each layer's profile from that of the middle layer, decades, float32 [P].
+        """Distance of each layer from the middle one, decades, float32 [P].
 
         As of the last full evaluation; NaN for what is no live layer.
         """
@@ -128,7 +128,7 @@ class Trends:
 
     @property
     def tilt(self) -> Tensor:
-        """Depth tilt at the last full evaluation, decades, float32 []; NaN with fewer than four live layers."""
+        """Depth tilt at the last full evaluation, decades, float32 []; NaN with few layers."""
         return self.state.tilt
 
     @cached_property
@@ -138,7 +138,7 @@ class Trends:
 
     @cached_property
     def spike_score(self) -> Tensor:
-        """z-score of the log global norm against its own past, float32 []; 0 during warm-up."""
+        """z-score of the log global norm, float32 []; 0 during warm-up."""
         number = self.stats.layout.constant
         return (
             self.deviation / torch.maximum(self.sigma, number(1e-3)) * (self.before.steps >= number(WARM_UP))
@@ -146,7 +146,7 @@ class Trends:
 
     @cached_property
     def surge(self) -> Tensor:
-        """Decades by which the baseline has grown since the tenth step, float32 []; NaN before."""
+        """Growth of the baseline since the tenth step, decades, float32 []; NaN before."""
         return (self.baseline - self.before.early) * self.stats.layout.constant(DECADES)
 
     @property
@@ -156,7 +156,7 @@ class Trends:
 
     @cached_property
     def first_loss(self) -> Tensor:
-        """The very first loss, of weights before any step, float32 []."""
+        """Loss before any step, float32 []."""
         return self.state.first_losses[0]
 
     @cached_property
@@ -167,22 +167,23 @@ class Trends:
 
     @cached_property
     def loss_jump(self) -> Tensor:
-        """Distance of this loss from its running mean, in mean absolute deviations, float32 []."""
+        """Distance of the loss from its mean, in mean absolute deviations, float32 []."""
         spread = torch.maximum(self.before.loss_spread, self.stats.layout.constant(1e-30))
         return (self.stats.loss - self.before.loss) / spread
 
     @cached_property
     def no_progress(self) -> Tensor:
-        """Whether the mean loss is still above 90 % of its start, bool []; False if no loss is given.
+        """True if the mean loss is still above 90 % of its start, bool [].
 
-        The first loss counts as the start if it was lower: it is of weights that no bad step has changed.
+        False if no loss is given. The first loss counts as the start if it was lower: it is of weights that no bad step
+        has changed.
         """
         start = torch.minimum(self.loss_start, self.first_loss)
         return self.state.loss > start - 0.1 * start.abs()
 
     @cached_property
     def plateau(self) -> Tensor:
-        """Whether the loss has stopped falling before it fell to half of its start, bool [].
+        """True if the loss stopped falling above half of its start, bool [].
 
         Its mean over 20 steps is then within 3 % of that over 100. Below half of the start a flat loss may as well mean
         that there is nothing left to learn.
@@ -194,7 +195,7 @@ class Trends:
 
     @cached_property
     def relapsed(self) -> Tensor:
-        """Whether the mean loss is more than ten times its lowest value so far, bool []."""
+        """True if the mean loss is over ten times its lowest value, bool []."""
         best = self.before.best_loss
         return (best > 0) & (self.state.loss > 10 * best)
 
@@ -224,7 +225,7 @@ def init(stats: GradStats) -> TrendState:
 
 
 def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
-    """Compare one step with the past; return the result and the state after it."""
+    """Compare one step with the past; return both it and the new state."""
     number, live = stats.layout.constant, stats.norms > stats.layout.zeros
     known = live & (state.seen > stats.layout.zeros)
     baseline, deviation, any_known = _baseline_and_deviation(stats, state, known)
@@ -261,14 +262,16 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
 
 
 def _mean(before: Tensor, value: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-    """Return the next running mean, unchanged where a value does not count."""
+    """Return the next running mean of values that count."""
     return before.lerp(torch.where(counts, value, before), gain)
 
 
 def _baseline_and_deviation(
     stats: GradStats, state: TrendState, known: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compare the global norm with its baseline, over tensors seen before, so that thawing a layer is no spike.
+    """Compare the global norm with its baseline.
+
+    Over tensors seen before, so that thawing a layer is no spike.
 
     Args:
         stats: The step.
@@ -298,7 +301,7 @@ _LOSS_FIELDS = (
 
 
 def _next_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
-    """Return the fields of `TrendState` that follow the loss; unchanged if no loss is given."""
+    """Return the fields of the next state that follow the loss."""
     known = {name: getattr(state, name) for name in _LOSS_FIELDS}
     if not stats.has_loss:
         return known

@@ -49,7 +49,7 @@ TRIED = dataclasses.replace(
 NAMES = tuple(f"net.{2 * i}.weight" for i in range(5))
 PICTURED = dataclasses.replace(
     TRIED,
-    timeline=Timeline(
+    course=Timeline(
         steps=(28, 29, 30, 31),
         layers=NAMES,
         rms_log10=tuple((-9.0 + 2 * i, -8.5 + 2 * i, math.nan, -math.inf) for i in range(5)),
@@ -320,19 +320,19 @@ def test_known_facts_are_charted():
 @pytest.mark.parametrize(
     ("unknown", "pictures"),
     [
-        ({"timeline": None}, 1),
+        ({"course": None}, 1),
         ({"layers": ()}, 1),
         ({"profile": ()}, 1),
         ({"remedies": TRIED.remedies}, 1),
         ({"remedies": ()}, 1),
-        ({"timeline": None, "remedies": ()}, 0),
+        ({"course": None, "remedies": ()}, 0),
     ],
 )
 def test_unknown_facts_are_not_charted(unknown, pictures):
     page = dataclasses.replace(PICTURED, **unknown).to_html()
     assert len([a for a in of_kind(page, "svg") if "aria-label" in a]) == pictures
-    assert ("The newest steps" in page) == ("timeline" not in unknown)
-    assert ("What was tried" in page) == (pictures == 1 and "timeline" in unknown)
+    assert ("The newest steps" in page) == ("course" not in unknown)
+    assert ("What was tried" in page) == (pictures == 1 and "course" in unknown)
 
 
 def test_without_known_facts_the_page_has_no_chart():
@@ -344,9 +344,9 @@ def test_without_known_facts_the_page_has_no_chart():
 @pytest.mark.parametrize("name", NASTY)
 def test_no_name_escapes_a_chart(name):
     def page(name):
-        timeline = dataclasses.replace(PICTURED.timeline, layers=(name, *NAMES[1:]))
+        timeline = dataclasses.replace(PICTURED.course, layers=(name, *NAMES[1:]))
         remedies = (dataclasses.replace(PICTURED.remedies[0], name=name), *PICTURED.remedies[1:])
-        nasty = dataclasses.replace(PICTURED, timeline=timeline, layers=timeline.layers, remedies=remedies)
+        nasty = dataclasses.replace(PICTURED, course=timeline, layers=timeline.layers, remedies=remedies)
         return Reader(nasty.to_html())
 
     assert [tag for tag, _ in page(name).tags if tag != "code"] == [
@@ -376,14 +376,14 @@ def test_a_page_is_small_however_many_layers_there_are(layers):
         Remedy(f"fix {k}", "f()", tried=True, profile=tuple(row[k] for row in noise)) for k in range(6)
     )
     big = dataclasses.replace(
-        DIAGNOSIS, timeline=timeline, layers=names, profile=tuple(row[9] for row in noise), remedies=remedies
+        DIAGNOSIS, course=timeline, layers=names, profile=tuple(row[9] for row in noise), remedies=remedies
     )
     assert len(big.to_html().encode()) < 500_000
 
 
 def test_chart_data_is_neither_compared_nor_printed():
     assert pickle.loads(pickle.dumps(PICTURED)) == PICTURED
-    assert "timeline" not in repr(PICTURED)
+    assert "course" not in repr(PICTURED)
     assert "profile" not in repr(PICTURED)
 
 

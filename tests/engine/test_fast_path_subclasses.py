@@ -85,7 +85,7 @@ def test_a_norm_whose_square_overflows_is_not_accepted():
     assert reports[-1].skip
 
 
-def test_a_spike_of_a_tiny_tensor_is_clipped():
+def test_a_spike_of_a_tiny_tensor_is_cut():
     """So tiny that the square of its excess is zero."""
     parameters = weights(30, dtype=torch.float64)
 

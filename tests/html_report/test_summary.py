@@ -156,7 +156,7 @@ def test_a_fault_that_this_process_does_not_know_is_reported_by_its_name():
     record = FoundRecord((found(7, "heavily_quantized", Severity.CRITICAL),))
     (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found={7: record})}))
     assert sheet.verdict.level == "critical"
-    assert sheet.verdict.title == "Fault found: heavily quantized"
+    assert sheet.verdict.title == "Custom fault: heavily quantized"
     assert sheet.figures["marks"] == [{"title": "heavily quantized", "severity": "critical", "steps": [7]}]
 
 
