@@ -82,13 +82,13 @@ def run(case: Case, seed: int) -> Run:
     remedy = diagnosis.remedies[0]
     quality = None
     if remedy.tried and case.fault in FAULTS:
-        training = treated(case.make(seed), remedy.change)
+        training = with_change(case.make(seed), remedy.change)
         fit(case, training)
         quality = float(training.quality())
     return Run(case, seed, diagnosis.causes[0].value, remedy.name, quality)
 
 
-def treated(training: Training, change: Change) -> Training:
+def with_change(training: Training, change: Change) -> Training:
     """The training with a change made to it for good, as its author would make it."""
     structure = _structure_of(training)
     apply_change_(training, change, structure)

@@ -17,7 +17,7 @@ from benchmarks.cost.plan import Results
 from lightning_gradguard.cli.cost import BARE, CLIP, Timings
 
 #: Of Okabe and Ito, told apart by the colour-blind; markers and dashes tell them apart in grey.
-LOOKS = {
+STYLES = {
     BARE: {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
     CLIP: {"color": "#E69F00", "marker": "^", "linestyle": "--"},
     arms.OURS: {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2},
@@ -39,11 +39,11 @@ def picture(found: Results, path: Path) -> None:
 
 
 def _growth(panel: Axes, column: dict[int, Timings], title: str, label: str) -> None:
-    for arm, look in LOOKS.items():
+    for arm, style in STYLES.items():
         spreads = [timings.step(arm) for timings in column.values()]
         heights = [1e3 * s.median for s in spreads]
         reach = [[1e3 * (s.median - s.low) for s in spreads], [1e3 * (s.high - s.median) for s in spreads]]
-        panel.errorbar(list(column), heights, reach, label=arm, capsize=3, **look)
+        panel.errorbar(list(column), heights, reach, label=arm, capsize=3, **style)
     panel.set(xscale="log", yscale="log", title=title, xlabel=label, ylabel="milliseconds a step")
     _plain(panel)
 
@@ -55,8 +55,8 @@ def _training(panel: Axes, rounds: Rounds, title: str) -> None:
         spread = rounds.ratio(name, trainer_arms.BARE)
         reach = [[spread.median - spread.low], [spread.high - spread.median]]
         ours = name == trainer_arms.OURS
-        look = {"color": "#000000", "marker": "o"} if ours else {"color": "#0072B2", "marker": "D"}
-        panel.errorbar([spread.median], [place], xerr=reach, capsize=3, linestyle="none", **look)
+        style = {"color": "#000000", "marker": "o"} if ours else {"color": "#0072B2", "marker": "D"}
+        panel.errorbar([spread.median], [place], xerr=reach, capsize=3, linestyle="none", **style)
     panel.axvline(1, color="#777777", linewidth=1, linestyle="--")
     panel.set_yticks(range(len(order)), order)
     panel.get_yticklabels()[order.index(trainer_arms.OURS)].set_fontweight("bold")
@@ -68,7 +68,7 @@ def _training(panel: Axes, rounds: Rounds, title: str) -> None:
 def _memory(panel: Axes, found: Results) -> None:
     counts = list(found.held)
     panel.plot(
-        counts, [found.held[n].total() / 1e6 for n in counts], label="held by a guard", **LOOKS[arms.OURS]
+        counts, [found.held[n].total() / 1e6 for n in counts], label="held by a guard", **STYLES[arms.OURS]
     )
     weights = [n * 32 * 32 * 4 / 1e6 for n in counts]
     panel.plot(counts, weights, label="the weights themselves", color="#D55E00", marker="v", linestyle="-.")

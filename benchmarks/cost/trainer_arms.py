@@ -150,7 +150,7 @@ def train(
     place = folder / str(next(_numbers))
     place.mkdir(parents=True)
     starts, callbacks = Starts(clock), arm.callbacks(place)
-    with quietly():
+    with silenced():
         trainer = L.Trainer(
             max_steps=size.warm_up + size.steps + 1,
             accelerator="cpu",
@@ -169,7 +169,7 @@ def train(
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Keeps Lightning and wandb from telling of each training, and leaves them as they were."""
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level

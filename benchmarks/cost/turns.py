@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
-from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, quietly
+from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, silenced
 from lightning_gradguard.cli.cost import CYCLE
 
 #: Arms that are nothing but callbacks, so that they can take turns.
@@ -97,7 +97,7 @@ def take_turns(
     callbacks = {name: EVERY[name].callbacks(folder) for name in names}
     turns = Turns(callbacks, size.warm_up, clock)
     count = (rounds + 1) * len(names) * TURN
-    with quietly():
+    with silenced():
         trainer = L.Trainer(
             max_steps=size.warm_up + count + 1,
             accelerator="cpu",

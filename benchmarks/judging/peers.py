@@ -1,6 +1,6 @@
 """The detection rules of AutoTrainer, SageMaker Debugger, TheDeepChecker and BTTackler, from their formulas.
 
-Each is a class with ``look(snapshot) -> alarms``, one object for each optimizer of a run. What they see is the same:
+Each is a class with ``check(snapshot) -> alarms``, one object for each optimizer of a run. What they see is the same:
 gradients as they are before the optimizer step, and the weights. Rules on activations or on a validation set are
 left out.
 """
@@ -27,7 +27,7 @@ class Alarm(NamedTuple):
 class Rules(Protocol):
     """The interface of all of them."""
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         """Alarms of this step, none if all is well."""
 
 
@@ -58,7 +58,7 @@ class AutoTrainer:
         self._accuracies: list[float] = []
         self._seen: dict[Fault, tuple[str, ...]] = {}
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         self._scores.append(snapshot.score)
@@ -99,7 +99,7 @@ class SageMaker:
     than half of a layer's units (here: rows of its weight gradient) are zero.
     """
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         weights, every = snapshot.weights, range(len(snapshot.names))
@@ -127,7 +127,7 @@ class TheDeepChecker:
         self._means: dict[str, list[float]] = defaultdict(list)
         self._updates: dict[str, list[float]] = defaultdict(list)
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         for i in snapshot.weights:
@@ -174,7 +174,7 @@ class BTTackler:
         self._zeros: dict[str, list[float]] = defaultdict(list)
         self._steps = self._epochs = 0
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         for i in snapshot.weights:

@@ -35,7 +35,7 @@ class Score:
         first: The first warning that was counted, for tables; on a healthy run the first of all.
     """
 
-    sick: bool
+    faulty: bool
     alarmed: bool = False
     right_first: bool = False
     right: bool = False
@@ -64,7 +64,7 @@ def score(
     """
     names = case.names if names is None else names
     warnings = [a for a in alarms if a["severity"] >= WARNING]
-    if not case.sick:
+    if not case.faulty:
         return Score(False, false_alarm=bool(warnings), first=warnings[0] if warnings else None)
     if Fault.SPIKE not in names:
         warnings = [a for a in warnings if a["fault"] != Fault.SPIKE.value]
@@ -88,8 +88,8 @@ def score(
 
 
 def _is_right(names: tuple[Fault, ...], fault: str, ours: bool) -> bool:
-    said = Fault(fault)
-    meant = (said,) if ours else STANDS_FOR.get(said, (said,))
+    named = Fault(fault)
+    meant = (named,) if ours else STANDS_FOR.get(named, (named,))
     return any(name in names for name in meant)
 
 
@@ -97,7 +97,7 @@ def _is_right(names: tuple[Fault, ...], fault: str, ours: bool) -> bool:
 class Total:
     """A rule set over all runs; counts, and the median delay in steps."""
 
-    sick: int
+    faulty: int
     healthy: int
     alarmed: int
     right_first: int
@@ -110,15 +110,15 @@ class Total:
 def total(scores: Iterable[Score]) -> Total:
     """Adds up."""
     listed = list(scores)
-    sick, healthy = [s for s in listed if s.sick], [s for s in listed if not s.sick]
-    delays = [s.delay for s in sick if s.delay is not None]
+    faulty, healthy = [s for s in listed if s.faulty], [s for s in listed if not s.faulty]
+    delays = [s.delay for s in faulty if s.delay is not None]
     return Total(
-        sick=len(sick),
+        faulty=len(faulty),
         healthy=len(healthy),
-        alarmed=sum(s.alarmed for s in sick),
-        right_first=sum(s.right_first for s in sick),
-        right=sum(s.right for s in sick),
-        right_layer=sum(s.right_layer for s in sick),
+        alarmed=sum(s.alarmed for s in faulty),
+        right_first=sum(s.right_first for s in faulty),
+        right=sum(s.right for s in faulty),
+        right_layer=sum(s.right_layer for s in faulty),
         false_alarms=sum(s.false_alarm for s in healthy),
         delay=median(delays) if delays else None,
     )

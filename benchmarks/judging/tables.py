@@ -38,7 +38,7 @@ run however late it came; here, as for the zoo, that holds only within ten steps
 """
 
 _TERMS = """\
-{cases} cases, {seeds} seeds each: {sick} sick runs, {healthy} healthy ones. Our guard is `GradGuard()`, unchanged; it
+{cases} cases, {seeds} seeds each: {faulty} sick runs, {healthy} healthy ones. Our guard is `GradGuard()`, unchanged; it
 watches. All rule sets see the same steps of the same runs.
 
 - **alarmed**: a warning of any fault at or after the onset.
@@ -59,11 +59,14 @@ def report(cases: Sequence[Case], runs: Sequence[Run], *, opening: str = ZOO, tr
     by_id = {case.id: case for case in cases}
     scores = [(by_id[run["case"]], run, score_run(by_id[run["case"]], run, truth)) for run in runs]
     names = list(runs[0]["alarms"])
-    sick = sum(case.sick for case, _, _ in scores)
+    faulty = sum(case.faulty for case, _, _ in scores)
     parts = [
         opening
         + _TERMS.format(
-            cases=len(by_id), seeds=len({run["seed"] for run in runs}), sick=sick, healthy=len(scores) - sick
+            cases=len(by_id),
+            seeds=len({run["seed"] for run in runs}),
+            faulty=faulty,
+            healthy=len(scores) - faulty,
         ),
         "## All rule sets\n\n" + _totals({n: total(s[n] for _, _, s in scores) for n in names}),
         "## Right first, by fault\n\n" + _by_fault(scores, names),
@@ -78,9 +81,9 @@ def _totals(totals: Mapping[str, Total]) -> str:
     rows = [
         (
             name,
-            _of(t.alarmed, t.sick),
-            _of(t.right_first, t.sick),
-            _of(t.right_layer, t.sick),
+            _of(t.alarmed, t.faulty),
+            _of(t.right_first, t.faulty),
+            _of(t.right_layer, t.faulty),
             _of(t.false_alarms, t.healthy),
             "-" if t.delay is None else f"{t.delay:g}",
         )
@@ -120,7 +123,7 @@ def _by_case(scores: Sequence[tuple[Case, Run, Mapping[str, Score]]]) -> str:
                     "-" if s.first is None else ", ".join(s.first["parameters"][:1]) or "?"
                     for _, _, s in group
                 ),
-                "-" if not case.sick else _of(sum(s.right_layer for _, _, s in group), len(group)),
+                "-" if not case.faulty else _of(sum(s.right_layer for _, _, s in group), len(group)),
                 _of(good, len(group)) + ("" if good == len(group) else " ✗"),
             )
         )
@@ -143,9 +146,9 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
         seen = [(by_id[r["case"]], r, r["statistics"][name]) for r in runs if name in r["statistics"]]
         low = seen[0][2]["limit"] < 0 or seen[0][2]["fault"] == Fault.STALLED.value
         pick = _Pick(low)
-        healthy = [(case, s) for case, _, s in seen if not case.sick]
-        sick = [(case, s) for case, _, s in seen if case.sick and Fault(s["fault"]) in case.names]
-        raised = [(case, s) for case, s in sick if s["raised"]]
+        healthy = [(case, s) for case, _, s in seen if not case.faulty]
+        faulty = [(case, s) for case, _, s in seen if case.faulty and Fault(s["fault"]) in case.names]
+        raised = [(case, s) for case, s in faulty if s["raised"]]
         rows.append(
             (
                 name,
@@ -153,7 +156,7 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
                 pick.show(healthy, "stuck", worst=True),
                 pick.show(healthy, "all", worst=True),
                 pick.show(raised, "all", worst=False),
-                _of(len(raised), len(sick)),
+                _of(len(raised), len(faulty)),
             )
         )
     head = (
@@ -182,7 +185,7 @@ class _Pick:
 
 
 def _ok(score: Score) -> bool:
-    return score.right_first if score.sick else not score.false_alarm
+    return score.right_first if score.faulty else not score.false_alarm
 
 
 def _of(count: int, all_: int) -> str:

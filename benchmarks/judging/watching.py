@@ -73,7 +73,7 @@ class Rivals(L.Callback):
         self._before[index] = {n: p.detach().clone() for n, p in named}
         for name, own in rules.items():
             if not self.alarms[name] and snapshot.names:
-                self.alarms[name] += [_as_record(alarm, snapshot.step) for alarm in own.look(snapshot)]
+                self.alarms[name] += [_as_record(alarm, snapshot.step) for alarm in own.check(snapshot)]
 
 
 class Listener(L.Callback):
@@ -116,23 +116,23 @@ class Listener(L.Callback):
             )
         guards = self.guard._registry.guards
         index = next((i for i, own in guards.items() if own.report is report), 0)
-        letter = guards[index].record
-        if letter is None or not letter.finite:
+        record = guards[index].record
+        if record is None or not record.finite:
             return
         judged = self._judged[index] = self._judged.get(index, 0) + 1
-        stuck = letter.loss_mean > letter.loss_start - (1 - STUCK) * abs(letter.loss_start)
-        seen = {f"{s.detector}: {s.measure}": s for s in letter.results}
-        for name, sight in seen.items():
-            extreme = self.extremes.setdefault(name, Extreme(sight.fault.value, sight.limit))
-            extreme.see(judged - 1, sight.value, stuck and judged > WARM, sight.raised)
+        stuck = record.loss_mean > record.loss_start - (1 - STUCK) * abs(record.loss_start)
+        seen = {f"{s.detector}: {s.measure}": s for s in record.results}
+        for name, result in seen.items():
+            extreme = self.extremes.setdefault(name, Extreme(result.fault.value, result.limit))
+            extreme.see(judged - 1, result.value, stuck and judged > WARM, result.raised)
         if judged - 1 in MILESTONES:
             self.trace.append(
                 {
                     "step": judged - 1,
                     "optimizer": index,
-                    "loss": _plain(letter.loss_mean / letter.loss_start if letter.loss_start else math.nan),
-                    "tilt": _plain(letter.tilt),
-                    "update_ratio": _plain(letter.update_ratio),
+                    "loss": _plain(record.loss_mean / record.loss_start if record.loss_start else math.nan),
+                    "tilt": _plain(record.tilt),
+                    "update_ratio": _plain(record.update_ratio),
                     **{name.partition(":")[0]: _plain(s.value) for name, s in seen.items()},
                 }
             )

@@ -55,11 +55,11 @@ class Case:
     why: str = ""
     onset: int = 0
     kind: Literal["condition", "event"] = "condition"
-    mended: Build | None = None
+    fixed: Build | None = None
     steps: int = 300
     trainer: Callable[[], dict[str, Any]] = field(default=dict)
-    mended_trainer: Callable[[], dict[str, Any]] | None = None
-    mended_steps: int | None = None
+    fixed_trainer: Callable[[], dict[str, Any]] | None = None
+    fixed_steps: int | None = None
     kin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Case:
             raise ValueError(f"case {self.id}: why must say what makes {self.also} right too")
 
     @property
-    def sick(self) -> bool:
+    def faulty(self) -> bool:
         return self.fault is not None
 
     @property
@@ -79,9 +79,9 @@ class Case:
         """All faults that are a right answer, the best first."""
         return () if self.fault is None else (self.fault, *self.also)
 
-    def make(self, seed: int, *, mended: bool = False) -> Training:
+    def make(self, seed: int, *, fixed: bool = False) -> Training:
         """The module, or its mended twin, with its own random numbers."""
-        build = self.mended if mended else self.build
+        build = self.fixed if fixed else self.build
         if build is None:
             raise ValueError(f"case {self.id} has no mended twin")
         torch.manual_seed(seed)

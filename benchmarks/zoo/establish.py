@@ -27,7 +27,7 @@ if __package__ in (None, ""):
 
 from benchmarks import held_out, zoo
 from benchmarks.zoo.case import Case, select
-from benchmarks.zoo.facts import Facts, stands, time_tilt
+from benchmarks.zoo.facts import Facts, is_right_name, time_tilt
 from benchmarks.zoo.running import fit
 from benchmarks.zoo.truth import TRUTH
 from lightning_gradguard import Fault
@@ -42,16 +42,16 @@ def establish(subject: Case, seed: int) -> dict[str, Any]:
     if tilt is not None:
         summary["time_tilt"] = tilt
     twin = None
-    if subject.mended is not None:
-        other = subject.make(seed, mended=True)
-        fit(subject, other, mended=True)
+    if subject.fixed is not None:
+        other = subject.make(seed, fixed=True)
+        fit(subject, other, fixed=True)
         twin = other.quality()
-    names = {name.value: stands(name, subject, summary) for name in subject.names}
+    names = {name.value: is_right_name(name, subject, summary) for name in subject.names}
     return {
         "quality": _plain(quality),
         "mended_quality": _plain(twin),
         "borne_out": names,
-        "holds": holds(subject, quality, twin, not subject.sick or names[subject.fault.value]),
+        "holds": holds(subject, quality, twin, not subject.faulty or names[subject.fault.value]),
         "facts": {name: _plain(value) for name, value in summary.items() if value is not None},
     }
 
@@ -60,7 +60,7 @@ def holds(subject: Case, quality: float, twin: float | None, borne_out: bool) ->
     """Whether what was measured is what the case claims."""
     reaches = quality >= subject.level
     twin_reaches = twin is not None and twin >= subject.level
-    if not subject.sick:
+    if not subject.faulty:
         return reaches or twin_reaches
     return (subject.kind == "event" or not reaches) and twin_reaches and borne_out
 

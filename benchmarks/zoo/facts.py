@@ -143,7 +143,7 @@ class Facts(L.Callback):
         return _ratio(most, start)
 
 
-def stands(name: Fault, case: Case, facts: Mapping[str, Any]) -> bool:
+def is_right_name(name: Fault, case: Case, facts: Mapping[str, Any]) -> bool:
     """Whether a name may be given to a run: its facts bear it out.
 
     An overflow is another name for something else only within `OVERFLOW` steps, before anything else can be seen.
@@ -151,10 +151,10 @@ def stands(name: Fault, case: Case, facts: Mapping[str, Any]) -> bool:
     if name == Fault.NONFINITE != case.fault:
         step = facts["nonfinite_step"]
         return step is not None and case.onset <= step <= case.onset + OVERFLOW
-    return bears_out(name, facts, case.onset)
+    return supports(name, facts, case.onset)
 
 
-def bears_out(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:
+def supports(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:
     """Whether the facts of a run are what the fault's name stands for."""
     test: Callable[[], bool] = {
         Fault.NONFINITE: lambda: facts["nonfinite_step"] is not None and facts["nonfinite_step"] >= onset,

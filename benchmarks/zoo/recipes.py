@@ -104,10 +104,10 @@ def messages(
 
 
 def pair(
-    make: Callable[..., Training], *, sick: dict[str, Any], mended: dict[str, Any], **common: Any
+    make: Callable[..., Training], *, faulty: dict[str, Any], fixed: dict[str, Any], **common: Any
 ) -> dict[str, Any]:
     """A build and its mended twin, which differ in what is named, and in nothing else."""
-    return {"build": partial(make, **common, **sick), "mended": partial(make, **common, **mended)}
+    return {"build": partial(make, **common, **faulty), "fixed": partial(make, **common, **fixed)}
 
 
 def touched(make: Callable[..., Training], touch: Callable[[Training], object], **options: Any) -> Any:

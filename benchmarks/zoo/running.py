@@ -15,7 +15,7 @@ from lightning_gradguard import GradientHalt
 
 
 def fit(
-    case: Case, training: Training, callbacks: Sequence[L.Callback] = (), *, mended: bool = False
+    case: Case, training: Training, callbacks: Sequence[L.Callback] = (), *, fixed: bool = False
 ) -> GradientHalt | None:
     """Trains, and returns the halt if there was one.
 
@@ -26,9 +26,9 @@ def fit(
         mended: Run it as the mended twin is to be run.
     """
     arguments = case.trainer()
-    if mended and case.mended_trainer is not None:
-        arguments = case.mended_trainer()
-    steps = case.mended_steps if mended and case.mended_steps is not None else case.steps
+    if fixed and case.fixed_trainer is not None:
+        arguments = case.fixed_trainer()
+    steps = case.fixed_steps if fixed and case.fixed_steps is not None else case.steps
     with quiet():
         trainer = L.Trainer(
             accelerator="cpu",
