@@ -1,4 +1,4 @@
-"""Writes what came out as Markdown."""
+"""Tables and text of the detection pages, in Markdown."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_gradguard import Fault
 
 Run = Mapping[str, Any]
 
-#: How the page of the zoo begins.
+#: Opening of the zoo's page.
 ZOO = """# Detection
 
 Written by `python benchmarks/detection.py`; the trainings are in `benchmarks/zoo/`, their truth in `zoo/truth.json`.
 """
 
-#: How the page of the held-out collection begins.
+#: Opening of the held-out collection's page.
 HELD_OUT = """# Detection on a second collection
 
 Written by `python benchmarks/detection.py --held-out --seeds 2`; the trainings are in `benchmarks/held_out/`, their
@@ -55,7 +55,7 @@ update too small = stalled, update too large = oversized update, NaN or infinity
 
 
 def report(cases: Sequence[Case], runs: Sequence[Run], *, opening: str = ZOO, truth: Path = TRUTH) -> str:
-    """The whole page, which begins with the ``opening``; runs are scored by the truth of that file."""
+    """Return the whole page, starting with ``opening``; runs are scored by the ``truth`` file."""
     by_id = {case.id: case for case in cases}
     scores = [(by_id[run["case"]], run, score_run(by_id[run["case"]], run, truth)) for run in runs]
     names = list(runs[0]["alarms"])
@@ -171,7 +171,7 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
 
 
 class _Pick:
-    """Chooses extremes of a statistic that alarms when ``low``, or else when high."""
+    """Extremes of a statistic that alarms when low if ``low``, else when high."""
 
     def __init__(self, low: bool) -> None:
         self.low = low
@@ -193,7 +193,7 @@ def _of(count: int, all_: int) -> str:
 
 
 def _join(words: Iterable[str]) -> str:
-    """Words of the seeds; one is enough where all agree."""
+    """Join the words of the seeds; one is enough where all agree."""
     listed = list(words)
     return listed[0] if len(set(listed)) == 1 else " · ".join(listed)
 
@@ -203,7 +203,7 @@ def _number(value: float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

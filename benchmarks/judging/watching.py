@@ -1,4 +1,4 @@
-"""Runs a case once, under our guard and the rivals' rules side by side, and keeps what each of them said."""
+"""Runs of one case under our guard and the rivals' rules side by side, with a record of all alarms."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from lightning_gradguard import GradGuard
 
 #: Name of our rules in tables and records.
 OURS = "lightning-gradguard"
-#: Steps at which statistics are written down.
+#: Steps at which statistics are recorded.
 MILESTONES = (5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 299, 400, 599)
-#: Share of the starting loss above which there is no progress, and the step from which that counts.
+#: Share of the starting loss above which there is no progress, and the first step to which that applies.
 STUCK, WARM = 0.9, 30
 
 
 def watch(case: Case, seed: int, guard: Callable[[], GradGuard] = GradGuard) -> dict[str, Any]:
-    """One run, as plain data.
+    """Run a case once and return the result as plain data.
 
     Args:
-        case: What is trained.
-        seed: Of the module and its data.
-        guard: Makes the callback under test.
+        case: The case to train.
+        seed: Seed of the module and its data.
+        guard: Creates the callback under test.
 
     Returns:
-        ``alarms``: name of the rules to a list of ``{fault, severity, step, onset, parameters, value}``, oldest first;
-        rivals stop at the first step with an alarm. ``statistics``: extremes; ``trace``: values at `MILESTONES`.
+        ``alarms``: for each rule set a list of ``{fault, severity, step, onset, parameters, value}``, oldest
+        first; rivals stop at the first step with an alarm. ``statistics``: extremes. ``trace``: values at
+        `MILESTONES`.
     """
     ours = guard()
     before, after = Rivals(case), Listener(ours)
@@ -52,7 +53,7 @@ def watch(case: Case, seed: int, guard: Callable[[], GradGuard] = GradGuard) -> 
 
 
 class Rivals(L.Callback):
-    """Shows each step to the rivals' rules, before anyone can change it. Each stops at its first alarm."""
+    """Callback that passes each unmodified step to the rivals' rules. Each rule set stops at its first alarm."""
 
     def __init__(self, case: Case) -> None:
         self.total = case.steps
@@ -77,7 +78,10 @@ class Rivals(L.Callback):
 
 
 class Listener(L.Callback):
-    """Writes down what our guard finds, at every severity, and the course of its statistics. Comes right after it."""
+    """Callback that records our guard's findings, at every severity, and its statistics.
+
+    Place it right after the guard.
+    """
 
     def __init__(self, guard: GradGuard) -> None:
         self.guard = guard
@@ -139,7 +143,7 @@ class Listener(L.Callback):
 
 
 class Extreme:
-    """Lowest and highest value of a statistic over a run: over all steps, and over those without progress."""
+    """Lowest and highest value of a statistic in a run: over all steps, and over steps without progress."""
 
     def __init__(self, fault: str, limit: float) -> None:
         self.fault, self.limit = fault, limit
@@ -177,12 +181,12 @@ def _as_record(alarm: Alarm, step: int) -> dict[str, Any]:
 
 
 def _plain(value: float | None) -> float | None:
-    """Four significant digits, None for what is not finite."""
+    """Return the value at four significant digits; None if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.4g}")
 
 
 def one_thread() -> None:
-    """What each process of a pool begins with."""
+    """Limit torch to one thread: the initializer of pool processes."""
     torch.set_num_threads(1)
