@@ -1,4 +1,4 @@
-"""The picture: cost by number of tensors and of parameters, cost of trainings, and memory."""
+"""Picture of the cost by tensors and parameters, of trainings, and of memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import Results
 from lightning_gradguard.cli.cost import BARE, CLIP, Timings
 
-#: Of Okabe and Ito, told apart by the colour-blind; markers and dashes tell them apart in grey.
+#: Colours of Okabe and Ito, which colour-blind readers can distinguish; markers and dashes help in grey.
 STYLES = {
     BARE: {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
     CLIP: {"color": "#E69F00", "marker": "^", "linestyle": "--"},
@@ -25,7 +25,7 @@ STYLES = {
 
 
 def picture(found: Results, path: Path) -> None:
-    """Draws all four panels."""
+    """Draw all four panels."""
     figure, ((by_tensors, by_elements), (training, memory)) = plt.subplots(
         2, 2, figsize=(11.5, 8), layout="constrained"
     )
@@ -78,7 +78,7 @@ def _memory(panel: Axes, found: Results) -> None:
 
 
 def _plain(panel: Axes) -> None:
-    """Numbers as they are spoken, at the powers of ten and where the axis has room between."""
+    """Show plain numbers at powers of ten, and at values between where there is space."""
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
         axis.set_minor_formatter(NullFormatter())
