@@ -257,7 +257,14 @@ class Guard:
             self._finalize(read(torch.stack(thresholds)))
 
     def keep_history(self, steps: int) -> None:
-        """Keep that many of the newest steps in `history`."""
+        """Keep that many of the newest steps in `history`.
+
+        Args:
+            steps: Most steps to keep.
+
+        Raises:
+            ValueError: If ``steps`` is not a positive whole number.
+        """
         self.history.resize(steps)
 
     def close(self) -> None:
@@ -301,8 +308,8 @@ class Guard:
             state: State of a guard with the same parameters, detectors and clipper.
 
         Raises:
-            ValueError: If it is of another version, other parameters, or other detectors or clipper. Nothing is changed
-                then.
+            StateError: If it is of another version, other parameters, or other detectors or clipper. Nothing is changed
+                then. It is a ValueError.
         """
         if state.get("version") != STATE_VERSION:
             raise StateError(
