@@ -1,6 +1,7 @@
 """Checks of numeric arguments.
 
-An argument out of range raises ValueError, one of the wrong type an error that is a TypeError and a ValueError. The message names the argument, what it
+An argument out of range raises ValueError, one of the wrong type an error that is a TypeError and a ValueError.
+The message names the argument, what it
 must be, and what it is: ``max_norm must be positive and finite, got -1.0``.
 """
 
