@@ -50,7 +50,7 @@ from lightning_gradguard.engine.readback import (
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
-from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
 from lightning_gradguard.stats.grad_stats import GradStats, stats_of

@@ -30,23 +30,20 @@ def to_text(diagnosis: Diagnosis) -> str:
     Args:
         diagnosis: The diagnosis to render.
     """
-    lines = _wrapped(f"{headline(diagnosis.fault)}, {_since(diagnosis)}.")
-    lines += _wrapped(_summary(diagnosis))
-    lines += ["", _SYMPTOMS]
+    head = [*_wrapped(f"{headline(diagnosis.fault)}, {_since(diagnosis)}."), *_wrapped(_summary(diagnosis))]
+    symptoms, causes, fixes = [_SYMPTOMS], [_CAUSES], [_FIXES]
     for symptom in _symptoms(diagnosis):
-        lines += _wrapped(symptom, "  - ", "    ")
-    lines += ["", _CAUSES]
+        symptoms += _wrapped(symptom, "  - ", "    ")
     for rank, (cause, evidence) in enumerate(_causes(diagnosis), 1):
-        lines += _wrapped(f"{cause}. {evidence}", f"  {rank}. ", "     ")
-    if diagnosis.remedies or diagnosis.trials:
-        lines += ["", _FIXES]
-    lines += _wrapped(" ".join(diagnosis.trials), "  ", "  ")
+        causes += _wrapped(f"{cause}. {evidence}", f"  {rank}. ", "     ")
+    if diagnosis.trials:
+        fixes += [*_wrapped(" ".join(diagnosis.trials), "  ", "  "), *([""] if diagnosis.remedies else [])]
     for rank, remedy in enumerate(diagnosis.remedies, 1):
-        lines.append(f"  {rank}. {_one_line(remedy.name)}")
-        lines += [f"       {line}" for line in remedy.how.splitlines()]
-        lines += _wrapped(_trial(remedy), "     ", "     ")
-    lines += ["", *_wrapped(_further(diagnosis))]
-    return "\n".join(line.rstrip() for line in lines)
+        fixes.append(f"  {rank}. {_one_line(remedy.name)}")
+        fixes += [f"       {line}" for line in remedy.how.splitlines()]
+        fixes += _wrapped(_trial(remedy), "     ", "     ")
+    sections = [head, symptoms, causes, fixes if len(fixes) > 1 else [], _wrapped(_further(diagnosis))]
+    return "\n\n".join("\n".join(line.rstrip() for line in section) for section in sections if section)
 
 
 def to_markdown(diagnosis: Diagnosis) -> str:
@@ -63,8 +60,8 @@ def to_markdown(diagnosis: Diagnosis) -> str:
     lines += [f"{i}. **{md(cause)}.** {md(text)}" for i, (cause, text) in enumerate(_causes(diagnosis), 1)]
     if diagnosis.remedies or diagnosis.trials:
         lines += ["", f"#### {_FIXES}"]
-    for sentence in diagnosis.trials:
-        lines += ["", md(sentence)]
+    if diagnosis.trials:
+        lines += ["", md(" ".join(diagnosis.trials))]
     if diagnosis.remedies:
         tried = _any_tried(diagnosis.remedies)
         head = ["", "Fix", "How", *(["Tilt before", "Tilt after", "Loss"] if tried else [])]

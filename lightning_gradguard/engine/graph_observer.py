@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
-from lightning_gradguard.introspection.forward_probes import ForwardUsage, UnshardedParameterProbe
-from lightning_gradguard.introspection.sequence_probe import SequenceGradientProbe
+from lightning_gradguard.introspection.probes import (
+    ForwardUsage,
+    SequenceGradientProbe,
+    UnshardedParameterProbe,
+)
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.parameters import is_compiled
 from lightning_gradguard.stats.sharding import largest_over_ranks, world_size

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
-from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of

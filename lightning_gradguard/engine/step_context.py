@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+    from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
 @dataclass(frozen=True)

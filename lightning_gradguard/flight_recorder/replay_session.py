@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.nan_origin import Origin, find_origin
-from lightning_gradguard.diagnosis.trials.batches import prepare_batch
-from lightning_gradguard.diagnosis.trials.change import Change
+from lightning_gradguard.diagnosis.trials.change import Change, prepare_batch
 from lightning_gradguard.flight_recorder import randomness
 from lightning_gradguard.flight_recorder.bundle import ReplayError
 from lightning_gradguard.flight_recorder.randomness import Randomness
@@ -22,9 +21,8 @@ from lightning_gradguard.flight_recorder.serialization import decode
 from lightning_gradguard.flight_recorder.trainer_stub import TrainerStub, precision_context
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_share, depth_tilt, layer_profile
-from lightning_gradguard.introspection.sandbox import sandbox
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
-from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe
+from lightning_gradguard.introspection.probes import SandboxedSequenceProbe
+from lightning_gradguard.introspection.sandbox import SandboxedStep, sandbox
 
 
 @dataclass(frozen=True)

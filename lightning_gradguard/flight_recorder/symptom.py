@@ -61,7 +61,7 @@ class Symptom:
 
     A pass shows the fault if:
 
-    - non-finite: the loss, a gradient, or the norm of all gradients of the optimizer is NaN or infinite;
+    - non-finite: the loss, a gradient, or the norm of all gradients of the optimizer is NaN or Inf;
     - a tilt over depth or time, one layer far below the others, or dead units: the value, measured again, is at least
       5/6 of the limit, since detectors judge the mean of many steps;
     - disconnected: the named tensors get no gradient;
@@ -119,9 +119,7 @@ class Symptom:
             return f"The training step raises {seen.raised or 'no error'}."
         if self.is_nonfinite or not seen.finite:
             return (
-                "Loss and gradients are finite."
-                if seen.finite
-                else "The loss or a gradient is NaN or infinite."
+                "Loss and gradients are finite." if seen.finite else "The loss or a gradient is NaN or Inf."
             )
         if self._measured is not None:
             value, name = self._value(seen), self._measured.name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.introspection.batch import is_finite
-from lightning_gradguard.introspection.sandboxed_step import index_arguments, loss_in
+from lightning_gradguard.introspection.sandbox import index_arguments, loss_in
 from lightning_gradguard.stats.parameters import select
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.zoo import CASES, case
 from benchmarks.zoo.case import Case, select
 from benchmarks.zoo.establish import establish
-from benchmarks.zoo.facts import OVERFLOW, Facts, bears_out, stands
+from benchmarks.zoo.facts import OVERFLOW, Facts, is_right_name, supports
 from benchmarks.zoo.running import fit
 from benchmarks.zoo.truth import right_names, truth
 from lightning_gradguard import Cause, Fault
@@ -35,7 +35,7 @@ def test_ids_are_unique_and_those_of_the_design_are_all_there():
     assert set(LISTED) <= set(ids)
 
 
-def test_every_kind_of_net_has_sick_and_healthy_cases():
+def test_every_kind_of_net_has_faulty_and_healthy_cases():
     for kin in (
         "convolutional",
         "residual",
@@ -45,7 +45,7 @@ def test_every_kind_of_net_has_sick_and_healthy_cases():
         "graph",
         "mixed precision",
     ):
-        assert {c.sick for c in CASES if kin in c.kin} == {True, False}, kin
+        assert {c.faulty for c in CASES if kin in c.kin} == {True, False}, kin
     assert {c.fault for c in CASES} == {None, *Fault}
 
 
@@ -81,7 +81,7 @@ def test_a_claim_that_is_not_so_does_not_hold():
         fault=Fault.DEAD,
         cause=Cause.DEAD_ACTIVATION,
         culprits=("net.*",),
-        mended=healthy.build,
+        fixed=healthy.build,
     )
     assert not establish(wrong, 0)["holds"]
 
@@ -91,15 +91,15 @@ def test_a_healthy_run_bears_out_no_fault():
     facts = Facts(dataclasses.replace(subject, fault=Fault.DEAD, cause=Cause.UNKNOWN, culprits=("*",)))
     fit(subject, subject.make(0), [facts])
     summary = facts.summary()
-    assert not [fault for fault in Fault if bears_out(fault, summary, 0)]
+    assert not [fault for fault in Fault if supports(fault, summary, 0)]
 
 
 def test_an_overflow_is_another_name_only_while_nothing_else_can_be_seen():
     subject = case("E03")
-    assert stands(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW})
-    assert not stands(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW + 1})
-    assert not stands(Fault.NONFINITE, subject, {"nonfinite_step": None})
-    assert stands(Fault.NONFINITE, case("E07"), {"nonfinite_step": 170})
+    assert is_right_name(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW})
+    assert not is_right_name(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW + 1})
+    assert not is_right_name(Fault.NONFINITE, subject, {"nonfinite_step": None})
+    assert is_right_name(Fault.NONFINITE, case("E07"), {"nonfinite_step": 170})
 
 
 def test_other_names_are_right_only_for_runs_that_bear_them_out():

@@ -77,7 +77,7 @@ def make_files():
         rest = {"net": loop.net.state_dict(), "optimizer": loop.optimizer.state_dict()}
         rest["scaler"] = None if loop.scaler is None else loop.scaler.state_dict()
         torch.save(rest, DATA / f"training_{name}.pt")
-    torch.save(sick(SICK_AT)[0].state_dict(), DATA / "guard_sick.pt")
+    torch.save(faulty(SICK_AT)[0].state_dict(), DATA / "guard_sick.pt")
     keeper = trainer_runs.Keeper(CHECKPOINT, DATA / "checkpoint.ckpt")
     trainer_runs.fit(net(), [guard(), GradHistogram(), keeper], max_steps=CHECKPOINT + 1)
     recorder = Recorder(folder="flights", steps=20)
@@ -86,7 +86,7 @@ def make_files():
     shutil.copy(recorded.bundle, DATA / "bundle.pt")
 
 
-def sick(last, state=None):
+def faulty(last, state=None):
     """Trains the sick case up to a step; with a state, a guard that has it takes over where it was kept."""
     training = zoo.case(SICK).make(0)
     optimizer, policy = training.configure_optimizers(), Policy.strict()
@@ -110,7 +110,7 @@ def sick(last, state=None):
 
 def sick_gone_on():
     """What a guard says that goes on from a state in which a fault was under way."""
-    guard, reports, halt = sick(SICK_AT + FURTHER, loaded("guard_sick.pt"))
+    guard, reports, halt = faulty(SICK_AT + FURTHER, loaded("guard_sick.pt"))
     return {
         "halted": None if halt is None else halt.step,
         "causes": [] if halt is None else [cause.value for cause in halt.diagnosis.causes],
