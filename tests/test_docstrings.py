@@ -74,7 +74,7 @@ def arguments(function):
     return {name for name in inspect.signature(function).parameters if name not in ("self", "cls")}
 
 
-def made_from(kind):
+def constructor_arguments(kind):
     """Arguments of a class's constructor; of an enumeration, a protocol or a plain error there are none to explain."""
     if issubclass(kind, enum.Enum) or getattr(kind, "_is_protocol", False):
         return set()
@@ -114,9 +114,9 @@ def faults_of(name):
         return [f"{name}: {fault}" for fault in faults([thing.__doc__], arguments(thing), raised(thing))]
     ours = [base for base in thing.__mro__ if base.__module__.startswith("lightning_gradguard")]
     makers = [vars(thing)[made] for made in ("__init__", "__post_init__") if made in vars(thing)]
-    errors = set().union(*map(raised, makers)) if made_from(thing) else set()
+    errors = set().union(*map(raised, makers)) if constructor_arguments(thing) else set()
     found = [
-        f"{name}: {fault}" for fault in faults([base.__doc__ for base in ours], made_from(thing), errors)
+        f"{name}: {fault}" for fault in faults([base.__doc__ for base in ours], constructor_arguments(thing), errors)
     ]
     hosts = [base for base in thing.__mro__ if base not in ours]
     for method, value in vars(thing).items():
@@ -132,11 +132,11 @@ def faults_of(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_what_is_public_says_what_it_takes_and_raises(name):
+def test_public_docstrings_name_arguments_and_errors(name):
     assert faults_of(name) == []
 
 
-def test_public_is_what_is_exported_and_what_the_reference_shows():
+def test_public_names_are_exports_and_reference():
     assert {"lightning_gradguard.GradGuard", "lightning_gradguard.metrics.ClipRate"} <= public_names()
     assert {
         "lightning_gradguard.testing.inject",
@@ -148,7 +148,7 @@ def test_public_is_what_is_exported_and_what_the_reference_shows():
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_where_arguments_are_named_all_are_and_no_other(path):
+def test_args_sections_are_complete_and_exact(path):
     """Everywhere in the package, by its text."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
@@ -161,7 +161,7 @@ def test_where_arguments_are_named_all_are_and_no_other(path):
             assert named is None or named == given, node.name
 
 
-def test_what_is_missing_is_found():
+def test_missing_entries_are_found():
     def sloppy(kept, forgotten):
         """Does something.
 

@@ -11,7 +11,7 @@ from lightning_gradguard import AGC, AdaGC, AutoClip, GradGuard, Guard, NormClip
 CLIPPERS = [None, NormClip(0.1), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5), SpikeClip()]
 
 
-class ByHand(pl.LightningModule):
+class ManualOptimization(pl.LightningModule):
     """Two optimizers, of which each sees parameters without gradients."""
 
     def __init__(self):
@@ -32,8 +32,8 @@ class ByHand(pl.LightningModule):
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
-def test_by_hand_in_64_bits(clipper):
-    guard, module = GradGuard(clipper=clipper), ByHand()
+def test_manual_optimization_in_64_bits(clipper):
+    guard, module = GradGuard(clipper=clipper), ManualOptimization()
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, callbacks=[guard], precision="64-true",
@@ -44,7 +44,7 @@ def test_by_hand_in_64_bits(clipper):
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
-def test_reports_do_not_depend_on_the_default_type(clipper):
+def test_reports_do_not_depend_on_default_dtype(clipper):
     reports = []
     for default in (torch.float32, torch.float64):
         torch.manual_seed(0)

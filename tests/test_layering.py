@@ -88,7 +88,7 @@ def imports(source: str, *, deferred: bool = True) -> set[str]:
     return {f.removeprefix(f"{NAME}.") for f in found}
 
 
-def trespasses(module: str, source: str) -> set[str]:
+def forbidden_imports(module: str, source: str) -> set[str]:
     """Return the imports that the table does not allow."""
     layer = layer_of(module)
     allowed = LAYERS[layer] | {layer, "results", "validation", "_version"}
@@ -164,19 +164,19 @@ def _is_private(name: str) -> bool:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_follow_the_table(module):
-    assert trespasses(module, MODULES[module].read_text()) == set()
+    assert forbidden_imports(module, MODULES[module].read_text()) == set()
 
 
-def test_no_module_imports_itself_through_others():
+def test_imports_have_no_cycles():
     assert cycles({name: path.read_text() for name, path in MODULES.items() if name}) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_module_uses_what_another_keeps_private(module):
+def test_no_module_uses_private_names_of_another(module):
     assert private_uses(MODULES[module].read_text()) == set()
 
 
-def test_only_callbacks_and_the_command_line_import_lightning():
+def test_only_callbacks_and_cli_import_lightning():
     assert {layer for layer, allowed in LAYERS.items() if allowed & LIGHTNING} == {"callbacks", "cli"}
 
 
@@ -191,15 +191,15 @@ def test_only_callbacks_and_the_command_line_import_lightning():
         ("results", "import torch"),
     ],
 )
-def test_the_table_can_be_broken(module, source):
-    assert trespasses(module, source)
+def test_forbidden_imports_are_found(module, source):
+    assert forbidden_imports(module, source)
 
 
-def test_type_checking_imports_do_not_count():
-    assert trespasses("results", "if TYPE_CHECKING:\n    import torch\n") == set()
+def test_type_checking_imports_are_ignored():
+    assert forbidden_imports("results", "if TYPE_CHECKING:\n    import torch\n") == set()
 
 
-def test_a_cycle_would_be_found():
+def test_cycles_are_found():
     a = f"from {NAME}.engine import history"
     b = f"def late():\n    from {NAME}.engine.evaluate import x"
     assert cycles({"engine.evaluate": a, "engine.history": b, "policy": ""}) == [
@@ -216,9 +216,9 @@ def test_a_cycle_would_be_found():
         "class A:\n    def f(self):\n        return self.guard._state",
     ],
 )
-def test_a_private_use_would_be_found(source):
+def test_private_uses_are_found(source):
     assert private_uses(source)
 
 
-def test_a_class_may_use_its_own_private_names():
+def test_own_private_names_are_allowed():
     assert private_uses("class A:\n    def f(self):\n        return self._x") == set()

@@ -69,7 +69,7 @@ def files_below(folder):
 
 
 @needs_sources
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     files = files_below(wheel / "lightning_gradguard")
     assert files == files_below(PACKAGE)
     assert {
@@ -86,19 +86,19 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 @needs_sources
-def test_what_the_wheel_says_of_itself(wheel):
+def test_wheel_metadata(wheel):
     (info,) = wheel.glob("*.dist-info")
-    said = Parser().parsestr((info / "METADATA").read_text())
-    assert (said["Name"], said["Version"], said["Requires-Python"]) == (
+    header = Parser().parsestr((info / "METADATA").read_text())
+    assert (header["Name"], header["Version"], header["Requires-Python"]) == (
         "lightning-gradguard",
         VERSION,
         ">=3.10",
     )
-    assert said["License-Expression"] == "Apache-2.0"
+    assert header["License-Expression"] == "Apache-2.0"
     assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert said.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert {"lightning", "pytorch-lightning", "cli"} <= set(said.get_all("Provides-Extra"))
-    needed = [Requirement(text) for text in said.get_all("Requires-Dist")]
+    assert header.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert {"lightning", "pytorch-lightning", "cli"} <= set(header.get_all("Provides-Extra"))
+    needed = [Requirement(text) for text in header.get_all("Requires-Dist")]
     # Either of the two namespaces will do, so that neither may be pulled in.
     always = {one.name for one in needed if one.marker is None}
     assert "torch" in always
@@ -113,7 +113,7 @@ def test_what_the_wheel_says_of_itself(wheel):
 
 @pytest.mark.slow
 @needs_sources
-def test_what_was_built_runs(wheel, tmp_path):
+def test_built_wheel_runs(wheel, tmp_path):
     """From the unpacked wheel, beside which there is no checkout."""
     code = f"""
 import sys
@@ -129,7 +129,7 @@ main(["--version"])
 
 
 @needs_sources
-def test_the_source_distribution_is_complete(sdist):
+def test_source_distribution_is_complete(sdist):
     files = files_below(sdist)
     assert {"PKG-INFO", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md"} <= files
     for folder in ("tests", "docs", "examples", "benchmarks"):
@@ -146,7 +146,7 @@ def test_the_source_distribution_is_complete(sdist):
     }
 
 
-def test_the_version_is_one_and_semantic(capsys):
+def test_version_is_consistent_and_semantic(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0
@@ -155,7 +155,7 @@ def test_the_version_is_one_and_semantic(capsys):
     assert metadata.version("lightning-gradguard") == VERSION
 
 
-def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():
+def test_changelog_starts_with_unreleased_or_this_version():
     headings = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     newest, released = headings[0][0], [name for name, _ in headings if name != "Unreleased"]
     assert newest in ("Unreleased", VERSION)
@@ -166,7 +166,7 @@ def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():
         ), name
 
 
-def test_what_is_required_is_installed_and_goes_together():
+def test_requirements_are_installed_and_compatible():
     """Ours, and what that requires in turn; other packages of the environment are no concern of ours."""
     waiting, seen, wrong = [Requirement("lightning-gradguard[lightning]")], set(), []
     while waiting:

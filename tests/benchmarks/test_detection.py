@@ -83,13 +83,13 @@ def found(id, steps=None):
     return subject, listener.findings
 
 
-def test_there_is_a_case_of_each_fault():
+def test_each_fault_has_a_case():
     assert {case(id).fault for id in SICK} == set(Fault)
     assert {c.id for c in CASES} >= {*SICK, *IMMUNE.values()}
 
 
 @pytest.mark.parametrize("id", SICK)
-def test_a_sick_training_is_called_by_its_name_and_layer(id):
+def test_faulty_training_gets_right_fault_and_layer(id):
     subject, findings = found(id, SICK[id])
     seen = score(subject, findings, ours=True, names=right_names(subject, SEEDS.get(id, 0)))
     assert seen.right_first, findings
@@ -100,6 +100,6 @@ def test_a_sick_training_is_called_by_its_name_and_layer(id):
     "what",
     [what if id in QUICK else pytest.param(what, marks=pytest.mark.slow) for what, id in IMMUNE.items()],
 )
-def test_no_alarm_on(what):
+def test_healthy_training_has_no_alarm(what):
     _, findings = found(IMMUNE[what])
     assert not [f for f in findings if f["severity"] > 0]

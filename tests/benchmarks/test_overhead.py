@@ -29,7 +29,7 @@ def without_a_peer(monkeypatch):
 @pytest.mark.slow
 # wandb, trainscope and OLMo-core, where they are installed, warn of what is their own concern.
 @pytest.mark.filterwarnings("default")
-def test_the_quick_form_measures_everything_and_says_what_is_absent(
+def test_quick_run_measures_everything_and_lists_absent_peers(
     without_a_peer, tmp_path, monkeypatch, capsys
 ):
     kept = []
@@ -79,20 +79,20 @@ def _is_sound(spread):
     ("workload", "tensors", "millions"),
     [(arms.TRANSFORMER, 100, 30.0), (arms.THOUSAND, 1000, 1.0), (arms.FOUR_THOUSAND, 4000, 4.1)],
 )
-def test_workloads_are_what_they_are_called(workload, tensors, millions):
+def test_workload_titles_match_sizes(workload, tensors, millions):
     sizes = [p.numel() for p in arms.WORKLOADS[workload]().parameters()]
     assert len(sizes) == tensors
     assert round(sum(sizes) / 1e6, 1) == millions
 
 
-def test_the_trainings_are_what_they_are_called():
+def test_training_titles_match_sizes():
     for title, (size, *_) in [*plan.FULL.trainings.items(), *plan.FULL.turns.items()]:
         sizes = [p.numel() for p in size.net().parameters()]
         assert title == f"{sum(sizes) / 1e6:.2g} million parameters, {len(sizes)} tensors"
         assert size.steps % trainer_arms.INTERVAL == 0
 
 
-def test_the_transformer_learns_what_it_is_given():
+def test_transformer_learns():
     torch.manual_seed(0)
     net, batches = Transformer(1, 32, 16), list(loader(8, 16, 16))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
@@ -106,7 +106,7 @@ def test_the_transformer_learns_what_it_is_given():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_every_arm_is_trained_once_a_round_and_no_round_begins_like_the_last():
+def test_each_round_trains_every_arm_in_changing_order():
     asked = []
     rounds = interleave("abc", 3, lambda name: [float(asked.append(name) or len(asked))])
     assert asked[0] == "a"
@@ -116,7 +116,7 @@ def test_every_arm_is_trained_once_a_round_and_no_round_begins_like_the_last():
     assert [len(values) for values in rounds.seconds.values()] == [3, 3, 3]
 
 
-def test_ratios_are_taken_within_a_round():
+def test_ratios_compare_within_a_round():
     rounds = Rounds(
         {"a": [[3.0, 9.0], [30.0, 90.0], [300.0, 900.0]], "b": [[1.0] * 2, [10.0] * 2, [100.0] * 2]}
     )
@@ -125,7 +125,7 @@ def test_ratios_are_taken_within_a_round():
     assert rounds.step("a").median == 60.0
 
 
-def test_the_rank_is_among_those_that_look_at_every_gradient():
+def test_rank_counts_arms_that_check_every_gradient():
     rounds = Rounds(
         {trainer_arms.BARE: [[1.0]], trainer_arms.CLIP: [[1.3]], trainer_arms.OURS: [[1.2]], "zclip": [[1.1]]}
     )
@@ -135,7 +135,7 @@ def test_the_rank_is_among_those_that_look_at_every_gradient():
     )
 
 
-def test_arms_take_turns_and_each_is_what_it_is_called(tmp_path, monkeypatch):
+def test_turns_use_their_own_callbacks_and_clipping(tmp_path, monkeypatch):
     """In its turn an arm has its callbacks and its clipping, and no other's; who comes first changes."""
     seen, plain = [], turns.Turns.on_train_batch_start
 
