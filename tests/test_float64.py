@@ -1,4 +1,4 @@
-"""A step is judged alike whatever torch's default type is: by hand with precision="64-true" Lightning changes it."""
+"""Reports do not depend on torch's default dtype, which Lightning changes with precision="64-true"."""
 
 import lightning.pytorch as pl
 import pytest
@@ -12,7 +12,7 @@ CLIPPERS = [None, NormClip(0.1), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC
 
 
 class ManualOptimization(pl.LightningModule):
-    """Two optimizers, of which each sees parameters without gradients."""
+    """Module with two optimizers; each sees parameters without gradients."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Imports go one way: the table of layers, as data, held against the real imports of every module."""
+"""Import rules: a table of layers, checked against the real imports of every module."""
 
 import ast
 import sys
@@ -14,7 +14,7 @@ NAME = "lightning_gradguard"
 STDLIB = frozenset(sys.stdlib_module_names)
 LIGHTNING = {"lightning", "pytorch_lightning"}
 
-#: Layer to what it may import: other layers, and packages beyond the standard library. A layer is a folder, or a
+#: Layer to its allowed imports: other layers, and packages outside the standard library. A layer is a folder or a
 #: module at the top level. Everything may import itself, `results`, `validation` and `_version`.
 LAYERS = {
     "_version": set(),
@@ -57,7 +57,7 @@ MODULES = {
 
 
 def layer_of(module: str) -> str:
-    """Return the layer of a module: the longest entry of the table that it lies in."""
+    """Return the layer of a module: the longest table entry that contains it."""
     while module not in LAYERS:
         module = module.rpartition(".")[0]
     return module
@@ -103,7 +103,7 @@ def forbidden_imports(module: str, source: str) -> set[str]:
 
 
 def cycles(sources: dict[str, str]) -> list[list[str]]:
-    """Return the groups of modules that import one another at run time, wherever the import stands."""
+    """Return the groups of modules that import one another at run time, at any level of nesting."""
     edges = {m: {i for i in imports(s) if i in sources and i != m} for m, s in sources.items()}
     order: list[str] = []
     seen: set[str] = set()
@@ -128,10 +128,10 @@ def cycles(sources: dict[str, str]) -> list[list[str]]:
 
 
 def private_uses(source: str) -> set[str]:
-    """Return private names that a module takes from another: by an import, or as an attribute of any other object.
+    """Return private names that a module uses from another, by import or as an attribute.
 
-    ``self._x`` and ``cls._x`` are a class's own. Dunder names are public. What torch, Lightning and Python keep private
-    is theirs to break, and is listed in `FOREIGN`.
+    ``self._x`` and ``cls._x`` are a class's own. Dunder names are public. Private names of torch, Lightning and
+    Python may change in any release; the ones in use are listed in `FOREIGN`.
     """
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -145,7 +145,7 @@ def private_uses(source: str) -> set[str]:
     return found
 
 
-#: Private names of others that the package uses, for want of a public way.
+#: Private names of other packages that have no public replacement.
 FOREIGN = {
     # Python: NamedTuple, Enum, sys
     "_asdict", "_fields", "_replace", "_name_", "_value_", "_getframe",

@@ -1,4 +1,4 @@
-"""What a guard keeps in memory, by the number and by the size of tensors; no time is taken."""
+"""Memory of a guard by number and size of tensors; no time is measured."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ TENSORS = (torch.Tensor,)
 
 @pytest.fixture(scope="module")
 def guards():
-    """Guards with the default detectors and SpikeClip that judged 24 steps, by number and side of the tensors."""
+    """Return guards with default detectors and SpikeClip after 24 steps, by number and side of the tensors."""
     return {
         (n, side): after_steps(tensors([(side, side)] * n))
         for n, side in ((1000, 32), (2000, 32), (1000, 64))
@@ -57,7 +57,7 @@ def test_python_objects_depend_on_number_of_tensors_only():
 
 
 def test_hidden_tensors_are_counted(guards):
-    """The ruler itself: a tensor in a dict in an object counts, once, and a view of a weight does not."""
+    """Check the measurement itself: a tensor in a dict in an object counts once, a view of a weight does not."""
     guard = after_steps(tensors([(8, 8)] * 3))
     before = held(guard).total()
     extra = torch.zeros(1000)

@@ -1,4 +1,4 @@
-"""The metrics against brute force in numpy, and the promises of torchmetrics: reset, state, collections, ranks."""
+"""Metrics against a numpy reference, and the torchmetrics contract: reset, state, collections, ranks."""
 
 import io
 import math
@@ -18,7 +18,7 @@ every_metric = pytest.mark.parametrize("metric", METRICS, ids=["norm", "rate", "
 
 
 def series(seed, steps=200):
-    """Values near 1 with spikes and non-finite ones, float32."""
+    """Return float32 values near 1 with spikes and non-finite values."""
     rng = np.random.default_rng(seed)
     values = np.exp(rng.normal(0, 0.1, steps))
     values *= rng.choice([1.0, 10.0, 0.01], p=[0.96, 0.03, 0.01], size=steps)

@@ -1,4 +1,4 @@
-"""What is built holds the package and nothing else, can be built from what is given away, and names its version."""
+"""Built distributions: the wheel holds only the package, the source distribution is complete, versions agree."""
 
 import configparser
 import importlib.util
@@ -20,7 +20,7 @@ from lightning_gradguard.cli import main
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_gradguard"
 VERSION = lightning_gradguard.__version__
-#: As semver.org has it, without build metadata.
+#: Version format of semver.org, without build metadata.
 SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[\dA-Za-z-]+(\.[\dA-Za-z-]+)*)?")
 
 needs_sources = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def call(*command, cwd):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The source distribution, unpacked."""
+    """Return the unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     call("-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), cwd=ROOT)
     (archive,) = folder.glob("*.tar.gz")
@@ -49,7 +49,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """The wheel, built without network from the source distribution, unpacked: what an installer would copy."""
+    """Return the unpacked wheel, built without network from the source distribution, as an installer copies it."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "--quiet")
     call("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(sdist), cwd=folder)
@@ -99,7 +99,7 @@ def test_wheel_metadata(wheel):
     assert header.get_payload().strip() == (ROOT / "README.md").read_text().strip()
     assert {"lightning", "pytorch-lightning", "cli"} <= set(header.get_all("Provides-Extra"))
     needed = [Requirement(text) for text in header.get_all("Requires-Dist")]
-    # Either of the two namespaces will do, so that neither may be pulled in.
+    # Either namespace of Lightning works, so neither may be a hard requirement.
     always = {one.name for one in needed if one.marker is None}
     assert "torch" in always
     assert not {"lightning", "pytorch-lightning"} & always
@@ -114,7 +114,7 @@ def test_wheel_metadata(wheel):
 @pytest.mark.slow
 @needs_sources
 def test_built_wheel_runs(wheel, tmp_path):
-    """From the unpacked wheel, beside which there is no checkout."""
+    """Run from the unpacked wheel, with no checkout beside it."""
     code = f"""
 import sys
 sys.path.insert(0, {str(wheel)!r})
@@ -134,7 +134,7 @@ def test_source_distribution_is_complete(sdist):
     assert {"PKG-INFO", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md"} <= files
     for folder in ("tests", "docs", "examples", "benchmarks"):
         assert any(name.startswith(f"{folder}/") for name in files), folder
-    # What its Makefile asks for is in it.
+    # The targets of its Makefile need these files.
     named = set(re.findall(r"constraints[\w-]*\.txt", (ROOT / "Makefile").read_text()))
     assert named <= files
     assert not {name.partition("/")[0] for name in files} & {
@@ -167,7 +167,7 @@ def test_changelog_starts_with_unreleased_or_this_version():
 
 
 def test_requirements_are_installed_and_compatible():
-    """Ours, and what that requires in turn; other packages of the environment are no concern of ours."""
+    """Check our requirements and theirs in turn; other packages of the environment do not matter."""
     waiting, seen, wrong = [Requirement("lightning-gradguard[lightning]")], set(), []
     while waiting:
         wanted = waiting.pop()

@@ -1,4 +1,4 @@
-"""Faults are injected at the given steps, parameters and rank, the same each time, and the guard finds them."""
+"""Fault injection: at the given steps, parameters and rank, repeatable, and detected by the guard."""
 
 import math
 
@@ -57,7 +57,7 @@ class TestSelection:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_only_in_matching_parameters(self, kind):
-        # The last of those that vanish is as large as it was.
+        # The last vanishing gradient keeps its size.
         concerned = ["2.weight"] if kind is testing.Vanishing else ["2.weight", "2.bias"]
         assert changed(kind(at=0, parameters="2.*")) == concerned
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: what they accept, and what they say about what they refuse."""
+"""Argument checks: accepted values, and the errors for rejected ones."""
 
 import math
 

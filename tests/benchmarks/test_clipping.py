@@ -1,4 +1,4 @@
-"""The benchmark of clippers: it runs, its accidents are those it names, and its page says what its records hold."""
+"""Benchmark of clippers: it runs, injects the listed accidents, and its page matches its records."""
 
 import json
 import math
@@ -115,7 +115,7 @@ def test_page_names_best_arm_and_margin():
     assert "| clean | 0.1 | 2.210 ± 0.071 | 2.150 (+2.8%) | none 2.150 (+2.8%) |" in text
     assert "| **2.150 ± 0.071** |" in text
     assert "| SpikeClip | 25.0% / 0.00% |" in text
-    # 10 % above 2.15 is 2.365: both seeds of the lower rate, not those of the higher.
+    # 10 % above 2.15 is 2.365: both seeds of the lower rate are below it, those of the higher are not.
     assert "| SpikeClip | 0.1 | 0.1 | 0.1 |" in text
 
 

@@ -1,4 +1,4 @@
-"""The second collection: its cases build and train, their truth is known, and its machinery does as it says."""
+"""Held-out collection: its cases build and train, their truth is known, and its helpers work."""
 
 import dataclasses
 import fnmatch
@@ -24,7 +24,7 @@ from benchmarks.zoo.running import fit
 from benchmarks.zoo.truth import right_names, truth
 from lightning_gradguard import Fault
 
-#: Cases on which the guard has been wrong once, which must stay.
+#: Cases on which the guard was wrong once; they must stay.
 ONCE_WRONG = {"SD3", "SE2", "SE7", "SEE", "SO4", "SS3", "ST4", "SVH", "HB14", "HC17", "HC28", "HF05"}
 
 

@@ -1,4 +1,4 @@
-"""The instrument: what it hears in a run, and how it scores that."""
+"""Recording and scoring of alarms."""
 
 import dataclasses
 import sys
@@ -21,7 +21,7 @@ SICK = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("n
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """Raises from one step on, and names the largest gradients."""
+    """Detector that raises from one step on and names the largest gradients."""
 
     step: int
     fault: ClassVar[Fault] = Fault.STALLED
@@ -44,9 +44,7 @@ def test_runner_records_findings_of_a_known_detector():
         ("stalled", 2, 62, 12),
     ]
     training = subject.make(0)
-    training.loss(
-        *training.batch(12), 12
-    ).backward()  # at a rate of 1e-9 the weights are still the first ones
+    training.loss(*training.batch(12), 12).backward()  # at a rate of 1e-9 the weights have not changed
     norms = {n: p.grad.norm().item() for n, p in training.named_parameters()}
     assert ours[0]["parameters"][:3] == sorted(norms, key=norms.get, reverse=True)[:3]
     statistic = run["statistics"]["At: steps"]

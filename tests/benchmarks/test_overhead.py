@@ -1,4 +1,4 @@
-"""The benchmark of cost, run for real on tiny shapes: what is measured and said, never how long it took."""
+"""Cost benchmark on tiny shapes: the measurements and the page, never the times themselves."""
 
 import math
 import re
@@ -21,17 +21,15 @@ HIDDEN = "zclip"
 
 @pytest.fixture
 def without_a_peer(monkeypatch):
-    """As if one peer were not installed, whatever is."""
+    """Hide one peer, as if it were not installed."""
     find = peers.find
     monkeypatch.setattr(peers, "find", lambda peer: None if peer == HIDDEN else find(peer))
 
 
 @pytest.mark.slow
-# wandb, trainscope and OLMo-core, where they are installed, warn of what is their own concern.
+# wandb, trainscope and OLMo-core, where installed, emit warnings of their own.
 @pytest.mark.filterwarnings("default")
-def test_quick_run_measures_everything_and_lists_absent_peers(
-    without_a_peer, tmp_path, monkeypatch, capsys
-):
+def test_quick_run_measures_everything_and_lists_absent_peers(without_a_peer, tmp_path, monkeypatch, capsys):
     kept = []
     monkeypatch.setattr(overhead, "run", lambda *arguments: kept.append(plan.run(*arguments)) or kept[0])
     out = tmp_path / "page.md"
@@ -120,7 +118,7 @@ def test_ratios_compare_within_a_round():
     rounds = Rounds(
         {"a": [[3.0, 9.0], [30.0, 90.0], [300.0, 900.0]], "b": [[1.0] * 2, [10.0] * 2, [100.0] * 2]}
     )
-    # The costly second step counts in full, a round on a slow machine does not.
+    # The slow second step counts in full; a round on a slow machine does not.
     assert rounds.ratio("a", "b") == Spread(6.0, 6.0, 6.0)
     assert rounds.step("a").median == 60.0
 
@@ -136,7 +134,7 @@ def test_rank_counts_arms_that_check_every_gradient():
 
 
 def test_turns_use_their_own_callbacks_and_clipping(tmp_path, monkeypatch):
-    """In its turn an arm has its callbacks and its clipping, and no other's; who comes first changes."""
+    """Check that an arm's turn has only its own callbacks and clipping, and that the starting arm changes."""
     seen, plain = [], turns.Turns.on_train_batch_start
 
     def spy(self, trainer, *rest):

@@ -1,4 +1,4 @@
-"""The rivals' formulas, against numbers taken by hand."""
+"""Rivals' formulas, against numbers computed by hand."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from lightning_gradguard import Fault
 
 
 def _tensors(*gradients, weights=None):
-    """Named parameters with these gradients, weights all one unless given."""
+    """Return named parameters with these gradients; weights default to one."""
     named = []
     for i, gradient in enumerate(gradients):
         gradient = torch.tensor(gradient)
@@ -68,7 +68,7 @@ def test_autotrainer(first, last, score, expected):
 def test_autotrainer_needs_low_accuracy_and_a_third_of_training():
     rules = peers.AutoTrainer(100)
     for step in range(40):
-        # From 0.5 to 0.9, a gain of 0.4 at once.
+        # From 0.5 to 0.9: a gain of 0.4 in one epoch.
         found = _check(rules, _tensors([[71.0]], [[1.0]]), step=step, score=0.5 if step < 10 else 0.9)
         assert not found
     rules = peers.AutoTrainer(100)

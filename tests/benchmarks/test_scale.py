@@ -1,4 +1,4 @@
-"""Multiplying the loss by a constant changes no verdict: whole trainings, from the gradients to the findings."""
+"""A constant factor on the loss changes no finding: whole trainings, from gradients to findings."""
 
 import sys
 from functools import cache
@@ -16,16 +16,16 @@ from benchmarks.zoo import case
 from benchmarks.zoo.running import fit, quiet
 from lightning_gradguard import GradGuard, Guard
 
-#: One of each fault that a constant factor leaves what it is, and healthy ones that come near a limit. No chaotic
-#: ones, where rounding alone makes another training.
+#: One case of each fault that a constant factor does not change, and healthy ones close to a limit. Chaotic cases are
+#: left out: rounding alone changes their course.
 FAULTY = ["V04", "V05", "D01", "X01", "E14", "E06", "U03", "O02", "E07"]
 HEALTHY = ["H06", "H14", "H18", "H80"]
-#: Those that are not left to `make test-long`.
+#: Cases that run outside `make test-long` too.
 QUICK = {"V05", "D01", "E06", "H14"}
 
 
 class Unscale(L.Callback):
-    """Takes the factor off the gradients again, after the guard has seen them and before the optimizer does."""
+    """Callback that removes the factor after the guard has seen the gradients, before the optimizer step."""
 
     def __init__(self, factor):
         self.factor = factor
@@ -38,7 +38,7 @@ class Unscale(L.Callback):
 
 @cache
 def findings(id, factor):
-    """What the guard says of a training whose gradients it sees times a factor, and the optimizer without."""
+    """Return the findings of a training whose gradients only the guard sees times a factor."""
     subject, guard = case(id), GradGuard()
     training = subject.make(0)
     step = training.training_step

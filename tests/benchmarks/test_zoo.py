@@ -1,4 +1,4 @@
-"""The ground truth: each case, its facts, and what was established of it."""
+"""Ground truth: each case, its facts, and its established truth."""
 
 import dataclasses
 import fnmatch
