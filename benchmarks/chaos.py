@@ -1,8 +1,8 @@
-"""What a guarded training survives: ``python benchmarks/chaos.py``; writes ``benchmarks/chaos.md``.
+"""Measure which failures a guarded training survives: ``python benchmarks/chaos.py`` writes ``benchmarks/chaos.md``.
 
-The long form of tests/e2e/test_chaos.py, with the same scripts: faults at random in trainings of one process and of
-two, processes that are killed and go on, log files that cannot be written, and 20,000 steps whose memory is measured.
-Every seed decides all of its training, and is told where something fails. About ten minutes on two cores.
+This is the long form of tests/e2e/test_chaos.py, with the same scripts. It covers random faults in one and
+two processes, killed processes that resume, unwritable log files, and memory over 20,000 steps. The seed
+fully determines a training and is printed when something fails. Takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WARM, STEPS, TRAINED = 1000, 20_000, 5000
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """A script in a process of its own; all that it says goes to standard output."""
+    """Start a script in its own process; all output goes to standard output."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", str(SCRIPTS / script), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -37,25 +37,25 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[str], int]:
-    """What they printed, and how many did not come to their end in time."""
-    said, hanging = [], 0
+    """Return the output of each process and the number that did not end in time."""
+    outputs, hanging = [], 0
     for process in processes:
         try:
-            said.append(process.communicate(timeout=LIMIT)[0])
+            outputs.append(process.communicate(timeout=LIMIT)[0])
         except subprocess.TimeoutExpired:
             hanging += 1
             process.kill()
-            said.append(process.communicate()[0])
-    return said, hanging
+            outputs.append(process.communicate()[0])
+    return outputs, hanging
 
 
 def runs(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """What became of each training."""
+    """Return the result of each training."""
     return [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]
 
 
-def struck(folder: Path) -> list[tuple[str, int, int]]:
-    """Rows of the table, for random faults: what, how many, failures."""
+def random_faults(folder: Path) -> list[tuple[str, int, int]]:
+    """Return rows for random faults: description, runs, failures."""
     for name in ("first", "second", "together"):
         (folder / name).mkdir()
     half = len(ALONE) // 2
@@ -74,25 +74,27 @@ def struck(folder: Path) -> list[tuple[str, int, int]]:
     ends |= {"nan": "buffers NaN", "infinite": "buffers infinite"}
     rows = [("faults that struck", sum(run["struck"] for run in every), 0)]
     rows += [
-        (f"trainings: {what}", len(every), tell(what, [r for r in every if r[key]]))
+        (f"trainings: {what}", len(every), print_failures(what, [r for r in every if r[key]]))
         for key, what in ends.items()
     ]
-    rows += [("trainings of two processes: ranks disagree", len(pairs), tell("disagree", disagreeing))]
+    rows += [
+        ("trainings of two processes: ranks disagree", len(pairs), print_failures("disagree", disagreeing))
+    ]
     done = len(alone) == len(ALONE) and len(pairs) == len(TOGETHER)
     rows += [("processes that hang, or end before their last training", 4, hanging + (not done))]
     halted = sum(run["agreed"]["stop_reason"] is not None for run in every)
     return [*rows, ("of these trainings, halted or ended gracefully", halted, 0)]
 
 
-def tell(what: str, failed: Sequence[dict[str, Any]]) -> int:
-    """Says which trainings failed; how many."""
+def print_failures(what: str, failed: Sequence[dict[str, Any]]) -> int:
+    """Print which trainings failed and return their number."""
     for run in failed:
         print(f"{what}: {run['problem']} {run['ruined']} {run['nan']} {run['infinite']} {run['said']}")
     return len(failed)
 
 
 def killed(folder: Path) -> list[tuple[str, int, int]]:
-    """Rows for processes that are killed, told to end, or lose a worker, and go on."""
+    """Return rows for processes that are killed, stopped, or lose a worker, and resume."""
     kills = failures = hanging = 0
     for seed in KILLED:
         own = folder / f"killed{seed}"
@@ -106,7 +108,7 @@ def killed(folder: Path) -> list[tuple[str, int, int]]:
             pairs = zip(whole["weights"].values(), other["weights"].values(), strict=True)
             same = all(torch.equal(a, b) for a, b in pairs)
             if not same or any(whole[key] != other[key] for key in ("state", "summary")):
-                print(f"{way}, seed {seed}: not as the uninterrupted run")
+                print(f"{way}, seed {seed}: differs from the uninterrupted run")
                 failures += 1
     return [
         ("kill -9, SIGTERM, or the death of a worker", kills, hanging),
@@ -115,7 +117,7 @@ def killed(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def unwritable(folder: Path) -> list[tuple[str, int, int]]:
-    """Rows for log files that cannot be written."""
+    """Return rows for log files that cannot be written."""
     own = folder / "writers"
     own.mkdir()
     finish([start("writers_script.py", own)])
@@ -129,21 +131,21 @@ def unwritable(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def grown(folder: Path) -> list[str]:
-    """Lines on memory."""
-    (said,), _ = finish([start("growth_script.py", folder, WARM, STEPS, TRAINED)])
+    """Return lines on memory growth."""
+    (outputs,), _ = finish([start("growth_script.py", folder, WARM, STEPS, TRAINED)])
     counts = {"Guard": STEPS, "Guard, lag=1": STEPS}
     return [
         f"| {what} | {counts.get(what, TRAINED):,} | {megabytes:.2f} |"
-        for what, megabytes in json.loads(said.splitlines()[-1]).items()
+        for what, megabytes in json.loads(outputs.splitlines()[-1]).items()
     ]
 
 
 def main() -> None:
-    """Runs everything and writes the page."""
+    """Run everything and write the page."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = [*struck(folder), *killed(folder), *unwritable(folder)]
+        rows = [*random_faults(folder), *killed(folder), *unwritable(folder)]
         memory = grown(folder)
     table = [f"| {what} | {count:,} | {failed} |" for what, count, failed in rows]
     lines = [

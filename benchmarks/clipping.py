@@ -1,11 +1,11 @@
-"""Trains a small language model under every clipper, and writes what each of them made of it.
+"""Train a small language model under every clipper and compare the results.
 
     python benchmarks/clipping.py --jobs 2
-    python benchmarks/clipping.py --variants          # the forms of SpikeClip that were tried, on seeds of their own
+    python benchmarks/clipping.py --variants          # earlier variants of SpikeClip, on seeds of their own
     python benchmarks/clipping.py --quick --out page.md
 
-Writes ``benchmarks/clipping.md`` and ``benchmarks/clipping.png`` (or to ``--out``, and the picture beside it), and the
-raw records to ``runs/clipping.json``.
+Writes ``benchmarks/clipping.md`` and ``benchmarks/clipping.png``; with ``--out`` both go beside that path.
+The raw records go to ``runs/clipping.json``.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ EVERY = {**ARMS, **BARE, **tried.VARIANTS}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, one thread each")
     parser.add_argument(
-        "--quick", action="store_true", help="a few steps of one rate and seed, to see it run"
+        "--quick", action="store_true", help="run a few steps of one rate and seed, for a quick check"
     )
-    parser.add_argument("--variants", action="store_true", help="run the forms of SpikeClip that were tried")
-    parser.add_argument(
-        "--again", action="store_true", help="write the page from the raw records, without a run"
-    )
+    parser.add_argument("--variants", action="store_true", help="run the earlier variants of SpikeClip")
+    parser.add_argument("--again", action="store_true", help="write the page from existing raw records")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "clipping.md")
-    parser.add_argument("--raw", type=Path, default=ROOT / "runs" / "clipping.json", help="raw records")
+    parser.add_argument(
+        "--raw", type=Path, default=ROOT / "runs" / "clipping.json", help="file for the raw records"
+    )
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     kept = json.loads(options.raw.read_text()) if options.raw.exists() and not options.quick else {}
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def work(seeds: int, quick: bool) -> list[Work]:
-    """The runs: arm, regime, learning rate, seed, steps."""
+    """Return the runs: arm, regime, learning rate, seed, steps."""
     rates, steps = (RATES[:1], 12) if quick else (RATES, STEPS)
     runs = [
         (arm, regime, rate, seed, steps)
@@ -87,7 +87,7 @@ def work(seeds: int, quick: bool) -> list[Work]:
 
 
 def variants_work() -> list[Work]:
-    """The same for the forms of SpikeClip that were tried."""
+    """Return the runs for the earlier variants of SpikeClip."""
     return [
         (name, regime, rate, seed, STEPS)
         for regime in tried.REGIMES
@@ -98,7 +98,7 @@ def variants_work() -> list[Work]:
 
 
 def run_all(runs: list[Work], jobs: int) -> list[dict[str, Any]]:
-    """Records of the runs, in the order given."""
+    """Execute the runs and return their records in that order."""
     if jobs == 1:
         return [_job(run) for run in runs]
     with ProcessPoolExecutor(

@@ -1,11 +1,12 @@
-"""Runs the zoo under our guard and under the rules of four rivals, and writes what each of them saw.
+"""Run all cases under our guard and under the rules of four rivals, and score their warnings.
 
     python benchmarks/detection.py --seeds 3 --jobs 2
     python benchmarks/detection.py --cases "V*,convolutional" --seeds 1
     python benchmarks/detection.py --held-out --seeds 2
 
-Writes ``benchmarks/detection.md``, or ``held_out.md`` (only when all cases were run, or to ``--out``) and, for further
-work on the detectors, the raw records to ``runs/``, under the same name.
+Writes ``benchmarks/detection.md``, or ``held_out.md`` with ``--held-out``. A run of selected cases writes a
+page only to ``--out``. The raw records go to ``runs/`` under the same name, for further work on the
+detectors.
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ from benchmarks.zoo.truth import TRUTH  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--held-out", action="store_true", help="the second collection in place of the zoo")
-    parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--out", type=Path, default=None, help="where the page is written")
-    parser.add_argument("--raw", type=Path, default=None, help="raw records")
-    parser.add_argument("--again", action="store_true", help="score the raw records again, without a run")
+    parser.add_argument(
+        "--held-out", action="store_true", help="run the held-out collection instead of the zoo"
+    )
+    parser.add_argument("--cases", default=None, help="comma-separated patterns of ids, titles or kin")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, one thread each")
+    parser.add_argument("--out", type=Path, default=None, help="file to write the page to")
+    parser.add_argument("--raw", type=Path, default=None, help="file for the raw records")
+    parser.add_argument("--again", action="store_true", help="score existing raw records without new runs")
     options = parser.parse_args(arguments)
     collection, name = (held_out, "held_out") if options.held_out else (zoo, "detection")
     opening, truth = (HELD_OUT, held_out.TRUTH) if options.held_out else (ZOO, TRUTH)
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_all(work: list[tuple[str, int]], jobs: int) -> list[dict[str, Any]]:
-    """Runs of (case id, seed), in the order given."""
+    """Run each (case id, seed) and return the records in that order."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=one_thread) as pool:
         return list(pool.map(_job, work))
 

@@ -1,13 +1,13 @@
-"""Whether the doctor is right: its first cause, and its first remedy applied for a whole training.
+"""Measure how often a diagnosis is right: its first cause, and its first fix over a whole training.
 
     python benchmarks/diagnosis.py
     python benchmarks/diagnosis.py --cases "V*,convolutional" --seeds 1
     python benchmarks/diagnosis.py --held-out
 
-Each sick case of the zoo is trained until ``GradGuard(policy=Policy.strict(), trials=True)`` halts it. Where gradients
-vanish, explode or are dead, the change that the first remedy stands for is then made to the same training, which begins
-anew, and runs to its end without a guard. It is cured if it learns by the zoo's own criterion. Writes
-``benchmarks/diagnosis.md``, or ``diagnosis_held_out.md``.
+Each faulty case of the zoo trains until ``GradGuard(policy=Policy.strict(), trials=True)`` halts it. For
+vanishing, exploding and dead gradients, the first fix is then applied to the same training. That training
+starts from the beginning and runs to its end without a guard. It counts as cured if it learns by the zoo's
+own criterion. Writes ``benchmarks/diagnosis.md``, or ``diagnosis_held_out.md``.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from benchmarks.zoo.case import Case, select  # noqa: E402
 from benchmarks.zoo.running import fit, quiet  # noqa: E402
 from benchmarks.zoo.training import Training  # noqa: E402
 from lightning_gradguard import Fault, GradGuard, Policy  # noqa: E402
-from lightning_gradguard.diagnosis.trials.batches import Scale, prepare_batch  # noqa: E402
-from lightning_gradguard.diagnosis.trials.change import Change  # noqa: E402
-from lightning_gradguard.diagnosis.trials.swaps import SwappedForward  # noqa: E402
+from lightning_gradguard.diagnosis.trials.change import (  # noqa: E402
+    Change,
+    Scale,
+    SwappedForward,
+    prepare_batch,
+)
 from lightning_gradguard.diagnosis.trials.trial import apply_change_, run_trial  # noqa: E402
 from lightning_gradguard.introspection.layer_calls import LayerStructure  # noqa: E402
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep  # noqa: E402
+from lightning_gradguard.introspection.sandbox import SandboxedStep  # noqa: E402
 
-#: Faults whose remedies are tried, and the others, of which only the cause is asked; in the order of the page.
+#: Faults whose fixes are tried, then faults for which only the cause is checked; in the order of the page.
 FAULTS = (Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.EXPLODING, Fault.DEAD)
 OTHERS = (Fault.NONFINITE, Fault.DISCONNECTED, Fault.OVERSIZED_UPDATE, Fault.STALLED, Fault.UNDERFLOW)
 FIRST = """\
@@ -56,7 +59,7 @@ so that the shares below flatter, too."""
 
 
 class Run(NamedTuple):
-    """One case and seed: what the doctor said, and what its first remedy did; None where nothing critical was found."""
+    """Diagnosis of one case and seed; fields are None where nothing critical was found."""
 
     case: Case
     seed: int
@@ -74,7 +77,7 @@ class Run(NamedTuple):
 
 
 def run(case: Case, seed: int) -> Run:
-    """Trains until the halt, and again with the first remedy."""
+    """Train until the halt, then again with the first fix."""
     halt = fit(case, case.make(seed), [GradGuard(policy=Policy.strict(), trials=True)])
     if halt is None:
         return Run(case, seed, None, None, None)
@@ -82,14 +85,14 @@ def run(case: Case, seed: int) -> Run:
     remedy = diagnosis.remedies[0]
     quality = None
     if remedy.tried and case.fault in FAULTS:
-        training = treated(case.make(seed), remedy.change)
+        training = with_change(case.make(seed), remedy.change)
         fit(case, training)
         quality = float(training.quality())
     return Run(case, seed, diagnosis.causes[0].value, remedy.name, quality)
 
 
-def treated(training: Training, change: Change) -> Training:
-    """The training with a change made to it for good, as its author would make it."""
+def with_change(training: Training, change: Change) -> Training:
+    """Return the training with a change applied permanently."""
     structure = _structure_of(training)
     apply_change_(training, change, structure)
     _change_data(training, change)
@@ -114,7 +117,7 @@ def treated(training: Training, change: Change) -> Training:
 
 
 def _within(swaps: SwappedForward, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a changed forward pass."""
+    """Return the function with a changed forward pass."""
 
     @functools.wraps(function)
     def swapped(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +128,7 @@ def _within(swaps: SwappedForward, function: Callable[..., Any]) -> Callable[...
 
 
 def _structure_of(training: Training) -> LayerStructure:
-    """What an unchanged forward pass shows."""
+    """Return the layer structure that an unchanged forward pass shows."""
     idle = torch.optim.SGD(training.parameters(), lr=0.0)
     with quiet():
         subject = SandboxedStep(
@@ -135,12 +138,12 @@ def _structure_of(training: Training) -> LayerStructure:
 
 
 def _change_data(training: Training, change: Change) -> None:
-    """Standardises what is trained on and what quality is judged on."""
+    """Standardise the data for training and for judging quality."""
     if not (change.input or change.target):
         return
     own, draw = training.task, training.batch
     scale = Scale.of_targets(draw(0)) if change.target else None
-    # The score compares with targets of the same scale, which is as good as scaling predictions back.
+    # Score against targets of the same scale: this equals scaling the predictions back.
     changed = dataclasses.replace(
         own, draw=lambda generator, size: prepare_batch(own.draw(generator, size), change, scale)
     )
@@ -155,7 +158,7 @@ def _change_data(training: Training, change: Change) -> None:
 
 
 def page(runs: list[Run], seeds: int, *, second: bool = False) -> str:
-    """The whole page."""
+    """Return the whole page."""
     tried = [r for r in runs if r.case.fault in FAULTS]
     others = [r for r in runs if r.case.fault in OTHERS]
     asked = [r for r in tried if r.cause is not None]
@@ -238,14 +241,16 @@ def _share(runs: list[Run], what: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
-    parser.add_argument("--held-out", action="store_true", help="the second collection in place of the zoo")
-    parser.add_argument("--out", type=Path, default=None, help="where the page is written")
+    parser.add_argument("--cases", default=None, help="comma-separated patterns of ids, titles or kin")
+    parser.add_argument(
+        "--held-out", action="store_true", help="run the held-out collection instead of the zoo"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="file to write the page to")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases, name = (held_out.CASES, "diagnosis_held_out") if options.held_out else (zoo.CASES, "diagnosis")

@@ -1,8 +1,9 @@
-"""What histograms cost: ``python benchmarks/histograms.py``; writes ``benchmarks/histograms.md``.
+"""Measure the cost of histograms: ``python benchmarks/histograms.py`` writes ``benchmarks/histograms.md``.
 
-Interleaved in one process with one thread, on 30 million gradient elements in 100 tensors: ours, counted and handed to
-TensorBoard's writer, and ``SummaryWriter.add_histogram`` of the same. Both writers are idle when a clock starts. The
-writer puts things to disk on a thread of its own, in Python; how long that goes on afterwards is a column of its own.
+Both arms take turns in one process with one thread, on 30 million gradient elements in 100 tensors. One arm
+is our histogram, counted and handed to TensorBoard's writer; the other is ``SummaryWriter.add_histogram``.
+Both writers are idle when the clock starts. The writer saves to disk in a Python thread of its own; how long
+that thread runs on afterwards is a separate column.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ TITLES = dict(zip(NAMES, tag_names(NAMES), strict=True))
 
 
 def gradients() -> list[Tensor]:
-    """Quiet gradients whose sizes differ from tensor to tensor and from row to row."""
+    """Return ordinary gradients whose sizes differ by tensor and by row."""
     return [10.0 ** -(1 + 4 * torch.rand(SIDE, 1)) * torch.randn(SIDE, SIDE) for _ in range(TENSORS)]
 
 
 def ours(tensors: list[Tensor], sink: TensorBoardSink, step: int, samples: int | None) -> float:
-    """Counts and writes; returns the seconds that counting took."""
+    """Count and write; return the seconds spent counting."""
     begun = time.perf_counter()
     numbers = read(count(tensors, max_samples=samples).bins.flatten())
     counted = time.perf_counter() - begun
@@ -47,14 +48,14 @@ def ours(tensors: list[Tensor], sink: TensorBoardSink, step: int, samples: int |
 
 
 def theirs(tensors: list[Tensor], writer: SummaryWriter, step: int) -> float:
-    """Writes the same with TensorBoard's own means; how much of that is counting cannot be told."""
+    """Write the same with TensorBoard; it does not report counting separately."""
     for name, tensor in zip(NAMES, tensors, strict=True):
         writer.add_histogram(name, tensor, step)
     return float("nan")
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """For each arm the medians: seconds blocked, of these counting, seconds of the thread after that, and bytes."""
+    """Return medians per arm: seconds blocked, seconds counting, seconds of the writer thread, bytes."""
     tensors = gradients()
     writers = {name: SummaryWriter(folder / name) for name in ("sampled", "exact", "add_histogram")}
     sinks = {name: TensorBoardSink(writer) for name, writer in writers.items()}
@@ -76,7 +77,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
             )
     for writer in writers.values():
         writer.close()
-    # The first rounds warm up, and describe the tags.
+    # Warm-up: the first rounds also describe the tags.
     return {
         name: [statistics.median(column) for column in zip(*found[ROUNDS // 4 :], strict=True)]
         for name, found in rows.items()

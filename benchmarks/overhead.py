@@ -1,11 +1,12 @@
-"""What a guard costs: a step, a training with Lightning, memory, and how they grow; peers beside it.
+"""Measure the cost of a guard: per step, per training, in memory, and beside its peers.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --rounds 10        # trainings repeated more often, for narrower quartiles
     python benchmarks/overhead.py --quick --out page.md
 
-Writes ``benchmarks/overhead.md`` and ``benchmarks/overhead.png`` (or to ``--out``, and the picture beside it). Peers
-are measured where they are installed, and named where they are not; ``pip install --no-deps`` leaves torch as it is.
+Writes ``benchmarks/overhead.md`` and ``benchmarks/overhead.png``; with ``--out`` both go beside that path.
+Peers that are installed are measured; the others are listed as absent. Install them with ``pip install
+--no-deps``, which keeps the installed torch.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from benchmarks.cost.plot import picture  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few steps, to see it run")
-    parser.add_argument("--rounds", type=int, default=None, help="how often each training is repeated")
     parser.add_argument(
-        "--cpu-time", action="store_true", help="count seconds of the CPU, on a machine that is shared"
+        "--quick", action="store_true", help="use tiny shapes and few steps, for a quick check"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="number of repetitions of each training")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds; use it on a shared machine"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "overhead.md")
     options = parser.parse_args(arguments)

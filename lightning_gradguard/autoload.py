@@ -12,7 +12,7 @@ CHOICES = ("watch", "protect", "strict", "off")
 
 
 def callbacks() -> list[Any]:
-    """Return a guard with the policy that the environment variable ``GRADGUARD`` names.
+    """Return a guard with the policy named by the variable ``GRADGUARD``.
 
     The installed package declares it as an entry point of the groups ``lightning.pytorch.callbacks_factory`` and
     ``pytorch_lightning.callbacks_factory``, so each Trainer in the environment calls it. Without the variable it

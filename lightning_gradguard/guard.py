@@ -1,4 +1,7 @@
-"""`Guard`: one optimizer step from gradients to report, in any training loop. It owns all state."""
+"""`Guard`: one optimizer step from gradients to report.
+
+It serves any training loop, and owns all state.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from lightning_gradguard.engine.evaluate import (
 from lightning_gradguard.engine.fast_path import FastPath
 from lightning_gradguard.engine.fault_tracker import Decision, FaultTracker
 from lightning_gradguard.engine.history import History, history_of
-from lightning_gradguard.engine.parameter_tracker import ParameterTracker
+from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
 from lightning_gradguard.engine.readback import (
     PendingStep,
     Readback,
@@ -44,11 +47,10 @@ from lightning_gradguard.engine.readback import (
     save_under_way,
     unpack,
 )
-from lightning_gradguard.engine.state_error import StateError
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
-from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
 from lightning_gradguard.stats.grad_stats import GradStats, stats_of
@@ -65,7 +67,9 @@ STATE_VERSION = 5
 
 
 class Guard:
-    """Judges, clips, skips and halts. Call `step` after backward and before ``optimizer.step()``.
+    """Judges, clips, skips and halts optimizer steps.
+
+    Call `step` after backward and before ``optimizer.step()``.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -169,13 +173,16 @@ class Guard:
 
     @property
     def history(self) -> History:
-        """The newest judged steps. It begins anew when the parameters change, and is not saved."""
+        """The newest judged steps.
+
+        It begins anew when the parameters change, and is not saved.
+        """
         self.flush()
         return self._history
 
     @property
     def state(self) -> GuardState | None:
-        """State of statistics, detectors and clipper after the newest good step; None before the first."""
+        """State after the newest good step; None before the first."""
         self.flush()
         return self._state
 
@@ -189,7 +196,7 @@ class Guard:
         batch: object = None,
         context: StepContext | None = None,
     ) -> Report:
-        """Judge the gradients on the parameters; clip them, or remove them if the step is bad.
+        """Judge the gradients; clip or remove them.
 
         In a distributed program every rank has to call it.
 
@@ -244,17 +251,26 @@ class Guard:
         return self._evaluate(stats, number, scaler, context or StepContext(batch=batch))
 
     def flush(self) -> None:
-        """Fold deferred steps into the running statistics, and complete their reports."""
+        """Fold in deferred steps and complete their reports."""
         thresholds, self._state = self.fast_path.fold_in(self._state)
         if thresholds:
             self._finalize(read(torch.stack(thresholds)))
 
     def keep_history(self, steps: int) -> None:
-        """Keep that many of the newest steps in `history`."""
+        """Keep that many of the newest steps in `history`.
+
+        Args:
+            steps: Most steps to keep.
+
+        Raises:
+            ValueError: If ``steps`` is not a positive whole number.
+        """
         self.history.resize(steps)
 
     def close(self) -> None:
-        """Judge what is still under way, and remove all hooks. Call it when training ends.
+        """Judge what is still under way; remove all hooks.
+
+        Call it when training ends.
 
         Raises:
             GradientHalt: If the last step was one to halt on.
@@ -266,7 +282,10 @@ class Guard:
             self._raise_if_halted(arrived[1].step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed run needs to judge and clip as this one would: plain types and tensors."""
+        """Return the state as plain types and tensors.
+
+        A run resumed with it judges and clips as this one would.
+        """
         self.flush()
         return {
             "version": STATE_VERSION,
@@ -289,8 +308,8 @@ class Guard:
             state: State of a guard with the same parameters, detectors and clipper.
 
         Raises:
-            ValueError: If it is of another version, other parameters, or other detectors or clipper. Nothing is changed
-                then.
+            StateError: If it is of another version, other parameters, or other detectors or clipper. Nothing is changed
+                then. It is a ValueError.
         """
         if state.get("version") != STATE_VERSION:
             raise StateError(
@@ -314,7 +333,9 @@ class Guard:
             ) from error
 
     def roll_back(self, state: Mapping[str, Any] | None) -> None:
-        """Judge on from an earlier state of this guard; the steps since then stay counted.
+        """Judge on from an earlier state of this guard.
+
+        The steps since then stay counted.
 
         Args:
             state: State from `state_dict`; None for the beginning.
@@ -388,7 +409,7 @@ class Guard:
         after: GuardState,
         arrived: tuple[list[float], PendingStep] | None,
     ) -> Report:
-        """Clip or skip this step on the device, and report on the step before (``lag=1``).
+        """Act on the device; report on the step before.
 
         Args:
             evaluation: Results of this step on the device.
@@ -419,7 +440,7 @@ class Guard:
         return dataclasses.replace(self.report, skip=False)
 
     def _conclude_late(self, numbers: list[float], pending: PendingStep) -> Report:
-        """Conclude a step that was taken already; raise if it was one to halt on."""
+        """Conclude a step that was taken already."""
         report = self._conclude(numbers, pending)
         if self._halt is not None:
             # The coming step is not taken, even if the halt is not an error and the optimizer is called.
@@ -429,7 +450,7 @@ class Guard:
         return report
 
     def _conclude(self, numbers: list[float], pending: PendingStep) -> Report:
-        """Turn a step's numbers into its report; record what was found, warn, and diagnose."""
+        """Turn a step's numbers into its report."""
         record = self.record = unpack(numbers, pending, self._parts, self._results)
         decision = self.fault_tracker.decide(
             pending.step,
@@ -469,12 +490,12 @@ class Guard:
                 if finding.fault == Fault.NONFINITE:
                     # The first one of a run is replayed; of later ones only the batch is searched.
                     origin = self._trace(record, pending.context, replay=self._origin is None)
-                warn(describe(finding, origin))
+                warn(describe(finding, origin, skipped=decision.report.skip))
         if to_diagnose is not None:
             self.diagnosis = self._diagnose(to_diagnose, record, pending)
 
     def _trace(self, record: StepRecord, context: StepContext, *, replay: bool) -> Origin | None:
-        """Find the source of a non-finite value for a warning; None if it cannot be found."""
+        """Find the source of a non-finite value, or None."""
         from lightning_gradguard.diagnosis.diagnose import trace_nonfinite
 
         try:
@@ -485,7 +506,10 @@ class Guard:
         return origin
 
     def _diagnose(self, finding: Finding, record: StepRecord, pending: PendingStep) -> Diagnosis:
-        """Diagnose a critical finding; return a bare diagnosis if that fails, for it must never end a training."""
+        """Diagnose a critical finding, barely if that fails.
+
+        Diagnosing must never end a training.
+        """
         from lightning_gradguard.diagnosis.diagnose import GuardFacts, diagnose, undiagnosed
 
         context = pending.context
@@ -524,7 +548,7 @@ class Guard:
             raise GradientHalt(self.diagnosis, self.findings, step)
 
     def _probe_sequence_if_stuck(self) -> None:
-        """Probe how gradients fall over time in the next pass, if the loss makes no progress."""
+        """Probe gradients over time if the loss makes no progress."""
         record = self.record
         if record is None or self.tracker.schedule.good <= WARM_UP:
             return
@@ -551,6 +575,6 @@ class Guard:
             restore_under_way(self._readback, saved, tracker.layout, tracker.weights, tracker.updates)
 
     def _kinds(self) -> list[str]:
-        """Return the class names of detectors and clipper, which a saved state must share."""
+        """Return class names that a saved state must share."""
         parts = [*self.detectors, *([] if self.clipper is None else [self.clipper])]
         return [type(part).__name__ for part in parts]

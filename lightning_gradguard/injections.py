@@ -61,7 +61,7 @@ class Injection(ABC):
         """
 
     def is_due(self, step: int, rank: int) -> bool:
-        """Return True if the fault is injected at this step in this process.
+        """Return True at the injection's steps and rank.
 
         Args:
             step: Number of the current step.
@@ -208,9 +208,9 @@ class DeadRows(Injection):
         check_fraction("share", self.share)
 
     def change(self, gradient: Tensor, depth: float) -> Tensor:
-        """Return the gradient with rows of zeros; a scalar counts as one row."""
+        """Return the gradient with rows of zeros."""
         dense = gradient.to_dense() if gradient.is_sparse else gradient.clone()
-        rows = dense if dense.ndim else dense.reshape(1)
+        rows = dense if dense.ndim else dense.reshape(1)  # a scalar is one row
         rows[: math.ceil(self.share * rows.shape[0])] = 0
         return dense
 
@@ -223,7 +223,7 @@ def inject(
     step: int,
     rank: int | None = None,
 ) -> Iterator[None]:
-    """Inject a fault into backward passes inside the block, if the step is one of the injection's.
+    """Inject a fault into backward passes inside the block, at its steps.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

@@ -97,27 +97,36 @@ class Policy:
 
     @property
     def rolls_back(self) -> bool:
-        """True if the response to any fault is a rollback."""
+        """True if any response is a rollback."""
         return "rollback" in self.respond.values()
 
     @classmethod
     def watch(cls) -> Policy:
-        """Return the default policy: warn of every fault, skip non-finite steps, halt only if they persist."""
+        """Return the default policy.
+
+        It warns of every fault, skips non-finite steps, and halts only if they persist.
+        """
         return cls()
 
     @classmethod
     def protect(cls) -> Policy:
-        """Return a policy for unattended runs: as `watch`, and halt when gradients explode."""
+        """Return a policy for unattended runs.
+
+        As `watch`, and it halts when gradients explode.
+        """
         return cls(respond={Fault.EXPLODING.value: "halt"})
 
     @classmethod
     def strict(cls) -> Policy:
-        """Return a policy that halts on every critical fault, and on the first non-finite step."""
+        """Return a policy that halts on every critical fault.
+
+        It also halts on the first non-finite step.
+        """
         return cls(respond={fault.value: "halt" for fault in Fault})
 
 
 def _check_choice(name: str, value: object, choices: list[str]) -> None:
-    """Raise ValueError unless the value is one of the choices; name the nearest one."""
+    """Raise ValueError unless the value is a choice."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)

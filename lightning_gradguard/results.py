@@ -1,4 +1,4 @@
-"""Results that users see: faults, findings, reports, warnings and the halt. Plain data, no tensors."""
+"""Results that users see, as plain data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _CUSTOM_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Fault(str, Enum):
-    """Kinds of gradient fault, in order of precedence: an earlier one explains the later ones away.
+    """Kinds of gradient fault, in order of precedence.
+
+    An earlier fault explains the later ones away.
 
     A detector of your own either finds one of these, or has a fault of its own; see `Fault.custom`.
     """
@@ -37,7 +39,7 @@ class Fault(str, Enum):
 
     @classmethod
     def custom(cls, name: str) -> Fault:
-        """Return the fault of that name for a detector of your own, the same object at each call.
+        """Return the custom fault of that name.
 
         It can be used wherever a built-in fault can: in ``Policy(respond={"quantized": "halt"})``, in messages, tags
         and the report. Iterating over `Fault` gives the built-in faults only. It explains no other fault, and none
@@ -73,7 +75,7 @@ class Fault(str, Enum):
 
     @classmethod
     def known(cls) -> tuple[Fault, ...]:
-        """Return the built-in faults by precedence, then the custom ones in the order they were made."""
+        """Return built-in faults by precedence, then custom ones."""
         return tuple(member for member in cls._value2member_map_.values() if isinstance(member, cls))
 
     @property
@@ -83,7 +85,7 @@ class Fault(str, Enum):
 
     @property
     def precedence(self) -> int:
-        """Rank among the faults, 0 first; custom faults share the last rank."""
+        """Rank, 0 first; custom faults share the last."""
         return len(Fault) if self.is_custom else list(Fault).index(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -92,7 +94,10 @@ class Fault(str, Enum):
 
 
 class Severity(IntEnum):
-    """Weight of a finding: INFO is recorded, WARNING is warned of, CRITICAL may halt."""
+    """Weight of a finding.
+
+    INFO is recorded, WARNING is warned of, CRITICAL may halt.
+    """
 
     INFO = 0
     WARNING = 1
@@ -100,7 +105,7 @@ class Severity(IntEnum):
 
 
 class Quantity(str, Enum):
-    """Quantities that a detector judges over many steps and that a single pass can measure again.
+    """Quantities that a single pass can measure again.
 
     A flight record names the one that a halt rests on, so that a replay knows what to measure.
     """
@@ -140,19 +145,21 @@ class Finding:
     optimizer: int = 0
     measure: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Fault, onset and worst tensors, as messages begin."""
         named, more = ", ".join(self.parameters[:3]), len(self.parameters) - 3
         where = f", worst in {named}" if named else ""
         others = f" and {more} more" if more > 0 else ""
+        return f"{self.fault.value} since step {self.step}{where}{others}"
+
+    def __str__(self) -> str:
         measure = self.measure or self.detector
-        return (
-            f"{self.fault.value} since step {self.step}{where}{others} "
-            f"({measure}: {self.value:.3g}, limit {self.limit:.3g})"
-        )
+        return f"{self.place} ({measure}: {self.value:.3g}, limit {self.limit:.3g})"
 
 
 class DeferredFields(Protocol):
-    """Source of the fields of a `Report` that are worked out when they are asked for."""
+    """Source of a report's deferred fields."""
 
     def threshold(self) -> float | None:
         """Return `Report.threshold`."""
@@ -163,7 +170,7 @@ class DeferredFields(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """Measurements and actions of one optimizer step; all numbers are of that step.
+    """Measurements and actions of one optimizer step.
 
     To get a dict, use ``dataclasses.asdict``: for most steps ``threshold`` and ``norms`` are worked out only when they
     are asked for.
@@ -192,7 +199,7 @@ class Report:
 
     @classmethod
     def deferred(cls, step: int, loss: float | None, norm: float, fields: DeferredFields) -> Report:
-        """Return the report of a step at which nothing was found or done.
+        """Return the report of an accepted step.
 
         Args:
             step: As in `Report`.
@@ -220,11 +227,11 @@ class Report:
 
 
 class GradientWarning(UserWarning):
-    """Category of all warnings of the guard, to filter them by."""
+    """Category of the guard's warnings."""
 
 
 class GradientHalt(RuntimeError):
-    """Training cannot go on; raised before the bad step is taken.
+    """Training cannot go on; raised before the bad step.
 
     Attributes:
         diagnosis: What happened, where, why, and what to do. Its text is this exception's message.

@@ -1,6 +1,7 @@
 """Checks of numeric arguments.
 
-An argument of the wrong type raises TypeError, one out of range ValueError. The message names the argument, what it
+An argument out of range raises ValueError, one of the wrong type an error that is a TypeError and a ValueError.
+The message names the argument, what it
 must be, and what it is: ``max_norm must be positive and finite, got -1.0``.
 """
 
@@ -8,6 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+
+
+class ArgumentTypeError(TypeError, ValueError):
+    """An argument of the wrong type.
+
+    It is a ValueError too: callers may check for either, whatever the argument.
+    """
 
 
 def check_number(name: str, value: object, need: str, holds: Callable[[float], bool]) -> None:
@@ -20,11 +28,11 @@ def check_number(name: str, value: object, need: str, holds: Callable[[float], b
         holds: The condition.
 
     Raises:
-        TypeError: If ``value`` is no number; a bool is none.
+        ArgumentTypeError: If ``value`` is no number; a bool is none.
         ValueError: If the condition does not hold.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {need}, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be {need}, got {value!r}")
     if not holds(value):
         raise ValueError(f"{name} must be {need}, got {value!r}")
 

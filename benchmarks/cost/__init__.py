@@ -1,1 +1,1 @@
-"""What a guarded step and a guarded training cost: parts of ``benchmarks/overhead.py``."""
+"""Cost of a guarded step and a guarded training: the parts of ``benchmarks/overhead.py``."""

@@ -1,4 +1,4 @@
-"""Single steps: `Guard.step` beside a bare norm, torch's clipping and the peers, on gradients of many shapes."""
+"""Single steps: `Guard.step`, a plain norm, torch's clipping and the peers, on gradients of many shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS = "Guard, SpikeClip"
 TRANSFORMER = "transformer, 30 million in 100 tensors"
 THOUSAND, FOUR_THOUSAND = "1,000 tensors of 32 × 32", "4,000 tensors of 32 × 32"
 
-#: What the gradients are of, to what makes it.
+#: Models whose gradients are measured: description to constructor.
 WORKLOADS: dict[str, Callable[[], nn.Module]] = {
     TRANSFORMER: lambda: Transformer(layers=8, width=512, vocabulary=8832, context=512),
     "4 tensors of 2,740 × 2,740": lambda: tensors([(2740, 2740)] * 4),
@@ -31,13 +31,13 @@ WORKLOADS: dict[str, Callable[[], nn.Module]] = {
 
 
 def timings(model: nn.Module, steps: int, clock: Callable[[], float], with_peers: bool = True) -> Timings:
-    """All arms on the gradients of one model."""
+    """Time all arms on the gradients of one model."""
     more = {} if not with_peers else of_peers(model)
     return measure(model, SpikeClip(), steps, more, clock)
 
 
 def of_peers(model: nn.Module) -> dict[str, Callable[[], object]]:
-    """What peers do at a step, as far as it can be called by itself."""
+    """Return each peer's work per step, as far as it can be called on its own."""
     arms: dict[str, Callable[[], object]] = {"Lightning's grad_norm": lambda: grad_norm(model, norm_type=2)}
     if (zclip := peers.find("zclip")) is not None:
         spikes: Any = zclip.ZClip()

@@ -1,4 +1,4 @@
-"""Trainings in rounds: who comes when, and how much more one takes than another of the same round."""
+"""Trainings in rounds: their order, and the ratio of two trainings in the same round."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Rounds:
     """Seconds of each step of each training.
 
     Attributes:
-        seconds: Name of an arm to its rounds, and of each round the seconds of all steps on the clock.
+        seconds: Name of an arm to its rounds; each round holds the seconds of all timed steps.
     """
 
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def step(self, arm: str) -> Spread:
-        """Seconds a step: the mean, over the steps of a training, of their medians over the rounds."""
+        """Return seconds per step: the mean, over the steps of a training, of their medians over the rounds."""
         return over_a_cycle(self.seconds[arm])
 
     def ratio(self, arm: str, base: str) -> Spread:
-        """Seconds of an arm over those of another at the same step of the same round, likewise."""
+        """Return an arm's seconds over another's at the same step of the same round, averaged likewise."""
         return over_a_cycle(self._ratios(arm, base))
 
     def usual(self, arm: str, base: str) -> float:
-        """The same of the median step, which leaves out steps that write histograms, and those beside a drawing."""
+        """Return the same ratio for the median step, which excludes steps that write histograms or pictures."""
         return statistics.median(map(statistics.median, zip(*self._ratios(arm, base), strict=True)))
 
     def _ratios(self, arm: str, base: str) -> list[list[float]]:
@@ -38,9 +38,11 @@ class Rounds:
 
 
 def interleave(arms: Iterable[str], rounds: int, train: Callable[[str], list[float]]) -> Rounds:
-    """Runs ``train`` of each arm in each round; who begins a round moves on, and every second round goes backwards.
+    """Run ``train`` for each arm in each round.
 
-    The first arm is trained once before that, so that nobody pays for what is done once in a process.
+    The first arm changes from round to round, and every second round runs in reverse order.
+
+    The first arm trains once before that, so that no arm pays for the one-time work of a process.
     """
     names, found = list(arms), Rounds()
     train(names[0])

@@ -1,4 +1,4 @@
-"""What a guard keeps in memory: bytes by who holds them, found by following references."""
+"""Memory of a guard: bytes by holder, found by following references."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_gradguard import Guard, SpikeClip
 from lightning_gradguard.cli.cost import SyntheticTraining
 from lightning_gradguard.engine.sampling_schedule import EAGER, REFRESH
 
-#: Not followed: they belong to the program and not to the guard.
+#: Types that are not followed: they belong to the program, not to the guard.
 _SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)
 
 
 def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
-    """A guard with the default detectors and SpikeClip that has judged quiet steps, with closer looks and without."""
+    """Return a guard with SpikeClip after ordinary steps, with and without full evaluations."""
     training = SyntheticTraining(model)
     guard = Guard(model.named_parameters(), clipper=SpikeClip())
     for _ in range(steps):
@@ -33,13 +33,13 @@ def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
 
 
 def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counter[str]:
-    """Bytes of tensors and arrays that a guard holds, by the attribute through which they are reached first.
+    """Return bytes of tensors and arrays that a guard holds, by the attribute that reaches them first.
 
-    Parameters and gradients, and views into them, are the model's and not counted.
+    Parameters, gradients and views into them belong to the model and are not counted.
     """
     parameters = guard.tracker.layout.parameters
     seen = {_memory(t) for p in parameters for t in (p, p.grad) if t is not None}
-    # What leads back to the guard tells nothing new.
+    # References back to the guard lead to nothing new.
     met: set[int] = {id(guard), *map(id, parameters)}
     found: Counter[str] = Counter()
     owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.tracker).items()}
@@ -56,7 +56,10 @@ def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counte
 
 
 def python_bytes(make: Callable[[], object]) -> int:
-    """Bytes of Python objects, arrays of NumPy among them and tensors not, that stay while what was made lives."""
+    """Return bytes of Python objects that stay allocated while the result lives.
+
+    || NumPy arrays are included, tensors are not.
+    """
     gc.collect()
     tracemalloc.start()
     try:
@@ -71,7 +74,7 @@ def python_bytes(make: Callable[[], object]) -> int:
 
 
 def _reached(root: object, met: set[int]) -> list[Any]:
-    """The tensors and arrays that can be reached from here, and had not been before."""
+    """Return the tensors and arrays newly reached from this object."""
     found, waiting = [], [root]
     while waiting:
         thing = waiting.pop()

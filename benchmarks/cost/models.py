@@ -1,4 +1,4 @@
-"""The models whose gradients are judged: a transformer of two sizes and more, and plain lists of tensors."""
+"""Models whose gradients are measured: transformers of several sizes, and plain lists of tensors."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts the next token with tied embeddings: int64 [B, T] to logits [B, T, vocabulary].
+    """Transformer that predicts the next token with tied embeddings: int64 [B, T] to logits [B, T, vocabulary].
 
     Args:
-        layers: Blocks.
-        width: Of the residual path.
-        vocabulary: Tokens.
-        context: Longest T of learned positions; 0 for none, as a causal mask tells order too.
+        layers: Number of blocks.
+        width: Width of the residual path.
+        vocabulary: Number of tokens.
+        context: Longest T with learned positions; 0 for none, since a causal mask also gives order.
     """
 
     def __init__(self, layers: int, width: int, vocabulary: int, context: int = 0) -> None:
@@ -72,7 +72,7 @@ class Training(L.LightningModule):
 
 
 def loader(batch: int, length: int, vocabulary: int, batches: int = 32) -> DataLoader[Tensor]:
-    """Batches of windows int64 [B, T + 1] that can be learned: each token mostly decides the next one."""
+    """Return batches of windows int64 [B, T + 1] that can be learned: each token mostly decides the next one."""
     rng = torch.Generator().manual_seed(0)
     follower = torch.randperm(vocabulary, generator=rng)
     columns = [torch.randint(vocabulary, (batches, batch), generator=rng)]
@@ -84,5 +84,5 @@ def loader(batch: int, length: int, vocabulary: int, batches: int = 32) -> DataL
 
 
 def tensors(shapes: list[tuple[int, ...]]) -> nn.ParameterList:
-    """Parameters of these shapes, and nothing else."""
+    """Return parameters of these shapes."""
     return nn.ParameterList([nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes])

@@ -1,4 +1,4 @@
-"""The page: results to tables and sentences, nothing said that is not computed from them."""
+"""Page of the cost benchmark: tables and sentences, all computed from the results."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ GROWTH = """## Growth
 
 
 def report(found: Results, clock: str, picture: str) -> str:
-    """The page in Markdown.
+    """Return the page in Markdown.
 
     Args:
-        found: What is told.
-        clock: What seconds were counted.
-        picture: Name of the file beside the page.
+        found: Results to report.
+        clock: Which seconds were counted.
+        picture: File name of the picture beside the page.
     """
     threads = torch.get_num_threads()
     head = INTRODUCTION.format(
@@ -155,7 +155,7 @@ def _training(rounds: Rounds) -> str:
 
 
 def _rank(rounds: Rounds) -> str:
-    """Where ours stands among those that look at every gradient at every step."""
+    """Return our rank among arms that check every gradient at every step."""
     looking = [name for name in rounds.seconds if trainer_arms.EVERY[name].each_step]
     if len(looking) < 3:
         return ""
@@ -212,6 +212,6 @@ def _number(count: int, what: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     first, *others = ("| " + " | ".join(line) + " |" for line in (head, *rows))
     return "\n".join([first, "|---" * len(head) + "|", *others])

@@ -1,4 +1,4 @@
-"""What calls a peer from a Trainer, each as its own page says it is to be called."""
+"""Callbacks that call a peer from a Trainer, each as its own documentation describes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Trainer, Module = L.Trainer, L.LightningModule
 
 
 class GradNorm(L.Callback):
-    """Lightning's own example: the norm of each gradient, logged."""
+    """Lightning's own example: log the norm of each gradient."""
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: Module, optimizer: torch.optim.Optimizer
@@ -24,7 +24,7 @@ class GradNorm(L.Callback):
 
 
 class AddHistogram(L.Callback):
-    """A histogram of each gradient every few steps."""
+    """Histogram of each gradient every few steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -51,7 +51,7 @@ class AdaptiveClip(L.Callback):
 
 
 class SkipStep(L.Callback):
-    """Tells OLMo-core's optimizer the loss and the norm, which its own trainer takes from clipping to 1."""
+    """Loss and norm for OLMo-core's optimizer, whose own trainer takes them from clipping to 1."""
 
     def __init__(self) -> None:
         self._loss = torch.tensor(0.0)
@@ -91,7 +91,7 @@ class Monitor(L.Callback):
 
 
 class Scope(L.Callback):
-    """trainscope on its defaults."""
+    """trainscope with its defaults."""
 
     def __init__(self, module: ModuleType, folder: Path) -> None:
         from trainscope.core.config import TrainScopeConfig
@@ -115,7 +115,7 @@ class Scope(L.Callback):
 
 
 class Watch(L.Callback):
-    """wandb's watch over gradients."""
+    """wandb's watch on gradients."""
 
     def __init__(self, every: int) -> None:
         self.every = every

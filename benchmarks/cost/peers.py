@@ -1,4 +1,4 @@
-"""The peers, as their own packages have them: what is not installed is left out, and said so by name."""
+"""Peers from their own packages; those that are not installed are left out and listed by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-#: Name of a peer to the package that has it, as pip knows it, and the module that is imported.
+#: Name of a peer to its package, as pip knows it, and the module to import.
 PACKAGES = {
     "zclip": ("zclip", "zclip"),
     "timm AGC": ("timm", "timm"),
@@ -21,9 +21,9 @@ PACKAGES = {
 
 @cache
 def find(peer: str) -> ModuleType | None:
-    """The module of a peer; None where it cannot be imported.
+    """Return the module of a peer, or None if it cannot be imported.
 
-    Of timm only the one file is read: the whole of it asks for torchvision.
+    Only one file of timm is loaded: the whole package needs torchvision.
     """
     _, name = PACKAGES[peer]
     if importlib.util.find_spec(name.partition(".")[0]) is None:
@@ -35,12 +35,12 @@ def find(peer: str) -> ModuleType | None:
 
 
 def absent() -> list[str]:
-    """The peers that are not there."""
+    """Return the peers that are not installed."""
     return [peer for peer in PACKAGES if find(peer) is None]
 
 
 def version(peer: str) -> str:
-    """Of the installed package."""
+    """Return the installed package's version."""
     from importlib.metadata import version
 
     return version(PACKAGES[peer][0])

@@ -1,4 +1,4 @@
-"""What is run, and what comes of it: everything, or the same in small to see it run."""
+"""Plan of all measurements and their results, in full size or small for a quick check."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lightning_gradguard.cli.cost import CYCLE, Timings
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run.
+    """Measurements to run.
 
     Attributes:
-        workloads: Models whose gradients single steps are timed on.
-        steps: Timed steps of each, whole cycles.
-        tensors: Numbers P of tensors of 32 × 32 that cost and memory are told of.
-        elements: Numbers of parameters, in 100 tensors, that cost is told of.
-        growth_steps: Timed steps of each of those.
-        trainings: Title to size, and rounds, of all arms.
-        turns: Title to size, rounds, and who takes turns in one training, all that can be when None.
+        workloads: Models for the timing of single steps.
+        steps: Timed steps of each workload, in whole sampling cycles.
+        tensors: Numbers P of 32 × 32 tensors for the cost and memory tables.
+        elements: Numbers of parameters, in 100 tensors, for the cost table.
+        growth_steps: Timed steps for each of those sizes.
+        trainings: Title to size and rounds; every arm trains.
+        turns: Title to size, rounds, and the arms that take turns in one training; None for all that can.
     """
 
     workloads: dict[str, Callable[[], nn.Module]]
@@ -74,18 +74,18 @@ QUICK = Plan(
 
 @dataclass
 class Results:
-    """What came of it.
+    """Results of the measurements.
 
     Attributes:
-        shapes: Title of a workload to its numbers of tensors and of elements.
+        shapes: Title of a workload to its numbers of tensors and elements.
         steps: Title of a workload to the timings of single steps.
         by_tensors: P to the timings on P tensors of 32 × 32.
-        by_elements: Number of parameters to the timings on so many in 100 tensors.
+        by_elements: Number of parameters to the timings on that many in 100 tensors.
         trainings: Title to the seconds of whole trainings.
         turns: Title to the seconds of turns in one training.
-        findings: What guards found in all of these trainings.
-        held: P to the bytes held by a guard over P tensors of 32 × 32, by holder.
-        held_wide: Bytes held over the second largest P of 64 × 64, in all.
+        findings: Number of findings of all guards in these trainings.
+        held: P to the bytes that a guard over P tensors of 32 × 32 holds, by holder.
+        held_wide: Total bytes held over the second largest P, with 64 × 64 tensors.
         python: Bytes of Python objects and arrays of a guard over that P.
     """
 
@@ -103,12 +103,12 @@ class Results:
 
     @property
     def reference(self) -> int:
-        """The P that memory is told of in detail: the second largest."""
+        """P of the detailed memory table: the second largest."""
         return sorted(self.held)[-2]
 
 
 def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callable[[str], None]) -> Results:
-    """Everything that is planned; ``rounds`` overrides how often trainings are repeated."""
+    """Run the whole plan; ``rounds`` overrides the number of repetitions."""
     found = Results()
     for count in plan.tensors:
         say(f"memory, {count} tensors")
@@ -122,7 +122,7 @@ def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callabl
         model = make()
         sizes = [p.numel() for p in model.parameters()]
         found.shapes[title] = len(sizes), sum(sizes)
-        # The largest number of tensors is there for how a guard grows; peers would take minutes.
+        # The largest number of tensors only shows how a guard grows; peers would take minutes.
         found.steps[title] = arms.timings(model, plan.steps, clock, with_peers=title != arms.FOUR_THOUSAND)
     for count in plan.tensors:
         say(f"growth, {count} tensors")

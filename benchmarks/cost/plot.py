@@ -1,4 +1,4 @@
-"""The picture: cost by number of tensors and of parameters, cost of trainings, and memory."""
+"""Picture of the cost by tensors and parameters, of trainings, and of memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import Results
 from lightning_gradguard.cli.cost import BARE, CLIP, Timings
 
-#: Of Okabe and Ito, told apart by the colour-blind; markers and dashes tell them apart in grey.
-LOOKS = {
+#: Colours of Okabe and Ito, which colour-blind readers can distinguish; markers and dashes help in grey.
+STYLES = {
     BARE: {"color": "#56B4E9", "marker": "s", "linestyle": ":"},
     CLIP: {"color": "#E69F00", "marker": "^", "linestyle": "--"},
     arms.OURS: {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2},
@@ -25,7 +25,7 @@ LOOKS = {
 
 
 def picture(found: Results, path: Path) -> None:
-    """Draws all four panels."""
+    """Draw all four panels."""
     figure, ((by_tensors, by_elements), (training, memory)) = plt.subplots(
         2, 2, figsize=(11.5, 8), layout="constrained"
     )
@@ -39,11 +39,11 @@ def picture(found: Results, path: Path) -> None:
 
 
 def _growth(panel: Axes, column: dict[int, Timings], title: str, label: str) -> None:
-    for arm, look in LOOKS.items():
+    for arm, style in STYLES.items():
         spreads = [timings.step(arm) for timings in column.values()]
         heights = [1e3 * s.median for s in spreads]
         reach = [[1e3 * (s.median - s.low) for s in spreads], [1e3 * (s.high - s.median) for s in spreads]]
-        panel.errorbar(list(column), heights, reach, label=arm, capsize=3, **look)
+        panel.errorbar(list(column), heights, reach, label=arm, capsize=3, **style)
     panel.set(xscale="log", yscale="log", title=title, xlabel=label, ylabel="milliseconds a step")
     _plain(panel)
 
@@ -55,8 +55,8 @@ def _training(panel: Axes, rounds: Rounds, title: str) -> None:
         spread = rounds.ratio(name, trainer_arms.BARE)
         reach = [[spread.median - spread.low], [spread.high - spread.median]]
         ours = name == trainer_arms.OURS
-        look = {"color": "#000000", "marker": "o"} if ours else {"color": "#0072B2", "marker": "D"}
-        panel.errorbar([spread.median], [place], xerr=reach, capsize=3, linestyle="none", **look)
+        style = {"color": "#000000", "marker": "o"} if ours else {"color": "#0072B2", "marker": "D"}
+        panel.errorbar([spread.median], [place], xerr=reach, capsize=3, linestyle="none", **style)
     panel.axvline(1, color="#777777", linewidth=1, linestyle="--")
     panel.set_yticks(range(len(order)), order)
     panel.get_yticklabels()[order.index(trainer_arms.OURS)].set_fontweight("bold")
@@ -68,7 +68,7 @@ def _training(panel: Axes, rounds: Rounds, title: str) -> None:
 def _memory(panel: Axes, found: Results) -> None:
     counts = list(found.held)
     panel.plot(
-        counts, [found.held[n].total() / 1e6 for n in counts], label="held by a guard", **LOOKS[arms.OURS]
+        counts, [found.held[n].total() / 1e6 for n in counts], label="held by a guard", **STYLES[arms.OURS]
     )
     weights = [n * 32 * 32 * 4 / 1e6 for n in counts]
     panel.plot(counts, weights, label="the weights themselves", color="#D55E00", marker="v", linestyle="-.")
@@ -78,7 +78,7 @@ def _memory(panel: Axes, found: Results) -> None:
 
 
 def _plain(panel: Axes) -> None:
-    """Numbers as they are spoken, at the powers of ten and where the axis has room between."""
+    """Show plain numbers at powers of ten, and at values between where there is space."""
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
         axis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""Trainings with Lightning: bare, with torch's clipping, with ours on its defaults, and with each of the peers."""
+"""Trainings with Lightning: bare, with torch's clipping, with our defaults, and with each peer."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from lightning_gradguard import GradGuard, GradHistogram, SpikeClip
 from lightning_gradguard.engine.sampling_schedule import EAGER, SETTLED
 
 BARE, CLIP, OURS = "bare", "gradient_clip_val=1.0", "SpikeClip + histograms"
-#: Steps between two histograms, for all that draw some; the clock runs for one such interval.
+#: Steps between two histograms, for every arm that draws them; the clock runs for one interval.
 INTERVAL = 100
 
 
 @dataclass(frozen=True)
 class Size:
-    """A training: the transformer, the batch, and its steps.
+    """Size of a training: the transformer, the batch, and its steps.
 
     Attributes:
-        warm_up: Steps before the clock runs: a guard looks closer more often until then.
-        steps: Steps on the clock.
+        warm_up: Steps before the clock starts; a guard runs full evaluations more often until then.
+        steps: Timed steps.
     """
 
     layers: int
@@ -61,15 +61,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Arm:
-    """How a Trainer is set up.
+    """Configuration of a Trainer.
 
     Attributes:
-        does: What it does.
-        each_step: Whether it looks at all gradients at every step.
-        callbacks: Makes the callbacks, given a folder to write to.
+        does: Description for the table.
+        each_step: True if it checks all gradients at every step.
+        callbacks: Creates the callbacks, given a folder to write to.
         options: Arguments of the Trainer.
-        optimizer: Makes another optimizer than AdamW.
-        logger: Makes another logger than TensorBoard's, given a folder.
+        optimizer: Creates an optimizer other than AdamW.
+        logger: Creates a logger other than TensorBoard's, given a folder.
     """
 
     does: str
@@ -130,17 +130,17 @@ EVERY = {**ARMS, **PEERS}
 
 
 def available() -> dict[str, Arm]:
-    """The arms whose packages are installed."""
+    """Return the arms whose packages are installed."""
     return {**ARMS, **{name: arm for name, arm in PEERS.items() if peers.find(name) is not None}}
 
 
 def train(
     arm: Arm, size: Size, folder: Path, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list[float], int]:
-    """Runs one training.
+    """Run one training.
 
     Returns:
-        Seconds of each step on the clock, and how much the guard found, if there is one.
+        Seconds of each timed step, and the number of the guard's findings.
     """
     torch.manual_seed(0)
     module = Training(size.net())
@@ -150,7 +150,7 @@ def train(
     place = folder / str(next(_numbers))
     place.mkdir(parents=True)
     starts, callbacks = Starts(clock), arm.callbacks(place)
-    with quietly():
+    with silenced():
         trainer = L.Trainer(
             max_steps=size.warm_up + size.steps + 1,
             accelerator="cpu",
@@ -169,8 +169,8 @@ def train(
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Keeps Lightning and wandb from telling of each training, and leaves them as they were."""
+def silenced() -> Iterator[None]:
+    """Silence Lightning and wandb, and restore their settings afterwards."""
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level
     with warnings.catch_warnings(), patch.dict(os.environ, {"WANDB_SILENT": "true"}):
@@ -183,7 +183,7 @@ def quietly() -> Iterator[None]:
 
 
 class Starts(L.Callback):
-    """Comes first, so that from one start of a batch to the next lies everything that a step takes."""
+    """Callback that comes first, so that one batch start to the next covers all the work of a step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock

@@ -1,4 +1,4 @@
-"""One training in which arms take turns: all find the same machine, the same weights and the same memory."""
+"""One training in which arms take turns, so that all share the machine, the weights and the memory."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from torch import Tensor
 
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
-from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, quietly
+from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, silenced
 from lightning_gradguard.cli.cost import CYCLE
 
-#: Arms that are nothing but callbacks, so that they can take turns.
+#: Arms that consist only of callbacks, so that they can take turns.
 ABLE = (BARE, CLIP, OURS, "grad_norm", "add_histogram", "zclip", "timm AGC", "torch-module-monitor")
-#: Steps of a turn: few, so that a machine that slows down slows all of them; and a whole cycle of ours.
+#: Steps of a turn: few, so that a slowdown of the machine affects all arms; and a whole sampling cycle of
+#: ours.
 TURN = CYCLE
-#: First steps of a turn, which pay for the change.
+#: Untimed first steps of a turn, which absorb the cost of switching.
 _SETTLING = 4
 
 
 class Turns(L.Callback):
-    """Comes first; takes callbacks and clipping out of a Trainer, and puts them back, every so many steps.
+    """Callback that swaps the callbacks and clipping of a Trainer every few steps.
+
+    Place it first.
 
     Args:
         callbacks: Name of an arm to its callbacks.
-        warm_up: Steps of ours before the first turn.
-        clock: What seconds are taken from.
+        warm_up: Steps with our callbacks before the first turn.
+        clock: Clock that returns seconds.
 
     Attributes:
-        seconds: Name of an arm to its turns, and of each the mean seconds of a step.
+        seconds: Name of an arm to its turns; each turn holds the mean seconds of a step.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class Turns(L.Callback):
         if place == 0:
             if turn:
                 self.seconds[self._arm].append([(now - self._begun) / (TURN - _SETTLING)])
-            # Who comes first moves on, and every other round goes backwards: nobody always follows the same one.
+            # The starting arm rotates and every other round runs in reverse: no arm always follows the same
+            # one.
             order = list(self.callbacks)
             cycle, number = divmod(turn, len(order))
             self._arm = order[((number if cycle % 2 else -number) + cycle) % len(order)]
@@ -64,7 +68,7 @@ class Turns(L.Callback):
             self._begun = self.clock()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning goes through this list right now, so that these hear of the end too.
+        # Lightning iterates over this list now, so that these callbacks see the end too.
         every = [c for callbacks in self.callbacks.values() for c in callbacks]
         trainer.callbacks.extend(c for c in every if c not in trainer.callbacks)
 
@@ -80,24 +84,24 @@ def take_turns(
     folder: Path,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Rounds, int]:
-    """Trains once, and lets each arm take so many turns, after a warm-up with ours.
+    """Train once and let each arm take its turns, after a warm-up with our callbacks.
 
     Args:
-        names: Of the arms, ours among them; each of `ABLE`.
-        size: The training.
-        rounds: Turns of each on the clock, after a first one that is not.
-        folder: Where event files go.
-        clock: What seconds are taken from.
+        names: Names of the arms, ours among them; each of `ABLE`.
+        size: Size of the training.
+        rounds: Timed turns of each arm, after a first untimed one.
+        folder: Folder for event files.
+        clock: Clock that returns seconds.
 
     Returns:
-        Mean seconds of a step in each turn, and how much our guard found.
+        Mean seconds of a step in each turn, and the number of our guard's findings.
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     callbacks = {name: EVERY[name].callbacks(folder) for name in names}
     turns = Turns(callbacks, size.warm_up, clock)
     count = (rounds + 1) * len(names) * TURN
-    with quietly():
+    with silenced():
         trainer = L.Trainer(
             max_steps=size.warm_up + count + 1,
             accelerator="cpu",

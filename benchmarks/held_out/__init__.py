@@ -9,6 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.held_out import (
+    faulty_exploding,
+    faulty_in_time,
+    faulty_nonfinite,
+    faulty_unfed,
+    faulty_updates,
+    faulty_vanishing,
     healthy_codes,
     healthy_generative,
     healthy_losses,
@@ -18,22 +24,16 @@ from benchmarks.held_out import (
     healthy_sequences,
     healthy_tuning,
     healthy_vision,
-    sick_exploding,
-    sick_in_time,
-    sick_nonfinite,
-    sick_unfed,
-    sick_updates,
-    sick_vanishing,
 )
 from benchmarks.zoo.case import Case
 
 _FILES = (
-    sick_nonfinite,
-    sick_unfed,
-    sick_vanishing,
-    sick_in_time,
-    sick_exploding,
-    sick_updates,
+    faulty_nonfinite,
+    faulty_unfed,
+    faulty_vanishing,
+    faulty_in_time,
+    faulty_exploding,
+    faulty_updates,
     healthy_nets,
     healthy_vision,
     healthy_sequences,

@@ -18,4 +18,4 @@ SHOWS_ALL = "a diverging run shows them all"
 
 def twins(make: Callable[..., Training]) -> dict[str, Any]:
     """A build and its mended twin, of a recipe that is told which of them it is to make."""
-    return {"build": partial(make, sick=True), "mended": partial(make, sick=False)}
+    return {"build": partial(make, faulty=True), "fixed": partial(make, faulty=False)}

@@ -1,1 +1,1 @@
-"""What `benchmarks/detection.py` judges with: rivals' rules, listeners, scores and tables."""
+"""Scoring for `benchmarks/detection.py`: rivals' rules, recording callbacks, scores and tables."""

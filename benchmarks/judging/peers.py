@@ -1,8 +1,8 @@
-"""The detection rules of AutoTrainer, SageMaker Debugger, TheDeepChecker and BTTackler, from their formulas.
+"""Detection rules of AutoTrainer, SageMaker Debugger, TheDeepChecker and BTTackler, from their formulas.
 
-Each is a class with ``look(snapshot) -> alarms``, one object for each optimizer of a run. What they see is the same:
-gradients as they are before the optimizer step, and the weights. Rules on activations or on a validation set are
-left out.
+Each is a class with ``check(snapshot) -> alarms``, one object per optimizer of a run. All see the same input:
+the gradients before the optimizer step, and the weights. Rules on activations or on a validation set are left
+out.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lightning_gradguard import Fault
 
 
 class Alarm(NamedTuple):
-    """What a rule says: the fault in our words, and the tensors it points at, worst first."""
+    """Alarm of a rule: the fault in our terms, and the tensors it points at, worst first."""
 
     fault: Fault
     parameters: tuple[str, ...]
 
 
 class Rules(Protocol):
-    """The interface of all of them."""
+    """Interface of all rule sets."""
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
-        """Alarms of this step, none if all is well."""
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
+        """Return the alarms of this step, or an empty list."""
 
 
-#: What else counts as right when a rival says it: its classes are coarser than ours.
+#: Our faults that also count as right for a rival's alarm: its classes are coarser than ours.
 STANDS_FOR: dict[Fault, tuple[Fault, ...]] = {
     Fault.VANISHING: (Fault.VANISHING, Fault.VANISHING_IN_TIME, Fault.UNDERFLOW),
     Fault.DEAD: (Fault.DEAD, Fault.DISCONNECTED),
@@ -41,7 +41,10 @@ STANDS_FOR: dict[Fault, tuple[Fault, ...]] = {
 class AutoTrainer:
     """AutoTrainer (ICSE 2021).
 
-    Vanishing: ‖g_1‖ / ‖g_L‖ < 1e-3 and ‖g_1‖ < 1e-4; exploding: that ratio > 70; dying ReLU: at least 70 % of all
+    Vanishing: ‖g_1‖ / ‖g_L‖ < 1e-3 and ‖g_1‖ < 1e-4. Exploding: that ratio > 70. Dying ReLU: at least 70 % of
+        all gradient entries are zero. Each is noted whenever it occurs. From 30 % of training on it is
+        reported, in the order dead, exploding, vanishing, while the best accuracy is below 0.7 or has never
+        risen by 0.01 in one epoch. NaN is reported at once. An epoch is ten steps.
     gradient entries are zero; each noted whenever it is seen, and reported, in the order dead, exploding, vanishing,
     from 30 % of training on while the best accuracy is below 0.7 or has never risen by 0.01 at once. NaN is reported
     at once. An epoch is ten steps.
@@ -58,7 +61,7 @@ class AutoTrainer:
         self._accuracies: list[float] = []
         self._seen: dict[Fault, tuple[str, ...]] = {}
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         self._scores.append(snapshot.score)
@@ -95,11 +98,12 @@ class AutoTrainer:
 class SageMaker:
     """SageMaker Debugger's built-in rules, at every step.
 
-    Vanishing: mean |g| of a tensor < 1e-7; any NaN or infinity; update ratio ‖Δw‖ / ‖w‖ > 10 or < 1e-8; dead ReLU: more
+    Vanishing: mean |g| of a tensor < 1e-7. Any NaN or infinity. Update ratio ‖Δw‖ / ‖w‖ > 10 or < 1e-8. Dead
+        ReLU: more than half of a layer's units (here: rows of its weight gradient) are zero.
     than half of a layer's units (here: rows of its weight gradient) are zero.
     """
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         weights, every = snapshot.weights, range(len(snapshot.names))
@@ -116,7 +120,10 @@ class SageMaker:
 class TheDeepChecker:
     """TheDeepChecker (TOSEM 2022), from step 10 on, every 10 steps, for each weight.
 
-    Vanishing: mean |g| < 1e-6, or it has at least halved at each of four steps in a row; exploding: > 1e6, or it has at
+    Vanishing: mean |g| < 1e-6, or it has at least halved at each of four steps in a row. Exploding: mean |g|
+        > 1e6, or it has at least doubled at each of four. Update: the period's mean of log10(mean |Δw| / mean
+        |w|) is above -1 or below -4, or the weight did not move. In its source the four ratios are of
+        successive iterations of one weight.
     least doubled at each of four. Update: the period's mean of log10(mean |Δw| / mean |w|) is above -1 or below -4, or
     the weight did not move. In its source the four ratios are of successive iterations of one weight.
     """
@@ -127,7 +134,7 @@ class TheDeepChecker:
         self._means: dict[str, list[float]] = defaultdict(list)
         self._updates: dict[str, list[float]] = defaultdict(list)
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         for i in snapshot.weights:
@@ -156,11 +163,11 @@ class TheDeepChecker:
 
 
 class BTTackler:
-    """BTTackler (KDD 2024), once in an epoch of ten steps, on the epoch's means for each weight.
+    """BTTackler (KDD 2024), once per epoch of ten steps, on the epoch's means for each weight.
 
-    Vanishing, in the first half of training: median over layers of mean |g| < 1e-7, or one of them is zero, or the
-    median ratio of a layer to the next < 0.01; exploding: that median > 10 or that median ratio > 1000, or not finite;
-    dead, from the fifth epoch on: median share of zero gradient entries > 0.1.
+    Vanishing, in the first half of training: median over layers of mean |g| < 1e-7, or one of them is zero,
+    or the median ratio of a layer to the next < 0.01. Exploding: that median > 10, or that median ratio >
+    1000, or not finite. Dead, from the fifth epoch on: median share of zero gradient entries > 0.1.
 
     Args:
         total: Optimizer steps of the whole training.
@@ -174,7 +181,7 @@ class BTTackler:
         self._zeros: dict[str, list[float]] = defaultdict(list)
         self._steps = self._epochs = 0
 
-    def look(self, snapshot: Snapshot) -> list[Alarm]:
+    def check(self, snapshot: Snapshot) -> list[Alarm]:
         if snapshot.nonfinite:
             return [Alarm(Fault.NONFINITE, snapshot.nonfinite)]
         for i in snapshot.weights:
@@ -207,7 +214,7 @@ class BTTackler:
 
 
 def rivals(total: int) -> dict[str, Rules]:
-    """One of each, fresh, by name; ``total`` is the number of optimizer steps of the training."""
+    """Return a fresh instance of each rule set by name; ``total`` is the training's optimizer steps."""
     return {
         "AutoTrainer": AutoTrainer(total),
         "SageMaker Debugger": SageMaker(),
@@ -220,7 +227,10 @@ _Check = tuple[Fault, Iterable[int], "tuple[float, ...] | list[float]", Callable
 
 
 def _alarms(snapshot: Snapshot, *checks: _Check) -> list[Alarm]:
-    """One alarm for each check that finds a tensor: its fault, tensors, values, test, and whether large is worst."""
+    """Return one alarm for each check that finds a tensor.
+
+    || A check holds its fault, tensors, values, test, and whether large is worst.
+    """
     alarms = []
     for fault, indices, values, test, largest in checks:
         found = {snapshot.names[i]: values[i] for i in indices if test(values[i])}
@@ -238,7 +248,7 @@ def _ranked(values: dict[str, float], *, largest: bool) -> tuple[str, ...]:
 
 
 def _each(values: list[float], test: Callable[[float], bool]) -> float:
-    """1.0 if all four successive ratios pass, else 0.0."""
+    """Return 1.0 if all four successive ratios pass, else 0.0."""
     pairs = list(zip(values, values[1:], strict=False))
     return float(len(pairs) >= 4 and all(a > 0 and test(b / a) for a, b in pairs[-4:]))
 

@@ -1,4 +1,4 @@
-"""From what was said in a run to whether it was right, and from runs to totals."""
+"""Scores of alarms: from the alarms of a run to right or wrong, and from runs to totals."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ WARNING, CRITICAL = 1, 2
 
 @dataclass(frozen=True)
 class Score:
-    """One rule set on one run.
+    """Score of one rule set on one run.
 
     Attributes:
-        sick: Whether the case is.
-        alarmed: A warning of any fault at or after the onset. A spike does not count here, unless a spike is what is
-            wrong.
-        right_first: The first warning is right, and does not come before the onset. Of a rival's alarms at that step,
-            any may be right; of ours, the first. Spikes are events and are passed over, unless a spike is what is
-            wrong; an event must not have become critical.
-        right: A right warning at some time.
+        faulty: True if the case has a fault.
+        alarmed: A warning of any fault at or after the onset. A spike counts only if the fault is a spike.
+        right_first: The first warning is right and does not come before the onset. Of a rival's alarms at
+            that step, any may be right; of ours, the first. Spikes are events and count only if the fault is
+            a spike. An event must not have become critical.
+        right: A right warning at any time.
         right_layer: One of the first three parameters of the first right warning is a culprit.
         delay: Steps from the onset to the first right warning.
-        false_alarm: On a healthy run: a warning of anything, a single spike included; INFO is not a warning.
-        first: The first warning that was counted, for tables; on a healthy run the first of all.
+        false_alarm: Any warning on a healthy run, a single spike included; INFO is not a warning.
+        first: The first warning that counted, for the tables; on a healthy run the first of all.
     """
 
-    sick: bool
+    faulty: bool
     alarmed: bool = False
     right_first: bool = False
     right: bool = False
@@ -53,18 +52,18 @@ def score(
     names: tuple[Fault, ...] | None = None,
     halted: str | None = None,
 ) -> Score:
-    """Scores one rule set's alarms on one run, oldest first.
+    """Score one rule set's alarms on one run.
 
     Args:
-        case: What was trained.
-        alarms: Records as `benchmarks.judging.watching` keeps them.
-        ours: They are our guard's, which is held to the letter.
-        names: Faults that are a right answer; the case's when None.
-        halted: The fault that training was halted for.
+        case: The case that was trained.
+        alarms: Records as `benchmarks.judging.watching` keeps them, oldest first.
+        ours: True for our guard, whose first alarm must be exactly right.
+        names: Faults that count as right; those of the case when None.
+        halted: The fault that halted training.
     """
     names = case.names if names is None else names
     warnings = [a for a in alarms if a["severity"] >= WARNING]
-    if not case.sick:
+    if not case.faulty:
         return Score(False, false_alarm=bool(warnings), first=warnings[0] if warnings else None)
     if Fault.SPIKE not in names:
         warnings = [a for a in warnings if a["fault"] != Fault.SPIKE.value]
@@ -88,16 +87,16 @@ def score(
 
 
 def _is_right(names: tuple[Fault, ...], fault: str, ours: bool) -> bool:
-    said = Fault(fault)
-    meant = (said,) if ours else STANDS_FOR.get(said, (said,))
+    named = Fault(fault)
+    meant = (named,) if ours else STANDS_FOR.get(named, (named,))
     return any(name in names for name in meant)
 
 
 @dataclass(frozen=True)
 class Total:
-    """A rule set over all runs; counts, and the median delay in steps."""
+    """Totals of a rule set over all runs: counts, and the median delay in steps."""
 
-    sick: int
+    faulty: int
     healthy: int
     alarmed: int
     right_first: int
@@ -108,24 +107,24 @@ class Total:
 
 
 def total(scores: Iterable[Score]) -> Total:
-    """Adds up."""
+    """Add up scores."""
     listed = list(scores)
-    sick, healthy = [s for s in listed if s.sick], [s for s in listed if not s.sick]
-    delays = [s.delay for s in sick if s.delay is not None]
+    faulty, healthy = [s for s in listed if s.faulty], [s for s in listed if not s.faulty]
+    delays = [s.delay for s in faulty if s.delay is not None]
     return Total(
-        sick=len(sick),
+        faulty=len(faulty),
         healthy=len(healthy),
-        alarmed=sum(s.alarmed for s in sick),
-        right_first=sum(s.right_first for s in sick),
-        right=sum(s.right for s in sick),
-        right_layer=sum(s.right_layer for s in sick),
+        alarmed=sum(s.alarmed for s in faulty),
+        right_first=sum(s.right_first for s in faulty),
+        right=sum(s.right for s in faulty),
+        right_layer=sum(s.right_layer for s in faulty),
         false_alarms=sum(s.false_alarm for s in healthy),
         delay=median(delays) if delays else None,
     )
 
 
 def score_run(case: Case, run: Mapping[str, Any], truth: Path = TRUTH) -> dict[str, Score]:
-    """Name of each rule set to its score on a run of `benchmarks.judging.watching.watch`, by the truth of that file."""
+    """Return the score of each rule set on a run of `watch`, by the truth in that file."""
     names = right_names(case, run["seed"], truth)
     return {
         name: score(case, alarms, ours=name == OURS, names=names, halted=run["halted"])

@@ -1,4 +1,4 @@
-"""One step in the numbers that the rivals' rules are written in."""
+"""Snapshot of one step, in the numbers that the rivals' rules use."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One optimizer step, before it is taken; lists are over tensors with a gradient, in the model's order.
+    """Measurements of one optimizer step, before it is taken.
+
+    Lists run over the tensors that have a gradient, in the model's order.
 
     Attributes:
         step: Optimizer steps taken so far.
-        score: Accuracy on the batch, or R squared where there is none.
+        score: Accuracy on the batch, or R squared for regression.
         names: Names of all tensors.
-        is_weight: Whether a tensor has two dimensions or more.
-        mean_abs: Mean magnitude of its gradient.
-        norms: L2 norm of its gradient.
-        zeros: Share of its gradient's elements that are zero.
-        zero_rows: Share of its gradient's rows that are all zero.
-        sizes: Elements.
-        updates: Mean magnitude of the last applied update over that of the weight before it; NaN at the first step.
+        is_weight: True where a tensor has two dimensions or more.
+        mean_abs: Mean magnitude of each gradient.
+        norms: L2 norm of each gradient.
+        zeros: Share of each gradient's elements that are zero.
+        zero_rows: Share of each gradient's rows that are all zero.
+        sizes: Number of elements.
+        updates: Mean magnitude of the last applied update over that of the weight before it; NaN at the first
+            step.
         update_norms: The same with L2 norms.
     """
 
@@ -42,12 +45,12 @@ class Snapshot:
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
-        """Names of the tensors whose gradient holds a NaN or an infinity."""
+        """Names of the tensors whose gradient holds NaN or Inf."""
         return tuple(n for n, v in zip(self.names, self.norms, strict=True) if not math.isfinite(v))
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Indices of the tensors of two dimensions or more."""
+        """Indices of the tensors with two dimensions or more."""
         return tuple(i for i, w in enumerate(self.is_weight) if w)
 
 
@@ -55,13 +58,13 @@ class Snapshot:
 def take(
     step: int, score: float, named: Sequence[tuple[str, Tensor]], before: Mapping[str, Tensor]
 ) -> Snapshot:
-    """Measures the gradients that lie on the parameters.
+    """Measure the gradients of the parameters.
 
     Args:
         step: Optimizer steps taken so far.
         score: Accuracy on the batch.
         named: Names and parameters; those without a gradient are left out.
-        before: Copies of the parameters as they were before the last step; may be empty.
+        before: Copies of the parameters before the last step; may be empty.
     """
     present = [(name, p) for name, p in named if p.grad is not None]
     numbers: list[Tensor] = []

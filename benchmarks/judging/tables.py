@@ -1,4 +1,4 @@
-"""Writes what came out as Markdown."""
+"""Tables and text of the detection pages, in Markdown."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_gradguard import Fault
 
 Run = Mapping[str, Any]
 
-#: How the page of the zoo begins.
+#: Opening of the zoo's page.
 ZOO = """# Detection
 
 Written by `python benchmarks/detection.py`; the trainings are in `benchmarks/zoo/`, their truth in `zoo/truth.json`.
 """
 
-#: How the page of the held-out collection begins.
+#: Opening of the held-out collection's page.
 HELD_OUT = """# Detection on a second collection
 
 Written by `python benchmarks/detection.py --held-out --seeds 2`; the trainings are in `benchmarks/held_out/`, their
@@ -38,7 +38,7 @@ run however late it came; here, as for the zoo, that holds only within ten steps
 """
 
 _TERMS = """\
-{cases} cases, {seeds} seeds each: {sick} sick runs, {healthy} healthy ones. Our guard is `GradGuard()`, unchanged; it
+{cases} cases, {seeds} seeds each: {faulty} sick runs, {healthy} healthy ones. Our guard is `GradGuard()`, unchanged; it
 watches. All rule sets see the same steps of the same runs.
 
 - **alarmed**: a warning of any fault at or after the onset.
@@ -55,15 +55,18 @@ update too small = stalled, update too large = oversized update, NaN or infinity
 
 
 def report(cases: Sequence[Case], runs: Sequence[Run], *, opening: str = ZOO, truth: Path = TRUTH) -> str:
-    """The whole page, which begins with the ``opening``; runs are scored by the truth of that file."""
+    """Return the whole page, starting with ``opening``; runs are scored by the ``truth`` file."""
     by_id = {case.id: case for case in cases}
     scores = [(by_id[run["case"]], run, score_run(by_id[run["case"]], run, truth)) for run in runs]
     names = list(runs[0]["alarms"])
-    sick = sum(case.sick for case, _, _ in scores)
+    faulty = sum(case.faulty for case, _, _ in scores)
     parts = [
         opening
         + _TERMS.format(
-            cases=len(by_id), seeds=len({run["seed"] for run in runs}), sick=sick, healthy=len(scores) - sick
+            cases=len(by_id),
+            seeds=len({run["seed"] for run in runs}),
+            faulty=faulty,
+            healthy=len(scores) - faulty,
         ),
         "## All rule sets\n\n" + _totals({n: total(s[n] for _, _, s in scores) for n in names}),
         "## Right first, by fault\n\n" + _by_fault(scores, names),
@@ -78,9 +81,9 @@ def _totals(totals: Mapping[str, Total]) -> str:
     rows = [
         (
             name,
-            _of(t.alarmed, t.sick),
-            _of(t.right_first, t.sick),
-            _of(t.right_layer, t.sick),
+            _of(t.alarmed, t.faulty),
+            _of(t.right_first, t.faulty),
+            _of(t.right_layer, t.faulty),
             _of(t.false_alarms, t.healthy),
             "-" if t.delay is None else f"{t.delay:g}",
         )
@@ -120,7 +123,7 @@ def _by_case(scores: Sequence[tuple[Case, Run, Mapping[str, Score]]]) -> str:
                     "-" if s.first is None else ", ".join(s.first["parameters"][:1]) or "?"
                     for _, _, s in group
                 ),
-                "-" if not case.sick else _of(sum(s.right_layer for _, _, s in group), len(group)),
+                "-" if not case.faulty else _of(sum(s.right_layer for _, _, s in group), len(group)),
                 _of(good, len(group)) + ("" if good == len(group) else " ✗"),
             )
         )
@@ -143,9 +146,9 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
         seen = [(by_id[r["case"]], r, r["statistics"][name]) for r in runs if name in r["statistics"]]
         low = seen[0][2]["limit"] < 0 or seen[0][2]["fault"] == Fault.STALLED.value
         pick = _Pick(low)
-        healthy = [(case, s) for case, _, s in seen if not case.sick]
-        sick = [(case, s) for case, _, s in seen if case.sick and Fault(s["fault"]) in case.names]
-        raised = [(case, s) for case, s in sick if s["raised"]]
+        healthy = [(case, s) for case, _, s in seen if not case.faulty]
+        faulty = [(case, s) for case, _, s in seen if case.faulty and Fault(s["fault"]) in case.names]
+        raised = [(case, s) for case, s in faulty if s["raised"]]
         rows.append(
             (
                 name,
@@ -153,7 +156,7 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
                 pick.show(healthy, "stuck", worst=True),
                 pick.show(healthy, "all", worst=True),
                 pick.show(raised, "all", worst=False),
-                _of(len(raised), len(sick)),
+                _of(len(raised), len(faulty)),
             )
         )
     head = (
@@ -168,7 +171,7 @@ def _margins(by_id: Mapping[str, Case], runs: Sequence[Run]) -> str:
 
 
 class _Pick:
-    """Chooses extremes of a statistic that alarms when ``low``, or else when high."""
+    """Extremes of a statistic that alarms when low if ``low``, else when high."""
 
     def __init__(self, low: bool) -> None:
         self.low = low
@@ -182,7 +185,7 @@ class _Pick:
 
 
 def _ok(score: Score) -> bool:
-    return score.right_first if score.sick else not score.false_alarm
+    return score.right_first if score.faulty else not score.false_alarm
 
 
 def _of(count: int, all_: int) -> str:
@@ -190,7 +193,7 @@ def _of(count: int, all_: int) -> str:
 
 
 def _join(words: Iterable[str]) -> str:
-    """Words of the seeds; one is enough where all agree."""
+    """Join the words of the seeds; one is enough where all agree."""
     listed = list(words)
     return listed[0] if len(set(listed)) == 1 else " · ".join(listed)
 
@@ -200,7 +203,7 @@ def _number(value: float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

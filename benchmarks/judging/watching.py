@@ -1,4 +1,4 @@
-"""Runs a case once, under our guard and the rivals' rules side by side, and keeps what each of them said."""
+"""Runs of one case under our guard and the rivals' rules side by side, with a record of all alarms."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from lightning_gradguard import GradGuard
 
 #: Name of our rules in tables and records.
 OURS = "lightning-gradguard"
-#: Steps at which statistics are written down.
+#: Steps at which statistics are recorded.
 MILESTONES = (5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 250, 299, 400, 599)
-#: Share of the starting loss above which there is no progress, and the step from which that counts.
+#: Share of the starting loss above which there is no progress, and the first step to which that applies.
 STUCK, WARM = 0.9, 30
 
 
 def watch(case: Case, seed: int, guard: Callable[[], GradGuard] = GradGuard) -> dict[str, Any]:
-    """One run, as plain data.
+    """Run a case once and return the result as plain data.
 
     Args:
-        case: What is trained.
-        seed: Of the module and its data.
-        guard: Makes the callback under test.
+        case: The case to train.
+        seed: Seed of the module and its data.
+        guard: Creates the callback under test.
 
     Returns:
-        ``alarms``: name of the rules to a list of ``{fault, severity, step, onset, parameters, value}``, oldest first;
-        rivals stop at the first step with an alarm. ``statistics``: extremes; ``trace``: values at `MILESTONES`.
+        ``alarms``: for each rule set a list of ``{fault, severity, step, onset, parameters, value}``, oldest
+        first; rivals stop at the first step with an alarm. ``statistics``: extremes. ``trace``: values at
+        `MILESTONES`.
     """
     ours = guard()
     before, after = Rivals(case), Listener(ours)
@@ -52,7 +53,7 @@ def watch(case: Case, seed: int, guard: Callable[[], GradGuard] = GradGuard) -> 
 
 
 class Rivals(L.Callback):
-    """Shows each step to the rivals' rules, before anyone can change it. Each stops at its first alarm."""
+    """Callback that passes each unmodified step to the rivals' rules. Each rule set stops at its first alarm."""
 
     def __init__(self, case: Case) -> None:
         self.total = case.steps
@@ -73,11 +74,14 @@ class Rivals(L.Callback):
         self._before[index] = {n: p.detach().clone() for n, p in named}
         for name, own in rules.items():
             if not self.alarms[name] and snapshot.names:
-                self.alarms[name] += [_as_record(alarm, snapshot.step) for alarm in own.look(snapshot)]
+                self.alarms[name] += [_as_record(alarm, snapshot.step) for alarm in own.check(snapshot)]
 
 
 class Listener(L.Callback):
-    """Writes down what our guard finds, at every severity, and the course of its statistics. Comes right after it."""
+    """Callback that records our guard's findings, at every severity, and its statistics.
+
+    Place it right after the guard.
+    """
 
     def __init__(self, guard: GradGuard) -> None:
         self.guard = guard
@@ -116,30 +120,30 @@ class Listener(L.Callback):
             )
         guards = self.guard._registry.guards
         index = next((i for i, own in guards.items() if own.report is report), 0)
-        letter = guards[index].record
-        if letter is None or not letter.finite:
+        record = guards[index].record
+        if record is None or not record.finite:
             return
         judged = self._judged[index] = self._judged.get(index, 0) + 1
-        stuck = letter.loss_mean > letter.loss_start - (1 - STUCK) * abs(letter.loss_start)
-        seen = {f"{s.detector}: {s.measure}": s for s in letter.results}
-        for name, sight in seen.items():
-            extreme = self.extremes.setdefault(name, Extreme(sight.fault.value, sight.limit))
-            extreme.see(judged - 1, sight.value, stuck and judged > WARM, sight.raised)
+        stuck = record.loss_mean > record.loss_start - (1 - STUCK) * abs(record.loss_start)
+        seen = {f"{s.detector}: {s.measure}": s for s in record.results}
+        for name, result in seen.items():
+            extreme = self.extremes.setdefault(name, Extreme(result.fault.value, result.limit))
+            extreme.see(judged - 1, result.value, stuck and judged > WARM, result.raised)
         if judged - 1 in MILESTONES:
             self.trace.append(
                 {
                     "step": judged - 1,
                     "optimizer": index,
-                    "loss": _plain(letter.loss_mean / letter.loss_start if letter.loss_start else math.nan),
-                    "tilt": _plain(letter.tilt),
-                    "update_ratio": _plain(letter.update_ratio),
+                    "loss": _plain(record.loss_mean / record.loss_start if record.loss_start else math.nan),
+                    "tilt": _plain(record.tilt),
+                    "update_ratio": _plain(record.update_ratio),
                     **{name.partition(":")[0]: _plain(s.value) for name, s in seen.items()},
                 }
             )
 
 
 class Extreme:
-    """Lowest and highest value of a statistic over a run: over all steps, and over those without progress."""
+    """Lowest and highest value of a statistic in a run: over all steps, and over steps without progress."""
 
     def __init__(self, fault: str, limit: float) -> None:
         self.fault, self.limit = fault, limit
@@ -177,12 +181,12 @@ def _as_record(alarm: Alarm, step: int) -> dict[str, Any]:
 
 
 def _plain(value: float | None) -> float | None:
-    """Four significant digits, None for what is not finite."""
+    """Return the value at four significant digits; None if it is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.4g}")
 
 
 def one_thread() -> None:
-    """What each process of a pool begins with."""
+    """Limit torch to one thread: the initializer of pool processes."""
     torch.set_num_threads(1)

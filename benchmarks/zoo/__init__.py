@@ -1,4 +1,4 @@
-"""Sick and healthy trainings whose truth is known; see ``case.py`` for what a case is."""
+"""Faulty and healthy trainings whose truth is known; see ``case.py`` for the definition of a case."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _FILES = (
     healthy_losses,
 )
 
-#: All cases, the sick ones first.
+#: All cases, the faulty ones first.
 CASES: tuple[Case, ...] = tuple(case for file in _FILES for case in file.CASES)
 
 
 def case(id: str) -> Case:
-    """The case of this id.
+    """Return the case with this id.
 
     Raises:
-        KeyError: If there is none.
+        KeyError: If no case has this id.
     """
     return {case.id: case for case in CASES}[id]

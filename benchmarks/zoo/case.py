@@ -1,4 +1,4 @@
-"""What a case of the zoo is: a small training, and what a person who knows would say of it."""
+"""Definition of a case: a small training, and the diagnosis that an expert would give."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ Build = Callable[[int], Training]
 
 @dataclass(frozen=True)
 class Case:
-    """One training, with its truth.
+    """Training with its known truth.
 
-    The truth is not taken from the package under test. A healthy training reaches ``level`` on data it has not seen,
-    or its twin on learnable data does. A sick one stays below it, its mended twin reaches it, and the facts that its
-    fault's name stands for are measured by `benchmarks.zoo.facts`; ``establish.py`` writes all of that down.
+    The truth is not taken from the package under test. A healthy training reaches ``level`` on unseen data,
+    or its twin on learnable data does. A faulty training stays below ``level`` and its fixed twin reaches it.
+    `benchmarks.zoo.facts` measures the facts that define the fault, and ``establish.py`` writes everything to
+    a file.
 
     Attributes:
-        id: Short and unique; V, D, X, E, N, U, O are sick, H is healthy.
-        title: What it is, in a line.
-        build: Seed to module, through `make`.
-        level: Quality (accuracy, R squared, ...) that tells learning from not learning.
-        fault: What is wrong, or None.
-        cause: Why, or None.
-        culprits: Patterns of the parameter names that a person would name.
-        also: Other names that are as right for a run whose facts bear them out.
-        why: What makes them right too.
-        onset: Step at which it begins.
-        kind: An ``"event"`` is a matter of one step, and must not halt training.
-        mended: The same training without the fault; for a healthy case that cannot learn, the same with labels that
-            can be learned.
-        steps: Optimizer steps.
-        trainer: Gives further arguments of the Trainer.
-        mended_trainer: The same for the twin; as ``trainer`` when None.
-        mended_steps: Steps of the twin; as ``steps`` when None.
-        kin: Families it belongs to, such as "convolutional".
+        id: Short and unique; V, D, X, E, N, U, O are faulty, H is healthy.
+        title: One-line description.
+        build: Function from seed to module; call it through `make`.
+        level: Quality (accuracy, R squared, ...) that separates learning from not learning.
+        fault: The fault, or None for a healthy case.
+        cause: The cause of the fault, or None.
+        culprits: Patterns of the parameter names that an expert would name.
+        also: Other faults that are equally right for a run whose facts support them.
+        why: Reason why those are right too.
+        onset: First step with the fault.
+        kind: An ``"event"`` lasts one step and must not halt training.
+        fixed: The same training without the fault; for a healthy case that cannot learn, the same with labels
+            that can be learned.
+        steps: Number of optimizer steps.
+        trainer: Returns further arguments of the Trainer.
+        fixed_trainer: The same for the fixed twin; ``trainer`` when None.
+        fixed_steps: Number of steps of the fixed twin; ``steps`` when None.
+        kin: Families that the case belongs to, such as "convolutional".
     """
 
     id: str
@@ -55,35 +56,35 @@ class Case:
     why: str = ""
     onset: int = 0
     kind: Literal["condition", "event"] = "condition"
-    mended: Build | None = None
+    fixed: Build | None = None
     steps: int = 300
     trainer: Callable[[], dict[str, Any]] = field(default=dict)
-    mended_trainer: Callable[[], dict[str, Any]] | None = None
-    mended_steps: int | None = None
+    fixed_trainer: Callable[[], dict[str, Any]] | None = None
+    fixed_steps: int | None = None
     kin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fault is None and (self.culprits or self.also or self.cause):
             raise ValueError(f"case {self.id}: a healthy case has no culprit, cause or other name")
         if self.fault is not None and not (self.culprits and self.cause):
-            raise ValueError(f"case {self.id}: a sick case must name its culprits and its cause")
+            raise ValueError(f"case {self.id}: a faulty case must name its culprits and its cause")
         if self.also and not self.why:
             raise ValueError(f"case {self.id}: why must say what makes {self.also} right too")
 
     @property
-    def sick(self) -> bool:
+    def faulty(self) -> bool:
         return self.fault is not None
 
     @property
     def names(self) -> tuple[Fault, ...]:
-        """All faults that are a right answer, the best first."""
+        """All faults that count as right, the best first."""
         return () if self.fault is None else (self.fault, *self.also)
 
-    def make(self, seed: int, *, mended: bool = False) -> Training:
-        """The module, or its mended twin, with its own random numbers."""
-        build = self.mended if mended else self.build
+    def make(self, seed: int, *, fixed: bool = False) -> Training:
+        """Build the module, or its fixed twin, from its own seed."""
+        build = self.fixed if fixed else self.build
         if build is None:
-            raise ValueError(f"case {self.id} has no mended twin")
+            raise ValueError(f"case {self.id} has no fixed twin")
         torch.manual_seed(seed)
         return build(seed)
 
@@ -92,10 +93,10 @@ class Case:
 
 
 def select(cases: Iterable[Case], pattern: str | None) -> list[Case]:
-    """Cases whose id, title or kin match a comma-separated list of patterns; all when None.
+    """Return the cases whose id, title or kin match comma-separated patterns; all when None.
 
     Raises:
-        ValueError: If nothing matches.
+        ValueError: If no case matches.
     """
     if pattern is None:
         return list(cases)

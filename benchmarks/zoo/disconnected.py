@@ -114,19 +114,19 @@ CASES = [
     Case(
         "X01",
         "detach() between encoder and decoder",
-        **pair(_coder, sick={"between": "detach"}, mended={"between": ""}),
+        **pair(_coder, faulty={"between": "detach"}, fixed={"between": ""}),
         **_encoder,
     ),
     Case(
         "X02",
         "a round trip through numpy between encoder and decoder",
-        **pair(_coder, sick={"between": "numpy"}, mended={"between": ""}),
+        **pair(_coder, faulty={"between": "numpy"}, fixed={"between": ""}),
         **_encoder,
     ),
     Case(
         "X03",
         "round() between encoder and decoder: the path is there, the gradient is zero",
-        **pair(_coder, sick={"between": "round"}, mended={"between": "straight-through"}),
+        **pair(_coder, faulty={"between": "round"}, fixed={"between": "straight-through"}),
         **_encoder,
         also=(Fault.DEAD,),
         why="all rows are zero as well; only the graph tells the two apart",
@@ -134,7 +134,7 @@ CASES = [
     Case(
         "X04",
         "one of two encoders is detached",
-        **pair(_siamese, sick={"detach": True}, mended={"detach": False}),
+        **pair(_siamese, faulty={"detach": True}, fixed={"detach": False}),
         level=0.8,
         fault=GONE,
         cause=Cause.DETACHED_GRAPH,
@@ -144,7 +144,7 @@ CASES = [
     Case(
         "X05",
         "attention by arg-max: queries and keys get nothing",
-        **pair(_attention, sick={"hard": True}, mended={"hard": False}),
+        **pair(_attention, faulty={"hard": True}, fixed={"hard": False}),
         level=0.9,
         fault=GONE,
         cause=Cause.DETACHED_GRAPH,
@@ -154,7 +154,7 @@ CASES = [
     Case(
         "X06",
         "a branch times a gate that is exactly zero",
-        **pair(_gated, sick={"gate": 0.0}, mended={"gate": 1.0}),
+        **pair(_gated, faulty={"gate": 0.0}, fixed={"gate": 1.0}),
         level=0.8,
         fault=GONE,
         cause=Cause.DETACHED_GRAPH,

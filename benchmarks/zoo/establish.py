@@ -1,11 +1,11 @@
-"""Establishes the truth of each case by bare runs, without any detector, and writes it to ``truth.json``.
+"""Establish the truth of each case by runs without any detector, and write it to ``truth.json``.
 
     python benchmarks/zoo/establish.py --seeds 3 --jobs 2
     python benchmarks/zoo/establish.py --held-out --seeds 2
 
-A healthy case holds if it, or its twin on labels that can be learned, reaches its level. A sick one holds if it stays
-below (an event need not), its mended twin reaches it, and the facts of the run bear out its fault. Which of its other
-names are accepted for a run is for that run's facts to say.
+A healthy case holds if it reaches its level, or its twin on learnable labels does. A faulty case holds if it
+stays below the level (an event need not), its fixed twin reaches it, and the facts of the run support its
+fault. The facts of a run also decide which of the case's other names are accepted for it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if __package__ in (None, ""):
 
 from benchmarks import held_out, zoo
 from benchmarks.zoo.case import Case, select
-from benchmarks.zoo.facts import Facts, stands, time_tilt
+from benchmarks.zoo.facts import Facts, is_right_name, time_tilt
 from benchmarks.zoo.running import fit
 from benchmarks.zoo.truth import TRUTH
 from lightning_gradguard import Fault
 
 
 def establish(subject: Case, seed: int) -> dict[str, Any]:
-    """The truth of one case for one seed: what it reaches, what its twin reaches, and the facts."""
+    """Return the truth of one case and seed: its quality, its twin's quality, and the facts."""
     training, facts = subject.make(seed), Facts(subject)
     tilt = time_tilt(training) if Fault.VANISHING_IN_TIME in subject.names else None
     fit(subject, training, [facts])
@@ -42,34 +42,36 @@ def establish(subject: Case, seed: int) -> dict[str, Any]:
     if tilt is not None:
         summary["time_tilt"] = tilt
     twin = None
-    if subject.mended is not None:
-        other = subject.make(seed, mended=True)
-        fit(subject, other, mended=True)
+    if subject.fixed is not None:
+        other = subject.make(seed, fixed=True)
+        fit(subject, other, fixed=True)
         twin = other.quality()
-    names = {name.value: stands(name, subject, summary) for name in subject.names}
+    names = {name.value: is_right_name(name, subject, summary) for name in subject.names}
     return {
         "quality": _plain(quality),
         "mended_quality": _plain(twin),
         "borne_out": names,
-        "holds": holds(subject, quality, twin, not subject.sick or names[subject.fault.value]),
+        "holds": holds(subject, quality, twin, not subject.faulty or names[subject.fault.value]),
         "facts": {name: _plain(value) for name, value in summary.items() if value is not None},
     }
 
 
 def holds(subject: Case, quality: float, twin: float | None, borne_out: bool) -> bool:
-    """Whether what was measured is what the case claims."""
+    """Return True if the measurements confirm what the case claims."""
     reaches = quality >= subject.level
     twin_reaches = twin is not None and twin >= subject.level
-    if not subject.sick:
+    if not subject.faulty:
         return reaches or twin_reaches
     return (subject.kind == "event" or not reaches) and twin_reaches and borne_out
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs from the command line; returns 1 if a case does not hold."""
+    """Run from the command line; return 1 if a case does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--held-out", action="store_true", help="the second collection in place of the zoo")
-    parser.add_argument("--cases", default=None, help="patterns of ids, titles or kin, with commas between")
+    parser.add_argument(
+        "--held-out", action="store_true", help="run the held-out collection instead of the zoo"
+    )
+    parser.add_argument("--cases", default=None, help="comma-separated patterns of ids, titles or kin")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -112,7 +114,7 @@ def _one_thread() -> None:
 
 
 def _plain(value: float | int | None) -> float | int | str | None:
-    """Four significant digits; what is not finite as text, since JSON has no word for it."""
+    """Return four significant digits, and text for a non-finite value, which JSON cannot represent."""
     if value is None or isinstance(value, int):
         return value
     return float(f"{value:.4g}") if math.isfinite(value) else str(value)

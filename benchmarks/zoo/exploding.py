@@ -44,7 +44,7 @@ CASES = [
     Case(
         "E01",
         "ReLU-15, three times He",
-        **pair(chain, sick={"weight": he(3.0)}, mended={"weight": he()}, depth=15, optimizer=sgd(0.01)),
+        **pair(chain, faulty={"weight": he(3.0)}, fixed={"weight": he()}, depth=15, optimizer=sgd(0.01)),
         level=0.7,
         fault=X,
         cause=Cause.BAD_INITIALIZATION,
@@ -58,8 +58,8 @@ CASES = [
         "tanh-20, sigma_w = 3: chaos",
         **pair(
             chain,
-            sick={"weight": scaled(3.0)},
-            mended={"weight": scaled(1.0)},
+            faulty={"weight": scaled(3.0)},
+            fixed={"weight": scaled(1.0)},
             task=circles,
             depth=20,
             width=64,
@@ -77,7 +77,7 @@ CASES = [
         "E04",
         "mean squared error on targets times 10,000",
         **pair(
-            chain, sick={"task": _scaled_targets}, mended={"task": regression}, depth=3, optimizer=sgd(0.05)
+            chain, faulty={"task": _scaled_targets}, fixed={"task": regression}, depth=3, optimizer=sgd(0.05)
         ),
         level=0.5,
         fault=X,
@@ -92,8 +92,8 @@ CASES = [
         "ReLU RNN, W = 1.25 times the identity, 60 steps",
         **pair(
             recurrent,
-            sick={"recurrent": _identity(1.25)},
-            mended={"recurrent": _identity(0.9)},
+            faulty={"recurrent": _identity(1.25)},
+            fixed={"recurrent": _identity(0.9)},
             kind=nn.RNN,
             relu=True,
             task=summation,
@@ -112,8 +112,8 @@ CASES = [
         "one batch with targets times 1,000 at step 150",
         **pair(
             chain,
-            sick={"spoil": _outlier},
-            mended={},
+            faulty={"spoil": _outlier},
+            fixed={},
             task=regression,
             depth=3,
             weight=he(),
@@ -130,7 +130,7 @@ CASES = [
     Case(
         "E11",
         "8 convolutions, six times He",
-        **pair(convnet, sick={"weight": he(6.0)}, mended={"weight": he()}, depth=8, optimizer=sgd(0.02)),
+        **pair(convnet, faulty={"weight": he(6.0)}, fixed={"weight": he()}, depth=8, optimizer=sgd(0.02)),
         level=0.6,
         fault=X,
         cause=Cause.BAD_INITIALIZATION,
@@ -144,8 +144,8 @@ CASES = [
         "24 residual blocks without normalisation",
         **pair(
             residual,
-            sick={"norm": False},
-            mended={"norm": True},
+            faulty={"norm": False},
+            fixed={"norm": True},
             blocks=24,
             weight=he(),
             optimizer=sgd(0.02),
@@ -163,8 +163,8 @@ CASES = [
         "message passing over sums, not means, of neighbours",
         **pair(
             messages,
-            sick={"task": partial(communities, normalise=False)},
-            mended={},
+            faulty={"task": partial(communities, normalise=False)},
+            fixed={},
             rounds=4,
             weight=he(),
             optimizer=sgd(0.05, momentum=0.9),
@@ -182,8 +182,8 @@ CASES = [
         "inputs grow e-fold every 20 steps from step 100 on",
         **pair(
             chain,
-            sick={"spoil": _drift},
-            mended={},
+            faulty={"spoil": _drift},
+            fixed={},
             task=regression,
             depth=3,
             weight=he(),
@@ -200,7 +200,7 @@ CASES = [
         "E15",
         "a critic without a bound: its loss falls for ever, and so it seems to learn",
         build=partial(critic, bounded=False),
-        mended=partial(critic, bounded=True),
+        fixed=partial(critic, bounded=True),
         level=0.5,
         fault=X,
         cause=Cause.LOSS_FUNCTION,
@@ -212,8 +212,8 @@ CASES = [
         "tanh-30, sigma_w = 4: chaos",
         **pair(
             chain,
-            sick={"weight": scaled(4.0)},
-            mended={"weight": scaled(1.0)},
+            faulty={"weight": scaled(4.0)},
+            fixed={"weight": scaled(1.0)},
             task=circles,
             depth=30,
             width=64,

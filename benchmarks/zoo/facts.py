@@ -1,4 +1,4 @@
-"""What a bare run shows, measured plainly and without the package under test; and what each fault's name stands for."""
+"""Facts of a run without the package under test, and the facts that define each fault."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor
 from benchmarks.zoo.case import Case
 from lightning_gradguard import Fault
 
-#: Steps after the onset in which a fault must show.
+#: Steps after the onset within which a fault must show.
 WINDOW = 50
-#: Steps after the onset within which an overflow may hide what caused it.
+#: Steps after the onset within which an overflow may hide its cause.
 OVERFLOW = 10
 
 
 class Facts(L.Callback):
-    """Records a run: norms, losses, true update ratios, zero rows. Put it first in the list of callbacks.
+    """Callback that records norms, losses, true update ratios and zero rows of a run.
+
+    Put it first in the list of callbacks.
 
     Attributes:
         table: Filled when training ends; see `summary`.
@@ -81,7 +83,8 @@ class Facts(L.Callback):
             before = self._before[name].float()
             moved = float((parameter.detach().float() - before).norm())
             if parameter.ndim >= 2:
-                # A tenth of a usual initialisation, or a tensor that starts at zero would seem to leap.
+                # A tenth of a typical initialisation, or a tensor that starts at zero would seem to make a
+                # large update.
                 usual = 0.1 * math.sqrt(before.numel() / before[0].numel())
                 ratios.append(moved / max(float(before.norm()), usual))
         self._before = {}
@@ -90,12 +93,13 @@ class Facts(L.Callback):
             self.median_ratios.append(sorted(ratios)[len(ratios) // 2])
 
     def summary(self) -> dict[str, Any]:
-        """The facts in numbers, from the onset on unless it says otherwise.
+        """Return the facts in numbers, from the onset on unless stated otherwise.
 
-        ``gap``: decades by which the culprits' relative gradients lie below those of the best fed layer.
-        ``loss_growth``: largest running mean of the loss over the first loss. ``rise``: decades by which the first
-        layer's relative gradient lies above the last one's. ``jump``: norm at the onset over the median of the fifty
-        before. ``dead_share``: mean share of zero rows in the culprits, over the last fifty steps.
+        ``gap``: decades (factors of ten) by which the culprits' relative gradients lie below those of the
+        layer with the largest. ``loss_growth``: largest running mean of the loss over the first loss.
+        ``rise``: decades by which the first layer's relative gradient lies above the last one's. ``jump``:
+        norm at the onset over the median of the fifty steps before. ``dead_share``: mean share of zero rows
+        in the culprits, over the last fifty steps.
         """
         onset = self.case.onset
         relative = {n: _middle(v) for n, v in self._relative.items() if v}
@@ -143,19 +147,22 @@ class Facts(L.Callback):
         return _ratio(most, start)
 
 
-def stands(name: Fault, case: Case, facts: Mapping[str, Any]) -> bool:
-    """Whether a name may be given to a run: its facts bear it out.
+def is_right_name(name: Fault, case: Case, facts: Mapping[str, Any]) -> bool:
+    """Return True if the facts of a run support this name for its fault.
+
+    An overflow is another name for something else only within `OVERFLOW` steps, before anything else can
+    show.
 
     An overflow is another name for something else only within `OVERFLOW` steps, before anything else can be seen.
     """
     if name == Fault.NONFINITE != case.fault:
         step = facts["nonfinite_step"]
         return step is not None and case.onset <= step <= case.onset + OVERFLOW
-    return bears_out(name, facts, case.onset)
+    return supports(name, facts, case.onset)
 
 
-def bears_out(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:
-    """Whether the facts of a run are what the fault's name stands for."""
+def supports(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:
+    """Return True if the facts of a run meet the definition of the fault."""
     test: Callable[[], bool] = {
         Fault.NONFINITE: lambda: facts["nonfinite_step"] is not None and facts["nonfinite_step"] >= onset,
         Fault.UNDERFLOW: lambda: _at_least(facts["zero_share_at_output"], 0.9),
@@ -179,7 +186,7 @@ def bears_out(fault: Fault, facts: Mapping[str, Any], onset: int) -> bool:
 
 
 def time_tilt(training: Any) -> float:
-    """Decades from the gradient of the first tenth of the input steps to that of the last tenth."""
+    """Return the decades from the gradient of the first tenth of the input steps to that of the last tenth."""
     x, y = training.batch(0)
     x = x.clone().requires_grad_()
     with torch.enable_grad():

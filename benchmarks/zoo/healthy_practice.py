@@ -84,7 +84,7 @@ CASES = [
         "pure label noise: nothing to learn",
         partial(chain, task=label_noise, optimizer=sgd(0.05), **_relu),
         0.9,
-        mended=partial(chain, task=templates, optimizer=sgd(0.05), **_relu),
+        fixed=partial(chain, task=templates, optimizer=sgd(0.05), **_relu),
         kin=("dense", "sgd"),
     ),
     Case(

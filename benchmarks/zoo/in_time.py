@@ -20,8 +20,8 @@ CASES = [
         "tanh RNN, W = 0.5 orthogonal, 60 steps, recall the first token",
         **pair(
             recurrent,
-            sick={"recurrent": orthogonal(0.5)},
-            mended={"recurrent": orthogonal()},
+            faulty={"recurrent": orthogonal(0.5)},
+            fixed={"recurrent": orthogonal()},
             kind=nn.RNN,
             task=_sixty,
             width=32,
@@ -38,8 +38,8 @@ CASES = [
         "tanh RNN with torch's own initialisation, 60 steps, recall the first token",
         **pair(
             recurrent,
-            sick={},
-            mended={"recurrent": orthogonal()},
+            faulty={},
+            fixed={"recurrent": orthogonal()},
             kind=nn.RNN,
             task=_sixty,
             width=32,
@@ -56,8 +56,8 @@ CASES = [
         "LSTM that forgets: forget-gate bias -4, 40 steps",
         **pair(
             recurrent,
-            sick={"forget": -4.0},
-            mended={"forget": 3.0},
+            faulty={"forget": -4.0},
+            fixed={"forget": 3.0},
             kind=nn.LSTM,
             task=partial(recall, length=40),
             width=32,

@@ -1,4 +1,4 @@
-"""Nets of the zoo that take vectors or pictures: chains, residual nets, convolutional nets, branches, experts."""
+"""Nets on vectors or pictures: chains, residual nets, convolutional nets, branches, experts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Init = Callable[[Tensor], object]
 
 
 def he(gain: float = 1.0) -> Init:
-    """Normal with variance 2 / fan-in, times the square of ``gain``."""
+    """Return a normal initialisation with variance gain² * 2 / fan-in."""
     return lambda w: nn.init.normal_(w, std=gain * math.sqrt(2 / w[0].numel()))
 
 
 def xavier(gain: float = 1.0) -> Init:
-    """Normal with variance 2 / (fan-in + fan-out), times the square of ``gain``."""
+    """Return a normal initialisation with variance gain² * 2 / (fan-in + fan-out)."""
     return lambda w: nn.init.xavier_normal_(w, gain)
 
 
@@ -32,12 +32,12 @@ def orthogonal(gain: float = 1.0) -> Init:
 
 
 def scaled(sigma: float) -> Init:
-    """Normal with variance sigma squared / fan-in: the sigma_w of mean-field theory."""
+    """Return a normal initialisation with variance sigma² / fan-in, the sigma_w of mean-field theory."""
     return lambda w: nn.init.normal_(w, std=sigma / math.sqrt(w[0].numel()))
 
 
 def initialise(module: nn.Module, weight: Init | None = None, bias: float | None = None) -> None:
-    """Sets all weights of two dimensions or more, and all biases, in place; None leaves torch's own."""
+    """Initialise all weights (two dimensions or more) and all biases in place; None keeps torch's defaults."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2 and weight is not None:
@@ -47,18 +47,18 @@ def initialise(module: nn.Module, weight: Init | None = None, bias: float | None
 
 
 class Chain(nn.Module):
-    """``depth`` equal layers and a head.
+    """Chain of ``depth`` equal layers and a head.
 
     Args:
-        inputs: Features.
-        outputs: Outputs.
-        depth: Hidden layers.
-        width: Their width.
-        activation: After each hidden layer.
+        inputs: Number of features.
+        outputs: Number of outputs.
+        depth: Number of hidden layers.
+        width: Width of the hidden layers.
+        activation: Applied after each hidden layer.
         weight: Initialisation of all weights.
         bias: Initial value of all hidden biases.
-        norm: Made after each hidden layer, before its activation.
-        dropout: Share that is dropped after each hidden layer.
+        norm: Creates the normalisation after each hidden layer, before its activation.
+        dropout: Share dropped after each hidden layer.
     """
 
     def __init__(
@@ -95,7 +95,10 @@ class Chain(nn.Module):
 
 
 class Residual(nn.Module):
-    """Blocks of two linear layers around a skip connection; ``norm`` before each, ``zero`` starts them at nothing."""
+    """Residual blocks of two linear layers.
+
+    || ``norm`` comes before each layer; with ``zero`` each block starts as the identity.
+    """
 
     def __init__(
         self,
@@ -128,7 +131,7 @@ class Residual(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """``depth`` 3 x 3 convolutions of equal width, pooling over the picture, and a head."""
+    """Chain of ``depth`` 3 x 3 convolutions of equal width, pooling over the picture, and a head."""
 
     def __init__(
         self,
@@ -161,7 +164,7 @@ class ConvNet(nn.Module):
 
 
 class Branches(nn.Module):
-    """Two nets, each seeing its half of the inputs; their outputs are concatenated."""
+    """Two nets, each on its half of the inputs; their outputs are concatenated."""
 
     def __init__(self, left: nn.Module, right: nn.Module, cut: int, *, detach_left: bool = False) -> None:
         super().__init__()
@@ -173,7 +176,10 @@ class Branches(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts, each example to its best one; some get nothing, and ``unused`` is never called."""
+    """Mixture of experts; each example goes to its best one.
+
+    || Some experts get no examples, and ``unused`` is never called.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, experts: int = 6, width: int = 24) -> None:
         super().__init__()
@@ -197,7 +203,7 @@ class Experts(nn.Module):
 
 
 class Half(nn.Module):
-    """A net in half precision between inputs and outputs in single precision."""
+    """Net in half precision between single-precision inputs and outputs."""
 
     def __init__(self, net: nn.Module, dtype: torch.dtype = torch.float16) -> None:
         super().__init__()
@@ -208,7 +214,7 @@ class Half(nn.Module):
 
 
 class Apply(nn.Module):
-    """A function as a module, to be put between others."""
+    """Module that applies a function, for use between other modules."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

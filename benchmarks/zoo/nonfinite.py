@@ -123,7 +123,7 @@ CASES = [
     Case(
         "E07",
         "NaN in one input at step 150",
-        **pair(chain, sick={"spoil": _nan_input}, mended={}, depth=4, weight=he()),
+        **pair(chain, faulty={"spoil": _nan_input}, fixed={}, depth=4, weight=he()),
         level=0.9,
         fault=NAN,
         cause=Cause.BAD_DATA,
@@ -135,7 +135,7 @@ CASES = [
     Case(
         "E10",
         "log of a softmax that underflows, in the loss",
-        **pair(_log_of_zero, sick={"safe": False}, mended={"safe": True}),
+        **pair(_log_of_zero, faulty={"safe": False}, fixed={"safe": True}),
         level=0.9,
         fault=NAN,
         cause=Cause.LOSS_FUNCTION,
@@ -145,7 +145,9 @@ CASES = [
     Case(
         "N01",
         "NaN targets in one batch at step 120",
-        **pair(chain, sick={"spoil": _nan_target}, mended={}, task=regression, depth=3, optimizer=adam(3e-3)),
+        **pair(
+            chain, faulty={"spoil": _nan_target}, fixed={}, task=regression, depth=3, optimizer=adam(3e-3)
+        ),
         level=0.8,
         fault=NAN,
         cause=Cause.BAD_DATA,
@@ -157,7 +159,7 @@ CASES = [
     Case(
         "N02",
         "relative error with zeros among the targets",
-        **pair(_with_loss, sick={"loss": "relative"}, mended={"loss": "relative, safe"}),
+        **pair(_with_loss, faulty={"loss": "relative"}, fixed={"loss": "relative, safe"}),
         level=0.6,
         fault=NAN,
         cause=Cause.LOSS_FUNCTION,
@@ -167,7 +169,7 @@ CASES = [
     Case(
         "N03",
         "square root at zero, in a contrastive distance: the loss is finite, its gradient is not",
-        **pair(Contrastive, sick={"eps": 0.0}, mended={"eps": 1e-6}, distance=True),
+        **pair(Contrastive, faulty={"eps": 0.0}, fixed={"eps": 1e-6}, distance=True),
         level=0.5,
         fault=NAN,
         cause=Cause.LOSS_FUNCTION,
@@ -177,7 +179,7 @@ CASES = [
     Case(
         "N04",
         "variational autoencoder whose log variance overflows",
-        **pair(Variational, sick={"spread": 100.0}, mended={"spread": 0.0}),
+        **pair(Variational, faulty={"spread": 100.0}, fixed={"spread": 0.0}),
         level=0.7,
         fault=NAN,
         cause=Cause.BAD_INITIALIZATION,
@@ -187,7 +189,7 @@ CASES = [
     Case(
         "N05",
         "a mask that leaves attention nothing: softmax over minus infinities",
-        **pair(_masked, sick={"fill": -torch.inf}, mended={"fill": -1e4}),
+        **pair(_masked, faulty={"fill": -torch.inf}, fixed={"fill": -1e4}),
         level=0.8,
         fault=NAN,
         cause=Cause.LOSS_FUNCTION,
@@ -198,7 +200,7 @@ CASES = [
         "N06",
         "half-precision activations that overflow",
         **pair(
-            _half, sick={"gain": 6.0, "dtype": torch.float16}, mended={"gain": 1.0, "dtype": torch.bfloat16}
+            _half, faulty={"gain": 6.0, "dtype": torch.float16}, fixed={"gain": 1.0, "dtype": torch.bfloat16}
         ),
         level=0.8,
         fault=NAN,
@@ -209,7 +211,7 @@ CASES = [
     Case(
         "N07",
         "a feature divided by its spread of zero, from step 100 on",
-        **pair(convnet, sick={"spoil": _broken_feed}, mended={}, depth=3, weight=he()),
+        **pair(convnet, faulty={"spoil": _broken_feed}, fixed={}, depth=3, weight=he()),
         level=0.8,
         fault=NAN,
         cause=Cause.BAD_DATA,
@@ -220,7 +222,7 @@ CASES = [
     Case(
         "N08",
         "NaN from step 10 on, under a gradient scaler that cannot help",
-        **pair(chain, sick={"spoil": partial(_broken_feed, since=10)}, mended={}, depth=3, weight=he()),
+        **pair(chain, faulty={"spoil": partial(_broken_feed, since=10)}, fixed={}, depth=3, weight=he()),
         level=0.9,
         fault=NAN,
         cause=Cause.BAD_DATA,
@@ -234,8 +236,8 @@ CASES = [
         "Poisson regression on inputs that are not normalised: exp overflows",
         **pair(
             _with_loss,
-            sick={"base": partial(_counts, factor=100.0)},
-            mended={"base": partial(_counts, factor=1.0)},
+            faulty={"base": partial(_counts, factor=100.0)},
+            fixed={"base": partial(_counts, factor=1.0)},
             loss="rate",
         ),
         level=0.3,

@@ -1,4 +1,4 @@
-"""How a training is put together, in one call; the cases differ in what they hand over."""
+"""Trainings built in one call; cases differ in the arguments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rmsprop(lr: float, **options: Any) -> MakeOptimizer:
 
 
 def _split(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes out of ``options`` what is for `Training`."""
+    """Remove and return the ``options`` that `Training` takes."""
     names = ("batch_size", "schedule", "spoil", "reshape", "per_epoch", "pool")
     return {name: options.pop(name) for name in names if name in options}
 
@@ -43,7 +43,7 @@ def _split(options: dict[str, Any]) -> dict[str, Any]:
 def chain(
     seed: int, *, task: MakeTask = templates, optimizer: MakeOptimizer | None = None, **options: Any
 ) -> Training:
-    """A `Chain` on a task; SGD at 0.1 unless told."""
+    """Return a `Chain` on a task; the default is SGD at 0.1."""
     rest, own = _split(options), task(seed)
     net = Chain(own.inputs, own.outputs, **options)
     return Training(net, own, optimizer or sgd(0.1), seed=seed, **rest)
@@ -52,7 +52,7 @@ def chain(
 def residual(
     seed: int, *, task: MakeTask = templates, optimizer: MakeOptimizer | None = None, **options: Any
 ) -> Training:
-    """A `Residual` net on a task; SGD at 0.05 unless told."""
+    """Return a `Residual` net on a task; the default is SGD at 0.05."""
     rest, own = _split(options), task(seed)
     return Training(
         Residual(own.inputs, own.outputs, **options), own, optimizer or sgd(0.05), seed=seed, **rest
@@ -62,7 +62,7 @@ def residual(
 def convnet(
     seed: int, *, task: MakeTask = images, optimizer: MakeOptimizer | None = None, **options: Any
 ) -> Training:
-    """A `ConvNet` on pictures; SGD at 0.05 with momentum unless told."""
+    """Return a `ConvNet` on pictures; the default is SGD at 0.05 with momentum."""
     rest, own = _split(options), task(seed)
     return Training(
         ConvNet(own.outputs, **options), own, optimizer or sgd(0.05, momentum=0.9), seed=seed, **rest
@@ -77,7 +77,7 @@ def recurrent(
     optimizer: MakeOptimizer | None = None,
     **options: Any,
 ) -> Training:
-    """A `Recurrent` net on sequences; Adam at 0.01 unless told."""
+    """Return a `Recurrent` net on sequences; the default is Adam at 0.01."""
     rest, own = _split(options), task(seed)
     net = Recurrent(kind, own.inputs, own.outputs, **options)
     return Training(net, own, optimizer or adam(1e-2), seed=seed, **rest)
@@ -86,7 +86,7 @@ def recurrent(
 def transformer(
     seed: int, *, task: MakeTask = lookup, optimizer: MakeOptimizer | None = None, **options: Any
 ) -> Training:
-    """A `Transformer` on sequences; Adam at 0.003 unless told."""
+    """Return a `Transformer` on sequences; the default is Adam at 0.003."""
     rest, own = _split(options), task(seed)
     net = Transformer(own.inputs, own.outputs, **options)
     return Training(net, own, optimizer or adam(3e-3), seed=seed, **rest)
@@ -95,7 +95,7 @@ def transformer(
 def messages(
     seed: int, *, task: MakeTask = communities, optimizer: MakeOptimizer | None = None, **options: Any
 ) -> Training:
-    """A `Messages` net on graphs; Adam at 0.01 unless told."""
+    """Return a `Messages` net on graphs; the default is Adam at 0.01."""
     rest, own = _split(options), task(seed)
     net = Messages(own.inputs, own.outputs, **options)
     return Training(
@@ -104,14 +104,14 @@ def messages(
 
 
 def pair(
-    make: Callable[..., Training], *, sick: dict[str, Any], mended: dict[str, Any], **common: Any
+    make: Callable[..., Training], *, faulty: dict[str, Any], fixed: dict[str, Any], **common: Any
 ) -> dict[str, Any]:
-    """A build and its mended twin, which differ in what is named, and in nothing else."""
-    return {"build": partial(make, **common, **sick), "mended": partial(make, **common, **mended)}
+    """Return a build and its fixed twin, which differ only in the given options."""
+    return {"build": partial(make, **common, **faulty), "fixed": partial(make, **common, **fixed)}
 
 
 def touched(make: Callable[..., Training], touch: Callable[[Training], object], **options: Any) -> Any:
-    """A build whose training is changed by ``touch`` before it begins."""
+    """Return a build whose training ``touch`` changes before it begins."""
 
     def build(seed: int) -> Training:
         training = make(seed, **options)
@@ -123,7 +123,7 @@ def touched(make: Callable[..., Training], touch: Callable[[Training], object], 
 
 
 def pretrained(training: Training, steps: int, optimizer: MakeOptimizer) -> Training:
-    """The training after some steps in a plain loop, with an optimizer of their own."""
+    """Return the training after some steps of a plain loop with a separate optimizer."""
     own = optimizer([p for p in training.parameters() if p.requires_grad])
     for number in range(steps):
         own.zero_grad()

@@ -1,4 +1,4 @@
-"""Nets of the zoo that take sequences, sets and graphs."""
+"""Nets on sequences, sets and graphs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from benchmarks.zoo.models import Init, initialise
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer and a head on its last state.
+    """Recurrent layer and a head on its last state.
 
     Args:
         kind: ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU``.
-        inputs: Features of a step.
-        outputs: Outputs.
-        width: Hidden state.
+        inputs: Number of features of a step.
+        outputs: Number of outputs.
+        width: Size of the hidden state.
         recurrent: Initialisation of the recurrent matrices.
         forget: Bias of an LSTM's forget gate.
-        relu: Use ReLU in place of tanh in an ``nn.RNN``.
+        relu: Use ReLU instead of tanh in an ``nn.RNN``.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Recurrent(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with one head of the full width; ``sharpness`` multiplies the logits."""
+    """Self-attention with one head of full width; ``sharpness`` multiplies the logits."""
 
     def __init__(self, width: int, *, sharpness: float = 1.0, causal: bool = False) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A pre-LN transformer on tokens [B, T] or vectors [B, T, F]; ``pooled`` answers with its last step only."""
+    """Pre-LN transformer on tokens [B, T] or vectors [B, T, F]; ``pooled`` returns its last step only."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
 
 
 class Messages(nn.Module):
-    """Message passing: ``rounds`` of neighbours' features, mixed; inputs as `communities` gives them."""
+    """Message passing: ``rounds`` of mixing neighbours' features; inputs as from `communities`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Runs a case with a Trainer, quietly and offline."""
+"""Runs of a case with a Trainer, without output and offline."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_gradguard import GradientHalt
 
 
 def fit(
-    case: Case, training: Training, callbacks: Sequence[L.Callback] = (), *, mended: bool = False
+    case: Case, training: Training, callbacks: Sequence[L.Callback] = (), *, fixed: bool = False
 ) -> GradientHalt | None:
-    """Trains, and returns the halt if there was one.
+    """Train, and return the halt if there was one.
 
     Args:
-        case: Says for how long, and with what Trainer.
+        case: Gives the number of steps and the Trainer's arguments.
         training: From ``case.make(seed)``.
         callbacks: In their order.
-        mended: Run it as the mended twin is to be run.
+        fixed: Run it as the fixed twin, with that twin's Trainer and number of steps.
     """
     arguments = case.trainer()
-    if mended and case.mended_trainer is not None:
-        arguments = case.mended_trainer()
-    steps = case.mended_steps if mended and case.mended_steps is not None else case.steps
+    if fixed and case.fixed_trainer is not None:
+        arguments = case.fixed_trainer()
+    steps = case.fixed_steps if fixed and case.fixed_steps is not None else case.steps
     with quiet():
         trainer = L.Trainer(
             accelerator="cpu",
@@ -52,7 +52,7 @@ def fit(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No messages for a while: neither Lightning's, nor torch's, nor the guard's."""
+    """Silence the messages of Lightning, torch and the guard."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

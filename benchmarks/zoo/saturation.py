@@ -56,9 +56,9 @@ class _Fused(Branches):
         return self.head(super().forward(x))
 
 
-def _branches(seed: int, *, sick: bool) -> Training:
+def _branches(seed: int, *, faulty: bool) -> Training:
     task = _two_questions(seed)
-    deep = {"activation": torch.sigmoid, "weight": xavier()} if sick else _relu_he
+    deep = {"activation": torch.sigmoid, "weight": xavier()} if faulty else _relu_he
     left = Chain(16, 8, depth=8, width=24, **deep)
     right = Chain(16, 8, depth=1, width=24, weight=he())
     return Training(_Fused(left, right, 16, 4), task, sgd(0.1), seed=seed)
@@ -70,8 +70,8 @@ CASES = [
         "sigmoid MLP-10, Xavier, circles",
         **pair(
             chain,
-            sick={"activation": torch.sigmoid, "weight": xavier()},
-            mended=_relu_he,
+            faulty={"activation": torch.sigmoid, "weight": xavier()},
+            fixed=_relu_he,
             task=circles,
             depth=10,
             optimizer=_momentum,
@@ -87,8 +87,8 @@ CASES = [
         "sigmoid-8, Adam, templates: learns, but slowly",
         **pair(
             chain,
-            sick={"activation": torch.sigmoid, "weight": xavier()},
-            mended=_relu_he,
+            faulty={"activation": torch.sigmoid, "weight": xavier()},
+            fixed=_relu_he,
             depth=8,
             optimizer=adam(1e-3),
         ),
@@ -102,7 +102,7 @@ CASES = [
         "V05",
         "tanh-6, all biases 4, templates",
         **pair(
-            chain, sick={"bias": 4.0}, mended={"bias": 0.0}, depth=6, activation=torch.tanh, weight=xavier()
+            chain, faulty={"bias": 4.0}, fixed={"bias": 0.0}, depth=6, activation=torch.tanh, weight=xavier()
         ),
         level=0.9,
         fault=V,
@@ -115,8 +115,8 @@ CASES = [
         "sigmoid-6, inputs times 100, circles",
         **pair(
             chain,
-            sick={"task": _wide_circles, "activation": torch.sigmoid, "weight": xavier()},
-            mended={"task": circles, **_relu_he},
+            faulty={"task": _wide_circles, "activation": torch.sigmoid, "weight": xavier()},
+            fixed={"task": circles, **_relu_he},
             depth=6,
             optimizer=_momentum,
         ),
@@ -131,8 +131,8 @@ CASES = [
         "6 convolutions with sigmoid",
         **pair(
             convnet,
-            sick={"activation": torch.sigmoid, "weight": xavier()},
-            mended=_relu_he,
+            faulty={"activation": torch.sigmoid, "weight": xavier()},
+            fixed=_relu_he,
             depth=6,
             optimizer=sgd(0.03, momentum=0.9),
         ),
@@ -146,7 +146,7 @@ CASES = [
         "V13",
         "erf-8, biases 2.5",
         **pair(
-            chain, sick={"bias": 2.5}, mended={"bias": 0.0}, depth=8, activation=torch.erf, weight=xavier()
+            chain, faulty={"bias": 2.5}, fixed={"bias": 0.0}, depth=8, activation=torch.erf, weight=xavier()
         ),
         level=0.9,
         fault=V,
@@ -159,8 +159,8 @@ CASES = [
         "softplus-8, biases -5",
         **pair(
             chain,
-            sick={"bias": -5.0, "weight": xavier()},
-            mended={"bias": -0.7, "weight": he()},
+            faulty={"bias": -5.0, "weight": xavier()},
+            fixed={"bias": -0.7, "weight": he()},
             depth=8,
             activation=F.softplus,
             optimizer=adam(1e-3),
@@ -174,7 +174,7 @@ CASES = [
     Case(
         "V17",
         "one of two branches vanishes, the other learns",
-        **pair(_branches, sick={"sick": True}, mended={"sick": False}),
+        **pair(_branches, faulty={"faulty": True}, fixed={"faulty": False}),
         level=0.8,
         fault=V,
         cause=Cause.SATURATING_ACTIVATION,
@@ -185,7 +185,7 @@ CASES = [
         "V18",
         "attention whose queries and keys are 30 times too large: the softmax is saturated",
         build=touched(transformer, _sharpen, **_attention),
-        mended=partial(transformer, **_attention),
+        fixed=partial(transformer, **_attention),
         level=0.9,
         fault=V,
         cause=Cause.BAD_INITIALIZATION,
@@ -197,8 +197,8 @@ CASES = [
         "sigmoid-8 with Nesterov momentum, four in accumulation",
         **pair(
             chain,
-            sick={"activation": torch.sigmoid, "weight": xavier()},
-            mended=_relu_he,
+            faulty={"activation": torch.sigmoid, "weight": xavier()},
+            fixed=_relu_he,
             depth=8,
             batch_size=16,
             optimizer=sgd(0.02, momentum=0.9, nesterov=True),

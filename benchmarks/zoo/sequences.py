@@ -10,7 +10,7 @@ from benchmarks.zoo.tasks import Task
 
 
 def recall(seed: int, *, length: int = 60, classes: int = 4, features: int = 8, at: int = 0) -> Task:
-    """The class shown at step ``at`` of a noisy sequence [B, length, features] is asked for at its end."""
+    """Ask, at the end of a noisy sequence [B, length, features], for the class shown at step ``at``."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(classes, (size,), generator=generator)
@@ -22,7 +22,7 @@ def recall(seed: int, *, length: int = 60, classes: int = 4, features: int = 8, 
 
 
 def summation(seed: int, *, length: int = 60, features: int = 8) -> Task:
-    """The sign of the mean of one channel: every step of the sequence counts."""
+    """Ask for the sign of the mean of one channel: every step of the sequence counts."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (size,), generator=generator)
@@ -34,7 +34,10 @@ def summation(seed: int, *, length: int = 60, features: int = 8) -> Task:
 
 
 def lookup(seed: int, *, pairs: int = 6, symbols: int = 8) -> Task:
-    """Key-value pairs and then a key: which value belongs to it? [B, pairs + 1, 2 * symbols], needs attention."""
+    """Ask for the value of a key after key-value pairs.
+
+    || Inputs [B, pairs + 1, 2 * symbols]; needs attention.
+    """
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         keys = torch.rand(size, symbols, generator=generator).argsort(1)[:, :pairs]
@@ -49,7 +52,10 @@ def lookup(seed: int, *, pairs: int = 6, symbols: int = 8) -> Task:
 
 
 def zipf(seed: int, *, vocabulary: int = 60, length: int = 16) -> Task:
-    """Token sequences [B, length] of Zipf's frequencies; each token has a usual successor, taken four times in five."""
+    """Return token sequences [B, length] with Zipf frequencies.
+
+    || Each token has a usual successor, taken four times in five.
+    """
     generator = Generator().manual_seed(seed)
     successor = torch.randperm(vocabulary, generator=generator)
     frequencies = 1 / torch.arange(1.0, vocabulary + 1)
@@ -66,7 +72,7 @@ def zipf(seed: int, *, vocabulary: int = 60, length: int = 16) -> Task:
 
 
 def communities(seed: int, *, nodes: int = 20, features: int = 8, normalise: bool = True) -> Task:
-    """Graphs of two communities; a node's own features hardly tell which, its neighbours' do.
+    """Return graphs of two communities; neighbours' features identify a node's community better than its own.
 
     Inputs [B, nodes, features + nodes]: features, then the adjacency matrix (rows sum to 1 if ``normalise``).
     """
@@ -87,7 +93,10 @@ def communities(seed: int, *, nodes: int = 20, features: int = 8, normalise: boo
 
 
 def two_views(seed: int, *, features: int = 32, latent: int = 6) -> Task:
-    """Two noisy views of the same hidden numbers, [B, 2, features]; for contrastive losses. The target is unused."""
+    """Return two noisy views of the same hidden numbers, [B, 2, features], for contrastive losses.
+
+    || The target is unused.
+    """
     generator = Generator().manual_seed(seed)
     mixing = torch.randn(2, latent, features, generator=generator) / latent**0.5
 

@@ -1,4 +1,4 @@
-"""Generated data: each task draws batches, and says what its loss and its quality are."""
+"""Generated data: each task draws batches, and defines its loss and its quality."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of right answers; class scores are the last dimension."""
+    """Return the share of right answers; class scores are the last dimension."""
     return (output.argmax(-1) == target).float().mean()
 
 
 def explained(output: Tensor, target: Tensor) -> Tensor:
-    """R squared: share of the target's variance that is explained."""
+    """Return R squared: the share of the target's variance that is explained."""
     spread = (target.float() - target.float().mean()).square().mean()
     return 1 - (output.float() - target.float()).square().mean() / spread
 
@@ -29,14 +29,14 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """Where batches come from, what is minimised, and what counts as learned.
+    """Task of a training: its data, its loss, and its measure of quality.
 
     Attributes:
-        draw: Random numbers and size to (inputs, targets).
-        loss: Outputs and targets to a scalar.
-        score: Outputs and targets to a quality, 1 at best.
-        inputs: Features of an example (or of a step of a sequence).
-        outputs: Numbers the net has to give.
+        draw: Function from random generator and size to (inputs, targets).
+        loss: Function from outputs and targets to a scalar.
+        score: Function from outputs and targets to a quality, 1 at best.
+        inputs: Number of features of an example, or of a step of a sequence.
+        outputs: Number of outputs the net must have.
     """
 
     draw: Callable[[Generator, int], tuple[Any, Any]]
@@ -47,7 +47,7 @@ class Task:
 
 
 def templates(seed: int, *, noise: float = 1.0, classes: int = 10, features: int = 64) -> Task:
-    """Class templates plus noise."""
+    """Return class templates plus noise."""
     centres = torch.randn(classes, features, generator=Generator().manual_seed(seed))
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def templates(seed: int, *, noise: float = 1.0, classes: int = 10, features: int
 
 
 def circles(seed: int, *, scale: float = 1.0, noise: float = 0.1) -> Task:
-    """Two noisy circles, one inside the other."""
+    """Return two noisy circles, one inside the other."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (size,), generator=generator)
@@ -71,7 +71,7 @@ def circles(seed: int, *, scale: float = 1.0, noise: float = 0.1) -> Task:
 
 
 def images(seed: int, *, classes: int = 6, side: int = 10, noise: float = 0.5) -> Task:
-    """Small pictures of one channel, [B, 1, side, side]: smooth class patterns at random offsets, plus noise."""
+    """Return pictures [B, 1, side, side]: smooth class patterns at random offsets, plus noise."""
     coarse = torch.randn(classes, 1, 4, 4, generator=Generator().manual_seed(seed))
     patterns = F.interpolate(coarse, size=(side + 2, side + 2), mode="bilinear", align_corners=False)
 
@@ -87,7 +87,7 @@ def images(seed: int, *, classes: int = 6, side: int = 10, noise: float = 0.5) -
 def regression(
     seed: int, *, features: int = 16, outputs: int = 1, scale: float = 1.0, noise: float = 0.1
 ) -> Task:
-    """A smooth function of 16 numbers, with unit variance times ``scale``; mean squared error."""
+    """Return a smooth function of 16 numbers with standard deviation ``scale``; mean squared error."""
     generator = Generator().manual_seed(seed)
     first, second = (
         torch.randn(features, 24, generator=generator),
@@ -103,7 +103,7 @@ def regression(
 
 
 def linear(seed: int, *, features: int = 16) -> Task:
-    """A linear function without noise, which can be learned to a loss of exactly nothing."""
+    """Return a noise-free linear function, which can be learned to a loss of exactly zero."""
     weights = torch.randn(features, 1, generator=Generator().manual_seed(seed))
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def linear(seed: int, *, features: int = 16) -> Task:
 
 
 def spirals(seed: int, *, turns: float = 1.0) -> Task:
-    """Two interleaved spirals in the plane."""
+    """Return two interleaved spirals in the plane."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (size,), generator=generator)
@@ -127,7 +127,7 @@ def spirals(seed: int, *, turns: float = 1.0) -> Task:
 
 
 def parity(seed: int, *, bits: int = 24, order: int = 2) -> Task:
-    """Product of two of 24 signs: a long plateau before anything is learned."""
+    """Return the product of two of 24 signs: a long plateau before anything is learned."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         x = 2.0 * torch.randint(2, (size, bits), generator=generator) - 1
@@ -137,7 +137,7 @@ def parity(seed: int, *, bits: int = 24, order: int = 2) -> Task:
 
 
 def label_noise(seed: int, *, classes: int = 10, features: int = 64) -> Task:
-    """Labels that have nothing to do with the inputs."""
+    """Return labels that do not depend on the inputs."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(size, features, generator=generator)

@@ -1,4 +1,4 @@
-"""The LightningModule that all cases share: a net, a task that makes its own data, an optimizer."""
+"""LightningModule that all cases share: a net, a task that generates its data, an optimizer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Schedule = Callable[[int], float]
 Spoil = Callable[[int, Any, Any], tuple[Any, Any]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
-#: Batches of an epoch that has no end of its own.
+#: Batches in an epoch that never ends in practice.
 ENDLESS = 100_000
-#: Examples that quality is judged on.
+#: Number of examples that quality is measured on.
 HELD_OUT = 512
 
 
 class Batches:
-    """Batches by number, each from its own random numbers; counting goes on over the epochs."""
+    """Numbered batches, each from its own random seed; numbering continues across epochs."""
 
     def __init__(self, make: Callable[[int], Any], per_epoch: int) -> None:
         self.make, self.per_epoch, self.served = make, per_epoch, 0
@@ -39,19 +39,19 @@ class Batches:
 
 
 class Training(L.LightningModule):
-    """One training that brings its data with it.
+    """Training that generates its own data.
 
     Args:
         net: Takes a task's inputs.
-        task: Draws batches, and says what loss and quality are.
-        optimizer: Parameters to optimizer.
-        seed: Of the data.
-        batch_size: Examples, or batch number to examples.
-        schedule: Step to multiple of the learning rate.
-        spoil: Changes a batch, given its number: what a broken data pipeline does.
-        reshape: Changes the loss before backward, such as a constant factor.
+        task: Draws batches, and defines loss and quality.
+        optimizer: Function from parameters to optimizer.
+        seed: Seed of the data.
+        batch_size: Number of examples, or a function from batch number to it.
+        schedule: Function from step to the factor on the learning rate.
+        spoil: Changes a numbered batch as a broken data pipeline would.
+        reshape: Changes the loss before backward, for example by a constant factor.
         per_epoch: Batches per epoch.
-        pool: Number of examples there are; fresh ones for ever when None.
+        pool: Size of a fixed data set; None draws new examples for every batch.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Training(L.LightningModule):
         self.net, self.task = net, task
         self.seed, self.batch_size, self.per_epoch, self.pool = seed, batch_size, per_epoch, pool
         self.make_optimizer, self.schedule, self.spoil, self.reshape = optimizer, schedule, spoil, reshape
-        #: Quality on the newest batch, which a rule that asks for the accuracy is given.
+        #: Quality on the newest batch, for rules that need the accuracy.
         self.score = torch.zeros(())
         self._pool: Any = None
 
     def batch(self, number: int) -> tuple[Any, Any]:
-        """Inputs and targets of a batch, given its number."""
+        """Return inputs and targets of the batch with this number."""
         size = self.batch_size(number) if callable(self.batch_size) else self.batch_size
         generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + number)
         if self.pool is None:
@@ -90,7 +90,7 @@ class Training(L.LightningModule):
         return (x, y) if self.spoil is None else self.spoil(number, x, y)
 
     def loss(self, x: Any, y: Any, number: int) -> Tensor:
-        """Loss of a batch; what most special trainings replace."""
+        """Return the loss of a batch; most special trainings override this."""
         output = self.net(x)
         self.score = self.task.score(output.detach(), y)
         return self.task.loss(output, y)
@@ -111,7 +111,10 @@ class Training(L.LightningModule):
 
     @torch.no_grad()
     def quality(self) -> float:
-        """How well the task has been learned, about 0 to 1; on the pool if there is one, else on fresh examples."""
+        """Return how well the task is learned, about 0 to 1.
+
+        || Measured on the pool if there is one, else on new examples.
+        """
         generator = torch.Generator().manual_seed(10_000_019 + self.seed)
         with evaluating(self):
             if self.pool is not None:
@@ -123,7 +126,7 @@ class Training(L.LightningModule):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
+    """Switch to evaluation mode, and back at the end."""
     was = module.training
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""The truth as it was established: ``truth.json`` beside each collection of cases, which ``establish.py`` writes."""
+"""Established truth of each case: ``truth.json`` beside each collection, written by ``establish.py``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typing import Any
 from benchmarks.zoo.case import Case
 from lightning_gradguard import Fault
 
-#: Where the truth of the zoo is kept.
+#: Path of the zoo's truth.
 TRUTH = Path(__file__).with_name("truth.json")
 
 
 @lru_cache
 def truth(path: Path = TRUTH) -> dict[str, Any]:
-    """A whole file: id of a case to its title, names, level, onset, and what was found for each seed."""
+    """Return a whole file: id of a case to its title, names, level, onset, and the results per seed."""
     read: dict[str, Any] = json.loads(path.read_text())
     return read
 
 
 def right_names(case: Case, seed: int, path: Path = TRUTH) -> tuple[Fault, ...]:
-    """Faults that are a right answer for a run: the case's own, and of its others those that the run's facts bear out.
+    """Return the faults that are right for a run.
 
-    Where nothing has been established, all of them.
+    These are the case's own fault, and of its other names those that the run's facts support.
+
+    Without an established truth, all names of the case are right.
     """
     entry = truth(path).get(case.id, {}).get("seeds", {}).get(str(seed))
     if entry is None:

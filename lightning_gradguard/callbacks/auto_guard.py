@@ -26,7 +26,7 @@ class AutoGuard(Callback):
         self.policy: Policy = getattr(Policy, policy)()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Replace itself in the list of callbacks, if no other guard is there."""
+        """Replace itself in the callbacks, unless a guard is there."""
         if any(isinstance(callback, GradGuard) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             return
         guard = GradGuard(policy=self.policy)

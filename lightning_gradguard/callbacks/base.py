@@ -16,12 +16,12 @@ PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def package_of(trainer: Trainer) -> str:
-    """Return the name of the Lightning package that a trainer comes from."""
+    """Return the name of a trainer's Lightning package."""
     return next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
 
 
 def import_from(trainer: Trainer, submodule: str = "") -> ModuleType:
-    """Import a submodule of the Lightning package that a trainer comes from.
+    """Import a submodule of a trainer's Lightning package.
 
     Args:
         trainer: The trainer.
@@ -31,7 +31,7 @@ def import_from(trainer: Trainer, submodule: str = "") -> ModuleType:
 
 
 def _callback_class() -> type:
-    """Return one class that both packages' trainers accept, if both are in use.
+    """Return a class that trainers of all packages in use accept.
 
     Raises:
         ImportError: If neither package is installed.
@@ -50,7 +50,7 @@ def _callback_class() -> type:
 
 
 def _is_strict(package: str) -> bool:
-    """Return True if trainers of a package accept callbacks of their own package only, as before 2.6."""
+    """Return True if trainers of a package refuse callbacks of the other one."""
     major, minor = metadata.version(package.partition(".")[0].replace("_", "-")).split(".")[:2]
     return (int(major), int(minor)) < (2, 6)
 

@@ -148,7 +148,7 @@ def _notes(window: StepWindow) -> list[str]:
 
 
 def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
-    """Return the finding that a step was halted on, and which quantity a replay measures again."""
+    """Return the finding that halted, with the quantity to measure in a replay."""
     fault = halt.diagnosis.fault
     finding = next(f for f in reversed(halt.findings) if f.fault == fault and f.severity == Severity.CRITICAL)
     plain: dict[str, Any] = describe(finding)
@@ -160,7 +160,7 @@ def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
 
 
 def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard | None) -> dict[str, Any]:
-    """Return an optimizer's kind, settings, names of its parameters, and its guard's history."""
+    """Return an optimizer's settings and parameter names, and its guard's history."""
     names = {id(p): name for name, p in select(list(module.named_parameters()), None).items()}
     groups = optimizer.param_groups
     plain = {
@@ -189,7 +189,7 @@ def _plain(value: Any) -> Any:
 def _parts(
     window: StepWindow, module: LightningModule, halt: GradientHalt | None, left_out: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the batches with their random states, and with manual optimization the step to stop at."""
+    """Return the batches, their random states, and the step to stop at."""
     parts = []
     for held in window.held:
         batch = encode(held.batch, "batch", left_out)
@@ -203,7 +203,8 @@ def _parts(
 
 
 def _buffers(trainer: Trainer, module: nn.Module, window: StepWindow | None) -> dict[str, Tensor]:
-    """Return the buffers from before the step; on rank 0 also those that were not copied, as they are now."""
+    """Return the buffers from before the step."""
+    # On rank 0 also those that are too large to copy, as they are now.
     before = {} if window is None else window.buffers
     own = dict(module.named_buffers()) if trainer.is_global_zero else {}
     both = {name: b.detach() for name, b in {**own, **before}.items()}
@@ -211,7 +212,7 @@ def _buffers(trainer: Trainer, module: nn.Module, window: StepWindow | None) -> 
 
 
 def _weights(trainer: Trainer, module: nn.Module, left_out: list[str]) -> dict[str, Tensor] | None:
-    """Return the weights on rank 0; None on other ranks, and if they are sharded."""
+    """Return the weights on rank 0, unless they are sharded; else None."""
     if not trainer.is_global_zero:
         return None
     named = list(module.named_parameters())
@@ -233,7 +234,7 @@ def _module(module: LightningModule) -> dict[str, Any]:
 
 
 def class_path(kind: type) -> str:
-    """Return where a class can be imported from, such as ``train:Model``, also if it is defined in the main script."""
+    """Return where a class can be imported from, such as ``train:Model``."""
     name = kind.__module__
     if name == "__main__":
         main = sys.modules["__main__"]
@@ -272,7 +273,7 @@ def _versions(trainer: Trainer, module: LightningModule) -> dict[str, str]:
 
 
 def _hyper_parameters(module: LightningModule) -> dict[str, Any]:
-    """Return the module's hyper-parameters that are plain, and the names of the others."""
+    """Return the plain hyper-parameters, and the names of the others."""
     left_out: list[str] = []
     values = {}
     for key, value in dict(module.hparams).items():

@@ -18,7 +18,7 @@ _HIDING = {
 
 
 def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
-    """Raise if the strategy keeps gradients where a callback cannot see them.
+    """Raise if the strategy hides gradients from callbacks.
 
     Args:
         trainer: Trainer with the strategy.
@@ -38,7 +38,7 @@ def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
 
 
 def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: object) -> None:
-    """Raise if Lightning would clip after the clipper; warn if the module may.
+    """Raise if Lightning clips as well; warn if the module may.
 
     Args:
         trainer: Trainer that may clip.
@@ -74,7 +74,7 @@ def warn_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
 
 
 def warn_if_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
-    """Warn after a training of a trainable model in which Lightning announced no optimizer step."""
+    """Warn after a training in which Lightning announced no step."""
     if _is_trainable(module):
         warn(
             trainer,

@@ -35,7 +35,7 @@ class FlightRecording:
         self.close()
 
     def start(self, trainer: Trainer) -> None:
-        """Begin to record a training. Every process has to call it, since it communicates."""
+        """Begin to record a training; call it on every process, since it communicates."""
         self.close()
         if self._recorder is not None:
             self._folder = _folder(self._recorder, trainer)
@@ -81,7 +81,7 @@ class FlightRecording:
             self._window.steps.append(step)
 
     def end_batch(self) -> None:
-        """Release the batch, unless its step has not been taken or judged yet."""
+        """Release the batch, if its step was judged."""
         self._between_batches = True
         if self._window is not None and self._window.steps and not self._late:
             self._window.held.clear()
@@ -89,7 +89,7 @@ class FlightRecording:
     def record_halt(
         self, trainer: Trainer, guards: Mapping[int, Guard], halt: GradientHalt, index: int
     ) -> Path | None:
-        """Write the bundle of a halted step, and say in the halt's message where it lies.
+        """Write the bundle of a halted step, and name it in the halt's message.
 
         Args:
             trainer: Trainer of the run.
@@ -114,7 +114,7 @@ class FlightRecording:
     def record_error(
         self, trainer: Trainer, guards: Mapping[int, Guard], error: BaseException
     ) -> Path | None:
-        """Write a bundle if training ends with an error that the recorder is set to record; warn where it lies.
+        """Write a bundle for an error that ends training, and warn where it is.
 
         Args:
             trainer: Trainer of the run.
@@ -122,7 +122,7 @@ class FlightRecording:
             error: The error. A halt is recorded by `record_halt`.
 
         Returns:
-            The bundle's file; None if there is none.
+            The bundle's file; None if there is none, such as for an error that the recorder is not set to record.
         """
         # By name, since each of Lightning's packages has its own.
         is_signal = type(error).__name__ == "SIGTERMException"
@@ -144,7 +144,7 @@ class FlightRecording:
         reason: str,
         index: int | None = None,
     ) -> tuple[Path | None, str]:
-        """Write a bundle; return its file, or None if that failed, and the message about it."""
+        """Write a bundle; return its file or None, and a message."""
         try:
             bundle = compose(trainer, guards, window, error, index)
             bundle["reason"], bundle["run"] = reason, self._run_id
@@ -166,25 +166,25 @@ class FlightRecording:
 
 
 def _folder(recorder: Recorder, trainer: Trainer) -> Path:
-    """Return the folder of the bundles; every process has to call it, since ``log_dir`` communicates."""
+    """Return the folder of the bundles."""
     if recorder.folder is not None:
         return Path(recorder.folder)
-    home = str(trainer.log_dir or trainer.default_root_dir)
+    home = str(trainer.log_dir or trainer.default_root_dir)  # log_dir communicates between processes
     # A log folder that is no path of this machine cannot be written to.
     return (Path() if "://" in home else Path(home)) / "gradguard"
 
 
 def _describe(path: Path, bundle: dict[str, Any]) -> str:
-    """Return the message that names a bundle's file, what it lacks, and the command that replays it."""
+    """Return a message with a bundle's file and the command to replay it."""
     shown = path.resolve()
     if shown.is_relative_to(Path.cwd()):
         shown = shown.relative_to(Path.cwd())
     lines = [f"Flight record: {shown} ({megabytes(path.stat().st_size)})"]
     if bundle["left_out"]:
-        lines.append(f"Not in it: {'; '.join(bundle['left_out'])}")
+        lines.append(f"Left out: {'; '.join(bundle['left_out'])}")
     if bundle["parts"]:
         command = f"gradguard replay {shlex.quote(str(shown))} --module {bundle['module']['class']}"
-        lines.append(f"Replay it: {command}")
+        lines.append(f"Replay the step: {command}")
     return "\n".join(lines)
 
 

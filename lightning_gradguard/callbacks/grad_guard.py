@@ -147,7 +147,7 @@ class GradGuard(Callback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy keeps: results and the state to judge on, but no batch, graph, weights or file."""
+        """Return results and state, without batch, graph, weights and files."""
         released = {
             "_losses": StepLosses(),
             "_buffers": RunningBuffers(),
@@ -168,12 +168,12 @@ class GradGuard(Callback):
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """Diagnosis of the newest critical finding, or None: what, where, why, and what to do."""
+        """Diagnosis of the newest critical finding, or None."""
         return self._results.diagnosis
 
     @property
     def stop_reason(self) -> str | None:
-        """Value of the fault that training was halted for, such as "nonfinite"; None without a halt."""
+        """Fault that training was halted for, such as "nonfinite", or None."""
         return self._results.stop_reason
 
     @property
@@ -183,7 +183,7 @@ class GradGuard(Callback):
 
     @property
     def summary(self) -> dict[str, int]:
-        """Number of steps judged, clipped, skipped and not finite; and of rollbacks, if the policy has them."""
+        """Number of steps judged, clipped, skipped and not finite, and of rollbacks."""
         return self._registry.summary() | self._rollback.state_dict()
 
     @cached_property
@@ -194,7 +194,7 @@ class GradGuard(Callback):
 
     @property
     def _judging(self) -> dict[str, Any]:
-        """Arguments that decide how a step is judged, as against what is shown or recorded."""
+        """Arguments that decide how a step is judged."""
         return {name: getattr(self, name) for name in ("detectors", "clipper", "policy", "lag")}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -219,7 +219,7 @@ class GradGuard(Callback):
         warn_if_nothing_trains(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to observe the module, after the sanity check of the validation."""
+        """Begin to observe the module, after the sanity check."""
         self._registry.observe_usage(pl_module)
         self._rollback.start(trainer)
         self._buffers.start(pl_module)
@@ -227,7 +227,7 @@ class GradGuard(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what the batch may spoil: running statistics, and at times the whole state."""
+        """Copy the state that a bad batch could ruin."""
         self._losses.start_batch()
         self._batch, self._batches = (batch, batch_idx), self._batches + 1
         if self.trials and self._batches == 1:
@@ -272,7 +272,9 @@ class GradGuard(Callback):
         )
 
     def _judge(self, trainer: Trainer, index: int, judge: Callable[[], object]) -> None:
-        """Let a guard judge, publish its report, and act on a halt: go back, end ``fit`` gracefully, or raise.
+        """Let a guard judge, publish its report, and act on a halt.
+
+        A halt rolls back, ends ``fit`` gracefully, or is raised, as the policy says.
 
         Args:
             trainer: Trainer of the run.
@@ -313,7 +315,7 @@ class GradGuard(Callback):
                 self._logging.observe(trainer, guards, index, news)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Release the batch and its graph, and clean running statistics before anybody saves or validates them."""
+        """Release the batch, and restore running statistics before they are saved."""
         self._batch, self._losses.graph = (None, 0), None
         self._buffers.restore_nonfinite()
         self._recording.end_batch()
@@ -323,7 +325,7 @@ class GradGuard(Callback):
         self._metric.update(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the steps that are still under way, and finish the logs.
+        """Judge the steps still under way, and finish the logs.
 
         Raises:
             GradientHalt: If the last step was one to halt on.
@@ -338,7 +340,7 @@ class GradGuard(Callback):
             warn_if_no_step_was_seen(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finish the logs, and write a bundle and the summary: after an exception Lightning calls no other hook."""
+        """Finish the logs, since Lightning calls no other hook after an exception."""
         self._registry.close_hooks()
         self._buffers.restore_nonfinite()
         bundle = self._recording.record_error(trainer, self._registry.guards, exception)
@@ -347,7 +349,7 @@ class GradGuard(Callback):
         self._log_summary(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the summary, or forget the state of a checkpoint that was only validated or tested."""
+        """Log the summary, or drop the state of a checkpoint not trained on."""
         if stage == "fit":
             self._log_summary(trainer)
         else:

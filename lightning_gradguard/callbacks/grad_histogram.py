@@ -186,11 +186,11 @@ class GradHistogram(Callback):
             self._fail_safe.run(lambda: self._show(trainer, pl_module, optimizer, loss))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the loggers' files."""
+        """Close the loggers."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the loggers' files: after an exception Lightning calls no other hook."""
+        """Close the loggers, since Lightning calls no other hook."""
         self._close()
 
     def _show(
@@ -200,7 +200,7 @@ class GradHistogram(Callback):
         optimizer: torch.optim.Optimizer,
         loss: Tensor | None,
     ) -> None:
-        """Count the gradients of an optimizer's parameters, and write those of the worst tensors."""
+        """Count an optimizer's gradients, and write those of the worst tensors."""
         index, scaler = optimizer_index(trainer, optimizer), scaler_of(trainer)
         if index not in self._shown:
             self._shown[index] = _ShownTensors(optimizer, WorstTensors(self.max_tensors))
@@ -229,7 +229,7 @@ class GradHistogram(Callback):
                 sink.write(step, record)
 
     def _count(self, parameters: Mapping[str, Tensor]) -> dict[str, _Counted]:
-        """Return the counts of each gradient by name; if they are sharded, every rank counts its part."""
+        """Return the counts of each gradient by name; of sharded ones every rank counts its part."""
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
         if self.axis == "value":
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
@@ -289,7 +289,7 @@ class _ShownTensors:
         self._patterns: set[tuple[bool, ...]] = set()
 
     def update(self, module: LightningModule, loss: Tensor | None) -> None:
-        """Read the optimizer's parameter groups, and the order from the loss if new tensors have gradients."""
+        """Update the parameters, and their order if new ones have gradients."""
         found = members(self.optimizer)
         if not are_same(found, self._members):
             self._members, self._patterns = found, set()
@@ -331,7 +331,7 @@ class NamePatterns:
         return included and not any(fnmatchcase(name, p) for p in self._exclude)
 
     def problems(self, names: Sequence[str]) -> list[str]:
-        """Return a message for each pattern that matches no parameter, with the nearest name.
+        """Return a message for each pattern without a match.
 
         Args:
             names: Names of all parameters of the model.

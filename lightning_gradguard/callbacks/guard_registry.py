@@ -13,7 +13,7 @@ from lightning_gradguard.callbacks.trainer_adapter import warn
 from lightning_gradguard.clippers.base import Clipper, included_names
 from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.parameters import is_compiled, select
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class GuardRegistry:
         return {**self.__dict__, "_usage": None}
 
     def observe_usage(self, module: LightningModule) -> None:
-        """Begin to observe which parameters are used in forward passes, for all guards at once."""
+        """Begin to observe which parameters forward passes use."""
         self._usage = ForwardUsage(idle=is_compiled(list(module.named_parameters())))
 
     def guard_of(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
     ) -> Guard:
-        """Return the guard of an optimizer; make it at the first step, from a saved state if there is one.
+        """Return an optimizer's guard; make or restore it at the first step.
 
         Raises:
             ValueError: If the clipper excludes a name that no parameter of the model has.
@@ -58,7 +58,7 @@ class GuardRegistry:
             return self.guards[index]
         named = list(module.named_parameters())
         everything = list(select(named, None)) if named else []
-        clipper = _clipper_for(list(select(named, optimizer)), everything, self.arguments.get("clipper"))
+        clipper = _clipper_for(self.arguments.get("clipper"), list(select(named, optimizer)), everything)
         arguments = {**self.arguments, "clipper": clipper}
         guard = self.guards[index] = Guard(
             named, optimizer=optimizer, index=index, usage=self._usage, **arguments
@@ -76,35 +76,36 @@ class GuardRegistry:
 
     @property
     def has_warned(self) -> bool:
-        """True while a fault that was warned of is active, in a guard or in a saved state."""
+        """True while a fault that was warned of is active."""
         return any(guard.fault_tracker.has_warned for guard in self.guards.values()) or any(
             has_warned(state.get("judge", {})) for state in self.restored.values()
         )
 
     def close_hooks(self) -> None:
-        """Remove all hooks from the model, without judging what is still under way."""
+        """Remove all hooks from the model."""
         if self._usage is not None:
             self._usage.close()
         for guard in self.guards.values():
             guard.tracker.close()
 
     def summary(self) -> dict[str, int]:
-        """Return how many steps were judged, clipped, skipped and not finite, over all optimizers."""
+        """Return the counts of steps, summed over the optimizers."""
         names = ("judged", "clipped", "skipped", "nonfinite")
         return {name: sum(guard.counts[name] for guard in self.guards.values()) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each guard, and saved states not used yet, by the index as a string."""
+        """Return the state of each guard by its index as a string."""
+        # Restored states whose optimizer has not stepped yet are handed on.
         return {**self.restored, **{str(i): guard.state_dict() for i, guard in self.guards.items()}}
 
 
-def _clipper_for(own: Sequence[str], model: Sequence[str], clipper: Clipper | None) -> Clipper | None:
-    """Return the clipper of one optimizer, without patterns in ``exclude`` that match none of its parameters.
+def _clipper_for(clipper: Clipper | None, own: Sequence[str], model: Sequence[str]) -> Clipper | None:
+    """Return an optimizer's clipper, without patterns for other optimizers' parameters.
 
     Args:
+        clipper: The user's clipper.
         own: Names of the optimizer's parameters.
         model: Names of all parameters of the model.
-        clipper: The user's clipper.
 
     Raises:
         ValueError: If an entry of ``exclude`` matches no name at all.

@@ -46,12 +46,12 @@ class Rollback:
         return {**self.__dict__, "_healthy": None, "_candidate": None}
 
     def start(self, trainer: Trainer) -> None:
-        """Begin a training; count on only if it resumes from a checkpoint."""
+        """Begin a training; keep the count only after a resume."""
         self._healthy = self._candidate = None
         self.count = self.count if trainer.ckpt_path else 0
 
     def save_if_due(self, trainer: Trainer, guards: GuardRegistry) -> None:
-        """Copy the state before a batch, if the policy has rollbacks and it is time."""
+        """Copy the state before a batch, if that is due."""
         if not self._policy.rolls_back:
             return
         if guards.has_warned:
@@ -68,7 +68,7 @@ class Rollback:
             self._healthy, self._candidate = self._candidate, _save(trainer, guards)
 
     def try_restore(self, trainer: Trainer, guards: Mapping[int, Guard], halt: GradientHalt) -> bool:
-        """Go back instead of halting, if the policy says so and a rollback is left.
+        """Roll back instead of halting, if the policy allows it.
 
         Weights, buffers, optimizer states and guards are restored, gradients are removed, so that the current step
         changes nothing, and learning rates are lowered.
@@ -102,7 +102,7 @@ class Rollback:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of rollbacks; empty if the policy has none. Saved states are not part of it."""
+        """Return the number of rollbacks; empty if the policy has none."""
         return {"rollbacks": self.count} if self._policy.rolls_back else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write everything back in place, and remove the gradients; can be called again."""
+        """Write everything back in place, and remove the gradients."""
         for tensor, saved in self._parameters:
             _local(tensor).copy_(_local(saved))
             tensor.grad = None
@@ -180,7 +180,7 @@ class Snapshot:
 def lower_rates(
     optimizers: Iterable[torch.optim.Optimizer], schedulers: Iterable[Any], factor: float
 ) -> tuple[float, float]:
-    """Multiply all learning rates, also those that schedulers start from, so that a schedule does not undo it.
+    """Multiply all learning rates, also those that schedulers start from.
 
     Args:
         optimizers: Optimizers whose groups' ``lr`` are multiplied.
@@ -215,7 +215,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a sharded tensor; any other tensor as it is."""
+    """Return this process's part of a tensor."""
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
 
@@ -233,7 +233,7 @@ def _copied(value: Any) -> Any:
 
 
 def _restore_buffer(buffers: dict[str, Tensor | None], name: str, saved: Tensor) -> None:
-    """Write a buffer back, into the tensor that is there now if that can be written to."""
+    """Write a buffer back, in place if possible."""
     now = buffers.get(name)
     if now is None or _local(now).shape != saved.shape:
         return
@@ -244,7 +244,7 @@ def _restore_buffer(buffers: dict[str, Tensor | None], name: str, saved: Tensor)
 
 
 def _restored(saved: Any, now: Any) -> Any:
-    """Return a saved value as an optimizer holds it: in the tensor that is there now, or in a new one."""
+    """Return a saved value, written into the current tensor if there is one."""
     if isinstance(saved, Tensor):
         if isinstance(now, Tensor):
             _local(now).copy_(saved)

@@ -39,7 +39,7 @@ class RunLogging:
         return {**self.__dict__, "_sinks": []}
 
     def start(self, trainer: Trainer) -> None:
-        """Begin a training, or continue the overviews of a checkpoint; open the loggers on rank 0."""
+        """Begin a training or resume one, and open the loggers on rank 0."""
         self._overviews = {}
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._restored = self._restored if trainer.ckpt_path else {}
@@ -47,7 +47,7 @@ class RunLogging:
     def observe(
         self, trainer: Trainer, guards: Mapping[int, Guard], index: int, diagnosis: Diagnosis | None
     ) -> None:
-        """Add the newest step of an optimizer, and write it if Lightning logs at this step.
+        """Add an optimizer's newest step, and write it if Lightning logs now.
 
         Args:
             trainer: Trainer of the run.
@@ -70,7 +70,7 @@ class RunLogging:
             self._write(trainer, guards[index], index)
 
     def finish(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
-        """Write the newest step of each optimizer with a final heat map, and close the sinks."""
+        """Write the final heat maps, and close the loggers."""
         for index, guard in guards.items():
             self._write(trainer, guard, index, final=True)
         for sink in self._sinks:
@@ -78,7 +78,7 @@ class RunLogging:
         self._sinks = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the overviews so far as plain types, so that a resumed run continues them."""
+        """Return the overviews so far as plain types."""
         own = {
             str(index): {"names": list(names), "view": overview.state_dict()}
             for index, (names, overview) in self._overviews.items()
@@ -99,7 +99,7 @@ class RunLogging:
             sink.write(logging_step(trainer), record)
 
     def _overview(self, guard: Guard, index: int) -> Overview:
-        """Return an optimizer's overview; begin a new one if its tensors have changed."""
+        """Return an optimizer's overview, a new one if its tensors have changed."""
         layout = guard.tracker.layout
         names = tuple(layout.names[i] for i in layout.order)
         if index not in self._overviews or self._overviews[index][0] != names:

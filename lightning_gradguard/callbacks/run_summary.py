@@ -56,7 +56,7 @@ class RunSummary:
         stop_reason: str | None,
         bundle: Path | None,
     ) -> None:
-        """Log the table on rank 0, unless no step was judged since it was last logged.
+        """Log the table on rank 0, if steps were judged since the last one.
 
         Args:
             trainer: Trainer of the run.
@@ -137,7 +137,7 @@ class _FoundFault:
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
-    """Return heading, rule and rows, in the manner of Lightning's table of the model."""
+    """Return heading, rule and rows, like Lightning's table of the model."""
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -174,7 +174,7 @@ class _Terminal(logging.Handler):
 
 
 def _open_logger() -> None:
-    """Set up the logger as Lightning's: level INFO, to stderr unless the program has handlers of its own."""
+    """Set up the logger like Lightning's: INFO, to stderr unless the program has handlers."""
     if LOGGER.level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
     if not LOGGER.hasHandlers():

@@ -40,7 +40,7 @@ class RunningBuffers:
 
     @torch.no_grad()
     def save(self) -> None:
-        """Copy the buffers before a batch; nothing is read from the device."""
+        """Copy the buffers before a batch, without a read from the device."""
         self._copies = []
         for group in self._groups:
             own = _current(group)
@@ -48,7 +48,7 @@ class RunningBuffers:
 
     @torch.no_grad()
     def restore_nonfinite(self) -> None:
-        """Put back the elements that have become NaN or Inf since; nothing is read from the device."""
+        """Restore elements that have become NaN or Inf, without a read from the device."""
         for group, saved in zip(self._groups, self._copies, strict=False):
             own = _current(group)
             if saved is None or [b.shape for b in own] != saved[0]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradguard.callbacks.base import import_from
 from lightning_gradguard.engine.parameter_tracker import unscale
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, index_arguments, loss_in
+from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import GradientWarning
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class StepLosses:
         self._last: Tensor | None = None
 
     def add(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        """Add a loss as it goes into backward: scaled, and divided by the number of micro-batches."""
+        """Add a loss as it goes into backward."""
+        # It is scaled, and divided by the number of micro-batches.
         self.graph = loss
         scaler = scaler_of(trainer)
         plain = loss.detach().float()
@@ -50,14 +51,15 @@ class StepLosses:
             self._losses = [plain]
 
     def take(self) -> Tensor | None:
-        """Return the mean loss since the last step; without a new loss, that of the last step in this batch."""
+        """Return the mean loss since the last step."""
+        # A further step of the same batch, without a new backward pass, gets the loss of the step before.
         if self._losses:
             self._last = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
         self._losses = []
         return self._last
 
     def start_batch(self) -> None:
-        """Forget the loss of the last batch's steps."""
+        """Drop the loss of the last batch."""
         self._last = None
 
 
@@ -73,7 +75,7 @@ class MonitoredMetric:
         self._values: list[float] = []
 
     def update(self, trainer: Trainer) -> None:
-        """Add the newest value; warn once if no metric of that name is logged."""
+        """Add the newest value; warn once if there is none."""
         if self._name is None or trainer.sanity_checking:
             return
         if self._name in trainer.callback_metrics:
@@ -88,7 +90,7 @@ class MonitoredMetric:
             self._name = None
 
     def end(self, trainer: Trainer) -> None:
-        """Warn at the end of training if the metric was never seen."""
+        """Warn at the end if the metric was never seen."""
         if self._name is None or self._values:
             return
         if self._name in trainer.callback_metrics:
@@ -126,10 +128,10 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
 def is_step_without_loss(
     module: LightningModule, scaler: torch.amp.GradScaler | None, graph: Tensor | None
 ) -> bool:
-    """Return True if Lightning announces a step that it will not take.
+    """Return True if Lightning will not take this step.
 
-    With a scaler it does so if training_step returned None. Gradients that are unscaled there stay so, and the next
-    step fails.
+    With a scaler, Lightning announces a step and does not take it if training_step returned None. Gradients that were
+    unscaled then stay so, and the next step fails.
 
     Args:
         module: The module in training.
@@ -140,7 +142,7 @@ def is_step_without_loss(
 
 
 def is_placeholder(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if an optimizer has no parameters, as Lightning's own if ``configure_optimizers`` returns None."""
+    """Return True if an optimizer has no parameters, as Lightning's default one."""
     return not any(group["params"] for group in optimizer.param_groups)
 
 
@@ -150,7 +152,7 @@ def optimizer_index(trainer: Trainer, optimizer: torch.optim.Optimizer) -> int:
 
 
 def logging_step(trainer: Trainer) -> int:
-    """Return the x axis position of Lightning's own logging: steps, however many optimizers there are."""
+    """Return the step on the x axis of Lightning's own logging."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
@@ -163,7 +165,7 @@ def drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
 
 
 def stop_training(trainer: Trainer) -> None:
-    """End ``fit`` normally after this batch, also before ``min_epochs`` and ``min_steps`` are reached."""
+    """End ``fit`` after this batch, also before ``min_epochs`` or ``min_steps``."""
     trainer.should_stop = True
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, 0
 
@@ -177,7 +179,7 @@ def warn(trainer: Trainer, message: str) -> None:
 def sandboxed_step_of(
     trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, batch: Any, batch_idx: int
 ) -> SandboxedStep:
-    """Return the training step as a function of the batch that logs nothing.
+    """Return the training step as a function that logs nothing.
 
     Raises:
         ValueError: If the training step does more than compute a loss.
@@ -225,7 +227,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 def check_first_batch(
     trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
 ) -> Checkup | None:
-    """Check the model on the first batch of a training, and warn once of the problems found.
+    """Check the model on a training's first batch, and warn of problems.
 
     Returns:
         The check-up; None if training resumes from a checkpoint, or if the training step cannot be run by itself.
@@ -247,6 +249,6 @@ def check_first_batch(
         warn(
             trainer,
             f"GradGuard: the check-up of the first batch found {count}: {found}. To see all checks, print "
-            "GradGuard.checkup.",
+            "the callback's attribute checkup.",
         )
     return result

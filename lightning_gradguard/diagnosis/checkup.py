@@ -1,4 +1,4 @@
-"""The check-up before training: one batch, one forward and backward pass, and a list of checks."""
+"""Check a model before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep, index_arguments, loss_in
+from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import Fault, Finding, Severity
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Checkup:
-    """The result of a check-up; ``print`` shows it as a table.
+    """Result of a check-up; ``print`` shows a table.
 
     Attributes:
         checks: All checks, in the order they were made.
@@ -76,12 +76,12 @@ class Checkup:
 
     @property
     def findings(self) -> tuple[Check, ...]:
-        """The checks that found a problem; empty if none did."""
+        """Checks that found a problem."""
         return tuple(check for check in self.checks if not check.ok)
 
     @property
     def causes(self) -> tuple[Cause, ...]:
-        """The likely causes of the problems, each once."""
+        """Likely causes of the problems, each once."""
         return tuple(dict.fromkeys(check.cause for check in self.checks if check.cause is not None))
 
     @property
@@ -90,7 +90,6 @@ class Checkup:
         return not self.findings
 
     def __str__(self) -> str:
-        """Return plain text with a line for each check, problems first."""
         lines = [f"Check-up before training: {self._headline()}"]
         width = max((len(check.name) for check in self.checks), default=0)
         for check in sorted(self.checks, key=lambda check: check.ok):
@@ -105,7 +104,6 @@ class Checkup:
         return "\n".join(lines)
 
     def __rich__(self) -> Table:
-        """Return a table in colour."""
         from rich.table import Table
         from rich.text import Text
 
@@ -128,9 +126,10 @@ def checkup(
     loss_of: Callable[[Any], Tensor] | None = None,
     scale: float = 1.0,
 ) -> Checkup:
-    """Check a model before it is trained, by one forward and backward pass on copies.
+    """Check a model before it is trained.
 
-    Parameters, buffers, gradients and random numbers are unchanged afterwards, to the bit.
+    Runs one forward and backward pass on copies. Parameters, buffers, gradients and random numbers are unchanged
+    afterwards, to the bit.
 
     Example:
         >>> import torch
@@ -164,9 +163,8 @@ def checkup(
         origin = find_origin(step)
         if origin.place != Place.NOWHERE:
             return Checkup((_check_origin(origin),))
-        seen = measure_first_pass(
-            step
-        )  # only the loss scale was too large, which a GradScaler lowers by itself
+        # Only the loss scale was too large, which a GradScaler lowers by itself.
+        seen = measure_first_pass(step)
     rules = (
         *(_check_data, _check_paths, _check_dead_layers, _check_activations),
         *(_check_depth, _check_initialization, _check_loss),
@@ -208,7 +206,6 @@ def _loss_of_training_step(module: nn.Module) -> Callable[[Any], Tensor]:
 
 
 def _check_origin(origin: Origin) -> Check:
-    """Return the check of a loss or gradient that is NaN or Inf."""
     causes = {
         Place.BATCH: Cause.BAD_DATA,
         Place.OUTSIDE: Cause.BAD_DATA,
@@ -294,7 +291,7 @@ def _check_loss(seen: FirstPass) -> Iterator[Check]:
 
 
 def _context(seen: FirstPass, fault: Fault) -> DiagnosticContext:
-    """Return what the rules for causes need to know."""
+    """Return the facts for the cause rules."""
     return DiagnosticContext(
         finding=Finding(fault, Severity.WARNING, 0, (), abs(seen.tilt or 0.0), _HIGH_TILT, "checkup"),
         names=seen.names,

@@ -1,4 +1,4 @@
-"""Measure one forward and backward pass of a model that has not been trained yet."""
+"""Measure the first pass of an untrained model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_gradguard.introspection.autograd_graph import GraphSummary, summa
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
 _SATURATED = 0.99
@@ -23,7 +23,7 @@ _SATURATED = 0.99
 
 @dataclass(frozen=True)
 class FirstPass:
-    """The measurements of one pass; plain numbers.
+    """Measurements of one pass; plain numbers.
 
     Attributes:
         loss: Loss of the batch.
@@ -63,14 +63,14 @@ class FirstPass:
 
     @property
     def finite(self) -> bool:
-        """True if the loss and all gradients are finite."""
+        """True if loss and gradients are finite."""
         return math.isfinite(self.loss) and not any(
             g == math.inf or math.isnan(g) for g in self.gradients_log10
         )
 
 
 def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
-    """Run one forward and backward pass on copies, and measure it.
+    """Measure one forward and backward pass on copies.
 
     Module, batch and random numbers are unchanged afterwards.
 
@@ -117,7 +117,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
 
 
 class _PassObserver(TorchFunctionMode):
-    """Mode that records which parameters are used, which activations are saturated, and which loss is called.
+    """Mode that records parameters, saturation and the loss.
 
     Attributes:
         used: Names of the parameters that were used while gradients were on.
@@ -171,7 +171,7 @@ class _PassObserver(TorchFunctionMode):
         return result
 
     def _compare(self, result: Tensor, chance: float, kwargs: Mapping[str, Any]) -> None:
-        """Record a loss beside that of a constant guess, unless it is a sum or weighted."""
+        """Record an unweighted mean loss and its chance."""
         if kwargs.get("reduction", "mean") == "sum" or kwargs.get("weight") is not None:
             return
         self.chance, self.guessed = chance, float(result.detach().float().mean())

@@ -1,4 +1,4 @@
-"""Find what made the first NaN or Inf of a step, by replaying its batch once, forward and then backward."""
+"""Find what made the first NaN or Inf."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lightning_gradguard.diagnosis.wording import listing, number, quote
 from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
 from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
 class Place(str, Enum):
-    """Part of a training step in which the first NaN or Inf was found."""
+    """Place of the first NaN or Inf."""
 
     BATCH = "batch"
     PARAMETERS = "parameters"
@@ -34,7 +34,7 @@ class Place(str, Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of the first NaN or Inf of a step; plain data.
+    """Origin of the first NaN or Inf.
 
     Attributes:
         place: Part of the step in which it was found.
@@ -73,11 +73,10 @@ class Origin:
 
     @property
     def located(self) -> bool:
-        """True if an operation or a module of the forward or backward pass is named."""
+        """True if a named operation or module computed it."""
         return self.place in (Place.FORWARD, Place.BACKWARD) and bool(self.operation or self.module)
 
     def __str__(self) -> str:
-        """Return one or two sentences: what made the NaN or Inf, and where."""
         where = self._where()
         if self.place == Place.BATCH:
             batch = "The batch" if self.number is None else f"Batch {self.number}"
@@ -126,7 +125,7 @@ class Origin:
 
 
 def find_origin(step: SandboxedStep, *, scale: float = 1.0, replay: bool = True) -> Origin:
-    """Find the origin of a step's first NaN or Inf by replaying the step.
+    """Replay a step to find its first NaN.
 
     The training is unchanged afterwards. This costs one forward pass and, if the loss is finite, one backward pass,
     with each operation read from the device; and the memory of a copy of the parameters and buffers. Random numbers are
@@ -154,13 +153,13 @@ def find_origin(step: SandboxedStep, *, scale: float = 1.0, replay: bool = True)
 
 
 def origin_in_batch(batch: Any, number: int | None = None) -> Origin | None:
-    """Return the batch as the origin if it holds NaN or Inf, else None."""
+    """Return the batch as origin if not finite."""
     entries = find_nonfinite(batch)
     return Origin(Place.BATCH, entries=entries, number=number) if entries else None
 
 
 def _replay(step: SandboxedStep, batch: Any, scale: float, found: Origin) -> Origin:
-    """Run the step forward and then backward, in a sandbox, and return what it shows."""
+    """Run the step forward and backward."""
     forward = ForwardTrace(step.module, batch)
     # With anomaly detection, nodes know the lines that made them.
     with torch.autograd.set_detect_anomaly(True, check_nan=False), forward:
@@ -195,7 +194,7 @@ def _at(source: NonFiniteSource, found: Origin, place: Place, *, in_loss: bool) 
 
 
 def _place_of_gradients(module: nn.Module) -> Place:
-    """Return the place of a NaN or Inf that no single operation made."""
+    """Return the place that the gradients show."""
     gradients: list[Tensor] = [p.grad.detach() for p in module.parameters() if p.grad is not None]
     if not all(is_finite(g) for g in gradients):
         return Place.BACKWARD

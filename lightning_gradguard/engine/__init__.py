@@ -1,1 +1,1 @@
-"""What `Guard` is made of: tracking, sampling, evaluation, readback, fault tracking."""
+"""Parts of `Guard`: tracking, sampling, evaluation, readback."""

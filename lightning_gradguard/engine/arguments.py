@@ -51,7 +51,10 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
 
 
 def message_without_loss(detectors: Iterable[Detector]) -> str:
-    """Return the message on detectors that are silent without a loss; empty if there are none."""
+    """Return the warning for steps without a loss.
+
+    It is empty if no detector needs one.
+    """
     silent = [type(d).__name__ for d in detectors if traits_of(d).needs_loss]
     if not silent:
         return ""
@@ -62,7 +65,7 @@ def message_without_loss(detectors: Iterable[Detector]) -> str:
 
 
 def short_repr(instance: object, **arguments: tuple[Any, Any]) -> str:
-    """Return a short ``repr``: the class, and the arguments that differ from their defaults.
+    """Return a ``repr`` with the arguments that are not default.
 
     >>> short_repr(3, lag=(1, None), clipper=(None, None), policy=(Policy(patience=9), None))
     'int(lag=1, policy=Policy(patience=9))'
@@ -76,7 +79,7 @@ def short_repr(instance: object, **arguments: tuple[Any, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return the ``repr`` of a value, of dataclasses without the fields that have their defaults."""
+    """Return a ``repr``, of dataclasses a short one."""
     if isinstance(value, (tuple, list)):
         parts = ", ".join(map(_short, value))
         return f"[{parts}]"

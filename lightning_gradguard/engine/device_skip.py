@@ -1,4 +1,4 @@
-"""Skip a bad step on the device, without waiting for it: what ``lag=1`` rests on."""
+"""Skip a bad step on the device, for ``lag=1``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HOOKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 def choose_lag(
     lag: int | None, optimizer: torch.optim.Optimizer | None, device: torch.device, policy: Policy
 ) -> int:
-    """Return the lag to use: 0 to read each step at once, 1 to read it one step later.
+    """Return the lag to use, 0 or 1.
 
     Args:
         lag: The user's choice; None for the cheapest that still skips exactly.
@@ -57,7 +57,10 @@ def validate_lag(lag: object) -> None:
 
 
 def honours_found_inf(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Return True if the optimizer skips its step on the device when its ``found_inf`` is 1."""
+    """Return True if the optimizer honours ``found_inf``.
+
+    It then skips its step on the device when that is 1.
+    """
     return (
         optimizer is not None
         and type(optimizer) in _HONOUR_FOUND_INF
@@ -66,7 +69,10 @@ def honours_found_inf(optimizer: torch.optim.Optimizer | None) -> bool:
 
 
 def apply_on_device(evaluation: Evaluation, optimizer: torch.optim.Optimizer | None) -> None:
-    """Clip, and make a non-finite step harmless, without reading on the host whether it is one."""
+    """Clip, and make a non-finite step harmless.
+
+    Nothing is read on the host.
+    """
     stats, _, clip = evaluation
     if clip is not None:
         apply_(stats.gradients, clip.multipliers)
@@ -81,13 +87,13 @@ def apply_on_device(evaluation: Evaluation, optimizer: torch.optim.Optimizer | N
 
 
 def clear_found_inf(optimizer: torch.optim.Optimizer | None, *_: Any) -> None:
-    """Remove what `apply_on_device` set, after the step or if the step is not taken."""
+    """Remove what `apply_on_device` set."""
     if optimizer is not None:
         optimizer.__dict__.pop("found_inf", None)
 
 
 def has_new_momentum(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Return True if the coming step is the first with momentum for any parameter.
+    """Return True if momentum begins with this step.
 
     Fused SGD that skips such a step on the device leaves the new momentum uninitialised.
     """

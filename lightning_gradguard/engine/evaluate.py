@@ -1,4 +1,4 @@
-"""One full evaluation on the device: running statistics, then detectors, then clipper, and the state they carry."""
+"""One full evaluation on the device, and its state."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class GuardParts(NamedTuple):
 
     @classmethod
     def of(cls, detectors: Sequence[Detector], clipper: Clipper | None) -> GuardParts:
-        """Return the parts, with the traits that the detectors declare."""
+        """Return the parts with their detectors' traits."""
         return cls(tuple(detectors), tuple(traits_of(detector) for detector in detectors), clipper)
 
 
 class GuardState(NamedTuple):
-    """Everything carried from one good step to the next on the device: NamedTuples of tensors.
+    """State carried from one good step to the next.
 
     Attributes:
         trends: State of the running statistics.
@@ -49,11 +49,11 @@ class GuardState(NamedTuple):
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """All states in one tuple: trends, detectors, and the clipper's if there is one."""
+        """Trends, detectors and clipper in one tuple."""
         return (self.trends, *self.detectors, *(() if self.clipper is None else (self.clipper,)))
 
     def with_parts(self, parts: Sequence[Any]) -> GuardState:
-        """Return a state of the same shape with other parts, in the order of `parts`."""
+        """Return a state of the same shape with other parts."""
         count = len(self.detectors)
         return GuardState(
             parts[0], tuple(parts[1 : 1 + count]), parts[-1] if self.clipper is not None else None
@@ -118,7 +118,7 @@ def evaluate(
 def fold_in(
     rows: Sequence[GradStats], state: GuardState, clipper: Any
 ) -> tuple[Sequence[Tensor], GuardState]:
-    """Fold steps that the fast path accepted into the running statistics; detectors are not asked.
+    """Fold accepted steps into the running statistics.
 
     Args:
         rows: The k steps, oldest first, at least one.
@@ -138,7 +138,7 @@ def fold_in(
 
 
 def choose_state(good: Tensor, new: GuardState, old: GuardState) -> GuardState:
-    """Return the new state if the step was good, else the old one; decided on the device.
+    """Choose between two states on the device.
 
     Args:
         good: Bool [].
@@ -154,12 +154,15 @@ def choose_state(good: Tensor, new: GuardState, old: GuardState) -> GuardState:
 
 
 def to_plain(state: GuardState) -> list[dict[str, Tensor]]:
-    """Return the state as dicts of tensors, which load under ``weights_only=True``."""
+    """Return the state as dicts of tensors."""
     return [{field: getattr(part, field).clone() for field in part._fields} for part in state.parts]
 
 
 def from_plain(plain: Sequence[dict[str, Tensor]], blank: GuardState) -> GuardState:
-    """Return the state that `to_plain` wrote, on the devices and with the types of ``blank``."""
+    """Return the state that `to_plain` wrote.
+
+    Devices and types are those of ``blank``.
+    """
     return blank.with_parts(
         [
             type(b)(**{field: p[field].to(getattr(b, field).device) for field in b._fields})

@@ -1,4 +1,4 @@
-"""Accept an unremarkable step with one short read, and fold it into the running statistics later."""
+"""Accept unremarkable steps with one short read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SAVED = {
 
 
 class DeferredStep:
-    """An accepted step whose threshold and norms by name are worked out when they are asked for.
+    """An accepted step with fields worked out on request.
 
     Args:
         stats: Statistics of the step, without its gradients.
@@ -69,19 +69,19 @@ class DeferredStep:
         self._threshold, self._flush, self.limit = threshold, None, None
 
     def threshold(self) -> float | None:
-        """Return the largest global norm that the clipper would have allowed; None without a clipper."""
+        """Return the clipper's threshold; None without a clipper."""
         if self._flush is not None:
             self._flush()
         return self._threshold
 
     def norms_by_name(self) -> dict[str, float]:
-        """Return the norms by tensor name, from input to output."""
+        """Return norms by name, from input to output."""
         numbers = self.norms.tolist()
         return {self._names[i]: numbers[i] for i in self._order if self._pattern[i]}
 
 
 class FastPath:
-    """Decides which steps may be accepted without a full evaluation, and holds them until they are folded in.
+    """Accepts steps and holds them until they are folded in.
 
     A step is accepted if no full evaluation is due and all of this holds: everything is finite; the global norm is
     between half and twice the baseline; no tensor is near the limit at which it would be clipped; the loss is not far
@@ -120,7 +120,7 @@ class FastPath:
         self._bounds: Bounds | None = None
 
     def open(self, record: StepRecord, stats: GradStats, clipper_state: Any, *, settled: bool) -> None:
-        """Allow the steps after one that was evaluated in full and taken, if it was unremarkable itself.
+        """Open the fast path after an unremarkable step.
 
         Args:
             record: Numbers of that step.
@@ -144,7 +144,7 @@ class FastPath:
             self._live = tuple(record.norms.get(name, 0.0) > 0 for name in stats.layout.names)
 
     def accept(self, stats: GradStats, step: int, flush: Callable[[], None]) -> Report | None:
-        """Return the report of a step that is accepted; None if it needs a full evaluation.
+        """Accept a step, or return None for a full evaluation.
 
         Args:
             stats: The step.
@@ -210,7 +210,10 @@ class FastPath:
         return completed
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain types and tensors; deferred steps must have been folded in."""
+        """Return the state as plain types and tensors.
+
+        Deferred steps must have been folded in.
+        """
         state = {key: getattr(self, attribute) for key, attribute in _SAVED.items()}
         bounds = None if self._bounds is None else {k: v.clone() for k, v in self._bounds._asdict().items()}
         return {**state, "_bounds": bounds, "clipper": repr(self.clipper)}
@@ -226,6 +229,6 @@ class FastPath:
         self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
 
     def _pack(self, stats: GradStats) -> Tensor:
-        """Pack what decides on acceptance: norms [P], global norm, loss, and the position within the bounds [2]."""
+        """Pack norms [P], global norm, loss, position within the bounds [2]."""
         within = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
         return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *within])])

@@ -1,4 +1,7 @@
-"""From detector results to findings: onset, patience, hysteresis, precedence, and silence between messages."""
+"""Turn detector results into findings.
+
+Onset, patience, hysteresis, precedence, and silence between messages are decided here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _UNREPORTED = -1
 
 
 class Decision(NamedTuple):
-    """What was found at a step, and what is to be done.
+    """Findings of a step, and what to do.
 
     Attributes:
         report: Report of the step.
@@ -69,13 +72,13 @@ class FaultTracker:
 
     @property
     def has_warned(self) -> bool:
-        """True while a fault that was warned of is active."""
+        """True while a reported fault is active."""
         return any(fault.severity >= Severity.WARNING for fault in self.active.values())
 
     def decide(
         self, step: int, record: StepRecord, *, has_loss: bool, scaled: bool, clipping: bool
     ) -> Decision:
-        """Decide what is found at a step, and what is to be done.
+        """Decide on findings, skip and halt of a step.
 
         Args:
             step: Number of the step, for the report.
@@ -111,11 +114,11 @@ class FaultTracker:
         return Decision(report, tuple(messages), halt)
 
     def count_accepted(self) -> None:
-        """Count a step that the fast path accepted: nothing is found at it."""
+        """Count a step that the fast path accepted."""
         self.judged += 1
 
     def is_settled(self, results: Iterable[DetectorResult]) -> bool:
-        """Return True if deciding on the same results again would find nothing and change nothing.
+        """Return True if these results again would change nothing.
 
         False while a fault is raised that the policy ignores or another fault explains: it may come first next time.
 
@@ -151,7 +154,7 @@ class FaultTracker:
     def _decide_nonfinite(
         self, step: int, record: StepRecord, expected: bool
     ) -> tuple[list[Finding], bool, Finding | None]:
-        """Decide on a step that is not finite: it is skipped in any case, and nothing else is judged of it."""
+        """Decide on a non-finite step, which is always skipped."""
         response = self.policy.response(Fault.NONFINITE)
         result = next((r for r in record.results if r.fault == Fault.NONFINITE), NONFINITE_STEP)
         if expected:
@@ -170,7 +173,7 @@ class FaultTracker:
     def _decide_finite(
         self, step: int, results: Sequence[DetectorResult]
     ) -> tuple[list[Finding], bool, Finding | None]:
-        """Return new findings by precedence, True if the step is to be skipped, and the finding that halts."""
+        """Return findings by precedence, skip, and the halting finding."""
         self.judged += 1
         self.active.pop(Fault.NONFINITE.value, None)
         findings: list[Finding] = []
@@ -204,7 +207,7 @@ class FaultTracker:
         return findings, skipped_for is not None, halt
 
     def _follow(self, result: DetectorResult, step: int, explained: bool) -> Finding | None:
-        """Follow a lasting fault; return a finding when it begins and when it becomes critical.
+        """Follow a lasting fault; report onset and critical state.
 
         Args:
             result: Of its detector.
@@ -238,14 +241,14 @@ class FaultTracker:
         return self._finding(result, active.onset, severity)
 
     def _count_skip(self, finding: Finding) -> Finding | None:
-        """Count a skipped step; return the finding to halt on if there were too many in a row."""
+        """Count a skip; return the finding if too many in a row."""
         if self.skipped_in_a_row >= self.policy.max_consecutive_skips:
             return replace(finding, severity=Severity.CRITICAL)
         self.skipped_in_a_row += 1
         return None
 
     def _may_report(self, finding: Finding) -> bool:
-        """Return True, and note it, unless the same fault, severity and tensor were reported shortly before."""
+        """Return True unless the same was reported shortly before."""
         key = f"{finding.fault.value}/{int(finding.severity)}/{finding.parameters[:1]}"
         last = self._last_message.get(key)
         if last is not None and self.judged - last < SILENCE:

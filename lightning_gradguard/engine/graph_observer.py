@@ -1,4 +1,4 @@
-"""What the passes of a model show of its tensors: their order, which have a path from the loss, which recur."""
+"""Order and paths of tensors, from a model's passes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
-from lightning_gradguard.introspection.forward_probes import ForwardUsage, UnshardedParameterProbe
-from lightning_gradguard.introspection.sequence_probe import SequenceGradientProbe
+from lightning_gradguard.introspection.probes import (
+    ForwardUsage,
+    SequenceGradientProbe,
+    UnshardedParameterProbe,
+)
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.parameters import is_compiled
 from lightning_gradguard.stats.sharding import largest_over_ranks, world_size
@@ -24,7 +27,7 @@ MAX_WAIT = 3
 
 
 class PathMarks(NamedTuple):
-    """Path of each tensor from the loss, bool [P] each; see `GradStats`."""
+    """Paths from the loss, bool [P] each; see `GradStats`."""
 
     cut: Tensor
     unused: Tensor
@@ -33,7 +36,7 @@ class PathMarks(NamedTuple):
 
 
 class GraphObserver:
-    """Follows the passes of a model; with several ranks, all of them learn the same.
+    """Follows the passes of a model, alike on all ranks.
 
     Args:
         named: Pairs of name and parameter.
@@ -70,7 +73,9 @@ class GraphObserver:
             self._unsharded_probe, self._waited = UnshardedParameterProbe(idle=self._compiled), 0
 
     def update_order(self, layout: Layout, pattern: tuple[bool, ...], graph: Tensor | None) -> Layout:
-        """Return the layout in the order of an autograd graph, if tensors have gradients that had none before.
+        """Return the layout in the order of a graph.
+
+        The graph is read if tensors have gradients that had none before.
 
         In a distributed program every rank has to call it, all with a graph or all without one.
 
@@ -92,7 +97,7 @@ class GraphObserver:
         return Layout.of(dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings)
 
     def probe_sequence(self, layout: Layout, recurrent: frozenset[str] | None = None) -> None:
-        """Measure in the next pass of a recurrent model how gradients fall over the steps of a sequence.
+        """Probe gradients over time in the next pass.
 
         Args:
             layout: The watched tensors.
@@ -107,7 +112,10 @@ class GraphObserver:
             self._sequence_probe = SequenceGradientProbe(ids)
 
     def take_time_tilt(self) -> tuple[bool, Tensor | None]:
-        """Return True if the last pass was probed, and the time tilt that was seen: float32 [], decades, or None."""
+        """Return True if a pass was probed, and its time tilt.
+
+        The tilt is float32 [], in decades, or None if the pass showed none.
+        """
         probe, self._sequence_probe, self.probed = self._sequence_probe, None, frozenset()
         return probe is not None, None if probe is None else probe.close()
 
@@ -119,7 +127,10 @@ class GraphObserver:
             self._unsharded_probe.close()
 
     def _knows_leaves(self) -> bool:
-        """Return True if the leaves of the graph are known; those of sharded parameters take a pass that was probed."""
+        """Return True if the leaves of the graph are known.
+
+        Those of sharded parameters are known after a pass that was probed.
+        """
         self._waited += self._unsharded_probe is not None
         if self._unsharded_probe is not None and (self._unsharded_probe.seen or self._waited == MAX_WAIT):
             self._unsharded, self._unsharded_probe = self._unsharded_probe.close(), None
@@ -128,7 +139,10 @@ class GraphObserver:
 
 
 def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[GraphSummary, list[bool]]:
-    """Return what holds on all ranks, whose graphs may differ: the first rank's order, and the union of the rest."""
+    """Return what holds on all ranks.
+
+    Their graphs may differ: the order is the first rank's, everything else the union.
+    """
     if world_size() == 1:
         return summary, ran
     names = layout.names
@@ -144,7 +158,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
 
 
 def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
-    """Mark trainable tensors without a path from the loss: those that took part in the pass, and the others."""
+    """Mark trainable tensors without a path from the loss."""
     pairs = list(zip(layout.names, layout.parameters, strict=True))
     lost = [name in summary.missing and p.requires_grad and any(ran) for name, p in pairs]
 

@@ -1,4 +1,4 @@
-"""The newest steps in plain host numbers, for a picture or a flight record."""
+"""The newest steps in plain host numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _SCALARS = ("loss", "total_norm", "clipped_norm", "threshold", "scale")
 
 
 class History:
-    """Ring buffer of the newest judged steps. It allocates once: 29 bytes a step, and 4 more for each tensor.
+    """Ring buffer of the newest judged steps.
+
+    It allocates once: 29 bytes a step, and 4 more for each tensor.
 
     Example:
         >>> history = History(["weight", "bias"], [4, 2], steps=2)
@@ -53,7 +55,7 @@ class History:
         return min(self._added, self.steps)
 
     def add(self, report: Report, norms: NDArray[Any] | None = None) -> None:
-        """Add a step; the oldest one is dropped if there is no room.
+        """Add a step; a full ring drops the oldest.
 
         A norm that is not finite is stored as inf, since NaN stands for a tensor without a gradient.
 
@@ -77,7 +79,7 @@ class History:
         self._added += 1
 
     def table(self) -> dict[str, NDArray[Any]]:
-        """Return copies of the kept steps, oldest first; n is the number of them.
+        """Return copies of the n kept steps, oldest first.
 
         Returns:
             "step": int64 [n]. "loss", "total_norm", "clipped_norm", "threshold", "scale": float32 [n], NaN for None.
@@ -89,7 +91,7 @@ class History:
         return {name: rows[name].copy() for name in ("step", *_SCALARS, "skip", "norms")}
 
     def resize(self, steps: int) -> None:
-        """Keep that many steps from now on; of those already there, the newest.
+        """Change how many steps are kept.
 
         Args:
             steps: Most steps to keep.
@@ -119,7 +121,7 @@ class History:
 
 
 def history_of(layout: Layout, steps: int = 128) -> History:
-    """Return an empty history of the tensors of a layout."""
+    """Return an empty history of a layout's tensors."""
     return History(layout.names, [p.numel() for p in layout.parameters], steps)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of one optimizer: their names and order, their measurements, and samples taken now and then."""
+"""Measurements of the tensors of one optimizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
-from lightning_gradguard.engine.state_error import StateError
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
-from lightning_gradguard.introspection.forward_probes import ForwardUsage
+from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
@@ -35,8 +34,15 @@ _SAVED_TENSORS = {
 }
 
 
+class StateError(ValueError):
+    """A saved state that does not fit.
+
+    The message says in one sentence why, and what to do.
+    """
+
+
 class ParameterTracker:
-    """Measures the tensors of one optimizer, or of a model if no optimizer is given.
+    """Measures the tensors of one optimizer or model.
 
     Args:
         named_parameters: Pairs of name and parameter.
@@ -77,11 +83,11 @@ class ParameterTracker:
 
     @property
     def graph_summary(self) -> GraphSummary | None:
-        """Summary of the newest autograd graph that was read, or None."""
+        """Summary of the newest autograd graph, or None."""
         return self._observer.graph_summary
 
     def follow_groups(self) -> bool:
-        """Read the optimizer's parameter groups again; return True if the tensors changed."""
+        """Reread the optimizer's groups; return True if tensors changed."""
         found = members(self.optimizer)
         if are_same(found, self._groups):
             return False
@@ -145,7 +151,7 @@ class ParameterTracker:
         return stats
 
     def probe_sequence(self) -> None:
-        """Measure in the next pass of a recurrent model how gradients fall over the steps of a sequence."""
+        """Probe gradients over time in the next pass."""
         if self.schedule.sampled_last:  # so that the next step is evaluated in full
             self._observer.probe_sequence(self.layout)
 
@@ -154,23 +160,29 @@ class ParameterTracker:
         self._observer.close()
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Unscale gradients that are still scaled, as they are before a fused optimizer's step."""
+        """Unscale gradients that are still scaled.
+
+        They are, before the step of a fused optimizer.
+        """
         if scaler is not None and self.optimizer is not None and scaler.is_enabled():
             unscale(self.optimizer, scaler)
 
     def sample_now(self) -> None:
-        """Sample the weights before a step that may be far too large, so that the next step shows what it did."""
+        """Sample the weights before a suspicious step.
+
+        The next step then shows what it did to them.
+        """
         self._before = collect_sample(self.layout)
         self.schedule.sample_now()
 
     def drop_gradients(self) -> None:
-        """Remove all gradients of the optimizer, which skips its step exactly, whatever the optimizer."""
+        """Remove all gradients, which skips any optimizer's step exactly."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         for parameter in [p for g in groups for p in g["params"]] or self.layout.parameters:
             parameter.grad = None
 
     def restart_schedule(self) -> None:
-        """Sample as at the first step again; what is known of the tensors stays."""
+        """Sample as at the first step again."""
         self.schedule = SamplingSchedule(self._always)
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +227,7 @@ class ParameterTracker:
         self._update_ratio = median_update(self.updates, self.layout)
 
     def _start(self, parameters: dict[str, Tensor]) -> None:
-        """Begin with these tensors, of which nothing is known yet."""
+        """Begin with tensors of which nothing is known."""
         self.schedule = SamplingSchedule(self._always)
         self.layout = Layout.of(parameters)
         if self.layout.shards is not None:
@@ -231,12 +243,15 @@ class ParameterTracker:
         self._moved = self.weights < 0
 
     def _set_sizes(self) -> None:
-        """Derive from the weight norms what `measure` divides by at each step."""
+        """Derive the divisors of `measure` from weight norms."""
         self._sizes = torch.maximum(self.weights, self.layout.floors)
         self._log_sizes = self._sizes.log()
 
     def _is_resting(self) -> bool:
-        """Return True if the learning rate is far below its peak; one that lies on the device is not read."""
+        """Return True if the learning rate is far below its peak.
+
+        A rate on the device is not read.
+        """
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         rates = [group["lr"] for group in groups if isinstance(group.get("lr"), (int, float))]
         rate = max(rates, default=0.0)
@@ -245,7 +260,7 @@ class ParameterTracker:
 
 
 def unscale(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Unscale an optimizer's gradients if that has not been done for the coming step."""
+    """Unscale an optimizer's gradients, once a step."""
     if scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
         scaler.unscale_(optimizer)
 

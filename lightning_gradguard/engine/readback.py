@@ -1,4 +1,4 @@
-"""Read a step's results back to the host: packed into one vector, read now or one step later."""
+"""Read packed step results back to the host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NEVER_ASKED = [0.0, 0.0, 0.0, math.nan, math.nan, 0.0]
 
 
 class PendingStep(NamedTuple):
-    """What the host keeps of a step until its numbers arrive.
+    """A step whose numbers have not arrived yet.
 
     Attributes:
         step: Number of the step.
@@ -54,7 +54,7 @@ class PendingStep(NamedTuple):
 
 
 class Readback:
-    """Carries one float32 vector a step from the device to the host.
+    """Carries one vector a step to the host.
 
     With ``lag=0`` a vector is read as soon as it is posted, which waits for the device. With ``lag=1`` only its copy is
     started, and the vector of the step before is read, which has arrived long since.
@@ -68,7 +68,7 @@ class Readback:
         self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, PendingStep]] = deque()
 
     def exchange(self, packed: Tensor, step: PendingStep) -> tuple[list[float], PendingStep] | None:
-        """Post the numbers of a step; return those that are due, or None.
+        """Post a step's numbers; return those due, or None.
 
         Args:
             packed: float32 [N] on any device, from `pack`.
@@ -84,7 +84,7 @@ class Readback:
         return self.take() if len(self._under_way) > self.lag else None
 
     def take(self) -> tuple[list[float], PendingStep] | None:
-        """Take the oldest numbers, and wait for them if need be; None if nothing is under way."""
+        """Take the oldest numbers, or None; wait if needed."""
         if not self._under_way:
             return None
         packed, arrived, step = self._under_way.popleft()
@@ -93,7 +93,7 @@ class Readback:
         return read(packed), step
 
     def under_way(self) -> list[tuple[Tensor, PendingStep]]:
-        """Return copies on the host of what is under way, oldest first; it stays under way."""
+        """Return host copies of what is under way, oldest first."""
         for _, arrived, _ in self._under_way:
             if arrived is not None:
                 arrived.synchronize()
@@ -109,14 +109,14 @@ class Readback:
 
 
 def read(vector: Tensor) -> list[float]:
-    """Read a vector [N] now, and wait for the device; in the step path only `Readback` does."""
+    """Read a vector [N] now, and wait for the device."""
     # NumPy's conversion is ten times as fast as the tensor's own.
     numbers: list[float] = read_array(vector).tolist()
     return numbers
 
 
 def read_array(vector: Tensor) -> NDArray[Any]:
-    """Read a vector [N] now, as an array; in the step path only the fast path does."""
+    """Read a vector [N] now, as an array."""
     numbers: NDArray[Any] = vector.detach().cpu().numpy()
     return numbers
 
@@ -124,7 +124,7 @@ def read_array(vector: Tensor) -> NDArray[Any]:
 def pack(
     evaluation: Evaluation, loss_scale: Tensor | None = None, thresholds: Sequence[Tensor] = ()
 ) -> Tensor:
-    """Pack what the host needs of a step into one float32 vector [N] on the device.
+    """Pack a step into one float32 vector [N].
 
     Args:
         evaluation: Results on the device.
@@ -164,7 +164,7 @@ def unpack(
     parts: GuardParts,
     previous: Sequence[DetectorResult],
 ) -> StepRecord:
-    """Return the record that `pack` packed; of the evaluation only what the host knew before is used.
+    """Return the record that `pack` packed.
 
     Args:
         numbers: Numbers that `pack` wrote.
@@ -219,7 +219,7 @@ def unpack(
 
 
 def save_under_way(readback: Readback) -> list[dict[str, Any]]:
-    """Return what is under way as plain types and tensors."""
+    """Return the steps under way as plain types."""
     return [
         {
             "numbers": packed.clone(),
@@ -236,7 +236,7 @@ def save_under_way(readback: Readback) -> list[dict[str, Any]]:
 def restore_under_way(
     readback: Readback, saved: Sequence[dict[str, Any]], layout: Layout, weights: Tensor, updates: Tensor
 ) -> None:
-    """Put back what `save_under_way` returned; the gradients themselves are gone.
+    """Put back what `save_under_way` returned.
 
     Args:
         readback: Takes it.

@@ -1,4 +1,7 @@
-"""When samples are refreshed and slow detectors are asked: often at first, rarely once training has settled."""
+"""Schedule of samples and full evaluations.
+
+They are frequent at first, and rare once training has settled.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Due(NamedTuple):
 
 
 class SamplingSchedule:
-    """Counts good steps (bad ones move nothing) and decides what is due.
+    """Counts good steps and decides what is due.
 
     A *full evaluation* asks every detector. On all other steps the slow detectors keep their last result.
 
@@ -84,7 +87,7 @@ class SamplingSchedule:
         return Due(self._sampled, self.sampled_last, sampled, elapsed)
 
     def sample_now(self) -> None:
-        """Count this step as sampled, even if no sample was due."""
+        """Count this step as sampled."""
         self._sampled = True
 
     def commit(self, taken: bool) -> None:

@@ -1,4 +1,4 @@
-"""`StepContext`: facts about a step that only the caller knows, used when something is found."""
+"""Facts about a step that only the caller knows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+    from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Facts for messages and diagnosis; none of them changes a verdict.
+    """Facts for messages and diagnosis.
+
+    None of them changes a verdict.
 
     Attributes:
         batch: Input of the loss, or None. Searched for values that are not finite, and measured.

@@ -1,4 +1,4 @@
-"""One step in plain numbers, as the host reads it back: `StepRecord`, and a `DetectorResult` for each detector."""
+"""One step in plain numbers on the host."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ NONFINITE_STEP = DetectorResult(
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Numbers of one step; NaN where a number is not known.
+    """Numbers of one step; NaN if unknown.
 
     Attributes:
         total_norm: Global gradient norm before clipping.

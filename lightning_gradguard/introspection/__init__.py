@@ -1,1 +1,1 @@
-"""Observe what a model does: autograd graph, layer calls, gradients over depth and time, steps in a sandbox."""
+"""Observe what a model does and run its steps."""

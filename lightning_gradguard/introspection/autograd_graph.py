@@ -1,7 +1,7 @@
-"""The structure of a model, read from the autograd graph of its loss: order, paths and kinds of operations.
+"""Read the structure of a model from autograd.
 
-The graph is traversed once from ``loss.grad_fn``. It covers functional calls and modules alike, and can be read after
-the backward pass too, which frees only the saved tensors.
+Order, paths and kinds of operations. The graph is traversed once from ``loss.grad_fn``. It covers functional calls and
+modules alike, and can be read after the backward pass too, which frees only the saved tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_gradguard.introspection.operations import (
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """The structure of one autograd graph; plain data that keeps no tensor alive.
+    """Structure of an autograd graph, without its tensors.
 
     Attributes:
         names: The parameters, as given.
@@ -67,7 +67,7 @@ class GraphSummary:
 
 
 def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSummary:
-    """Summarize the autograd graph of a loss, in time linear in its size.
+    """Summarize a loss's autograd graph in linear time.
 
     Args:
         loss: The tensor that was, or is about to be, differentiated. Without a ``grad_fn`` the summary is empty.
@@ -82,6 +82,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
     tables = frozenset(
         n for n in leaves if parameters[n].ndim >= 2 and _is_table([graph.ops[i] for i in uses[n]])
     )
+    whole = {n for n, p in parameters.items() if p.requires_grad and not hasattr(p, "placements")}
     products = max(graph.products)
     recurrent = frozenset(n for n in leaves if any(graph.node_kinds[i] == "recurrent" for i in uses[n]))
     recurrences = 0
@@ -94,7 +95,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
     return GraphSummary(
         names=names,
         order=_order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes}),
-        missing=frozenset() if graph.hides_leaves else _missing(parameters, leaves),
+        missing=frozenset() if graph.hides_leaves else frozenset(whole - leaves.keys()),
         embeddings=tables,
         shortest={name: graph.shortest[leaf] for name, leaf in leaves.items()},
         longest={name: graph.longest[leaf] for name, leaf in leaves.items()},
@@ -111,7 +112,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
 
 
 class Graph:
-    """An autograd graph as lists, in breadth-first order from the loss.
+    """Autograd graph as lists, breadth-first from the loss.
 
     It keeps no node alive.
 
@@ -153,7 +154,7 @@ class Graph:
         self.longest, self.products, self.in_loss = self._measure_paths()
 
     def uses(self, leaf: int) -> list[int]:
-        """Return the nodes that compute with a leaf, past those that only reshape or copy it."""
+        """Return the nodes that compute with a leaf."""
         found: list[int] = []
         pending, seen = [leaf], {leaf}
         while pending:
@@ -172,7 +173,7 @@ class Graph:
         return Counter(op for i, op in enumerate(self.ops) if self.in_loss[i] and not (i == 0 and scaled))
 
     def has_skip(self, budget: int = 20_000, reach: int = 400) -> bool:
-        """Return True if a sum has an input that is computed from another.
+        """Return True if there is a skip connection.
 
         Args:
             budget: Nodes to visit in all; a block of a residual net has tens.
@@ -229,7 +230,7 @@ class Graph:
         return composed_kind(self.ops[index], below)
 
     def _count_kinds(self) -> list[dict[str, int]]:
-        """Count the kinds on the shortest path to each node."""
+        """Count kinds on the shortest path to each node."""
         counts: list[dict[str, int]] = []
         for index, kind in enumerate(self.node_kinds):
             above = counts[self._discoverer[index]] if index else {}
@@ -237,7 +238,7 @@ class Graph:
         return counts
 
     def _measure_paths(self) -> tuple[list[int], list[int], list[bool]]:
-        """Return `longest`, `products` and `in_loss`, by visiting each node after all of its parents."""
+        """Measure paths in topological order."""
         size = len(self.ops)
         longest, products, in_loss = [1] * size, [0] * size, [True] * size
         waiting = [len(parents) for parents in self.parents]
@@ -258,18 +259,13 @@ class Graph:
 
 
 def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, ...]:
-    """Sort indices by first use; a parameter without one takes that of a neighbour."""
+    """Sort indices by first use."""
     keys = [first_use.get(name) for name in names]
     for i in range(1, len(keys)):
         keys[i] = keys[i - 1] if keys[i] is None else keys[i]
     for i in reversed(range(len(keys) - 1)):
         keys[i] = keys[i + 1] if keys[i] is None else keys[i]
     return tuple(sorted(range(len(names)), key=lambda i: keys[i] or 0))
-
-
-def _missing(parameters: Mapping[str, Tensor], leaves: Mapping[str, int]) -> frozenset[str]:
-    whole = {name for name, p in parameters.items() if p.requires_grad and not hasattr(p, "placements")}
-    return frozenset(whole - leaves.keys())
 
 
 def _is_table(operations: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The tensors in a batch: iterate over them, replace them, find inputs and targets, find NaN and Inf."""
+"""Iterate over, replace and inspect a batch's tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TARGET_ENDS = tuple(f"[{name!r}]" for name in ("y", "label", "labels", "target"
 
 
 def tensors_of(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors in nested mappings, lists, tuples and dataclasses, each with its path.
+    """Yield each tensor in nested containers, with path.
 
     >>> [path for path, _ in tensors_of((torch.ones(1), {"y": [torch.ones(1)]}))]
     ['batch[0]', "batch[1]['y'][0]"]
@@ -36,7 +36,7 @@ def tensors_of(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return a copy of a batch with each tensor replaced.
+    """Copy a batch with each tensor replaced.
 
     Values that `tensors_of` does not yield are shared with the original.
 
@@ -65,7 +65,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the floating-point inputs and targets of a batch.
+    """Return a batch's floating-point inputs and targets.
 
     Each is None where the form of the batch does not show it. In a sequence the first tensor is the input, and the next
     one of floating point the target. In a mapping an entry called "y", "label" or "target" is the target, and the only
@@ -88,7 +88,7 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 class BadEntry(NamedTuple):
-    """A tensor of the batch that holds NaN or Inf.
+    """Tensor of a batch with NaN or Inf.
 
     Attributes:
         path: Its place in the batch, as code: ``batch[0]``, ``batch['image']``.
@@ -101,7 +101,6 @@ class BadEntry(NamedTuple):
     rows: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return a phrase such as ```batch[0]` holds NaN in rows 3, 17``."""
         where = ""
         if self.rows:
             more = f" and {len(self.rows) - NAMED_ROWS} more" if len(self.rows) > NAMED_ROWS else ""
@@ -111,7 +110,7 @@ class BadEntry(NamedTuple):
 
 
 def find_nonfinite(batch: Any) -> tuple[BadEntry, ...]:
-    """Return the tensors of a batch that hold NaN or Inf.
+    """Return the tensors that hold NaN or Inf.
 
     Reads each tensor from the device.
 
@@ -128,7 +127,7 @@ def find_nonfinite(batch: Any) -> tuple[BadEntry, ...]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return False if an element is NaN or Inf; True for layouts that cannot be read."""
+    """Return True unless NaN or Inf is found."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
         return True
     try:
@@ -138,7 +137,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def nonfinite_kind(*tensors: Tensor) -> str:
-    """Return "NaN", "Inf" or "NaN and Inf": what some tensors that are not finite hold."""
+    """Return "NaN", "Inf" or "NaN and Inf"."""
     with torch.no_grad():
         nan = any(bool(t.isnan().any()) for t in tensors)
         infinite = any(bool(t.isinf().any()) for t in tensors)

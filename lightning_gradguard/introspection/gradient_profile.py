@@ -1,4 +1,4 @@
-"""The profile of gradients over depth, from the gradients that one backward pass left on a module."""
+"""Measure gradients over depth."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MAX_LAYERS = 100
 
 
 def whole_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> list[float]:
-    """Return log10(‖g‖/‖w‖) of each layer, in decades (factors of ten).
+    """Return log10(‖g‖/‖w‖) of each layer, decades.
 
-    A weight norm below a tenth of what a usual initialization gives counts as that tenth.
+    A decade is a factor of ten. A weight norm below a tenth of what a usual initialization gives counts as that tenth.
 
     Args:
         parameters: Parameters by name, with their gradients.
@@ -32,15 +32,16 @@ def whole_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> li
 
 
 def layer_profile(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> list[float]:
-    """Return the entries of `whole_profile` that count in a tilt: the finite ones."""
+    """Return the finite entries of `whole_profile`."""
     return [decades for decades in whole_profile(parameters, layers) if math.isfinite(decades)]
 
 
 def depth_tilt(profile: Sequence[float]) -> float | None:
-    """Return the decades by which a profile rises from input to output.
+    """Return the depth tilt of a profile, decades.
 
-    None with fewer than four layers. The same statistic as `stats.depth_profile.depth_tilt`, of one step and on the
-    host: the number of layers less one, times the median slope between pairs of layers.
+    By so much gradients rise from input to output. None with fewer than four layers. The same statistic as
+    `stats.depth_profile.depth_tilt`, of one step and on the host: the number of layers less one, times the median slope
+    between pairs of layers.
 
     Args:
         profile: log10(‖g‖/‖w‖) of the layers that get a gradient, input first.
@@ -57,7 +58,9 @@ def depth_tilt(profile: Sequence[float]) -> float | None:
 
 
 def dead_shares(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, float]:
-    """Return the share of each layer's output rows whose gradient is exactly zero.
+    """Return each layer's share of dead output rows.
+
+    A row is dead if its gradient is exactly zero.
 
     Args:
         parameters: Parameters by name, with their gradients.
@@ -75,7 +78,7 @@ def dead_shares(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> dict
 
 
 def dead_share(parameters: Mapping[str, Tensor], layers: Iterable[str]) -> float:
-    """Return the largest of the `dead_shares`; 0 without any."""
+    """Return the largest of `dead_shares`, or 0."""
     return max(dead_shares(parameters, layers).values(), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""The layers and activations of a forward pass, as they are called: by modules or by functions alike."""
+"""Follow calls of layers, by module or function."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Function = Callable[..., Any]
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer in a forward pass.
+    """One call of a layer.
 
     Attributes:
         number: Index of the call in the pass, from 0.
@@ -49,7 +49,7 @@ class LayerCall(NamedTuple):
 
 
 class LayerMode(TorchFunctionMode):
-    """Mode that follows each layer's output to its activation; subclasses may return something else.
+    """Mode that follows layer outputs to their activations.
 
     A matrix product is a layer if an operand is one of the parameters; a bias that is added separately belongs to it.
     The inside of a fused function (attention, a recurrent layer) is not visible. Numbering restarts each time the mode
@@ -76,12 +76,12 @@ class LayerMode(TorchFunctionMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def on_layer(self, call: LayerCall, function: Function) -> Tensor:
-        """Return the output of a layer; ``function`` takes its input."""
+        """Return a layer's output; ``function`` takes its input."""
         out: Tensor = function(call.input)
         return out
 
     def on_activation(self, call: LayerCall, name: str, function: Function, x: Tensor) -> Tensor:
-        """Return the activation of a layer's output; ``function`` takes its input."""
+        """Return the activation; ``function`` takes the layer's output."""
         out: Tensor = function(x)
         return out
 
@@ -91,7 +91,6 @@ class LayerMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Dispatch a call of torch to the method for its kind."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         name = name if name.startswith("__") else name.strip("_")  # `threshold` calls itself `_threshold`
@@ -114,13 +113,13 @@ class LayerMode(TorchFunctionMode):
         return self._remember(func(*args, **kwargs), call)
 
     def name_of(self, value: Any) -> str | None:
-        """Return the name of a parameter, also of a transposed one; None for any other value."""
+        """Return a parameter's name, also of its transpose."""
         return self._names.get(id(value)) or self._names.get(id(getattr(value, "_base", None)))
 
     def _operands(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, Tensor, Tensor | None] | None:
-        """Return a layer's input (its index in the arguments), weight and bias; None if this is no layer."""
+        """Return input index, weight and bias, or None."""
         if name in _PRODUCTS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             return 0, weight, args[2] if len(args) > 2 else kwargs.get("bias")
@@ -140,7 +139,7 @@ class LayerMode(TorchFunctionMode):
 
 @dataclass
 class LayerStructure:
-    """The structure of one forward pass; layers by the number of their call.
+    """Structure of a forward pass, by layer call.
 
     Attributes:
         weights: Names of the weight and of the bias of each layer that was called; None for what is no parameter.
@@ -158,18 +157,18 @@ class LayerStructure:
 
     @property
     def repeated(self) -> frozenset[str]:
-        """Weights that are applied again and again: a recurrence that is written as a loop."""
+        """Weights of a recurrence written as a loop."""
         times = Counter(weight for weight, _ in self.weights if weight is not None)
         return frozenset(name for name, count in times.items() if count >= LOOP)
 
     @property
     def last(self) -> int:
-        """Number of the last layer, which makes the output; -1 if there is none."""
+        """Number of the output layer; -1 without layers."""
         return len(self.weights) - 1
 
 
 class StructureRecorder(LayerMode):
-    """Mode that records a forward pass and changes nothing.
+    """Mode that records a pass and changes nothing.
 
     Attributes:
         structure: The structure of the newest pass.
@@ -184,7 +183,7 @@ class StructureRecorder(LayerMode):
         return super().__enter__()
 
     def on_layer(self, call: LayerCall, function: Function) -> Tensor:
-        """Record the weights of a layer, and if its output has the shape of its input."""
+        """Record a layer's weights and shape."""
         out = super().on_layer(call, function)
         self.structure.weights.append((self.name_of(call.weight), self.name_of(call.bias)))
         if out.shape == call.input.shape:
@@ -192,11 +191,11 @@ class StructureRecorder(LayerMode):
         return out
 
     def on_activation(self, call: LayerCall, name: str, function: Function, x: Tensor) -> Tensor:
-        """Record the activation of a layer's output."""
+        """Record an activation."""
         self.structure.activated.add(call.number)
         self.structure.activations.append(name)
         return super().on_activation(call, name, function, x)
 
     def on_normalisation(self, call: LayerCall) -> None:
-        """Record the normalization of a layer's output."""
+        """Record a normalization."""
         self.structure.normalised.add(call.number)

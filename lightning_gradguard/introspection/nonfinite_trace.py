@@ -1,4 +1,4 @@
-"""The operation that made the first NaN or Inf, by observing a forward pass and then a backward pass.
+"""Trace the operation that made the first NaN.
 
 `ForwardTrace` observes every function of torch in a forward pass, `BackwardTrace` every node of an autograd graph.
 `exact_size` tells a number that is merely too large for its dtype from one that has no finite value.
@@ -6,9 +6,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.introspection.batch import is_finite, map_tensors, nonfinite_kind, tensors_of
 from lightning_gradguard.introspection.operations import kind_of, operation_of
-from lightning_gradguard.introspection.source_lines import current_line, line_of
 
 #: Functions that return uninitialized memory, to be filled by what comes next.
 _UNINITIALIZED = frozenset(
@@ -36,11 +41,15 @@ _SIGNS = {
 _ARITHMETIC = frozenset(
     {"Mul", "Add", "Sub", "Neg", "Sum", "Expand", "Repeat", "ToCopy", "Cat", "Index", "Gather"}
 )
+#: Packages whose lines are skipped.
+_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard")
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+_CONTEXTLIB = importlib.util.find_spec("contextlib").origin  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
 class NonFiniteSource:
-    """The place where a NaN or Inf was first computed.
+    """Place of the first NaN or Inf.
 
     Attributes:
         operation: Function that computed it; empty where only the module is known.
@@ -72,7 +81,7 @@ class NonFiniteSource:
 
 
 class ForwardTrace(TorchFunctionMode):
-    """Mode that observes every function of torch in a forward pass.
+    """Mode that observes every function of a pass.
 
     Use it in a `sandbox`, for it puts hooks on the modules.
 
@@ -109,12 +118,12 @@ class ForwardTrace(TorchFunctionMode):
                 part.register_forward_hook(self._leave, always_call=True)
 
     def source_of(self, tensor: Tensor) -> NonFiniteSource | None:
-        """Return the source of a tensor's NaN or Inf; None if it has none that was observed."""
+        """Return a non-finite tensor's source, or None."""
         known = self._known.get(_storage(tensor))
         return known[1] if known is not None and not is_finite(tensor) else None
 
     def finish(self, loss: Tensor) -> None:
-        """Assign the nodes that no module made to the training step itself."""
+        """Assign unowned nodes to the training step itself."""
         self._own([loss], ("", self._running[0][1]))
 
     def __torch_function__(
@@ -124,7 +133,6 @@ class ForwardTrace(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call a function and inspect its result."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self._in_hook:
@@ -151,7 +159,7 @@ class ForwardTrace(TorchFunctionMode):
         return result
 
     def _sources(self, inputs: list[Tensor], changed: Tensor | None, name: str) -> list[NonFiniteSource]:
-        """Return the sources of the inputs that are not finite."""
+        """Return the sources of non-finite inputs."""
         sources = []
         for tensor in inputs:
             if not is_finite(tensor):
@@ -173,7 +181,7 @@ class ForwardTrace(TorchFunctionMode):
         bad: list[Tensor],
         earlier: list[NonFiniteSource],
     ) -> NonFiniteSource:
-        """Return the source of a bad result: that of an input, or this very call."""
+        """Return an input's source, or this call."""
         name = getattr(func, "__name__", "")
         genuine = [source for source in earlier if not source.intended]
         if genuine:
@@ -220,7 +228,7 @@ class ForwardTrace(TorchFunctionMode):
         self._in_hook = False
 
     def _own(self, tensors: Iterable[Tensor], owner: tuple[str, str]) -> None:
-        """Assign the nodes behind some tensors to a module, unless they have an owner."""
+        """Assign unowned nodes behind tensors to a module."""
         pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
         while pending:
             node = pending.pop()
@@ -230,7 +238,7 @@ class ForwardTrace(TorchFunctionMode):
 
 
 class BackwardTrace:
-    """Hooks on every node of an autograd graph, which observe one backward pass.
+    """Hooks that observe one backward pass.
 
     Args:
         loss: The tensor that will be differentiated, once.
@@ -255,7 +263,10 @@ class BackwardTrace:
                 node.register_hook(self._inspect(index))
 
     def first_source(self) -> tuple[NonFiniteSource, bool] | None:
-        """Return the first source that reaches a gradient, and True if it lies in the loss; None without one."""
+        """Return the first source that reaches a gradient.
+
+        The flag is True if it lies in the loss. None without a source.
+        """
         leaves = [n for n in self._nodes if not n.next_functions]
         gradients = [(n, getattr(getattr(n, "variable", None), "grad", None)) for n in leaves]
         pending = [n for n, gradient in gradients if gradient is not None and not is_finite(gradient)]
@@ -301,7 +312,7 @@ class BackwardTrace:
 
 
 def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tensor]) -> float:
-    """Compute the exact size of a result that is not finite, in float64.
+    """Compute a non-finite result's size in float64.
 
     Args:
         func: The function whose result is not finite.
@@ -350,9 +361,44 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yield the plain numbers among arguments."""
     if isinstance(value, float):
         yield value
     elif isinstance(value, (list, tuple, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(part)
+
+
+def current_line() -> str:
+    """Return the user's innermost line, such as ``model.py:42``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            return _shown(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def line_of(traceback: Iterable[str]) -> str:
+    """Return the user's innermost line in a traceback."""
+    for entry in reversed(list(traceback)):
+        match = _FRAME.search(entry)
+        if match and _is_users(match[1]):
+            return _shown(match[1], int(match[2]))
+    return ""
+
+
+def _is_users(file: str) -> bool:
+    return not (file.startswith(_folders()) or file.startswith("<frozen") or file == _CONTEXTLIB)
+
+
+def _shown(file: str, line: int) -> str:
+    inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
+    name = os.path.relpath(file) if inside else Path(file).name
+    return f"{name}:{line}"
+
+
+@cache
+def _folders() -> tuple[str, ...]:
+    specs = [importlib.util.find_spec(name) for name in _FRAMEWORKS]
+    places = [place for spec in specs if spec is not None for place in spec.submodule_search_locations or ()]
+    return tuple(place + os.sep for place in places)

@@ -1,4 +1,4 @@
-"""Names of autograd nodes, and the kinds of operations that they stand for."""
+"""Name and classify autograd nodes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ _COMPOSED = {
 
 @cache
 def operation_of(node_name: str) -> str:
-    """Return the operation that a backward node belongs to: its name without decoration.
+    """Return the operation of a backward node.
 
     >>> operation_of("AddmmBackward0"), operation_of("torch::autograd::AccumulateGrad")
     ('Addmm', 'AccumulateGrad')
@@ -108,7 +108,7 @@ def operation_of(node_name: str) -> str:
 
 @cache
 def kind_of(operation: str) -> str | None:
-    """Return the kind of an operation, if it is one that matters for gradients.
+    """Return an operation's kind, or None.
 
     Returns:
         A key of `SATURATING`, or "relu" (units can die), "soft relu" (units cannot die), "step" (no slope),
@@ -120,15 +120,11 @@ def kind_of(operation: str) -> str | None:
 
 
 def composed_kind(operation: str, below: Sequence[tuple[str, Sequence[str]]]) -> str | None:
-    """Return the kind of an operation together with those that it uses.
+    """Return the kind that several operations form together.
 
     Args:
         operation: The operation.
         below: The operations that it uses, each with those that it uses in turn.
     """
-    for used, deeper in below:
-        for last in deeper:
-            kind = _COMPOSED.get((operation, used, last))
-            if kind is not None:
-                return kind
-    return None
+    kinds = (_COMPOSED.get((operation, used, last)) for used, deeper in below for last in deeper)
+    return next((kind for kind in kinds if kind is not None), None)

@@ -1,8 +1,9 @@
-"""A sandbox for a module: inside it, the module works on copies of everything that it holds."""
+"""Run a module or its step on copies."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import random
@@ -10,8 +11,9 @@ import sys
 import types
 import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, 
 
 @contextmanager
 def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
-    """Let a module be run, trained and changed, and restore everything afterwards.
+    """Run and change a module, and restore everything.
 
     Parameters, buffers and attributes of the module and its submodules (numbers, containers, tensors, random
     generators, objects of the user's classes) are replaced by copies; the originals stay untouched and are put back at
@@ -71,6 +73,90 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
         yield lambda value: _Copier(math.inf).copy(value)  # a batch may be changed in place, however large
 
 
+@dataclass(frozen=True)
+class SandboxedStep:
+    """Training step that can run without a trace.
+
+    Attributes:
+        module: The model.
+        loss_of: Batch to scalar loss with its autograd graph. It runs while the module is in a `sandbox`, so it may
+            change what the module holds.
+        batch: The batch that the step was, or will be, trained on.
+        optimizer: The optimizer of the training; None where no step is taken.
+        number: Index of the batch, if known.
+    """
+
+    module: nn.Module
+    loss_of: Callable[[Any], Tensor]
+    batch: Any
+    optimizer: torch.optim.Optimizer | None = None
+    number: int | None = None
+
+    @contextmanager
+    def sandbox(self) -> Iterator[Callable[[Any], Any]]:
+        """Run the step on copies.
+
+        Module, gradients, random numbers and the optimizer's settings are restored at the end.
+
+        Yields:
+            A function that copies something else, such as the batch.
+
+        Raises:
+            ValueError: If the module cannot be copied; see `sandbox`.
+        """
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        own = [p for group in groups for p in group["params"]]
+        # A closure that holds the parameters themselves would add to their gradients, so these are set aside.
+        held = [(p, p.grad) for p in {id(p): p for p in (*own, *self.module.parameters())}.values()]
+        settings = [dict(group) for group in groups]
+        for parameter, _ in held:
+            parameter.grad = None
+        try:
+            with sandbox(self.module) as copy, torch.enable_grad():
+                yield copy
+        finally:
+            for parameter, gradient in held:
+                parameter.grad = gradient
+            for group, before in zip(groups, settings, strict=True):
+                group.update(before)
+
+
+def index_arguments(module: nn.Module, number: int) -> tuple[int, ...]:
+    """Return what ``training_step`` takes after the batch.
+
+    As in Lightning, a second argument of any name is the index of the batch.
+
+    Args:
+        module: The LightningModule.
+        number: Index of the batch.
+
+    Raises:
+        ValueError: If the step reads its batches from ``dataloader_iter`` itself.
+    """
+    step: Any = module.training_step
+    parameters = inspect.signature(step).parameters
+    if "dataloader_iter" in parameters:
+        raise ValueError(
+            "training_step reads its batches from dataloader_iter, so it cannot run on a given batch"
+        )
+    return (number,) if len(parameters) > 1 else ()
+
+
+def loss_in(output: Any) -> Tensor:
+    """Return a step's output, or its entry "loss".
+
+    Args:
+        output: A tensor, or a mapping that holds it.
+
+    Raises:
+        ValueError: If there is no loss in it.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"training_step must return a loss, got {type(output).__name__}")
+    return loss
+
+
 class _Copier:
     """Copier of mutable values.
 
@@ -92,7 +178,10 @@ class _Copier:
             module.__dict__.update(held)
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of a value; a module stays itself and holds copies from now on."""
+        """Return a copy of a value.
+
+        A module stays itself and holds copies from now on.
+        """
         if isinstance(value, (str, bytes, int, float, complex, bool, type(None), *_CODE)):
             return value
         if id(value) not in self._copies:
@@ -107,7 +196,7 @@ class _Copier:
         return self._copies[id(value)][1]
 
     def _empty(self, value: Any) -> Any:
-        """Return a copy without the contents, or the value itself if it is not to be copied."""
+        """Return an empty copy, or the value itself."""
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, torch.Generator):
@@ -187,7 +276,7 @@ class _Copier:
 
 @contextmanager
 def _random_numbers_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the states of the global generators: torch's, Python's, and NumPy's if it is in use."""
+    """Restore the generators of torch, Python and NumPy."""
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     numpy, python = sys.modules.get("numpy"), random.getstate()
     state = numpy.random.get_state() if numpy is not None else None

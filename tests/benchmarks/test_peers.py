@@ -1,4 +1,4 @@
-"""The rivals' formulas, against numbers taken by hand."""
+"""Rivals' formulas, against numbers computed by hand."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from lightning_gradguard import Fault
 
 
 def _tensors(*gradients, weights=None):
-    """Named parameters with these gradients, weights all one unless given."""
+    """Return named parameters with these gradients; weights default to one."""
     named = []
     for i, gradient in enumerate(gradients):
         gradient = torch.tensor(gradient)
@@ -27,11 +27,11 @@ def _tensors(*gradients, weights=None):
     return named
 
 
-def _look(rules, named, *, step=0, score=0.0, before=None):
-    return {a.fault: a.parameters for a in rules.look(take(step, score, named, before or {}))}
+def _check(rules, named, *, step=0, score=0.0, before=None):
+    return {a.fault: a.parameters for a in rules.check(take(step, score, named, before or {}))}
 
 
-def test_a_snapshot_holds_the_numbers_of_hand_made_gradients():
+def test_snapshot_of_handmade_gradients():
     named = _tensors([[3.0, 0.0], [0.0, 0.0]], [4.0, -2.0])
     named.append(("untouched", torch.nn.Parameter(torch.ones(2))))
     before = {"layers.0.weight": torch.full((2, 2), 0.5)}
@@ -59,20 +59,20 @@ def test_a_snapshot_holds_the_numbers_of_hand_made_gradients():
     ],
 )
 def test_autotrainer(first, last, score, expected):
-    rules, said = peers.AutoTrainer(100), {}
+    rules, found = peers.AutoTrainer(100), {}
     for step in range(40):
-        said = said or _look(rules, _tensors([[first]], [[last]]), step=step, score=score)
-    assert set(said) == expected
+        found = found or _check(rules, _tensors([[first]], [[last]]), step=step, score=score)
+    assert set(found) == expected
 
 
-def test_autotrainer_is_silent_while_accuracy_is_good_and_before_a_third_of_training():
+def test_autotrainer_needs_low_accuracy_and_a_third_of_training():
     rules = peers.AutoTrainer(100)
     for step in range(40):
-        # From 0.5 to 0.9, a gain of 0.4 at once.
-        said = _look(rules, _tensors([[71.0]], [[1.0]]), step=step, score=0.5 if step < 10 else 0.9)
-        assert not said
+        # From 0.5 to 0.9: a gain of 0.4 in one epoch.
+        found = _check(rules, _tensors([[71.0]], [[1.0]]), step=step, score=0.5 if step < 10 else 0.9)
+        assert not found
     rules = peers.AutoTrainer(100)
-    assert not any(_look(rules, _tensors([[71.0]], [[1.0]]), step=step) for step in range(30))
+    assert not any(_check(rules, _tensors([[71.0]], [[1.0]]), step=step) for step in range(30))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_autotrainer_is_silent_while_accuracy_is_good_and_before_a_third_of_trai
 def test_sagemaker(gradients, moved, expected):
     named = _tensors(gradients)
     before = {name: p.detach() / (1 + moved) for name, p in named}
-    assert set(_look(peers.SageMaker(), named, before=before)) == expected
+    assert set(_check(peers.SageMaker(), named, before=before)) == expected
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_thedeepchecker(course, moved, expected):
         weight = named[0][1].detach().double()
         named[0] = (named[0][0], torch.nn.Parameter(weight))
         named[0][1].grad = torch.tensor([[value]], dtype=torch.float64)
-        said = _look(rules, named, step=step, before={"layers.0.weight": weight.float() / (1 + moved)})
-        assert not said or step == 10
-    assert set(said) == expected
+        found = _check(rules, named, step=step, before={"layers.0.weight": weight.float() / (1 + moved)})
+        assert not found or step == 10
+    assert set(found) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_bttackler(means, zero_share, epochs, expected):
     rules = peers.BTTackler(300)
     rows = int(4 * zero_share)
     named = _tensors(*[[[4 * m / (4 - rows)] if i >= rows else [0.0] for i in range(4)] for m in means])
-    said = {}
+    found = {}
     for step in range(10 * epochs):
-        said = said or _look(rules, named, step=step)
-    assert set(said) == expected
+        found = found or _check(rules, named, step=step)
+    assert set(found) == expected
 
 
-def test_bttackler_calls_nothing_vanishing_in_the_second_half():
+def test_bttackler_reports_no_vanishing_in_second_half():
     rules = peers.BTTackler(20)
-    said = [_look(rules, _tensors([[1e-9]], [[1e-9]]), step=step) for step in range(10, 30)]
-    assert not any(said)
+    found = [_check(rules, _tensors([[1e-9]], [[1e-9]]), step=step) for step in range(10, 30)]
+    assert not any(found)

@@ -273,8 +273,8 @@ def test_a_batch_of_an_unknown_class_is_named(fit):
     module.training_step = lambda batch, batch_idx: module.net(torch.zeros(2, 8)).sum() * torch.nan
     guard, error = halt(fit, module, batches=4)
     assert load(guard)["parts"] == []
-    assert "Not in it: batch (Custom)" in str(error)
-    assert "Replay it" not in str(error)
+    assert "Left out: batch (Custom)" in str(error)
+    assert "Replay the step" not in str(error)
 
 
 def test_keep_batch_false_leaves_out_the_batch(fit):

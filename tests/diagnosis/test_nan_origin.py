@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.nan_origin import Place, find_origin, origin_in_batch
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
 
 

@@ -59,7 +59,7 @@ def train_in_processes(python, tmp_path):
     return run
 
 
-def test_bad_rows_are_found_by_another_process_that_knows_only_the_file(models, in_a_new_process):
+def test_bad_rows_are_found_in_another_process_from_the_file_alone(models, in_a_new_process):
     guard, _ = models.fit(models.Model(width=12), models.batches(spoil=(3, 9)))
     status, printed, _ = in_a_new_process("replay", guard.bundle, "--module", "replay_models:Model")
     assert status == 0
@@ -178,7 +178,7 @@ def test_an_error_of_the_training_step(models):
     assert (found.verdict, found.fault, found.rows) == (DATA_DEPENDENT, "ArithmeticError", (3, 9))
 
 
-def test_each_process_leaves_its_own_and_one_replay_takes_all(models, train_in_processes, tmp_path):
+def test_each_process_writes_its_own_bundle_and_one_replay_reads_all(models, train_in_processes, tmp_path):
     printed = train_in_processes("ranks", 2)
     assert printed.count("ended by GradientHalt") == 2, printed[-3000:]
     paths = sorted((tmp_path / "gradguard").iterdir())
@@ -191,7 +191,7 @@ def test_each_process_leaves_its_own_and_one_replay_takes_all(models, train_in_p
         assert (found.verdict, found.rank, found.rows) == (DATA_DEPENDENT, 1, (3, 9))
 
 
-def test_a_signal_to_end_leaves_what_is_known(train_in_processes, tmp_path):
+def test_a_bundle_is_written_on_sigterm(train_in_processes, tmp_path):
     printed = train_in_processes("sigterm")
     assert "ended by SIGTERMException" in printed
     (path,) = (tmp_path / "gradguard").iterdir()
@@ -203,9 +203,9 @@ def test_a_signal_to_end_leaves_what_is_known(train_in_processes, tmp_path):
     assert len(bundle["weights"]) == 6
 
 
-def test_a_disk_that_fills_up_while_writing_hides_no_halt(train_in_processes, tmp_path):
+def test_a_full_disk_does_not_hide_the_halt(train_in_processes, tmp_path):
     printed = train_in_processes("full")
-    assert "ended by GradientHalt: The gradients or the loss are NaN or infinite" in printed
+    assert "ended by GradientHalt: The gradients or the loss are NaN or Inf" in printed
     assert "No flight record was written to" in printed
     assert "File too large" in printed
     assert list((tmp_path / "gradguard").iterdir()) == []

@@ -8,7 +8,7 @@ import pytest
 from lightning_gradguard.flight_recorder.replay_result import Recurrence, Replay
 
 PLAIN = Replay(
-    verdict=Recurrence.REPRODUCIBLE, fault="nonfinite", step=7, shown="The loss or a gradient is NaN or infinite.",
+    verdict=Recurrence.REPRODUCIBLE, fault="nonfinite", step=7, shown="The loss or a gradient is NaN or Inf.",
     rank=None, number=5, rows=(), together=False, every=False, other_random=None, origin=None, recorded_loss=math.nan,
     loss=math.nan, passes=9,
 )  # fmt: skip
@@ -21,7 +21,7 @@ def text_of(**changes):
 def test_the_whole_text():
     assert str(PLAIN) == (
         "REPRODUCIBLE: nonfinite at step 7 occurs again, from the recorded weights and data.\n"
-        "  result  The loss or a gradient is NaN or infinite.\n"
+        "  result  The loss or a gradient is NaN or Inf.\n"
         "  random  The step draws no random numbers.\n"
         "  next    Look at the model, its weights and the loss.\n"
         "  cost    9 forward and backward passes."

@@ -45,7 +45,7 @@ def test_each_fault_is_found_where_it_is_and_only_there(fault, quantity, value, 
     assert asked.describe(sick)
     if fault != "nonfinite":
         assert not asked.is_shown_by(Pass(finite=False, total=math.nan))
-        assert asked.describe(Pass(finite=False)) == "The loss or a gradient is NaN or infinite."
+        assert asked.describe(Pass(finite=False)) == "The loss or a gradient is NaN or Inf."
 
 
 @pytest.mark.parametrize("quantity", Quantity)

@@ -1,1 +1,1 @@
-"""Trials of fixes: each is made to a copy of the training and run on the same batch."""
+"""Try fixes on a copy of the training."""

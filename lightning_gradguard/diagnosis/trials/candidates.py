@@ -1,4 +1,4 @@
-"""The fixes that are tried in a given context. Each fix carries the change that its trial makes."""
+"""Choose the fixes to try."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from lightning_gradguard.diagnosis import fixes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
-from lightning_gradguard.diagnosis.trials.batches import has_targets
 from lightning_gradguard.diagnosis.trials.weights import has_gates, has_plain_recurrence, has_recurrence
+from lightning_gradguard.introspection.batch import inputs_and_targets
 from lightning_gradguard.introspection.layer_calls import LayerStructure
 from lightning_gradguard.introspection.operations import kind_of, operation_of
 from lightning_gradguard.results import Fault
@@ -48,7 +48,7 @@ def find_candidates(
     if is_bottomless(context, causes):
         return [fixes.SPECTRAL_NORMALIZATION]
     found: list[Remedy] = []
-    if Cause.TARGET_SCALE in causes and has_targets(batch):
+    if Cause.TARGET_SCALE in causes and inputs_and_targets(batch)[1] is not None:
         found.append(fixes.STANDARD_TARGET)
     data = [fixes.STANDARD_INPUT] if context.input_rms is not None else []
     if Cause.UNNORMALIZED_INPUT in causes:
@@ -69,12 +69,12 @@ def find_candidates(
 
 
 def is_bottomless(context: DiagnosticContext, causes: Sequence[Cause]) -> bool:
-    """Return True if the loss has no lower bound, so that lower is not better."""
+    """Return True for a loss without lower bound."""
     return causes[0] == Cause.LOSS_FUNCTION and context.too_large and context.loss_now < 0
 
 
 def combine(first: Remedy, second: Remedy) -> Remedy | None:
-    """Return both fixes as one; None if they change the same thing."""
+    """Return both as one fix; None on conflict."""
     if first.change is None or second.change is None or first.change.fields & second.change.fields:
         return None
     return Remedy(
@@ -86,7 +86,7 @@ def combine(first: Remedy, second: Remedy) -> Remedy | None:
 
 
 def _layer_fixes(context: DiagnosticContext, structure: LayerStructure) -> Iterator[Remedy]:
-    """Yield fixes of activations, normalization, skip connections, weights and depth."""
+    """Yield fixes of layers, activations, weights and depth."""
     inner = [i for i in structure.square if i < structure.last]
     bare = [i for i in range(structure.last) if i not in structure.normalised]
     kinds = {kind_of(operation_of(_node(name))) for name in structure.activations}
@@ -124,7 +124,7 @@ def _recurrent_fixes(module: nn.Module) -> list[Remedy]:
 
 
 def _lower_rate(context: DiagnosticContext, profile: Sequence[float]) -> list[Remedy]:
-    """Return the fix with a lower learning rate, if a lower one fits.
+    """Return the lower-rate fix, if one fits.
 
     Args:
         context: The facts that the diagnosis rests on.
@@ -142,7 +142,7 @@ def _lower_rate(context: DiagnosticContext, profile: Sequence[float]) -> list[Re
 
 
 def _node(function: str) -> str:
-    """Return the name of the autograd node of an activation function."""
+    """Return an activation's autograd node name."""
     special = {
         "logsigmoid": "LogSigmoid",
         "expit": "Sigmoid",

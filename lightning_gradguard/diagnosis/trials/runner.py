@@ -1,4 +1,4 @@
-"""Try the fixes that fit a diagnosis on the live model, and rank them by what they did."""
+"""Try fixes on the model and rank them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_gradguard.diagnosis.trials.candidates import combine, find_candid
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.trial import TrialResult, run_trial
 from lightning_gradguard.diagnosis.wording import count, number
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT
 
@@ -46,7 +46,7 @@ _UNTRIED = frozenset({Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA}
 
 
 class Trial(NamedTuple):
-    """A fix that was tried, with its result; None and the problem if it could not be tried."""
+    """Fix that was tried, with result or problem."""
 
     fix: Remedy
     result: TrialResult | None
@@ -56,7 +56,7 @@ class Trial(NamedTuple):
 def try_fixes(
     diagnosis: Diagnosis, context: DiagnosticContext, sandboxed_step_of: Callable[[], SandboxedStep]
 ) -> Diagnosis:
-    """Return the diagnosis with tried fixes, best first, before the others.
+    """Return the diagnosis with tried fixes first.
 
     Fixes are tried for faults of the gradient's scale, and for causes of that kind. Every fix that fits gets one
     forward and backward pass, which measures its tilt. Those with the healthiest tilt then take virtual steps on half
@@ -106,7 +106,7 @@ def try_fixes(
 
 
 class TrialRunner:
-    """Runner of trials on one step, within a budget of passes.
+    """Runner of trials within a budget of passes.
 
     Args:
         step: The training step that fixes are tried on.
@@ -133,7 +133,7 @@ class TrialRunner:
         self.baseline: TrialResult | None = None
 
     def run_baseline(self) -> TrialResult:
-        """Run the trial without a change, on half of the batch or, if that fails, all of it."""
+        """Run the trial without a change."""
         try:
             self.baseline = self._run(Change(), _FULL)
         except Exception:  # half of the batch may be no batch: a graph with its adjacency matrix
@@ -172,10 +172,10 @@ class TrialRunner:
         return [*full[: len(full) - len(worse)], *healthy, *worse, *others, *failed]
 
     def is_worse(self, trial: Trial) -> bool:
-        """Return True if a trial failed, or did no better than no fix.
+        """Return True if no better than no fix.
 
-        Where the fix brings the tilt back to health, a slightly higher loss passes: weights that are drawn again start
-        from another loss, and a few steps do not show what a long sequence teaches.
+        A failed trial counts too. Where a fix brings the tilt back to health, a slightly higher loss passes: weights
+        that are drawn again start from another loss, and a few steps do not show what a long sequence teaches.
         """
         result, baseline = trial.result, self.baseline
         if result is None or result.loss == math.inf:
@@ -187,7 +187,7 @@ class TrialRunner:
         return result.loss >= loss + margin and not self.bottomless
 
     def _rank(self, trial: Trial) -> tuple[bool, float, float]:
-        """Return the sort key: better than no fix first, then healthiest tilt, then lowest loss."""
+        """Return the sort key: improved, healthy, low loss."""
         loss = math.inf if trial.result is None or self.bottomless else trial.result.loss
         return self.is_worse(trial), round(unhealthy_decades(trial.result), 1), loss
 
@@ -213,7 +213,7 @@ class TrialRunner:
 
 
 def unhealthy_decades(result: TrialResult | None) -> float:
-    """Return the decades by which a tilt lies outside the healthy range.
+    """Return decades outside the healthy range of tilts.
 
     Infinite if no layer gets a gradient, or the trial failed.
     """
@@ -227,7 +227,7 @@ def unhealthy_decades(result: TrialResult | None) -> float:
 
 
 def _norms_to_rewind_to(context: DiagnosticContext) -> dict[str, float] | None:
-    """Return the weight norms at the start if weights have run away or shrunk since."""
+    """Return initial weight norms, if weights ran away."""
     ruined = not all(math.isfinite(norm) for norm in context.weight_norms)
     if context.initial_weight_norms is None or not (
         context.growth[0] > _RUNAWAY or context.decayed or ruined
@@ -237,7 +237,7 @@ def _norms_to_rewind_to(context: DiagnosticContext) -> dict[str, float] | None:
 
 
 def _with_result(trial: Trial, baseline: TrialResult) -> Remedy:
-    """Return the fix with the measurements of its trial, or a note why there are none."""
+    """Return the fix with measurements or a note."""
     result = trial.result
     if result is None:
         return dataclasses.replace(trial.fix, note=f"could not be tried: {trial.problem}")
@@ -253,7 +253,7 @@ def _with_result(trial: Trial, baseline: TrialResult) -> Remedy:
 
 
 def _account(runner: TrialRunner, baseline: TrialResult, tried: int, *, nothing_helped: bool) -> list[str]:
-    """Describe the trials: all that a reader of the table must know."""
+    """Describe the trials in a few sentences."""
     in_time = baseline.time_tilt is not None and baseline.tilt is None
     if in_time:
         way, (low, high) = "from the last to the first step of the sequence", HEALTHY_TIME_TILT
@@ -278,6 +278,5 @@ def _account(runner: TrialRunner, baseline: TrialResult, tried: int, *, nothing_
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's message in one line."""
     text = " ".join(str(error).split()).rstrip(".")[:160]
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""One trial: make a change to a copy of the training, take virtual steps, and measure gradients and loss."""
+"""Run one trial: change, virtual steps, measurements."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.diagnosis.trials.batches import Scale, half, prepare_batch
-from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
+from lightning_gradguard.diagnosis.trials.change import Change, Scale, SwappedForward, half, prepare_batch
 from lightning_gradguard.diagnosis.trials.weights import add_gates_, initialise_, rewind_
 from lightning_gradguard.introspection.gradient_profile import dead_share, depth_tilt, whole_profile
 from lightning_gradguard.introspection.layer_calls import LayerStructure, StructureRecorder
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
-from lightning_gradguard.introspection.sequence_probe import SandboxedSequenceProbe
+from lightning_gradguard.introspection.probes import SandboxedSequenceProbe
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Share of a layer's units without a gradient from which the layer is dead: the limit of `DeadUnits`.
 _DEAD = 0.9
@@ -32,7 +30,7 @@ _CHECKPOINTS = (
 
 @dataclass(frozen=True)
 class TrialResult:
-    """The measurements of one trial.
+    """Measurements of one trial.
 
     Attributes:
         loss: Loss on the whole batch after the virtual steps; inf if a loss was not finite or a layer died on the way,
@@ -66,7 +64,7 @@ def run_trial(
     start_norms: Mapping[str, float] | None = None,
     halve: bool = True,
 ) -> TrialResult:
-    """Make a change in a sandbox and take virtual steps.
+    """Make a change and take virtual steps.
 
     The training is unchanged afterwards. In memory there is one copy of the parameters, buffers and batch, their
     gradients, and an optimizer's state.
@@ -149,7 +147,7 @@ def run_trial(
 
 
 def apply_change_(module: nn.Module, change: Change, structure: LayerStructure) -> None:
-    """Make the part of a change that concerns the module's weights and layers, in place."""
+    """Change the module's weights and layers in place."""
     if change.gates is not None:
         add_gates_(module, change.gates)
     if change.initialise is not None:
@@ -157,7 +155,6 @@ def apply_change_(module: nn.Module, change: Change, structure: LayerStructure) 
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Return True if a node of the graph is a re-entrant checkpoint."""
     pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -176,7 +173,7 @@ def _virtual_optimizer(
     parameters: Mapping[str, Tensor],
     change: Change,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer of the same kind and settings over the copies, without a state.
+    """Return a fresh optimizer over the copies.
 
     A velocity takes 1 / (1 - momentum) steps to build up, so a few steps would show nothing of it. Plain descent stands
     for it, at the rate that a steady gradient comes to; and also for an optimizer that cannot be made again.

@@ -1,4 +1,4 @@
-"""Changes of weights and recurrent layers, made in place on a module in a sandbox."""
+"""Change weights and recurrent layers in place."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GATED = {"LSTM": (nn.LSTM, nn.LSTMCell), "GRU": (nn.GRU, nn.GRUCell)}
 
 @torch.no_grad()
 def initialise_(module: nn.Module, how: str, structure: LayerStructure, seed: int = 0) -> None:
-    """Draw weights again; look-up tables stay as they are.
+    """Draw weights again.
 
-    "he" and "xavier" draw the weights of the layers, set their biases to zero, and reset normalizations to scale 1 and
-    shift 0. "orthogonal" draws the recurrent matrices, also those of a loop; the forget gates of an LSTM, and the
-    update gates of a GRU, are set to keep the state.
+    Look-up tables stay as they are. "he" and "xavier" draw the weights of the layers, set their biases to zero, and
+    reset normalizations to scale 1 and shift 0. "orthogonal" draws the recurrent matrices, also those of a loop; the
+    forget gates of an LSTM, and the update gates of a GRU, are set to keep the state.
 
     Args:
         module: The module that is changed.
@@ -67,7 +67,7 @@ def initialise_(module: nn.Module, how: str, structure: LayerStructure, seed: in
 
 @torch.no_grad()
 def rewind_(module: nn.Module, norms: Mapping[str, float], seed: int = 0) -> None:
-    """Bring parameters back to their size at the start.
+    """Bring parameters back to their initial size.
 
     They are scaled. If one of two dimensions or more has grown more than tenfold, all of these are drawn from a normal
     distribution instead, since their directions are no longer those of the start.
@@ -95,7 +95,7 @@ def rewind_(module: nn.Module, norms: Mapping[str, float], seed: int = 0) -> Non
 
 
 def add_gates_(module: nn.Module, kind: str, seed: int = 0) -> None:
-    """Replace each plain recurrent layer by a gated one.
+    """Replace plain recurrent layers by gated ones.
 
     Args:
         module: The module that is changed.
@@ -123,17 +123,17 @@ def has_recurrence(module: nn.Module) -> bool:
 
 
 def has_gates(module: nn.Module) -> bool:
-    """Return True if there is a recurrent layer with gates."""
+    """Return True if a recurrent layer has gates."""
     return any(isinstance(layer, classes) for layer in module.modules() for classes in _GATED.values())
 
 
 def has_plain_recurrence(module: nn.Module) -> bool:
-    """Return True if there is a recurrent layer without gates."""
+    """Return True if a recurrent layer lacks gates."""
     return any(True for _ in _plain_recurrent(module))
 
 
 class _LSTM(nn.LSTM):
-    """LSTM that takes and returns one state, as a plain recurrent layer does."""
+    """LSTM that takes and returns one state."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out, (state, _) = super().forward(input, None if hx is None else (hx, torch.zeros_like(hx)))
@@ -150,7 +150,7 @@ def _plain_recurrent(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNN
 def _initialise_recurrent(
     name: str, tensor: Tensor, layer: nn.RNNBase | nn.RNNCellBase, generator: torch.Generator
 ) -> None:
-    """Draw an orthogonal matrix from state to state, and set gates to keep the state."""
+    """Draw orthogonal matrices; set gates to keep state."""
     kind = next((kind for kind, classes in _GATED.items() if isinstance(layer, classes)), "")
     if name.startswith("weight_hh"):
         for block in tensor.chunk(_GATES.get(kind, 1)):

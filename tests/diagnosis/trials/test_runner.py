@@ -10,12 +10,11 @@ from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.trials.candidates import find_candidates
-from lightning_gradguard.diagnosis.trials.change import Change
+from lightning_gradguard.diagnosis.trials.change import Change, SwappedForward
 from lightning_gradguard.diagnosis.trials.runner import MAX_PASSES, TrialRunner, try_fixes, unhealthy_decades
-from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
 from lightning_gradguard.diagnosis.trials.trial import TrialResult, apply_change_, run_trial
 from lightning_gradguard.introspection.layer_calls import LayerStructure
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
 
 

@@ -10,11 +10,10 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.trials.change import Change
-from lightning_gradguard.diagnosis.trials.swaps import SwappedForward
+from lightning_gradguard.diagnosis.trials.change import Change, SwappedForward
 from lightning_gradguard.diagnosis.trials.trial import run_trial
 from lightning_gradguard.introspection.layer_calls import LayerStructure
-from lightning_gradguard.introspection.sandboxed_step import SandboxedStep
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
 def chain(depth=20, width=64, activation=nn.Sigmoid, inputs=64, outputs=10):

@@ -18,8 +18,8 @@ from lightning_gradguard import Cause, Fault
 N, U = Fault.NONFINITE, Fault.UNDERFLOW
 
 
-def _square_roots(seed: int, *, sick: bool) -> Trial:
-    offset = 0.0 if sick else 0.01
+def _square_roots(seed: int, *, faulty: bool) -> Trial:
+    offset = 0.0 if faulty else 0.01
 
     def root(x: Tensor) -> Tensor:
         return torch.sqrt(x * torch.relu(x.sign()) + offset)
@@ -27,10 +27,10 @@ def _square_roots(seed: int, *, sick: bool) -> Trial:
     return Trial(MLP(64, 10, 2, 48, activation=root, weight=he()), templates(seed), adam(3e-3), seed)
 
 
-def _softmax_by_hand(seed: int, *, sick: bool) -> Trial:
+def _softmax_by_hand(seed: int, *, faulty: bool) -> Trial:
     def surprise(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
         logits = net(batch[0])
-        if not sick:
+        if not faulty:
             return F.cross_entropy(logits, batch[1])
         shares = logits.exp() / logits.exp().sum(1, keepdim=True)
         return -(shares[torch.arange(len(logits)), batch[1]] + 1e-9).log().mean()
@@ -39,10 +39,10 @@ def _softmax_by_hand(seed: int, *, sick: bool) -> Trial:
     return Trial(net, templates(seed), sgd(1e-3), seed, objective=surprise, measure=measured_accuracy)
 
 
-def _empty_mask(seed: int, *, sick: bool) -> Trial:
+def _empty_mask(seed: int, *, faulty: bool) -> Trial:
     def masked_mean(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
         losses = F.cross_entropy(net(batch[0]), batch[1], reduction="none")
-        mask = torch.zeros_like(losses) if sick and number == 70 else torch.ones_like(losses)
+        mask = torch.zeros_like(losses) if faulty and number == 70 else torch.ones_like(losses)
         return (losses * mask).sum() / mask.sum()
 
     return Trial(
@@ -57,9 +57,9 @@ def _empty_mask(seed: int, *, sick: bool) -> Trial:
     )
 
 
-def _nan_pixels(seed: int, *, sick: bool) -> Trial:
+def _nan_pixels(seed: int, *, faulty: bool) -> Trial:
     def spoil(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if sick and number >= 60:
+        if faulty and number >= 60:
             x = x.clone()
             x[0, 0, 0, 0] = float("nan")
         return x, y
@@ -67,8 +67,8 @@ def _nan_pixels(seed: int, *, sick: bool) -> Trial:
     return Trial(two_convolutions(12, 16), digit_pictures(), adam(2e-3), seed, spoil=spoil)
 
 
-def _half_convolutions(seed: int, *, sick: bool) -> Trial:
-    task = with_factor(digit_pictures(), 3e-9 if sick else 1.0)
+def _half_convolutions(seed: int, *, faulty: bool) -> Trial:
+    task = with_factor(digit_pictures(), 3e-9 if faulty else 1.0)
     return Trial(Half(two_convolutions(8, 12)), task, sgd(0.03, momentum=0.9), seed, batch_size=32)
 
 
@@ -84,9 +84,9 @@ class Autocast(nn.Module):
             return self.net(x)
 
 
-def _no_scaler(seed: int, *, sick: bool) -> Trial:
+def _no_scaler(seed: int, *, faulty: bool) -> Trial:
     net = Autocast(MLP(64, 10, 3, 32, weight=he()))
-    return Trial(net, with_factor(templates(seed), 1e-9 if sick else 1.0), sgd(0.1), seed)
+    return Trial(net, with_factor(templates(seed), 1e-9 if faulty else 1.0), sgd(0.1), seed)
 
 
 CASES = [

@@ -20,16 +20,16 @@ from benchmarks.zoo.recipes import adam, sgd
 from lightning_gradguard import Cause, Fault
 
 
-def _wild_inputs(seed: int, *, sick: bool) -> Trial:
+def _wild_inputs(seed: int, *, faulty: bool) -> Trial:
     def spoil(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x * (-300 if sick and number == 200 else 1), y
+        return x * (-300 if faulty and number == 200 else 1), y
 
     return Trial(MLP(64, 10, 3, 40, weight=he()), templates(seed), adam(2e-3), seed, spoil=spoil)
 
 
-def _wild_weight(seed: int, *, sick: bool) -> Trial:
+def _wild_weight(seed: int, *, faulty: bool) -> Trial:
     def weighted(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-        return F.cross_entropy(net(batch[0]), batch[1]) * (2000 if sick and number == 170 else 1)
+        return F.cross_entropy(net(batch[0]), batch[1]) * (2000 if faulty and number == 170 else 1)
 
     return Trial(
         LastState(remembering_gru(8, 16), 5),
@@ -42,9 +42,9 @@ def _wild_weight(seed: int, *, sick: bool) -> Trial:
     )
 
 
-def _wrong_labels(seed: int, *, sick: bool) -> Trial:
+def _wrong_labels(seed: int, *, faulty: bool) -> Trial:
     def spoil(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return (x * 100, y.roll(1)) if sick and number == 90 else (x, y)
+        return (x * 100, y.roll(1)) if faulty and number == 90 else (x, y)
 
     return Trial(two_convolutions(), digit_pictures(), sgd(0.02, momentum=0.9), seed, spoil=spoil)
 
@@ -68,44 +68,44 @@ class SignDescent(torch.optim.Optimizer):
         return loss
 
 
-def _one_leap(seed: int, *, sick: bool) -> Trial:
+def _one_leap(seed: int, *, faulty: bool) -> Trial:
     def leap(step: int) -> float:
-        return 600.0 if sick and step == 12 else 1.0
+        return 600.0 if faulty and step == 12 else 1.0
 
     return Trial(MLP(64, 10, 4, 40, weight=he()), templates(seed), sgd(0.1), seed, schedule=leap)
 
 
-def _characters(seed: int, *, sick: bool) -> Trial:
-    return language_model(seed, optimizer=adam(3.0 if sick else 1e-2))
+def _characters(seed: int, *, faulty: bool) -> Trial:
+    return language_model(seed, optimizer=adam(3.0 if faulty else 1e-2))
 
 
-def _adagrad(seed: int, *, sick: bool) -> Trial:
+def _adagrad(seed: int, *, faulty: bool) -> Trial:
     net = MLP(64, 10, 4, 32, weight=he())
-    return Trial(net, templates(seed), lambda p: torch.optim.Adagrad(p, lr=5.0 if sick else 0.02), seed)
+    return Trial(net, templates(seed), lambda p: torch.optim.Adagrad(p, lr=5.0 if faulty else 0.02), seed)
 
 
-def _sign_descent(seed: int, *, sick: bool) -> Trial:
+def _sign_descent(seed: int, *, faulty: bool) -> Trial:
     net = MLP(64, 10, 6, 40, activation=torch.tanh, weight=xavier_uniform)
-    return Trial(net, templates(seed, noise=2.0), lambda p: SignDescent(p, 0.6 if sick else 1e-3), seed)
+    return Trial(net, templates(seed, noise=2.0), lambda p: SignDescent(p, 0.6 if faulty else 1e-3), seed)
 
 
-def _amsgrad(seed: int, *, sick: bool) -> Trial:
+def _amsgrad(seed: int, *, faulty: bool) -> Trial:
     net = MLP(64, 10, 5, 40, activation=F.gelu)
-    return Trial(net, digits(), adam(0.8 if sick else 1e-3, amsgrad=True), seed, batch_size=32)
+    return Trial(net, digits(), adam(0.8 if faulty else 1e-3, amsgrad=True), seed, batch_size=32)
 
 
-def _small_loss(seed: int, *, sick: bool) -> Trial:
-    task = with_factor(digits(), 1e-9 if sick else 1.0)
+def _small_loss(seed: int, *, faulty: bool) -> Trial:
+    task = with_factor(digits(), 1e-9 if faulty else 1.0)
     return Trial(MLP(64, 10, 3, 32), task, sgd(0.1), seed, pool=900)
 
 
-def _adadelta(seed: int, *, sick: bool) -> Trial:
-    rate = 1e-6 if sick else 1.0
+def _adadelta(seed: int, *, faulty: bool) -> Trial:
+    rate = 1e-6 if faulty else 1.0
     return Trial(MLP(12, 1, 2, 32), waves(seed), lambda p: torch.optim.Adadelta(p, lr=rate), seed)
 
 
-def _slow_characters(seed: int, *, sick: bool) -> Trial:
-    return language_model(seed, optimizer=adam(1e-9 if sick else 1e-2))
+def _slow_characters(seed: int, *, faulty: bool) -> Trial:
+    return language_model(seed, optimizer=adam(1e-9 if faulty else 1e-2))
 
 
 def _oversized(id: str, title: str, make: Callable[..., Trial], level: float = 0.8, **more: Any) -> Case:

@@ -1,11 +1,12 @@
-"""The gradient at each step of a sequence: how much of it is lost from the last step to the first.
+"""Probe forward passes, and gradients over a sequence.
 
-`SequenceGradientProbe` observes the training itself: it reads nothing on the host and leaves the model alone.
-`SandboxedSequenceProbe` observes any number of passes of a module in a `sandbox`, and returns plain numbers.
+`ForwardUsage`, `UnshardedParameterProbe` and `SequenceGradientProbe` observe the training itself, by hooks on every
+module of the program, and change nothing. `SandboxedSequenceProbe` observes a module in a `sandbox`.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,87 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 MIN_TIMES = 10
 
 
-class SequenceGradientProbe:
-    """Probe of one forward and backward pass of a training; changes nothing in it.
+class ForwardUsage:
+    """Probe of the parameters used in forward passes.
 
-    Measures a fused recurrent layer by the gradient of its input at each step, and a module that is called once a step
-    by the gradient of what each call returned.
+    They are those of every module that is called. This distinguishes a module that the loss was cut off from, from one
+    that is not used at all.
+
+    Args:
+        idle: Install no hook and observe nothing: for compiled modules, which a hook would recompile.
+    """
+
+    def __init__(self, *, idle: bool = False) -> None:
+        ids: set[int] = set()
+        self.ids = ids
+
+        def record(module: nn.Module, args: object) -> None:
+            if not torch.compiler.is_compiling():
+                ids.update(id(p) for p in module._parameters.values() if p is not None)
+
+        # The hook holds the set and not the probe, so that the probe can be garbage-collected.
+        self._close = weakref.finalize(
+            self, _nothing if idle else register_module_forward_pre_hook(record).remove
+        )
+
+    def close(self) -> frozenset[int]:
+        """Remove the hook; return ids of used parameters."""
+        self._close()
+        return frozenset(self.ids)
+
+
+class UnshardedParameterProbe:
+    """Probe of the whole parameters of sharded modules.
+
+    A sharded module holds them while it is called. The hook runs when a module returns, but before the module's own
+    hooks, which reshard its parameters.
+
+    Args:
+        idle: Install no hook and observe nothing: for compiled modules, which a hook would recompile.
+    """
+
+    def __init__(self, *, idle: bool = False) -> None:
+        # By module and attribute: the module, and the parameter it was called with.
+        seen: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
+        self._seen = seen
+
+        def record(module: nn.Module, args: object, output: object) -> None:
+            # A pass without gradients may compute with other parameters.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        seen[id(module), name] = module, parameter
+
+        self._close = weakref.finalize(
+            self, _nothing if idle else register_module_forward_hook(record).remove
+        )
+
+    @property
+    def seen(self) -> bool:
+        """True once a forward pass was observed."""
+        return bool(self._seen)
+
+    def close(self) -> dict[int, Tensor]:
+        """Remove the hook; return parameters by shard id.
+
+        Call it after the backward pass, when the modules hold their shards again.
+        """
+        self._close()
+        found = {}
+        for (_, name), (module, whole) in self._seen.items():
+            held = module._parameters.get(name)
+            if held is not None:
+                found[id(held)] = whole
+        self._seen.clear()
+        return found
+
+
+class SequenceGradientProbe:
+    """Probe of gradients over a sequence, in training.
+
+    Observes one forward and backward pass without a read on the host, and changes nothing in it. Measures a fused
+    recurrent layer by the gradient of its input at each step, and a module that is called once a step by the gradient
+    of what each call returned.
 
     Args:
         parameters: Ids of the parameters that are applied again and again.
@@ -39,9 +116,10 @@ class SequenceGradientProbe:
         ]
 
     def close(self) -> Tensor | None:
-        """Remove the hooks and return the time tilt, float32 [], in decades.
+        """Remove the hooks; return the time tilt, decades.
 
-        None without a sequence of ten steps.
+        Float32 []: log10 of the gradient at the last tenth of the sequence over that at the first. None without a
+        sequence of ten steps.
         """
         for hook in self._hooks:
             hook.remove()
@@ -87,7 +165,7 @@ class SequenceGradientProbe:
 
 
 class SandboxedSequenceProbe:
-    """Probe of the recurrent layers and cells of a module in a sandbox.
+    """Probe of gradients over a sandboxed sequence.
 
     It puts hooks on the module. It measures the gradient of a layer's input at each step, and of a cell's input at each
     call.
@@ -107,7 +185,7 @@ class SandboxedSequenceProbe:
                 layer.register_forward_pre_hook(self._before_cell)
 
     def take(self) -> float | None:
-        """Return the time tilt since the last call, in decades.
+        """Return the time tilt since last asked, decades.
 
         None without a sequence of ten steps.
         """
@@ -137,7 +215,7 @@ class SandboxedSequenceProbe:
 def _observe_input(
     layer: nn.RNNBase, args: tuple[Any, ...], keep: Callable[[Tensor], None]
 ) -> tuple[Any, ...] | None:
-    """Hook a layer's input, to pass the norms of its gradient to ``keep``.
+    """Pass norms of an input's gradient to ``keep``.
 
     There is one norm for each of T steps, float32 [T].
 
@@ -160,7 +238,11 @@ def _differentiable(x: Tensor) -> Tensor:
 
 
 def _time_tilt(norms: Tensor) -> Tensor:
-    """Return log10 of the last tenth's mean norm over the first tenth's, float32 []."""
+    """Return log10 of last over first tenth, float32 []."""
     tenth, tiny = max(1, len(norms) // 10), torch.finfo(torch.float32).tiny
     first, last = norms[:tenth].mean().clamp(min=tiny), norms[-tenth:].mean().clamp(min=tiny)
     return torch.log10(last / first)
+
+
+def _nothing() -> None:
+    pass

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.held_out.data import digits, pairs, templates, waves
+from benchmarks.held_out.faulty_vanishing import contrastive
 from benchmarks.held_out.nets import MLP
 from benchmarks.held_out.recipes import OVERFLOWS, SHOWS_ALL, twins
-from benchmarks.held_out.sick_vanishing import contrastive
 from benchmarks.held_out.training import Trial, seeded
 from benchmarks.zoo.case import Case
 from benchmarks.zoo.models import he, scaled
@@ -20,13 +20,13 @@ from lightning_gradguard import Cause, Fault
 E = Fault.EXPLODING
 
 
-def _chaos(seed: int, *, sick: bool) -> Trial:
-    net = MLP(64, 10, 25, 48, activation=torch.tanh, weight=scaled(3.5 if sick else 1.1))
+def _chaos(seed: int, *, faulty: bool) -> Trial:
+    net = MLP(64, 10, 25, 48, activation=torch.tanh, weight=scaled(3.5 if faulty else 1.1))
     return Trial(net, digits(), sgd(0.01), seed)
 
 
-def _above_the_stable_rate(seed: int, *, sick: bool) -> Trial:
-    optimizer = sgd(0.13 if sick else 0.01)
+def _above_the_stable_rate(seed: int, *, faulty: bool) -> Trial:
+    optimizer = sgd(0.13 if faulty else 0.01)
     return Trial(nn.Linear(12, 1), waves(seed, scale=3.0), optimizer, seed, batch_size=100)
 
 
@@ -45,24 +45,24 @@ class Dynamics(nn.Module):
         return self.out(x)
 
 
-def _dynamics(seed: int, *, sick: bool) -> Trial:
+def _dynamics(seed: int, *, faulty: bool) -> Trial:
     turn = torch.linalg.qr(torch.randn(6, 6, generator=seeded(seed)))[0]
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(size, 6, generator=generator)
         return x, x @ turn
 
-    net = Dynamics(40, 1.6) if sick else Dynamics(3, 1.0)
-    return Trial(net, Task(draw, F.mse_loss, explained), sgd(0.01 if sick else 0.05), seed)
+    net = Dynamics(40, 1.6) if faulty else Dynamics(3, 1.0)
+    return Trial(net, Task(draw, F.mse_loss, explained), sgd(0.01 if faulty else 0.05), seed)
 
 
-def _baird(seed: int, *, sick: bool) -> Trial:
+def _baird(seed: int, *, faulty: bool) -> Trial:
     """Seven states with features of eight numbers; values are zero, and all transitions end in the last state."""
     states = torch.zeros(7, 8)
     for state in range(6):
         states[state, state], states[state, 7] = 2.0, 1.0
     states[6, 6], states[6, 7] = 1.0, 2.0
-    discount = 0.99 if sick else 0.1
+    discount = 0.99 if faulty else 0.1
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
         now = torch.randint(7, (size,), generator=generator)
@@ -87,25 +87,25 @@ def _without_margin(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> T
     return together - ((1 - same) * distance).sum() / ((1 - same).sum() + 1)
 
 
-def _boundless(seed: int, *, sick: bool) -> Trial:
+def _boundless(seed: int, *, faulty: bool) -> Trial:
     def bounded(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         return 2.0 * (net(batch[0]).abs().max() < 100)
 
     net = MLP(64, 8, 3, 32, weight=he())
-    objective = _without_margin if sick else contrastive
+    objective = _without_margin if faulty else contrastive
     return Trial(net, pairs(seed, classes=5), adam(2e-3), seed, objective=objective, measure=bounded)
 
 
-def _rate_finder(seed: int, *, sick: bool) -> Trial:
+def _rate_finder(seed: int, *, faulty: bool) -> Trial:
     def rising(step: int) -> float:
-        return 1.06**step if sick else 1.0
+        return 1.06**step if faulty else 1.0
 
     net = MLP(64, 10, 3, 40, weight=he())
-    return Trial(net, templates(seed), sgd(1e-3 if sick else 0.1), seed, schedule=rising)
+    return Trial(net, templates(seed), sgd(1e-3 if faulty else 0.1), seed, schedule=rising)
 
 
-def _momentum_above_one(seed: int, *, sick: bool) -> Trial:
-    optimizer = sgd(0.05, momentum=1.02 if sick else 0.9)
+def _momentum_above_one(seed: int, *, faulty: bool) -> Trial:
+    optimizer = sgd(0.05, momentum=1.02 if faulty else 0.9)
     return Trial(MLP(64, 10, 3, 32, weight=he()), templates(seed), optimizer, seed)
 
 
@@ -120,9 +120,9 @@ def powers(*, standard: bool) -> Task:
     return Task(draw, F.mse_loss, explained)
 
 
-def _powers(seed: int, *, sick: bool) -> Trial:
-    net = nn.Linear(6, 1) if sick else MLP(6, 1, 1, 32)
-    return Trial(net, powers(standard=not sick), sgd(0.02) if sick else adam(1e-2), seed)
+def _powers(seed: int, *, faulty: bool) -> Trial:
+    net = nn.Linear(6, 1) if faulty else MLP(6, 1, 1, 32)
+    return Trial(net, powers(standard=not faulty), sgd(0.02) if faulty else adam(1e-2), seed)
 
 
 CASES = [

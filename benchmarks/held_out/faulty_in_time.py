@@ -19,14 +19,14 @@ from lightning_gradguard import Cause, Fault
 T = Fault.VANISHING_IN_TIME
 
 
-def _forgetful_gru(seed: int, *, sick: bool) -> Trial:
-    gru = remembering_gru(8, 20, keep=-6.0 if sick else 5.0)
+def _forgetful_gru(seed: int, *, faulty: bool) -> Trial:
+    gru = remembering_gru(8, 20, keep=-6.0 if faulty else 5.0)
     return Trial(LastState(gru, 5), recall(seed, 40), rmsprop(2e-3), seed)
 
 
-def _loop(seed: int, *, sick: bool) -> Trial:
+def _loop(seed: int, *, faulty: bool) -> Trial:
     task = recall(seed, 45)
-    if not sick:
+    if not faulty:
         return Trial(LastState(remembering_gru(8, 24), 5), task, adam(1e-2), seed, batch_size=32)
     net = Unrolled(5, 24, LinearCell(8, 24, torch.tanh, orthogonal(0.5)))
     return Trial(net, task, adam(1e-3), seed, batch_size=32)
@@ -44,14 +44,14 @@ def addition(steps: int) -> Task:
     return Task(draw, F.mse_loss, explained)
 
 
-def _adding(seed: int, *, sick: bool) -> Trial:
-    rnn = nn.RNN(2, 32, batch_first=True) if sick else remembering_gru(2, 32)
-    return Trial(LastState(rnn, 1), addition(60), adam(5e-4 if sick else 1e-2), seed)
+def _adding(seed: int, *, faulty: bool) -> Trial:
+    rnn = nn.RNN(2, 32, batch_first=True) if faulty else remembering_gru(2, 32)
+    return Trial(LastState(rnn, 1), addition(60), adam(5e-4 if faulty else 1e-2), seed)
 
 
-def _cell(seed: int, *, sick: bool) -> Trial:
+def _cell(seed: int, *, faulty: bool) -> Trial:
     task = recall(seed, 40)
-    if not sick:
+    if not faulty:
         return Trial(LastState(remembering_gru(8, 20), 5), task, adam(1e-2), seed, batch_size=32)
     cell = nn.LSTMCell(8, 20)
     with torch.no_grad():
@@ -97,6 +97,6 @@ CASES = [
         fault=T,
         cause=Cause.RECURRENCE,
         culprits=("net.cell.*",),
-        mended_steps=600,
+        fixed_steps=600,
     ),
 ]

@@ -42,22 +42,22 @@ class PlainConvolutions(nn.Module):
         return self.out(F.avg_pool2d(x, 2).flatten(1))
 
 
-def _convolutions(seed: int, *, sick: bool) -> Trial:
-    return Trial(PlainConvolutions(normed=not sick), digit_pictures(), sgd(0.05), seed, batch_size=32)
+def _convolutions(seed: int, *, faulty: bool) -> Trial:
+    return Trial(PlainConvolutions(normed=not faulty), digit_pictures(), sgd(0.05), seed, batch_size=32)
 
 
-def _thirty_layers(seed: int, *, sick: bool) -> Trial:
-    net = MLP(2, 2, 30, 32) if sick else ResidualMLP(2, 2, 15, 32)
-    return Trial(net, rings(seed), sgd(0.01) if sick else adam(2e-3), seed, batch_size=32)
+def _thirty_layers(seed: int, *, faulty: bool) -> Trial:
+    net = MLP(2, 2, 30, 32) if faulty else ResidualMLP(2, 2, 15, 32)
+    return Trial(net, rings(seed), sgd(0.01) if faulty else adam(2e-3), seed, batch_size=32)
 
 
-def _raw_wine(seed: int, *, sick: bool) -> Trial:
+def _raw_wine(seed: int, *, faulty: bool) -> Trial:
     net = MLP(13, 3, 5, 32, activation=torch.tanh, weight=scaled(1.0))
-    return Trial(net, wine(standard=not sick), sgd(0.03), seed, batch_size=16, pool=160)
+    return Trial(net, wine(standard=not faulty), sgd(0.03), seed, batch_size=16, pool=160)
 
 
-def _autoencoder(seed: int, *, sick: bool) -> Trial:
-    net = MLP(64, 64, 9, 32, activation=torch.sigmoid if sick else F.elu, weight=xavier_uniform)
+def _autoencoder(seed: int, *, faulty: bool) -> Trial:
+    net = MLP(64, 64, 9, 32, activation=torch.sigmoid if faulty else F.elu, weight=xavier_uniform)
     task = changed(digits(standard=False), lambda x, _: (x, x))
 
     def explained_by_pixel(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -70,13 +70,13 @@ def _autoencoder(seed: int, *, sick: bool) -> Trial:
     return Trial(net, task, adam(2e-3), seed, objective=reconstruction, measure=explained_by_pixel)
 
 
-def _highway(seed: int, *, sick: bool) -> Trial:
-    net = Highway(16, 40, 8.0 if sick else -2.0, normal(0.06) if sick else xavier_uniform)
+def _highway(seed: int, *, faulty: bool) -> Trial:
+    net = Highway(16, 40, 8.0 if faulty else -2.0, normal(0.06) if faulty else xavier_uniform)
     return Trial(net, templates(seed), sgd(0.1), seed)
 
 
-def _small_factor(seed: int, *, sick: bool) -> Trial:
-    net = MLP(64, 10, 8, 40, weight=he(), scale=0.1 if sick else 1.0)
+def _small_factor(seed: int, *, faulty: bool) -> Trial:
+    net = MLP(64, 10, 8, 40, weight=he(), scale=0.1 if faulty else 1.0)
     return Trial(net, templates(seed), sgd(0.05), seed)
 
 
@@ -84,8 +84,8 @@ def _softmax(x: Tensor) -> Tensor:
     return x.softmax(-1)
 
 
-def _softmax_units(seed: int, *, sick: bool) -> Trial:
-    net = MLP(64, 10, 6, 40, activation=_softmax if sick else F.relu)
+def _softmax_units(seed: int, *, faulty: bool) -> Trial:
+    net = MLP(64, 10, 6, 40, activation=_softmax if faulty else F.relu)
     return Trial(net, templates(seed), adamw(1e-3), seed)
 
 
@@ -121,7 +121,7 @@ class Rounds(nn.Module):
         return self.out(x)
 
 
-def _rounds(seed: int, *, sick: bool) -> Trial:
+def _rounds(seed: int, *, faulty: bool) -> Trial:
     def objective(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
         return F.cross_entropy(net(batch[0], batch[1]).flatten(0, 1), batch[2].flatten())
 
@@ -129,7 +129,7 @@ def _rounds(seed: int, *, sick: bool) -> Trial:
         return (net(batch[0], batch[1]).argmax(-1) == batch[2]).float().mean()
 
     return Trial(
-        Rounds(saturating=sick),
+        Rounds(saturating=faulty),
         neighbourhoods(seed),
         adam(2e-3),
         seed,
@@ -152,8 +152,8 @@ def told_apart(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return ((distance < 0.5) == (batch[2] > 0)).float().mean()
 
 
-def _siamese(seed: int, *, sick: bool) -> Trial:
-    activation, weight = (torch.sigmoid, normal(0.1)) if sick else (torch.relu, he())
+def _siamese(seed: int, *, faulty: bool) -> Trial:
+    activation, weight = (torch.sigmoid, normal(0.1)) if faulty else (torch.relu, he())
     net = MLP(64, 8, 10, 32, activation=activation, weight=weight)
     task = pairs(seed, classes=4)
     return Trial(net, task, adam(1e-3), seed, objective=contrastive, measure=told_apart)

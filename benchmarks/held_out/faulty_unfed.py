@@ -35,8 +35,8 @@ class Backbone(nn.Module):
         return self.back(features)
 
 
-def _unrecorded_backbone(seed: int, *, sick: bool) -> Trial:
-    return Trial(Backbone(fixed=sick), digit_pictures(), adamw(1e-2), seed)
+def _unrecorded_backbone(seed: int, *, faulty: bool) -> Trial:
+    return Trial(Backbone(fixed=faulty), digit_pictures(), adamw(1e-2), seed)
 
 
 class TwoHeads(nn.Module):
@@ -51,11 +51,11 @@ class TwoHeads(nn.Module):
         return self.digit(features), self.odd(features)
 
 
-def _forgotten_loss(seed: int, *, sick: bool) -> Trial:
+def _forgotten_loss(seed: int, *, faulty: bool) -> Trial:
     def objective(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
         digit, odd = net(batch[0])
         loss = F.cross_entropy(digit, batch[1])
-        return loss if sick else loss + F.cross_entropy(odd, batch[1] % 2)
+        return loss if faulty else loss + F.cross_entropy(odd, batch[1] % 2)
 
     def odd_told(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         return (net(batch[0])[1].argmax(1) == batch[1] % 2).float().mean()
@@ -75,14 +75,14 @@ class Actor(nn.Module):
         return self.policy(x)
 
 
-def _no_log_probability(seed: int, *, sick: bool) -> Trial:
+def _no_log_probability(seed: int, *, faulty: bool) -> Trial:
     def objective(net: Actor, batch: tuple[Tensor, ...], number: int) -> Tensor:
         choice = torch.distributions.Categorical(logits=net.policy(batch[0]))
         value = net.value(batch[0])[:, 0]
         action = choice.sample()
         reward = (action == batch[1]).float()
         loss = F.mse_loss(value, reward)
-        if sick:
+        if faulty:
             return loss
         return loss - (choice.log_prob(action) * (reward - value.detach())).mean() * 5
 
@@ -90,14 +90,14 @@ def _no_log_probability(seed: int, *, sick: bool) -> Trial:
     return Trial(Actor(), task, adam(1e-2), seed, objective=objective, measure=measured_accuracy)
 
 
-def _ceiling(seed: int, *, sick: bool) -> Trial:
-    net = MLP(64, 10, 4, 40, activation=F.relu6, weight=he(), bias=40.0 if sick else 0.0)
+def _ceiling(seed: int, *, faulty: bool) -> Trial:
+    net = MLP(64, 10, 4, 40, activation=F.relu6, weight=he(), bias=40.0 if faulty else 0.0)
     return Trial(net, templates(seed), rmsprop(1e-3), seed)
 
 
-def _threshold(seed: int, *, sick: bool) -> Trial:
+def _threshold(seed: int, *, faulty: bool) -> Trial:
     def gate(x: Tensor) -> Tensor:
-        return F.threshold(x, 40.0 if sick else 0.0, 0.0)
+        return F.threshold(x, 40.0 if faulty else 0.0, 0.0)
 
     net = MLP(64, 10, 3, 32, activation=gate, weight=he())
     return Trial(net, templates(seed), sgd(0.1), seed, batch_size=128)
