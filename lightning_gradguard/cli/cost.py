@@ -156,7 +156,8 @@ def measure(
 ) -> Timings:
     """Time `Guard.step` on ordinary steps.
 
-    It is timed beside a bare norm and ``clip_grad_norm_``. All run in one process, one after the other in each step, in an order that is shuffled at each step.
+    A bare norm and ``clip_grad_norm_`` are timed beside it. All run in one process, one after the other, in an order
+    that is shuffled at each step.
 
     Args:
         model: Model whose parameters get random gradients, on the device that holds them; they are changed.
@@ -305,8 +306,8 @@ class Timings:
     def ratio(self, arm: str, base: str) -> Spread:
         """Return one arm's seconds over another's.
 
-        The ratio is the mean over a cycle. Both times are of the same round. Anything that slows the machine down for a while slows both, so the ratio varies
-        less than either.
+        The ratio is the mean over a cycle. Both times are of the same round. Anything that slows the machine down for a
+        while slows both, so the ratio varies less than either.
         """
         pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
         return over_a_cycle(_cycles([mine / other for mine, other in pairs]))
@@ -315,7 +316,8 @@ class Timings:
 def over_a_cycle(cycles: list[list[float]]) -> Spread:
     """Return the spread of the mean step over cycles.
 
-    Median and quartiles over the cycles are averaged over the places in a cycle. So a step that costs more in every cycle counts in full, and an interruption by another program does not.
+    Median and quartiles over the cycles are averaged over the places in a cycle. A step that costs more in every cycle
+    counts in full, and an interruption by another program does not.
 
     Args:
         cycles: Numbers of each cycle, all of one length.

@@ -47,7 +47,7 @@ def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mappin
 def _recorded_arguments(bundle: dict[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
     """Select the recorded hyper-parameters that a class takes.
 
-    Lightning's ``load_from_checkpoint`` passes the same ones.
+    They are passed as in Lightning's ``load_from_checkpoint``.
     """
     recorded = bundle["hyper_parameters"]
     values = {name: decode(value) for name, value in recorded["values"].items()}

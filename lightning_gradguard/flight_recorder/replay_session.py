@@ -167,7 +167,7 @@ class ReplaySession:
             return Pass() if stub is None else self._measure(stub, times, drew_random)
 
     def origin(self, part: ReplayBatch, backward: int) -> Origin:
-        """Find the first non-finite number.
+        """Find the first non-finite number's origin.
 
         Args:
             part: Batch that shows the fault.
