@@ -76,10 +76,7 @@ def run(spec: str, clipper: str, steps: int, console: Console) -> None:
 
 
 def table(timings: Timings) -> Table:
-    """Return a table of times and ratios.
-
-    Ratios are to a bare norm and to torch's clipping.
-    """
+    """Return a table of times and ratios."""
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("each step", no_wrap=True)
     for head in ("mean\nms", "median\nms", f"times\n{BARE}", f"times\n{CLIP}"):
@@ -194,10 +191,7 @@ def measure(
 def _time_in_turns(
     arms: Arms, rounds: int, training: SyntheticTraining, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return each arm's seconds in each round.
-
-    In a round all run once in shuffled order.
-    """
+    """Return each arm's seconds in shuffled rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order, generator = list(arms), random.Random(0)
     for _ in range(rounds):
@@ -297,10 +291,7 @@ class Timings:
         return over_a_cycle(_cycles(self.seconds[arm]))
 
     def median(self, arm: str) -> float:
-        """Return the seconds of the median step.
-
-        It leaves out the costly step of each cycle.
-        """
+        """Return the median step's seconds, without costly steps."""
         return statistics.median(self.seconds[arm])
 
     def ratio(self, arm: str, base: str) -> Spread:

@@ -195,10 +195,7 @@ class ReplaySession:
         return decode(part.batch, take)
 
     def length_of(self, part: ReplayBatch) -> int | None:
-        """Count the rows of a batch.
-
-        Returns None if its tensors differ in length.
-        """
+        """Count a batch's rows; None if tensors differ in length."""
         lengths = {
             len(t)
             for _, t in tensors_of(self.batch_of(part))

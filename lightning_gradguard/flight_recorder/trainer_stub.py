@@ -106,10 +106,7 @@ class TrainerStub:
             self.first_nonfinite = None
 
     def stepped(self, index: int) -> None:
-        """Count an optimizer step.
-
-        Ends the run at the one in question.
-        """
+        """Count a step; end at the one in question."""
         if self._stop is not None and self._steps == self._stop:
             raise _StopReplay(None)
         self._steps += 1
