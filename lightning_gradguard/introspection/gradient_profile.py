@@ -8,8 +8,8 @@ from itertools import combinations
 
 from torch import Tensor
 
-from lightning_gradguard.stats.trends import MIN_LAYERS
 from lightning_gradguard.stats.samples import dead_row_share
+from lightning_gradguard.stats.trends import MIN_LAYERS
 
 #: Layers of a profile that slopes are taken between; a deeper profile is thinned out evenly.
 _MAX_LAYERS = 100

@@ -1,4 +1,4 @@
-"""Running statistics on synthetic streams with a known truth, and against SciPy."""
+"""Running statistics on synthetic streams and against SciPy."""
 
 import math
 
@@ -17,7 +17,7 @@ from lightning_gradguard.stats.norms import weight_norms
 
 
 class Stream:
-    """A model whose gradients are set by hand, and its trends."""
+    """Trends of a model with gradients set by hand."""
 
     def __init__(self, layers=6, order=None):
         self.weights = {f"w{i}": nn.Parameter(torch.randn(4, 4)) for i in range(layers)}
