@@ -111,7 +111,7 @@ def faulty(last, state=None):
     return guard, reports, halt
 
 
-def sick_gone_on():
+def faulty_continued():
     """Return the reports of a guard that continues from a state with an active fault."""
     guard, reports, halt = faulty(SICK_AT + FURTHER, loaded("guard_sick.pt"))
     return {
@@ -137,7 +137,7 @@ def loaded(file):
     return torch.load(DATA / file, weights_only=True)
 
 
-def gone_on(name):
+def continued(name):
     """Return the reports of a guard that continues from a saved state."""
     loop, rest = Loop(**GUARDS[name]), loaded(f"training_{name}.pt")
     loop.net.load_state_dict(rest["net"])
@@ -263,10 +263,10 @@ def make_answers():
     """Write the expected answers."""
     write("findings.json", {name: found(name) for name in ZOO})
     write("surface.json", shown())
-    going_on = {f"guard {name}": gone_on(name) for name in GUARDS}
+    continuing = {f"guard {name}": continued(name) for name in GUARDS}
     write(
         "continued.json",
-        {**going_on, "guard sick": sick_gone_on(), "checkpoint": resumed(), "bundle": replayed()},
+        {**continuing, "guard sick": faulty_continued(), "checkpoint": resumed(), "bundle": replayed()},
     )
 
 
