@@ -81,9 +81,9 @@ def _consistency(net: Taught, batch: tuple[Tensor, ...], number: int) -> Tensor:
     """Combine sixteen labels with agreement with the teacher on all examples, weighted more and more."""
     x, y = batch
     with torch.no_grad():
-        told = net.teacher(x + 0.3 * torch.randn_like(x)).softmax(1)
+        target = net.teacher(x + 0.3 * torch.randn_like(x)).softmax(1)
     output = net.student(x + 0.3 * torch.randn_like(x))
-    agreement = min(1.0, number / 100) * 5 * F.mse_loss(output.softmax(1), told)
+    agreement = min(1.0, number / 100) * 5 * F.mse_loss(output.softmax(1), target)
     return F.cross_entropy(output[:16], y[:16]) + agreement
 
 

@@ -147,9 +147,9 @@ class Translator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         start = torch.full_like(x[:, :1], self.out.out_features)
-        told = torch.cat([start, x.flip(1)[:, :-1]], 1)
+        previous = torch.cat([start, x.flip(1)[:, :-1]], 1)
         _, state = self.encoder(self.embedding(x))
-        return self.out(self.decoder(self.embedding(told), state)[0])
+        return self.out(self.decoder(self.embedding(previous), state)[0])
 
 
 def _translator(seed: int) -> Trial:

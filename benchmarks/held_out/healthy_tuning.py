@@ -97,8 +97,8 @@ def _distillation(seed: int) -> Trial:
     teacher = learned_mlp(seed, 300).requires_grad_(False)
 
     def objective(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-        student, told = (net(batch[0]) / 4).log_softmax(1), (teacher(batch[0]) / 4).softmax(1)
-        return 16 * F.kl_div(student, told, reduction="batchmean")
+        student, taught = (net(batch[0]) / 4).log_softmax(1), (teacher(batch[0]) / 4).softmax(1)
+        return 16 * F.kl_div(student, taught, reduction="batchmean")
 
     net = MLP(64, 10, 1, 24)
     return Trial(net, templates(seed), adam(5e-3), seed, objective=objective, measure=measured_accuracy)
