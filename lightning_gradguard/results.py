@@ -145,15 +145,17 @@ class Finding:
     optimizer: int = 0
     measure: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """Fault, onset and worst tensors, as messages begin."""
         named, more = ", ".join(self.parameters[:3]), len(self.parameters) - 3
         where = f", worst in {named}" if named else ""
         others = f" and {more} more" if more > 0 else ""
+        return f"{self.fault.value} since step {self.step}{where}{others}"
+
+    def __str__(self) -> str:
         measure = self.measure or self.detector
-        return (
-            f"{self.fault.value} since step {self.step}{where}{others} "
-            f"({measure}: {self.value:.3g}, limit {self.limit:.3g})"
-        )
+        return f"{self.place} ({measure}: {self.value:.3g}, limit {self.limit:.3g})"
 
 
 class DeferredFields(Protocol):

@@ -1,4 +1,4 @@
-"""What a docstring promises: each argument is named, what is raised is said, and nothing is named that is not there."""
+"""Completeness of docstrings: every argument and raised error is documented, and nothing else."""
 
 import ast
 import enum
@@ -16,14 +16,14 @@ from lightning_gradguard import metrics, testing
 
 PACKAGE = Path(lightning_gradguard.__file__).parent
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
-#: In the reference: a module with its members, a class or a function.
+#: Directive in the reference: a module with its members, a class or a function.
 DIRECTIVE = re.compile(r"^::: (\S+)\n((?:    .*\n)*)", flags=re.MULTILINE)
 HEADING = re.compile(r"(Args|Attributes|Example|Raises|Returns|Source|Yields):.*")
 ENTRY = re.compile(r"    \*{0,2}(\w+): \S.*")
 
 
 def find(dotted):
-    """What stands under a dotted name."""
+    """Return the object with a dotted name."""
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError:
@@ -32,7 +32,7 @@ def find(dotted):
 
 
 def public_names():
-    """Dotted names of classes and functions: what is exported, and what the reference shows."""
+    """Return dotted names of classes and functions that are exported or that the reference shows."""
     names = {f"lightning_gradguard.{name}" for name in lightning_gradguard.__all__ if name != "__version__"}
     names |= {f"{testing.__name__}.{name}" for name in testing.__all__}
     own = {
@@ -51,7 +51,7 @@ PUBLIC = {id(find(name)): name for name in sorted(public_names())}.values()
 
 
 def sections(docstring):
-    """Names of the entries below each heading."""
+    """Return the names of the entries below each heading."""
     found, entries = {}, set()
     for line in inspect.cleandoc(docstring or "").splitlines():
         if heading := HEADING.fullmatch(line):
@@ -62,7 +62,7 @@ def sections(docstring):
 
 
 def raised(function):
-    """Names of the errors that a function raises itself; what a dataclass makes raises none."""
+    """Return the errors that a function raises itself; a dataclass's generated methods raise none."""
     if function.__code__.co_filename == "<string>":
         return set()
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -74,8 +74,8 @@ def arguments(function):
     return {name for name in inspect.signature(function).parameters if name not in ("self", "cls")}
 
 
-def made_from(kind):
-    """Arguments of a class's constructor; of an enumeration, a protocol or a plain error there are none to explain."""
+def constructor_arguments(kind):
+    """Return the constructor's arguments; enumerations, protocols and plain errors have none to explain."""
     if issubclass(kind, enum.Enum) or getattr(kind, "_is_protocol", False):
         return set()
     try:
@@ -85,19 +85,20 @@ def made_from(kind):
 
 
 def faults(docstrings, given, errors, *, explained_elsewhere=False):
-    """What is wrong with a docstring.
+    """Return the faults of a docstring.
 
     Args:
-        docstrings: It, and those of which it is a continuation: what is inherited need not be said again.
+        docstrings: The docstring and those that it continues; inherited entries need not be repeated.
         given: Names of the arguments.
-        errors: Names of what is raised.
-        explained_elsewhere: Whether arguments are those of a host, such as Lightning's hooks have, or a protocol.
+        errors: Names of the raised errors.
+        explained_elsewhere: True if the arguments belong to a host, such as those of Lightning's hooks, or to a
+            protocol.
     """
     args, attributes, raises = (
         set().union(*(sections(text).get(heading, set()) for text in docstrings))
         for heading in ("Args", "Attributes", "Raises")
     )
-    # Of results, which nobody makes, the attributes are told.
+    # Results are never constructed by users, so their attributes are documented instead.
     missing = set() if explained_elsewhere else given - args - attributes
     return [
         *(["no docstring"] if not docstrings[0] else []),
@@ -108,15 +109,16 @@ def faults(docstrings, given, errors, *, explained_elsewhere=False):
 
 
 def faults_of(name):
-    """What is wrong with a public function, or with a class and its public methods, each with its name."""
+    """Return the faults of a public function, or of a class and its public methods, each with its name."""
     thing = find(name)
     if not inspect.isclass(thing):
         return [f"{name}: {fault}" for fault in faults([thing.__doc__], arguments(thing), raised(thing))]
     ours = [base for base in thing.__mro__ if base.__module__.startswith("lightning_gradguard")]
     makers = [vars(thing)[made] for made in ("__init__", "__post_init__") if made in vars(thing)]
-    errors = set().union(*map(raised, makers)) if made_from(thing) else set()
+    errors = set().union(*map(raised, makers)) if constructor_arguments(thing) else set()
     found = [
-        f"{name}: {fault}" for fault in faults([base.__doc__ for base in ours], made_from(thing), errors)
+        f"{name}: {fault}"
+        for fault in faults([base.__doc__ for base in ours], constructor_arguments(thing), errors)
     ]
     hosts = [base for base in thing.__mro__ if base not in ours]
     for method, value in vars(thing).items():
@@ -124,7 +126,7 @@ def faults_of(name):
         if method.startswith("_") or not inspect.isfunction(function):
             continue
         docstrings = [vars(base)[method].__doc__ for base in ours if method in vars(base)]
-        # Detectors and clippers have the two of their protocol.
+        # Detectors and clippers inherit these two from their protocol.
         elsewhere = method in ("init", "update") or any(hasattr(host, method) for host in hosts)
         wrong = faults(docstrings, arguments(function), raised(function), explained_elsewhere=elsewhere)
         found += [f"{name}.{method}: {fault}" for fault in wrong]
@@ -132,11 +134,11 @@ def faults_of(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_what_is_public_says_what_it_takes_and_raises(name):
+def test_public_docstrings_name_arguments_and_errors(name):
     assert faults_of(name) == []
 
 
-def test_public_is_what_is_exported_and_what_the_reference_shows():
+def test_public_names_are_exports_and_reference():
     assert {"lightning_gradguard.GradGuard", "lightning_gradguard.metrics.ClipRate"} <= public_names()
     assert {
         "lightning_gradguard.testing.inject",
@@ -148,8 +150,8 @@ def test_public_is_what_is_exported_and_what_the_reference_shows():
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-def test_where_arguments_are_named_all_are_and_no_other(path):
-    """Everywhere in the package, by its text."""
+def test_args_sections_are_complete_and_exact(path):
+    """Check every function of the package, by its source."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             named, taken = sections(ast.get_docstring(node)).get("Args"), node.args
@@ -161,7 +163,7 @@ def test_where_arguments_are_named_all_are_and_no_other(path):
             assert named is None or named == given, node.name
 
 
-def test_what_is_missing_is_found():
+def test_missing_entries_are_found():
     def sloppy(kept, forgotten):
         """Does something.
 

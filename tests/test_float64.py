@@ -1,4 +1,4 @@
-"""A step is judged alike whatever torch's default type is: by hand with precision="64-true" Lightning changes it."""
+"""Reports do not depend on torch's default dtype, which Lightning changes with precision="64-true"."""
 
 import lightning.pytorch as pl
 import pytest
@@ -11,8 +11,8 @@ from lightning_gradguard import AGC, AdaGC, AutoClip, GradGuard, Guard, NormClip
 CLIPPERS = [None, NormClip(0.1), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5), SpikeClip()]
 
 
-class ByHand(pl.LightningModule):
-    """Two optimizers, of which each sees parameters without gradients."""
+class ManualOptimization(pl.LightningModule):
+    """Module with two optimizers; each sees parameters without gradients."""
 
     def __init__(self):
         super().__init__()
@@ -32,8 +32,8 @@ class ByHand(pl.LightningModule):
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
-def test_by_hand_in_64_bits(clipper):
-    guard, module = GradGuard(clipper=clipper), ByHand()
+def test_manual_optimization_in_64_bits(clipper):
+    guard, module = GradGuard(clipper=clipper), ManualOptimization()
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, callbacks=[guard], precision="64-true",
@@ -44,7 +44,7 @@ def test_by_hand_in_64_bits(clipper):
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
-def test_reports_do_not_depend_on_the_default_type(clipper):
+def test_reports_do_not_depend_on_default_dtype(clipper):
     reports = []
     for default in (torch.float32, torch.float64):
         torch.manual_seed(0)

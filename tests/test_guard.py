@@ -24,7 +24,7 @@ from lightning_gradguard import (
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import NonFinite
 
-quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+ignore_warnings = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SILENT = Policy(respond={fault.value: "ignore" for fault in Fault})
 
 
@@ -76,14 +76,14 @@ OPTIMIZERS = {
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
 }
-if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
+if hasattr(torch.optim, "Adafactor"):  # torch 2.5 or newer
     OPTIMIZERS["Adafactor"] = lambda p: torch.optim.Adafactor(p, lr=0.01)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-@quiet
-def test_a_skip_is_exact_even_if_the_step_is_called(name, first):
+@ignore_warnings
+def test_skip_is_exact_even_if_optimizer_steps(name, first):
     model = network()
     optimizer = OPTIMIZERS[name](model.parameters())
     guard = Guard(model.named_parameters(), optimizer=optimizer)
@@ -102,9 +102,9 @@ def test_a_skip_is_exact_even_if_the_step_is_called(name, first):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@quiet
+@ignore_warnings
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_watching_changes_nothing(name):
+def test_guard_without_clipper_leaves_training_unchanged(name):
     bare, watched = network(), network()
     own, other = OPTIMIZERS[name](bare.parameters()), OPTIMIZERS[name](watched.parameters())
     guard = Guard(watched.named_parameters(), optimizer=other)
@@ -120,8 +120,8 @@ def test_watching_changes_nothing(name):
 @pytest.mark.parametrize("policy", [Policy(), SILENT, Policy(respond={"nonfinite": "warn"})], ids=repr)
 @pytest.mark.parametrize("detectors", [None, (), (DepthTilt(),)], ids=repr)
 @pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
-@quiet
-def test_nothing_nonfinite_reaches_a_weight(value, policy, detectors, clipper):
+@ignore_warnings
+def test_nonfinite_values_never_reach_weights_or_optimizer_state(value, policy, detectors, clipper):
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())
     guard = Guard(
@@ -137,7 +137,7 @@ def test_nothing_nonfinite_reaches_a_weight(value, policy, detectors, clipper):
     assert all(t.isfinite().all() for t in tensors)
 
 
-def test_a_nonfinite_loss_skips_too():
+def test_nonfinite_loss_skips_the_step():
     model = network()
     guard = Guard(model.named_parameters())
     loss = backward(model, 0)
@@ -166,7 +166,7 @@ def test_report_of_a_healthy_step():
     assert guard.report is report
 
 
-def test_clipping_is_torchs_own():
+def test_norm_clip_matches_torch():
     model, reference = network(), network()
     guard = Guard(model.named_parameters(), clipper=NormClip(0.01))
     loss = backward(model, 0)
@@ -181,7 +181,7 @@ def test_clipping_is_torchs_own():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=0)
 
 
-def test_a_step_below_the_threshold_is_not_written_to():
+def test_gradients_below_the_threshold_are_not_written():
     model = network()
     guard = Guard(model.named_parameters(), clipper=NormClip(1e6))
     loss = backward(model, 0)
@@ -190,8 +190,8 @@ def test_a_step_below_the_threshold_is_not_written_to():
     assert versions == [p.grad._version for p in model.parameters()]
 
 
-@quiet
-def test_five_are_skipped_in_a_row_and_the_sixth_halts():
+@ignore_warnings
+def test_sixth_consecutive_skip_halts():
     model = network()
     guard = Guard(model.named_parameters())
     guard.step(loss=backward(model, 0))
@@ -243,9 +243,9 @@ def test_vanishing_halts_after_patience_and_names_the_first_layers():
     assert [f.severity for f in guard.findings] == [Severity.WARNING, Severity.CRITICAL]
 
 
-@quiet
+@ignore_warnings
 @pytest.mark.parametrize("clipper", [None, SpikeClip()], ids=repr)
-def test_a_resumed_run_judges_and_clips_exactly_as_the_uninterrupted_one(clipper):
+def test_resumed_run_equals_uninterrupted_run(clipper):
     def run(steps, model, optimizer, guard):
         reports = []
         for step in steps:
@@ -271,13 +271,13 @@ def test_a_resumed_run_judges_and_clips_exactly_as_the_uninterrupted_one(clipper
     second = fresh()
     for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
-    # NaN norms are equal to themselves here, so reports are compared as text.
+    # NaN norms must compare as equal here, so reports are compared as text.
     assert [repr(r) for r in run(range(33, 90), *second)] == [repr(r) for r in expected[33:]]
     assert_same(snapshot(*whole[:2]), snapshot(*second[:2]))
     assert repr(second[2].state_dict()) == repr(whole[2].state_dict())
 
 
-def test_a_state_of_another_model_is_refused_and_changes_nothing():
+def test_state_of_another_model_raises_and_changes_nothing():
     guard, other = Guard(network().named_parameters()), Guard(network(depth=4).named_parameters())
     before = repr(guard.state_dict())
     with pytest.raises(ValueError, match=r"same parameters.*start the guard afresh"):
@@ -289,7 +289,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing():
     assert repr(guard.state_dict()) == before
 
 
-def test_parameter_groups_may_be_added():
+def test_added_parameter_groups_are_measured():
     model, extra = network(), nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = Guard(model.named_parameters(), optimizer=optimizer)
@@ -306,7 +306,7 @@ def test_parameter_groups_may_be_added():
     assert guard.findings == ()
 
 
-def test_only_the_optimizers_own_parameters_are_judged_and_dropped():
+def test_only_parameters_of_the_optimizer_are_judged_and_cleared():
     first, second = network(0), network(1)
     both = nn.ModuleDict({"a": first, "b": second})
     guard = Guard(both.named_parameters(), optimizer=torch.optim.SGD(first.parameters(), lr=0.1))
@@ -321,10 +321,10 @@ def test_only_the_optimizers_own_parameters_are_judged_and_dropped():
     assert all(p.grad is not None for p in second.parameters())
 
 
-@quiet
+@ignore_warnings
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_with_a_gradient_scaler_norms_are_true_and_overflow_is_routine(fused, unscale):
+def test_grad_scaler_norms_are_unscaled_and_overflow_is_info(fused, unscale):
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -352,7 +352,7 @@ def test_with_a_gradient_scaler_norms_are_true_and_overflow_is_routine(fused, un
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for the device: reads of a single number, or a copy to the host."""
+    """Counter of operations that wait for the device: reads of a single number, or a copy to the host."""
 
     def __init__(self):
         super().__init__()
@@ -364,7 +364,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
-def test_a_quiet_step_reads_no_single_number(clipper):
+def test_unremarkable_step_reads_no_scalar(clipper):
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
     guard = Guard(model.named_parameters(), optimizer=optimizer, clipper=clipper)
@@ -394,32 +394,32 @@ class TestLag:
         guard.close()
         return reports, guard
 
-    @quiet
+    @ignore_warnings
     @pytest.mark.parametrize("name", ["SGD-fused", "AdamW-fused"])
     @pytest.mark.parametrize("bad", [(0,), (5, 6), (11,)])
-    def test_a_fused_optimizer_skips_exactly_on_the_device(self, name, bad):
+    def test_fused_optimizer_skips_exactly_on_device(self, name, bad):
         reports, guard = self.loop(name, bad)
         assert not any(r.skip for r in reports)
         assert [f.step for f in guard.findings if f.fault == Fault.NONFINITE] == [bad[0]] * len(bad)
         assert guard.counts["skipped"] == len(bad)
         assert guard.report.step == 11
 
-    def test_reports_come_one_step_late_and_all_come(self):
+    def test_every_report_arrives_one_step_late(self):
         reports, guard = self.loop("AdamW-fused")
         assert [r.step for r in reports] == [0, *range(11)]
         assert guard.counts["judged"] == 12
 
-    @quiet
-    def test_a_halt_comes_one_step_late(self):
+    @ignore_warnings
+    def test_halt_comes_one_step_late(self):
         with pytest.raises(GradientHalt) as caught:
             self.loop("AdamW-fused", bad=(4,), policy=Policy.strict())
         assert caught.value.step == 4
 
-    def test_clips_as_without_lag(self):
+    def test_clips_without_delay(self):
         reports, _ = self.loop("SGD-fused", clipper=NormClip(0.05))
         assert all(r.clipped_norm <= 0.05 * (1 + 1e-5) for r in reports)
 
-    def test_another_optimizer_is_warned_of_and_its_bad_gradients_are_zeroed(self):
+    def test_other_optimizers_warn_and_get_zeroed_gradients(self):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.warns(GradientWarning, match="ignores found_inf"):
@@ -433,12 +433,12 @@ class TestLag:
                 optimizer.step()
         assert all(p.isfinite().all() for p in model.parameters())
 
-    def test_a_policy_that_skips_finite_steps_needs_a_verdict_before_the_step(self):
+    def test_policy_that_skips_finite_steps_requires_lag_0(self):
         with pytest.raises(ValueError, match="lag must be 0 with a policy that skips on spike"):
             self.loop("AdamW-fused", policy=Policy(respond={"spike": "skip"}))
 
 
-def odd_parameters():
+def unusual_parameters():
     embedding = nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1, 1, 4])).sum().backward()
     kinds = {
@@ -454,8 +454,8 @@ def odd_parameters():
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
-def test_odd_gradients_are_judged_and_clipped(clipper):
-    parameters = odd_parameters()
+def test_unusual_gradients_are_judged_and_clipped(clipper):
+    parameters = unusual_parameters()
     guard = Guard(parameters.items(), clipper=clipper)
     for _ in range(3):
         report = guard.step(loss=torch.tensor(1.0))
@@ -473,14 +473,14 @@ def test_five_thousand_tensors():
     assert guard.step(loss=torch.tensor(1.0)).total_norm == pytest.approx(math.sqrt(20000))
 
 
-def test_no_gradient_at_all_is_nothing_to_judge():
+def test_step_without_gradients_is_not_judged():
     guard = Guard(network().named_parameters())
     report = guard.step(loss=torch.tensor(1.0))
     assert (report.total_norm, report.skip, report.findings, report.norms) == (0.0, False, (), {})
     assert guard.counts["judged"] == 0
 
 
-def test_without_a_loss_it_says_once_which_rules_are_off():
+def test_missing_loss_warns_once_about_inactive_rules():
     model = network()
     guard = Guard(model.named_parameters())
     with pytest.warns(GradientWarning, match="DepthTilt.* cannot measure progress") as caught:
@@ -522,20 +522,20 @@ def test_findings_are_bounded():
         ({"detectors": 3}, TypeError, "detectors must be a sequence"),
     ],
 )
-def test_wrong_arguments(kwargs, error, words):
+def test_invalid_arguments_raise(kwargs, error, words):
     with pytest.raises(error, match=words):
         Guard(network().named_parameters(), **kwargs)
 
 
-def test_nothing_to_watch():
+def test_empty_parameters_raise():
     with pytest.raises(
         ValueError, match=r"must hold a parameter, got none; pass model\.named_parameters\(\)"
     ):
         Guard([])
 
 
-@quiet
-def test_a_parameter_that_is_replaced_one_for_one_is_watched():
+@ignore_warnings
+def test_replaced_parameter_is_measured():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = Guard(model.named_parameters(), optimizer=optimizer)
@@ -549,8 +549,8 @@ def test_a_parameter_that_is_replaced_one_for_one_is_watched():
     assert model[0].weight.isfinite().all()
 
 
-@quiet
-def test_two_models_with_the_same_names_are_both_watched():
+@ignore_warnings
+def test_two_models_with_equal_names_are_both_measured():
     one, two = network(0), network(1)
     pairs = [*one.named_parameters(), *two.named_parameters()]
     guard = Guard(pairs, optimizer=torch.optim.SGD([p for _, p in pairs], lr=0.1))
@@ -561,7 +561,7 @@ def test_two_models_with_the_same_names_are_both_watched():
     assert {"0.weight", "0.weight#2"} <= set(report.norms)
 
 
-def test_a_clip_too_small_to_show_in_the_global_norm_is_applied():
+def test_clip_of_one_small_tensor_is_applied():
     big, small = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     guard = Guard({"big": big, "small": small}.items(), clipper=SpikeClip())
     for step in range(60):
@@ -574,7 +574,7 @@ def test_a_clip_too_small_to_show_in_the_global_norm_is_applied():
     assert report.scale == 1.0
 
 
-def test_the_doctor_never_ends_a_training():
+def test_failing_diagnosis_never_ends_training():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy(patience=0))
@@ -597,7 +597,7 @@ def test_the_doctor_never_ends_a_training():
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
-def test_a_compiled_model_stays_compiled():
+def test_compiled_model_is_not_recompiled():
     graphs = []
 
     def backend(graph, inputs):
@@ -620,8 +620,8 @@ def test_a_compiled_model_stays_compiled():
 
 
 @pytest.mark.parametrize("name", ["SGD-fused", "AdamW-fused"])
-@quiet
-def test_a_scaler_with_a_fused_optimizer_and_lag(name):
+@ignore_warnings
+def test_grad_scaler_with_fused_optimizer_and_lag(name):
     model = network()
     optimizer = OPTIMIZERS[name](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -641,14 +641,14 @@ def test_a_scaler_with_a_fused_optimizer_and_lag(name):
 
 
 @pytest.mark.parametrize("value", [1e21, -1e21])
-def test_a_gradient_whose_square_overflows_is_not_finite(value):
+def test_gradient_whose_square_overflows_is_nonfinite(value):
     parameter = nn.Parameter(torch.ones(()))
     parameter.grad = torch.tensor(value)
     with pytest.warns(GradientWarning, match="nonfinite"):
         assert Guard([("p", parameter)]).step(loss=1.0).skip
 
 
-def test_a_loss_may_be_a_number_but_no_vector():
+def test_loss_is_a_number_not_a_vector():
     model = network()
     guard = Guard(model.named_parameters())
     backward(model, 0)
@@ -657,7 +657,7 @@ def test_a_loss_may_be_a_number_but_no_vector():
         guard.step(loss=torch.ones(3))
 
 
-def test_a_broken_state_changes_nothing():
+def test_broken_state_raises_and_changes_nothing():
     guard = Guard(network().named_parameters())
     before = repr(guard.state_dict())
     broken = copy.deepcopy(guard.state_dict())
@@ -668,7 +668,7 @@ def test_a_broken_state_changes_nothing():
     assert repr(guard.state_dict()) == before
 
 
-def test_a_part_that_is_used_now_and_then_keeps_its_update_ratio():
+def test_rarely_used_layer_keeps_its_update_ratio():
     torch.manual_seed(0)
     trunk, side = nn.Linear(8, 8), nn.Linear(8, 8)
     model = nn.ModuleList([trunk, side])
@@ -688,14 +688,14 @@ def test_a_part_that_is_used_now_and_then_keeps_its_update_ratio():
 
 
 @pytest.mark.parametrize("loss", [1, True, 1.0, np.float32(1), np.float64(1), np.int64(1)])
-def test_any_number_is_a_loss(loss):
+def test_every_number_type_is_a_loss(loss):
     model = network()
     backward(model, 0)
     assert Guard(model.named_parameters()).step(loss=loss).loss == 1.0
 
 
-@quiet
-def test_a_sparse_batch_costs_no_diagnosis():
+@ignore_warnings
+def test_sparse_batch_is_diagnosed():
     model = network(depth=0)
     with torch.no_grad():
         model[0].weight.zero_()
@@ -711,18 +711,18 @@ def test_a_sparse_batch_costs_no_diagnosis():
 @pytest.mark.parametrize(
     "given", [lambda m: m, lambda m: m.parameters(), lambda m: dict(m.named_parameters())]
 )
-def test_what_is_no_pair_of_name_and_parameter_is_said(given):
+def test_invalid_named_parameters_raise(given):
     with pytest.raises(TypeError, match=r"such as model\.named_parameters\(\), got"):
         Guard(given(torch.nn.Linear(2, 1)))
 
 
-def test_what_is_no_optimizer_is_said():
+def test_invalid_optimizer_raises():
     model = torch.nn.Linear(2, 1)
     with pytest.raises(TypeError, match="optimizer must be an optimizer with param_groups, got Linear"):
         Guard(model.named_parameters(), optimizer=model)
 
 
-def test_a_detector_is_no_clipper_nor_the_other_way_round():
+def test_swapped_detector_and_clipper_raise():
     named = list(torch.nn.Linear(2, 1).named_parameters())
     with pytest.raises(TypeError, match=r"clipper must be .* got NonFinite\(\)"):
         Guard(named, clipper=NonFinite())
@@ -730,12 +730,12 @@ def test_a_detector_is_no_clipper_nor_the_other_way_round():
         Guard(named, detectors=[SpikeClip()])
 
 
-def test_names_that_fabric_adds_are_left_out():
+def test_fabric_prefixes_are_stripped():
     named = [(f"_forward_module.{name}", p) for name, p in torch.nn.Linear(2, 1).named_parameters()]
     assert Guard(named).tracker.layout.names == ("weight", "bias")
 
 
-def test_repr_shows_the_arguments_that_are_not_default():
+def test_repr_shows_non_default_arguments():
     model = nn.Linear(2, 1)
     assert repr(Guard(model.named_parameters())) == "Guard()"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,7 +1,8 @@
-"""Nothing is read on the host but one letter a step, two where it stands out: seen by spies, and in the source.
+"""Host reads per step: one packed tensor, or two where the fast path rejects the step.
 
-A read of a tensor without values raises, so that a step which goes through on such tensors has read nothing. A guard
-over them is told at the door what a twin over real tensors has read there, and so goes the same ways.
+Reading a meta tensor (one without values) raises, so a step that completes on meta tensors has read nothing. A twin
+of each meta run steps first on real tensors. Its readback results answer for the meta run, so both take the same
+branches.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ CLIPPERS = [None, NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=3), AdaGC
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 everywhere = pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
 
-#: Operations that make the host wait for an accelerator, although their result may stay there; the median of all
-#: elements does so on CUDA in older torch, and on XPU; that along a dimension does not.
-WAITS = {
+#: Operations that make the host wait for an accelerator, although their result may stay on the device. The median of
+#: all elements waits on CUDA in older torch, and on XPU; the median along a dimension does not.
+SYNCS = {
     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
     "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave.Tensor", "aten::nanmedian", "aten::bincount",
 }  # fmt: skip
-#: What asks a tensor for its values, also one on a CPU, of which no operation tells.
-ASKS = {
+#: Functions that read a tensor's values; on a CPU no operation reveals them.
+VALUE_READS = {
     f"Tensor.{name}"
     for name in (
         "item",
@@ -44,17 +45,18 @@ ASKS = {
         "__array__",
     )
 }
-#: What makes a tensor from Python's numbers: a copy to the device that is waited for.
-SENDS = {"tensor", "as_tensor", "Tensor.new_tensor"}
-#: Good steps that are run: the first, where all is looked at; the end of those; and some when a training has settled.
+#: Functions that create a tensor from Python numbers: a copy to the device that the host waits for.
+COPIES = {"tensor", "as_tensor", "Tensor.new_tensor"}
+#: Steps to run: the first, with a full evaluation each; the end of that phase; and some after the schedule has
+#: settled.
 FIRST = [*range(3), *range(EAGER - 2, EAGER + 2 * REFRESH + 2)]
 SETTLING = [*range(SETTLED - 1, SETTLED + 2), *range(SETTLED + LATER - 1, SETTLED + LATER + 3)]
-#: From here on all that is made once has been made: a quiet step, a sampled one and a closer look have been.
+#: First step after all one-time work: a fast-path step, a sampled step and a full evaluation have run.
 STEADY = EAGER + REFRESH + 2
 
 
-class Waits(TorchDispatchMode):
-    """Operations that wait for the device, and copies that leave it."""
+class SyncOps(TorchDispatchMode):
+    """Recorder of operations that wait for the device, and of copies that leave it."""
 
     def __init__(self):
         super().__init__()
@@ -69,13 +71,13 @@ class Waits(TorchDispatchMode):
         result = func(*args, **kwargs)
         came = isinstance(result, Tensor) and result.device.type == "cpu"
         left = came and any(t.device.type != "cpu" for t in tensors)
-        if name in WAITS or masks or left:
+        if name in SYNCS or masks or left:
             self.seen.append(name)
         return result
 
 
-class Asks(TorchFunctionMode):
-    """What is asked of tensors, and what is made of numbers, by name."""
+class ValueReads(TorchFunctionMode):
+    """Recorder of functions that read tensor values or create tensors from numbers, by name."""
 
     def __init__(self):
         super().__init__()
@@ -83,9 +85,9 @@ class Asks(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = (resolve_name(func) or getattr(func, "__name__", "")).removeprefix("torch.")
-        if name in ASKS:
+        if name in VALUE_READS:
             self.asked.append(name)
-        if name in SENDS:
+        if name in COPIES:
             self.sent.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -96,28 +98,31 @@ def _flat(args):
     ]
 
 
-class Door:
-    """Stands in for `readback.read_array`: counts reads, and answers for tensors without values as the twin did."""
+class ReadbackSpy:
+    """Replacement for `readback.read_array` that counts reads.
+
+    || For meta tensors it answers with the twin's results.
+    """
 
     def __init__(self, monkeypatch):
-        self.read, self.letters, self.answers = readback.read_array, [], []
+        self.read, self.packets, self.answers = readback.read_array, [], []
         monkeypatch.setattr(readback, "read_array", self)
 
-    def __call__(self, letter):
-        self.letters.append(letter)
-        if letter.is_meta:
+    def __call__(self, packet):
+        self.packets.append(packet)
+        if packet.is_meta:
             answer = self.answers.pop(0)
-            assert answer.size == letter.numel()
+            assert answer.size == packet.numel()
             return answer
-        with _at_peace(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            numbers = self.read(letter)
+        with _cuda_sync_mode(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            numbers = self.read(packet)
         self.answers.append(numbers)
         return numbers
 
 
 @contextlib.contextmanager
-def _at_peace(mode="default"):
-    """How much a wait for a CUDA device matters; nothing where there is none."""
+def _cuda_sync_mode(mode="default"):
+    """Set how CUDA treats a wait for the device; does nothing without CUDA."""
     if not torch.cuda.is_available():
         yield
         return
@@ -130,10 +135,10 @@ def _at_peace(mode="default"):
 
 
 @pytest.fixture
-def door(monkeypatch):
-    # What is said of a finding is said on the host: a slow path that reads, after the step was judged.
+def readback_spy(monkeypatch):
+    # A diagnosis reads on the host, after the step was judged: a slow path that is left out here.
     monkeypatch.setattr(Guard, "_explain", lambda *_: None)
-    return Door(monkeypatch)
+    return ReadbackSpy(monkeypatch)
 
 
 def network(depth):
@@ -143,19 +148,19 @@ def network(depth):
 
 
 class Run:
-    """Steps of a guard over a model on some device, with all spies on."""
+    """Steps of a guard over a model on one device, with all spies active."""
 
     def __init__(self, device, clipper, lag=0, depth=3, fused=False, **kwargs):
         self.device, self.model = device, network(depth).to(device)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
-        # As if it were: torch has no fused form for tensors without values, and `step` is not called on them.
+        # Set by hand: torch has no fused optimizer for meta tensors, and `step` is not called on them.
         optimizer.param_groups[0]["fused"] = fused
         self.guard = Guard(
             self.model.named_parameters(), optimizer=optimizer, clipper=clipper, lag=lag, **kwargs
         )
 
     def step(self, number, factor=1.0, has_loss=True, missing=False):
-        """One step; returns what was due, and the spies."""
+        """Run one step; return the parts of the schedule that were due, and the spies."""
         generator = torch.Generator().manual_seed(number)
         x = torch.randint(0, 5, (16,), generator=generator).to(self.device)
         loss = nn.functional.cross_entropy(self.model(x), x % 2)
@@ -167,73 +172,78 @@ class Run:
         if missing:
             self.model[-1].bias.grad = None
         due = copy.copy(self.guard.tracker.schedule).due(has_loss)
-        with _at_peace("error" if number >= STEADY else "default"), Waits() as waits, Asks() as asks:
+        with (
+            _cuda_sync_mode("error" if number >= STEADY else "default"),
+            SyncOps() as waits,
+            ValueReads() as asks,
+        ):
             self.guard.step(loss=loss if has_loss else None)
         return due, waits, asks
 
 
-def both(device, clipper, **kwargs):
-    """The run; before it one on real tensors that answers for it, if its own are without values."""
+def with_twin(device, clipper, **kwargs):
+    """Return the runs: a meta run comes after a twin on real tensors that answers for it."""
     return [Run(where, clipper, **kwargs) for where in (("cpu", "meta") if device == "meta" else (device,))]
 
 
-def through(runs, door, steps=(*FIRST, *SETTLING), odd=lambda step: {}):
-    """Steps of all runs; what was due at each, what the last run did, and the letters that it had read."""
+def run_steps(runs, readback_spy, steps=(*FIRST, *SETTLING), odd=lambda step: {}):
+    """Run the steps of all runs; yield what was due and what the last run did and read."""
     last = -1
     for step in steps:
         for run in runs:
             if step != last + 1:
                 run.guard.tracker.schedule.good = run.guard.tracker.schedule.losses = step
-            before = len(door.letters)
+            before = len(readback_spy.packets)
             due, waits, asks = run.step(step, **odd(step))
         last = step
-        yield step, due, waits, asks, door.letters[before:]
+        yield step, due, waits, asks, readback_spy.packets[before:]
 
 
-def letters_of(letters, run):
-    """How many letters a step took: a glance that shows that a step stands out does not count."""
-    glance = len(run.guard.tracker.layout.names) + 4
-    return len(letters) - (len(letters) == 2 and letters[0].numel() == glance)
+def full_packets(packets, run):
+    """Count the reads of a step, without the fast path's short read that rejected it."""
+    short = len(run.guard.tracker.layout.names) + 4
+    return len(packets) - (len(packets) == 2 and packets[0].numel() == short)
 
 
 @pytest.mark.parametrize(
     ("device", "clipper"),
-    # Each clipper on tensors without values, whose twin is on the CPU anyway.
+    # Each clipper on meta tensors, whose twin runs on the CPU anyway.
     [pytest.param("meta", clipper, id=f"meta-{clipper!r}") for clipper in CLIPPERS]
     + [pytest.param("cpu", None, id="cpu-None"), pytest.param("cpu", SpikeClip(), id="cpu-SpikeClip")]
     + [pytest.param("cuda", clipper, id=f"cuda-{clipper!r}", marks=CUDA.marks) for clipper in CLIPPERS],
 )
-def test_one_letter_is_read_a_step_and_nothing_else(device, clipper, door):
+def test_each_step_reads_one_packed_tensor(device, clipper, readback_spy):
     kinds = set()
-    runs = both(device, clipper)
-    for step, due, waits, asks, letters in through(runs, door):
-        assert (waits.seen, asks.asked, letters_of(letters, runs[-1])) == ([], [], 1)
+    runs = with_twin(device, clipper)
+    for step, due, waits, asks, packets in run_steps(runs, readback_spy):
+        assert (waits.seen, asks.asked, full_packets(packets, runs[-1])) == ([], [], 1)
         assert step < STEADY or asks.sent == []
-        # Nobody glances where the step has to be judged.
-        assert len(letters) == 1 or not due.elapsed
+        # The fast path is not tried where a full evaluation is due.
+        assert len(packets) == 1 or not due.elapsed
         kinds.add((due.fresh, due.updated, due.elapsed > 0))
-    # At first each step is sampled and looked at; later one is sampled, the next is a closer look, most are neither.
+    # At first each step is sampled and fully evaluated. Later one is sampled, the next is a full evaluation, and most
+    # are neither.
     assert {(True, True, True), (False, True, True), (True, False, False), (False, False, False)} <= kinds
 
 
 @everywhere
-def test_nor_with_too_few_layers_for_a_tilt(device, door):
-    runs = both(device, SpikeClip(), depth=0)
-    for step, _, waits, asks, letters in through(runs, door):
-        assert (waits.seen, asks.asked, letters_of(letters, runs[-1])) == ([], [], 1)
+def test_one_read_without_enough_layers_for_depth_tilt(device, readback_spy):
+    runs = with_twin(device, SpikeClip(), depth=0)
+    for step, _, waits, asks, packets in run_steps(runs, readback_spy):
+        assert (waits.seen, asks.asked, full_packets(packets, runs[-1])) == ([], [], 1)
         assert step < STEADY or asks.sent == []
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 @everywhere
-def test_steps_that_are_out_of_the_ordinary_read_no_more(device, door):
+def test_unusual_steps_read_no_more(device, readback_spy):
     odd = {
         36: {"factor": 1e6}, 38: {"factor": float("nan")}, 40: {"has_loss": False}, 42: {"missing": True},
         44: {"factor": 0.0}, 46: {"factor": float("inf")}, 47: {"factor": float("inf")},
     }  # fmt: skip
-    runs = both(device, SpikeClip())
-    for _, _, waits, asks, letters in through(runs, door, FIRST, lambda step: odd.get(step, {})):
-        assert (waits.seen, asks.asked, letters_of(letters, runs[-1])) == ([], [], 1)
+    runs = with_twin(device, SpikeClip())
+    for _, _, waits, asks, packets in run_steps(runs, readback_spy, FIRST, lambda step: odd.get(step, {})):
+        assert (waits.seen, asks.asked, full_packets(packets, runs[-1])) == ([], [], 1)
     for run in runs:
         assert (run.guard.counts["nonfinite"], run.guard.counts["clipped"] > 0) == (3, True)
 
@@ -241,7 +251,7 @@ def test_steps_that_are_out_of_the_ordinary_read_no_more(device, door):
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 @everywhere
 @pytest.mark.parametrize("fused", [False, True])
-def test_with_lag_the_letter_just_posted_is_never_waited_for(device, fused, door, monkeypatch):
+def test_lag_never_waits_for_the_newest_readback(device, fused, readback_spy, monkeypatch):
     taken = []
 
     def take(self, plain=readback.Readback.take):
@@ -251,18 +261,20 @@ def test_with_lag_the_letter_just_posted_is_never_waited_for(device, fused, door
 
     monkeypatch.setattr(readback.Readback, "take", take)
     steps = range(EAGER, EAGER + 2 * REFRESH + 2)
-    for step, _, waits, asks, letters in through(both(device, SpikeClip(), lag=1, fused=fused), door, steps):
+    for step, _, waits, asks, packets in run_steps(
+        with_twin(device, SpikeClip(), lag=1, fused=fused), readback_spy, steps
+    ):
         number = step - EAGER
         assert (waits.seen, asks.asked) == ([], [])
-        # The first is awaited, since there is no report yet; at the second nothing is under way.
-        assert len(letters) == (number != 1)
+        # The first step waits, since there is no report yet; at the second no result is pending.
+        assert len(packets) == (number != 1)
         assert number < 2 or taken[-1] == number - 1
 
 
-def test_a_read_would_be_seen(door):
-    """What the spies are for, each with what only it can see."""
+def test_spies_detect_each_kind_of_read(readback_spy):
+    """Check that each spy sees the reads that only it can see."""
     x = torch.ones(4)
-    with Waits() as waits, Asks() as asks:
+    with SyncOps() as waits, ValueReads() as asks:
         x.sum().item()
         x[x > 0].sum()
         torch.nanmedian(x)

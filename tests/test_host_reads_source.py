@@ -1,4 +1,4 @@
-"""The source of the device side, walked for what reads a tensor on the host; slow paths are named, and why they may."""
+"""Scan of the device code's source for host reads; each allowed slow path is listed with its reason."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ DEVICE.append("engine/evaluate.py")
 ENGINE = ("parameter_tracker", "graph_observer", "device_skip", "sampling_schedule")
 FILES = [*DEVICE, "guard.py", *(f"engine/{name}.py" for name in ENGINE)]
 
-#: Methods that give a tensor's values to the host, or a tensor whose shape depends on them.
+#: Methods that read a tensor's values on the host, or return a tensor whose shape depends on them.
 READS = {
     "item",
     "tolist",
@@ -30,27 +30,35 @@ READS = {
     "masked_select",
     "equal",
 }
-#: Makes a tensor of Python's numbers, which is copied to the device and waited for.
-SENDS = {"new_tensor"}
-#: Reads on CUDA in older torch, and on XPU, unless it is along a dimension.
+#: Methods that create a tensor from Python numbers, with a copy to the device that the host waits for.
+COPIES = {"new_tensor"}
+#: Functions that read on CUDA in older torch, and on XPU, unless they work along a dimension.
 MEDIANS = {"median", "nanmedian"}
 
-#: File, function, what it does there: why it may.
+#: (file, function, operation): why it is allowed.
 SLOW = {
-    ("stats/sharding.py", "local_entries", "nonzero"): "of the host's own numbers, once for each tensor",
-    ("stats/sharding.py", "check_agreement", "tolist"): "once, when a guard is made",
-    ("stats/sharding.py", "largest_over_ranks", "tolist"): "after a walk over the graph, eight times at most",
+    (
+        "stats/sharding.py",
+        "local_entries",
+        "nonzero",
+    ): "numbers that are on the host already, once per tensor",
+    ("stats/sharding.py", "check_agreement", "tolist"): "once, when a guard is created",
+    (
+        "stats/sharding.py",
+        "largest_over_ranks",
+        "tolist",
+    ): "after a traversal of the graph, at most eight times",
 }
 
-#: What of a tensor is known to the host without a look at its values.
-_KNOWN = {
+#: Attributes of a tensor that the host knows without reading its values.
+_HOST_KNOWN = {
     "shape", "ndim", "dtype", "device", "layout", "grad", "grad_fn", "requires_grad", "is_cuda", "is_meta", "type",
     "numel", "dim", "size", "stride", "element_size", "data_ptr", "is_complex", "is_floating_point", "is_contiguous",
 }  # fmt: skip
 
 
 def fields(files):
-    """Names of fields and properties that are tensors wherever they are annotated, of classes and of instances."""
+    """Return the names of fields and properties that are annotated as tensors wherever they occur."""
     kinds = {}
     for file in files:
         for line in ast.walk(ast.parse((PACKAGE / file).read_text())):
@@ -61,12 +69,12 @@ def fields(files):
             if isinstance(line, ast.AnnAssign):
                 name = getattr(line.target, "id", getattr(line.target, "attr", ""))
                 kinds.setdefault(name, set()).add(ast.unparse(line.annotation))
-    return frozenset(name for name, said in kinds.items() if said == {"Tensor"})
+    return frozenset(name for name, tensors in kinds.items() if tensors == {"Tensor"})
 
 
 ON_DEVICE = fields(DEVICE)
-#: What the rooms beyond get to see of that; a letter has numbers of the same names.
-BEYOND = fields(
+#: Tensor fields that host code also sees; a StepRecord has plain numbers under the same names.
+ON_HOST = fields(
     [
         "stats/grad_stats.py",
         "detectors/base.py",
@@ -78,7 +86,7 @@ BEYOND = fields(
 
 
 class Reader(ast.NodeVisitor):
-    """Collects, for each function, what reads a tensor: by its name, by its fields, by what it was made from."""
+    """Visitor that collects host reads per function: by method name, by field, and by how a variable was made."""
 
     def __init__(self, attributes):
         self.attributes, self.found = attributes, set()
@@ -87,8 +95,8 @@ class Reader(ast.NodeVisitor):
     def visit_FunctionDef(self, node):
         outer = self.function, self.names
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        said = {a.arg for a in arguments if a.annotation is not None and "Tensor" in _kinds(a.annotation)}
-        self.function, self.names = node.name, (self.names - {a.arg for a in arguments}) | said
+        tensors = {a.arg for a in arguments if a.annotation is not None and "Tensor" in _kinds(a.annotation)}
+        self.function, self.names = node.name, (self.names - {a.arg for a in arguments}) | tensors
         self.generic_visit(node)
         self.function, self.names = outer
 
@@ -106,7 +114,7 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
         called = node.func
         name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-        if isinstance(called, ast.Attribute) and name in READS | SENDS:
+        if isinstance(called, ast.Attribute) and name in READS | COPIES:
             self._add(name)
         dims = node.args[1:] if ast.unparse(called).startswith("torch.") else node.args
         if isinstance(called, ast.Attribute) and name in MEDIANS and not dims and not node.keywords:
@@ -151,21 +159,23 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def is_tensor(self, node):
-        """Whether an expression is a tensor, as far as can be told."""
+        """Return True if an expression is a tensor, as far as the source shows."""
         if isinstance(node, ast.Name):
             return node.id in self.names
         if isinstance(node, ast.Attribute):
-            return node.attr in self.attributes and not (self.is_tensor(node.value) and node.attr in _KNOWN)
+            return node.attr in self.attributes and not (
+                self.is_tensor(node.value) and node.attr in _HOST_KNOWN
+            )
         if isinstance(node, ast.Compare):
-            told = not any(isinstance(op, (ast.Is, ast.IsNot, ast.In, ast.NotIn)) for op in node.ops)
-            return told and any(map(self.is_tensor, (node.left, *node.comparators)))
+            compared = not any(isinstance(op, (ast.Is, ast.IsNot, ast.In, ast.NotIn)) for op in node.ops)
+            return compared and any(map(self.is_tensor, (node.left, *node.comparators)))
         if isinstance(node, ast.BinOp):
             return self.is_tensor(node.left) or self.is_tensor(node.right)
         if isinstance(node, (ast.UnaryOp, ast.Subscript)):
             inner = node.operand if isinstance(node, ast.UnaryOp) else node.value
             return self.is_tensor(inner) and not isinstance(getattr(node, "op", None), ast.Not)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            return node.func.attr not in _KNOWN | READS and (
+            return node.func.attr not in _HOST_KNOWN | READS and (
                 self.is_tensor(node.func.value) or ast.unparse(node.func) in {"torch.where", "torch.isfinite"}
             )
         return False
@@ -183,27 +193,27 @@ def _kinds(annotation):
 
 
 def reads(source, attributes=ON_DEVICE):
-    """Pairs of function and what it does there."""
+    """Return pairs of function and operation."""
     reader = Reader(attributes)
     reader.visit(ast.parse(source))
     return reader.found
 
 
 def found(file):
-    attributes = ON_DEVICE if file in DEVICE else BEYOND | fields([file])
+    attributes = ON_DEVICE if file in DEVICE else ON_HOST | fields([file])
     return {(file, *pair) for pair in reads((PACKAGE / file).read_text(), attributes)}
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_device_side_reads_nothing(file):
+def test_device_code_reads_nothing_on_the_host(file):
     assert found(file) - SLOW.keys() == set()
 
 
-def test_every_slow_path_is_still_there():
+def test_listed_slow_paths_exist():
     assert SLOW.keys() - {pair for file in FILES for pair in found(file)} == set()
 
 
-def test_the_door_is_where_the_reads_are():
+def test_readback_is_where_reads_happen():
     assert {what for _, what in reads((PACKAGE / "engine/readback.py").read_text())} == {
         "cpu",
         "numpy",
@@ -211,10 +221,10 @@ def test_the_door_is_where_the_reads_are():
     }
 
 
-def test_the_fields_are_known():
+def test_tensor_fields_are_found():
     assert {"norms", "finite", "raised", "total", "seen"} <= ON_DEVICE
-    assert {"present", "lost", "total"} <= BEYOND
-    assert BEYOND.isdisjoint({"finite", "seen"})
+    assert {"present", "lost", "total"} <= ON_HOST
+    assert ON_HOST.isdisjoint({"finite", "seen"})
     assert fields(["engine/parameter_tracker.py"]) >= {"weights", "updates", "_moved"}
 
 
@@ -239,7 +249,7 @@ def test_the_fields_are_known():
         ("x.new_tensor(1.0)", "new_tensor"),
     ],
 )
-def test_a_read_would_be_found(line, what):
+def test_scanner_finds_reads(line, what):
     assert ("f", what) in reads(f"def f(x: Tensor, stats, maybe: Tensor | None, other):\n    {line}\n")
 
 
@@ -255,5 +265,5 @@ def test_a_read_would_be_found(line, what):
         "if x.shape[0] > 3 or len(x): pass",
     ],
 )
-def test_what_is_known_without_a_read_may_be_asked(line):
+def test_scanner_ignores_metadata(line):
     assert reads(f"def f(x: Tensor, stats, maybe: Tensor | None, other):\n    {line}\n") == set()

@@ -1,4 +1,4 @@
-"""Imports go one way: the table of layers, as data, held against the real imports of every module."""
+"""Import rules: a table of layers, checked against the real imports of every module."""
 
 import ast
 import sys
@@ -14,7 +14,7 @@ NAME = "lightning_gradguard"
 STDLIB = frozenset(sys.stdlib_module_names)
 LIGHTNING = {"lightning", "pytorch_lightning"}
 
-#: Layer to what it may import: other layers, and packages beyond the standard library. A layer is a folder, or a
+#: Layer to its allowed imports: other layers, and packages outside the standard library. A layer is a folder or a
 #: module at the top level. Everything may import itself, `results`, `validation` and `_version`.
 LAYERS = {
     "_version": set(),
@@ -57,7 +57,7 @@ MODULES = {
 
 
 def layer_of(module: str) -> str:
-    """Return the layer of a module: the longest entry of the table that it lies in."""
+    """Return the layer of a module: the longest table entry that contains it."""
     while module not in LAYERS:
         module = module.rpartition(".")[0]
     return module
@@ -88,7 +88,7 @@ def imports(source: str, *, deferred: bool = True) -> set[str]:
     return {f.removeprefix(f"{NAME}.") for f in found}
 
 
-def trespasses(module: str, source: str) -> set[str]:
+def forbidden_imports(module: str, source: str) -> set[str]:
     """Return the imports that the table does not allow."""
     layer = layer_of(module)
     allowed = LAYERS[layer] | {layer, "results", "validation", "_version"}
@@ -103,7 +103,7 @@ def trespasses(module: str, source: str) -> set[str]:
 
 
 def cycles(sources: dict[str, str]) -> list[list[str]]:
-    """Return the groups of modules that import one another at run time, wherever the import stands."""
+    """Return the groups of modules that import one another at run time, at any level of nesting."""
     edges = {m: {i for i in imports(s) if i in sources and i != m} for m, s in sources.items()}
     order: list[str] = []
     seen: set[str] = set()
@@ -128,10 +128,10 @@ def cycles(sources: dict[str, str]) -> list[list[str]]:
 
 
 def private_uses(source: str) -> set[str]:
-    """Return private names that a module takes from another: by an import, or as an attribute of any other object.
+    """Return private names that a module uses from another, by import or as an attribute.
 
-    ``self._x`` and ``cls._x`` are a class's own. Dunder names are public. What torch, Lightning and Python keep private
-    is theirs to break, and is listed in `FOREIGN`.
+    ``self._x`` and ``cls._x`` are a class's own. Dunder names are public. Private names of torch, Lightning and
+    Python may change in any release; the ones in use are listed in `FOREIGN`.
     """
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -145,7 +145,7 @@ def private_uses(source: str) -> set[str]:
     return found
 
 
-#: Private names of others that the package uses, for want of a public way.
+#: Private names of other packages that have no public replacement.
 FOREIGN = {
     # Python: NamedTuple, Enum, sys
     "_asdict", "_fields", "_replace", "_name_", "_value_", "_getframe",
@@ -164,19 +164,19 @@ def _is_private(name: str) -> bool:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_follow_the_table(module):
-    assert trespasses(module, MODULES[module].read_text()) == set()
+    assert forbidden_imports(module, MODULES[module].read_text()) == set()
 
 
-def test_no_module_imports_itself_through_others():
+def test_imports_have_no_cycles():
     assert cycles({name: path.read_text() for name, path in MODULES.items() if name}) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_module_uses_what_another_keeps_private(module):
+def test_no_module_uses_private_names_of_another(module):
     assert private_uses(MODULES[module].read_text()) == set()
 
 
-def test_only_callbacks_and_the_command_line_import_lightning():
+def test_only_callbacks_and_cli_import_lightning():
     assert {layer for layer, allowed in LAYERS.items() if allowed & LIGHTNING} == {"callbacks", "cli"}
 
 
@@ -191,15 +191,15 @@ def test_only_callbacks_and_the_command_line_import_lightning():
         ("results", "import torch"),
     ],
 )
-def test_the_table_can_be_broken(module, source):
-    assert trespasses(module, source)
+def test_forbidden_imports_are_found(module, source):
+    assert forbidden_imports(module, source)
 
 
-def test_type_checking_imports_do_not_count():
-    assert trespasses("results", "if TYPE_CHECKING:\n    import torch\n") == set()
+def test_type_checking_imports_are_ignored():
+    assert forbidden_imports("results", "if TYPE_CHECKING:\n    import torch\n") == set()
 
 
-def test_a_cycle_would_be_found():
+def test_cycles_are_found():
     a = f"from {NAME}.engine import history"
     b = f"def late():\n    from {NAME}.engine.evaluate import x"
     assert cycles({"engine.evaluate": a, "engine.history": b, "policy": ""}) == [
@@ -216,9 +216,9 @@ def test_a_cycle_would_be_found():
         "class A:\n    def f(self):\n        return self.guard._state",
     ],
 )
-def test_a_private_use_would_be_found(source):
+def test_private_uses_are_found(source):
     assert private_uses(source)
 
 
-def test_a_class_may_use_its_own_private_names():
+def test_own_private_names_are_allowed():
     assert private_uses("class A:\n    def f(self):\n        return self._x") == set()

@@ -1,4 +1,4 @@
-"""What a guard keeps in memory, by the number and by the size of tensors; no time is taken."""
+"""Memory of a guard by number and size of tensors; no time is measured."""
 
 import sys
 from pathlib import Path
@@ -16,38 +16,38 @@ TENSORS = (torch.Tensor,)
 
 @pytest.fixture(scope="module")
 def guards():
-    """Guards with the default detectors and SpikeClip that judged 24 steps, by number and side of the tensors."""
+    """Return guards with default detectors and SpikeClip after 24 steps, by number and side of the tensors."""
     return {
         (n, side): after_steps(tensors([(side, side)] * n))
         for n, side in ((1000, 32), (2000, 32), (1000, 64))
     }
 
 
-def test_a_thousand_tensors_take_less_than_a_megabyte(guards):
+def test_thousand_tensors_need_less_than_a_megabyte(guards):
     by_holder = held(guards[1000, 32], TENSORS)
     assert by_holder.total() < 1e6, by_holder.most_common(5)
 
 
-def test_memory_grows_with_the_number_of_tensors_and_no_faster(guards):
+def test_memory_is_linear_in_number_of_tensors(guards):
     one, two = (held(guards[n, 32]).total() for n in (1000, 2000))
     assert 1.5 * one < two <= 2.2 * one
 
 
-def test_memory_does_not_grow_with_the_size_of_tensors(guards):
+def test_memory_does_not_depend_on_tensor_size(guards):
     small, large = (held(guards[1000, side]).total() for side in (32, 64))
     assert abs(large - small) <= 0.1 * small
 
 
-def test_a_step_leaves_nothing_behind(guards):
+def test_step_leaks_no_memory(guards):
     short, long = (held(after_steps(tensors([(8, 8)] * 50), steps)) for steps in (100, 236))
     assert long == short
 
 
-def test_samples_of_weights_are_64_numbers_a_tensor(guards):
+def test_weight_samples_are_64_numbers_per_tensor(guards):
     assert held(guards[1000, 32])["watch._before"] == 1000 * 64 * 4
 
 
-def test_objects_of_python_grow_with_the_number_of_tensors_alone():
+def test_python_objects_depend_on_number_of_tensors_only():
     one, two, wide = (
         python_bytes(lambda n=n, side=side: after_steps(tensors([(side, side)] * n)))
         for n, side in ((60, 8), (120, 8), (60, 32))
@@ -56,8 +56,8 @@ def test_objects_of_python_grow_with_the_number_of_tensors_alone():
     assert abs(wide - one) <= 0.1 * one
 
 
-def test_what_is_hidden_in_a_guard_is_found(guards):
-    """The ruler itself: a tensor in a dict in an object counts, once, and a view of a weight does not."""
+def test_hidden_tensors_are_counted(guards):
+    """Check the measurement itself: a tensor in a dict in an object counts once, a view of a weight does not."""
     guard = after_steps(tensors([(8, 8)] * 3))
     before = held(guard).total()
     extra = torch.zeros(1000)

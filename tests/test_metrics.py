@@ -1,4 +1,4 @@
-"""The metrics against brute force in numpy, and the promises of torchmetrics: reset, state, collections, ranks."""
+"""Metrics against a numpy reference, and the torchmetrics contract: reset, state, collections, ranks."""
 
 import io
 import math
@@ -18,7 +18,7 @@ every_metric = pytest.mark.parametrize("metric", METRICS, ids=["norm", "rate", "
 
 
 def series(seed, steps=200):
-    """Values near 1 with spikes and non-finite ones, float32."""
+    """Return float32 values near 1 with spikes and non-finite values."""
     rng = np.random.default_rng(seed)
     values = np.exp(rng.normal(0, 0.1, steps))
     values *= rng.choice([1.0, 10.0, 0.01], p=[0.96, 0.03, 0.01], size=steps)
@@ -48,7 +48,7 @@ def expected(metric, values):
 
 @every_metric
 @given(seed=st.integers(0, 2**20))
-def test_equals_brute_force(metric, seed):
+def test_equals_reference(metric, seed):
     values = series(seed)
     metric.reset()
     for value in values[:5]:
@@ -102,7 +102,7 @@ def test_state_survives_a_checkpoint(metric):
 
 @every_metric
 @pytest.mark.parametrize("given_dtype", [torch.float64, torch.bfloat16, torch.int64])
-def test_takes_values_of_any_dtype(metric, given_dtype):
+def test_accepts_any_dtype(metric, given_dtype):
     values = torch.tensor([1.0, 2.0, 0.0, 4.0]).to(given_dtype)
     metric.reset()
     metric.update(values)
@@ -110,7 +110,7 @@ def test_takes_values_of_any_dtype(metric, given_dtype):
 
 
 @every_metric
-def test_keeps_the_dtype_that_was_set(metric):
+def test_keeps_configured_dtype(metric):
     wide = metric.clone().set_dtype(torch.float64)
     wide.reset()
     values = series(5)
@@ -155,7 +155,7 @@ def test_clip_rate_takes_a_scale_or_a_bool(given_value, rate):
         assert metric.compute().item() == rate
 
 
-def test_spike_score_is_not_blinded_by_the_spike_itself_nor_by_a_constant_series():
+def test_spike_score_handles_its_own_spike_and_constant_series():
     score = SpikeScore()
     score.update(torch.ones(50))
     assert score.compute() == 0
@@ -172,7 +172,7 @@ def test_spike_score_is_not_blinded_by_the_spike_itself_nor_by_a_constant_series
         ({"sigma": math.inf}, "sigma must be positive and finite, got inf"),
     ],
 )
-def test_spike_score_says_what_it_needs(options, message):
+def test_spike_score_validates_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         SpikeScore(**options)
 

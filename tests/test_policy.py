@@ -6,7 +6,7 @@ from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault
 
 
-def test_default_warns_of_all_but_skips_nonfinite():
+def test_default_warns_and_skips_only_nonfinite():
     assert {f: Policy().response(f) for f in Fault if f != Fault.NONFINITE} == {
         f: "warn" for f in Fault if f != Fault.NONFINITE
     }
@@ -18,18 +18,18 @@ def test_strict_halts_on_everything():
     assert all(Policy.strict().response(f) == "halt" for f in Fault)
 
 
-def test_protect_halts_on_exploding_alone():
+def test_protect_halts_on_exploding_only():
     policy = Policy.protect()
     assert [f for f in Fault if policy.response(f) == "halt"] == [Fault.EXPLODING]
     assert policy.response("nonfinite") == "skip"
 
 
-def test_keys_may_be_faults_or_their_values():
+def test_keys_are_faults_or_their_values():
     assert Policy(respond={Fault.DEAD: "halt"}).response("dead") == "halt"
     assert Policy(respond={"dead": "halt"}).response(Fault.DEAD) == "halt"
 
 
-def test_a_policy_is_frozen_and_printable():
+def test_policy_is_frozen_and_printable():
     assert "patience=7" in repr(Policy(patience=7))
     with pytest.raises(dataclasses.FrozenInstanceError):
         Policy().patience = 3
@@ -47,7 +47,7 @@ def test_a_policy_is_frozen_and_printable():
         ({"max_consecutive_skips": -2}, ["max_consecutive_skips", "-2"]),
     ],
 )
-def test_wrong_arguments_name_argument_value_and_mend(arguments, words):
+def test_errors_name_argument_value_and_fix(arguments, words):
     with pytest.raises(ValueError, match=r".") as caught:
         Policy(**arguments)
     assert all(word in str(caught.value) for word in words)

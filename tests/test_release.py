@@ -1,4 +1,4 @@
-"""What is built holds the package and nothing else, can be built from what is given away, and names its version."""
+"""Built distributions: the wheel holds only the package, the source distribution is complete, versions agree."""
 
 import configparser
 import importlib.util
@@ -20,7 +20,7 @@ from lightning_gradguard.cli import main
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_gradguard"
 VERSION = lightning_gradguard.__version__
-#: As semver.org has it, without build metadata.
+#: Version format of semver.org, without build metadata.
 SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[\dA-Za-z-]+(\.[\dA-Za-z-]+)*)?")
 
 needs_sources = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def call(*command, cwd):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The source distribution, unpacked."""
+    """Return the unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     call("-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), cwd=ROOT)
     (archive,) = folder.glob("*.tar.gz")
@@ -49,7 +49,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """The wheel, built without network from the source distribution, unpacked: what an installer would copy."""
+    """Return the unpacked wheel, built without network from the source distribution, as an installer copies it."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "--quiet")
     call("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(sdist), cwd=folder)
@@ -69,7 +69,7 @@ def files_below(folder):
 
 
 @needs_sources
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     files = files_below(wheel / "lightning_gradguard")
     assert files == files_below(PACKAGE)
     assert {
@@ -86,20 +86,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 @needs_sources
-def test_what_the_wheel_says_of_itself(wheel):
+def test_wheel_metadata(wheel):
     (info,) = wheel.glob("*.dist-info")
-    said = Parser().parsestr((info / "METADATA").read_text())
-    assert (said["Name"], said["Version"], said["Requires-Python"]) == (
+    header = Parser().parsestr((info / "METADATA").read_text())
+    assert (header["Name"], header["Version"], header["Requires-Python"]) == (
         "lightning-gradguard",
         VERSION,
         ">=3.10",
     )
-    assert said["License-Expression"] == "Apache-2.0"
+    assert header["License-Expression"] == "Apache-2.0"
     assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert said.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert {"lightning", "pytorch-lightning", "cli"} <= set(said.get_all("Provides-Extra"))
-    needed = [Requirement(text) for text in said.get_all("Requires-Dist")]
-    # Either of the two namespaces will do, so that neither may be pulled in.
+    assert header.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert {"lightning", "pytorch-lightning", "cli"} <= set(header.get_all("Provides-Extra"))
+    needed = [Requirement(text) for text in header.get_all("Requires-Dist")]
+    # Either namespace of Lightning works, so neither may be a hard requirement.
     always = {one.name for one in needed if one.marker is None}
     assert "torch" in always
     assert not {"lightning", "pytorch-lightning"} & always
@@ -113,8 +113,8 @@ def test_what_the_wheel_says_of_itself(wheel):
 
 @pytest.mark.slow
 @needs_sources
-def test_what_was_built_runs(wheel, tmp_path):
-    """From the unpacked wheel, beside which there is no checkout."""
+def test_built_wheel_runs(wheel, tmp_path):
+    """Run from the unpacked wheel, with no checkout beside it."""
     code = f"""
 import sys
 sys.path.insert(0, {str(wheel)!r})
@@ -129,12 +129,12 @@ main(["--version"])
 
 
 @needs_sources
-def test_the_source_distribution_is_complete(sdist):
+def test_source_distribution_is_complete(sdist):
     files = files_below(sdist)
     assert {"PKG-INFO", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md"} <= files
     for folder in ("tests", "docs", "examples", "benchmarks"):
         assert any(name.startswith(f"{folder}/") for name in files), folder
-    # What its Makefile asks for is in it.
+    # The targets of its Makefile need these files.
     named = set(re.findall(r"constraints[\w-]*\.txt", (ROOT / "Makefile").read_text()))
     assert named <= files
     assert not {name.partition("/")[0] for name in files} & {
@@ -146,7 +146,7 @@ def test_the_source_distribution_is_complete(sdist):
     }
 
 
-def test_the_version_is_one_and_semantic(capsys):
+def test_version_is_consistent_and_semantic(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0
@@ -155,7 +155,7 @@ def test_the_version_is_one_and_semantic(capsys):
     assert metadata.version("lightning-gradguard") == VERSION
 
 
-def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():
+def test_changelog_starts_with_unreleased_or_this_version():
     headings = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     newest, released = headings[0][0], [name for name, _ in headings if name != "Unreleased"]
     assert newest in ("Unreleased", VERSION)
@@ -166,8 +166,8 @@ def test_the_changelog_begins_with_what_is_to_come_or_with_this_version():
         ), name
 
 
-def test_what_is_required_is_installed_and_goes_together():
-    """Ours, and what that requires in turn; other packages of the environment are no concern of ours."""
+def test_requirements_are_installed_and_compatible():
+    """Check our requirements and theirs in turn; other packages of the environment do not matter."""
     waiting, seen, wrong = [Requirement("lightning-gradguard[lightning]")], set(), []
     while waiting:
         wanted = waiting.pop()

@@ -1,4 +1,4 @@
-"""Faults are injected at the given steps, parameters and rank, the same each time, and the guard finds them."""
+"""Fault injection: at the given steps, parameters and rank, repeatable, and detected by the guard."""
 
 import math
 
@@ -20,7 +20,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.callbacks.fault_injector import FaultInjector
 
-quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+ignore_warnings = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 KINDS = [testing.NaN, testing.Inf, testing.Spike, testing.Vanishing, testing.DeadRows]
 
 
@@ -47,56 +47,56 @@ def changed(injection, **where):
     return [name for name in clean if not torch.equal(clean[name], hit[name])]
 
 
-class TestWhereAndWhen:
+class TestSelection:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_at_its_steps_only(self, kind):
+    def test_only_at_given_steps(self, kind):
         assert [bool(changed(kind(at=2), step=step)) for step in range(4)] == [False, False, True, False]
         some = kind(at=range(1, 3))
         assert [bool(changed(some, step=step)) for step in range(4)] == [False, True, True, False]
         assert changed(kind(at=[0, 3]), step=3)
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_in_matching_parameters_only(self, kind):
-        # The last of those that vanish is as large as it was.
+    def test_only_in_matching_parameters(self, kind):
+        # The last vanishing gradient keeps its size.
         concerned = ["2.weight"] if kind is testing.Vanishing else ["2.weight", "2.bias"]
         assert changed(kind(at=0, parameters="2.*")) == concerned
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_in_its_process_only(self, kind):
+    def test_only_in_given_rank(self, kind):
         assert changed(kind(at=0, rank=1), rank=1)
         assert not changed(kind(at=0, rank=1), rank=0)
         assert not changed(kind(at=0, rank=1))
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_same_each_time(self, kind):
+    def test_is_repeatable(self, kind):
         first, second = gradients(kind(at=0)), gradients(kind(at=0))
         assert all(torch.equal(first[n].nan_to_num(), second[n].nan_to_num()) for n in first)
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_no_hook_is_left(self, kind):
+    def test_hooks_are_removed(self, kind):
         model = net()
         with testing.inject(model.named_parameters(), kind(at=0), step=0):
             pass
         assert not any(p._backward_hooks for p in model.parameters())
 
-    def test_prefixes_of_compiled_models_do_not_count(self):
+    def test_prefixes_of_compiled_models_are_ignored(self):
         named = [(f"_orig_mod.{name}", p) for name, p in net().named_parameters()]
         assert list(testing.NaN(at=0, parameters="2.*").targets(named)) == ["2.weight", "2.bias"]
 
 
-class TestWhat:
-    def test_one_entry_is_not_finite(self):
+class TestEffect:
+    def test_nan_and_inf_change_one_entry(self):
         for kind, is_so in ((testing.NaN, torch.isnan), (testing.Inf, torch.isinf)):
             hit = gradients(kind(at=0))
             assert all(is_so(g).sum() == 1 for g in hit.values())
             assert all(is_so(g.reshape(-1)[0]) for g in hit.values())
 
-    def test_a_spike_is_a_factor(self):
+    def test_spike_scales_gradients(self):
         clean, hit = gradients(), gradients(testing.Spike(at=0, factor=100.0))
         for name in clean:
             torch.testing.assert_close(hit[name], 100 * clean[name])
 
-    def test_vanishing_falls_evenly_towards_the_input(self):
+    def test_vanishing_decreases_evenly_toward_input(self):
         clean, hit = gradients(), gradients(testing.Vanishing(at=0, decades=5.0))
         lost = [-math.log10(hit[n].norm() / clean[n].norm()) for n in clean]
         assert lost == pytest.approx([5, 4, 3, 2, 1, 0], abs=1e-5)
@@ -115,7 +115,7 @@ class TestWhat:
          torch.sparse_coo_tensor([[0, 2, 0]], torch.ones(3, 2), (4, 2), check_invariants=True)],
         ids=["scalar", "empty", "half", "strided", "sparse"],
     )  # fmt: skip
-    def test_the_original_gradient_is_not_changed(self, kind, tensor):
+    def test_original_gradient_is_unchanged(self, kind, tensor):
         before = tensor.clone()
         hit = kind(at=0).change(tensor, depth=0.0)
         assert hit.shape == tensor.shape
@@ -123,7 +123,7 @@ class TestWhat:
         assert torch.equal(tensor.to_dense(), before.to_dense())
         assert not tensor.numel() or not torch.equal(hit.to_dense(), before.to_dense())
 
-    def test_micro_batches_are_changed_each(self):
+    def test_each_micro_batch_is_changed(self):
         model, clean = net(), net()
         for _ in range(2):
             clean(torch.ones(3, 4)).sum().backward()
@@ -132,7 +132,7 @@ class TestWhat:
         torch.testing.assert_close(model[0].weight.grad, 10 * clean[0].weight.grad)
 
 
-class TestWrongArguments:
+class TestInvalidArguments:
     @pytest.mark.parametrize("at", [-1, 1.5, True, [], range(0), "7", [0, -2]])
     def test_steps(self, at):
         with pytest.raises(
@@ -165,15 +165,15 @@ class TestWrongArguments:
         with pytest.raises(ValueError, match=r"got '0\.\*': it matches frozen ones only"):
             testing.NaN(at=0, parameters="0.*").targets(model.named_parameters())
 
-    def test_the_injector_takes_injections(self):
+    def test_injector_requires_injections(self):
         with pytest.raises(TypeError, match=r"such as testing\.NaN\(at=7\), got 'nan'"):
             testing.FaultInjector("nan")
 
-    def test_classes_have_one_home_and_are_found_here(self):
+    def test_classes_are_exported(self):
         assert testing.Spike is injections.Spike
         assert testing.FaultInjector is FaultInjector
 
-    def test_an_unknown_name_is_no_attribute(self):
+    def test_unknown_name_raises(self):
         assert all(getattr(testing, name) is not None for name in testing.__all__)
         with pytest.raises(AttributeError, match="no attribute 'Nan'"):
             _ = testing.Nan
@@ -202,10 +202,10 @@ def fit(*callbacks, steps=30, **options):
     return trainer
 
 
-@quiet
-class TestInATrainer:
+@ignore_warnings
+class TestTrainer:
     @pytest.mark.parametrize("first", [True, False])
-    def test_its_place_in_the_list_does_not_matter(self, first):
+    def test_callback_order_does_not_matter(self, first):
         guard, injector = GradGuard(), testing.FaultInjector(testing.NaN(at=7, parameters="*2.weight"))
         fit(*([injector, guard] if first else [guard, injector]))
         assert [(f.fault, f.step, f.parameters) for f in guard.findings] == [
@@ -213,7 +213,7 @@ class TestInATrainer:
         ]
         assert guard.summary["skipped"] == 1
 
-    def test_a_spike_is_clipped(self):
+    def test_spike_is_clipped(self):
         guard = GradGuard(clipper=SpikeClip())
         fit(guard, testing.FaultInjector(testing.Spike(at=20, factor=1e4)))
         assert guard.summary == {"judged": 30, "clipped": 1, "skipped": 0, "nonfinite": 0}
@@ -225,7 +225,7 @@ class TestInATrainer:
             (testing.DeadRows(at=range(300), parameters="net.[02].*", share=1.0), Fault.DEAD),
         ],
     )
-    def test_a_lasting_fault_halts(self, injection, fault):
+    def test_lasting_fault_halts(self, injection, fault):
         guard = GradGuard(policy=Policy.strict())
         with pytest.raises(GradientHalt) as halt:
             fit(guard, testing.FaultInjector(injection), steps=200)
@@ -236,11 +236,11 @@ class TestInATrainer:
         fit(guard, testing.FaultInjector(testing.Inf(at=3)), steps=16, accumulate_grad_batches=4)
         assert [f.step for f in guard.findings] == [3]
 
-    def test_a_pattern_without_a_match_ends_the_fit_at_once(self):
+    def test_unmatched_pattern_raises_at_start(self):
         with pytest.raises(ValueError, match="nearest name is"):
             fit(testing.FaultInjector(testing.NaN(at=10**6, parameters="encoder.*")), steps=2)
 
-    def test_an_error_in_backward_leaves_no_hook(self):
+    def test_hooks_are_removed_after_backward_error(self):
         class Broken(Learner):
             def backward(self, loss):
                 raise RuntimeError("broken")
@@ -255,8 +255,8 @@ class TestInATrainer:
         assert not any(p._backward_hooks for p in module.parameters())
 
 
-@quiet
-def test_a_scaler_backs_off_from_what_is_injected():
+@ignore_warnings
+def test_grad_scaler_backs_off_after_injection():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

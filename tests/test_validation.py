@@ -1,4 +1,4 @@
-"""Checks of arguments: what they accept, and what they say about what they refuse."""
+"""Argument checks: accepted values, and the errors for rejected ones."""
 
 import math
 
@@ -25,13 +25,13 @@ every_check = pytest.mark.parametrize(("check", "bounds", "good", "bad", "need")
 
 
 @every_check
-def test_accepts_what_is_in_range(check, bounds, good, bad, need):
+def test_accepts_values_in_range(check, bounds, good, bad, need):
     for value in good:
         check("x", value, *bounds)
 
 
 @every_check
-def test_refuses_what_is_out_of_range_with_name_need_and_value(check, bounds, good, bad, need):
+def test_out_of_range_error_names_argument_need_and_value(check, bounds, good, bad, need):
     for value in bad:
         with pytest.raises(ValueError, match=f"^x must be {need}, got {value!r}$"):
             check("x", value, *bounds)
@@ -39,12 +39,12 @@ def test_refuses_what_is_out_of_range_with_name_need_and_value(check, bounds, go
 
 @every_check
 @pytest.mark.parametrize("value", ["1", True, None, [1.0]])
-def test_refuses_what_is_no_number(check, bounds, good, bad, need, value):
+def test_non_numbers_raise(check, bounds, good, bad, need, value):
     with pytest.raises(TypeError, match=f"^x must be {need}, got "):
         check("x", value, *bounds)
 
 
-def test_any_condition_can_be_checked():
+def test_custom_conditions():
     check_number("x", 4, "even", lambda v: v % 2 == 0)
     with pytest.raises(ValueError, match="x must be even, got 3"):
         check_number("x", 3, "even", lambda v: v % 2 == 0)

@@ -1,4 +1,4 @@
-"""``gradguard cost``: time a guarded step beside a bare norm and torch's clipping."""
+"""Time a guarded step: ``gradguard cost``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Arms = Mapping[str, Callable[[], object]]
 
 
 def run(spec: str, clipper: str, steps: int, console: Console) -> None:
-    """Time a guarded step on a model and print the table.
+    """Time a guarded step and print the table.
 
     Args:
         spec: Module and name of the model, such as ``train:make_model``.
@@ -76,7 +76,10 @@ def run(spec: str, clipper: str, steps: int, console: Console) -> None:
 
 
 def table(timings: Timings) -> Table:
-    """Return a table of times, and of ratios to a bare norm and to torch's clipping."""
+    """Return a table of times and ratios.
+
+    Ratios are to a bare norm and to torch's clipping.
+    """
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("each step", no_wrap=True)
     for head in ("mean\nms", "median\nms", f"times\n{BARE}", f"times\n{CLIP}"):
@@ -90,12 +93,11 @@ def table(timings: Timings) -> Table:
 
 
 def _digits(ratio: float) -> str:
-    """Return a ratio with three digits."""
     return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}"
 
 
 def clipper_of(name: str) -> Clipper:
-    """Return a clipper with its default arguments.
+    """Return a clipper with default arguments.
 
     Args:
         name: Name of its class.
@@ -111,7 +113,7 @@ def clipper_of(name: str) -> Clipper:
 
 
 def model_of(spec: str) -> nn.Module:
-    """Import a model, or a function or class that returns one.
+    """Import or build a model.
 
     Args:
         spec: Module and name, such as ``train:make_model`` or ``train:Model``.
@@ -152,9 +154,9 @@ def measure(
     more: Arms | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Time `Guard.step` on ordinary steps beside a bare norm and ``clip_grad_norm_``.
+    """Time `Guard.step` on ordinary steps.
 
-    All run in one process, one after the other in each step, in an order that is shuffled at each step.
+    It is timed beside a bare norm and ``clip_grad_norm_``. All run in one process, one after the other in each step, in an order that is shuffled at each step.
 
     Args:
         model: Model whose parameters get random gradients, on the device that holds them; they are changed.
@@ -191,7 +193,10 @@ def measure(
 def _time_in_turns(
     arms: Arms, rounds: int, training: SyntheticTraining, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return each arm's seconds in each round, in which all run once in shuffled order."""
+    """Return each arm's seconds in each round.
+
+    In a round all run once in shuffled order.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order, generator = list(arms), random.Random(0)
     for _ in range(rounds):
@@ -208,7 +213,7 @@ def _time_in_turns(
 
 
 class SyntheticTraining:
-    """An ordinary training without a forward pass.
+    """Ordinary training without a forward pass.
 
     Gradients are random and vary a little, weights move, and the loss falls. Takes twice the memory of the parameters,
     which are changed.
@@ -230,7 +235,7 @@ class SyntheticTraining:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Go to the next step: change the gradients, move the weights, lower the loss."""
+        """Change gradients, weights and loss for a new step."""
         torch._foreach_add_(self.parameters, self._kept, alpha=-self._rate)
         before, self._noise = self._noise, self._random.gauss(0.0, 0.1)
         torch._foreach_mul_(self._kept, math.exp(self._noise - before))
@@ -239,7 +244,7 @@ class SyntheticTraining:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write this step's gradients again, as a backward pass would.
+        """Write this step's gradients again.
 
         So each arm finds them alike in memory. They are new tensors, as after ``zero_grad``, so that nothing can be
         cached for them.
@@ -250,14 +255,14 @@ class SyntheticTraining:
             parameter.grad = gradient
 
     def wait(self) -> None:
-        """Wait until an accelerator has done its work."""
+        """Synchronize the accelerator, if any."""
         kind = self.parameters[0].device.type
         if kind != "cpu":
             getattr(torch, kind).synchronize()
 
 
 class Spread(NamedTuple):
-    """A median and the quartiles around it."""
+    """Median and quartiles."""
 
     median: float
     low: float
@@ -287,17 +292,20 @@ class Timings:
     clipped: float = 0.0
 
     def step(self, arm: str) -> Spread:
-        """Return the seconds of a step, as the mean over a cycle."""
+        """Return the seconds of the mean step."""
         return over_a_cycle(_cycles(self.seconds[arm]))
 
     def median(self, arm: str) -> float:
-        """Return the seconds of the median step, without the costly one in each cycle."""
+        """Return the seconds of the median step.
+
+        It leaves out the costly step of each cycle.
+        """
         return statistics.median(self.seconds[arm])
 
     def ratio(self, arm: str, base: str) -> Spread:
-        """Return the seconds of an arm over those of another, as the mean over a cycle.
+        """Return one arm's seconds over another's.
 
-        Both are of the same round. Anything that slows the machine down for a while slows both, so the ratio varies
+        The ratio is the mean over a cycle. Both times are of the same round. Anything that slows the machine down for a while slows both, so the ratio varies
         less than either.
         """
         pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
@@ -305,9 +313,9 @@ class Timings:
 
 
 def over_a_cycle(cycles: list[list[float]]) -> Spread:
-    """Return median and quartiles over the cycles, averaged over the places in a cycle.
+    """Return the spread of the mean step over cycles.
 
-    So a step that costs more in every cycle counts in full, and an interruption by another program does not.
+    Median and quartiles over the cycles are averaged over the places in a cycle. So a step that costs more in every cycle counts in full, and an interruption by another program does not.
 
     Args:
         cycles: Numbers of each cycle, all of one length.

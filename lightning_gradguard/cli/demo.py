@@ -1,4 +1,4 @@
-"""``gradguard demo``: diagnose, fix and protect trainings on real images."""
+"""Show GradGuard on real images: ``gradguard demo``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(folder: Path, epochs: int = 12) -> None:
 
 
 def _halt_and_diagnose(console: Console, folder: Path, epochs: int) -> Remedy:
-    """Train a network that cannot learn, and return the first suggested fix."""
+    """Return the first fix suggested for a halted network."""
     console.rule(f"Act 1: a network of {LAYERS} sigmoid layers, which does not learn")
     torch.manual_seed(0)
     guard = GradGuard(policy=Policy.strict(), trials=True)
@@ -105,7 +105,9 @@ def _protect_from_bad_images(console: Console, folder: Path, epochs: int) -> Non
 
 
 class Digits(pl.LightningModule):
-    """A classifier of 8 x 8 images: layers of 64 units, and a linear head.
+    """Classifier of 8 x 8 images.
+
+    It has layers of 64 units and a linear head.
 
     Args:
         activation: Activation after each layer.
@@ -158,7 +160,9 @@ class Digits(pl.LightningModule):
 
 
 def digits(corrupt: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return loaders of 1,437 training images and 360 validation images.
+    """Return loaders of training and validation images.
+
+    There are 1,437 and 360 images.
 
     Args:
         corrupt: Make one training image NaN, and multiply another by 10,000.
@@ -183,7 +187,10 @@ def digits(corrupt: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
 def train(
     name: str, folder: Path, module: Digits, *, epochs: int, guard: GradGuard | None, corrupt: bool = False
 ) -> float:
-    """Train, log to ``folder/name``, and return the accuracy on the validation images, in percent."""
+    """Train and return the validation accuracy, in percent.
+
+    Logs to ``folder/name``.
+    """
     loggers = importlib.import_module(f"{pl.__name__}.loggers")
     histogram = GradHistogram(every_n_steps=10, include=["*.weight"])
     trainer = pl.Trainer(
@@ -202,7 +209,10 @@ def train(
 
 @contextmanager
 def _single_thread_and_own_warnings(console: Console) -> Iterator[None]:
-    """Run on one thread, fastest for so small a network, and print only GradGuard's warnings."""
+    """Use one thread and print only GradGuard's warnings.
+
+    One thread is fastest for so small a network.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
     for logger in loggers:
@@ -221,7 +231,7 @@ def _single_thread_and_own_warnings(console: Console) -> Iterator[None]:
 
 
 def _tensorboard() -> str:
-    """Return the command that starts TensorBoard from the current folder."""
+    """Return the command that starts TensorBoard."""
     beside = Path(sys.executable).parent / "tensorboard"
     if shutil.which("tensorboard") or not beside.exists():
         return "tensorboard"

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_gradguard._version import __version__
 from lightning_gradguard.cli.user_code import CommandError
 
-_USAGE_ERROR = 2  # as argparse has it
+_USAGE_ERROR = 2  # the same as argparse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

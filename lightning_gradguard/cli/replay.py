@@ -1,4 +1,4 @@
-"""``gradguard replay``: print what a flight record holds, or replay its step."""
+"""Summarize or replay a flight record: ``gradguard replay``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEADLINES = {
 
 
 def run(path: Path, spec: str | None, texts: Sequence[str], device: str) -> None:
-    """Print a summary of a flight record, or replay its step with a module.
+    """Summarize a flight record, or replay its step.
 
     Args:
         path: The flight record.
@@ -75,7 +75,6 @@ def summary(bundle: dict[str, Any], path: Path) -> str:
 
 
 def _contents(bundle: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a label and a text for each kind of content."""
     for optimizer in bundle["optimizers"]:
         history = optimizer.get("history")
         if history is not None and len(history["step"]):

@@ -1,4 +1,4 @@
-"""Import what a user names on the command line, such as ``train:Model``."""
+"""Import objects named on the command line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from typing import Any
 
 
 class CommandError(ValueError):
-    """Raised when a command cannot use its input; the message says what to enter instead."""
+    """Raised when a command cannot use its input.
+
+    The message says what to enter instead.
+    """
 
 
 def import_object(spec: str, argument: str) -> Any:
-    """Import an object by module and name, also from the current folder.
+    """Import an object by module and name.
+
+    The current folder is searched too.
 
     Args:
         spec: Module and name, such as ``train:Model`` or ``train:Model.Inner``.
@@ -44,11 +49,11 @@ def import_object(spec: str, argument: str) -> Any:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return a hint at the most similar public choice, or nothing."""
+    """Suggest the most similar public choice, if any."""
     near = difflib.get_close_matches(name, [c for c in choices if not c.startswith("_")], n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's class and message on one line of bounded length."""
+    """Return an error as one line of bounded length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -18,6 +18,7 @@ from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
+from lightning_gradguard.diagnosis.wording import further_reading, headline
 from lightning_gradguard.engine.history import History
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
@@ -146,11 +147,35 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
-def describe(finding: Finding, origin: Origin | None) -> str:
-    """Return the warning for a finding, with the source of a non-finite value if it is known."""
-    if origin is None or origin.place == Place.UNKNOWN:
-        return str(finding)
-    return f"{finding}. {origin}"
+def describe(finding: Finding, origin: Origin | None, *, skipped: bool) -> str:
+    """Return the warning for a finding.
+
+    It says what was found, where and since when; then the evidence; then what happens now, and where to look further.
+
+    Args:
+        finding: The finding.
+        origin: Source of a non-finite value, if it is known.
+        skipped: True if the step is not taken.
+    """
+    tags, page = further_reading(finding.fault)
+    measure = finding.measure or finding.detector
+    if finding.limit == 0:  # the value is a count of things of which there should be none
+        evidence = f"Number of {measure}: {finding.value:.3g}"
+    else:
+        evidence = f"{measure[:1].upper()}{measure[1:]}: {finding.value:.3g} (limit {finding.limit:.3g})"
+    lines = [f"{finding.place}.", f"{headline(finding.fault)}. {evidence}."]
+    if origin is not None and origin.place != Place.UNKNOWN:
+        lines.append(f"{str(origin).removesuffix('.')}.")
+    action = (
+        "The step is skipped: weights and optimizer state are unchanged." if skipped else "Training goes on."
+    )
+    halt = (
+        ""
+        if finding.fault == Fault.SPIKE
+        else f' Policy(respond={{"{finding.fault}": "halt"}}) halts and explains.'
+    )
+    lines.append(f"{action} Look at {tags[0]} in TensorBoard, and at {page}.{halt}")
+    return "\n  ".join(lines)
 
 
 def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:

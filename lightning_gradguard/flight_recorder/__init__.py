@@ -1,1 +1,1 @@
-"""The flight recorder: bundles of halted runs, and their replay."""
+"""Record halted runs and replay their steps."""

@@ -1,6 +1,6 @@
-"""The bundle: a flight record as a file.
+"""Write and read bundles, the files of flight records.
 
-It is written whole or not at all, limited in size, and read without running code from it.
+A bundle is written whole or not at all, limited in size, and read without running code from it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NAME = re.compile(r"step-(\d+)(?:-rank(\d+))?\.pt")
 
 
 class ReplayError(ValueError):
-    """Raised when a flight record cannot be read or replayed.
+    """Raised when a flight record is unusable.
 
     The message says on one line what is wrong and what to do.
     """
@@ -64,7 +64,9 @@ def file_name(step: int, rank: int, world_size: int) -> str:
 
 
 def limit_size(bundle: dict[str, Any], max_bytes: int) -> None:
-    """Remove weights, and then the batch, from a bundle that is too large.
+    """Reduce a bundle to a largest size.
+
+    Removes the weights first, and then the batch.
 
     Args:
         bundle: Changed in place; what is removed is listed under ``left_out``.
@@ -81,7 +83,7 @@ def limit_size(bundle: dict[str, Any], max_bytes: int) -> None:
 
 
 def write_bundle(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
-    """Write a bundle whole or not at all, and delete the oldest ones.
+    """Write a bundle and delete the oldest ones.
 
     Args:
         bundle: Plain types and tensors.
@@ -115,7 +117,9 @@ def write_bundle(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
 
 
 def read_bundle(path: str | Path) -> dict[str, Any]:
-    """Read a bundle onto the CPU, without running any code from the file.
+    """Read a bundle onto the CPU.
+
+    No code from the file runs.
 
     Args:
         path: The bundle's file.
@@ -158,7 +162,7 @@ def read_bundle(path: str | Path) -> dict[str, Any]:
 
 
 def read_all_ranks(path: str | Path) -> list[dict[str, Any]]:
-    """Read a bundle and those of the other processes beside it.
+    """Read the bundles of all processes.
 
     Ranks whose bundle is missing or cannot be read are listed in the notes of the bundle that was named.
 
@@ -192,7 +196,7 @@ def read_all_ranks(path: str | Path) -> list[dict[str, Any]]:
 
 
 def megabytes(size: float) -> str:
-    """Return a number of bytes in MB or kB, for people.
+    """Format a number of bytes in MB or kB.
 
     >>> megabytes(1234567), megabytes(900)
     ('1.2 MB', '0.9 kB')
@@ -201,7 +205,10 @@ def megabytes(size: float) -> str:
 
 
 class _ErrorKeepingFile:
-    """A file that keeps the error of a failed write, which torch hides."""
+    """File that keeps the error of a failed write.
+
+    Torch hides it.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -228,7 +235,6 @@ def _save(bundle: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def _delete_oldest(folder: Path, rank: int | None, keep: int, newest: Path) -> None:
-    """Delete the oldest bundles of a rank, as far as possible."""
     with contextlib.suppress(OSError):
         own = [
             p for p in folder.iterdir()

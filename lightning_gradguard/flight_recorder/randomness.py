@@ -1,4 +1,7 @@
-"""Capture and restore the random generators of torch (CPU and GPU), Python and NumPy."""
+"""Capture and restore the states of random generators.
+
+They are those of torch (CPU and GPU), Python and NumPy.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def capture() -> Randomness:
 
 
 def restore(states: Randomness) -> None:
-    """Set all generators to recorded states, as far as there is such a device."""
+    """Restore all generators.
+
+    The GPU state is ignored without a GPU.
+    """
     torch.set_rng_state(states.torch)
     if states.cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states.cuda)
@@ -54,7 +60,7 @@ def reseed(seed: int) -> None:
 
 
 def same(a: Randomness, b: Randomness) -> bool:
-    """Return True if no random number was drawn between two captures."""
+    """Return True if two captures are equal."""
     cuda = (a.cuda is None) == (b.cuda is None)
     if a.cuda is not None and b.cuda is not None:
         cuda = torch.equal(a.cuda, b.cuda)
@@ -63,7 +69,7 @@ def same(a: Randomness, b: Randomness) -> bool:
 
 
 def to_plain(states: Randomness) -> dict[str, Any]:
-    """Return states as plain types and tensors, for `from_plain`."""
+    """Convert states to plain types and tensors."""
     kind, keys, position, has_gauss, gauss = states.numpy
     version, words, python_gauss = states.python
     numpy = [
@@ -78,7 +84,7 @@ def to_plain(states: Randomness) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Randomness:
-    """Return the states that `to_plain` was given."""
+    """Convert the result of `to_plain` back."""
     version, words, gauss = plain["python"]
     kind, keys, *rest = plain["numpy"]
     python = (version, tuple(words.tolist()), gauss)

@@ -1,4 +1,4 @@
-"""Rebuild a recorded module: construct it, then load its weights."""
+"""Rebuild a recorded module and load its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from lightning_gradguard.stats.parameters import select
 
 
 def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mapping[str, Any]) -> nn.Module:
-    """Construct a module from the recorded hyper-parameters that it takes.
+    """Construct a module from its recorded hyper-parameters.
+
+    It gets those that it takes.
 
     Args:
         kind: The module's class, or any function that returns a module.
@@ -43,9 +45,9 @@ def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mappin
 
 
 def _recorded_arguments(bundle: dict[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
-    """Return the recorded hyper-parameters that a class takes.
+    """Select the recorded hyper-parameters that a class takes.
 
-    They are passed as Lightning's ``load_from_checkpoint`` passes them.
+    Lightning's ``load_from_checkpoint`` passes the same ones.
     """
     recorded = bundle["hyper_parameters"]
     values = {name: decode(value) for name, value in recorded["values"].items()}
@@ -110,7 +112,7 @@ def load_weights(module: nn.Module, bundle: dict[str, Any], device: torch.device
 
 
 def tensors_by_name(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and buffers under the names that a bundle uses."""
+    """Return parameters and buffers by their recorded names."""
     return select([*module.named_parameters(), *module.named_buffers()], None)
 
 

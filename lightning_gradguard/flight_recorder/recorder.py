@@ -1,4 +1,4 @@
-"""`Recorder`: what a flight recorder keeps, and when it writes a bundle."""
+"""Configure the flight recorder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Occasion = Literal["halt", "exception", "sigterm"]
 
 @dataclass(frozen=True)
 class Recorder:
-    """A flight recorder for `GradGuard`, which writes a bundle when training is halted.
+    """Flight recorder for `GradGuard`.
 
-    `replay` runs the step in the bundle again. The bundle is one file, such as ``step-00000007.pt``, of plain types and
+    It writes a bundle when training is halted, and `replay` runs the step in the bundle again. The bundle is one file, such as ``step-00000007.pt``, of plain types and
     tensors, so that ``torch.load(file, weights_only=True)`` reads it. It holds:
 
     - the batch, the states of the random generators before its forward pass, and the weights before the step;

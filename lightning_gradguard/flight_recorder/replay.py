@@ -1,17 +1,16 @@
-"""`replay`: run a recorded step again and tell where its fault comes from."""
+"""Replay a recorded step to find its fault's cause."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.nan_origin import Place
-from lightning_gradguard.flight_recorder.bisect import BisectResult, bisect_rows, keep_rows
 from lightning_gradguard.flight_recorder.bundle import ReplayError, read_all_ranks
 from lightning_gradguard.flight_recorder.replay_result import Recurrence, Replay
 from lightning_gradguard.flight_recorder.replay_session import Pass, ReplayBatch, ReplaySession
@@ -22,12 +21,15 @@ from lightning_gradguard.introspection.batch import tensors_of
 SEEDS = (1, 2, 3)
 #: Root mean square of the inputs above which a pass with standardized inputs is run.
 LARGE_INPUT = 10.0
+#: Number of faulty parts from which one row of each is tested; if all these rows show the fault, every row counts as a
+#: cause.
+_SAMPLED_PARTS = 8
 
 
 def replay(
     bundle: str | Path, module: nn.Module, *, device: str = "cpu", other: Any = None, most: int = 64
 ) -> Replay:
-    """Run a recorded step again and tell where its fault comes from.
+    """Replay a recorded step to find its fault's cause.
 
     The module gets the recorded weights and keeps them. Its training step runs without a Trainer, in the recorded
     precision, on copies:
@@ -84,7 +86,7 @@ def replay(
 
 
 class _Investigation:
-    """The passes of one replay, and the verdict that follows from them."""
+    """Passes and verdict of one replay."""
 
     def __init__(
         self,
@@ -98,7 +100,6 @@ class _Investigation:
         self.passes = 0
 
     def run(self, other: Any, most: int) -> Replay:
-        """Run all passes that are needed, and return what they showed."""
         # A fault that cannot be looked for in part of the data takes all batches of the step at once.
         groups = [[batch] for batch in self.batches] if self.symptom.is_divisible else [list(self.batches)]
         passes = [self._pass(group) for group in groups]
@@ -122,12 +123,12 @@ class _Investigation:
         return self.session.run(batches, **options)
 
     def _is_free_of_fault(self, batch: ReplayBatch, **options: Any) -> bool:
-        """Return True if a pass with other data ends without the fault and without an error."""
+        """Return True if a pass shows no fault or error."""
         seen = self._pass([batch], **options)
         return not (self.symptom.is_shown_by(seen) or seen.raised)
 
     def _causing_rows(self, batch: ReplayBatch, most: int) -> BisectResult | None:
-        """Find the rows that cause the fault; None if no rows can be named."""
+        """Find the rows that cause the fault, if possible."""
         count = self.session.length_of(batch)
         if count is None or count < 2:
             self.notes.append(
@@ -142,7 +143,7 @@ class _Investigation:
         return causing
 
     def _some_rows(self, batch: ReplayBatch, causing: BisectResult | None) -> tuple[int, ...]:
-        """Return the rows that cause the fault; empty if all do."""
+        """Return the causing rows; empty if all are."""
         if causing is None or len(causing.all) >= (self.session.length_of(batch) or 0):
             return ()
         return tuple(causing.all)
@@ -150,7 +151,7 @@ class _Investigation:
     def _depends_on_data(
         self, batch: ReplayBatch, causing: BisectResult | None, other: Any, is_gone_with_others: bool
     ) -> bool:
-        """Return True if the fault does not occur with some other data."""
+        """Return True if some other data remove the fault."""
         if self._some_rows(batch, causing):
             return True
         if is_gone_with_others:
@@ -216,8 +217,88 @@ class _Investigation:
         )
 
 
+class BisectResult(NamedTuple):
+    """Rows of a batch that cause a fault.
+
+    Attributes:
+        rows: Rows that cause it by themselves, in order; all rows if ``every``.
+        groups: Groups of rows that cause it and were not divided further: only several rows together cause it, or the
+            limit of passes was reached.
+        every: True if each row of the batch causes it.
+        passes: Number of passes run.
+    """
+
+    rows: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    every: bool
+    passes: int
+
+    @property
+    def all(self) -> list[int]:
+        """All rows of ``rows`` and ``groups``, sorted."""
+        return sorted({*self.rows, *(row for group in self.groups for row in group)})
+
+
+def bisect_rows(shows_fault: Callable[[Tensor], bool], count: int, most: int) -> BisectResult:
+    """Find the rows that cause a fault by halving.
+
+    The whole batch must show the fault. Takes about 2 k log2(N/k) passes for k rows of N.
+
+    Args:
+        shows_fault: Function that runs a pass on a batch of the given rows, int64 [N], and returns True if the fault
+            occurs; see `keep_rows`.
+        count: Rows of the batch, N.
+        most: Largest number of passes.
+    """
+    pending = [tuple(range(count))]
+    rows: list[int] = []
+    together: list[tuple[int, ...]] = []
+    passes, sampled = 0, False
+    while pending:
+        parts = len(pending)
+        found: list[tuple[int, ...]] = []
+        for place, group in enumerate(pending):
+            if len(group) == 1:
+                rows.append(group[0])
+                continue
+            if passes + 2 > most:
+                return BisectResult(tuple(sorted(rows)), (*together, *pending[place:], *found), False, passes)
+            halves = group[: len(group) // 2], group[len(group) // 2 :]
+            passes += 2
+            faulty = [half for half in halves if shows_fault(keep_rows(half, count))]
+            found += faulty
+            if not faulty:
+                together.append(group)
+        if not sampled and not together and len(found) == 2 * parts >= _SAMPLED_PARTS:
+            sampled, passes = True, passes + len(found)
+            if all(shows_fault(keep_rows([group[len(group) // 2]], count)) for group in found):
+                return BisectResult(tuple(range(count)), (), True, passes)
+        pending = found
+    return BisectResult(tuple(sorted(rows)), tuple(together), len(rows) == count, passes)
+
+
+def keep_rows(kept: Sequence[int], count: int) -> Tensor:
+    """Return row indices that keep only some rows.
+
+    Kept rows stay at their places and are repeated at the others. The batch keeps its size, so that random numbers fall
+    on the same rows as before.
+
+    Args:
+        kept: Rows to keep.
+        count: Rows of the batch, N.
+
+    Returns:
+        int64 [N].
+
+    >>> keep_rows([1, 3], 5).tolist()
+    [1, 1, 1, 3, 1]
+    """
+    own, repeated = set(kept), list(kept)
+    return torch.tensor([row if row in own else repeated[row % len(repeated)] for row in range(count)])
+
+
 def _differences(own: dict[str, Any], device: torch.device) -> list[str]:
-    """Return sentences on differences from the recording machine."""
+    """Describe differences from the recording machine."""
     then, version = str(own["versions"].get("device", "cpu")), str(own["versions"].get("torch", ""))
     notes = []
     if not then.startswith(device.type):

@@ -1,4 +1,4 @@
-"""`Replay`: the result of a replay, as plain text and in color."""
+"""Show the result of a replay as text."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Replay:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return plain text of at most 100 columns."""
+        """Return plain text, 100 columns wide."""
         return "\n".join([*textwrap.wrap(_headline(self), WIDTH), *wrap_rows(list(_labeled(self)))])
 
     def __rich__(self) -> Group:
@@ -100,7 +100,7 @@ class Replay:
 
 
 def wrap_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
-    r"""Return lines of labeled sentences in two columns, wrapped at 100 columns.
+    r"""Return labeled sentences as two wrapped columns.
 
     >>> print(*wrap_rows([("a", "One."), ("label", "Two.")]), sep="\n")
       a      One.
@@ -132,7 +132,6 @@ def _headline(replay: Replay) -> str:
 
 
 def _labeled(replay: Replay) -> Iterator[tuple[str, str]]:
-    """Yield label and sentence of each row below the headline."""
     yield "result", replay.shown
     if not math.isnan(replay.recorded_loss) or not math.isnan(replay.loss):
         yield "loss", f"{number(replay.recorded_loss)} recorded, {number(replay.loss)} replayed."
@@ -154,7 +153,7 @@ def _labeled(replay: Replay) -> Iterator[tuple[str, str]]:
 
 
 def _row_sentence(replay: Replay) -> str:
-    """Return a sentence on the rows that cause the fault; empty if none is known."""
+    """Name the rows that cause the fault, if known."""
     of_batch = _batch_text(replay)
     if replay.rows:
         which, one = _rows_text(replay), len(replay.rows) == 1

@@ -1,4 +1,4 @@
-"""`ReplaySession`: run a recorded step any number of times and measure its gradients."""
+"""Run a recorded step and measure its gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_gradguard.introspection.sandbox import SandboxedStep, sandbox
 
 @dataclass(frozen=True)
 class ReplayBatch:
-    """One batch of one process that went into the step.
+    """Batch of one process in the recorded step.
 
     With gradient accumulation a process has several.
 
@@ -65,7 +65,7 @@ class ReplayBatch:
 
 @dataclass(frozen=True)
 class Pass:
-    """Loss and gradients of one forward and backward pass.
+    """Loss and gradients of one pass.
 
     Attributes:
         loss: The loss; NaN if there was none.
@@ -95,7 +95,7 @@ class Pass:
 
 
 class ReplaySession:
-    """A module with the recorded weights, to run the recorded step on.
+    """Module that runs the recorded step.
 
     Each pass runs on copies, in the recorded precision. The module keeps the recorded weights.
 
@@ -128,7 +128,7 @@ class ReplaySession:
         standardized: bool = False,
         other: Any = None,
     ) -> Pass:
-        """Run forward and backward over some batches and measure the mean gradients.
+        """Run some batches and measure the mean gradients.
 
         Args:
             parts: The batches, in order.
@@ -167,7 +167,7 @@ class ReplaySession:
             return Pass() if stub is None else self._measure(stub, times, drew_random)
 
     def origin(self, part: ReplayBatch, backward: int) -> Origin:
-        """Find the origin of the first non-finite number.
+        """Find the first non-finite number.
 
         Args:
             part: Batch that shows the fault.
@@ -182,7 +182,10 @@ class ReplaySession:
         return find_origin(step, scale=self._scale)
 
     def batch_of(self, part: ReplayBatch, rows: Tensor | None = None) -> Any:
-        """Decode a new copy of a batch onto the device, with some rows replaced."""
+        """Copy a batch onto the device.
+
+        ``rows``, int64 [N], replaces rows; see `keep_rows`.
+        """
 
         def take(tensor: Tensor) -> Tensor:
             if rows is not None and tensor.ndim and len(tensor) == len(rows):
@@ -192,7 +195,10 @@ class ReplaySession:
         return decode(part.batch, take)
 
     def length_of(self, part: ReplayBatch) -> int | None:
-        """Return the number of rows of a batch; None if its tensors differ in length."""
+        """Count the rows of a batch.
+
+        Returns None if its tensors differ in length.
+        """
         lengths = {
             len(t)
             for _, t in tensors_of(self.batch_of(part))
@@ -204,7 +210,7 @@ class ReplaySession:
         return precision_context(self._precision, self.device)
 
     def _stub(self, part: ReplayBatch, factor: float) -> TrainerStub:
-        """Restore the recorded buffers and return a trainer stub for one batch."""
+        """Restore the recorded buffers for a new stub."""
         buffers = tensors_by_name(self.module)
         with torch.no_grad():
             for name, tensor in part.buffers.items():
@@ -220,7 +226,6 @@ class ReplaySession:
         )
 
     def _measure(self, stub: TrainerStub, times: SandboxedSequenceProbe | None, drew_random: bool) -> Pass:
-        """Measure the gradients of the optimizer in question."""
         known = tensors_by_name(self.module)
         targets = {id(p) for p in stub.parameters}
         norms = {}
@@ -251,7 +256,7 @@ class ReplaySession:
 
 
 def _why_it_failed(error: Exception, bundle: dict[str, Any], device: torch.device) -> str:
-    """Return one line on why a training step fails only in the replay."""
+    """Explain an error that occurs only in the replay."""
     reason = " ".join(str(error).split())[:200]
     hint = f"; not in the record: {', '.join(bundle['left_out'])}" if bundle["left_out"] else ""
     recorded = str(bundle["versions"].get("device", "cpu"))

@@ -1,4 +1,4 @@
-"""Convert batches and settings to plain types and tensors, and back.
+"""Convert batches to plain types and back.
 
 No class is looked up by a name from a file, so reading one runs no code.
 """
@@ -27,7 +27,10 @@ _SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 
 
 class Record(dict[Any, Any]):
-    """A decoded mapping that was no dict; its entries are attributes too."""
+    """Decoded mapping of a class other than dict.
+
+    Its entries are attributes too.
+    """
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -72,7 +75,7 @@ def encode(value: Any, path: str, left_out: list[str], inside: frozenset[int] = 
 
 
 def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
-    """Return the value that `encode` was given.
+    """Convert the result of `encode` back.
 
     Dataclasses and named tuples come back as classes of the same name and fields, other mappings as `Record`.
 
@@ -108,7 +111,7 @@ def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
 
 
 def describe(value: Any) -> Any:
-    """Convert a value to dicts, lists and strings for people to read."""
+    """Convert a value to readable dicts, lists and strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -121,7 +124,10 @@ def describe(value: Any) -> Any:
 
 
 def size_of(plain: Any) -> int:
-    """Return the bytes of an encoded value's tensors; shared storage counts once."""
+    """Count the bytes of all tensors in a value.
+
+    Shared storage counts once.
+    """
     storages = {}
     for _, tensor in tensors_of(plain):
         if tensor.layout == torch.strided:

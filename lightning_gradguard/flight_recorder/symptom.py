@@ -1,4 +1,4 @@
-"""`Symptom`: tell from a single pass if the recorded fault occurs again."""
+"""Recognize the recorded fault in a single pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ _NORM_TOLERANCE = 0.1
 
 
 class _Measured(NamedTuple):
-    """Name and meaning of a quantity, and where a pass holds it."""
-
     name: str
     meaning: str
     of: Callable[[Pass], float | None]
@@ -57,7 +55,7 @@ _OLD_SENTENCES = {
 
 
 class Symptom:
-    """The recorded fault or error, as a single pass shows it.
+    """Recorded fault or error.
 
     A pass shows the fault if:
 
@@ -90,12 +88,12 @@ class Symptom:
 
     @property
     def name(self) -> str:
-        """The fault's value with spaces, or the class of the error."""
+        """Name of the fault, or the error's class."""
         return self._fault.replace("_", " ") or self._error
 
     @property
     def is_nonfinite(self) -> bool:
-        """True if the fault is a non-finite number."""
+        """True for a non-finite number."""
         return self._fault == "nonfinite"
 
     def is_shown_by(self, seen: Pass) -> bool:
@@ -114,7 +112,7 @@ class Symptom:
         return value is not None and (value <= limit if limit < 0 else value >= limit)
 
     def describe(self, seen: Pass) -> str:
-        """Return a sentence on what a pass shows, beside what was recorded."""
+        """Describe a pass beside the recorded step."""
         if not self._fault:
             return f"The training step raises {seen.raised or 'no error'}."
         if self.is_nonfinite or not seen.finite:

@@ -1,4 +1,4 @@
-"""`TrainerStub`: run a training step without a Trainer and without optimizer steps."""
+"""Run a training step without a Trainer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_gradguard.stats.parameters import select
 
 
 class TrainerStub:
-    """Stand-in for the Trainer that runs one training step, up to the optimizer step in question.
+    """Stand-in for the Trainer in a replay.
 
-    Use it in a `sandbox`, since it changes the module. Optimizer steps do nothing and nothing is logged. All passes use
+    It runs one training step, up to the optimizer step in question. Use it in a `sandbox`, since it changes the module. Optimizer steps do nothing and nothing is logged. All passes use
     the recorded weights, those before the step in question; with manual optimization, earlier steps of the same batch
     had run on older weights.
 
@@ -60,7 +60,7 @@ class TrainerStub:
         return [p for group in self.optimizers[self._target].param_groups for p in group["params"]]
 
     def run(self, batch: Any, number: int, context: AbstractContextManager[Any]) -> None:
-        """Run forward and backward passes until the step in question.
+        """Run passes until the step in question.
 
         Args:
             batch: Batch for the training step.
@@ -78,9 +78,9 @@ class TrainerStub:
             self._backward(loss_in(output))
 
     def loss_of(self, batch: Any, number: int, context: AbstractContextManager[Any], backward: int) -> Tensor:
-        """Return the loss of one backward pass with its autograd graph.
+        """Return the loss of one backward pass.
 
-        Earlier backward passes are skipped.
+        The loss keeps its autograd graph. Earlier backward passes are skipped.
 
         Args:
             batch: Batch for the training step.
@@ -101,18 +101,21 @@ class TrainerStub:
         return loss_in(output)
 
     def cleared(self, index: int) -> None:
-        """Forget non-finite gradients of the target that were set to zero."""
+        """Forget an optimizer's non-finite gradients."""
         if index == self._target:
             self.first_nonfinite = None
 
     def stepped(self, index: int) -> None:
-        """Count an optimizer step; end the run at the one in question."""
+        """Count an optimizer step.
+
+        Ends the run at the one in question.
+        """
         if self._stop is not None and self._steps == self._stop:
             raise _StopReplay(None)
         self._steps += 1
 
     def _attach(self, trainer: Mapping[str, Any]) -> None:
-        """Replace what a training step may call on its module or its trainer."""
+        """Replace the trainer, and methods that use it."""
         module: Any = self.module
         module.trainer = _RecordedTrainer(trainer, self.optimizers)
         single = self.optimizers[0] if len(self.optimizers) == 1 else self.optimizers
@@ -147,7 +150,7 @@ class TrainerStub:
 
 
 class OptimizerStub:
-    """An optimizer that takes no step.
+    """Optimizer that takes no step.
 
     Args:
         stub: Trainer stub that is told about steps and cleared gradients.
@@ -168,7 +171,7 @@ class OptimizerStub:
 
     @property
     def optimizer(self) -> OptimizerStub:
-        """The optimizer itself, as Lightning's wrapper names it."""
+        """The optimizer itself, as in Lightning's wrapper."""
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -194,8 +197,6 @@ class OptimizerStub:
 
 
 class _RecordedTrainer:
-    """A trainer that holds recorded numbers, with loggers that write nothing."""
-
     def __init__(self, recorded: Mapping[str, Any], optimizers: list[OptimizerStub]) -> None:
         self.__dict__.update(recorded)
         self.optimizers = optimizers
@@ -211,7 +212,7 @@ class _RecordedTrainer:
 
 
 class Idle:
-    """An object that accepts every call and attribute, and does nothing."""
+    """Object that ignores every call."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -235,7 +236,7 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context of a forward pass in a precision.
+    """Return the forward pass's precision context.
 
     Args:
         precision: Lightning's name of it, such as "bf16-mixed"; an unknown one counts as "32-true".

@@ -1,4 +1,4 @@
-"""The benchmark of clippers: it runs, its accidents are those it names, and its page says what its records hold."""
+"""Benchmark of clippers: it runs, injects the listed accidents, and its page matches its records."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from benchmarks.lm.training import ARMS, BARE, train
 from lightning_gradguard import NormClip
 
 
-def test_the_quick_run_writes_page_and_picture(tmp_path, capsys):
+def test_quick_run_writes_page_and_picture(tmp_path, capsys):
     out = tmp_path / "page.md"
     assert clipping.main(["--quick", "--jobs", "1", "--out", str(out)]) == 0
     text = out.read_text()
@@ -29,7 +29,7 @@ def test_the_quick_run_writes_page_and_picture(tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
-def test_the_text_is_the_standard_librarys_and_the_exam_is_held_out():
+def test_text_is_standard_library_and_test_split_is_held_out():
     text = library()
     assert len(text.train) > 5 * len(text.held_out) > 100_000
     assert text.train.min() >= 0
@@ -40,7 +40,7 @@ def test_the_text_is_the_standard_librarys_and_the_exam_is_held_out():
     assert torch.equal(window[1], text.train[9:13])
 
 
-def test_a_token_sees_no_later_one():
+def test_attention_is_causal():
     model, tokens = LanguageModel(), torch.randint(VOCABULARY, (1, CONTEXT))
     before = model(tokens)
     tokens[0, 20] = (tokens[0, 20] + 1) % VOCABULARY
@@ -49,7 +49,7 @@ def test_a_token_sees_no_later_one():
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_accidents_follow_from_the_seed_and_come_at_their_rate(regime):
+def test_accidents_follow_seed_and_rate(regime):
     first, again, other = (Accidents(regime, 400, seed) for seed in (0, 0, 1))
     assert first.hit == again.hit
     assert len(first.hit) == (0 if regime == "clean" else RATE * 400)
@@ -59,7 +59,7 @@ def test_accidents_follow_from_the_seed_and_come_at_their_rate(regime):
         assert {kinds.count(kind) for kind in range(len(CORRUPTIONS))} == {2}
 
 
-def test_corrupt_batches_are_corrupt_and_others_are_not():
+def test_only_chosen_batches_are_corrupt():
     accidents = Accidents("corrupt", 400, 0)
     window = windows(library().train, torch.arange(8) * 1000, CONTEXT)
     tokens, targets = window[:, :-1], window[:, 1:]
@@ -70,7 +70,7 @@ def test_corrupt_batches_are_corrupt_and_others_are_not():
         assert a.shape == b.shape == tokens.shape
 
 
-def test_nan_comes_into_one_element_at_the_steps_that_are_hit():
+def test_nan_enters_one_element_at_chosen_steps():
     accidents, model = Accidents("nan", 100, 0), LanguageModel()
     for step in range(100):
         for parameter in model.parameters():
@@ -80,14 +80,14 @@ def test_nan_comes_into_one_element_at_the_steps_that_are_hit():
         assert bad == (step in accidents.hit)
 
 
-def test_a_run_is_repeatable_and_learns():
+def test_run_is_repeatable_and_learns():
     first, again = (train(NormClip(1.0), "clean", 3e-3, 0, steps=50) for _ in range(2))
     assert first == again
     assert first["loss"] < 3.6 < math.log(VOCABULARY)
     assert 0 < first["clipped"] <= 1
 
 
-def test_nan_ends_a_run_without_a_guard_and_not_one_with():
+def test_nan_ends_only_unguarded_runs():
     bare, guarded = (train(clipper, "nan", 3e-3, 0, steps=50) for clipper in (1.0, NormClip(1.0)))
     assert math.isnan(bare["loss"])
     assert guarded["loss"] < 3.6
@@ -103,7 +103,7 @@ def fake(arm, regime, rate, seed, loss):
     }
 
 
-def test_the_page_says_who_is_best_and_by_how_much():
+def test_page_names_best_arm_and_margin():
     runs = [
         fake(arm, regime, rate, seed, 2.0 + 0.01 * number + rate + 0.1 * seed)
         for number, arm in enumerate(ARMS)
@@ -115,11 +115,11 @@ def test_the_page_says_who_is_best_and_by_how_much():
     assert "| clean | 0.1 | 2.210 ± 0.071 | 2.150 (+2.8%) | none 2.150 (+2.8%) |" in text
     assert "| **2.150 ± 0.071** |" in text
     assert "| SpikeClip | 25.0% / 0.00% |" in text
-    # 10 % above 2.15 is 2.365: both seeds of the lower rate, not those of the higher.
+    # 10 % above 2.15 is 2.365: both seeds of the lower rate are below it, those of the higher are not.
     assert "| SpikeClip | 0.1 | 0.1 | 0.1 |" in text
 
 
-def test_the_table_of_what_was_tried_has_a_row_for_each_form():
+def test_variants_table_has_a_row_per_variant():
     runs = [fake(*run[:4], 2.0 + run[3] / 100) for run in clipping.variants_work()]
     text = tried.section(runs)
     for name in tried.VARIANTS:

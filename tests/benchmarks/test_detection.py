@@ -1,4 +1,4 @@
-"""A quick part of the zoo: each fault is found first and at the right layer, and what is healthy is left in peace."""
+"""Quick part of the zoo: each fault is found first and at the right layer, and healthy runs have no alarm."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ from benchmarks.zoo.running import fit
 from benchmarks.zoo.truth import right_names
 from lightning_gradguard import Fault, GradGuard
 
-#: Case to the steps that are enough to see its fault.
+#: Case to a number of steps that is enough to find its fault.
 SICK = {
     "V01": 40,
     "V12": 40,
@@ -37,7 +37,7 @@ SICK = {
     "V09": 20,
 }
 
-#: What a guard must be immune to, and a healthy training that has it.
+#: Condition that must not cause an alarm, to a healthy training that has it.
 IMMUNE = {
     "overflows of a gradient scaler and changes of its scale": "H25",
     "warm-up": "H52",
@@ -67,15 +67,15 @@ IMMUNE = {
 }
 
 
-#: Those that are not left to `make test-long`: short ones, each of another kind.
+#: Cases that run outside `make test-long` too: short ones, each of another kind.
 QUICK = {"H25", "H51", "H27", "H14", "H17", "H23", "H19", "H84"}
 
-#: Seeds that are not 0: under torch 2.4 that training of V18 goes another way, and is not called sick within 200 steps.
+#: Seeds other than 0: under torch 2.4 V18 trains differently and gets no finding within 200 steps.
 SEEDS = {"V18": 1}
 
 
 def found(id, steps=None):
-    """What the guard says of a case, as it is, or cut short."""
+    """Return the guard's findings for a case, in full or cut short."""
     subject = case(id)
     listener = Listener(guard := GradGuard())
     subject = subject if steps is None else dataclasses.replace(subject, steps=steps)
@@ -83,13 +83,13 @@ def found(id, steps=None):
     return subject, listener.findings
 
 
-def test_there_is_a_case_of_each_fault():
+def test_each_fault_has_a_case():
     assert {case(id).fault for id in SICK} == set(Fault)
     assert {c.id for c in CASES} >= {*SICK, *IMMUNE.values()}
 
 
 @pytest.mark.parametrize("id", SICK)
-def test_a_sick_training_is_called_by_its_name_and_layer(id):
+def test_faulty_training_gets_right_fault_and_layer(id):
     subject, findings = found(id, SICK[id])
     seen = score(subject, findings, ours=True, names=right_names(subject, SEEDS.get(id, 0)))
     assert seen.right_first, findings
@@ -100,6 +100,6 @@ def test_a_sick_training_is_called_by_its_name_and_layer(id):
     "what",
     [what if id in QUICK else pytest.param(what, marks=pytest.mark.slow) for what, id in IMMUNE.items()],
 )
-def test_no_alarm_on(what):
+def test_healthy_training_has_no_alarm(what):
     _, findings = found(IMMUNE[what])
     assert not [f for f in findings if f["severity"] > 0]

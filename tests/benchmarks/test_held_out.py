@@ -1,4 +1,4 @@
-"""The second collection: its cases build and train, their truth is known, and its machinery does as it says."""
+"""Held-out collection: its cases build and train, their truth is known, and its helpers work."""
 
 import dataclasses
 import fnmatch
@@ -24,11 +24,11 @@ from benchmarks.zoo.running import fit
 from benchmarks.zoo.truth import right_names, truth
 from lightning_gradguard import Fault
 
-#: Cases on which the guard has been wrong once, which must stay.
+#: Cases on which the guard was wrong once; they must stay.
 ONCE_WRONG = {"SD3", "SE2", "SE7", "SEE", "SO4", "SS3", "ST4", "SVH", "HB14", "HC17", "HC28", "HF05"}
 
 
-def test_ids_are_those_of_no_other_case_and_none_that_was_hard_is_missing():
+def test_ids_are_unique_and_hard_cases_are_kept():
     ids = [c.id for c in CASES]
     assert len(set(ids)) == len(ids) >= 100
     assert not set(ids) & {c.id for c in zoo.CASES}
@@ -37,7 +37,7 @@ def test_ids_are_those_of_no_other_case_and_none_that_was_hard_is_missing():
 
 
 @pytest.mark.parametrize("subject", CASES, ids=lambda c: c.id)
-def test_a_case_builds_takes_a_step_and_its_culprits_exist(subject):
+def test_case_trains_one_step_and_has_its_culprits(subject):
     training = subject.make(0)
     names = [name for name, p in training.named_parameters() if p.requires_grad]
     for pattern in subject.culprits:
@@ -46,7 +46,7 @@ def test_a_case_builds_takes_a_step_and_its_culprits_exist(subject):
     assert training.trainer.global_step >= 1
 
 
-def test_the_truth_covers_all_cases_as_they_are_now_and_holds():
+def test_truth_covers_current_cases_and_holds():
     assert set(truth(TRUTH)) == {c.id for c in CASES}
     for subject in CASES:
         entry = truth(TRUTH)[subject.id]
@@ -57,11 +57,11 @@ def test_the_truth_covers_all_cases_as_they_are_now_and_holds():
 
 
 @pytest.mark.parametrize("id", ["SD7", "HA13"])
-def test_the_truth_can_be_established_again(id):
+def test_truth_is_reproducible(id):
     assert establish(case(id), 0)["holds"]
 
 
-def test_names_are_looked_up_in_the_collection_s_own_truth():
+def test_names_come_from_the_collections_own_truth():
     subject = case("SVH")
     borne_out = truth(TRUTH)["SVH"]["seeds"]["0"]["borne_out"]
     expected = tuple(n for n in subject.names if n == subject.fault or borne_out[n.value])
@@ -69,7 +69,7 @@ def test_names_are_looked_up_in_the_collection_s_own_truth():
     assert right_names(dataclasses.replace(subject, id="unknown"), 0, TRUTH) == subject.names
 
 
-def test_the_page_says_that_it_is_no_longer_blind():
+def test_page_states_that_it_is_no_longer_blind():
     run = {"case": "HA13", "seed": 0, "alarms": {OURS: []}, "halted": None, "statistics": {}, "trace": []}
     page = tables.report([case("HA13")], [run], opening=tables.HELD_OUT, truth=TRUTH)
     assert "no longer a blind one" in page
@@ -81,7 +81,7 @@ def _small(**options):
     return Trial(nn.Linear(64, 10), templates(0), sgd(0.1), 0, **options)
 
 
-def _surprise(net, batch, number):
+def _custom_loss(net, batch, number):
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
@@ -90,22 +90,22 @@ def _trained(training, steps=20):
     return training
 
 
-def test_an_objective_of_its_own_trains_as_the_task_s_loss_does():
-    plain, own = _trained(_small()), _trained(_small(objective=_surprise))
+def test_custom_objective_trains_like_task_loss():
+    plain, own = _trained(_small()), _trained(_small(objective=_custom_loss))
     for one, other in zip(plain.parameters(), own.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_quality_without_a_measure_is_the_share_by_which_the_objective_has_fallen():
-    training = _small(objective=_surprise)
+def test_default_quality_is_relative_decrease_of_objective():
+    training = _small(objective=_custom_loss)
     before = training.examine()
     _trained(training)
     assert training.quality() == pytest.approx(1 - training.examine() / before)
     assert 0 < training.quality() < 1
 
 
-def test_examples_that_quality_is_taken_from_are_never_trained_on_and_the_net_is_left_as_it_was():
-    training = _small(objective=_surprise).train()
+def test_quality_uses_unseen_examples_and_leaves_net_unchanged():
+    training = _small(objective=_custom_loss).train()
     state, seen = torch.get_rng_state(), training.batch(0)[0]
     training.examine()
     assert training.training
@@ -114,7 +114,7 @@ def test_examples_that_quality_is_taken_from_are_never_trained_on_and_the_net_is
     assert not torch.isclose(seen[:, None, 0], drawn[None, :, 0], rtol=0, atol=0).any()
 
 
-def test_hooks_run_around_each_batch_and_a_pool_ends_with_a_smaller_batch():
+def test_hooks_wrap_each_batch_and_pool_ends_with_smaller_batch():
     numbers, sizes, after = [], [], []
 
     def spoil(number, x, y):

@@ -1,4 +1,4 @@
-"""The instrument: what it hears in a run, and how it scores that."""
+"""Recording and scoring of alarms."""
 
 import dataclasses
 import sys
@@ -21,7 +21,7 @@ SICK = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("n
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """Raises from one step on, and names the largest gradients."""
+    """Detector that raises from one step on and names the largest gradients."""
 
     step: int
     fault: ClassVar[Fault] = Fault.STALLED
@@ -35,7 +35,7 @@ class At:
         return reading(stats, steps > self.step, steps, self.step, score=stats.norms), state
 
 
-def test_the_runner_reports_what_a_detector_of_known_behaviour_says():
+def test_runner_records_findings_of_a_known_detector():
     subject = dataclasses.replace(case("O01"), steps=80)
     run = watch(subject, 0, lambda: GradGuard(detectors=[At(12)]))
     ours = run["alarms"][OURS]
@@ -44,9 +44,7 @@ def test_the_runner_reports_what_a_detector_of_known_behaviour_says():
         ("stalled", 2, 62, 12),
     ]
     training = subject.make(0)
-    training.loss(
-        *training.batch(12), 12
-    ).backward()  # at a rate of 1e-9 the weights are still the first ones
+    training.loss(*training.batch(12), 12).backward()  # at a rate of 1e-9 the weights have not changed
     norms = {n: p.grad.norm().item() for n, p in training.named_parameters()}
     assert ours[0]["parameters"][:3] == sorted(norms, key=norms.get, reverse=True)[:3]
     statistic = run["statistics"]["At: steps"]
@@ -57,7 +55,7 @@ def test_the_runner_reports_what_a_detector_of_known_behaviour_says():
     assert (scored.alarmed, scored.right_first, scored.right_layer, scored.delay) == (True, True, True, 12)
 
 
-def test_the_runner_hears_a_nan_at_its_step_and_that_it_did_not_halt():
+def test_runner_records_nan_step_without_halt():
     run = watch(case("E07"), 0)
     first = run["alarms"][OURS][0]
     assert (first["fault"], first["step"]) == ("nonfinite", 150)
@@ -66,13 +64,13 @@ def test_the_runner_hears_a_nan_at_its_step_and_that_it_did_not_halt():
     assert all(rival and rival[0]["step"] <= 150 for rival in run["alarms"].values())
 
 
-def test_the_runner_hears_a_halt():
+def test_runner_records_halt():
     run = watch(case("E10"), 0)
     assert run["halted"] == "nonfinite"
     assert run["alarms"][OURS][-1]["severity"] == scoring.CRITICAL
 
 
-def test_a_healthy_run_is_quiet_and_its_page_says_so():
+def test_healthy_run_has_no_alarms_on_page():
     subject = case("H14")
     run = watch(subject, 0)
     assert not scoring.score_run(subject, run)[OURS].false_alarm
@@ -113,20 +111,20 @@ def test_scores(alarms, alarmed, right_first, right, right_layer, delay):
     assert (scored.right_layer, scored.delay) == (right_layer, delay)
 
 
-def test_an_event_must_neither_become_critical_nor_halt():
+def test_event_must_not_become_critical_or_halt():
     event = dataclasses.replace(SICK, kind="event", fault=Fault.SPIKE)
     assert scoring.score(event, [_alarm("spike", 20)], ours=True).right_first
     assert not scoring.score(event, [_alarm("spike", 20), _alarm("spike", 70, 2)], ours=True).right_first
     assert not scoring.score(event, [_alarm("spike", 20)], ours=True, halted="nonfinite").right_first
 
 
-def test_a_spike_on_a_healthy_run_is_a_false_alarm_and_a_record_is_not():
+def test_spike_on_healthy_run_is_false_alarm_but_info_is_not():
     healthy = dataclasses.replace(SICK, fault=None, cause=None, culprits=())
     assert scoring.score(healthy, [_alarm("spike", 20)], ours=True).false_alarm
     assert not scoring.score(healthy, [_alarm("nonfinite", 20, severity=0)], ours=True).false_alarm
 
 
-def test_a_rival_may_be_right_with_any_alarm_of_its_first_step_and_has_coarser_classes():
+def test_any_alarm_of_a_rivals_first_step_may_be_right():
     alarms = [_alarm("dead", 30), _alarm("vanishing", 30)]
     assert scoring.score(SICK, alarms, ours=False).right_first
     assert not scoring.score(SICK, alarms, ours=True).right_first

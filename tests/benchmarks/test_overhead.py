@@ -1,4 +1,4 @@
-"""The benchmark of cost, run for real on tiny shapes: what is measured and said, never how long it took."""
+"""Cost benchmark on tiny shapes: the measurements and the page, never the times themselves."""
 
 import math
 import re
@@ -21,17 +21,15 @@ HIDDEN = "zclip"
 
 @pytest.fixture
 def without_a_peer(monkeypatch):
-    """As if one peer were not installed, whatever is."""
+    """Hide one peer, as if it were not installed."""
     find = peers.find
     monkeypatch.setattr(peers, "find", lambda peer: None if peer == HIDDEN else find(peer))
 
 
 @pytest.mark.slow
-# wandb, trainscope and OLMo-core, where they are installed, warn of what is their own concern.
+# wandb, trainscope and OLMo-core, where installed, emit warnings of their own.
 @pytest.mark.filterwarnings("default")
-def test_the_quick_form_measures_everything_and_says_what_is_absent(
-    without_a_peer, tmp_path, monkeypatch, capsys
-):
+def test_quick_run_measures_everything_and_lists_absent_peers(without_a_peer, tmp_path, monkeypatch, capsys):
     kept = []
     monkeypatch.setattr(overhead, "run", lambda *arguments: kept.append(plan.run(*arguments)) or kept[0])
     out = tmp_path / "page.md"
@@ -79,20 +77,20 @@ def _is_sound(spread):
     ("workload", "tensors", "millions"),
     [(arms.TRANSFORMER, 100, 30.0), (arms.THOUSAND, 1000, 1.0), (arms.FOUR_THOUSAND, 4000, 4.1)],
 )
-def test_workloads_are_what_they_are_called(workload, tensors, millions):
+def test_workload_titles_match_sizes(workload, tensors, millions):
     sizes = [p.numel() for p in arms.WORKLOADS[workload]().parameters()]
     assert len(sizes) == tensors
     assert round(sum(sizes) / 1e6, 1) == millions
 
 
-def test_the_trainings_are_what_they_are_called():
+def test_training_titles_match_sizes():
     for title, (size, *_) in [*plan.FULL.trainings.items(), *plan.FULL.turns.items()]:
         sizes = [p.numel() for p in size.net().parameters()]
         assert title == f"{sum(sizes) / 1e6:.2g} million parameters, {len(sizes)} tensors"
         assert size.steps % trainer_arms.INTERVAL == 0
 
 
-def test_the_transformer_learns_what_it_is_given():
+def test_transformer_learns():
     torch.manual_seed(0)
     net, batches = Transformer(1, 32, 16), list(loader(8, 16, 16))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
@@ -106,7 +104,7 @@ def test_the_transformer_learns_what_it_is_given():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_every_arm_is_trained_once_a_round_and_no_round_begins_like_the_last():
+def test_each_round_trains_every_arm_in_changing_order():
     asked = []
     rounds = interleave("abc", 3, lambda name: [float(asked.append(name) or len(asked))])
     assert asked[0] == "a"
@@ -116,16 +114,16 @@ def test_every_arm_is_trained_once_a_round_and_no_round_begins_like_the_last():
     assert [len(values) for values in rounds.seconds.values()] == [3, 3, 3]
 
 
-def test_ratios_are_taken_within_a_round():
+def test_ratios_compare_within_a_round():
     rounds = Rounds(
         {"a": [[3.0, 9.0], [30.0, 90.0], [300.0, 900.0]], "b": [[1.0] * 2, [10.0] * 2, [100.0] * 2]}
     )
-    # The costly second step counts in full, a round on a slow machine does not.
+    # The slow second step counts in full; a round on a slow machine does not.
     assert rounds.ratio("a", "b") == Spread(6.0, 6.0, 6.0)
     assert rounds.step("a").median == 60.0
 
 
-def test_the_rank_is_among_those_that_look_at_every_gradient():
+def test_rank_counts_arms_that_check_every_gradient():
     rounds = Rounds(
         {trainer_arms.BARE: [[1.0]], trainer_arms.CLIP: [[1.3]], trainer_arms.OURS: [[1.2]], "zclip": [[1.1]]}
     )
@@ -135,8 +133,8 @@ def test_the_rank_is_among_those_that_look_at_every_gradient():
     )
 
 
-def test_arms_take_turns_and_each_is_what_it_is_called(tmp_path, monkeypatch):
-    """In its turn an arm has its callbacks and its clipping, and no other's; who comes first changes."""
+def test_turns_use_their_own_callbacks_and_clipping(tmp_path, monkeypatch):
+    """Check that an arm's turn has only its own callbacks and clipping, and that the starting arm changes."""
     seen, plain = [], turns.Turns.on_train_batch_start
 
     def spy(self, trainer, *rest):

@@ -1,4 +1,4 @@
-"""The rivals' formulas, against numbers taken by hand."""
+"""Rivals' formulas, against numbers computed by hand."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from lightning_gradguard import Fault
 
 
 def _tensors(*gradients, weights=None):
-    """Named parameters with these gradients, weights all one unless given."""
+    """Return named parameters with these gradients; weights default to one."""
     named = []
     for i, gradient in enumerate(gradients):
         gradient = torch.tensor(gradient)
@@ -31,7 +31,7 @@ def _check(rules, named, *, step=0, score=0.0, before=None):
     return {a.fault: a.parameters for a in rules.check(take(step, score, named, before or {}))}
 
 
-def test_a_snapshot_holds_the_numbers_of_hand_made_gradients():
+def test_snapshot_of_handmade_gradients():
     named = _tensors([[3.0, 0.0], [0.0, 0.0]], [4.0, -2.0])
     named.append(("untouched", torch.nn.Parameter(torch.ones(2))))
     before = {"layers.0.weight": torch.full((2, 2), 0.5)}
@@ -65,10 +65,10 @@ def test_autotrainer(first, last, score, expected):
     assert set(found) == expected
 
 
-def test_autotrainer_is_silent_while_accuracy_is_good_and_before_a_third_of_training():
+def test_autotrainer_needs_low_accuracy_and_a_third_of_training():
     rules = peers.AutoTrainer(100)
     for step in range(40):
-        # From 0.5 to 0.9, a gain of 0.4 at once.
+        # From 0.5 to 0.9: a gain of 0.4 in one epoch.
         found = _check(rules, _tensors([[71.0]], [[1.0]]), step=step, score=0.5 if step < 10 else 0.9)
         assert not found
     rules = peers.AutoTrainer(100)
@@ -145,7 +145,7 @@ def test_bttackler(means, zero_share, epochs, expected):
     assert set(found) == expected
 
 
-def test_bttackler_calls_nothing_vanishing_in_the_second_half():
+def test_bttackler_reports_no_vanishing_in_second_half():
     rules = peers.BTTackler(20)
     found = [_check(rules, _tensors([[1e-9]], [[1e-9]]), step=step) for step in range(10, 30)]
     assert not any(found)

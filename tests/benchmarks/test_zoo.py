@@ -1,4 +1,4 @@
-"""The ground truth: each case, its facts, and what was established of it."""
+"""Ground truth: each case, its facts, and its established truth."""
 
 import dataclasses
 import fnmatch
@@ -29,13 +29,13 @@ LISTED = [
 ]
 
 
-def test_ids_are_unique_and_those_of_the_design_are_all_there():
+def test_ids_are_unique_and_complete():
     ids = [c.id for c in CASES]
     assert len(set(ids)) == len(ids) >= 70
     assert set(LISTED) <= set(ids)
 
 
-def test_every_kind_of_net_has_faulty_and_healthy_cases():
+def test_each_kind_of_net_has_faulty_and_healthy_cases():
     for kin in (
         "convolutional",
         "residual",
@@ -50,7 +50,7 @@ def test_every_kind_of_net_has_faulty_and_healthy_cases():
 
 
 @pytest.mark.parametrize("subject", CASES, ids=lambda c: c.id)
-def test_a_case_builds_takes_a_step_and_its_culprits_exist(subject):
+def test_case_trains_one_step_and_has_its_culprits(subject):
     training = subject.make(0)
     names = [name for name, p in training.named_parameters() if p.requires_grad]
     for pattern in subject.culprits:
@@ -59,7 +59,7 @@ def test_a_case_builds_takes_a_step_and_its_culprits_exist(subject):
     assert training.trainer.global_step == 2
 
 
-def test_the_truth_covers_all_cases_as_they_are_now_and_holds():
+def test_truth_covers_current_cases_and_holds():
     assert set(truth()) == {c.id for c in CASES}
     for subject in CASES:
         entry = truth()[subject.id]
@@ -70,11 +70,11 @@ def test_the_truth_covers_all_cases_as_they_are_now_and_holds():
 
 
 @pytest.mark.parametrize("id", ["D01", "E04", "V09", "H14"])
-def test_the_truth_can_be_established_again(id):
+def test_truth_is_reproducible(id):
     assert establish(case(id), 0)["holds"]
 
 
-def test_a_claim_that_is_not_so_does_not_hold():
+def test_false_claim_does_not_hold():
     healthy = case("H13")
     wrong = dataclasses.replace(
         healthy,
@@ -86,7 +86,7 @@ def test_a_claim_that_is_not_so_does_not_hold():
     assert not establish(wrong, 0)["holds"]
 
 
-def test_a_healthy_run_bears_out_no_fault():
+def test_healthy_run_supports_no_fault():
     subject = case("H13")
     facts = Facts(dataclasses.replace(subject, fault=Fault.DEAD, cause=Cause.UNKNOWN, culprits=("*",)))
     fit(subject, subject.make(0), [facts])
@@ -94,7 +94,7 @@ def test_a_healthy_run_bears_out_no_fault():
     assert not [fault for fault in Fault if supports(fault, summary, 0)]
 
 
-def test_an_overflow_is_another_name_only_while_nothing_else_can_be_seen():
+def test_overflow_is_another_name_only_soon_after_onset():
     subject = case("E03")
     assert is_right_name(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW})
     assert not is_right_name(Fault.NONFINITE, subject, {"nonfinite_step": OVERFLOW + 1})
@@ -102,7 +102,7 @@ def test_an_overflow_is_another_name_only_while_nothing_else_can_be_seen():
     assert is_right_name(Fault.NONFINITE, case("E07"), {"nonfinite_step": 170})
 
 
-def test_other_names_are_right_only_for_runs_that_bear_them_out():
+def test_other_names_need_support_by_the_run():
     for subject in CASES:
         for seed, entry in truth()[subject.id]["seeds"].items():
             names = right_names(subject, int(seed))
@@ -112,7 +112,7 @@ def test_other_names_are_right_only_for_runs_that_bear_them_out():
     assert right_names(unknown, 0) == (Fault.DEAD, Fault.STALLED)
 
 
-def test_facts_are_those_of_a_run_by_hand():
+def test_facts_match_a_handmade_run():
     subject = dataclasses.replace(case("H14"), steps=3)
     facts = Facts(subject)
     fit(subject, subject.make(0), [facts])
@@ -133,7 +133,7 @@ def test_facts_are_those_of_a_run_by_hand():
         assert facts.ratios[number] == pytest.approx(moved / before.norm().item())
 
 
-def test_a_case_says_what_it_must():
+def test_case_validates_its_fields():
     with pytest.raises(ValueError, match="culprits"):
         Case("Z1", "", lambda seed: None, 0.5, Fault.DEAD, Cause.UNKNOWN)
     with pytest.raises(ValueError, match="healthy"):
@@ -145,7 +145,7 @@ def test_a_case_says_what_it_must():
     assert {c.id for c in select(CASES, "V0*, graph")} > {"V01", "D10", "H42"}
 
 
-def test_data_are_the_same_for_the_same_seed_and_differ_for_others():
+def test_data_depend_on_the_seed_only():
     for id in ("H01", "H36", "H12", "H42", "H14"):
         first, again, other = case(id).make(0), case(id).make(0), case(id).make(1)
         for one, two in zip(first.batch(3), again.batch(3), strict=True):

@@ -1,4 +1,4 @@
-"""Tells what differs between two recordings that `record.py` made; the exit code is 1 if anything does.
+"""Compare two recordings that `record.py` made; the exit code is 1 if they differ.
 
 python tests/recorded/compare.py A.json B.json [--ignore-text] [--only PATTERN]
 """
@@ -14,7 +14,7 @@ _ABSENT = "(nothing)"
 
 
 def differences(one, other, where=""):
-    """Yields the place and both values of each difference; a list of equal length is gone through by its entries."""
+    """Yield the path and both values of each difference; lists of equal length are compared entry by entry."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in [*one, *(key for key in other if key not in one)]:
             place = f"{where} / {key}" if where else str(key)
@@ -27,7 +27,7 @@ def differences(one, other, where=""):
 
 
 def tell(found, most):
-    """Gives lines: for each run how much differs, and its first differences."""
+    """Return lines: for each run the number of differences, and the first of them."""
     runs = {}
     for where, one, other in found:
         runs.setdefault(where.split(" / ")[0], []).append((where, one, other))
@@ -48,18 +48,18 @@ def _short(value):
 
 
 def chosen(runs, pattern):
-    """Gives the runs whose name fits."""
+    """Return the runs whose names match."""
     return {name: run for name, run in runs.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
 def main(arguments=None):
-    """Compares two files; returns 1 if they differ."""
+    """Compare two files; return 1 if they differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("one", type=Path)
     parser.add_argument("other", type=Path)
-    parser.add_argument("--ignore-text", action="store_true", help="compare facts alone, and no wording")
-    parser.add_argument("--only", default="*", help="pattern of names, as of record.py")
-    parser.add_argument("--most", type=int, default=4, help="differences shown of each run")
+    parser.add_argument("--ignore-text", action="store_true", help="compare facts only, not wording")
+    parser.add_argument("--only", default="*", help="pattern of names, as in record.py")
+    parser.add_argument("--most", type=int, default=4, help="number of differences shown per run")
     options = parser.parse_args(arguments)
     one, other = (json.loads(path.read_text()) for path in (options.one, options.other))
     if one["versions"] != other["versions"]:

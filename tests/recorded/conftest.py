@@ -1,4 +1,4 @@
-"""Lets the modules here import each other, as they do where `record.py` is run as a script."""
+"""Let the modules here import each other, as when `record.py` runs as a script."""
 
 import sys
 from pathlib import Path

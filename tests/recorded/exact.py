@@ -1,4 +1,4 @@
-"""Renders what the package says as plain data in which every bit shows, and as digests of it."""
+"""Rendering of results as plain data that shows every bit, and as digests of it."""
 
 import dataclasses
 import hashlib
@@ -9,28 +9,28 @@ from pathlib import Path
 
 import torch
 
-#: Fields that are words for people; they are kept apart, so that they may be changed on purpose.
+#: Fields with wording for people; kept apart, since wording may change on purpose.
 WORDS = ("measure",)
 
 
 class Run:
-    """Collects what one run gives: facts, which must not change, and text, which may.
+    """Record of one run: facts, which must not change, and text, which may.
 
     Attributes:
         facts: Plain data; floats are hexadecimal.
-        text: The same for what is wording.
+        text: Plain data with wording.
     """
 
     def __init__(self):
         self.facts, self.text = {}, {}
 
     def findings(self, findings):
-        """Keeps findings in full."""
+        """Record findings in full."""
         self.facts["findings"] = [finding_of(finding) for finding in findings]
         self.text["findings"] = [[finding.measure, str(finding)] for finding in findings]
 
     def reports(self, reports, *, keep=False):
-        """Keeps a digest of each report, the first step with a finding, and all numbers with ``keep``."""
+        """Record a digest of each report and the first step with a finding; with ``keep`` all numbers."""
         rendered = [report_of(report) for report in reports]
         self.facts["steps"] = [digest(one) for one in rendered]
         first = next((report.step for report in reports if report.findings), None)
@@ -40,7 +40,7 @@ class Run:
         self.text["reports"] = [repr(report) for report in (*reports[:1], *reports[-1:])]
 
     def diagnosis(self, diagnosis):
-        """Keeps the fields of a diagnosis that are not prose, and apart from them those that are."""
+        """Record a diagnosis, with its prose fields apart from the others."""
         if diagnosis is None:
             self.facts["diagnosis"] = self.text["diagnosis"] = None
             return
@@ -65,7 +65,7 @@ class Run:
         }
 
     def halt(self, halt):
-        """Keeps what a halt carries; ``None`` if there was none."""
+        """Record the contents of a halt; ``None`` if there was none."""
         self.facts["halted"] = None if halt is None else halt.step
         if halt is not None:
             self.diagnosis(halt.diagnosis)
@@ -73,19 +73,19 @@ class Run:
             self.text["halt"] = str(halt)
 
     def state(self, state):
-        """Keeps a digest of a saved state."""
+        """Record a digest of a saved state."""
         leaves = leaves_of(state)
         self.facts["state"] = [len(leaves), digest(sorted(leaves))]
         self.text["state's names"] = sorted(set(names_of(state)))
 
     def warned(self, messages):
-        """Keeps how often something was said, and what."""
+        """Record the messages and their number."""
         self.facts["warnings"] = len(messages)
         self.text["warnings"] = messages
 
 
 def plain(value):
-    """Renders a value as data for JSON; floats are hexadecimal, tensors digests of their bytes."""
+    """Render a value as data for JSON: floats as hexadecimal, tensors as digests of their bytes."""
     if isinstance(value, Enum):
         return plain(value.value)
     if value is None or isinstance(value, bool | str):
@@ -104,12 +104,12 @@ def plain(value):
 
 
 def digest(value):
-    """Gives 16 digits of the SHA-256 of plain data."""
+    """Return 16 digits of the SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def tensor_of(tensor):
-    """Renders type, shape and bytes of a tensor."""
+    """Render dtype, shape and bytes of a tensor."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     flat = whole.detach().cpu().contiguous().reshape(-1)
     content = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -117,28 +117,28 @@ def tensor_of(tensor):
 
 
 def weights_of(module):
-    """Gives a digest of all parameters and buffers of a module."""
+    """Return a digest of all parameters and buffers of a module."""
     return digest([[name, tensor_of(tensor)] for name, tensor in module.state_dict().items()])
 
 
 def finding_of(finding):
-    """Renders a finding without its words."""
+    """Render a finding without its wording."""
     return {name: value for name, value in named(finding).items() if name not in WORDS}
 
 
 def report_of(report):
-    """Renders a report without the words of its findings."""
+    """Render a report without the wording of its findings."""
     shown = named(report)
     return shown | {"findings": [finding_of(finding) for finding in report.findings]}
 
 
 def named(instance):
-    """Renders a dataclass, by the names of its fields."""
+    """Render a dataclass by its field names."""
     return {name: plain(value) for name, value in dataclasses.asdict(instance).items() if name != "findings"}
 
 
 def leaves_of(state):
-    """Gives the values of a nested state as text, whatever holds them and by what name."""
+    """Return the values of a nested state as text, independent of containers and names."""
     if isinstance(state, Mapping):
         state = list(state.values())
     if isinstance(state, list | tuple | set | frozenset):
@@ -147,7 +147,7 @@ def leaves_of(state):
 
 
 def names_of(state, above=""):
-    """Gives the keys of a nested state, dotted; places in a list are stars."""
+    """Return the dotted keys of a nested state; list indices become stars."""
     if isinstance(state, Mapping):
         pairs = [(str(key), value) for key, value in state.items()]
     elif isinstance(state, list | tuple):
@@ -158,5 +158,5 @@ def names_of(state, above=""):
 
 
 def without_folder(text, folder):
-    """Gives a text in which a temporary folder has a name of its own."""
+    """Return the text with a placeholder for a temporary folder."""
     return text.replace(str(Path(folder).resolve()), "FOLDER").replace(str(folder), "FOLDER")

@@ -1,4 +1,4 @@
-"""Runs small loops under a `Guard`: every clipper, judged at once and late, with and without a gradient scaler."""
+"""Small loops under a `Guard`: every clipper, lag 0 and 1, with and without a GradScaler."""
 
 import copy
 import io
@@ -48,13 +48,13 @@ OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=3e-2, momentum=0.9),
 }
 STEPS = 90
-#: What goes wrong: a large loss, NaN in a gradient, a gradient that is huge and finite, and one whose square is not.
+#: Injected faults: a large loss, a NaN gradient, a huge finite gradient, and one whose square overflows.
 SPIKES, NANS, HUGE, OVERFLOWING = (50, 84), (56, 57, 88), (64,), (72,)
 LOSSES = {"NaN loss": 66}
 
 
 class Net(nn.Module):
-    """A table, a normalisation, three layers, a part that is seldom used and one that never is."""
+    """Net with an embedding, a normalisation, three layers, a rarely used part and an unused one."""
 
     def __init__(self, sparse=False):
         super().__init__()
@@ -73,22 +73,22 @@ class Net(nn.Module):
 
 
 def batch(number):
-    """Gives the tokens and labels of a step."""
+    """Return the tokens and labels of a step."""
     generator = torch.Generator().manual_seed(number)
     x = torch.randint(11, (16, 5), generator=generator)
     return x, x.sum(1) % 3
 
 
 class Loop:
-    """A training that can be stopped and saved.
+    """Training that can be stopped and saved.
 
     Args:
         optimizer: One of `OPTIMIZERS`.
-        scaled: Whether a gradient scaler is in use.
-        dtype: Of the parameters.
-        sparse: Whether the table has sparse gradients.
-        with_loss: Whether the guard is given the loss.
-        options: Of the guard.
+        scaled: Use a GradScaler.
+        dtype: Dtype of the parameters.
+        sparse: Give the embedding sparse gradients.
+        with_loss: Pass the loss to the guard.
+        options: Options of the guard.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Loop:
         self.with_loss, self.reports, self.halt = with_loss, [], None
 
     def run(self, first=0, last=STEPS, change=None):
-        """Takes steps; ``change`` is called before each."""
+        """Run steps; ``change`` is called before each."""
         try:
             for number in range(first, last):
                 if change is not None:
@@ -134,14 +134,14 @@ class Loop:
             self.optimizer.step()
 
     def save(self):
-        """Gives the guard's state through a file that is loaded with ``weights_only=True``."""
+        """Return the guard's state after a file round trip with ``weights_only=True``."""
         file = io.BytesIO()
         torch.save(self.guard.state_dict(), file)
         file.seek(0)
         return torch.load(file, weights_only=True)
 
     def result(self, keep=False):
-        """Gives what is recorded."""
+        """Return what is recorded."""
         result = Run()
         result.reports(self.reports, keep=keep)
         result.facts["scales"] = [plain(report.scale) for report in self.reports]
@@ -154,7 +154,7 @@ class Loop:
 
 
 def resumed(**options):
-    """Goes on elsewhere from a saved state, at three places."""
+    """Continue in new objects from a saved state, at three steps."""
     loop = Loop(**options)
     first = 0
     for last in (23, 55, 70):
@@ -168,7 +168,7 @@ def resumed(**options):
 
 
 def thawed(loop, number):
-    """Gives the optimizer a group more, and freezes a layer later."""
+    """Add a parameter group to the optimizer, and freeze a layer later."""
     if number == 0:
         late = list(loop.net.head.parameters())
         loop.optimizer = torch.optim.SGD(
@@ -182,7 +182,7 @@ def thawed(loop, number):
 
 
 def copied(loop, number):
-    """Goes on with a copy of everything, once by copying and once through a pickle."""
+    """Continue with a copy of everything, made once by deepcopy and once through a pickle."""
     if number in (35, 60):
         parts = loop.net, loop.optimizer, loop.guard
         parts = copy.deepcopy(parts) if number == 35 else pickle.loads(pickle.dumps(parts))
@@ -227,7 +227,7 @@ OTHERS = {
 
 
 def resumed_late():
-    """Goes on with what was under way."""
+    """Continue with a pending step."""
     loop = Loop("fused AdamW", lag=1, clipper=AdaGC()).run(0, 57)
     then = Loop("fused AdamW", lag=1, clipper=AdaGC())
     then.net.load_state_dict(loop.net.state_dict())
@@ -238,7 +238,7 @@ def resumed_late():
 
 
 def _injected():
-    """Brings each fault that the package can inject."""
+    """Inject each fault that the package offers."""
     result = Run()
     kinds = {
         "NaN": testing.NaN(at=30),
@@ -269,7 +269,7 @@ def _injected():
 
 
 def _metrics():
-    """Feeds the metrics a series with a spike, NaN and infinity."""
+    """Feed the metrics a series with a spike, NaN and infinity."""
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)).abs()
     values[150], values[40], values[41] = 80.0, math.nan, math.inf
     result = Run()
@@ -281,7 +281,7 @@ def _metrics():
 
 
 def _checkups():
-    """Checks up a net that is well, one whose data are far off, and one that is badly initialised."""
+    """Run checkup on a healthy net, one with data far off, and one with a bad initialisation."""
     result = Run()
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(32, 8, generator=generator), torch.randint(3, (32,), generator=generator)
@@ -306,7 +306,7 @@ PARTS = {"injected": _injected, "metrics": _metrics, "checkup": _checkups}
 
 
 def names():
-    """All runs."""
+    """Return the names of all runs."""
     clipped = [
         f"{clipper}, {optimizer}, lag {lag}, {scaler}"
         for clipper in CLIPPERS
@@ -318,7 +318,7 @@ def names():
 
 
 def run(name, *, keep=False):
-    """Runs one of `names`."""
+    """Run one of `names`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if name in PARTS:

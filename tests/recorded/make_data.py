@@ -1,10 +1,10 @@
-"""Makes what `test_recorded` compares with; to be run when behaviour is meant to change, and its diff to be read.
+"""Create the data that `test_recorded` compares with; run it after intended changes and review the diff.
 
     python tests/recorded/make_data.py [FILES | ANSWERS]
 
-FILES are a checkpoint, states of guards and a flight record, as they were written by the version that is to remain
-readable; without need they are not made anew. ANSWERS are what a version makes of them, what it finds in trainings of
-the zoo, and what it shows to the outside.
+FILES are a checkpoint, states of guards and a flight record, written by the version that must stay readable. Do not
+recreate them without need. ANSWERS are the results of a version for these files, its findings in trainings of the
+zoo, and its public surface.
 """
 
 import json
@@ -38,7 +38,7 @@ from lightning_gradguard import (
 )
 
 DATA = Path(__file__).parent / "data"
-#: Trainings of the zoo: quick, each fault at least once, and none so chaotic that another processor's rounding counts.
+#: Zoo trainings: quick, each fault at least once, and none so chaotic that rounding on another processor matters.
 ZOO = (
     *(
         "loop V01",
@@ -54,7 +54,7 @@ ZOO = (
     *("loop E14", "loop U04", "loop O01", "loop O07", "loop V09", "loop H01", "loop H11"),
     *("trainer X07", "trainer N08", "trainer P01", "trainer H25"),
 )
-#: Options of guards whose states are kept after `SAVED` steps; with ``lag=1`` a step is under way.
+#: Options of guards whose states are saved after `SAVED` steps; with ``lag=1`` a step is pending.
 GUARDS = {
     "spike": {"clipper": SpikeClip()},
     "percentile": {"clipper": AutoClip()},
@@ -62,14 +62,14 @@ GUARDS = {
     "scaled": {"scaled": True},
 }
 SAVED, FURTHER = 53, 20
-#: A case of the zoo whose fault is a warning when its guard's state is kept, and halts 19 steps later.
+#: A case whose fault is at warning level when its guard's state is saved, and halts 19 steps later.
 SICK, SICK_AT = "V01", 60
-#: Batches that are spoiled in the training of the checkpoint, and its steps; the module of the flight record.
+#: Spoiled batches and number of steps of the checkpoint's training; module of the flight record.
 SPOILED, CHECKPOINT, BAD = (11, 28), 33, 25
 
 
 def make_files():
-    """Trains, and keeps what a run leaves."""
+    """Train, and save what a run leaves."""
     DATA.mkdir(exist_ok=True)
     for name, options in GUARDS.items():
         loop = Loop(**options).run(0, SAVED)
@@ -87,7 +87,10 @@ def make_files():
 
 
 def faulty(last, state=None):
-    """Trains the sick case up to a step; with a state, a guard that has it takes over where it was kept."""
+    """Train the faulty case up to a step.
+
+    || With a state, a guard that loads it takes over at the step where it was saved.
+    """
     training = zoo.case(SICK).make(0)
     optimizer, policy = training.configure_optimizers(), Policy.strict()
     guard = Guard(training.named_parameters(), optimizer=optimizer, policy=policy)
@@ -109,7 +112,7 @@ def faulty(last, state=None):
 
 
 def sick_gone_on():
-    """What a guard says that goes on from a state in which a fault was under way."""
+    """Return the reports of a guard that continues from a state with an active fault."""
     guard, reports, halt = faulty(SICK_AT + FURTHER, loaded("guard_sick.pt"))
     return {
         "halted": None if halt is None else halt.step,
@@ -120,22 +123,22 @@ def sick_gone_on():
 
 
 def net():
-    """The module of the checkpoint."""
+    """Return the module of the checkpoint."""
     return trainer_runs.Net(spoiled=SPOILED)
 
 
 def guard():
-    """The callback of the checkpoint."""
+    """Return the callback of the checkpoint."""
     return GradGuard(clipper=SpikeClip(), policy=Policy(respond={"vanishing": "halt"}))
 
 
 def loaded(file):
-    """Reads a file of tensors and plain types."""
+    """Load a file of tensors and plain types."""
     return torch.load(DATA / file, weights_only=True)
 
 
 def gone_on(name):
-    """What a guard says that goes on from a kept state."""
+    """Return the reports of a guard that continues from a saved state."""
     loop, rest = Loop(**GUARDS[name]), loaded(f"training_{name}.pt")
     loop.net.load_state_dict(rest["net"])
     loop.optimizer.load_state_dict(rest["optimizer"])
@@ -151,7 +154,7 @@ def gone_on(name):
 
 
 def resumed():
-    """What a Trainer's guard says that goes on from the kept checkpoint."""
+    """Return the reports of a Trainer's guard that continues from the saved checkpoint."""
     own = guard()
     listener = trainer_runs.Listener(own)
     trainer_runs.fit(
@@ -168,7 +171,7 @@ def resumed():
 
 
 def replayed():
-    """What playing the kept flight record shows."""
+    """Return the result of replaying the saved flight record."""
     answer = replay(DATA / "bundle.pt", trainer_runs.Net(spoiled=(BAD,)))
     names = ("fault", "step", "rank", "number", "together", "every", "other_random", "passes")
     return {
@@ -181,7 +184,7 @@ def replayed():
 
 
 def found(name):
-    """What is found in a training of the zoo."""
+    """Return the findings in a training of the zoo."""
     facts = zoo_runs.run(name).facts
     findings = [
         {**one, "value": unhex(one["value"]), "limit": unhex(one["limit"])} for one in facts["findings"]
@@ -190,19 +193,19 @@ def found(name):
 
 
 def shown():
-    """What the package shows to the outside, without words."""
+    """Return the public surface of the package, without wording."""
     return json.loads(json.dumps({name: surface.run(name).facts for name in surface.names()}))
 
 
 def report_of(report):
-    """Renders a report; numbers that are not finite are words."""
+    """Render a report; non-finite numbers become words."""
     names = ("loss", "total_norm", "clipped_norm", "threshold", "scale")
     return {
         "step": report.step,
         "skip": report.skip,
         "found": [finding.fault.value for finding in report.findings],
         **{name: number(getattr(report, name)) for name in names},
-        # A gradient that would be zero but for rounding, as of a bias before a normalisation, is another elsewhere.
+        # A gradient that is zero except for rounding, as of a bias before a normalisation, differs between machines.
         "norms": {
             name: 0.0 if value < 1e-6 * report.total_norm else number(value)
             for name, value in report.norms.items()
@@ -211,7 +214,7 @@ def report_of(report):
 
 
 def finding_of(finding):
-    """Renders a finding without its words."""
+    """Render a finding without its wording."""
     return {
         "fault": finding.fault.value,
         "severity": int(finding.severity),
@@ -224,25 +227,25 @@ def finding_of(finding):
 
 
 def unhex(text):
-    """Reads a number that was rendered as hexadecimal."""
+    """Read a number that was rendered as hexadecimal."""
     return number(float.fromhex(text))
 
 
 def number(value):
-    """Gives a number that JSON can hold, or a word for one that it cannot; seven digits, more are not compared."""
+    """Return a number that JSON can hold, or a word; rounded to seven digits, the precision of the comparison."""
     if value is None:
         return None
     return float(f"{value:.7g}") if abs(value) < float("inf") else str(float(value))
 
 
 def write(name, answers):
-    """Writes answers, one to a line where they are short."""
+    """Write answers, short ones on one line."""
     lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in answers.items()]
     (DATA / name).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _lines(value, depth=1):
-    """Breaks what is longer than a line."""
+    """Split values that are longer than a line."""
     flat = json.dumps(value)
     if len(flat) <= 110 or not isinstance(value, dict | list) or not value:
         return flat
@@ -257,7 +260,7 @@ def _lines(value, depth=1):
 
 
 def make_answers():
-    """Writes what is expected."""
+    """Write the expected answers."""
     write("findings.json", {name: found(name) for name in ZOO})
     write("surface.json", shown())
     going_on = {f"guard {name}": gone_on(name) for name in GUARDS}
@@ -268,7 +271,7 @@ def make_answers():
 
 
 def main(what=("FILES", "ANSWERS")):
-    """Makes what is asked for."""
+    """Create the requested data."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     home = Path.cwd()

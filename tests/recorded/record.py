@@ -1,10 +1,9 @@
-"""Records what the package says and does, to the bit, so that two states of its code can be compared.
+"""Record the package's behaviour to the bit, so that two versions of its code can be compared.
 
     python tests/recorded/record.py OUT.json [--only PATTERN] [--checkout FOLDER] [--keep]
 
-It uses nothing but public names, so that it runs on code whose modules lie elsewhere and are named otherwise.
-`compare.py` tells what differs between two recordings. Facts and text are kept apart: text is wording, which may be
-changed on purpose.
+It uses only public names, so that it runs on code with other module names. `compare.py` lists the differences between
+two recordings. Facts and text are separate: text is wording, which may change on purpose.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-#: Kinds of runs, each a module beside this one that has ``names()`` and ``run(name, keep=...)``.
+#: Kinds of runs, each a module beside this one with ``names()`` and ``run(name, keep=...)``.
 KINDS = {
     "surface": "surface",
     "zoo": "zoo_runs",
@@ -28,7 +27,7 @@ KINDS = {
 
 
 def prepare(checkout):
-    """Takes the package from a checkout, and makes sure that it is that one; one thread, no colours, one width."""
+    """Import the package from a checkout and verify that; set one thread, no colours, a fixed width."""
     os.environ.update(OMP_NUM_THREADS="1", COLUMNS="100", NO_COLOR="1", PYTHONPATH=str(checkout))
     os.environ.pop("GRADGUARD", None)
     sys.path[:0] = [str(checkout), str(Path(__file__).parent)]
@@ -43,15 +42,15 @@ def prepare(checkout):
 
 
 def main(arguments=None):
-    """Records, and writes the result."""
+    """Record, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="*", help="pattern of names, such as 'zoo/*' or 'guard/AGC*'")
     parser.add_argument(
-        "--checkout", type=Path, default=Path.cwd(), help="where the package lies; here by default"
+        "--checkout", type=Path, default=Path.cwd(), help="folder of the package; the current one by default"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep all numbers of each report, not only a digest"
+        "--keep", action="store_true", help="keep all numbers of each report, not just a digest"
     )
     options = parser.parse_args(arguments)
     out, checkout = options.out.resolve(), options.checkout.resolve()

@@ -1,4 +1,4 @@
-"""Runs trainings in two real processes that share parameters (FSDP2, gloo), and keeps what the first of them saw.
+"""Trainings in two real processes with sharded parameters (FSDP2, gloo), recorded on the first rank.
 
 As a script, ``python sharded_runs.py FOLDER RANK``, it is one of the processes.
 """
@@ -21,13 +21,13 @@ from lightning_gradguard import AGC, GradientHalt, NormClip, Policy, SpikeClip
 from lightning_gradguard.guard import Guard
 
 RANKS, ROWS, STEPS = 2, 8, 40
-#: Seconds after which processes that wait for each other are ended.
+#: Seconds after which processes that wait for each other are stopped.
 LIMIT = 120
 SPIKES, NANS, BAD, HUGE = (25, 34), (28,), (17,), (31,)
 
 
 class Net(nn.Module):
-    """Sizes that two ranks cannot share evenly, a bias of one element, a table, and a frozen weight."""
+    """Net with sizes that two ranks cannot share evenly, a bias of one element, an embedding, and a frozen weight."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Deep(Net):
-    """Sigmoid layers, whose gradients vanish."""
+    """Net of sigmoid layers, whose gradients vanish."""
 
     def __init__(self):
         nn.Module.__init__(self)
@@ -52,7 +52,7 @@ class Deep(Net):
         self.head = nn.Linear(12, 1)
 
 
-#: Name to net, options of the guard, and whether a gradient scaler is in use.
+#: Name to net, options of the guard, and use of a GradScaler.
 RUNS = {
     "SpikeClip": (Net, {"clipper": SpikeClip()}, False),
     "AGC": (Net, {"clipper": AGC(0.02)}, False),
@@ -63,7 +63,7 @@ RUNS = {
 
 
 def names():
-    """All runs."""
+    """Return the names of all runs."""
     return list(RUNS)
 
 
@@ -71,7 +71,7 @@ _results = {}
 
 
 def run(name, *, keep=False):
-    """Gives one of `names`; all of them are run at the first call."""
+    """Return one of `names`; the first call runs all of them."""
     if not _results:
         _results.update(all_ranks(keep))
     result = Run()
@@ -80,7 +80,7 @@ def run(name, *, keep=False):
 
 
 def all_ranks(keep):
-    """Runs this file in two processes; gives what the first wrote, and makes sure of the second."""
+    """Run this file in two processes; return the first rank's output, and check the second's."""
     folder = Path.cwd()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
@@ -111,8 +111,8 @@ def all_ranks(keep):
 
 
 def train(name, rank, keep):
-    """One training, on one rank's part of each batch."""
-    from torch.distributed.fsdp import fully_shard  # not there before torch 2.6
+    """Train on one rank's part of each batch."""
+    from torch.distributed.fsdp import fully_shard  # needs torch 2.6
 
     make, options, scaled = RUNS[name]
     net = make()
@@ -156,7 +156,7 @@ def train(name, rank, keep):
 
 
 def main(folder, rank, *keep):
-    """Is one of the processes."""
+    """Run as one of the processes."""
     folder, rank = Path(folder), int(rank)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

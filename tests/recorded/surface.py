@@ -1,6 +1,6 @@
-"""Records what the package shows: names, signatures, fields, members and options, and apart from them words.
+"""Recording of the public surface: names, signatures, fields, members and options, with wording kept apart.
 
-Annotations count as text: they name types, which may be called otherwise.
+Annotations count as text: they name types, which may be renamed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import lightning_gradguard
 from lightning_gradguard import testing
 
 STATE = ("state_dict", "load_state_dict")
-#: Methods and properties that are promised, beside those of Lightning's hooks.
+#: Public methods and properties, beside those of Lightning's hooks.
 MEMBERS = {
     "Guard": ("step", "close", "findings", *STATE),
     "GradGuard": ("findings", "report", "diagnosis", "stop_reason", "bundle", "summary", "state_key", *STATE),
@@ -29,23 +29,23 @@ MEMBERS = {
     "Checkup": ("findings", "causes", "ok"),
     "Fault": ("precedence",),
 }
-#: Of each detector and clipper.
+#: Methods of each detector and clipper.
 OF_PARTS = ("init", "update")
 COMMANDS = ("", "demo", "report", "replay", "cost")
 
 
 def names():
-    """All runs."""
+    """Return the names of all runs."""
     return ["exported", "testing", "command"]
 
 
 def run(name, *, keep=False):
-    """Runs one of `names`."""
+    """Run one of `names`."""
     return {"exported": exported, "testing": of_testing, "command": command}[name]()
 
 
 def exported():
-    """Describes each exported name."""
+    """Describe each exported name."""
     result = Run()
     result.facts["names"] = sorted(lightning_gradguard.__all__)
     result.facts["as guard"] = (
@@ -59,7 +59,7 @@ def exported():
 
 
 def of_testing():
-    """Describes what tests are given."""
+    """Describe the names exported for users' tests."""
     result = Run()
     for name in sorted(testing.__all__):
         result.facts[name], result.text[name] = describe(getattr(testing, name), ())
@@ -67,7 +67,7 @@ def of_testing():
 
 
 def command():
-    """Asks the command for help, whole and for each of its parts."""
+    """Record the help of the command and of each subcommand."""
     result = Run()
     for name in COMMANDS:
         status, out, err = call([*([name] if name else []), "--help"])
@@ -81,7 +81,7 @@ def command():
 
 
 def call(arguments):
-    """Runs ``gradguard`` with arguments; gives exit status, output and what was said of errors."""
+    """Run ``gradguard`` with arguments; return exit status, output and error output."""
     out, err = io.StringIO(), io.StringIO()
     os.environ["COLUMNS"] = "100"
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -93,7 +93,7 @@ def call(arguments):
 
 
 def entry():
-    """Finds what the ``gradguard`` command calls, as the project file names it."""
+    """Return the entry point of the ``gradguard`` command from the project file."""
     project = Path(lightning_gradguard.__file__).parents[1] / "pyproject.toml"
     place = re.search(
         r'^gradguard = "([\w.]+):(\w+)"', project.read_text(encoding="utf-8"), flags=re.MULTILINE
@@ -102,7 +102,7 @@ def entry():
 
 
 def describe(thing, members):
-    """Gives facts of a class or function, and its annotations and docstring."""
+    """Return facts of a class or function, and its annotations and docstring."""
     facts, text = (
         {"kind": "class" if isinstance(thing, type) else type(thing).__name__},
         {"doc": inspect.getdoc(thing)},
@@ -114,7 +114,7 @@ def describe(thing, members):
     elif callable(thing):
         facts["signature"], text["signature"] = signature(thing)
     if isinstance(thing, type):
-        # Exceptions and enums are caught and compared by what else they are.
+        # Exceptions and enums are caught and compared by other means.
         facts["is"] = [b.__name__ for b in thing.__mro__ if b.__module__ == "builtins"]
         if dataclasses.is_dataclass(thing):
             facts["frozen"] = thing.__dataclass_params__.frozen
@@ -132,10 +132,10 @@ def describe(thing, members):
 
 
 def signature(thing):
-    """Gives a signature without annotations, and with them."""
+    """Return a signature without annotations, and with them."""
     try:
         whole = inspect.signature(thing)
-    except ValueError:  # of what takes anything, such as a warning
+    except ValueError:  # for types that accept anything, such as a warning
         return None, None
     bare = [
         p.replace(annotation=p.empty, default=Shown(p.default) if p.default is not p.empty else p.empty)
@@ -145,7 +145,7 @@ def signature(thing):
 
 
 class Shown:
-    """Stands for a default value, and prints like it."""
+    """Placeholder for a default value, which prints like it."""
 
     def __init__(self, value):
         self.value = value
@@ -155,7 +155,7 @@ class Shown:
 
 
 def described(field):
-    """Gives the default of a field."""
+    """Return the default of a field."""
     if field.default is not dataclasses.MISSING:
         return shown(field.default)
     if field.default_factory is not dataclasses.MISSING:
@@ -164,10 +164,10 @@ def described(field):
 
 
 def shown(value):
-    """Prints a default value."""
+    """Render a default value."""
     return without_address(repr(value))
 
 
 def without_address(text):
-    """Leaves out where in memory something lies."""
+    """Remove memory addresses from a text."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)

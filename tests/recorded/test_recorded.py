@@ -1,7 +1,7 @@
-"""What an earlier version found and showed is found and shown, and what it left can be gone on with.
+"""Compatibility with an earlier version: equal findings and surface, and its saved files still load.
 
-`make_data.py` made the files in ``data``. Numbers are compared to a relative 1e-4, so that other processors, which
-round otherwise, pass; steps, names and whatever else is a choice must be equal.
+`make_data.py` wrote the files in ``data``. Numbers are compared with a relative tolerance of 1e-4, so that processors
+with other rounding pass. Steps, names and all other choices must be equal.
 """
 
 import json
@@ -20,7 +20,7 @@ def expected(file):
 
 
 def assert_close(seen, wanted, where=""):
-    """Numbers within the tolerance; all else equal."""
+    """Compare numbers within the tolerance, and everything else exactly."""
     if isinstance(wanted, dict):
         assert list(seen) == list(wanted), where
         for name in wanted:
@@ -75,7 +75,7 @@ def test_a_trainer_goes_on_from_a_checkpoint_of_the_earlier_version():
 def test_the_checkpoint_holds_what_the_guard_was_and_makes_a_difference():
     saved = make_data.loaded("checkpoint.ckpt")["callbacks"]
     assert make_data.guard().state_key in saved
-    # Without the state, warm-up would begin again.
+    # Without the state, the warm-up would start again.
     fresh = make_data.Loop(**make_data.GUARDS["spike"])
     fresh.net.load_state_dict(make_data.loaded("training_spike.pt")["net"])
     fresh.run(make_data.SAVED, make_data.SAVED + make_data.FURTHER)

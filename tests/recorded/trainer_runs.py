@@ -1,4 +1,4 @@
-"""Runs trainings in a real Trainer with `GradGuard` and `GradHistogram`, and reads what TensorBoard was given."""
+"""Trainings in a real Trainer with `GradGuard` and `GradHistogram`, and what they write to TensorBoard."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ BATCHES = 40
 
 
 class Net(L.LightningModule):
-    """A small net with batch normalisation and dropout, whose batches follow from their number."""
+    """Small net with batch normalisation and dropout; its batches depend on their number only."""
 
     def __init__(self, width=12, spoiled=(), optimizer="AdamW"):
         super().__init__()
@@ -90,7 +90,7 @@ class Net(L.LightningModule):
 
 
 class ByHand(Net):
-    """Two optimizers, stepped by hand, the second every other time."""
+    """Net with two optimizers in manual optimization; the second steps every other time."""
 
     def __init__(self, spoiled=()):
         super().__init__(spoiled=spoiled)
@@ -244,23 +244,23 @@ RUNS = {
 
 
 def names():
-    """All runs."""
+    """Return the names of all runs."""
     return [*RUNS, "resumed", "csv", "autoload", "report"]
 
 
 def run(name, *, keep=False):
-    """Runs one of `names`, in the folder that it is called in."""
+    """Run one of `names` in the current folder."""
     special = {"resumed": resumed, "csv": csv, "autoload": autoload, "report": report}
     return special[name](keep) if name in special else trained(name, keep)
 
 
 def trained(name, keep=False):
-    """Trains, and keeps all that is to be seen of it."""
+    """Train, and record everything visible."""
     module, options, of_histogram, of_trainer, more = RUNS[name]
     net, guard = module(), GradGuard(**options)
     callbacks = [*(make() for make in more), guard, Listener(guard)]
     if of_histogram is not None:
-        # Before clipping in half of the runs, behind it in the others.
+        # Before the clipping in half of the runs, after it in the others.
         place = 0 if list(RUNS).index(name) % 2 else len(callbacks)
         callbacks.insert(place, GradHistogram(**of_histogram))
     logger = TensorBoardLogger("runs", name="", version="")
@@ -270,13 +270,13 @@ def trained(name, keep=False):
     result.facts["weights"] = weights_of(net)
     logged(result, Path("runs"))
     if guard.bundle is not None:
-        # A module of its own, since the recorded weights are put into it.
+        # A separate module, since the recorded weights are loaded into it.
         replayed(result, guard.bundle, module())
     return result
 
 
 def fit(net, callbacks, logger=False, *, resume=None, **options):
-    """Trains quietly; gives a `Run` with what was said, and the halt or None."""
+    """Train without output; return a `Run` with the messages, and the halt or None."""
     torch.manual_seed(1)
     halt, log = None, io.StringIO()
     with quiet(), listening(log), warnings.catch_warnings(record=True) as caught:
@@ -306,7 +306,7 @@ def fit(net, callbacks, logger=False, *, resume=None, **options):
 
 @contextlib.contextmanager
 def listening(log):
-    """Takes the table at the end of a run, which is shown only where Lightning speaks, too."""
+    """Capture the table at the end of a run, which Lightning shows only with its own output."""
     ours, lightnings = logging.getLogger("lightning_gradguard"), logging.getLogger("lightning.pytorch")
     handlers, lightnings.handlers, propagate = (
         lightnings.handlers,
@@ -325,7 +325,7 @@ def listening(log):
 
 
 def of_guard(result, guard, listener, halt, keep=False):
-    """Keeps what the public members of a callback say."""
+    """Record the public members of a callback."""
     result.reports(listener.reports, keep=keep)
     result.findings(guard.findings)
     result.halt(halt)
@@ -338,12 +338,12 @@ def of_guard(result, guard, listener, halt, keep=False):
 
 
 def logged(result, folder):
-    """Keeps what TensorBoard was given: for each tag its kind and a digest of steps and values, but no times."""
+    """Record TensorBoard data: for each tag its kind and a digest of steps and values, without times."""
     facts, text = {}, {}
     for file in sorted(folder.rglob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if not value.tag.startswith("_hparams_"):  # Lightning's own, with the time
+                if not value.tag.startswith("_hparams_"):  # Lightning's own, contains the time
                     _add(facts, text, event.step, value)
     for entry in facts.values():
         entry["values"] = [len(entry["values"]), digest(entry["values"])]
@@ -351,7 +351,7 @@ def logged(result, folder):
 
 
 def _add(facts, text, step, value):
-    """Takes in one value; the texts, and the notes on how to read a tag, are wording."""
+    """Record one value; texts and the descriptions of tags count as wording."""
     entry = facts.setdefault(value.tag, {"plugin": value.metadata.plugin_data.plugin_name, "values": []})
     if value.metadata.summary_description:
         text[f"{value.tag}, note"] = value.metadata.summary_description
@@ -366,7 +366,7 @@ def _add(facts, text, step, value):
 
 
 def replayed(result, bundle, module):
-    """Plays a flight record again, and keeps what that shows."""
+    """Replay a flight record, and record the result."""
     answer = replay(bundle, module)
     result.facts["replay"] = {
         name: plain(getattr(answer, name))
@@ -384,7 +384,7 @@ def replayed(result, bundle, module):
 
 
 class Keeper(L.Callback):
-    """Saves a checkpoint after a step."""
+    """Callback that saves a checkpoint after a step."""
 
     def __init__(self, at, path):
         self.at, self.path = at, path
@@ -395,7 +395,7 @@ class Keeper(L.Callback):
 
 
 def resumed(keep=False):
-    """Trains, and goes on from a checkpoint of the way."""
+    """Train, then resume from an intermediate checkpoint."""
     result = Run()
     for name, options in (
         ("spike", {"clipper": SpikeClip()}),
@@ -421,7 +421,7 @@ def resumed(keep=False):
 
 
 def csv(keep=False):
-    """Trains with a logger that takes scalars alone."""
+    """Train with a logger that accepts only scalars."""
     guard = GradGuard(clipper=SpikeClip())
     listener = Listener(guard)
     logger = CSVLogger("runs", name="", version="")
@@ -436,7 +436,7 @@ def csv(keep=False):
 
 
 def autoload(keep=False):
-    """Trains under the variable that adds callbacks to every Trainer."""
+    """Train with the environment variable that adds callbacks to every Trainer."""
     os.environ["GRADGUARD"] = "protect"
     try:
         with quiet():
@@ -451,7 +451,7 @@ def autoload(keep=False):
 
 
 def report(keep=False):
-    """Writes the page of two runs; it is wording and pictures, so that it counts as text."""
+    """Write the report of two runs; it counts as text, since it is wording and pictures."""
     result = Run()
     for name in ("watch, spoiled", "strict, trials"):
         os.mkdir(name)

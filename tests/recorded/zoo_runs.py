@@ -1,4 +1,4 @@
-"""Runs trainings of the zoo, shortened, under a guard: in a plain loop, or in a Trainer where a case asks for one."""
+"""Shortened trainings of the zoo under a guard: in a plain loop, or in a Trainer where a case needs one."""
 
 import warnings
 from dataclasses import replace
@@ -22,7 +22,7 @@ from lightning_gradguard import (
 )
 from lightning_gradguard.guard import Guard
 
-#: Case to steps and options of the guard: a step to observe its onset, and what is critical after 50 more.
+#: Case to steps and options of the guard: one step past its onset, and 50 more for critical findings.
 LOOPS = {
     "V01": (100, {"policy": Policy.strict()}),
     "V02": (90, {}),
@@ -91,25 +91,25 @@ TRAINERS = {
 
 
 def names():
-    """All runs."""
+    """Return the names of all runs."""
     return [*(f"loop {name}" for name in LOOPS), *(f"trainer {name}" for name in TRAINERS)]
 
 
 def run(name, *, keep=False):
-    """Runs one of `names`."""
+    """Run one of `names`."""
     kind, _, case = name.partition(" ")
     return (in_loop if kind == "loop" else in_trainer)(case, keep=keep)
 
 
 def in_loop(name, *, keep=False, steps=None):
-    """Trains a case in a plain loop with a `Guard`."""
+    """Train a case in a plain loop with a `Guard`."""
     limit, options = LOOPS[name]
     training = zoo.case(name).make(0)
     torch.manual_seed(1)
     made = training.configure_optimizers()
     has_schedule = isinstance(made, dict)
     optimizer = made["optimizer"] if has_schedule else made
-    # Half of the runs ask for all of a report at once, the others when training is over.
+    # Half of the runs read each report at once, the others after training.
     at_once = list(LOOPS).index(name) % 2 == 0
     reports, halt = [], None
     with warnings.catch_warnings(), quiet():
@@ -141,7 +141,7 @@ def in_loop(name, *, keep=False, steps=None):
 
 
 class Listener(L.Callback):
-    """Keeps each new report of a guard; comes after it in the list."""
+    """Callback that keeps each new report of a guard; comes after it in the list."""
 
     def __init__(self, guard):
         self.guard, self.reports = guard, []
@@ -165,7 +165,7 @@ class Listener(L.Callback):
 
 
 def in_trainer(name, *, keep=False):
-    """Trains a case in a Trainer with `GradGuard`."""
+    """Train a case in a Trainer with `GradGuard`."""
     steps, options = TRAINERS[name]
     case = replace(zoo.case(name), steps=steps)
     training = case.make(0)
