@@ -98,11 +98,12 @@ def _zero_gradients(context: DiagnosticContext) -> Iterator[str]:
 
 def _weights(context: DiagnosticContext) -> Iterator[str]:
     typical, (largest, name) = context.typical_update, context.largest_update
-    usual = f"where {number(100 * TYPICAL_UPDATE)} % is typical"
+    usual = f"where {number(100 * TYPICAL_UPDATE)}% is typical"
     if typical < _UNCHANGED:
         yield f"The weights hardly change: a step changes the median layer by {fraction(typical)}, {usual}."
     elif largest > LARGEST_UPDATE:
-        yield f"A step changes {quote(name)} by up to {fraction(largest)}, {usual}."
+        layer = quote(name) if name else "a layer"
+        yield f"A step changes {layer} by up to {fraction(largest)}, {usual}."
     bad = [n for n, norm in zip(context.names, context.weight_norms, strict=True) if not math.isfinite(norm)]
     if bad:
         yield f"The weights of {listing(bad)} are NaN or Inf."

@@ -90,9 +90,9 @@ def fraction(ratio: float) -> str:
     """Return the size of a step relative to the weights.
 
     >>> fraction(0.5), fraction(12.0), fraction(1.9e-9)
-    ('50 % of its size', '12 times its size', '1.9e-07 % of its size')
+    ('50% of its size', '12 times its size', '1.9e-07% of its size')
     """
-    return f"{number(100 * ratio)} % of its size" if ratio < 10 else f"{number(ratio)} times its size"
+    return f"{number(100 * ratio)}% of its size" if ratio < 10 else f"{number(ratio)} times its size"
 
 
 def power(exponent: float) -> str:

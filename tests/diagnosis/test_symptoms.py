@@ -99,11 +99,11 @@ def test_zero_gradients():
 
 def test_weights_that_do_not_change_or_change_too_much():
     assert any(
-        "hardly change: a step changes the median layer by 1e-07 % of its size" in s
+        "hardly change: a step changes the median layer by 1e-07% of its size" in s
         for s in find_symptoms(case_with(update_ratios=(1e-9,) * 3))
     )
     leaping = find_symptoms(case_with(update_ratios=(1e-3, 0.5, 1e-3)))
-    assert "A step changes `net.1.weight` by up to 50 % of its size, where 0.1 % is typical." in leaping
+    assert "A step changes `net.1.weight` by up to 50% of its size, where 0.1% is typical." in leaping
     assert any(
         "`net.0.weight` by up to 12 times its size" in s
         for s in find_symptoms(case_with(update_ratios=(12.0, 1e-3, 1e-3)))

@@ -44,24 +44,20 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         if context.path.get("soft relu") and rest >= 1 and biases > _NOTABLE_BIAS:
             activations = count(context.path["soft relu"], "activation")
             text = (
-                f"Gradients lose {rest:.1f} decades (factors of ten) that the weights do not explain. The median bias "
+                f"Gradients shrink by a factor of 10^{rest:.1f} that the weights do not explain. The median bias "
                 f"has an RMS of {number(biases)}, which moves {activations} on the path to where they are flat."
             )
             yield Evidence(rest, text)
         return
     bounded = context.decades_lost_in_activations
     kinds = " and ".join(count(n, f"{kind} activation") for kind, n in context.saturating.items())
-    text = f"The shortest path from the loss to the first layer has {kinds}."
+    text = f"The path from the loss to the first layer has {kinds}."
     if bounded >= 0.1:
-        of = f" of the {context.lost_decades:.1f}" if context.lost_decades > bounded else ""
-        text += f" Even at their steepest, they account for {bounded:.1f}{of} lost decades (factors of ten)."
+        in_all = f" (in all: 10^{context.lost_decades:.1f})" if context.lost_decades > bounded else ""
+        text += f" Even at their steepest, they shrink gradients by a factor of 10^{bounded:.1f}{in_all}."
     if rest >= 0.5:
-        lost = (
-            f"Another {rest:.1f} decades are"
-            if bounded >= 0.1
-            else f"{rest:.1f} decades (factors of ten) are"
-        )
-        text += f" {lost} lost that the weights do not explain, so slopes are near zero."
+        factor = "another factor" if bounded >= 0.1 else "a factor"
+        text += f" Gradients lose {factor} of 10^{rest:.1f} that the weights do not explain, so slopes are near zero."
     yield Evidence(bounded + rest, text)
 
 
@@ -93,29 +89,27 @@ def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     weights = "The initial weights of the median layer were" if known else "The median layer's weights are"
     size = f"{10**excess:.2g} times the size of {scheme} initialization" if excess > -3 else "almost zero"
     decades = abs(excess) * layers
-    change = f"{'lose' if excess < 0 else 'gain'} {decades:.1f} decades (factors of ten)"
+    change = f"{'shrink' if excess < 0 else 'grow'} by a factor of 10^{decades:.1f}"
     yield Evidence(decades, f"{weights} {size}: over {count(layers, 'layer')}, gradients {change}.")
 
 
 def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame whatever lies between the layers if neither weights nor activations explain the loss of gradient."""
     rest = context.unexplained_decades
-    flat = (
-        context.path.get("soft relu") and _median_bias_rms(context) > _NOTABLE_BIAS
-    )  # see saturating_activation
     if (
         context.fault != Fault.VANISHING
-        or context.saturating
+        or rest < _LOST_BETWEEN_LAYERS
         or not context.path
         or context.recurrent
-        or flat
     ):
         return
-    if rest >= _LOST_BETWEEN_LAYERS:
-        text = (
-            f"Gradients lose {rest:.1f} decades (factors of ten) that neither weights nor activations explain: "
-            "something between the layers shrinks the signals."
-        )
-        yield Evidence(0.5 * rest, text)
+    if context.saturating or (context.path.get("soft relu") and _median_bias_rms(context) > _NOTABLE_BIAS):
+        return  # see saturating_activation
+    text = (
+        f"Gradients shrink by a factor of 10^{rest:.1f} that neither weights nor activations explain: something "
+        "between the layers shrinks the signals."
+    )
+    yield Evidence(0.5 * rest, text)
 
 
 def _one_signed_weights(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -149,9 +143,7 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
     tilt = context.finding.value if context.fault == Fault.VANISHING_IN_TIME else context.time_tilt
     if tilt is not None and abs(tilt) >= 1:
         way = "smaller" if tilt > 0 else "larger"
-        gradient = (
-            f"a gradient {abs(tilt):.1f} decades (a factor of 10^{abs(tilt):.1f}) {way} than the last tenth"
-        )
+        gradient = f"a gradient 10^{abs(tilt):.1f} times {way} than the last tenth"
         yield Evidence(abs(tilt), f"The first tenth of the sequence gets {gradient}.")
         return
     graph, growing = context.graph_summary, context.too_large
@@ -169,8 +161,7 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
             decades = abs(math.log10(gain)) * graph.recurrences
             text = (
                 f"{quote(context.names[i])} has a gain of {number(gain)} and is applied {graph.recurrences} times in a "
-                f"row: over the sequence, gradients {'gain' if growing else 'lose'} {decades:.1f} decades (factors of "
-                "ten)."
+                f"row: over the sequence, gradients {'grow' if growing else 'shrink'} by a factor of 10^{decades:.1f}."
             )
             yield Evidence(decades, text)
 
@@ -179,7 +170,7 @@ def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame units that no input activates: ReLUs whose inputs are all negative."""
     if context.fault == Fault.DEAD:
         where = f" in {listing(context.finding.parameters)}" if context.finding.parameters else ""
-        text = f"{100 * context.finding.value:.0f} % of the units get a gradient of exactly zero{where}"
+        text = f"{100 * context.finding.value:.0f}% of the units get a gradient of exactly zero{where}"
         if context.growth[0] > DIED_AFTER:
             # The biases say nothing here: if weights have grown, so have the sums.
             yield Evidence(1.0, text + "; they were active before.")

@@ -82,7 +82,7 @@ def low_precision(context: DiagnosticContext) -> Iterator[Evidence]:
     low = [dtype for dtype in context.dtypes if dtype in _LOW_PRECISION]
     if context.fault == Fault.UNDERFLOW:
         dtype = low[0] if low else next(iter(context.dtypes), "this dtype")
-        text = f"{100 * context.finding.value:.0f} % of the gradient's elements are too small for {dtype}."
+        text = f"{100 * context.finding.value:.0f}% of the gradient's elements are too small for {dtype}."
         yield Evidence(10.0, text)
     elif low and context.fault == Fault.DEAD and all(g == -math.inf for g in context.gradients_log10):
         text = f"All gradients are exactly zero, even in the last layer. They pass through {_range(low[0])}."

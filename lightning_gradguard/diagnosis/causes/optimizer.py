@@ -66,7 +66,7 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
     text = f"The learning rate is {number(rate)}"
     if not math.isnan(update):
         typical = number(100 * TYPICAL_UPDATE)
-        text += f", and a step changes the median layer by {fraction(update)}, where {typical} % is typical"
+        text += f", and a step changes the median layer by {fraction(update)}, where {typical}% is typical"
     yield Evidence(below, text + ".")
 
 
@@ -112,7 +112,8 @@ def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
     limit, killed = LARGEST_UPDATE, context.fault == Fault.DEAD
     ratio, name = context.largest_update
     if ratio > max(limit, 0.0 if killed else context.first_update):
-        words = f"a step changes {quote(name)} by {fraction(ratio)}, {number(ratio / limit)} times the healthy limit"
+        layer = quote(name) if name else "a layer"
+        words = f"a step changes {layer} by {fraction(ratio)}, {number(ratio / limit)} times the healthy limit"
         return math.log10(10 * ratio / limit), words
     ratio = context.first_update
     if ratio > limit and not killed:
