@@ -113,7 +113,9 @@ def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
     ratio, name = context.largest_update
     if ratio > max(limit, 0.0 if killed else context.first_update):
         layer = quote(name) if name else "a layer"
-        words = f"a step changes {layer} by {fraction(ratio)}, {number(ratio / limit)} times the healthy limit"
+        words = (
+            f"a step changes {layer} by {fraction(ratio)}, {number(ratio / limit)} times the healthy limit"
+        )
         return math.log10(10 * ratio / limit), words
     ratio = context.first_update
     if ratio > limit and not killed:
