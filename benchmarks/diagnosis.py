@@ -216,7 +216,7 @@ def _table(runs: list[Run], fault: Fault) -> str:
         if not asked:
             lines.append(f"| {id} | {case.title} | {case.cause} | not diagnosed | | | {case.level} | |")
             continue
-        said = (
+        answers = (
             " · ".join(dict.fromkeys(str(getattr(r, name)) for r in asked)) for name in ("cause", "remedy")
         )
         qualities = " · ".join("-" if r.quality is None else f"{r.quality:.2f}" for r in asked)
@@ -224,7 +224,7 @@ def _table(runs: list[Run], fault: Fault) -> str:
         if fault in OTHERS:
             qualities, cured = "not asked", ""
         lines.append(
-            f"| {id} | {case.title} | {case.cause} | {' | '.join(said)} | {qualities} | {case.level} | {cured} |"
+            f"| {id} | {case.title} | {case.cause} | {' | '.join(answers)} | {qualities} | {case.level} | {cured} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     clock = time.process_time if options.cpu_time else time.perf_counter
 
-    def say(what: str) -> None:
+    def report_progress(what: str) -> None:
         print(f"{time.perf_counter() - began:4.0f} s  {what}", file=sys.stderr, flush=True)
 
-    found = run(QUICK if options.quick else FULL, clock, options.rounds, say)
+    found = run(QUICK if options.quick else FULL, clock, options.rounds, report_progress)
     drawn = options.out.with_suffix(".png")
     page = report(found, f"seconds of the {'CPU' if options.cpu_time else 'wall clock'}", drawn.name)
     options.out.write_text(page)

@@ -490,7 +490,7 @@ class Guard:
                 if finding.fault == Fault.NONFINITE:
                     # The first one of a run is replayed; of later ones only the batch is searched.
                     origin = self._trace(record, pending.context, replay=self._origin is None)
-                warn(describe(finding, origin, skipped=decision.report.skip))
+                warn(describe(finding, origin, self.policy, skipped=decision.report.skip))
         if to_diagnose is not None:
             self.diagnosis = self._diagnose(to_diagnose, record, pending)
 

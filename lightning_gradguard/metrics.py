@@ -1,4 +1,6 @@
-"""Torchmetrics for gradients: mean norm, share of clipped steps, and share of spikes in a series.
+"""Torchmetrics for gradients.
+
+Mean norm, share of clipped steps, and share of spikes in a series.
 
 ``update`` reads nothing on the host and ignores values that are NaN or infinite. ``compute`` pools the steps of all
 ranks, and returns NaN before the first value.
@@ -19,7 +21,7 @@ MIN_HISTORY = 25
 
 
 class GradientNorm(Metric):
-    """Mean of the gradient norms since the last reset, in the gradient's unit.
+    """Mean gradient norm since the last reset.
 
     Example:
         >>> norm = GradientNorm()
@@ -61,7 +63,7 @@ class GradientNorm(Metric):
 
 
 class ClipRate(Metric):
-    """Share of steps whose gradients were scaled down, 0 to 1.
+    """Share of clipped steps, 0 to 1.
 
     Example:
         >>> rate = ClipRate()
@@ -105,10 +107,11 @@ class ClipRate(Metric):
 
 
 class SpikeScore(Metric):
-    """Share of values that lie at least ``sigma`` standard deviations from the rolling mean, 0 to 1.
+    """Share of spikes in a series, 0 to 1.
 
-    Mean and (population) standard deviation are those of the last ``window`` values before the one in question. The
-    first 25 values, or ``window`` if that is less, are never spikes. Each rank has a series of its own.
+    A spike lies at least ``sigma`` standard deviations from the rolling mean. Mean and (population) standard deviation
+    are those of the last ``window`` values before the one in question. The first 25 values, or ``window`` if that is
+    less, are never spikes. Each rank has a series of its own.
 
     Example:
         >>> score = SpikeScore()
@@ -163,7 +166,6 @@ class SpikeScore(Metric):
         return self.spikes / self.steps
 
     def _add(self, value: Tensor) -> None:
-        """Add one value, scalar."""
         place = torch.arange(self.window, device=value.device)
         known = place < self.seen
         count = torch.clamp(self.seen, 1, self.window)

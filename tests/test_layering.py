@@ -28,7 +28,9 @@ LAYERS = {
     "charts": {"numpy", "matplotlib"},
     "engine": {"torch", "numpy", "stats", "detectors", "clippers", "introspection", "policy"},
     "flight_recorder.recorder": set(),
-    "diagnosis": {"torch", "numpy", "rich", "jinja2", "markupsafe", "stats", "introspection", "engine", "charts"},
+    "diagnosis": {
+        "torch", "numpy", "rich", "jinja2", "markupsafe", "stats", "introspection", "engine", "charts", "policy",
+    },
     "guard": {"torch", "stats", "detectors", "clippers", "introspection", "engine", "diagnosis", "policy"},
     "flight_recorder": {"torch", "numpy", "rich", "stats", "introspection", "diagnosis"},
     "loggers": {"torch", "numpy", "tensorboard", "tensorboardX", "stats", "charts"},

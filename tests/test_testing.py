@@ -152,8 +152,7 @@ class TestInvalidArguments:
     )
     @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1"])
     def test_numbers(self, kind, name, value):
-        is_number = type(value) in (int, float)
-        with pytest.raises(ValueError if is_number else TypeError, match=f"{name} must be"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
             kind(at=0, **{name: value})
 
     def test_patterns(self):

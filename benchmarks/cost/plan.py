@@ -107,33 +107,35 @@ class Results:
         return sorted(self.held)[-2]
 
 
-def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callable[[str], None]) -> Results:
+def run(
+    plan: Plan, clock: Callable[[], float], rounds: int | None, report_progress: Callable[[str], None]
+) -> Results:
     """Run the whole plan; ``rounds`` overrides the number of repetitions."""
     found = Results()
     for count in plan.tensors:
-        say(f"memory, {count} tensors")
+        report_progress(f"memory, {count} tensors")
         found.held[count] = memory.held(memory.after_steps(_squares(count)))
     reference = _squares(found.reference)
     found.held_tensors = memory.held(memory.after_steps(reference), (Tensor,)).total()
     found.held_wide = memory.held(memory.after_steps(tensors([(64, 64)] * found.reference))).total()
     found.python = memory.python_bytes(lambda: memory.after_steps(reference))
     for title, make in plan.workloads.items():
-        say(f"steps, {title}")
+        report_progress(f"steps, {title}")
         model = make()
         sizes = [p.numel() for p in model.parameters()]
         found.shapes[title] = len(sizes), sum(sizes)
         # The largest number of tensors only shows how a guard grows; peers would take minutes.
         found.steps[title] = arms.timings(model, plan.steps, clock, with_peers=title != arms.FOUR_THOUSAND)
     for count in plan.tensors:
-        say(f"growth, {count} tensors")
+        report_progress(f"growth, {count} tensors")
         found.by_tensors[count] = arms.timings(_squares(count), plan.growth_steps, clock, with_peers=False)
     for count in plan.elements:
-        say(f"growth, {count:,} parameters")
+        report_progress(f"growth, {count:,} parameters")
         model = tensors([(count // 1000, 10)] * 100)
         found.by_elements[count] = arms.timings(model, plan.growth_steps, clock, with_peers=False)
     with tempfile.TemporaryDirectory() as folder:
         for title, (size, usual, names) in plan.turns.items():
-            say(f"turns, {title}")
+            report_progress(f"turns, {title}")
             able = [name for name in names or ABLE if name in trainer_arms.available()]
             found.turns[title], findings = take_turns(
                 able, size, rounds or usual, Path(folder) / title, clock
@@ -143,7 +145,7 @@ def run(plan: Plan, clock: Callable[[], float], rounds: int | None, say: Callabl
             ready = trainer_arms.available()
 
             def train(name: str, size: Size = size, title: str = title) -> list[float]:
-                say(f"training, {title}: {name}")
+                report_progress(f"training, {title}: {name}")
                 seconds, findings = trainer_arms.train(
                     trainer_arms.available()[name], size, Path(folder), clock
                 )

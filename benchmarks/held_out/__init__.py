@@ -1,7 +1,7 @@
-"""A second collection, written by somebody who had seen neither the detectors nor their limits.
+"""Held-out collection, written by an author who had seen neither the detectors nor their limits.
 
-Its cases are like those of `benchmarks.zoo` in form only: nets, data and loops are their own. What was nearly the same
-as a case of the zoo has been left out.
+Its cases share only the form of `benchmarks.zoo`: nets, data and loops are separate. Cases close to one of the zoo
+were left out.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _FILES = (
     healthy_rewards,
 )
 
-#: All cases, the sick ones first.
+#: All cases, the faulty ones first.
 CASES: tuple[Case, ...] = tuple(case for file in _FILES for case in file.CASES)
-#: Where their truth is kept.
+#: Path of their truth.
 TRUTH = Path(__file__).with_name("truth.json")
 
 
 def case(id: str) -> Case:
-    """The case of this id.
+    """Return the case with this id.
 
     Raises:
-        KeyError: If there is none.
+        KeyError: If no case has this id.
     """
     return {case.id: case for case in CASES}[id]

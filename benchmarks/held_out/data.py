@@ -1,4 +1,4 @@
-"""Generated data and small tables: each task draws batches, and says what its loss and its quality are."""
+"""Generated data and small tables: each task draws batches, and defines its loss and its quality."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from benchmarks.held_out.training import seeded
 from benchmarks.zoo.tasks import Task, explained
 
-#: Characters of the text that language models learn.
+#: Number of characters in the text for language models.
 TEXT_LENGTH = 60_000
 
 
 def templates(seed: int, *, noise: float = 1.0, classes: int = 10) -> Task:
-    """Class templates [B, 64] plus noise."""
+    """Return class templates [B, 64] plus noise."""
     centres = torch.randn(classes, 64, generator=seeded(1000 + seed))
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def templates(seed: int, *, noise: float = 1.0, classes: int = 10) -> Task:
 
 
 def rotated_templates(seed: int) -> Task:
-    """`templates` in a space that is turned a little: what a net that has learned them is tuned to."""
+    """Return `templates` in a slightly rotated space, for fine-tuning a net that has learned them."""
     own = templates(seed)
     turn = torch.linalg.qr(torch.eye(64) + 0.15 * torch.randn(64, 64, generator=seeded(seed)))[0]
 
@@ -46,7 +46,7 @@ def rotated_templates(seed: int) -> Task:
 
 
 def pairs(seed: int, *, classes: int) -> Task:
-    """Two examples of `templates`, and whether they are of one class (1.0) or not (0.0)."""
+    """Return two examples of `templates`, with 1.0 if they share a class and 0.0 if not."""
     own = templates(seed, classes=classes)
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def pairs(seed: int, *, classes: int) -> Task:
 
 
 def views(seed: int) -> Task:
-    """Two noisy views of the same examples of `templates`."""
+    """Return two noisy views of the same examples of `templates`."""
     own = templates(seed)
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def views(seed: int) -> Task:
 
 
 def rings(seed: int, *, noise: float = 0.1) -> Task:
-    """Two noisy circles in the plane, of radius 1 and 0.4."""
+    """Return two noisy circles in the plane, of radius 1 and 0.4."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (size,), generator=generator)
@@ -83,13 +83,13 @@ def rings(seed: int, *, noise: float = 0.1) -> Task:
 
 
 def ring_points(generator: Generator, size: int) -> tuple[Tensor]:
-    """Points of `rings` without their classes: what densities are learned from."""
+    """Return points of `rings` without their classes, for density estimation."""
     x, _ = rings(0, noise=0.05).draw(generator, size)
     return (x * 1.5 + 0.5,)
 
 
 def waves(seed: int, *, features: int = 12, scale: float = 1.0) -> Task:
-    """A line plus a sine of 12 numbers that are ``scale`` wide; mean squared error."""
+    """Return a line plus a sine of 12 numbers that are ``scale`` wide; mean squared error."""
     line = torch.randn(features, 1, generator=seeded(seed + 50)) / features**0.5
     wave = torch.randn(features, 1, generator=seeded(seed + 51)) / features**0.5
 
@@ -102,31 +102,31 @@ def waves(seed: int, *, features: int = 12, scale: float = 1.0) -> Task:
 
 
 def digits(*, standard: bool = True) -> Task:
-    """Handwritten digits as 64 numbers, standardised or from -1 to 1."""
+    """Return handwritten digits as 64 numbers, standardised or from -1 to 1."""
     x, y = _table(datasets.load_digits)
     return _rows(_standardised(x) if standard else x / 8 - 1, y)
 
 
 def digit_pictures() -> Task:
-    """Handwritten digits as pictures [B, 1, 8, 8] from -1 to 1."""
+    """Return handwritten digits as pictures [B, 1, 8, 8] from -1 to 1."""
     x, y = _table(datasets.load_digits)
     return _rows(x.view(-1, 1, 8, 8) / 8 - 1, y)
 
 
 def digit_vectors() -> Task:
-    """Digits from -1 to 1, without their classes: what codes are learned from."""
+    """Return digits from -1 to 1 without their classes, for autoencoders."""
     own = digits(standard=False)
     return Task(lambda generator, size: own.draw(generator, size)[:1])
 
 
 def wine(*, standard: bool) -> Task:
-    """Thirteen measurements of wine, of widely different units unless standardised; three classes."""
+    """Return thirteen measurements of wine in three classes; their units differ widely unless standardised."""
     x, y = _table(datasets.load_wine)
     return _rows(_standardised(x) if standard else x, y)
 
 
 def recall(seed: int, steps: int) -> Task:
-    """One of 5 symbols, then noise symbols, one-hot [B, steps, 8]; the answer is the first."""
+    """Return one of 5 symbols, then noise symbols, one-hot [B, steps, 8]; the answer is the first symbol."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(5, (size,), generator=generator)
@@ -139,14 +139,14 @@ def recall(seed: int, steps: int) -> Task:
 
 @cache
 def text() -> tuple[Tensor, int]:
-    """Characters of a module of Python's standard library as numbers, and how many there are of them."""
+    """Return characters of a standard library module as numbers, and the number of distinct characters."""
     source = inspect.getsource(argparse)[:TEXT_LENGTH]
     alphabet = sorted(set(source))
     return torch.tensor([alphabet.index(c) for c in source]), len(alphabet)
 
 
 def characters(length: int) -> Task:
-    """Pieces of the text; the answer is the next character at each place."""
+    """Return pieces of the text; the answer is the next character at each position."""
     tokens, _ = text()
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -162,17 +162,17 @@ def alphabet_size() -> int:
 
 
 def with_factor(task: Task, factor: float) -> Task:
-    """The task with its loss times a factor."""
+    """Return the task with its loss multiplied by a factor."""
     return dataclasses.replace(task, loss=lambda output, target: factor * task.loss(output, target))
 
 
 def changed(task: Task, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Task:
-    """The task with all its examples changed."""
+    """Return the task with all its examples changed."""
     return dataclasses.replace(task, draw=lambda generator, size: change(*task.draw(generator, size)))
 
 
 def _rows(x: Tensor, y: Tensor) -> Task:
-    """Rows of a table, drawn with replacement."""
+    """Return rows of a table, drawn with replacement."""
 
     def draw(generator: Generator, size: int) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(x), (size,), generator=generator)

@@ -1,4 +1,4 @@
-"""Gradients, weights and losses that grow without bound."""
+"""Cases of gradients, weights and losses that grow without bound."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _above_the_stable_rate(seed: int, *, faulty: bool) -> Trial:
 
 
 class Dynamics(nn.Module):
-    """The same linear step, many times over."""
+    """Net that applies the same linear step many times."""
 
     def __init__(self, times: int, gain: float) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def _dynamics(seed: int, *, faulty: bool) -> Trial:
 
 
 def _baird(seed: int, *, faulty: bool) -> Trial:
-    """Seven states with features of eight numbers; values are zero, and all transitions end in the last state."""
+    """Return seven states with eight features; values are zero, and all transitions end in the last state."""
     states = torch.zeros(7, 8)
     for state in range(6):
         states[state, state], states[state, 7] = 2.0, 1.0
@@ -81,7 +81,7 @@ def _baird(seed: int, *, faulty: bool) -> Trial:
 
 
 def _without_margin(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Pairs of a class are drawn together, others pushed apart for ever."""
+    """Pull pairs of a class together and push others apart without limit."""
     distance, same = (net(batch[0]) - net(batch[1])).square().sum(1), batch[2]
     together = (same * distance).sum() / (same.sum() + 1)
     return together - ((1 - same) * distance).sum() / ((1 - same).sum() + 1)
@@ -110,7 +110,7 @@ def _momentum_above_one(seed: int, *, faulty: bool) -> Trial:
 
 
 def powers(*, standard: bool) -> Task:
-    """A sine of a number from -2 to 2, whose first six powers are the features."""
+    """Return a sine of a number from -2 to 2, with its first six powers as features."""
     widths = torch.tensor([1.15, 1.8, 3.0, 5.3, 9.6, 17.7]) if standard else torch.ones(6)
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:

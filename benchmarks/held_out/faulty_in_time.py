@@ -1,4 +1,4 @@
-"""Gradients that starve on their way back through the steps of a sequence."""
+"""Cases of gradients that vanish on their way back through the steps of a sequence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def _loop(seed: int, *, faulty: bool) -> Trial:
 
 
 def addition(steps: int) -> Task:
-    """Numbers and marks [B, steps, 2]: the sum of the first number and of another marked one among the first dozen."""
+    """Return numbers and marks [B, steps, 2]; the target is a sum.
+
+    || It adds the first number and another marked one among the first dozen.
+    """
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
         values, marks = torch.rand(size, steps, generator=generator), torch.zeros(size, steps)

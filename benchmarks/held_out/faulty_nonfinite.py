@@ -1,4 +1,4 @@
-"""Numbers that leave their range: NaN and infinity, and half precision that rounds to nothing."""
+"""Cases of values out of range: NaN, Inf, and half precision that rounds to zero."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _half_convolutions(seed: int, *, faulty: bool) -> Trial:
 
 
 class Autocast(nn.Module):
-    """A net whose forward runs in half precision, while its parameters stay in single."""
+    """Net whose forward pass runs in half precision, while its parameters stay in single precision."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

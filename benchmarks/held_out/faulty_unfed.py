@@ -1,4 +1,4 @@
-"""Parts that get no gradient: cut off, forgotten, or behind units that never open."""
+"""Cases of parts without a gradient: detached, forgotten, or behind units that never activate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X, D = Fault.DISCONNECTED, Fault.DEAD
 
 
 class Backbone(nn.Module):
-    """Convolutions in front of a classifier; ``fixed`` runs them without recording."""
+    """Convolutions in front of a classifier; ``fixed`` runs them without recording gradients."""
 
     def __init__(self, *, fixed: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def _unrecorded_backbone(seed: int, *, faulty: bool) -> Trial:
 
 
 class TwoHeads(nn.Module):
-    """A trunk with a head for the class and one for whether it is odd."""
+    """Trunk with a head for the class and one for odd or even."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,15 +57,15 @@ def _forgotten_loss(seed: int, *, faulty: bool) -> Trial:
         loss = F.cross_entropy(digit, batch[1])
         return loss if faulty else loss + F.cross_entropy(odd, batch[1] % 2)
 
-    def odd_told(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    def odd_accuracy(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         return (net(batch[0])[1].argmax(1) == batch[1] % 2).float().mean()
 
     optimizer = sgd(0.03, momentum=0.9)
-    return Trial(TwoHeads(), templates(seed), optimizer, seed, objective=objective, measure=odd_told)
+    return Trial(TwoHeads(), templates(seed), optimizer, seed, objective=objective, measure=odd_accuracy)
 
 
 class Actor(nn.Module):
-    """A policy, and a value beside it."""
+    """Policy and value network side by side."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Steps that are too large or too small, and single batches that are out of all proportion."""
+"""Cases of steps that are too large or too small, and of single extreme batches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _wrong_labels(seed: int, *, faulty: bool) -> Trial:
 
 
 class SignDescent(torch.optim.Optimizer):
-    """Steps of one size in every coordinate, in the direction of the gradient's sign."""
+    """Optimizer with steps of one size in every coordinate, along the sign of the gradient."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})

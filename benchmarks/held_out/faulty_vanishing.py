@@ -1,4 +1,4 @@
-"""Gradients that starve on their way through depth."""
+"""Cases of gradients that vanish with depth."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _softmax_units(seed: int, *, faulty: bool) -> Trial:
 
 
 def neighbourhoods(seed: int) -> Task:
-    """Graphs of 15 nodes that lie near others of their class: features, mean over neighbours, classes."""
+    """Return graphs of 15 nodes, connected mostly within a class: features, neighbour means, classes."""
     centres = torch.randn(3, 8, generator=seeded(seed))
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,14 +140,14 @@ def _rounds(seed: int, *, faulty: bool) -> Trial:
 
 
 def contrastive(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Pairs of a class are drawn together, others pushed apart up to a margin of one."""
+    """Pull pairs of a class together and push others apart up to a margin of one."""
     distance = (net(batch[0]) - net(batch[1])).square().sum(1)
     apart = F.relu(1 - (distance + 1e-8).sqrt()).square()
     return (batch[2] * distance + (1 - batch[2]) * apart).mean()
 
 
-def told_apart(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Share of pairs that a distance of one half tells rightly."""
+def pair_accuracy(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Return the share of pairs that a distance of one half classifies correctly."""
     distance = (net(batch[0]) - net(batch[1])).norm(dim=1)
     return ((distance < 0.5) == (batch[2] > 0)).float().mean()
 
@@ -156,7 +156,7 @@ def _siamese(seed: int, *, faulty: bool) -> Trial:
     activation, weight = (torch.sigmoid, normal(0.1)) if faulty else (torch.relu, he())
     net = MLP(64, 8, 10, 32, activation=activation, weight=weight)
     task = pairs(seed, classes=4)
-    return Trial(net, task, adam(1e-3), seed, objective=contrastive, measure=told_apart)
+    return Trial(net, task, adam(1e-3), seed, objective=contrastive, measure=pair_accuracy)
 
 
 CASES = [

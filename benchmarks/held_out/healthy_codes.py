@@ -1,4 +1,4 @@
-"""Healthy trainings that learn codes: quantised, from a teacher, masked, or of words and users."""
+"""Healthy trainings of codes: quantised, from a teacher, masked, or of words and users."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.zoo.tasks import Task
 
 
 class Quantised(nn.Module):
-    """An autoencoder through the nearest of 32 codes, with the gradient copied past the choice."""
+    """Autoencoder through the nearest of 32 codes; the gradient is copied past the selection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ def _quantised(seed: int) -> Trial:
 
 @torch.no_grad()
 def _follow(net: Any) -> None:
-    """Moves the teacher a little towards the student."""
+    """Move the teacher a little towards the student."""
     for student, teacher in zip(net.student.parameters(), net.teacher.parameters(), strict=True):
         teacher.lerp_(student, 0.02)
 
 
 class Bootstrapped(nn.Module):
-    """A student that foretells the code that its slow teacher gives another view (BYOL)."""
+    """Student that predicts its slow teacher's code of another view (BYOL)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def _bootstrapped(seed: int) -> Trial:
 
 
 class Taught(nn.Module):
-    """A student, and a teacher that is its running mean."""
+    """Student, and a teacher that is its running mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class Taught(nn.Module):
 
 
 def _consistency(net: Taught, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Sixteen labels, and on all examples agreement with the teacher, which counts more and more."""
+    """Combine sixteen labels with agreement with the teacher on all examples, weighted more and more."""
     x, y = batch
     with torch.no_grad():
-        told = net.teacher(x + 0.3 * torch.randn_like(x)).softmax(1)
+        target = net.teacher(x + 0.3 * torch.randn_like(x)).softmax(1)
     output = net.student(x + 0.3 * torch.randn_like(x))
-    agreement = min(1.0, number / 100) * 5 * F.mse_loss(output.softmax(1), told)
+    agreement = min(1.0, number / 100) * 5 * F.mse_loss(output.softmax(1), target)
     return F.cross_entropy(output[:16], y[:16]) + agreement
 
 
@@ -103,7 +103,7 @@ def _mean_teacher(seed: int) -> Trial:
 
 
 class Masked(nn.Module):
-    """A transformer that fills in the patches which it is not shown."""
+    """Transformer that fills in masked patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _masked(seed: int) -> Trial:
 
 
 class Vectors(nn.Module):
-    """Two tables of embeddings."""
+    """Two embedding tables."""
 
     def __init__(self, left: int, right: int, width: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def _negative_samples(net: Vectors, batch: tuple[Tensor, ...], number: int) -> T
 
 
 def _words(seed: int) -> Trial:
-    """Words by Zipf's law, whose neighbours are of the same ten; five others for each."""
+    """Return Zipf-distributed words with a neighbour from the same group of ten, and five others for each."""
     share = 1 / (torch.arange(500) + 2.0)
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +156,7 @@ def _words(seed: int) -> Trial:
 
 
 def _ratings(seed: int) -> Trial:
-    """Ratings by 200 users of 300 things, of rank four."""
+    """Return ratings by 200 users of 300 items, of rank four."""
     users, things = (
         torch.randn(200, 4, generator=seeded(seed)),
         torch.randn(300, 4, generator=seeded(seed + 1)),

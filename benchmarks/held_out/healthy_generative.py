@@ -1,4 +1,4 @@
-"""Healthy trainings of densities, and those whose loss is made of derivatives."""
+"""Healthy trainings of densities, and of losses that contain derivatives."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ POINTS = Task(ring_points)
 
 
 def _four_places(generator: torch.Generator, size: int) -> tuple[Tensor]:
-    """Points near four places on a circle around (2, 2)."""
+    """Return points near four places on a circle around (2, 2)."""
     angle = torch.randint(4, (size,), generator=generator) * math.pi / 2
     places = 2 + torch.stack([angle.cos(), angle.sin()], 1)
     return (places + 0.15 * torch.randn(size, 2, generator=generator),)
 
 
 class Adversaries(Training):
-    """Generator and critic under a hinge loss, each with its optimizer; the generator on every second batch."""
+    """Generator and critic with a hinge loss, each with its optimizer; the generator on every second batch."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(nn.Identity(), Task(_four_places), adam(2e-3, betas=(0.0, 0.9)), seed=seed)
@@ -63,12 +63,12 @@ class Adversaries(Training):
         return float(self._nearness(self.generator(torch.randn(500, 4, generator=seeded(self.seed)))))
 
     def _nearness(self, made: Tensor) -> Tensor:
-        """One when the mean of what is generated is that of the points."""
+        """Return one if the mean of the generated points equals that of the data."""
         return 1 - (made.mean(0) - 2).norm() / 2
 
 
 class Flow(nn.Module):
-    """Four couplings that start as the identity; gives the negative log-density, but for a constant."""
+    """Four couplings that start as the identity; returns the negative log-density, up to a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _flow(seed: int) -> Trial:
 
 
 class Denoiser(nn.Module):
-    """Tells the noise in a point, given how much there is of it."""
+    """Net that predicts the noise in a point, given the noise level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,24 +108,24 @@ class Denoiser(nn.Module):
         return self.net(torch.cat([x, phases.sin(), phases.cos()], 1))
 
 
-def _noise_told(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
+def _noise_loss(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
     time, noise = torch.rand(len(batch[0])), torch.randn_like(batch[0])
     share = (time * math.pi / 2).cos()[:, None]
     return F.mse_loss(net(share * batch[0] + (1 - share * share).sqrt() * noise, time), noise)
 
 
 def _denoiser(seed: int) -> Trial:
-    return Trial(Denoiser(), POINTS, adam(3e-3), seed, objective=_noise_told, batch_size=128)
+    return Trial(Denoiser(), POINTS, adam(3e-3), seed, objective=_noise_loss, batch_size=128)
 
 
 def slope(output: Tensor, inputs: Tensor) -> Tensor:
-    """Derivatives of the outputs by their inputs, which can be derived again."""
+    """Return derivatives of the outputs by their inputs, which can be differentiated again."""
     (gradient,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
     return gradient
 
 
 def _score_matching(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """The slope of an energy is matched with noise of width 0.6; the energy's last bias plays no part."""
+    """Match the slope of an energy with noise of width 0.6; the energy's last bias has no effect."""
     noise = torch.randn_like(batch[0]) * 0.6
     x = (batch[0] + noise).requires_grad_()
     return (slope(net(x), x) + noise / 0.36).square().mean() * 0.36
@@ -137,7 +137,7 @@ def _energy(seed: int) -> Trial:
 
 
 def _oscillation(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Residual of u'' + 4 u = 0 with u = 1 and u' = 0 at the beginning."""
+    """Return the residual of u'' + 4 u = 0 with u = 1 and u' = 0 at the start."""
     time, start = batch[0].clone().requires_grad_(), torch.zeros(1, 1, requires_grad=True)
     u, first = net(time), net(start)
     residual = (slope(slope(u, time), time) + 4 * u).square().mean()
@@ -151,7 +151,7 @@ def _oscillator(seed: int) -> Trial:
 
 
 def _sines(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-    """Eight sines of random height and phase, at twenty places each."""
+    """Return eight sines of random height and phase, at twenty places each."""
     height = 1 + torch.rand(8, 1, 1, generator=generator)
     phase = 3 * torch.rand(8, 1, 1, generator=generator)
     x = 6 * torch.rand(8, 20, 1, generator=generator) - 3
@@ -159,7 +159,7 @@ def _sines(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _after_one_step(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Loss on ten places of each sine after a step of descent on the other ten (MAML, of second order)."""
+    """Return the loss on ten places of each sine after a step on the other ten (second-order MAML)."""
     parameters = dict(net.named_parameters())
     total = torch.zeros(())
     for x, y in zip(*batch, strict=True):

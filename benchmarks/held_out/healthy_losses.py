@@ -1,4 +1,4 @@
-"""Healthy trainings whose loss is unusual: focal, ordinal, censored, ranked, or below zero."""
+"""Healthy trainings with an unusual loss: focal, ordinal, censored, ranked, or below zero."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _ordinal(seed: int) -> Trial:
 
 
 class Weighted(nn.Module):
-    """Two tasks from one trunk, whose weights are learned from their uncertainty."""
+    """Two tasks on one trunk, with weights learned from their uncertainty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def _uncertainty(seed: int) -> Trial:
 
 
 def _mixture_loss(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Negative log-likelihood of three Gaussians."""
+    """Return the negative log-likelihood of three Gaussians."""
     logits, mean, log_width = net(batch[0]).chunk(3, 1)
     exponents = -0.5 * ((batch[1] - mean) / log_width.exp()).square()
     return -torch.logsumexp(logits.log_softmax(1) + exponents - log_width, 1).mean()
@@ -72,7 +72,7 @@ def _mixture(seed: int) -> Trial:
 
 
 def _partial_likelihood(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Cox's: of those who are still there at each time, who leaves."""
+    """Return Cox's partial likelihood: who leaves, among those still present at each time."""
     hazard = net(batch[0])[:, 0][batch[1].argsort()]
     return -(hazard - hazard.flip(0).logcumsumexp(0).flip(0)).mean()
 
@@ -87,7 +87,7 @@ def _survival(seed: int) -> Trial:
 
 
 def _order_loss(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-    """Logistic loss on the order of neighbours in the batch."""
+    """Return the logistic loss on the order of neighbours in the batch."""
     output, target = net(batch[0]), batch[1]
     return F.softplus(-(output[:-1] - output[1:]) * (target[:-1] - target[1:]).sign()).mean()
 

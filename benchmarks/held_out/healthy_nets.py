@@ -1,4 +1,4 @@
-"""Healthy nets on vectors whose form is unusual: gates, norms of weights, experts, fixed points, generated weights."""
+"""Healthy nets on vectors with an unusual form: gates, weight norms, experts, fixed points, generated weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _siren(seed: int) -> Trial:
 
 
 class Experts(nn.Module):
-    """Each example goes to its best expert; the last of six is never chosen."""
+    """Mixture in which each example goes to its best expert; the last of six is never chosen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Experts(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """Makes the weights of a small net from a context of three numbers."""
+    """Net that generates the weights of a small net from a context of three numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _hypernetwork(seed: int) -> Trial:
 
 
 class Equilibrium(nn.Module):
-    """A fixed point of one layer, found without gradients; they pass through its last two steps only."""
+    """Fixed point of one layer, found without gradients; they flow through its last two steps only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Equilibrium(nn.Module):
 
 
 class EulerFlow(nn.Module):
-    """A neural differential equation in twenty steps of Euler's."""
+    """Neural differential equation in twenty Euler steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class EulerFlow(nn.Module):
 
 
 class Maxout(nn.Module):
-    """The largest of four units, at each place."""
+    """Largest of four units, at each position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Maxout(nn.Module):
 
 
 class ReZero(nn.Module):
-    """Residual blocks, each times a factor that starts at zero."""
+    """Residual blocks, each multiplied by a factor that starts at zero."""
 
     def __init__(self, blocks: int = 24, width: int = 40) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Healthy trainings whose practice is unusual: batch sizes, optimizers, schedules, thawing, data that change."""
+"""Healthy trainings with unusual practice: batch sizes, optimizers, schedules, unfreezing, changing data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.zoo.training import MakeOptimizer
 
 
 def _plain(seed: int, *, optimizer: MakeOptimizer | None = None, **options: Any) -> Trial:
-    """ReLU-3 on templates; SGD at 0.1 unless told."""
+    """Return three ReLU layers on templates; the default is SGD at 0.1."""
     return Trial(MLP(64, 10, 3, 40, weight=he()), templates(seed), optimizer or sgd(0.1), seed, **options)
 
 
@@ -60,7 +60,7 @@ def _to_zero(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
 
 
 def _thaw(net: MLP, number: int) -> None:
-    """From the top, one layer more every sixty steps."""
+    """Unfreeze one more layer every sixty steps, from the top."""
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith("out") or int(name[2]) >= 4 - number // 60)
 
@@ -86,7 +86,7 @@ def _third_order(seed: int) -> Trial:
 
 
 class WithAside(nn.Module):
-    """A net, and another beside it."""
+    """Net, and another beside it."""
 
     def __init__(self) -> None:
         super().__init__()

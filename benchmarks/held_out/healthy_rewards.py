@@ -1,4 +1,4 @@
-"""Healthy reinforcement learning, whose loss says little."""
+"""Healthy reinforcement learning, whose loss shows little."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.zoo.tasks import Task
 
 
 class Values(nn.Module):
-    """Values of two actions in each of eight states, and a copy of them that is renewed now and then."""
+    """Values of two actions in each of eight states, and a copy that is renewed from time to time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Values(nn.Module):
 
 
 def _chain(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Steps to the left or right in a row of eight states; a reward lies beyond the last."""
+    """Return steps to the left or right in a row of eight states; the reward lies beyond the last."""
     state = torch.randint(8, (size,), generator=generator)
     action = torch.randint(2, (size,), generator=generator)
     after = (state + 2 * action - 1).clamp(0, 7)
@@ -47,7 +47,7 @@ def _bellman(net: Values, batch: tuple[Tensor, ...], number: int) -> Tensor:
 
 
 def _to_the_right(net: Values, batch: tuple[Tensor, ...]) -> Tensor:
-    """Share of states in which the better action is known."""
+    """Return the share of states in which the better action is known."""
     return (net.online(torch.eye(8)).argmax(1) == 1).float().mean()
 
 
@@ -90,7 +90,7 @@ def _actor_critic(seed: int) -> Trial:
 
 
 class ClippedPolicy:
-    """Proximal policy optimisation: actions are taken on every fourth batch, and learned from four times."""
+    """Proximal policy optimisation: actions are drawn on every fourth batch and learned from four times."""
 
     def __init__(self) -> None:
         self.taken: tuple[Tensor, ...] = ()

@@ -13,12 +13,12 @@ from benchmarks.zoo.case import Case
 from benchmarks.zoo.recipes import adam, adamw, sgd
 from benchmarks.zoo.tasks import Task
 
-#: Words of the vocabulary that texts are made of.
+#: Number of words in the texts' vocabulary.
 WORDS = 2000
 
 
 class Decoder(nn.Module):
-    """A causal transformer of two layers with dropout, whose output layer is its embedding."""
+    """Causal transformer of two layers with dropout, whose output layer is its embedding."""
 
     def __init__(self, width: int = 32, length: int = 24) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def _language_model(seed: int) -> Trial:
 
 
 class Pointer(nn.Module):
-    """Attention that points at a place of its input."""
+    """Attention that points at a position of its input."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class GraphConvolution(nn.Module):
 
 
 def _one_graph(seed: int) -> Trial:
-    """A single graph of 120 nodes of three classes, whose first forty are labelled."""
+    """Return a single graph of 120 nodes in three classes, with labels on the first forty."""
     centres = torch.randn(3, 8, generator=seeded(seed))
     y = torch.randint(3, (120,), generator=seeded(seed + 1))
     x = 0.6 * centres[y] + torch.randn(120, 8, generator=seeded(seed + 2))
@@ -115,7 +115,7 @@ def _one_graph(seed: int) -> Trial:
 
 
 class DilatedConvolutions(nn.Module):
-    """Causal convolutions over ever wider gaps, with skips."""
+    """Causal convolutions with growing dilation, with skips."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def _dilated(seed: int) -> Trial:
 
 
 class Translator(nn.Module):
-    """An encoder and a decoder that is told the right symbols so far: the reverse of its input."""
+    """Encoder and decoder with teacher forcing; the target is the reverse of the input."""
 
     def __init__(self, symbols: int = 6, width: int = 32) -> None:
         super().__init__()
@@ -147,9 +147,9 @@ class Translator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         start = torch.full_like(x[:, :1], self.out.out_features)
-        told = torch.cat([start, x.flip(1)[:, :-1]], 1)
+        previous = torch.cat([start, x.flip(1)[:, :-1]], 1)
         _, state = self.encoder(self.embedding(x))
-        return self.out(self.decoder(self.embedding(told), state)[0])
+        return self.out(self.decoder(self.embedding(previous), state)[0])
 
 
 def _translator(seed: int) -> Trial:
@@ -161,7 +161,7 @@ def _translator(seed: int) -> Trial:
 
 
 class BagOfWords(nn.Module):
-    """The mean of embedded words, and a linear layer."""
+    """Mean of embedded words, and a linear layer."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class BagOfWords(nn.Module):
 
 
 def _words(seed: int) -> Trial:
-    """Texts of twenty words by Zipf's law, each class with favourites of its own."""
+    """Return texts of twenty Zipf-distributed words; each class has its own frequent words."""
     common = 1 / (torch.arange(WORDS) + 3.0)
     weights = torch.stack(
         [common[torch.randperm(WORDS, generator=seeded(seed + k))] * 0.5 + common for k in range(4)]

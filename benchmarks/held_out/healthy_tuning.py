@@ -1,4 +1,4 @@
-"""Healthy trainings that begin with a net that has learned already."""
+"""Healthy trainings that start from a trained net."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.zoo.tasks import Task
 
 
 def learned(net: nn.Module, task: Task, seed: int, steps: int) -> Any:
-    """The net after some steps of Adam in a plain loop."""
+    """Return the net after some steps of Adam in a plain loop."""
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     for number in range(steps):
         x, y = task.draw(seeded(31 * seed + number), 64)
@@ -30,13 +30,13 @@ def learned(net: nn.Module, task: Task, seed: int, steps: int) -> Any:
 
 
 def learned_mlp(seed: int, steps: int = 150) -> MLP:
-    """ReLU-3 that has learned `templates`."""
+    """Return three ReLU layers that have learned `templates`."""
     net: MLP = learned(MLP(64, 10, 3, 48, weight=he()), templates(seed), seed, steps)
     return net
 
 
 class LowRank(nn.Module):
-    """A frozen net with updates of low rank beside its hidden layers, which start at zero (LoRA)."""
+    """Frozen net with low-rank updates beside its hidden layers, which start at zero (LoRA)."""
 
     def __init__(self, base: MLP, rank: int = 4) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def _low_rank(seed: int) -> Trial:
 
 
 class Prompted(nn.Module):
-    """A frozen transformer with tokens to be learned beside its own, and a new head."""
+    """Frozen transformer with learned tokens beside its own, and a new head."""
 
     def __init__(self, base: VisionTransformer) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ def _distillation(seed: int) -> Trial:
     teacher = learned_mlp(seed, 300).requires_grad_(False)
 
     def objective(net: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
-        student, told = (net(batch[0]) / 4).log_softmax(1), (teacher(batch[0]) / 4).softmax(1)
-        return 16 * F.kl_div(student, told, reduction="batchmean")
+        student, taught = (net(batch[0]) / 4).log_softmax(1), (teacher(batch[0]) / 4).softmax(1)
+        return 16 * F.kl_div(student, taught, reduction="batchmean")
 
     net = MLP(64, 10, 1, 24)
     return Trial(net, templates(seed), adam(5e-3), seed, objective=objective, measure=measured_accuracy)

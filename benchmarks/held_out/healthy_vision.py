@@ -57,7 +57,7 @@ def _resnet(seed: int) -> Trial:
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:
-    """Two convolutions of 3 x 3 that keep the size."""
+    """Return two 3 x 3 convolutions that keep the size."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1),
         nn.ReLU(),
@@ -67,7 +67,7 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Down twice and up again, with skips at each size."""
+    """Net that goes down twice and up again, with skips at each size."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

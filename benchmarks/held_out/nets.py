@@ -1,4 +1,4 @@
-"""Nets of the held-out cases that take vectors or pictures."""
+"""Nets of the held-out cases on vectors or pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.zoo.models import Activation, Init
 
 
 def initialise(net: nn.Module, weight: Init | None = None, bias: float | None = None) -> None:
-    """Sets all weights of two dimensions or more, and the biases of hidden layers; None leaves torch's own."""
+    """Initialise all weights (two dimensions or more) and hidden biases; None keeps torch's defaults."""
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if weight is not None and parameter.ndim >= 2:
@@ -26,17 +26,17 @@ def xavier_uniform(weight: Tensor) -> None:
 
 
 class MLP(nn.Module):
-    """``depth`` linear layers of equal width, and an output layer; each with its own name, ``fc0`` on.
+    """``depth`` linear layers of equal width and an output layer, named ``fc0``, ``fc1`` and so on.
 
     Args:
-        inputs: Features; inputs of more dimensions are flattened.
-        outputs: Outputs.
-        depth: Hidden layers.
-        width: Their width.
-        activation: After each hidden layer.
+        inputs: Number of features; inputs with more dimensions are flattened.
+        outputs: Number of outputs.
+        depth: Number of hidden layers.
+        width: Width of the hidden layers.
+        activation: Applied after each hidden layer.
         weight: Initialisation of all weights.
         bias: Initial value of all hidden biases.
-        norm: Made after each hidden layer, before its activation.
+        norm: Creates the normalisation after each hidden layer, before its activation.
         scale: Factor after each activation.
     """
 
@@ -73,7 +73,7 @@ class MLP(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Blocks of two linear layers around a skip connection, each behind a layer normalisation."""
+    """Blocks of two linear layers around a skip connection, each after a layer normalisation."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, width: int) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ class Highway(nn.Module):
     """Layers with gates that choose between a transformation and its input.
 
     Args:
-        depth: Gated layers.
-        width: Their width.
-        gate: Initial bias of the gates; high ones let nothing carry over.
+        depth: Number of gated layers.
+        width: Width of the layers.
+        gate: Initial bias of the gates; high values carry nothing over.
         weight: Initialisation of the transformations.
     """
 
@@ -120,7 +120,7 @@ class Highway(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 2 x 2 of a picture of 8 x 8, a class token, and ``depth`` encoder layers."""
+    """Transformer on 2 x 2 patches of an 8 x 8 picture, with a class token and ``depth`` encoder layers."""
 
     def __init__(self, outputs: int = 10, *, width: int = 24, depth: int = 2, pre_norm: bool = True) -> None:
         super().__init__()
@@ -136,11 +136,11 @@ class VisionTransformer(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Embedded patches [B, 16, width], without their places."""
+        """Return embedded patches [B, 16, width], without positions."""
         return self.patch(x).flatten(2).transpose(1, 2)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Class token and patches with their places, [B, 17, width]."""
+        """Return the class token and the patches with positions, [B, 17, width]."""
         return torch.cat([self.cls.expand(len(x), -1, -1), self.patches(x)], 1) + self.pos
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class VisionTransformer(nn.Module):
 
 
 def two_convolutions(first: int = 8, second: int = 8) -> nn.Sequential:
-    """Two plain convolutions of 3 x 3 and a linear layer, for pictures of 8 x 8; all of torch's own initialisation."""
+    """Return two plain 3 x 3 convolutions and a linear layer for 8 x 8 pictures, with torch's initialisation."""
     return nn.Sequential(
         nn.Conv2d(1, first, 3),
         nn.ReLU(),

@@ -1,4 +1,4 @@
-"""What the files of cases share."""
+"""Shared parts of the files of cases."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.zoo.training import Training
 from lightning_gradguard import Fault
 
-#: Other names of what begins too large, and of what becomes too large.
+#: Other right names for gradients that start or become too large.
 OVERFLOWS = (Fault.NONFINITE, Fault.OVERSIZED_UPDATE, Fault.DEAD)
 DIVERGES = (Fault.EXPLODING, Fault.DEAD, Fault.NONFINITE)
-#: Why.
+#: Reason why they are right too.
 SHOWS_ALL = "a diverging run shows them all"
 
 
 def twins(make: Callable[..., Training]) -> dict[str, Any]:
-    """A build and its mended twin, of a recipe that is told which of them it is to make."""
+    """Return a build and its fixed twin, from a recipe with a ``faulty`` switch."""
     return {"build": partial(make, faulty=True), "fixed": partial(make, faulty=False)}

@@ -1,4 +1,4 @@
-"""Nets of the held-out cases that take sequences."""
+"""Nets of the held-out cases on sequences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.zoo.training import MakeOptimizer
 
 
 class LastState(nn.Module):
-    """A recurrent module of torch, and a linear layer on its last output."""
+    """Recurrent module of torch, and a linear layer on its last output."""
 
     def __init__(self, rnn: nn.RNNBase, outputs: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class LastState(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """A recurrent net as a loop over a cell: nothing in it is a recurrent module of torch but an ``LSTMCell``."""
+    """Recurrent net as a loop over a cell, with no recurrent module of torch except an ``LSTMCell``."""
 
     def __init__(self, outputs: int, width: int, cell: nn.Module) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class LinearCell(nn.Module):
 
 
 def remembering_gru(inputs: int, width: int, *, keep: float = 5.0) -> nn.GRU:
-    """A GRU whose update gates begin at ``keep``: open, it holds what it has seen; closed, it forgets."""
+    """Return a GRU whose update gates start at ``keep``: high values keep the past, low values forget it."""
     gru = nn.GRU(inputs, width, batch_first=True)
     with torch.no_grad():
         gru.bias_ih_l0[width : 2 * width] = 0.0
@@ -63,7 +63,7 @@ def remembering_gru(inputs: int, width: int, *, keep: float = 5.0) -> nn.GRU:
 
 
 class CharacterModel(nn.Module):
-    """An LSTM that tells the next character at each place."""
+    """LSTM that predicts the next character at each position."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class CharacterModel(nn.Module):
 def language_model(
     seed: int, *, optimizer: MakeOptimizer, width: int = 32, length: int = 16, batch_size: int = 16
 ) -> Trial:
-    """A `CharacterModel` on pieces of the text."""
+    """Return a `CharacterModel` on pieces of the text."""
     return Trial(
         CharacterModel(width), characters(length), optimizer, seed, batch_size=batch_size, examined=64
     )

@@ -1,4 +1,4 @@
-"""The LightningModule that the held-out cases share: a net, data, an objective of any form, an optimizer."""
+"""LightningModule that the held-out cases share: a net, data, an objective of any form, an optimizer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.zoo.tasks import Task, accuracy
 from benchmarks.zoo.training import ENDLESS, Batches, MakeOptimizer, Training, evaluating
 
-#: Net, batch and its number to a scalar to be minimised; the number is -1 when the net is examined.
+#: Function from net, batch and its number to a scalar to minimise; the number is -1 during evaluation.
 Objective = Callable[[Any, tuple[Tensor, ...], int], Tensor]
-#: Net and batch to a quality, 1 at best.
+#: Function from net and batch to a quality, 1 at best.
 Measure = Callable[[Any, tuple[Tensor, ...]], Tensor]
 
 
@@ -23,31 +23,32 @@ def seeded(seed: int) -> Generator:
 
 
 def measured_accuracy(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Share of right answers of a classifier of the batch's first tensor."""
+    """Return the share of right answers of a classifier on the batch's first tensor."""
     return accuracy(net(batch[0]), batch[1])
 
 
 class Trial(Training):
-    """One training that brings its data with it.
+    """Training that generates its own data.
 
-    Quality is taken from examples that training does not see. It is the task's score; of an objective of its own, the
-    measure given, or else the share by which the objective has fallen since training began.
+    Quality is measured on examples that training does not see. It is the task's score. With a custom objective it is
+    ``measure``, or without one the relative decrease of the objective since training began.
 
     Args:
-        net: What is trained.
-        task: Draws batches; its loss and score count unless there is an objective.
-        optimizer: Parameters to optimizer.
-        seed: Of the data.
+        net: Net to train.
+        task: Draws batches; its loss and score are used unless there is an objective.
+        optimizer: Function from parameters to optimizer.
+        seed: Seed of the data.
         objective: Replaces the task's loss.
         measure: Replaces the task's score; only with an objective.
-        batch_size: Examples, or batch number to examples (without a pool).
-        pool: Number of examples there are, drawn in epochs whose last batch is smaller; fresh ones for ever when None.
-        schedule: Step to multiple of the learning rate.
-        scheduler: Optimizer to learning-rate scheduler, called at every step; in place of a schedule.
-        spoil: Changes a batch, given its number: what a broken data pipeline does.
+        batch_size: Number of examples, or a function from batch number to it (without a pool).
+        pool: Size of a fixed data set, drawn in epochs whose last batch is smaller; None draws new examples for every
+            batch.
+        schedule: Function from step to the factor on the learning rate.
+        scheduler: Function from optimizer to learning-rate scheduler, used at every step; instead of ``schedule``.
+        spoil: Changes a numbered batch as a broken data pipeline would.
         before: Called with the net and the batch's number before each batch.
         after: Called with the net after each batch.
-        examined: Examples that quality is taken from.
+        examined: Number of examples for measuring quality.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Trial(Training):
         self._first_loss: Tensor | None = None
 
     def batch(self, number: int) -> Any:
-        """A fresh batch, given its number, before it is spoiled."""
+        """Return a new batch, given its number, before it is spoiled."""
         size = self.batch_size(number) if callable(self.batch_size) else self.batch_size
         return self.task.draw(seeded(77_777 * (self.seed + 3) + number), size)
 
@@ -128,12 +129,15 @@ class Trial(Training):
         }
 
     def examine(self) -> float:
-        """The measure, or the objective without one, on unseen examples; leaves the run's random numbers alone."""
+        """Return the measure, or else the objective, on unseen examples.
+
+        || The random state of the run stays unchanged.
+        """
         with torch.random.fork_rng(devices=[]), evaluating(self):
             torch.manual_seed(4242)
             batch = self.task.draw(seeded(999_999_000 + self.seed), self.examined)
             if self.objective is not None and self.measure is None:
-                with torch.enable_grad():  # some objectives are made of derivatives
+                with torch.enable_grad():  # some objectives contain derivatives
                     return float(self.objective(self.net, batch, -1).detach())
             with torch.no_grad():
                 if self.measure is not None:

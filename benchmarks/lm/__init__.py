@@ -1,1 +1,1 @@
-"""A small language model on the sources of Python's standard library, trained under clippers and broken batches."""
+"""Small language model on Python's standard library, trained with each clipper and with broken batches."""

@@ -1,4 +1,4 @@
-"""The model: a decoder-only transformer with pre-normalisation, as language models have it, but small."""
+"""Decoder-only transformer with pre-normalisation: the usual form of a language model, but small."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Predicts the next token: int64 [B, T] to logits [B, T, VOCABULARY]."""
+    """Transformer that predicts the next token: int64 [B, T] to logits [B, T, VOCABULARY]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,15 +53,15 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
     def loss(self, window: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token; ``window`` int64 [B, T + 1]."""
+        """Return the mean cross-entropy in nats per token; ``window`` is int64 [B, T + 1]."""
         return self.cross_entropy(window[:, :-1], window[:, 1:])
 
     def cross_entropy(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The same, of inputs and targets given apart, int64 [B, T] each."""
+        """Return the same for separate inputs and targets, int64 [B, T] each."""
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
 
 def _start(module: nn.Module) -> None:
-    """GPT-2's initialisation."""
+    """Apply GPT-2's initialisation."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""The page: records of runs to tables, sentences and a picture, nothing said that is not computed from them."""
+"""Page of the clipping benchmark: tables, sentences and a picture, all computed from the records."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from benchmarks.lm.words import BARE_NOTE, HOW, INTRODUCTION
 
 Run = dict[str, Any]
 OURS = "SpikeClip"
-#: A rate is stable where every seed ends at most so far above the best mean loss of the clean run without a clipper.
+#: A rate is stable if no seed ends further than this above the best mean loss of the clean run without a clipper.
 STABLE = 1.10
 TRIED = Path(__file__).with_name("tried.md")
 
 
 class Records:
-    """The runs of a page, by arm, regime and rate."""
+    """Runs of a page, by arm, regime and rate."""
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self.runs = list(runs)
@@ -36,25 +36,25 @@ class Records:
         self.steps = max(run["steps"] for run in self.runs)
 
     def of(self, arm: str, regime: str, rate: float, what: str) -> list[float]:
-        """One number of each seed."""
+        """Return one number per seed."""
         wanted = (arm, regime, rate)
         return [run[what] for run in self.runs if (run["arm"], run["regime"], run["rate"]) == wanted]
 
     def mean(self, arm: str, regime: str, rate: float, what: str = "loss") -> float:
-        """Mean over the seeds."""
+        """Return the mean over the seeds."""
         return statistics.fmean(self.of(arm, regime, rate, what))
 
     def spread(self, arm: str, regime: str, rate: float) -> float:
-        """Standard deviation of the loss over the seeds."""
+        """Return the standard deviation of the loss over the seeds."""
         losses = self.of(arm, regime, rate, "loss")
         return statistics.stdev(losses) if len(losses) > 1 else 0.0
 
     def best_other(self, regime: str, rate: float) -> str:
-        """The arm with the lowest mean loss, ours left out."""
+        """Return the arm with the lowest mean loss, without ours."""
         return min((arm for arm in ARMS if arm != OURS), key=lambda arm: self.mean(arm, regime, rate))
 
     def highest_stable(self, arm: str, regime: str) -> float | None:
-        """The highest rate up to which every rate is stable."""
+        """Return the highest rate up to which every rate is stable."""
         bar = STABLE * min(self.mean("none", "clean", rate) for rate in self.rates)
         highest = None
         for rate in self.rates:
@@ -65,7 +65,7 @@ class Records:
 
 
 def report(runs: list[Run]) -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     records = Records(runs)
     facts = {
         "steps": records.steps,
@@ -93,7 +93,7 @@ def report(runs: list[Run]) -> str:
 
 
 def picture(runs: list[Run], path: Path) -> None:
-    """Draws held-out loss by learning rate, one panel a regime."""
+    """Draw the held-out loss by learning rate, one panel per regime."""
     records = Records(runs)
     figure, panels = plt.subplots(1, len(REGIMES), figsize=(12, 3.8), sharey=True, layout="constrained")
     for panel, regime in zip(panels, REGIMES, strict=True):
@@ -204,6 +204,6 @@ def _bare(records: Records) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,6 +1,6 @@
-"""What goes wrong in a training: nothing, batches that are corrupt, or gradients that are not a number.
+"""Accidents of a training: none, corrupt batches, or NaN gradients.
 
-Which steps are hit, and how, follows from the seed alone, so that all clippers meet the same accidents.
+The seed alone decides which steps are hit and how, so that all clippers meet the same accidents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.lm.text import VOCABULARY
 #: Share of the steps that are hit.
 RATE = 1 / 50
 
-#: Regime to what it is, in words.
+#: Regime to its description.
 REGIMES = {
     "clean": "nothing goes wrong",
     "corrupt": "one batch in fifty is corrupt",
@@ -52,12 +52,12 @@ CORRUPTIONS: tuple[Corruption, ...] = (garbage, misaligned, repeated, unnormalis
 
 
 class Accidents:
-    """The accidents of one run.
+    """Accidents of one run.
 
     Args:
         regime: A key of `REGIMES`.
-        steps: Steps of the run.
-        seed: Of the run.
+        steps: Number of steps of the run.
+        seed: Seed of the run.
     """
 
     def __init__(self, regime: str, steps: int, seed: int) -> None:
@@ -68,13 +68,13 @@ class Accidents:
         self.hit = {step: number % len(CORRUPTIONS) for number, step in enumerate(places)}
 
     def batch(self, step: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Inputs and targets as they arrive, and the factor of the loss."""
+        """Return inputs and targets as the training receives them, and the factor of the loss."""
         if self.regime != "corrupt" or step not in self.hit:
             return tokens, targets, 1.0
         return CORRUPTIONS[self.hit[step]](tokens, targets, self.random)
 
     def gradients(self, step: int, model: nn.Module) -> None:
-        """Writes a NaN into one element of one gradient."""
+        """Write a NaN into one element of one gradient."""
         if self.regime == "nan" and step in self.hit:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             number = int(torch.randint(len(gradients), (), generator=self.random))

@@ -1,4 +1,4 @@
-"""The text: sources of Python's standard library, which lie on every machine, as bytes."""
+"""Text to learn: the sources of Python's standard library, which every machine has, as bytes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Distinct tokens: ASCII, all else is one of them.
+#: Number of distinct tokens: ASCII, and one token for everything else.
 VOCABULARY = 128
-#: Every so many files, one is held out.
+#: One of this many files is held out.
 HELD_OUT = 10
 
 
 class Text(NamedTuple):
-    """Tokens of the files to learn from, and of those held out, int64 [N] each."""
+    """Tokens of the training files and of the held-out files, int64 [N] each."""
 
     train: Tensor
     held_out: Tensor
@@ -25,7 +25,7 @@ class Text(NamedTuple):
 
 @cache
 def library() -> Text:
-    """All modules at the top of the standard library, in the order of their names."""
+    """Read all top-level modules of the standard library, sorted by name."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for number, file in enumerate(files):
@@ -34,7 +34,7 @@ def library() -> Text:
 
 
 def windows(text: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Pieces of a text, [B, length + 1]: inputs are all tokens but the last, targets all but the first."""
+    """Return windows of a text, [B, length + 1]. || Inputs are all tokens but the last, targets all but the first."""
     return text[starts[:, None] + torch.arange(length + 1)]
 
 

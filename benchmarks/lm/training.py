@@ -1,4 +1,4 @@
-"""One run: an arm, a regime, a learning rate and a seed, from the first step to the loss on held-out text."""
+"""One run of an arm, regime, learning rate and seed, from the first step to the loss on held-out text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.lm.text import library, windows
 from lightning_gradguard import AGC, AdaGC, AutoClip, ClipRate, Guard, NormClip, SpikeClip, SpikeScore, ZClip
 from lightning_gradguard.results import GradientHalt, Report
 
-#: Arm to its clipper, each as published; the package's paper or reference names the values.
+#: Arm to its clipper, each with its published values; the package's paper or reference gives them.
 ARMS: dict[str, Any] = {
     "none": None,
     "NormClip(1.0)": NormClip(1.0),
@@ -24,19 +24,19 @@ ARMS: dict[str, Any] = {
     "AdaGC": AdaGC(),
     "SpikeClip": SpikeClip(),
 }
-#: What the NaN regime does to a loop that has no guard: arm to the norm that torch clips to.
+#: Arms of the NaN regime without a guard: name to the norm that torch clips to.
 BARE = {"none, no guard": math.inf, "clip_grad_norm_(1.0), no guard": 1.0}
-#: Peak learning rates, from sane to too high.
+#: Peak learning rates, from reasonable to too high.
 RATES = (3e-3, 1e-2, 3e-2)
 STEPS, BATCH = 400, 16
 #: Share of the steps in which the learning rate rises; then it falls along a cosine to a tenth.
 WARM_UP = 0.1
-#: Windows of held-out text that the final loss is taken over.
+#: Number of held-out windows for the final loss.
 EXAM = 512
 
 
 def schedule(step: int, steps: int) -> float:
-    """Multiple of the peak learning rate."""
+    """Return the factor on the peak learning rate."""
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -44,24 +44,24 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(clipper: Any, regime: str, rate: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """Trains once.
+    """Train once.
 
     Args:
-        clipper: A clipper; None for none; or a float, torch's clipping to that norm in a loop without a guard.
+        clipper: A clipper; None for none; or a float: torch's clipping to that norm, without a guard.
         regime: A key of `REGIMES`.
         rate: Peak learning rate.
-        seed: Of the weights, the batches and the accidents.
-        steps: Length of the run.
+        seed: Seed of the weights, the batches and the accidents.
+        steps: Number of steps.
 
     Returns:
         ``loss``: held-out, nats per token; ``score``: spike score of the norms before clipping; ``clipped``: share of
-        the steps that were taken and clipped; ``skipped``: steps not taken; ``halted``: the guard gave up.
+        the steps that were taken and clipped; ``skipped``: steps not taken; ``halted``: True if the guard halted.
     """
     torch.manual_seed(seed)
     text, random = library(), torch.Generator().manual_seed(seed)
     model, accidents = LanguageModel(), Accidents(regime, steps, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    # Without detectors: what is compared is the clipper. Steps that are not finite are skipped for every arm.
+    # No detectors, since only clippers are compared. Non-finite steps are skipped for every arm.
     if isinstance(clipper, float):
         guard: Any = Bare(model, clipper)
     else:
@@ -104,7 +104,7 @@ def train(clipper: Any, regime: str, rate: float, seed: int, steps: int = STEPS)
 
 
 class Bare:
-    """Stands in for a guard where there is none: torch's own clipping, and every step is taken."""
+    """Replacement for the guard in arms without one: torch's own clipping, and every step is taken."""
 
     def __init__(self, model: LanguageModel, max_norm: float) -> None:
         self.model, self.max_norm = model, max_norm
@@ -117,6 +117,6 @@ class Bare:
 
 @torch.no_grad()
 def exam(model: LanguageModel, text: torch.Tensor) -> float:
-    """Loss on held-out text, the same windows for all runs."""
+    """Return the loss on held-out text, on the same windows for all runs."""
     starts = torch.linspace(0, len(text) - CONTEXT - 1, EXAM).long()
     return model.loss(windows(text, starts, CONTEXT)).item()

@@ -1,4 +1,4 @@
-"""Which forms of `SpikeClip` were tried, where they are compared, and the table of what they did."""
+"""Comparison of `SpikeClip` variants: where they are run, and the table of results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.lm.variants import Variant
 from benchmarks.lm.words import TRIED
 from lightning_gradguard import SpikeClip
 
-#: Seeds that the rest of the page does not use, at a sane and at a high rate.
+#: Seeds that the rest of the page does not use, at a reasonable and at a high rate.
 SEEDS, RATES, REGIMES = (10, 11), (3e-3, 1e-2), ("clean", "corrupt")
 
 VARIANTS: dict[str, Any] = {
@@ -29,7 +29,7 @@ VARIANTS: dict[str, Any] = {
 
 
 def section(runs: list[dict[str, Any]]) -> str:
-    """The section in Markdown."""
+    """Return the section in Markdown."""
     columns = [(regime, rate) for regime in REGIMES for rate in RATES]
     lines = [
         ["form", *(f"{regime}, {rate:g}" for regime, rate in columns), "clean steps clipped"],

@@ -1,4 +1,4 @@
-"""Forms that `SpikeClip` could have had: one class with a switch for each question that was asked."""
+"""Variants of `SpikeClip`: one class with a switch for each design question."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRIOR_SIGMA, PRIOR_STEPS, PATIENCE, SPREAD_DECAY = 0.4, 10, 20, 0.97
 
 
 class VariantState(NamedTuple):
-    """As `SpikeClipState`; ``last`` is of the last step, ordinary or not."""
+    """State like `SpikeClipState`; ``last`` holds the last step, ordinary or not."""
 
     seen: Tensor
     mean: Tensor
@@ -28,16 +28,18 @@ class VariantState(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A clipper per tensor in the log domain.
+    """Per-tensor clipper on log norms.
 
     Args:
-        z_threshold: z-score of a tensor's norm at which its spike begins.
-        joint: z-score of the mean distance of all tensors at which a spike of all begins; inf for no such rule.
-        response: What a spike is cut to: "reciprocal" ZClip's rule, "typical" the mean, "redescending" as far below the
-            mean as it lies above its beginning.
-        influence: Sigmas to which a distance is shortened before it is learnt from; None for ZClip's rule.
+        z_threshold: z-score of a tensor's norm above which it counts as a spike.
+        joint: z-score of the mean distance of all tensors above which all spike together; inf turns the rule off.
+        response: Target of the cut: "reciprocal" uses ZClip's rule, "typical" cuts to the mean, "redescending" cuts
+            as far below the mean as the norm lies above the threshold.
+        influence: Number of sigmas that a distance is limited to before it updates the statistics; None for ZClip's
+            rule.
         level_decay: Weight of the past in the level.
-        differences: Whether sigma is that of the change between steps, and one tensor's say in the mean is bounded.
+        differences: If True, sigma is that of the change between steps, and the influence of one tensor on the mean
+            is bounded.
     """
 
     z_threshold: float = 5.0

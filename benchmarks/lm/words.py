@@ -1,4 +1,4 @@
-"""What the page says beside its numbers."""
+"""Text of the page, apart from its numbers."""
 
 INTRODUCTION = """# Clippers on a small language model
 

@@ -1,4 +1,4 @@
-"""Units that give nothing and get nothing."""
+"""Cases of units with zero output and zero gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEAD = Fault.DEAD
 
 
 def _absolute(seed: int, *, factor: float) -> Task:
-    """Templates whose inputs all have one sign."""
+    """Return templates whose inputs all have the same sign."""
     task = templates(seed)
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def _kill_most(training: Training) -> None:
 
 
 class _NonNegative(nn.Module):
-    """A chain whose output is kept from being negative, by a ReLU that is dead."""
+    """Chain whose output is kept non-negative by a ReLU that is dead."""
 
     def __init__(self, net: Chain, bias: float) -> None:
         super().__init__()

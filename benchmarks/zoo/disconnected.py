@@ -1,4 +1,4 @@
-"""Gradients that find no way back."""
+"""Cases of parameters without a gradient path from the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ GONE = Fault.DISCONNECTED
 
 
 class Coder(nn.Module):
-    """An encoder to three numbers, something in between, and a decoder: what is random there cannot be made up for."""
+    """Encoder to three numbers, an operation in between, and a decoder.
+
+    || A random encoder cannot be compensated there.
+    """
 
     def __init__(self, task: Task, between: str) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ def _coder(seed: int, *, between: str) -> Training:
 
 
 class Siamese(nn.Module):
-    """Two encoders and a head on their difference; one may be left out of the graph."""
+    """Two encoders and a head on their difference; one can be left out of the graph."""
 
     def __init__(self, detach: bool) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ def _siamese(seed: int, *, detach: bool) -> Training:
 
 
 class HardAttention(nn.Module):
-    """Looks a value up by the arg-max over keys, which has no gradient, or by a softmax, which has."""
+    """Attention that selects a value by the arg-max over keys, which has no gradient, or by a softmax, which has."""
 
     def __init__(self, width: int, *, hard: bool) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ def _attention(seed: int, *, hard: bool) -> Training:
 
 
 class _Gated(nn.Module):
-    """A residual branch behind a gate that is multiplied by nothing."""
+    """Residual branch behind a gate that may be zero."""
 
     def __init__(self, gate: float) -> None:
         super().__init__()

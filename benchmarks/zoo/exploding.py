@@ -1,4 +1,4 @@
-"""Gradients that grow without bound."""
+"""Cases of gradients that grow without bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _overflow = "the first steps already overflow, so that little but the overflow i
 
 
 def _identity(gain: float) -> object:
-    """W = gain times the identity."""
+    """Return an initialisation of gain times the identity."""
 
     def fill(weight: Tensor) -> None:
         weight.copy_(gain * torch.eye(len(weight)))
@@ -30,7 +30,7 @@ def _identity(gain: float) -> object:
 
 
 def _drift(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs grow e-fold every 20 steps from step 100 on: a running mean in the data pipeline has gone astray."""
+    """Scale inputs e-fold every 20 steps from step 100 on, as a wrong running mean in the data pipeline would."""
     return x * float(torch.tensor(max(0, number - 100) / 20).exp()), y
 
 

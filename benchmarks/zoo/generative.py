@@ -1,4 +1,4 @@
-"""Trainings with two optimizers, with losses of their own, and with losses below zero."""
+"""Trainings with two optimizers, with custom losses, and with losses below zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from benchmarks.zoo.training import MakeOptimizer, Training
 
 
 def cloud(seed: int, *, far: float = 1.5) -> Task:
-    """Points [B, 2] of a Gaussian away from the origin. Outputs are compared with it by mean and covariance."""
+    """Return points [B, 2] of a Gaussian away from the origin.
+
+    || Outputs are compared with it by mean and covariance.
+    """
     mean = far * F.normalize(torch.randn(2, generator=Generator().manual_seed(seed)), dim=0)
     shape = torch.tensor([[0.8, 0.0], [0.5, 0.4]])
 
@@ -34,12 +37,12 @@ def cloud(seed: int, *, far: float = 1.5) -> Task:
 
 
 class Adversarial(Training):
-    """Generator against discriminator, each with its optimizer, by hand.
+    """Generator against discriminator in manual optimization, each with its optimizer.
 
     Args:
         saturating: The generator minimises log(1 - D), whose gradient vanishes when D is sure.
-        detach: The generator's step sees detached samples: the classic mistake.
-        certainty: Factor of the discriminator's logits.
+        detach: The generator's step gets detached samples: a classic mistake.
+        certainty: Factor on the discriminator's logits.
         head_start: Steps of the discriminator before training begins.
     """
 
@@ -71,7 +74,7 @@ class Adversarial(Training):
             early.step()
 
     def dispute(self, real: Tensor) -> Tensor:
-        """Loss of the discriminator."""
+        """Return the loss of the discriminator."""
         fake = self.generator(torch.randn(len(real), 4, generator=self.noise)).detach()
         return F.softplus(-self.judge(real)).mean() + F.softplus(self.judge(fake)).mean()
 
@@ -104,9 +107,9 @@ class Adversarial(Training):
 
 
 class Critic(Training):
-    """A Wasserstein critic between two fixed clouds, as one half of a WGAN; unbounded it grows for ever.
+    """Wasserstein critic between two fixed clouds, as one half of a WGAN; it grows without limit unless bounded.
 
-    Quality is one minus the relative error of the distance it tells, after division by its slope.
+    Quality is one minus the relative error of its estimated distance, divided by its slope.
     """
 
     def __init__(self, seed: int, *, bounded: bool) -> None:
@@ -141,10 +144,10 @@ def critic(seed: int, *, bounded: bool) -> Training:
 
 
 class Variational(Training):
-    """A variational autoencoder of mixed factors; its loss is the negative evidence bound.
+    """Variational autoencoder of mixed factors; its loss is the negative evidence bound.
 
     Args:
-        spread: Initial log variance of the code; large ones make it explode.
+        spread: Initial log variance of the code; large values make it explode.
     """
 
     def __init__(self, seed: int, *, spread: float = 0.0, optimizer: MakeOptimizer | None = None) -> None:
@@ -180,8 +183,8 @@ class Contrastive(Training):
     """InfoNCE between two views; quality is how often the right partner is nearest among 64.
 
     Args:
-        distance: Use a margin loss on distances, computed by a bare square root, in place of InfoNCE.
-        eps: What is added under that square root.
+        distance: Use a margin loss on distances, from a plain square root, instead of InfoNCE.
+        eps: Added under that square root.
     """
 
     def __init__(self, seed: int, *, distance: bool = False, eps: float = 1e-6, depth: int = 2) -> None:
@@ -210,11 +213,11 @@ class Contrastive(Training):
 
 
 class Density(Training):
-    """Log-density of a Gaussian whose mean and variance are learned: a loss that goes far below zero.
+    """Log-density of a Gaussian with learned mean and variance: a loss that goes far below zero.
 
     Args:
-        noise: Of the targets; the smaller, the further below zero.
-        floor: Smallest log of the standard deviation; None lets it collapse.
+        noise: Noise of the targets; less noise gives a lower loss.
+        floor: Smallest log standard deviation; None lets it collapse.
     """
 
     def __init__(self, seed: int, *, noise: float = 0.02, floor: float | None = -6.0) -> None:

@@ -1,4 +1,4 @@
-"""Healthy trainings whose loss is what makes a rule go wrong: below, near or at zero, rising, or not falling."""
+"""Healthy trainings whose loss could mislead a rule: below, near or at zero, rising, or not falling."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _relu = {"depth": 3, "weight": he()}
 
 
 def _hinge(seed: int) -> Task:
-    """Margins between well separated classes: in the end the loss and all gradients are exactly zero."""
+    """Return margins between well separated classes: at the end the loss and all gradients are exactly zero."""
     own = templates(seed, noise=0.5)
     return Task(own.draw, F.multi_margin_loss, accuracy, own.inputs, own.outputs)
 
 
 def _alignment(seed: int) -> Task:
-    """Negative cosine between output and target: it starts near zero and falls to minus one."""
+    """Return a task with negative cosine loss: it starts near zero and falls to minus one."""
     own = regression(seed, outputs=16)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def _alignment(seed: int) -> Task:
 
 
 def _quantile(seed: int) -> Task:
-    """The 0.9 quantile, by the pinball loss, whose gradient has only two values."""
+    """Return a task for the 0.9 quantile, by the pinball loss, whose gradient has only two values."""
     own = regression(seed)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _quantile(seed: int) -> Task:
 
 
 def _imbalanced(seed: int) -> Task:
-    """Two classes, one of them one in twenty: the loss starts low, and most batches teach little."""
+    """Return two classes, one of them only one in twenty: the loss starts low, and most batches teach little."""
     own = templates(seed, classes=2)
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -69,14 +69,14 @@ def _imbalanced(seed: int) -> Task:
 
 
 def _tiny(seed: int) -> Training:
-    """A net whose outputs are as small as its targets, and a learning rate to match."""
+    """Return a net whose outputs are as small as its targets, with a matching learning rate."""
     task = regression(seed, scale=1e-4)
     net = nn.Sequential(Chain(task.inputs, 1, depth=3, weight=he()), Apply(lambda x: 1e-4 * x))
     return Training(net, task, sgd(0.02 * 1e8), seed=seed)
 
 
 class Noise(L.Callback):
-    """Adds noise to every gradient, about as large as the gradient of a batch."""
+    """Callback that adds noise to every gradient, about as large as the gradient of a batch."""
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         generator = torch.Generator().manual_seed(trainer.global_step)
@@ -90,7 +90,7 @@ def _private() -> dict[str, Any]:
 
 
 class Rewarded(Training):
-    """A policy gradient on templates: the loss is about zero all the time, and its gradient is mostly noise."""
+    """Policy gradient on templates: the loss stays near zero, and its gradient is mostly noise."""
 
     def __init__(self, seed: int) -> None:
         task = templates(seed, classes=4)
@@ -109,7 +109,7 @@ class Rewarded(Training):
 
 
 class Distilled(Training):
-    """A net that follows its own slow average (self-distillation) beside its task: that loss starts at exactly zero."""
+    """Net with self-distillation: it follows its own slow average, and that loss starts at exactly zero."""
 
     def __init__(self, seed: int) -> None:
         task = regression(seed)
@@ -128,7 +128,7 @@ class Distilled(Training):
 
 
 class Multitask(Training):
-    """Two heads, of which the second is trained on every tenth batch only."""
+    """Net with two heads; the second trains on every tenth batch only."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(Chain(64, 32, depth=3, weight=he()), templates(seed), adam(2e-3), seed=seed)

@@ -1,4 +1,4 @@
-"""Healthy trainings whose net is what makes a rule go wrong: deep, normalised, residual, convolutional."""
+"""Healthy trainings whose net could mislead a rule: deep, normalised, residual, convolutional."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _half_dead(training: Training) -> None:
 
 
 class _Heads(nn.Module):
-    """A deep and a shallow path to the same outputs."""
+    """Deep and shallow path to the same outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def _heads(seed: int) -> Training:
 
 
 class Autoencoder(nn.Module):
-    """Pictures through a narrow place and back."""
+    """Convolutional autoencoder with a narrow code."""
 
     def __init__(self) -> None:
         super().__init__()

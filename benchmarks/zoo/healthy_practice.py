@@ -1,4 +1,4 @@
-"""Healthy trainings whose data, batches or precision are what makes a rule go wrong."""
+"""Healthy trainings whose data, batches or precision could mislead a rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _relu = {"depth": 4, "weight": he()}
 
 
 def _scaler() -> dict[str, Any]:
-    """Real fp16 with a scale that starts too high and then doubles every 40 steps: overflows are routine."""
+    """Return real fp16 with a scale that starts too high and doubles every 40 steps: overflows are expected."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=40)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
@@ -29,7 +29,7 @@ def _blobs(seed: int) -> Task:
 
 
 def _heavy_tails(seed: int) -> Task:
-    """Templates under Student noise of two and a half degrees of freedom: some inputs are very large."""
+    """Return templates with Student noise of 2.5 degrees of freedom: some inputs are very large."""
     own = templates(seed)
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def _heavy_tails(seed: int) -> Task:
 
 
 def _sparse(seed: int) -> Task:
-    """Bags of 5 words out of 200 with Zipf's frequencies; most features are zero, most of the time."""
+    """Return bags of 5 out of 200 words with Zipf frequencies; most features are zero most of the time."""
     topic = torch.randint(4, (200,), generator=torch.Generator().manual_seed(seed))
     frequency = 1 / torch.arange(1.0, 201)
 

@@ -1,4 +1,4 @@
-"""Healthy trainings whose schedule is what makes a rule go wrong: rates, thawing, fine-tuning."""
+"""Healthy trainings whose schedule could mislead a rule: rates, unfreezing, fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _relu = {"depth": 4, "weight": he()}
 
 
 def _harder(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """A curriculum: noise is added, more and more."""
+    """Add more and more noise, as a curriculum."""
     return x + 0.01 * min(number, 250) * torch.randn(
         x.shape, generator=torch.Generator().manual_seed(number)
     ), y
@@ -48,7 +48,7 @@ def _one_cycle(step: int) -> float:
 
 
 class Thaw(L.Callback):
-    """Freezes parts, and thaws them at a step."""
+    """Callback that freezes parts and unfreezes them at a step."""
 
     def __init__(self, parts: Sequence[str], at: int) -> None:
         self.parts, self.at = parts, at
@@ -67,12 +67,12 @@ def _freeze_first(training: Training) -> None:
 
 
 def _tuned(seed: int, **options: Any) -> Training:
-    """Fine-tuning of a net that has learned already: the loss starts low."""
+    """Return the fine-tuning of a trained net: the loss starts low."""
     return pretrained(chain(seed, depth=4, weight=he(), optimizer=adam(3e-4), **options), 150, adam(2e-3))
 
 
 def _new_head(seed: int) -> Training:
-    """Transfer: a net that has learned gets a new head and an optimizer that is gentle with the rest."""
+    """Return a transfer: a trained net gets a new head and a smaller rate for the rest."""
     training = _tuned(seed)
     training.net.head = nn.Linear(32, 10)
     training.make_optimizer = lambda _: torch.optim.Adam(

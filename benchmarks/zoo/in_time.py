@@ -1,4 +1,4 @@
-"""Gradients that vanish over the steps of a sequence."""
+"""Cases of gradients that vanish over the steps of a sequence."""
 
 from __future__ import annotations
 

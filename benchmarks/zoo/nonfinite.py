@@ -1,4 +1,4 @@
-"""Values that are no numbers."""
+"""Cases of NaN and Inf."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAN = Fault.NONFINITE
 
 
 def scaling() -> dict[str, Any]:
-    """Real fp16 mixed precision with a gradient scaler, on the CPU."""
+    """Return Trainer arguments for real fp16 mixed precision with a GradScaler, on the CPU."""
     return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]}
 
 
@@ -39,7 +39,7 @@ def _nan_target(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _broken_feed(number: int, x: Tensor, y: Tensor, *, since: int = 100) -> tuple[Tensor, Tensor]:
-    """A feature is divided by its spread, which is nothing."""
+    """Divide a feature by its standard deviation, which is zero."""
     if number >= since:
         x = x.clone()
         x[:, 0] = (x[:, 0] - x[:, 0]) / (x[:, 0] - x[:, 0]).std()
@@ -47,7 +47,7 @@ def _broken_feed(number: int, x: Tensor, y: Tensor, *, since: int = 100) -> tupl
 
 
 def _with_loss(seed: int, *, loss: str, base: Any = regression) -> Training:
-    """A regression whose loss is taken by hand."""
+    """Return a regression with a hand-written loss."""
     own = base(seed)
 
     def by_hand(output: Tensor, target: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _with_loss(seed: int, *, loss: str, base: Any = regression) -> Training:
 
 
 def _log_of_zero(seed: int, *, safe: bool) -> Training:
-    """Negative log-likelihood by hand: log of a softmax that underflows as the net grows sure."""
+    """Return a hand-written negative log-likelihood: the log of a softmax underflows as the net becomes certain."""
     own = templates(seed, noise=0.3)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _log_of_zero(seed: int, *, safe: bool) -> Training:
 
 
 def _counts(seed: int, *, factor: float) -> Task:
-    """Counts whose log rate is a smooth function of the inputs; the score is on logs."""
+    """Return counts whose log rate is a smooth function of the inputs; the score is on logs."""
     own = regression(seed)
 
     def draw(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def _counts(seed: int, *, factor: float) -> Task:
 
 
 class _Masked(nn.Module):
-    """Attention pooling with a mask that leaves some sequences nothing to attend to."""
+    """Attention pooling with a mask that excludes every step of some sequences."""
 
     def __init__(self, width: int, *, fill: float) -> None:
         super().__init__()

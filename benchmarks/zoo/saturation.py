@@ -1,4 +1,4 @@
-"""Gradients that vanish in saturated functions."""
+"""Cases of vanishing gradients in saturated functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _sharpen(training: Training) -> None:
 
 
 def _two_questions(seed: int) -> Task:
-    """Four classes: one bit can be read from the left half of the inputs, the other from the right half."""
+    """Return four classes: one bit depends on the left half of the inputs, the other on the right half."""
     generator = torch.Generator().manual_seed(seed)
     ways = torch.randn(2, 16, generator=generator)
 
@@ -46,7 +46,7 @@ def _two_questions(seed: int) -> Task:
 
 
 class _Fused(Branches):
-    """Branches and a head on both."""
+    """Two branches and a head on both."""
 
     def __init__(self, left: Chain, right: Chain, cut: int, outputs: int) -> None:
         super().__init__(left, right, cut)

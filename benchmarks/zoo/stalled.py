@@ -1,4 +1,4 @@
-"""Steps that are too small, and gradients that low precision loses."""
+"""Cases of steps that are too small, and of gradients lost to low precision."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def _half(
 
 
 def _scaler(scale: float) -> dict[str, Any]:
-    """A gradient scaler that has sunk to ``scale`` and will not rise for a long time."""
+    """Return a GradScaler that has dropped to ``scale`` and will not grow for a long time."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
 
 def _sure_of_wrong(seed: int, *, bias: float) -> Training:
-    """Squared error on a sigmoid output that is saturated at the wrong end, in every class."""
+    """Return a squared error on a sigmoid output that is saturated at the wrong end, in every class."""
     own = templates(seed)
 
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

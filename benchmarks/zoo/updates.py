@@ -1,4 +1,4 @@
-"""Steps that are too large."""
+"""Cases of steps that are too large."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def templates_times(seed: int, factor: float) -> Task:
 
 
 def _jump(step: int) -> float:
-    """A schedule that mistakes steps for epochs: at step 150 the rate leaps a thousandfold."""
+    """Return a schedule that mistakes steps for epochs: at step 150 the rate grows a thousandfold."""
     return 1.0 if step < 150 else 1000.0
 
 
@@ -44,7 +44,7 @@ def _steady(step: int) -> float:
 
 
 def _tuned(seed: int, *, lr: float) -> Training:
-    """Fine-tuning of a net that has been trained already."""
+    """Return the fine-tuning of a trained net."""
     return pretrained(chain(seed, depth=4, weight=he(), optimizer=adam(lr)), 150, adam(2e-3))
 
 

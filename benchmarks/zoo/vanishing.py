@@ -1,4 +1,4 @@
-"""Gradients that vanish for want of a good initialisation."""
+"""Cases of gradients that vanish because of a bad initialisation."""
 
 from __future__ import annotations
 

@@ -76,10 +76,7 @@ def run(spec: str, clipper: str, steps: int, console: Console) -> None:
 
 
 def table(timings: Timings) -> Table:
-    """Return a table of times and ratios.
-
-    Ratios are to a bare norm and to torch's clipping.
-    """
+    """Return a table of times and ratios."""
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1))
     shown.add_column("each step", no_wrap=True)
     for head in ("mean\nms", "median\nms", f"times\n{BARE}", f"times\n{CLIP}"):
@@ -156,7 +153,8 @@ def measure(
 ) -> Timings:
     """Time `Guard.step` on ordinary steps.
 
-    It is timed beside a bare norm and ``clip_grad_norm_``. All run in one process, one after the other in each step, in an order that is shuffled at each step.
+    A bare norm and ``clip_grad_norm_`` are timed beside it. All run in one process, one after the other, in an order
+    that is shuffled at each step.
 
     Args:
         model: Model whose parameters get random gradients, on the device that holds them; they are changed.
@@ -193,10 +191,7 @@ def measure(
 def _time_in_turns(
     arms: Arms, rounds: int, training: SyntheticTraining, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return each arm's seconds in each round.
-
-    In a round all run once in shuffled order.
-    """
+    """Return each arm's seconds in shuffled rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     order, generator = list(arms), random.Random(0)
     for _ in range(rounds):
@@ -296,17 +291,14 @@ class Timings:
         return over_a_cycle(_cycles(self.seconds[arm]))
 
     def median(self, arm: str) -> float:
-        """Return the seconds of the median step.
-
-        It leaves out the costly step of each cycle.
-        """
+        """Return the median step's seconds, without costly steps."""
         return statistics.median(self.seconds[arm])
 
     def ratio(self, arm: str, base: str) -> Spread:
         """Return one arm's seconds over another's.
 
-        The ratio is the mean over a cycle. Both times are of the same round. Anything that slows the machine down for a while slows both, so the ratio varies
-        less than either.
+        The ratio is the mean over a cycle. Both times are of the same round. Anything that slows the machine down for a
+        while slows both, so the ratio varies less than either.
         """
         pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
         return over_a_cycle(_cycles([mine / other for mine, other in pairs]))
@@ -315,7 +307,8 @@ class Timings:
 def over_a_cycle(cycles: list[list[float]]) -> Spread:
     """Return the spread of the mean step over cycles.
 
-    Median and quartiles over the cycles are averaged over the places in a cycle. So a step that costs more in every cycle counts in full, and an interruption by another program does not.
+    Median and quartiles over the cycles are averaged over the places in a cycle. A step that costs more in every cycle
+    counts in full, and an interruption by another program does not.
 
     Args:
         cycles: Numbers of each cycle, all of one length.

@@ -105,9 +105,7 @@ def _protect_from_bad_images(console: Console, folder: Path, epochs: int) -> Non
 
 
 class Digits(pl.LightningModule):
-    """Classifier of 8 x 8 images.
-
-    It has layers of 64 units and a linear head.
+    """Classifier of 8 x 8 images with 64-unit layers.
 
     Args:
         activation: Activation after each layer.
@@ -160,9 +158,7 @@ class Digits(pl.LightningModule):
 
 
 def digits(corrupt: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return loaders of training and validation images.
-
-    There are 1,437 and 360 images.
+    """Return loaders of 1,437 training and 360 validation images.
 
     Args:
         corrupt: Make one training image NaN, and multiply another by 10,000.
@@ -187,10 +183,7 @@ def digits(corrupt: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
 def train(
     name: str, folder: Path, module: Digits, *, epochs: int, guard: GradGuard | None, corrupt: bool = False
 ) -> float:
-    """Train and return the validation accuracy, in percent.
-
-    Logs to ``folder/name``.
-    """
+    """Train, log, and return the validation accuracy, percent."""
     loggers = importlib.import_module(f"{pl.__name__}.loggers")
     histogram = GradHistogram(every_n_steps=10, include=["*.weight"])
     trainer = pl.Trainer(
@@ -209,15 +202,12 @@ def train(
 
 @contextmanager
 def _single_thread_and_own_warnings(console: Console) -> Iterator[None]:
-    """Use one thread and print only GradGuard's warnings.
-
-    One thread is fastest for so small a network.
-    """
+    """Use one thread, and print only GradGuard's warnings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # fastest for so small a network
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

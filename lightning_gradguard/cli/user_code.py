@@ -12,10 +12,7 @@ from typing import Any
 
 
 class CommandError(ValueError):
-    """Raised when a command cannot use its input.
-
-    The message says what to enter instead.
-    """
+    """Raised when a command cannot use its input."""
 
 
 def import_object(spec: str, argument: str) -> Any:

@@ -1,4 +1,4 @@
-"""Clippers: how gradients are scaled down, one file a family."""
+"""Clippers: limits on gradients, one file a family."""
 
 from lightning_gradguard.clippers.adaptive import AdaGC as AdaGC
 from lightning_gradguard.clippers.adaptive import AutoClip as AutoClip

@@ -1,7 +1,8 @@
-"""Clippers from the literature whose threshold follows the norms seen so far: `AutoClip`, `ZClip`, `AdaGC`.
+"""Clippers whose threshold follows past norms.
 
-They equal their references on finite streams and differ where those fail: a step that is not finite, or whose norm is
-exactly 0, is left out of the history, since one such step can disable a clipper for good.
+`AutoClip`, `ZClip` and `AdaGC` are from the literature. They equal their references on finite streams and differ where
+those fail: a step that is not finite, or whose norm is exactly 0, is left out of the history, since one such step can
+disable a clipper for good.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class AutoClipState(NamedTuple):
 
 @dataclass(frozen=True)
 class AutoClip:
-    """Limits the global norm to a percentile of all global norms so far, the current one included.
+    """Limit the global norm to a past percentile.
+
+    It is a percentile of all global norms so far, the current one included.
 
     The percentile is exact, with linear interpolation, for the first 2,048 steps. From then on each norm counts as the
     nearest bfloat16 number. That puts the threshold within 2^-8 (0.4 %) of the exact one, in constant memory (140 kB).
@@ -75,7 +78,7 @@ class AutoClip:
         return AutoClipState(bins[0].to(torch.int64), stats.norms.new_full((EXACT,), math.inf), bins)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Add the norm to the history, then clip to the percentile."""
+        """Add the norm, then clip to the percentile."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         new = _remember(state, norm, stats.finite & (norm > 0))
@@ -84,7 +87,7 @@ class AutoClip:
         return global_clip(stats, included, norm, coefficient, limit), new
 
     def _threshold(self, state: AutoClipState) -> Tensor:
-        """Return the percentile, float32 []; inf before the first norm."""
+        """Return the percentile, float32 []; inf at first."""
         last = torch.clamp(state.seen - 1, min=0)
         # In integers: float32 loses the fraction of a large rank, and not every device has float64.
         rank = last * round(self.percentile * 10**7)
@@ -98,7 +101,7 @@ class AutoClip:
 
 
 def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipState:
-    """Return the history with ``norm`` in it, if it ``counts``."""
+    """Add ``norm`` to the history if it counts."""
     place = torch.arange(EXACT, device=norm.device) == state.seen
     # Positive floats sort as their bits do, so the bits of a bfloat16 are the number of its bin.
     number = torch.where(counts, norm, 0.0).to(torch.bfloat16).view(torch.int16).to(torch.int64)
@@ -112,7 +115,10 @@ def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipSta
 
 
 class ZClipState(NamedTuple):
-    """State of `ZClip`: number of norms seen, int64 []; mean and variance of the global norm, float32 []."""
+    """State of `ZClip`.
+
+    Number of norms seen, int64 []; mean and variance of the global norm, float32 [].
+    """
 
     seen: Tensor
     mean: Tensor
@@ -121,7 +127,9 @@ class ZClipState(NamedTuple):
 
 @dataclass(frozen=True)
 class ZClip:
-    """Limits the global norm where its z-score is that of an outlier, and more strongly the further out it lies.
+    """Limit global norms with an outlying z-score.
+
+    The further out a norm lies, the more it is scaled down.
 
     z = (‖g‖ - mean) / (sigma + 1e-6). Where z > z_threshold the limit is mean + z_threshold² / z · sigma, and enters
     the moving averages in place of the norm. The first ``warmup_steps`` norms give mean and variance.
@@ -161,7 +169,7 @@ class ZClip:
         return ZClipState(seen=zero.to(torch.int64), mean=zero, var=zero.clone())
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare the global norm with the moving averages before it."""
+        """Compare the norm with its moving averages."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         warm = state.seen < self.warmup_steps
@@ -178,7 +186,7 @@ class ZClip:
         return global_clip(stats, included, norm, coefficient, limit), kept
 
     def _average(self, state: ZClipState, norm: Tensor, warm: Tensor) -> ZClipState:
-        """Return mean and variance of all norms while ``warm``, moving ones after."""
+        """Return the next mean and variance."""
         gain = torch.where(warm, 1 / (state.seen + 1), 1 - self.decay)
         mean = state.mean + gain * (norm - state.mean)
         # After warm-up the reference takes the distance from the new mean; an exact variance needs both (Welford).
@@ -187,7 +195,10 @@ class ZClip:
 
 
 class AdaGCState(NamedTuple):
-    """State of `AdaGC`: steps seen, int64 []; γ of each tensor, float32 [P], inf where no gradient was seen."""
+    """State of `AdaGC`.
+
+    Steps seen, int64 []; γ of each tensor, float32 [P], inf where no gradient was seen.
+    """
 
     seen: Tensor
     gamma: Tensor
@@ -195,7 +206,9 @@ class AdaGCState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaGC:
-    """Limits each tensor's norm to a multiple of a moving average of its own clipped norms.
+    """Limit each tensor's norm by its past.
+
+    The limit is a multiple of γ, a moving average of the tensor's clipped norms.
 
     For ``warmup_steps``: global clipping to ``warmup_norm``, and γ = the tensor's smallest clipped norm.
     Then ‖g‖ <= factor · γ, and γ = decay · γ + (1 - decay) · ‖clipped g‖.
@@ -234,7 +247,7 @@ class AdaGC:
         return AdaGCState(seen=seen, gamma=torch.full_like(stats.norms, math.inf))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare each norm with the γ of its tensor."""
+        """Compare each norm with its tensor's γ."""
         included = included_tensors(stats, self.exclude)
         total = global_norm(stats, included)
         warm = state.seen < self.warmup_steps

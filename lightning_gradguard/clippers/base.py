@@ -1,4 +1,6 @@
-"""Interface of all clippers, the only writer of gradients, and tensors that are left out by name.
+"""Interface of all clippers, and their helpers.
+
+`apply_` is the only writer of gradients.
 
 What holds for every clipper, and is tested over all of them:
 
@@ -29,7 +31,7 @@ WINDOW = 8
 
 
 class Clip(NamedTuple):
-    """What a clipper decides for one step of P tensors.
+    """Result of a clipper for P tensors.
 
     Attributes:
         multipliers: float32 in [0, 1]: [P], one per tensor; or P tensors, each broadcastable to its gradient.
@@ -45,7 +47,9 @@ class Clip(NamedTuple):
 
 
 class Clipper(Protocol):
-    """Anything that turns gradient statistics into multipliers: a frozen dataclass, configuration only.
+    """Rule that turns gradient statistics into multipliers.
+
+    A clipper is a frozen dataclass, configuration only.
 
     Repeat these signatures exactly, ``Any`` included: jsonargparse recognises a clipper in a YAML file by them. A
     clipper that saves evaluations on ordinary steps is a `FastPathClipper`.
@@ -60,15 +64,15 @@ class Clipper(Protocol):
         ...
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Return the clip for one step, and the new state; reads nothing on the host."""
+        """Return clip and new state, without a host read."""
         ...
 
 
 class FastPathClipper(Clipper, Protocol):
-    """A clipper that knows in advance within which bounds it clips nothing.
+    """Clipper that gives bounds in advance.
 
-    Steps within the bounds are deferred, and several are folded into the state at once. This is optional: with any
-    other clipper each step is evaluated, which gives the same results and costs more.
+    Within the bounds it clips nothing: steps are deferred, and several are folded into the state at once. This is
+    optional: with any other clipper each step is evaluated, which gives the same results and costs more.
 
     Attributes:
         fast_path_safe: True. Counts only where the clipper's own class declares it, since a subclass may override
@@ -78,7 +82,9 @@ class FastPathClipper(Clipper, Protocol):
     fast_path_safe: ClassVar[bool]
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
-        """Return bounds within which the next steps are not clipped.
+        """Return bounds for the next steps.
+
+        Steps within them are not clipped.
 
         Args:
             stats: The newest step.
@@ -87,7 +93,9 @@ class FastPathClipper(Clipper, Protocol):
         ...
 
     def fold_in(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
-        """Fold deferred steps within the bounds into the state.
+        """Fold deferred steps into the state.
+
+        All of them lay within the bounds.
 
         Args:
             rows: The k steps, oldest first.
@@ -100,7 +108,9 @@ class FastPathClipper(Clipper, Protocol):
 
 
 class Bounds(NamedTuple):
-    """Norms within which the next ``WINDOW - 1`` steps are not clipped, if all steps until then lie there; float32.
+    """Bounds of norms that are not clipped, float32.
+
+    They hold for the next ``WINDOW - 1`` steps, as long as all steps lie within them.
 
     Attributes:
         low: [P], lower bound of each tensor's norm; 0 for one without a gradient now, NaN where nothing is certain.
@@ -167,7 +177,7 @@ def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Seq
 
 
 def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the dense tensor to write, and the multiplier in its shape."""
+    """Return the tensor to write, and its multiplier."""
     target = gradient
     if is_sharded(gradient):
         target, multiplier = local(gradient), local_units(multiplier, gradient)
@@ -185,13 +195,13 @@ def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def global_norm(stats: GradStats, included: Tensor) -> Tensor:
-    """Return the global norm of the included tensors, float32 []."""
+    """Return the included tensors' global norm, float32 []."""
     norm: Tensor = torch.linalg.vector_norm(torch.where(included, stats.norms, 0.0))
     return norm
 
 
 def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: Tensor, limit: Tensor) -> Clip:
-    """Return a clip that scales all included tensors alike.
+    """Return a clip that scales tensors alike.
 
     Args:
         stats: The step.
@@ -206,7 +216,7 @@ def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: T
 
 
 def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
-    """Return a clip that limits each tensor by itself.
+    """Return a clip that limits tensors separately.
 
     Args:
         stats: The step.
@@ -223,7 +233,7 @@ def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
 
 
 def finite_or_zero(norms: Tensor) -> Tensor:
-    """Return the norms, 0 where one is not finite: a threshold is then a number."""
+    """Return norms, 0 where they are not finite."""
     return torch.where(norms < torch.inf, norms, 0.0)
 
 
@@ -236,7 +246,7 @@ def included_tensors(stats: GradStats, exclude: tuple[str, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def included_names(names: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[bool, ...]:
-    """Return for each name whether ``exclude`` leaves it in.
+    """Return which names ``exclude`` leaves in.
 
     Raises:
         ValueError: If an entry of ``exclude`` matches no name.

@@ -1,4 +1,4 @@
-"""Clippers without memory: the limit is a number (`NormClip`), or follows from the weights (`AGC`)."""
+"""Clippers without memory: `NormClip` and `AGC`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_gradguard.validation import check_positive
 
 @dataclass(frozen=True)
 class NormClip:
-    """Scales all gradients alike so that their global norm is at most ``max_norm``.
+    """Limit the global norm to ``max_norm``.
 
     coefficient = min(1, max_norm / (‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
 
@@ -63,11 +63,11 @@ class NormClip:
 
 @dataclass(frozen=True)
 class AGC:
-    """Adaptive gradient clipping: limits each output unit's gradient to a share of that unit's weight norm.
+    """Limit each unit's gradient by its weight norm.
 
-    ‖G_i‖ <= clip_factor · max(‖W_i‖, eps) for unit i: a row of a matrix, a filter of a convolution, or a whole vector
-    or scalar. The floor ``eps`` lets a zero-initialised layer move. For sharded tensors the norms of all units take an
-    all-reduce of their own.
+    Adaptive gradient clipping: ‖G_i‖ <= clip_factor · max(‖W_i‖, eps) for unit i: a row of a matrix, a filter of a
+    convolution, or a whole vector or scalar. The floor ``eps`` lets a zero-initialised layer move. For sharded tensors
+    the norms of all units take an all-reduce of their own.
 
     Args:
         clip_factor: Largest ratio ‖G_i‖ / ‖W_i‖, dimensionless. Default 0.01, as in the paper.
@@ -96,7 +96,7 @@ class AGC:
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare the gradient of each unit with its current weight."""
+        """Compare each unit's gradient with its weight."""
         device = stats.norms.device
         included = included_names(stats.layout.names, self.exclude)
         gradients = {i: g for i, g in enumerate(stats.gradients) if g is not None and included[i]}
@@ -116,7 +116,7 @@ class AGC:
         return Clip(tuple(multipliers), torch.stack(norms), threshold), state
 
     def _clip_units(self, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return multiplier per unit, norm after clipping, and largest norm allowed, float32."""
+        """Return multipliers, clipped norm and limit, float32."""
         limit = torch.clamp(weight, min=self.eps) * self.clip_factor
         over = torch.isfinite(gradient) & (gradient > limit)
         multiplier = torch.where(over, limit / torch.clamp(gradient, min=1e-6), 1.0).to(torch.float32)
@@ -125,7 +125,7 @@ class AGC:
 
 
 def _norms_of_units(stats: GradStats, gradients: dict[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return unit norms of gradients and of their weights, by index; whole units, even if sharded."""
+    """Return whole unit norms of gradients and weights."""
     weights = {i: stats.layout.parameters[i] for i in gradients}
     shards = stats.layout.shards
     if shards is None:

@@ -1,8 +1,4 @@
-"""`SpikeClip`, the recommended clipper: cuts spikes to the typical norm, of one tensor or of all together.
-
-Top to bottom: the class; its state; the bounds within which nothing is clipped; how deferred steps are folded in; and
-the arithmetic that both ways of learning share.
-"""
+"""`SpikeClip`, the recommended clipper."""
 
 from __future__ import annotations
 
@@ -48,7 +44,9 @@ _BOUNDS_FROM = 16.0
 
 @dataclass(frozen=True)
 class SpikeClip:
-    """Cuts spikes to the typical norm: of a single tensor, or of all tensors where they rise together.
+    """Cut spikes to the typical norm.
+
+    A spike is of a single tensor, or of all tensors where they rise together.
 
     Let x = log‖g‖ of a tensor, its level the moving mean of x, and d = x - level. The tensor spikes where
     d > z_threshold · sigma. All tensors spike where the mean of d over them exceeds joint_threshold times the sigma of
@@ -98,7 +96,7 @@ class SpikeClip:
         check_exclude(self.exclude)
 
     def init(self, stats: GradStats) -> Any:
-        """Return a state without levels, with the prior variances."""
+        """Return a state with the prior variances."""
         included_names(stats.layout.names, self.exclude)
         zero = torch.zeros_like(stats.norms)
         var = torch.full_like(zero, PRIOR_SIGMA**2)
@@ -106,7 +104,7 @@ class SpikeClip:
         return SpikeClipState(zero, zero.clone(), var, zero.clone(), zero.clone(), joint)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
-        """Compare each norm with its level, and their mean with its own."""
+        """Compare each norm, and their mean, with levels."""
         number, zeros = stats.layout.constant, stats.layout.zeros
         included = included_tensors(stats, self.exclude)
         counts = stats.finite & included & (stats.norms > zeros)
@@ -150,7 +148,9 @@ class SpikeClip:
         return tensor_clip(stats, included, limits), new
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
-        """Return bounds within which the next steps are not clipped.
+        """Return bounds for the next steps.
+
+        Steps within them are not clipped.
 
         Steps within a part f of the outlier distance move a level over a window by at most (1 - decay^(WINDOW-1)) f of
         that distance, since it learns from all of them at one rate. Sigma shrinks to 0.85 of itself at most. So
@@ -180,9 +180,10 @@ class SpikeClip:
         )
 
     def fold_in(self, rows: Sequence[GradStats], state: Any) -> tuple[Tensor, Any]:
-        """Fold deferred steps that lay within `bounds` into the state.
+        """Fold deferred steps into the state.
 
-        Gives what `update` gives one step at a time: no tensor spikes, and no level starts anew.
+        All of them lay within `bounds`. Gives what `update` gives one step at a time: no tensor spikes, and no level
+        starts anew.
 
         Args:
             rows: The k steps, oldest first.
@@ -256,7 +257,7 @@ def _limited(number: Callable[[float], Tensor], distance: Tensor, sigma: Tensor)
 
 
 def _variance_gain(number: Callable[[float], Tensor], seen: Tensor) -> Tensor:
-    """Return the weight of one more step in a variance of ``seen`` steps."""
+    """Return a step's weight in a variance."""
     return torch.maximum((seen + number(PRIOR_STEPS)).reciprocal(), number(1 - SPREAD_DECAY))
 
 
@@ -268,7 +269,7 @@ def _next_variance(
     seen: Tensor,
     counts: Tensor,
 ) -> Tensor:
-    """Return the variance after one more change, where it counts."""
+    """Return the variance after one more change."""
     # The sigma of a change is larger than that of a norm by √2.
     square = _limited(number, change * number(math.sqrt(0.5)), sigma).square()
     return var.lerp(square, _variance_gain(number, seen) * counts)

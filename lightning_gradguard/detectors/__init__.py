@@ -1,4 +1,4 @@
-"""Detectors: what counts as a fault, one file a family."""
+"""Detectors: criteria for faults, one file a family."""
 
 from lightning_gradguard.detectors.base import Detector as Detector
 from lightning_gradguard.detectors.base import NoState as NoState

@@ -1,4 +1,4 @@
-"""Interface of all detectors, and what most of them need.
+"""Interface of all detectors, and shared helpers.
 
 A detector is a frozen dataclass with a ``fault``, ``measures``, ``init`` and ``update``; no registry and no base class.
 Its state is a NamedTuple of tensors that `Guard` keeps, saves and restores. Severity, patience and messages are not its
@@ -18,7 +18,7 @@ from lightning_gradguard.stats.grad_stats import NoState as NoState
 
 
 class Reading(NamedTuple):
-    """What a detector finds at one step.
+    """Result of a detector at one step.
 
     Attributes:
         raised: Bool [], the condition holds.
@@ -40,7 +40,9 @@ class Reading(NamedTuple):
 
 
 class Detector(Protocol):
-    """Anything that turns gradient statistics into a `Reading`: a frozen dataclass, configuration only.
+    """Rule that turns gradient statistics into a `Reading`.
+
+    A detector is a frozen dataclass, configuration only.
 
     A detector may also declare the class attributes of `DetectorTraits`.
 
@@ -56,11 +58,11 @@ class Detector(Protocol):
         """Return the first state, a NamedTuple of tensors."""
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
-        """Return the reading of one step, and the new state; reads nothing on the host."""
+        """Return reading and new state, without a host read."""
 
 
 class DetectorTraits(NamedTuple):
-    """Optional class attributes of a detector, with their defaults.
+    """Optional class attributes of a detector.
 
     Attributes:
         event: Each raised reading stands for itself and never becomes critical.
@@ -81,7 +83,7 @@ class DetectorTraits(NamedTuple):
 
 
 def traits_of(detector: Detector) -> DetectorTraits:
-    """Return the traits that a detector declares, defaults for the rest."""
+    """Return a detector's traits, declared or default."""
     found = {name: getattr(detector, name) for name in DetectorTraits._fields if hasattr(detector, name)}
     if "fast_path_safe" not in vars(type(detector)):
         found.pop("fast_path_safe", None)
@@ -99,7 +101,7 @@ def reading(
     ceiling: Tensor | None = None,
     measure: Tensor | None = None,
 ) -> Reading:
-    """Return a `Reading`, with defaults for what is left out.
+    """Return a `Reading`, filling in defaults.
 
     Args:
         stats: The step.
@@ -124,7 +126,7 @@ def reading(
 
 
 def is_norm_spike(stats: GradStats, z: float, ratio: float) -> Tensor:
-    """Return whether the global norm is far above its baseline, bool [].
+    """Test the global norm for a spike, bool [].
 
     Args:
         stats: The step.
@@ -136,14 +138,14 @@ def is_norm_spike(stats: GradStats, z: float, ratio: float) -> Tensor:
 
 
 def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
-    """Return each layer's distance from the middle one as a score.
+    """Return each layer's offset as a score.
 
     Args:
         stats: The step.
         worst_low: Whether the layers with the smallest gradients are the worst, or those with the largest.
 
     Returns:
-        Distance in decades (factors of ten), float32 [P]; -inf for what is no layer with a gradient.
+        Distance from the middle layer in decades (factors of ten), float32 [P]; -inf for what is no live layer.
     """
     offset = stats.trends.offset
     return torch.nan_to_num(-offset if worst_low else offset, nan=-torch.inf)

@@ -1,4 +1,4 @@
-"""Detectors of gradients that vanish: over the depth of a net, in single layers of it, or over time."""
+"""Detectors of gradients that vanish over depth or time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _EXPLODING_TILT = -1.5
 
 @dataclass(frozen=True)
 class DepthTilt:
-    """Detect gradients that vanish from output to input, or in single layers.
+    """Detect gradients that vanish over depth.
 
     The depth tilt is the number of decades (factors of ten) by which gradients, relative to their weights, fall from
-    the last layer to the first (`lightning_gradguard.stats.depth_profile.depth_tilt`). Convergence lowers all layers
-    together and leaves the tilt unchanged. Raised in one of three cases:
+    the last layer to the first (`lightning_gradguard.stats.trends.depth_tilt`). Convergence lowers all layers together
+    and leaves the tilt unchanged. Raised in one of three cases:
 
     - The tilt is at or above ``limit`` while the loss makes no progress, from step 30 on.
     - The tilt is at or above 1.5 times ``limit``, even while the loss falls: other layers learn in place of these.
@@ -64,7 +64,7 @@ class DepthTilt:
         check_positive("moving", self.moving)
 
     def init(self, stats: GradStats) -> Any:
-        """Return an empty state; the profile is in ``stats.trends``."""
+        """Return an empty state."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
@@ -99,14 +99,14 @@ class DepthTilt:
 
 
 class LastTilt(NamedTuple):
-    """State of `TimeTilt`: newest time tilt in decades, float32 []; NaN before the first."""
+    """State of `TimeTilt`: newest tilt, decades, float32 []."""
 
     decades: Tensor
 
 
 @dataclass(frozen=True)
 class TimeTilt:
-    """Detect recurrent nets whose gradients vanish from the last to the first steps of a sequence.
+    """Detect gradients that vanish over a sequence.
 
     Measured every eight steps while the loss makes no progress, and only in nets that apply a layer repeatedly.
 

@@ -1,4 +1,4 @@
-"""Detectors of gradients that explode, spike or are not finite."""
+"""Detectors of exploding, spiking and non-finite gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DIVERGING_GROWTH = 3.0
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Detect a step whose gradients, global norm or loss are not finite.
+    """Detect a non-finite gradient, global norm or loss.
 
     A global norm whose square overflows float32 counts as non-finite. Tensors are named in backward order, so the first
     is the one nearest to the origin.
@@ -62,7 +62,7 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class Spike:
-    """Detect a single step whose global norm is far above its baseline.
+    """Detect a global norm far above its baseline.
 
     Raised after 25 steps, when the z-score of log‖g‖ exceeds ``z`` and ‖g‖ exceeds ``ratio`` times its baseline, the
     geometric mean. An event: it is counted, and clipped where a clipper is set, but never halts.
@@ -94,11 +94,11 @@ class Spike:
 
     @property
     def fast_path_safe(self) -> bool:
-        """True if a norm up to twice its baseline is no spike."""
+        """True if twice the baseline is no spike."""
         return self.ratio >= _FAST_PATH_RATIO
 
     def init(self, stats: GradStats) -> Any:
-        """Return an empty state; the baseline is in ``stats.trends``."""
+        """Return an empty state."""
         return NoState()
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
@@ -134,9 +134,9 @@ class ExplodingState(NamedTuple):
 
 @dataclass(frozen=True)
 class Exploding:
-    """Detect gradients that grow without bound, towards the input or from step to step.
+    """Detect gradients that grow without bound.
 
-    Raised in one of three cases:
+    They grow towards the input, or from step to step. Raised in one of three cases:
 
     - The depth tilt (decades by which gradients fall from the last layer to the first) is at or below ``tilt``, so that
       they grow towards the input. Counts from step 15 on, and only while the loss makes no progress.

@@ -1,4 +1,4 @@
-"""Detectors of tensors that get no gradient: disconnected from the loss, dead, or below their number format."""
+"""Detectors of tensors that get no gradient."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Unreached(NamedTuple):
 
 @dataclass(frozen=True)
 class Disconnected:
-    """Detect tensors that take part in the forward pass but have no path to the loss, so they get no gradient.
+    """Detect tensors without a path to the loss.
 
-    Raised after ``steps`` steps. Layers whose gradient is exactly zero, from the input up to the first that has one,
-    count as well: they lie behind ``round()`` or a unit that is dead for good. Trainable tensors that take no part in
-    the forward pass are INFO, and so are biases alone: the bias of an energy has no gradient by design.
+    They take part in the forward pass, but get no gradient. Raised after ``steps`` steps. Layers whose gradient is
+    exactly zero, from the input up to the first that has one, count as well: they lie behind ``round()`` or a unit that
+    is dead for good. Trainable tensors that take no part in the forward pass are INFO, and so are biases alone: the
+    bias of an energy has no gradient by design.
 
     Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 
@@ -91,17 +92,17 @@ class Disconnected:
 
 
 class Held(NamedTuple):
-    """State of `DeadUnits`: steps for which each tensor has met the condition, float32 [P]."""
+    """State of `DeadUnits`: dead steps of each tensor, float32 [P]."""
 
     steps: Tensor
 
 
 @dataclass(frozen=True)
 class DeadUnits:
-    """Detect layers of which nearly all output units have a gradient of exactly zero, while the loss makes no progress.
+    """Detect layers whose units are nearly all dead.
 
-    Where all layers from the input up to some layer get nothing at all, it is raised even if the loss falls: the layers
-    behind them learn.
+    A dead unit has a gradient of exactly zero. Raised while the loss makes no progress. Where all layers from the input
+    up to some layer get nothing at all, it is raised even if the loss falls: the layers behind them learn.
 
     Args:
         limit: Share of units without a gradient, above 0 and at most 1. Default 0.9: healthy layers stay below 0.52.
@@ -146,14 +147,14 @@ class DeadUnits:
 
 
 class Steps(NamedTuple):
-    """State of `Underflow`: steps for which the condition has held, float32 []."""
+    """State of `Underflow`: steps held so far, float32 []."""
 
     held: Tensor
 
 
 @dataclass(frozen=True)
 class Underflow:
-    """Detect half-precision gradients that are lost to their own number format.
+    """Detect half-precision gradients lost to their number format.
 
     Raised when the share of the output layer's gradient that is zero or subnormal in float16 or bfloat16 is at or above
     ``limit`` for ``steps`` steps, and the loss is not zero.
@@ -197,7 +198,10 @@ class Underflow:
 
 
 def zero_up_to_first_live(stats: GradStats) -> Tensor:
-    """Return the layers with a zero gradient before the first live one, bool [P]."""
+    """Return zero layers below the first live, bool [P].
+
+    Those with a gradient of exactly zero, from the input up to the first live layer.
+    """
     layout, live = stats.layout, stats.trends.live
     first = torch.where(layout.is_layer & live, layout.depth, torch.inf).amin()
     return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()

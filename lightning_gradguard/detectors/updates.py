@@ -1,4 +1,4 @@
-"""Detectors of applied updates that are too large for their weight, or too small to change it."""
+"""Detectors of updates that are too large or small."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LargeUpdates(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateRatio:
-    """Detect layers whose applied update is too large for their weight.
+    """Detect updates too large for their weight.
 
     ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
     eighth.
@@ -108,18 +108,18 @@ class UpdateRatio:
 
 
 class StillSteps(NamedTuple):
-    """State of `Stalled`: steps for which no layer has moved, float32 []."""
+    """State of `Stalled`: steps without movement, float32 []."""
 
     steps: Tensor
 
 
 @dataclass(frozen=True)
 class Stalled:
-    """Detect a training whose weights do not change, although the loss makes no progress.
+    """Detect weights that do not change.
 
-    Raised from step 30 on, when for ``steps`` steps the median update ratio ‖Δw‖/‖w‖ of the layers is below ``limit``,
-    and no layer's above 100 times ``limit``. Suspended while the learning rate is below a tenth of its peak. A depth
-    tilt or dead units explain it better and take precedence.
+    Raised while the loss makes no progress, from step 30 on, when for ``steps`` steps the median update ratio ‖Δw‖/‖w‖
+    of the layers is below ``limit``, and no layer's above 100 times ``limit``. Suspended while the learning rate is
+    below a tenth of its peak. A depth tilt or dead units explain it better and take precedence.
 
     Args:
         limit: Smallest update ratio that changes a weight, dimensionless.

@@ -16,7 +16,7 @@ from lightning_gradguard.charts.heatmap import SCALE, bin_rows, cells_uri, scale
 from lightning_gradguard.charts.labels import shorten
 from lightning_gradguard.diagnosis.wording import power
 from lightning_gradguard.introspection.gradient_profile import depth_tilt
-from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT, MIN_LAYERS
+from lightning_gradguard.stats.trends import HEALTHY_DEPTH_TILT, MIN_LAYERS
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis, Timeline

@@ -25,6 +25,7 @@ from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
+from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.layout import Layout
@@ -147,7 +148,7 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
-def describe(finding: Finding, origin: Origin | None, *, skipped: bool) -> str:
+def describe(finding: Finding, origin: Origin | None, policy: Policy, *, skipped: bool) -> str:
     """Return the warning for a finding.
 
     It says what was found, where and since when; then the evidence; then what happens now, and where to look further.
@@ -155,6 +156,7 @@ def describe(finding: Finding, origin: Origin | None, *, skipped: bool) -> str:
     Args:
         finding: The finding.
         origin: Source of a non-finite value, if it is known.
+        policy: Policy of the guard.
         skipped: True if the step is not taken.
     """
     tags, page = further_reading(finding.fault)
@@ -166,15 +168,19 @@ def describe(finding: Finding, origin: Origin | None, *, skipped: bool) -> str:
     lines = [f"{finding.place}.", f"{headline(finding.fault)}. {evidence}."]
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
-    action = (
-        "The step is skipped: weights and optimizer state are unchanged." if skipped else "Training goes on."
-    )
-    halt = (
-        ""
-        if finding.fault == Fault.SPIKE
-        else f' Policy(respond={{"{finding.fault}": "halt"}}) halts and explains.'
-    )
-    lines.append(f"{action} Look at {tags[0]} in TensorBoard, and at {page}.{halt}")
+    response = policy.response(finding.fault)
+    if skipped:
+        action = "The step is skipped: weights and optimizer state are unchanged."
+    else:
+        action = "Training goes on."
+    if response == "skip":
+        action += f" After {policy.max_consecutive_skips} such steps in a row, the next one halts."
+    elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):
+        action += f" If this lasts {policy.patience} further steps, the policy responds with {response!r}."
+    advice = f"Look at {tags[0]} in TensorBoard, and at {page}."
+    if response == "warn" and finding.fault != Fault.SPIKE:
+        advice += f' Policy(respond={{"{finding.fault}": "halt"}}) halts and explains.'
+    lines.append(f"{action} {advice}")
     return "\n  ".join(lines)
 
 

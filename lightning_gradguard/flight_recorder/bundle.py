@@ -64,9 +64,7 @@ def file_name(step: int, rank: int, world_size: int) -> str:
 
 
 def limit_size(bundle: dict[str, Any], max_bytes: int) -> None:
-    """Reduce a bundle to a largest size.
-
-    Removes the weights first, and then the batch.
+    """Remove weights, then the batch, from a large bundle.
 
     Args:
         bundle: Changed in place; what is removed is listed under ``left_out``.
@@ -117,9 +115,7 @@ def write_bundle(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
 
 
 def read_bundle(path: str | Path) -> dict[str, Any]:
-    """Read a bundle onto the CPU.
-
-    No code from the file runs.
+    """Read a bundle onto the CPU without running code.
 
     Args:
         path: The bundle's file.
@@ -205,10 +201,7 @@ def megabytes(size: float) -> str:
 
 
 class _ErrorKeepingFile:
-    """File that keeps the error of a failed write.
-
-    Torch hides it.
-    """
+    """File that keeps a write error, which torch hides."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file

@@ -1,7 +1,4 @@
-"""Capture and restore the states of random generators.
-
-They are those of torch (CPU and GPU), Python and NumPy.
-"""
+"""Capture and restore torch's, Python's and NumPy's random generators."""
 
 from __future__ import annotations
 
@@ -41,10 +38,7 @@ def capture() -> Randomness:
 
 
 def restore(states: Randomness) -> None:
-    """Restore all generators.
-
-    The GPU state is ignored without a GPU.
-    """
+    """Restore all generators that this machine has."""
     torch.set_rng_state(states.torch)
     if states.cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states.cuda)

@@ -18,8 +18,6 @@ from lightning_gradguard.stats.parameters import select
 def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mapping[str, Any]) -> nn.Module:
     """Construct a module from its recorded hyper-parameters.
 
-    It gets those that it takes.
-
     Args:
         kind: The module's class, or any function that returns a module.
         bundle: Bundle that holds the hyper-parameters.
@@ -45,10 +43,7 @@ def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mappin
 
 
 def _recorded_arguments(bundle: dict[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
-    """Select the recorded hyper-parameters that a class takes.
-
-    Lightning's ``load_from_checkpoint`` passes the same ones.
-    """
+    """Select arguments as Lightning's ``load_from_checkpoint`` does."""
     recorded = bundle["hyper_parameters"]
     values = {name: decode(value) for name, value in recorded["values"].items()}
     argument = recorded["argument"]

@@ -14,8 +14,9 @@ Occasion = Literal["halt", "exception", "sigterm"]
 class Recorder:
     """Flight recorder for `GradGuard`.
 
-    It writes a bundle when training is halted, and `replay` runs the step in the bundle again. The bundle is one file, such as ``step-00000007.pt``, of plain types and
-    tensors, so that ``torch.load(file, weights_only=True)`` reads it. It holds:
+    It writes a bundle when training is halted, and `replay` runs the step in the bundle again. The bundle is one file,
+    such as ``step-00000007.pt``, of plain types and tensors, so that ``torch.load(file, weights_only=True)`` reads it.
+    It holds:
 
     - the batch, the states of the random generators before its forward pass, and the weights before the step;
     - buffers before the forward pass, those of up to 1,048,576 elements;

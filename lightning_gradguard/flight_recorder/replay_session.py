@@ -167,7 +167,7 @@ class ReplaySession:
             return Pass() if stub is None else self._measure(stub, times, drew_random)
 
     def origin(self, part: ReplayBatch, backward: int) -> Origin:
-        """Find the first non-finite number.
+        """Find the first non-finite number's origin.
 
         Args:
             part: Batch that shows the fault.
@@ -195,10 +195,7 @@ class ReplaySession:
         return decode(part.batch, take)
 
     def length_of(self, part: ReplayBatch) -> int | None:
-        """Count the rows of a batch.
-
-        Returns None if its tensors differ in length.
-        """
+        """Count a batch's rows; None if tensors differ in length."""
         lengths = {
             len(t)
             for _, t in tensors_of(self.batch_of(part))

@@ -27,10 +27,7 @@ _SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 
 
 class Record(dict[Any, Any]):
-    """Decoded mapping of a class other than dict.
-
-    Its entries are attributes too.
-    """
+    """Decoded mapping whose entries are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -124,10 +121,7 @@ def describe(value: Any) -> Any:
 
 
 def size_of(plain: Any) -> int:
-    """Count the bytes of all tensors in a value.
-
-    Shared storage counts once.
-    """
+    """Count a value's bytes, shared storage once."""
     storages = {}
     for _, tensor in tensors_of(plain):
         if tensor.layout == torch.strided:

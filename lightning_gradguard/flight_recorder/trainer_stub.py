@@ -17,9 +17,9 @@ from lightning_gradguard.stats.parameters import select
 class TrainerStub:
     """Stand-in for the Trainer in a replay.
 
-    It runs one training step, up to the optimizer step in question. Use it in a `sandbox`, since it changes the module. Optimizer steps do nothing and nothing is logged. All passes use
-    the recorded weights, those before the step in question; with manual optimization, earlier steps of the same batch
-    had run on older weights.
+    It runs one training step, up to the optimizer step in question. Use it in a `sandbox`, since it changes the module.
+    Optimizer steps do nothing and nothing is logged. All passes use the recorded weights, those before the step in
+    question; with manual optimization, earlier steps of the same batch had run on older weights.
 
     Args:
         module: A LightningModule.
@@ -106,10 +106,7 @@ class TrainerStub:
             self.first_nonfinite = None
 
     def stepped(self, index: int) -> None:
-        """Count an optimizer step.
-
-        Ends the run at the one in question.
-        """
+        """Count a step; end at the one in question."""
         if self._stop is not None and self._steps == self._stop:
             raise _StopReplay(None)
         self._steps += 1

@@ -8,8 +8,8 @@ from itertools import combinations
 
 from torch import Tensor
 
-from lightning_gradguard.stats.depth_profile import MIN_LAYERS
 from lightning_gradguard.stats.samples import dead_row_share
+from lightning_gradguard.stats.trends import MIN_LAYERS
 
 #: Layers of a profile that slopes are taken between; a deeper profile is thinned out evenly.
 _MAX_LAYERS = 100
@@ -40,7 +40,7 @@ def depth_tilt(profile: Sequence[float]) -> float | None:
     """Return the depth tilt of a profile, decades.
 
     By so much gradients rise from input to output. None with fewer than four layers. The same statistic as
-    `stats.depth_profile.depth_tilt`, of one step and on the host: the number of layers less one, times the median slope
+    `stats.trends.depth_tilt`, of one step and on the host: the number of layers less one, times the median slope
     between pairs of layers.
 
     Args:

@@ -1,3 +1,3 @@
-"""Statistics of gradients: one pass over them at each step, and running statistics that detectors share."""
+"""Statistics of gradients, per step and over time."""
 
 from lightning_gradguard.stats.grad_stats import GradStats as GradStats

@@ -1,4 +1,7 @@
-"""Everything that is read of the tensors at one step; if they are sharded, summed over ranks in one all-reduce."""
+"""Values read of the tensors at one step.
+
+If the tensors are sharded, the values are summed over ranks in one all-reduce.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ from lightning_gradguard.stats.sharding import Shards, mean_over_ranks, world_si
 
 
 class Collected(NamedTuple):
-    """What is read at one step, the same on every rank; None for what was not due.
+    """Values of one step, equal on every rank.
+
+    None stands for what was not due.
 
     Attributes:
         norms: float32 [P], L2 norms of the gradients.
@@ -94,14 +99,14 @@ def collect_sample(layout: Layout) -> Tensor:
 
 
 class _RankValues(NamedTuple):
-    """What each rank has a value of its own for: the loss, and the time tilt if one was to be measured."""
+    """Values that each rank has of its own."""
 
     loss: Tensor | None
     time_tilt: Tensor | None
     tilt_due: bool
 
     def numbers(self, device: torch.device) -> Tensor:
-        """Return the numbers to average over ranks, float32 [0 to 3]."""
+        """Return the numbers to average, float32 [0 to 3]."""
         device = device if self.loss is None else self.loss.device
         numbers = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
         if self.tilt_due:
@@ -112,7 +117,7 @@ class _RankValues(NamedTuple):
         return torch.stack(numbers) if numbers else torch.zeros(0, device=device, dtype=torch.float32)
 
     def from_means(self, means: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return mean loss, and mean time tilt where one was measured."""
+        """Return mean loss and mean time tilt."""
         loss = None if self.loss is None else means[0]
         return loss, means[-2] / means[-1] if self.tilt_due else None
 
@@ -126,7 +131,7 @@ def _collect_sharded(
     refresh_due: bool,
     sample_due: bool,
 ) -> Collected:
-    """Read this rank's part, and sum everything in one all-reduce."""
+    """Read this rank's part, and sum all parts."""
     parts = {
         "norms": shards.squares(norms),
         "own": own.numbers(norms.device).to(norms.device) / world_size(),

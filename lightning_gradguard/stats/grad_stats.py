@@ -1,4 +1,7 @@
-"""`GradStats`: one step's gradients, reduced to vectors of P numbers on the device by one pass over them."""
+"""`GradStats`: one step's gradients as vectors of numbers.
+
+One pass over P gradients reduces them to vectors of P numbers, on the device.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,11 @@ LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 @dataclass(frozen=True)
 class GradStats:
-    """One step's gradients of P tensors, reduced to vectors on the device of the first tensor.
+    """One step's gradients of P tensors, as vectors.
 
-    A full evaluation is a step at which `slow` detectors are evaluated too: each of the first 32 steps, then every
-    eighth, later every 32nd. A sampled step is one at which more than norms is read; in between, those values stay.
+    The vectors lie on the device of the first tensor. A full evaluation is a step at which `slow` detectors are
+    evaluated too: each of the first 32 steps, then every eighth, later every 32nd. A sampled step is one at which more
+    than norms is read; in between, those values stay.
 
     Attributes:
         layout: Names, order and shapes of the tensors.
@@ -85,7 +89,7 @@ class GradStats:
 
     @property
     def trends(self) -> Trends:
-        """Running statistics up to this step, which detectors share.
+        """Running statistics up to this step.
 
         Raises:
             ValueError: If they are not set, which `Guard` does before it evaluates detectors.
@@ -99,7 +103,7 @@ class GradStats:
 
     @cached_property
     def finite(self) -> Tensor:
-        """True if the global norm, and the loss if given, are finite, bool []."""
+        """True if global norm and loss are finite, bool []."""
         number = self.layout.constant
         # Zero times what is not finite is NaN.
         both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
@@ -108,7 +112,10 @@ class GradStats:
 
     @cached_property
     def relative(self) -> Tensor:
-        """Relative size log10(‖g‖/‖w‖), float32 [P]; -inf where it is zero."""
+        """Relative size log10(‖g‖/‖w‖), float32 [P].
+
+        It is -inf where the gradient is zero.
+        """
         return (self.log_norms - self.log_weights) * self.layout.constant(1 / math.log(10))
 
     @cached_property
@@ -117,7 +124,7 @@ class GradStats:
         return self.norms.log()
 
     def replace(self, **changes: Any) -> GradStats:
-        """Return a copy with other values for some fields."""
+        """Return a copy with some fields replaced."""
         # Many times faster than `dataclasses.replace`.
         copy = object.__new__(GradStats)
         vars(copy).update(vars(self), **changes)
@@ -134,11 +141,11 @@ class GradStats:
 
 
 class NoState(NamedTuple):
-    """The state of a detector or clipper without memory."""
+    """Empty state of a detector or clipper."""
 
 
 def measure(layout: Layout, weights: Tensor, updates: Tensor, loss: Tensor | None = None) -> GradStats:
-    """Measure the current gradients, with one read of each.
+    """Measure the current gradients, reading each once.
 
     Collective if the tensors are sharded: every rank has to call it.
 
@@ -197,7 +204,7 @@ def stats_of(
 
 
 def gradients_of(layout: Layout) -> tuple[Tensor | None, ...]:
-    """Return the current gradients, each sharded as its parameter is."""
+    """Return the current gradients, sharded as their parameters."""
     if layout.shards is not None:
         align_gradients(layout.parameters)
     return tuple([p.grad for p in layout.parameters])

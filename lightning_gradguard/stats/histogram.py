@@ -1,4 +1,7 @@
-"""Histograms of many gradients, counted on the device: of log10|g| on one fixed axis, or of values."""
+"""Histograms of gradients, counted on the device.
+
+They are of log10|g| on one fixed axis, or of values.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Counts(NamedTuple):
-    """Result of `count` for T tensors and K thresholds; everything but ``limits`` adds up over shards.
+    """Result of `count` for T tensors, K thresholds.
+
+    Everything but ``limits`` adds up over shards.
 
     Attributes:
         bins: float32 [T, 30], number of finite elements in each bin.
@@ -49,7 +54,7 @@ class Counts(NamedTuple):
 
 
 def edges(limit: float) -> tuple[float, ...]:
-    """Return the 31 edges of 30 equal bins from ``-limit`` to ``limit``."""
+    """Return 31 even edges from ``-limit`` to ``limit``."""
     return tuple(limit * (2 * k / _BINS - 1) for k in range(_BINS + 1))
 
 
@@ -60,7 +65,7 @@ def count(
     axis: Axis = "log10",
     thresholds: Sequence[float] = (),
 ) -> Counts:
-    """Count the elements of each gradient by magnitude or by value.
+    """Count gradient elements by magnitude or value.
 
     Gradients span many decades, so a histogram of their values is one peak at zero whether they vanish or explode. On
     the logarithmic axis vanishing gradients move left, exploding ones right, and exact zeros fill the first bin. The
@@ -106,13 +111,17 @@ def count(
     parts = [_tally(*_joined(group, most, device), axis, thresholds) for group in groups]
     counts = _scaled(Counts(*map(torch.cat, zip(*parts, strict=True))), [s.numel() / most for s in stored])
     if any(g is not None and g.layout != torch.strided for g in gradients):
-        implied = [_implied(g, s) for g, s in zip(gradients, stored, strict=True)]
+        # Zeros that a sparse gradient does not store.
+        implied = [
+            0.0 if g is None else float(g.numel() * (1 + g.is_complex()) - s.numel())
+            for g, s in zip(gradients, stored, strict=True)
+        ]
         counts.bins[:, 0 if axis == "log10" else _BINS // 2] += torch.tensor(implied, device=device)
     return counts
 
 
 def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[float]) -> Counts:
-    """Count each row of values [T, n], which are overwritten.
+    """Count rows of values [T, n], overwriting them.
 
     Args:
         values: Elements, with zeros at the end of shorter rows.
@@ -141,9 +150,9 @@ def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[flo
 
 
 def _tally_decades(magnitudes: Tensor) -> Tensor:
-    """Count magnitudes [T, n] by decade, int64 [T, 31], and overwrite them.
+    """Count magnitudes by decade, int64 [T, 31].
 
-    The first column counts elements that are not finite.
+    The magnitudes [T, n] are overwritten. The first column counts elements that are not finite.
     """
     # In place: touching fresh memory costs more than the arithmetic. A zero goes from -inf to the first bin.
     places = magnitudes.log10_().mul_(2).add_(1 - 2 * EDGES[0]).clamp_(min=1)
@@ -151,9 +160,10 @@ def _tally_decades(magnitudes: Tensor) -> Tensor:
 
 
 def _tally_values(values: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Count values [T, n], int64 [T, 31]; return the limits of their axes too, float32 [T].
+    """Count values [T, n] on their own axes.
 
-    The first column counts elements that are not finite.
+    Return the counts, int64 [T, 31], and the limits of the axes, float32 [T]. The first column counts elements that are
+    not finite.
     """
     is_finite = values.isfinite()
     finite = torch.where(is_finite, values, 0)
@@ -168,14 +178,14 @@ def _tally_values(values: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _frequencies(places: Tensor) -> Tensor:
-    """Count each bin in each row of [T, n], int64 [T, 31]."""
+    """Count the bins of each row, int64 [T, 31]."""
     # Integers: float32 stops counting at 2**24.
     table = torch.zeros(len(places), _BINS + 1, dtype=torch.int64, device=places.device)
     return table.scatter_add_(1, places.long(), table.new_ones(1, 1).expand(places.shape))
 
 
 def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
-    """Scale the counts of samples up to whole tensors."""
+    """Scale sampled counts up to whole tensors."""
     column = torch.tensor(scale, device=counts.bins.device).clamp(min=1)
     row = column.unsqueeze(1)
     bins, nonfinite, squares, below, limits = counts
@@ -183,7 +193,7 @@ def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
 
 
 def _stored(gradient: Tensor) -> Tensor:
-    """Return the stored elements as real numbers, in memory order."""
+    """Return the stored elements, real, in memory order."""
     dense = gradient.detach()
     if dense.layout == torch.sparse_coo:
         dense = dense.coalesce().values()
@@ -197,15 +207,10 @@ def _stored(gradient: Tensor) -> Tensor:
     return dense.permute(sorted(range(dense.ndim), key=dense.stride, reverse=True))
 
 
-def _implied(gradient: Tensor | None, stored: Tensor) -> float:
-    """Return how many zeros a sparse gradient does not store."""
-    if gradient is None:
-        return 0.0
-    return float(gradient.numel() * (2 if gradient.is_complex() else 1) - stored.numel())
-
-
 def _joined(stored: Sequence[Tensor], max_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Join samples of tensors in one matrix [T, n]; return it and the padding of rows, [T].
+    """Join samples in one matrix [T, n].
+
+    Return it and the padding of its rows, int64 [T].
 
     The stride is the golden section of the number of elements, modulo that number. It spreads any number of places
     evenly, and since it shares no factor with the number, it never falls in step with the rows of a weight.
@@ -232,7 +237,7 @@ def _joined(stored: Sequence[Tensor], max_samples: int, device: torch.device) ->
 
 
 def _places(number: int, numel: int, device: torch.device) -> Tensor:
-    """Return ``number`` distinct places among ``numel`` elements, int64 [number]."""
+    """Return distinct places of elements, int64 [number]."""
     stride = round(_GOLDEN * numel)
     while math.gcd(stride, numel) > 1:
         stride += 1

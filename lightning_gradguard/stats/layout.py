@@ -1,4 +1,7 @@
-"""What is known of the tracked tensors before any gradient: names, shapes, order over depth, and which are layers."""
+"""Static properties of the tracked tensors.
+
+Names, shapes, order over depth, and which are layers.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ MAX_PAIRS = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """What is known of P tracked tensors before any gradient; built once, and again when they change.
+    """Static properties of P tracked tensors.
 
-    Shapes and numbers of elements are those of whole tensors, also if they are sharded.
+    A layout is built once, and again when the tensors change. Shapes and numbers of elements are those of whole
+    tensors, also if they are sharded.
 
     Attributes:
         names: P names, as in ``named_parameters``.
@@ -119,13 +123,13 @@ class Layout:
         )
 
     def constant(self, value: float) -> Tensor:
-        """Return a number as float32 [] on the device; cached, read-only."""
+        """Return a cached, read-only number, float32 []."""
         if value not in self._constants:
             self._constants[value] = torch.tensor(float(value), device=self.numel.device, dtype=torch.float32)
         return self._constants[value]
 
     def indices(self, chosen: tuple[int, ...]) -> Tensor:
-        """Return indices as int64 [n] on the device; cached."""
+        """Return indices as int64 [n], cached."""
         if chosen not in self._indices:
             if len(self._indices) >= 16:
                 self._indices.clear()
@@ -133,11 +137,11 @@ class Layout:
         return self._indices[chosen]
 
     def presence(self, pattern: tuple[bool, ...]) -> Tensor:
-        """Return where there is a gradient, bool [P], from `pattern_of`."""
+        """Return where `pattern_of` saw gradients, bool [P]."""
         return self.everywhere if all(pattern) else self.flags(pattern)
 
     def flags(self, pattern: tuple[bool, ...]) -> Tensor:
-        """Return a mask as bool [P] on the device; cached."""
+        """Return a mask as bool [P], cached."""
         if pattern not in self._flags:
             if len(self._flags) >= 64:
                 self._flags.clear()
@@ -151,7 +155,10 @@ def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
 
 
 def _pairs(count: int) -> Tensor:
-    """Return pairs (i < j) out of ``count``, int64 [2, K]: all, or `MAX_PAIRS` at random."""
+    """Return pairs of layers, int64 [2, K].
+
+    All pairs i < j out of ``count``, or `MAX_PAIRS` at random.
+    """
     if count * (count - 1) // 2 <= MAX_PAIRS:
         return torch.triu_indices(count, count, 1)
     # Every distance between two layers gets its share. The seed makes each run draw the same pairs.
@@ -170,5 +177,4 @@ def _alike(layers: Sequence[int], tensors: Sequence[Tensor]) -> tuple[tuple[int,
 
 
 def _fan_in(parameter: Tensor) -> int:
-    """Return the inputs per output unit; 1 for vectors."""
     return math.prod(parameter.shape[1:]) if parameter.ndim >= 2 and len(parameter) else 1

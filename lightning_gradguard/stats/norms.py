@@ -1,4 +1,7 @@
-"""L2 norms of many tensors with one read of each, and other statistics of whole tensors."""
+"""L2 norms and other statistics of whole tensors.
+
+Each tensor is read once.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _TOGETHER = 2**16
 
 
 def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the L2 norm of each tensor, float32 [P], 0 for None.
+    """Return L2 norms, float32 [P], 0 for None.
 
     Collective if the tensors are sharded: every rank has to call it.
     """
@@ -31,7 +34,7 @@ def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 def weight_norms(layout: Layout) -> Tensor:
-    """Return the L2 norm of each parameter, float32 [P].
+    """Return the L2 norms of parameters, float32 [P].
 
     It reads all weights, so it is refreshed only every few steps. Collective if they are sharded: every rank has to
     call it.
@@ -40,7 +43,7 @@ def weight_norms(layout: Layout) -> Tensor:
 
 
 def weight_means(layout: Layout) -> Tensor:
-    """Return the mean of each parameter's elements, float32 [P].
+    """Return the means of parameters, float32 [P].
 
     Collective if the tensors are sharded: every rank has to call it.
     """
@@ -54,10 +57,10 @@ def weight_means(layout: Layout) -> Tensor:
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
-    """Return the L2 norm of each output unit, broadcastable to ``tensor``.
+    """Return the L2 norm of each output unit.
 
-    float64 for a float64 tensor, otherwise float32. A unit is one index of the first dimension, or a whole vector or
-    scalar. For a sparse tensor all units are returned, most of them 0.
+    The result broadcasts to ``tensor``. It is float64 for a float64 tensor, otherwise float32. A unit is one index of
+    the first dimension, or a whole vector or scalar. For a sparse tensor all units are returned, most of them 0.
 
     Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
     """
@@ -77,18 +80,18 @@ def unit_norms(tensor: Tensor) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return the coalesced values of a sparse tensor; others unchanged."""
+    """Return a sparse tensor's coalesced values; others unchanged."""
     return tensor.coalesce()._values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as real pairs; others unchanged."""
+    """Return complex tensors as real pairs; others unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()
 def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the L2 norm of this rank's parts, float32 [P], 0 for None."""
+    """Return this rank's norms, float32 [P], 0 for None."""
     if layout.shards is not None:
         tensors = [None if t is None else local(t).detach() for t in tensors]
     present, indices = [t for t in tensors if t is not None], None
@@ -105,7 +108,7 @@ def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 class Batches(NamedTuple):
-    """Which of some tensors are read by one call.
+    """Batches of tensors, each read by one call.
 
     Attributes:
         together: For each call, positions of small tensors of one shape.
@@ -119,9 +122,9 @@ class Batches(NamedTuple):
 
 
 def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Tensor:
-    """Return norms of tensors of one dtype and device, float32 [P].
+    """Return norms of like tensors, float32 [P].
 
-    Small ones are stacked by shape, all others take one foreach call.
+    All have one dtype and device. Small ones are stacked by shape, all others take one foreach call.
     """
     batches = layout.batches.get(indices)
     if batches is None:
@@ -139,7 +142,7 @@ def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, l
 
 
 def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Batches:
-    """Group small tensors by shape, on a CPU only: an accelerator's foreach call is fast enough."""
+    """Group small tensors by shape, on a CPU."""
     shapes: dict[torch.Size, list[int]] = {}
     alone: list[int] = []
     for i, tensor in enumerate(tensors):
@@ -159,7 +162,7 @@ def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: 
 
 
 def _norms_of_any_kind(tensors: list[Tensor], indices: Sequence[int], layout: Layout) -> Tensor:
-    """Return norms of mixed tensors, float32 [P]: one foreach call for each kind."""
+    """Return norms of mixed tensors, float32 [P]."""
     buckets: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
     for place, stored in zip(indices, tensors, strict=True):
         tensor = real(dense(stored))

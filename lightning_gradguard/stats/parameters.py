@@ -1,4 +1,4 @@
-"""Parameters of a model or an optimizer, and their names."""
+"""Parameters of models and optimizers, with names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
 
 
 def as_pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Return pairs of name and parameter as a list.
+    """Return pairs of name and parameter.
 
     Raises:
         TypeError: If they are something else, such as a module or its ``parameters()``.
@@ -73,7 +73,10 @@ def select(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
 
 
 def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
-    """Return whether a compiled module has these names; it calls no hooks."""
+    """Return True if a compiled module has these names.
+
+    A compiled module calls no hooks.
+    """
     return any("_orig_mod." in name for name, _ in named)
 
 

@@ -1,4 +1,6 @@
-"""What is read only at some steps, and of a part of the elements: samples of weights, dead rows, and lost elements.
+"""Samples that are read at some steps only.
+
+Elements of weights, dead rows, and elements lost to half precision.
 
 Each quantity has two forms: of whole tensors, and the part of it that one rank holds if they are sharded, which
 `collect` sums over ranks. Both take the same elements.
@@ -26,7 +28,7 @@ _TOGETHER = 2**16
 
 
 def sample(layout: Layout) -> Tensor:
-    """Return up to `SAMPLES` elements of each parameter, float32 [P, SAMPLES].
+    """Return sampled elements of parameters, float32 [P, SAMPLES].
 
     A copy, evenly strided, padded with zeros.
     """
@@ -42,7 +44,7 @@ def sample(layout: Layout) -> Tensor:
 
 
 def local_sample(layout: Layout, shards: Shards) -> Tensor:
-    """Return this rank's part of `sample`, float64 [P, SAMPLES], to be summed."""
+    """Return this rank's `sample`, float64 [P, SAMPLES]."""
     rows = []
     for index, parameter in enumerate(layout.parameters):
         part = real(local(parameter).detach())
@@ -52,7 +54,7 @@ def local_sample(layout: Layout, shards: Shards) -> Tensor:
 
 
 def update_ratios(before: Tensor, after: Tensor) -> Tensor:
-    """Return the applied update ratio ‖Δw‖/‖w‖ of each tensor, float32 [P].
+    """Return applied update ratios ‖Δw‖/‖w‖, float32 [P].
 
     Works for every optimizer, since it looks at the weights alone. ‖w‖ is the larger of before and after, so that a
     zero-initialised layer may begin to move, and no ratio exceeds 2.
@@ -69,7 +71,7 @@ def update_ratios(before: Tensor, after: Tensor) -> Tensor:
 
 
 def median_update(updates: Tensor, layout: Layout) -> Tensor:
-    """Return the median update ratio of the layers, float32 []; NaN if unknown."""
+    """Return the median layer update ratio, float32 [] or NaN."""
     return updates[layout.layers].nanmedian(0).values if layout.layers.numel() else layout.constant(torch.nan)
 
 
@@ -77,12 +79,12 @@ def median_update(updates: Tensor, layout: Layout) -> Tensor:
 
 
 def dead_row_share(gradient: Tensor) -> Tensor:
-    """Return the share of a gradient's rows that are exactly zero, float32 []."""
+    """Return the share of all-zero rows, float32 []."""
     return (_row_maxima(gradient) == 0).float().mean()
 
 
 def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the share of each layer's rows that are exactly zero, float32 [P].
+    """Return each layer's share of all-zero rows, float32 [P].
 
     From up to `SAMPLES` evenly strided rows of the gradient, each read whole. 0 for tensors that are no layers.
     """
@@ -100,9 +102,9 @@ def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 def local_live_rows(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """Return this rank's live rows among the sampled ones, float64 [P, SAMPLES], to be summed.
+    """Return this rank's live rows, float64 [P, SAMPLES].
 
-    A row is live if an element is not zero.
+    Of the sampled rows, to be summed over ranks. A row is live if an element is not zero.
     """
     rows = [shards.shares.new_zeros(SAMPLES) for _ in gradients]
     for index, part in _layers_with_gradient(gradients, layout):
@@ -115,10 +117,10 @@ def local_live_rows(gradients: Sequence[Tensor | None], layout: Layout, shards: 
 def dead_shares_from_rows(
     live: Tensor, gradients: Sequence[Tensor | None], layout: Layout, shards: Shards
 ) -> Tensor:
-    """Return `dead_shares`, float32 [P], from the sum of `local_live_rows` over ranks.
+    """Return `dead_shares`, float32 [P], from summed rows.
 
     Args:
-        live: The sum, float64 [P, SAMPLES].
+        live: Sum of `local_live_rows` over ranks, float64 [P, SAMPLES].
         gradients: The P gradients.
         layout: Gives the layers.
         shards: Gives their whole shapes.
@@ -132,12 +134,11 @@ def dead_shares_from_rows(
 
 
 def row_stride(rows: int) -> int:
-    """Return the stride from one sampled row to the next."""
+    """Return the stride between sampled rows."""
     return max(1, rows // SAMPLES)
 
 
 def _rows(gradient: Tensor) -> Tensor:
-    """Return up to `SAMPLES` rows."""
     rows = real(gradient)
     return rows if len(rows) <= SAMPLES else rows[:: row_stride(len(rows))][:SAMPLES]
 
@@ -152,7 +153,7 @@ def _row_maxima(gradient: Tensor) -> Tensor:
 
 
 def _batched_row_maxima(tensors: list[Tensor]) -> list[Tensor]:
-    """Return `_row_maxima` of tensors of one shape, [n, rows] each."""
+    """Return `_row_maxima` of same-shape tensors, [n, rows] each."""
     if 2 * tensors[0].numel() > _TOGETHER:
         return [_row_maxima(t)[None] for t in tensors]
     # Several at a time, since calls cost more than arithmetic; not all, since memory is bounded.
@@ -162,7 +163,7 @@ def _batched_row_maxima(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _layers_with_gradient(gradients: Sequence[Tensor | None], layout: Layout) -> Iterator[tuple[int, Tensor]]:
-    """Yield index and local gradient of each layer that has one."""
+    """Yield index and local gradient of layers with one."""
     for index in sorted(layout.layer_indices):
         gradient = gradients[index]
         if gradient is not None and gradient.layout == torch.strided:
@@ -173,7 +174,7 @@ def _layers_with_gradient(gradients: Sequence[Tensor | None], layout: Layout) ->
 
 
 def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
-    """Return the share of each gradient that is lost to half precision, float32 [P].
+    """Return shares lost to half precision, float32 [P].
 
     An element is lost if it is zero or subnormal in float16 or bfloat16. By count, from up to `SAMPLES` elements; 0 for
     gradients of higher precision, which lose nothing that matters.
@@ -190,7 +191,7 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
 
 
 def local_lost_shares(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
-    """Return this rank's part of `lost_shares`, float64 [P], to be summed."""
+    """Return this rank's `lost_shares`, float64 [P]."""
     shares = [shards.shares.new_zeros(())] * len(gradients)
     for index, gradient in enumerate(gradients):
         if gradient is None or gradient.dtype not in LOW_PRECISION or not gradient.numel():
@@ -207,7 +208,7 @@ def local_lost_shares(gradients: Sequence[Tensor | None], layout: Layout, shards
 
 
 def stride_of(shape: Sequence[int]) -> int:
-    """Return the stride from one sampled element to the next.
+    """Return the stride between sampled elements.
 
     It shares no factor with the length of a row, or all elements would come from a few columns.
     """
@@ -219,21 +220,21 @@ def stride_of(shape: Sequence[int]) -> int:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Return up to `SAMPLES` elements."""
     return _flat(tensor)[:: stride_of(tensor.shape)][:SAMPLES]
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return all elements in memory order, as a view if possible."""
+    """Return elements in memory order, viewed if possible."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).reshape(-1)
 
 
 def _sample_views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
-    """Return views of the sampled elements, and their places in rows unless they fill them.
+    """Return views of sampled elements, and their places.
 
-    Kept in the layout, and made anew when the memory of a parameter moves.
+    The places are in rows of `SAMPLES`, or None if the views fill all rows. Kept in the layout, and made anew when the
+    memory of a parameter moves.
     """
     try:
         memory = tuple([p.data_ptr() for p in layout.parameters])
@@ -252,7 +253,7 @@ def _sample_views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
 
 
 def _local_elements(shards: Shards, index: int, part: Tensor) -> tuple[Tensor, Tensor]:
-    """Return numbers and places of the sampled elements on this rank.
+    """Return numbers and places of this rank's samples.
 
     Args:
         shards: How the tensors are sharded.
@@ -265,6 +266,6 @@ def _local_elements(shards: Shards, index: int, part: Tensor) -> tuple[Tensor, T
 
 
 def _at(numbers: Tensor, values: Tensor, shards: Shards) -> Tensor:
-    """Return values at their numbers, zeros elsewhere, float64 [SAMPLES]."""
+    """Return values at their numbers, float64 [SAMPLES]."""
     row = shards.shares.new_zeros(SAMPLES)
     return row.index_copy(0, numbers, values.to(row.device, row.dtype))

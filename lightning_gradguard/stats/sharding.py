@@ -1,4 +1,6 @@
-"""Tensors that are sharded over ranks (DTensor: FSDP2, tensor parallel): what a rank holds, and sums over all ranks.
+"""Tensors sharded over ranks: DTensor of FSDP2, tensor parallel.
+
+Says what a rank holds, and sums over all ranks.
 
 The only code that talks to other ranks. What is summed goes through one all-reduce as float64, where the square of a
 large float32 norm does not overflow and that of a small one does not vanish. An element that several ranks hold counts
@@ -22,7 +24,7 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Shards:
-    """How P tensors are sharded over ranks, as this rank sees it.
+    """Shards of P tensors, seen from one rank.
 
     Attributes:
         shapes: Their whole shapes.
@@ -41,7 +43,7 @@ class Shards:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
-        """Return how tensors are sharded; None if none is.
+        """Return the shards of tensors; None without any.
 
         Raises:
             ValueError: If one is sharded in an unknown way, or its gradient is kept elsewhere.
@@ -72,11 +74,14 @@ class Shards:
         return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
     def squares(self, norms: Tensor) -> Tensor:
-        """Return what local norms, float [P], add to the squares of whole ones, float64 [P]."""
+        """Return this rank's part of squares, float64 [P].
+
+        Summed over ranks, they are the squared norms of whole tensors.
+        """
         return norms.to(torch.float64).square() * self.shares
 
     def unit_norms(self, indices: Sequence[int], norms: Sequence[Tensor]) -> list[Tensor]:
-        """Return norms of whole units from those of their parts.
+        """Return norms of whole units from parts.
 
         A unit is a row, or a whole vector or scalar. One all-reduce, which every rank has to call.
 
@@ -99,7 +104,7 @@ class Shards:
     def local_entries(
         self, index: int, shape: tuple[int, ...], stride: int, most: int
     ) -> tuple[Tensor, Tensor]:
-        """Return which of evenly strided entries this rank holds; cached.
+        """Return this rank's strided entries, cached.
 
         Args:
             index: Which of the P tensors.
@@ -126,7 +131,7 @@ class Shards:
         return self._entries[key]
 
     def check_agreement(self, names: Sequence[str]) -> None:
-        """Check that all ranks have tensors of these names.
+        """Check that all ranks have the same tensors.
 
         One all-reduce, which every rank has to call.
 
@@ -150,7 +155,7 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, in the same memory."""
+    """Return this rank's part, in the same memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -159,7 +164,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_units(units: Tensor, tensor: Tensor) -> Tensor:
-    """Return the numbers of the rows that this rank holds.
+    """Return the numbers of this rank's rows.
 
     Args:
         units: A number for each unit of the whole tensor, [rows, 1, ...], or one for all, [].
@@ -184,7 +189,7 @@ def align_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def spans_of(tensor: Tensor) -> Spans:
-    """Return which part of a tensor this rank holds.
+    """Return this rank's spans of a tensor.
 
     Raises:
         ValueError: If it is sharded in an unknown way.
@@ -206,7 +211,7 @@ def spans_of(tensor: Tensor) -> Spans:
 
 
 def world_size() -> int:
-    """Return the number of ranks; 1 without a process group."""
+    """Return the rank count; 1 without a process group."""
     return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
@@ -223,7 +228,7 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 
 def largest_over_ranks(table: Sequence[Sequence[int]], device: torch.device) -> list[list[int]]:
-    """Return the largest of each number over all ranks.
+    """Return the largest numbers over all ranks.
 
     One all-reduce, which every rank has to call.
 
@@ -238,7 +243,7 @@ def largest_over_ranks(table: Sequence[Sequence[int]], device: torch.device) -> 
 
 
 def _check_bears_gradient(tensor: Tensor) -> None:
-    """Raise ValueError if FSDP1 or DeepSpeed keeps a parameter's gradient elsewhere."""
+    """Raise ValueError if a gradient is kept elsewhere."""
     if getattr(tensor, "_fsdp_flattened", False):
         owner = "FullyShardedDataParallel, which flattens them"
     elif hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
@@ -252,7 +257,7 @@ def _check_bears_gradient(tensor: Tensor) -> None:
 
 
 def _sharded_dims(tensor: Any) -> list[tuple[int, int]]:
-    """Return pairs of mesh dimension and tensor dimension, in the order of the cuts."""
+    """Return mesh and tensor dimension, cut by cut."""
     cuts = [(axis, p) for axis, p in enumerate(tensor.placements) if getattr(p, "dim", None) is not None]
     # FSDP2 cuts what tensor parallel has left to it, although its mesh dimension comes first; torch calls it strided.
     plain = [cut for cut in cuts if not hasattr(cut[1], "split_factor")]
@@ -261,7 +266,7 @@ def _sharded_dims(tensor: Any) -> list[tuple[int, int]]:
 
 
 def _share(tensor: Any) -> float:
-    """Return one over the number of ranks with the same elements."""
+    """Return 1 / (ranks that hold the same elements)."""
     cuts = _sharded_dims(tensor) if is_sharded(tensor) else []
     parts = math.prod(tensor.device_mesh.size(axis) for axis, _ in cuts)
     return float(parts / torch.distributed.get_world_size())

@@ -1,4 +1,4 @@
-"""Running statistics of the global norm, the depth profile and the loss, which all detectors share.
+"""Running statistics that all detectors share.
 
 `init` and `update` carry a `TrendState` from step to step; `Trends` is what detectors read at one step. A property of
 `Trends` is computed only if it is read. Norms and losses are winsorised (outliers are limited before they are
@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.stats.depth_profile import offsets_and_tilt
 from lightning_gradguard.stats.grad_stats import GradStats
+from lightning_gradguard.stats.layout import Layout
 
 #: Steps that establish the baseline, before a z-score means anything.
 WARM_UP = 25
@@ -35,6 +35,12 @@ ALARM_Z = 6.0
 WINSOR_Z = 3.0
 #: From natural logarithms to decades (factors of ten).
 DECADES = 1 / math.log(10)
+#: Fewest layers for which a depth tilt means anything.
+MIN_LAYERS = 4
+#: Range of healthy depth tilts in decades. The lower end is the limit of `Exploding`; healthy trainings reach -1.56
+#: (benchmarks/detection.md). The upper end is where `DepthTilt` clears; healthy trainings reach 2.27, and 2.58 in cases
+#: that were held out (benchmarks/held_out.md).
+HEALTHY_DEPTH_TILT = (-1.8, 2.5)
 
 #: Smallest weight of a step in the running means of the norms, the profile, the loss, and the slower one of the loss.
 _NORM_GAIN, _PROFILE_GAIN, _LOSS_GAIN, _SLOW_LOSS_GAIN = 0.03, 0.1, 0.05, 0.01
@@ -47,7 +53,7 @@ _PLATEAU_FROM = 60
 
 
 class TrendState(NamedTuple):
-    """What is carried from step to step, float32.
+    """State carried from step to step, float32.
 
     Attributes:
         steps: [], good steps so far.
@@ -110,7 +116,7 @@ class Trends:
 
     @property
     def steps(self) -> Tensor:
-        """Good steps so far, this one included, float32 []."""
+        """Good steps so far, with this one, float32 []."""
         return self.state.steps
 
     @property
@@ -120,25 +126,31 @@ class Trends:
 
     @property
     def offset(self) -> Tensor:
-        """Distance of each layer from the middle one, decades, float32 [P].
+        """Offset of each layer, decades, float32 [P].
 
-        As of the last full evaluation; NaN for what is no live layer.
+        Its distance from the middle layer. As of the last full evaluation; NaN for what is no live layer.
         """
         return self.state.offset
 
     @property
     def tilt(self) -> Tensor:
-        """Depth tilt at the last full evaluation, decades, float32 []; NaN with few layers."""
+        """Depth tilt, decades, float32 [].
+
+        As of the last full evaluation; NaN with few layers.
+        """
         return self.state.tilt
 
     @cached_property
     def jump(self) -> Tensor:
-        """Global norm divided by its baseline, dimensionless, float32 []."""
+        """Global norm over its baseline, dimensionless, float32 []."""
         return self.deviation.exp()
 
     @cached_property
     def spike_score(self) -> Tensor:
-        """z-score of the log global norm, float32 []; 0 during warm-up."""
+        """z-score of the log global norm, float32 [].
+
+        It is 0 during warm-up.
+        """
         number = self.stats.layout.constant
         return (
             self.deviation / torch.maximum(self.sigma, number(1e-3)) * (self.before.steps >= number(WARM_UP))
@@ -146,12 +158,18 @@ class Trends:
 
     @cached_property
     def surge(self) -> Tensor:
-        """Growth of the baseline since the tenth step, decades, float32 []; NaN before."""
+        """Growth of the baseline, decades, float32 [].
+
+        Since the tenth step; NaN before.
+        """
         return (self.baseline - self.before.early) * self.stats.layout.constant(DECADES)
 
     @property
     def loss_start(self) -> Tensor:
-        """Median of the first five losses, float32 []; NaN if none was given."""
+        """Median of the first five losses, float32 [].
+
+        It is NaN if none was given.
+        """
         return self.state.loss_start
 
     @cached_property
@@ -161,32 +179,38 @@ class Trends:
 
     @cached_property
     def loss(self) -> Tensor:
-        """Running mean of the loss, winsorised, float32 []; NaN if none was given."""
+        """Winsorised running mean of the loss, float32 [].
+
+        It is NaN if none was given.
+        """
         number = self.stats.layout.constant
         return torch.where(self.state.loss_steps > number(0.0), self.state.loss, number(torch.nan))
 
     @cached_property
     def loss_jump(self) -> Tensor:
-        """Distance of the loss from its mean, in mean absolute deviations, float32 []."""
+        """Distance of the loss from its mean, float32 [].
+
+        In mean absolute deviations.
+        """
         spread = torch.maximum(self.before.loss_spread, self.stats.layout.constant(1e-30))
         return (self.stats.loss - self.before.loss) / spread
 
     @cached_property
     def no_progress(self) -> Tensor:
-        """True if the mean loss is still above 90 % of its start, bool [].
+        """True if the loss makes no progress, bool [].
 
-        False if no loss is given. The first loss counts as the start if it was lower: it is of weights that no bad step
-        has changed.
+        Its mean is then still above 90 % of its start. False if no loss is given. The first loss counts as the start if
+        it was lower: it is of weights that no bad step has changed.
         """
         start = torch.minimum(self.loss_start, self.first_loss)
         return self.state.loss > start - 0.1 * start.abs()
 
     @cached_property
     def plateau(self) -> Tensor:
-        """True if the loss stopped falling above half of its start, bool [].
+        """True if the loss has plateaued, bool [].
 
-        Its mean over 20 steps is then within 3 % of that over 100. Below half of the start a flat loss may as well mean
-        that there is nothing left to learn.
+        Its mean over 20 steps is within 3 % of that over 100, and above half of its start. Below that, a flat loss may
+        as well mean that there is nothing left to learn.
         """
         loss, slow = self.state.loss, self.state.slow_loss
         start = torch.minimum(self.loss_start, self.first_loss)
@@ -195,7 +219,7 @@ class Trends:
 
     @cached_property
     def relapsed(self) -> Tensor:
-        """True if the mean loss is over ten times its lowest value, bool []."""
+        """True if the mean loss rose tenfold, bool []."""
         best = self.before.best_loss
         return (best > 0) & (self.state.loss > 10 * best)
 
@@ -225,7 +249,7 @@ def init(stats: GradStats) -> TrendState:
 
 
 def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
-    """Compare one step with the past; return both it and the new state."""
+    """Compare one step with the past."""
     number, live = stats.layout.constant, stats.norms > stats.layout.zeros
     known = live & (state.seen > stats.layout.zeros)
     baseline, deviation, any_known = _baseline_and_deviation(stats, state, known)
@@ -262,7 +286,7 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
 
 
 def _mean(before: Tensor, value: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
-    """Return the next running mean of values that count."""
+    """Return the next mean of values that count."""
     return before.lerp(torch.where(counts, value, before), gain)
 
 
@@ -289,6 +313,47 @@ def _baseline_and_deviation(
     return baseline, deviation, any_known
 
 
+def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return each layer's offset, and the tilt.
+
+    Args:
+        profile: float32 [P], log10(‖g‖/‖w‖) of each tensor, decades (factors of ten).
+        live: Bool [P], tensors that count.
+        layout: Gives the layers and their order.
+
+    Returns:
+        Distance from the middle layer in decades, float32 [P], NaN for what is no live layer; and the depth tilt,
+        float32 [], as `depth_tilt`.
+    """
+    layered = torch.where(live & layout.is_layer, profile, torch.nan)
+    return layered - torch.nanmedian(layered, 0).values, depth_tilt(profile, live, layout)
+
+
+def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
+    """Return the depth tilt, float32 [].
+
+    The decades (factors of ten) by which the profile rises from the first to the last layer. It is (L - 1) times the
+    Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single odd layers do not matter.
+    Positive: gradients shrink towards the input. NaN with fewer than four live layers.
+
+    Args:
+        profile: float32 [P], decades.
+        live: Bool [P], tensors that count.
+        layout: Gives the layers and their order.
+
+    Source: Sen 1968, "Estimates of the regression coefficient based on Kendall's tau".
+    """
+    if layout.layers.numel() < MIN_LAYERS:
+        return layout.constant(torch.nan)
+    values, counts = profile[layout.layers], live[layout.layers]
+    depth = torch.cumsum(counts, 0) - 1
+    first, second = layout.pairs.long()
+    rise = values[second] - values[first]
+    slopes = torch.where(counts[first] & counts[second], rise / (depth[second] - depth[first]), torch.nan)
+    total = counts.sum()
+    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes, 0).values * (total - 1), torch.nan)
+
+
 _LOSS_FIELDS = (
     "first_losses",
     "loss_start",
@@ -301,7 +366,7 @@ _LOSS_FIELDS = (
 
 
 def _next_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
-    """Return the fields of the next state that follow the loss."""
+    """Return the loss fields of the next state."""
     known = {name: getattr(state, name) for name in _LOSS_FIELDS}
     if not stats.has_loss:
         return known

@@ -16,7 +16,7 @@ from benchmarks.zoo.truth import right_names
 from lightning_gradguard import Fault, GradGuard
 
 #: Case to a number of steps that is enough to find its fault.
-SICK = {
+FAULTY = {
     "V01": 40,
     "V12": 40,
     "V18": 110,
@@ -84,13 +84,13 @@ def found(id, steps=None):
 
 
 def test_each_fault_has_a_case():
-    assert {case(id).fault for id in SICK} == set(Fault)
-    assert {c.id for c in CASES} >= {*SICK, *IMMUNE.values()}
+    assert {case(id).fault for id in FAULTY} == set(Fault)
+    assert {c.id for c in CASES} >= {*FAULTY, *IMMUNE.values()}
 
 
-@pytest.mark.parametrize("id", SICK)
+@pytest.mark.parametrize("id", FAULTY)
 def test_faulty_training_gets_right_fault_and_layer(id):
-    subject, findings = found(id, SICK[id])
+    subject, findings = found(id, FAULTY[id])
     seen = score(subject, findings, ours=True, names=right_names(subject, SEEDS.get(id, 0)))
     assert seen.right_first, findings
     assert seen.right_layer, findings

@@ -16,7 +16,7 @@ from benchmarks.zoo.case import Case
 from lightning_gradguard import Cause, Fault, GradGuard
 from lightning_gradguard.detectors.base import NoState, reading
 
-SICK = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("net.layers.0.*",), onset=20)
+FAULTY = Case("Z", "", lambda seed: None, 0.5, Fault.VANISHING, Cause.UNKNOWN, ("net.layers.0.*",), onset=20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,38 +106,38 @@ def _alarm(fault, step, severity=1, parameters=("net.layers.0.weight",)):
     ],
 )
 def test_scores(alarms, alarmed, right_first, right, right_layer, delay):
-    scored = scoring.score(SICK, alarms, ours=True)
+    scored = scoring.score(FAULTY, alarms, ours=True)
     assert (scored.alarmed, scored.right_first, scored.right) == (alarmed, right_first, right)
     assert (scored.right_layer, scored.delay) == (right_layer, delay)
 
 
 def test_event_must_not_become_critical_or_halt():
-    event = dataclasses.replace(SICK, kind="event", fault=Fault.SPIKE)
+    event = dataclasses.replace(FAULTY, kind="event", fault=Fault.SPIKE)
     assert scoring.score(event, [_alarm("spike", 20)], ours=True).right_first
     assert not scoring.score(event, [_alarm("spike", 20), _alarm("spike", 70, 2)], ours=True).right_first
     assert not scoring.score(event, [_alarm("spike", 20)], ours=True, halted="nonfinite").right_first
 
 
 def test_spike_on_healthy_run_is_false_alarm_but_info_is_not():
-    healthy = dataclasses.replace(SICK, fault=None, cause=None, culprits=())
+    healthy = dataclasses.replace(FAULTY, fault=None, cause=None, culprits=())
     assert scoring.score(healthy, [_alarm("spike", 20)], ours=True).false_alarm
     assert not scoring.score(healthy, [_alarm("nonfinite", 20, severity=0)], ours=True).false_alarm
 
 
 def test_any_alarm_of_a_rivals_first_step_may_be_right():
     alarms = [_alarm("dead", 30), _alarm("vanishing", 30)]
-    assert scoring.score(SICK, alarms, ours=False).right_first
-    assert not scoring.score(SICK, alarms, ours=True).right_first
-    in_time = dataclasses.replace(SICK, fault=Fault.VANISHING_IN_TIME)
+    assert scoring.score(FAULTY, alarms, ours=False).right_first
+    assert not scoring.score(FAULTY, alarms, ours=True).right_first
+    in_time = dataclasses.replace(FAULTY, fault=Fault.VANISHING_IN_TIME)
     assert scoring.score(in_time, [_alarm("vanishing", 30)], ours=False).right_first
     assert not scoring.score(in_time, [_alarm("vanishing", 30)], ours=True).right_first
 
 
 def test_totals_count_runs():
     scores = [
-        scoring.score(SICK, [_alarm("vanishing", 50)], ours=True),
-        scoring.score(SICK, [_alarm("vanishing", 30)], ours=True),
-        scoring.score(SICK, [], ours=True),
+        scoring.score(FAULTY, [_alarm("vanishing", 50)], ours=True),
+        scoring.score(FAULTY, [_alarm("vanishing", 30)], ours=True),
+        scoring.score(FAULTY, [], ours=True),
         scoring.Score(False, false_alarm=True),
     ]
     assert scoring.total(scores) == scoring.Total(3, 1, 2, 2, 2, 2, 1, 20.0)

@@ -241,7 +241,7 @@ def test_a_logger_without_histograms_warns_once(fit, classifier, tmp_path, caplo
     ("arguments", "error", "words"),
     [
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be a whole number, 1 or more, got 0"),
-        ({"every_n_steps": True}, TypeError, "got True"),
+        ({"every_n_steps": True}, ValueError, "got True"),
         ({"max_tensors": -1}, ValueError, "max_tensors must be"),
         ({"max_samples": 1.5}, ValueError, "max_samples must be"),
         ({"max_samples": 0}, ValueError, "max_samples must be a whole number, 1 or more, got 0"),

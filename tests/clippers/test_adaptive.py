@@ -1,4 +1,7 @@
-"""AutoClip, ZClip and AdaGC against their formulas in float64, and the faults of the originals."""
+"""Adaptive clippers against their formulas in float64.
+
+Also the faults of the originals.
+"""
 
 import math
 
@@ -35,7 +38,10 @@ class Stream:
 
 
 def healthy(seed, steps, tensors=1, sigma=0.3, spikes=0.05):
-    """Return log-normal norms with some spikes of x2 to x100, float32 values as float64 [steps, tensors]."""
+    """Return log-normal norms, float64 [steps, tensors].
+
+    Some are spikes of x2 to x100; all are float32 values.
+    """
     rng = np.random.default_rng(seed)
     norms = np.exp(rng.normal(0, sigma, (steps, tensors)) - rng.uniform(0, 3))
     norms *= np.where(rng.random((steps, 1)) < spikes, rng.uniform(2, 100, (steps, 1)), 1)
@@ -92,7 +98,7 @@ def test_autoclip_does_not_freeze_after_a_dead_start():
 
 
 class ZClipOriginal:
-    """The arithmetic of ``zclip`` 1.0.0 with its default mode, in float64."""
+    """Arithmetic of ``zclip`` 1.0.0, in float64."""
 
     def __init__(self, alpha=0.97, z_thresh=2.5, max_grad_norm=1.0, eps=1e-6, warmup_steps=25):
         self.alpha, self.z_thresh, self.max_grad_norm, self.eps = alpha, z_thresh, max_grad_norm, eps

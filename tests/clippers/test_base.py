@@ -1,4 +1,4 @@
-"""The only writer of gradients, tensors excluded by name, and support of the fast path."""
+"""Tests of writing gradients, exclusion, and fast path."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""Laws that hold for every clipper, and `NormClip` and `AGC` against their references."""
+"""Laws for all clippers; references for `NormClip`, `AGC`."""
 
 import dataclasses
 import inspect
@@ -67,7 +67,10 @@ class Stream:
         ).to(dtype)
 
     def feed(self, scale=1.0, bad=None, loss=None):
-        """Run one step with all gradients near ``scale``, and ``bad`` written into one of them."""
+        """Run one step with all gradients near ``scale``.
+
+        ``bad`` is written into one of them.
+        """
         for name, weight in self.weights.items():
             size = scale * math.exp(0.2 * torch.randn((), generator=self.random).item())
             gradient = size * self.draw(weight.shape, weight.dtype).to(weight.device)
@@ -127,7 +130,10 @@ def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, dty
 
 @st.composite
 def steps_of_any_shapes(draw):
-    """Draw steps of gradients of several shapes and dtypes; magnitudes differ by up to six powers of ten."""
+    """Draw steps of gradients of several shapes and dtypes.
+
+    Magnitudes differ by up to six powers of ten.
+    """
     sides = st.lists(st.integers(0, 4), max_size=4).map(tuple)
     shapes = draw(st.lists(sides, min_size=1, max_size=5))
     dtypes = [draw(st.sampled_from(DTYPES)) for _ in shapes]

@@ -1,4 +1,4 @@
-"""SpikeClip: what it cuts, what it leaves unchanged, and what it learns from."""
+"""Behaviour of SpikeClip: cuts, unchanged norms, learning."""
 
 import math
 
@@ -41,7 +41,7 @@ class Stream:
         return clip
 
     def clips(self, norms):
-        """Return norms after clipping, of the shape of ``norms``: [steps], or [steps, tensors]."""
+        """Return norms after clipping, shaped like ``norms``."""
         rows = np.reshape(norms, (len(norms), -1))
         return np.stack([self.feed(*row).norms.numpy() for row in rows]).reshape(norms.shape).astype(float)
 
@@ -52,7 +52,7 @@ def noisy(seed, *shape, sigma=0.2):
 
 
 class Definition:
-    """The definition in float64, as the docstring gives it: one tensor after the other, without vectors."""
+    """SpikeClip's definition in float64, tensor after tensor."""
 
     def __init__(self, tensors, z_threshold=9.0, joint_threshold=5.0, decay=0.9, patience=20):
         self.z_threshold, self.joint_threshold = z_threshold, joint_threshold
@@ -84,7 +84,7 @@ class Definition:
         return abs(z) > self.z_threshold or abs(joint_z) > self.joint_threshold
 
     def tensor(self, level, x, joint_z):
-        """Return the limit of one tensor, and update its level."""
+        """Return one tensor's limit, and update its level."""
         seen, mean, now = level["seen"], level["mean"], sigma(level["var"])
         z = (x - mean) / now
         outlier = self.outlier(level, x, joint_z)

@@ -1,4 +1,4 @@
-"""Laws that hold for every detector, then what each one detects."""
+"""Laws for all detectors, then each one's own."""
 
 import dataclasses
 import math
@@ -24,7 +24,10 @@ DETECTORS = default_detectors()
 
 
 class Stream:
-    """Gradients set by hand, evaluated by some detectors; ``facts`` replaces what is measured."""
+    """Detectors on gradients that are set by hand.
+
+    ``facts`` replaces measured values.
+    """
 
     def __init__(self, *detectors, layers=6, device="cpu"):
         self.detectors = detectors

@@ -17,7 +17,7 @@ from lightning_gradguard.diagnosis.trials.trial import TrialResult
 from lightning_gradguard.introspection.gradient_profile import whole_profile
 from lightning_gradguard.introspection.layer_calls import LayerStructure
 from lightning_gradguard.results import Fault
-from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT
+from lightning_gradguard.stats.trends import HEALTHY_DEPTH_TILT
 
 VANISHING, FLAT = (-9.0, -7.0, -5.0, -3.0, -1.0), (-1.0, -1.1, -0.9, -1.0, -0.5)
 NONE, BAD = -math.inf, math.inf

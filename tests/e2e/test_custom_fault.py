@@ -132,7 +132,7 @@ def test_it_warns_and_then_halts_and_names_the_fault(halted):
     ]
     assert len(said) == 1
     assert said[0].startswith(f"GradGuard: quantized since step {ONSET}, worst in net.")
-    assert "share of tensors whose gradient norm is a whole number: 1, limit 0.5" in said[0]
+    assert "Share of tensors whose gradient norm is a whole number: 1 (limit 0.5)" in said[0]
     assert error.step == ONSET + PATIENCE
     assert error.diagnosis.fault is QUANTIZED
     assert "quantized" in str(error).splitlines()[0]

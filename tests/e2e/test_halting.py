@@ -155,9 +155,9 @@ def processes(python, tmp_path_factory):
 def test_the_exit_status_is_that_of_a_failure_or_a_success(processes):
     assert int((processes / "raise" / "status").read_text()) == 1
     assert int((processes / "graceful" / "status").read_text()) == 0
-    # The last that is said is the diagnosis.
+    # The diagnosis comes last.
     said = (processes / "raise" / "stderr").read_text()
-    assert "GradientHalt: The gradients or the loss are NaN or infinite, since step 8" in said
+    assert "GradientHalt: The gradients or the loss are NaN or Inf, since step 8" in said
     assert "Traceback" not in (processes / "graceful" / "stderr").read_text()
 
 

@@ -14,7 +14,7 @@ from lightning_gradguard.introspection.gradient_profile import (
     depth_tilt,
     layer_profile,
 )
-from lightning_gradguard.stats import depth_profile, samples
+from lightning_gradguard.stats import samples, trends
 from lightning_gradguard.stats.layout import Layout
 
 
@@ -22,9 +22,7 @@ from lightning_gradguard.stats.layout import Layout
 def test_the_depth_tilt_equals_that_on_the_device(profile):
     layout = Layout.of({str(i): torch.zeros(2, 2) for i in range(max(len(profile), 1))})
     live = torch.ones(len(layout.names), dtype=torch.bool)
-    reference = depth_profile.depth_tilt(
-        torch.tensor([*profile, *[0.0] * (not profile)]), live, layout
-    ).item()
+    reference = trends.depth_tilt(torch.tensor([*profile, *[0.0] * (not profile)]), live, layout).item()
     tilt = depth_tilt(profile)
     assert (tilt is None) == math.isnan(reference)
     assert tilt is None or tilt == pytest.approx(reference, abs=1e-3)

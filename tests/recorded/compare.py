@@ -26,7 +26,7 @@ def differences(one, other, where=""):
         yield where, one, other
 
 
-def tell(found, most):
+def describe_differences(found, most):
     """Return lines: for each run the number of differences, and the first of them."""
     runs = {}
     for where, one, other in found:
@@ -66,7 +66,9 @@ def main(arguments=None):
         print(f"Note: recorded with {one['versions']} and with {other['versions']}; bits need not agree.")
     differ = False
     for kind in ("facts",) if options.ignore_text else ("facts", "text"):
-        lines = tell(differences(*(chosen(file[kind], options.only) for file in (one, other))), options.most)
+        lines = describe_differences(
+            differences(*(chosen(file[kind], options.only) for file in (one, other))), options.most
+        )
         if lines:
             differ = True
             print(f"== {kind} ==", *lines, sep="\n")

@@ -63,7 +63,7 @@ GUARDS = {
 }
 SAVED, FURTHER = 53, 20
 #: A case whose fault is at warning level when its guard's state is saved, and halts 19 steps later.
-SICK, SICK_AT = "V01", 60
+FAULTY, FAULTY_AT = "V01", 60
 #: Spoiled batches and number of steps of the checkpoint's training; module of the flight record.
 SPOILED, CHECKPOINT, BAD = (11, 28), 33, 25
 
@@ -77,7 +77,7 @@ def make_files():
         rest = {"net": loop.net.state_dict(), "optimizer": loop.optimizer.state_dict()}
         rest["scaler"] = None if loop.scaler is None else loop.scaler.state_dict()
         torch.save(rest, DATA / f"training_{name}.pt")
-    torch.save(faulty(SICK_AT)[0].state_dict(), DATA / "guard_sick.pt")
+    torch.save(faulty(FAULTY_AT)[0].state_dict(), DATA / "guard_sick.pt")
     keeper = trainer_runs.Keeper(CHECKPOINT, DATA / "checkpoint.ckpt")
     trainer_runs.fit(net(), [guard(), GradHistogram(), keeper], max_steps=CHECKPOINT + 1)
     recorder = Recorder(folder="flights", steps=20)
@@ -91,7 +91,7 @@ def faulty(last, state=None):
 
     || With a state, a guard that loads it takes over at the step where it was saved.
     """
-    training = zoo.case(SICK).make(0)
+    training = zoo.case(FAULTY).make(0)
     optimizer, policy = training.configure_optimizers(), Policy.strict()
     guard = Guard(training.named_parameters(), optimizer=optimizer, policy=policy)
     if state is not None:
@@ -101,7 +101,7 @@ def faulty(last, state=None):
         optimizer.zero_grad()
         loss = training.training_step(training.batch(number), number)
         loss.backward()
-        if state is None or number >= SICK_AT:
+        if state is None or number >= FAULTY_AT:
             try:
                 reports.append(guard.step(loss=loss))
             except GradientHalt as error:
@@ -111,9 +111,9 @@ def faulty(last, state=None):
     return guard, reports, halt
 
 
-def sick_gone_on():
+def faulty_continued():
     """Return the reports of a guard that continues from a state with an active fault."""
-    guard, reports, halt = faulty(SICK_AT + FURTHER, loaded("guard_sick.pt"))
+    guard, reports, halt = faulty(FAULTY_AT + FURTHER, loaded("guard_sick.pt"))
     return {
         "halted": None if halt is None else halt.step,
         "causes": [] if halt is None else [cause.value for cause in halt.diagnosis.causes],
@@ -137,7 +137,7 @@ def loaded(file):
     return torch.load(DATA / file, weights_only=True)
 
 
-def gone_on(name):
+def continued(name):
     """Return the reports of a guard that continues from a saved state."""
     loop, rest = Loop(**GUARDS[name]), loaded(f"training_{name}.pt")
     loop.net.load_state_dict(rest["net"])
@@ -263,10 +263,10 @@ def make_answers():
     """Write the expected answers."""
     write("findings.json", {name: found(name) for name in ZOO})
     write("surface.json", shown())
-    going_on = {f"guard {name}": gone_on(name) for name in GUARDS}
+    continuing = {f"guard {name}": continued(name) for name in GUARDS}
     write(
         "continued.json",
-        {**going_on, "guard sick": sick_gone_on(), "checkpoint": resumed(), "bundle": replayed()},
+        {**continuing, "guard sick": faulty_continued(), "checkpoint": resumed(), "bundle": replayed()},
     )
 
 

@@ -36,11 +36,11 @@ def assert_close(seen, wanted, where=""):
 
 
 @pytest.mark.parametrize("name", make_data.ZOO)
-def test_the_zoo_is_judged_as_before(name):
+def test_zoo_findings_are_unchanged(name):
     assert_close(make_data.found(name), expected("findings.json")[name], name)
 
 
-def test_every_fault_is_found_in_one_of_them():
+def test_each_fault_is_covered():
     from lightning_gradguard import Fault
 
     known = expected("findings.json")
@@ -50,7 +50,7 @@ def test_every_fault_is_found_in_one_of_them():
 
 
 @pytest.mark.parametrize("part", ["exported", "testing", "command"])
-def test_names_signatures_fields_and_options_are_as_before(part):
+def test_public_surface_is_unchanged(part):
     seen, wanted = make_data.shown()[part], expected("surface.json")[part]
     assert sorted(seen) == sorted(wanted)
     for name in wanted:
@@ -58,21 +58,21 @@ def test_names_signatures_fields_and_options_are_as_before(part):
 
 
 @pytest.mark.parametrize("name", make_data.GUARDS)
-def test_a_guard_goes_on_from_a_state_of_the_earlier_version(name):
-    assert_close(make_data.gone_on(name), expected("continued.json")[f"guard {name}"], name)
+def test_guard_continues_from_state_of_earlier_version(name):
+    assert_close(make_data.continued(name), expected("continued.json")[f"guard {name}"], name)
 
 
-def test_a_fault_that_was_under_way_halts_when_it_would_have():
-    seen = make_data.sick_gone_on()
+def test_active_fault_halts_at_the_same_step():
+    seen = make_data.faulty_continued()
     assert seen["halted"] == 79
     assert_close(seen, expected("continued.json")["guard sick"])
 
 
-def test_a_trainer_goes_on_from_a_checkpoint_of_the_earlier_version():
+def test_trainer_resumes_checkpoint_of_earlier_version():
     assert_close(make_data.resumed(), expected("continued.json")["checkpoint"])
 
 
-def test_the_checkpoint_holds_what_the_guard_was_and_makes_a_difference():
+def test_checkpoint_holds_guard_state():
     saved = make_data.loaded("checkpoint.ckpt")["callbacks"]
     assert make_data.guard().state_key in saved
     # Without the state, the warm-up would start again.
@@ -84,12 +84,12 @@ def test_the_checkpoint_holds_what_the_guard_was_and_makes_a_difference():
         assert_close(seen, expected("continued.json")["guard spike"]["reports"])
 
 
-def test_a_flight_record_of_the_earlier_version_is_played_again():
+def test_flight_record_of_earlier_version_replays():
     assert_close(make_data.replayed(), expected("continued.json")["bundle"])
     assert isinstance(torch.load(make_data.DATA / "bundle.pt", weights_only=True), dict)
 
 
-class TestTheComparisonCanFail:
+class TestComparisonCanFail:
     def test_of_numbers(self):
         assert_close({"a": [1.0, "x"]}, {"a": [1.00001, "x"]})
         for wrong in ({"a": [1.001, "x"]}, {"a": [1.0, "y"]}, {"a": [1.0]}, {"b": [1.0, "x"]}):

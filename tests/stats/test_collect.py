@@ -1,4 +1,4 @@
-"""`collect` in one process; with several ranks see e2e/test_sharded."""
+"""`collect` in one process; ranks: e2e/test_sharded."""
 
 import pytest
 import torch

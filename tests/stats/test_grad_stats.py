@@ -1,4 +1,4 @@
-"""`measure`: norms, presence and finiteness; and `Layout`: layers, order, pairs and floors."""
+"""Values of `measure`, and contents of `Layout`."""
 
 import math
 

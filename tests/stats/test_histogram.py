@@ -1,4 +1,4 @@
-"""Histograms against brute force, NumPy and torch, over dtypes, layouts and samples."""
+"""Histograms against brute force, NumPy and torch."""
 
 import math
 
@@ -19,7 +19,10 @@ values = st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), max_size=40)
 
 
 def bounds(elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return least and greatest number of finite elements below each inner edge; rounding may move one on it."""
+    """Return least and greatest counts below inner edges.
+
+    Rounding may move an element that lies on an edge.
+    """
     magnitude = np.abs(elements.astype(np.float64))
     magnitude = magnitude[np.isfinite(magnitude)]
     edges = 10.0 ** np.array(EDGES[1:-1])[:, None]
@@ -37,7 +40,7 @@ def distance(left: Tensor, right: Tensor) -> float:
 
 
 def linear(gradient: Tensor, limit: float) -> np.ndarray:
-    """Count with NumPy, as TensorBoard's own writer does, in equal bins to the limit on both sides."""
+    """Count with NumPy in equal bins up to ±limit."""
     elements = flat(gradient)
     elements = elements[np.isfinite(elements)].clip(-limit, limit)
     return np.histogram(elements, bins=np.array(edges(limit)))[0]

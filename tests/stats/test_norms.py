@@ -1,4 +1,4 @@
-"""Norms of many tensors against torch's own norm of each, over shapes, dtypes and layouts."""
+"""Norms of many tensors against torch's own norm."""
 
 import math
 
@@ -30,7 +30,7 @@ STORED = {
 
 
 def layout_of(tensors, dtype=torch.float32):
-    """Return a layout for gradients; for None that of a parameter with two elements."""
+    """Return a layout for gradients; None is two elements."""
     return Layout.of(
         {
             f"p{i}": nn.Parameter(torch.ones((2,) if t is None else t.shape, dtype=dtype))
@@ -81,7 +81,7 @@ def test_norms_are_torchs_norms(shapes, dtypes, missing, stored, seed):
 
 @pytest.mark.parametrize("dtype", REAL[:3])
 def test_each_norm_is_where_its_tensor_is(dtype):
-    """Stacks of several shapes, single tensors and missing ones alternate."""
+    """Stacks, single tensors and missing ones alternate."""
     shapes = [(4, 4), (7,), (4, 4), (64, 64), (7,), (), (3, 2), (), (4, 4), (0,), (50, 50)] * 3
     tensors = [torch.full(shape, float(i + 1), dtype=dtype) for i, shape in enumerate(shapes)]
     tensors[2] = tensors[17] = None
@@ -128,7 +128,7 @@ def test_double_precision_is_squared_in_double_precision(count):
 
 @pytest.mark.parametrize("others", REAL)
 def test_a_gradient_of_another_dtype_than_its_parameter(others):
-    """As if all or some gradients are kept in float32 beside weights in half precision."""
+    """Float32 gradients may lie beside half-precision weights."""
     for dtype in REAL:
         tensors = [torch.randn(6).to(others if i % 2 else dtype) for i in range(6)]
         assert_norms(norms_of(tensors, layout_of(tensors, dtype)), tensors)

@@ -1,4 +1,4 @@
-"""Parts of sharded tensors against real cuts; with several ranks see e2e/test_sharded."""
+"""Parts of sharded tensors; ranks: e2e/test_sharded."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def cut(dim, *, after_the_rest=False):
 
 
 class ShardedTensor:
-    """A tensor as one rank of a mesh sees it, cut with `torch.chunk`."""
+    """One rank's view of a tensor cut with `torch.chunk`."""
 
     device, requires_grad = torch.device("cpu"), False
 
@@ -46,7 +46,7 @@ class ShardedTensor:
 
 @st.composite
 def sharded_tensors(draw):
-    """Draw a whole tensor, and the part of each rank of a mesh."""
+    """Draw a tensor and its parts on a mesh."""
     shape = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     mesh = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
     choices = [REPLICATE, *(cut(dim) for dim in range(len(shape)))]

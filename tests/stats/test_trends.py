@@ -1,4 +1,4 @@
-"""Running statistics on synthetic streams with a known truth, and against SciPy."""
+"""Running statistics on synthetic streams and against SciPy."""
 
 import math
 
@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from torch import nn
 
-from lightning_gradguard.stats import depth_profile, trends
+from lightning_gradguard.stats import trends
 from lightning_gradguard.stats.grad_stats import measure
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import weight_norms
 
 
 class Stream:
-    """A model whose gradients are set by hand, and its trends."""
+    """Trends of a model with gradients set by hand."""
 
     def __init__(self, layers=6, order=None):
         self.weights = {f"w{i}": nn.Parameter(torch.randn(4, 4)) for i in range(layers)}
@@ -45,7 +45,7 @@ def test_tilt_is_the_theil_sen_slope_times_depth():
     rng = np.random.default_rng(0)
     profile = rng.normal(0, 1, 20) + np.arange(20) * 0.3
     layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(20)})
-    tilt = depth_profile.depth_tilt(
+    tilt = trends.depth_tilt(
         torch.tensor(profile, dtype=torch.float32), torch.ones(20, dtype=torch.bool), layout
     )
     slope = scipy_stats.theilslopes(profile, np.arange(20)).slope
@@ -58,7 +58,7 @@ def test_tilt_excludes_dead_layers_and_closes_the_gap():
     live[3:5] = False
     layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(10)})
     values = torch.where(live, torch.cumsum(live, 0).float() - 1, torch.full_like(profile, 99.0))
-    assert depth_profile.depth_tilt(values, live, layout).item() == pytest.approx(7.0)
+    assert trends.depth_tilt(values, live, layout).item() == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -66,7 +66,7 @@ def test_tilt_of_few_layers_is_unknown(layers):
     parameters = {"b": torch.ones(3), **{f"w{i}": torch.ones(2, 2) for i in range(layers)}}
     layout = Layout.of(parameters)
     profile = torch.arange(float(layers + 1))
-    assert depth_profile.depth_tilt(profile, torch.ones(layers + 1, dtype=torch.bool), layout).isnan()
+    assert trends.depth_tilt(profile, torch.ones(layers + 1, dtype=torch.bool), layout).isnan()
 
 
 def test_tilt_follows_the_order_given_not_the_names():

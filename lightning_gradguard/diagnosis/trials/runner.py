@@ -16,7 +16,7 @@ from lightning_gradguard.diagnosis.trials.trial import TrialResult, run_trial
 from lightning_gradguard.diagnosis.wording import count, number
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
-from lightning_gradguard.stats.depth_profile import HEALTHY_DEPTH_TILT
+from lightning_gradguard.stats.trends import HEALTHY_DEPTH_TILT
 
 #: Forward passes of all trials together, each with a backward pass.
 MAX_PASSES = 30
