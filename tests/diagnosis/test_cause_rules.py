@@ -56,6 +56,11 @@ def weights(case):
     return {cause: max(weights) for cause, weights in found.items() if weights}
 
 
+def test_each_cause_has_the_rule_of_its_name():
+    assert set(RULES) == set(Cause) - {Cause.UNKNOWN}
+    assert all(rule.__name__ == cause.value for cause, rule in RULES.items())
+
+
 @pytest.mark.parametrize(
     "fault",
     [f for f in Fault if f not in (Fault.DEAD, Fault.UNDERFLOW, Fault.SPIKE, Fault.VANISHING_IN_TIME)],
