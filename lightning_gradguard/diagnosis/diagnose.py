@@ -169,10 +169,9 @@ def describe(finding: Finding, origin: Origin | None, policy: Policy, *, skipped
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
     response = policy.response(finding.fault)
-    if skipped:
-        action = "The step is skipped: weights and optimizer state are unchanged."
-    else:
-        action = "Training goes on."
+    action = (
+        "The step is skipped: weights and optimizer state are unchanged." if skipped else "Training goes on."
+    )
     if response == "skip":
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one halts."
     elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):
