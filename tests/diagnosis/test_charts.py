@@ -1,4 +1,4 @@
-"""The heat map shows what was measured, and its labels are legible."""
+"""The heat map is right, its labels legible."""
 
 import base64
 import io
