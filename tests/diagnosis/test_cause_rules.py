@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.diagnosis.causes import RULES, find_causes
-from lightning_gradguard.diagnosis.context import TOO_LARGE, TOO_SMALL, DiagnosticContext
+from lightning_gradguard.diagnosis.context import CERTAIN, TOO_LARGE, TOO_SMALL, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
