@@ -144,7 +144,7 @@ def diagnosis(page: Page, address: str, target: Path) -> None:
     """Take the upper part of the page that the demo's first act writes."""
     page.goto(address)
     page.screenshot(
-        path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1540}, full_page=True
+        path=target / "diagnosis.png", clip={"x": 0, "y": 0, "width": 1000, "height": 1690}, full_page=True
     )
 
 

@@ -272,7 +272,7 @@ def _check_initialization(seen: FirstPass) -> Iterator[Check]:
     if not context.layers or not layers:
         return
     bad = abs(gain) >= _GAIN_OF_A_LAYER and abs(gain) * layers > _GAIN
-    scheme = "He" if context.usual_gain > 1 else "Xavier"
+    scheme = "He" if context.preserving_gain > 1 else "Xavier"
     value = (
         f"the median layer's weights are {number(10**gain)} times as large as with {scheme} initialization, "
         f"over {count(layers, 'layer')} in a row"

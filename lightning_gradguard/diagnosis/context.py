@@ -166,7 +166,7 @@ class DiagnosticContext:
         return self.graph_summary is not None and bool(self.graph_summary.recurrent)
 
     @property
-    def normalised(self) -> bool:
+    def has_normalization(self) -> bool:
         """True if a normalization lies on the path to some tensor."""
         return self.graph_summary is not None and any(
             "normalisation" in kinds for kinds in self.graph_summary.kinds.values()
@@ -190,14 +190,14 @@ class DiagnosticContext:
         return self.initial_weight_norms or self.weight_norms
 
     @property
-    def usual_gain(self) -> float:
+    def preserving_gain(self) -> float:
         """Gain that preserves a signal's scale: sqrt(2) under ReLU (arXiv:1502.01852), else 1 (Glorot 2010)."""
         rectifying = self.path.get("relu", 0) + self.path.get("soft relu", 0)
         return math.sqrt(2) if rectifying > sum(self.saturating.values()) else 1.0
 
     @property
     def excess_gain(self) -> float:
-        """log10 of the median layer's gain over `usual_gain`, decades per layer; 0 if unknown.
+        """log10 of the median layer's gain over `preserving_gain`, decades per layer; 0 if unknown.
 
         A layer's gain is the RMS of its weights times the square root of its fan-in. The median ignores a few layers
         that are zero or small on purpose.
@@ -208,8 +208,8 @@ class DiagnosticContext:
             gain = self.starting_norms[i] / math.sqrt(max(math.prod(self.shapes[i]), 1)) * math.sqrt(fan_in)
             if math.isfinite(gain):
                 gains.append(gain)
-        middle = median(gains) if gains else self.usual_gain
-        excess = math.log10(middle / self.usual_gain) if middle > 0 else -math.inf
+        middle = median(gains) if gains else self.preserving_gain
+        excess = math.log10(middle / self.preserving_gain) if middle > 0 else -math.inf
         return min(max(excess, -_MOST_DECADES_PER_LAYER), _MOST_DECADES_PER_LAYER)
 
     @property
@@ -224,7 +224,7 @@ class DiagnosticContext:
         return max(known)
 
     @property
-    def shrunk(self) -> float:
+    def remaining_size(self) -> float:
         """Size of the median layer's weights as a fraction of their initial size; 1 if unknown."""
         start = self.initial_weight_norms or ()
         parts = [self.weight_norms[i] / start[i] for i in self.layers if start and start[i] > 0]
@@ -233,7 +233,7 @@ class DiagnosticContext:
     @property
     def decayed(self) -> bool:
         """True if weight decay has shrunk the weights to less than a third."""
-        return self.shrunk < _SHRUNK and self.setting("weight_decay") > 0
+        return self.remaining_size < _SHRUNK and self.setting("weight_decay") > 0
 
     def weight_rms(self, index: int) -> float:
         """Return the root mean square of a tensor's elements."""
@@ -275,7 +275,7 @@ class DiagnosticContext:
     # The optimizer and its updates.
 
     @property
-    def normalises(self) -> bool:
+    def normalizes_gradient(self) -> bool:
         """True if the optimizer divides a gradient by its own size, like Adam."""
         return any(part in self.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
 
@@ -287,7 +287,7 @@ class DiagnosticContext:
     @property
     def typical_learning_rate(self) -> float:
         """Common first choice: 1e-3 for optimizers that normalize the gradient, 1e-2 for the others."""
-        return 1e-3 if self.normalises else 1e-2
+        return 1e-3 if self.normalizes_gradient else 1e-2
 
     def setting(self, name: str) -> float:
         """Return a number among the optimizer's settings; NaN if there is none."""
@@ -318,7 +318,7 @@ class DiagnosticContext:
 
     @property
     def first_update(self) -> float:
-        """Update ratio of the median layer's first steps under an optimizer that `normalises`; else 0.
+        """Update ratio of the median layer's first steps under an optimizer that `normalizes_gradient`; else 0.
 
         Such an optimizer moves each element by about the learning rate, whatever the gradient.
         """
@@ -327,7 +327,7 @@ class DiagnosticContext:
             for i in self.layers
             if (norm := self.starting_norms[i]) > 0
         )
-        known = self.normalises and self.learning_rate > 0 and middle > 0
+        known = self.normalizes_gradient and self.learning_rate > 0 and middle > 0
         return self.learning_rate / middle if known else 0.0
 
 

@@ -56,7 +56,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             # to 97; ReLU with He initialization 27 to 96. ReLU alone: 8 to 87.
             return [residual_blocks(c), relu_and_normalization(c), normalization(c), RELU_AND_HE]
 
-        case Cause.BAD_INITIALIZATION if c.usual_gain > 1:
+        case Cause.BAD_INITIALIZATION if c.preserving_gain > 1:
             # Twenty ReLU layers from N(0, 0.05), mean loss of two seeds at the worst of five settings of SGD and Adam,
             # from 2.3: residual blocks 0.02, BatchNorm 0.2, He initialization NaN. Eight layers: He 0.01, save for one
             # setting.
@@ -416,7 +416,7 @@ def raise_learning_rate(context: DiagnosticContext) -> Remedy:
     higher, note = typical, f"was {number(rate)}"
     # An update may be too small for the weights' precision; the gradient then tells what a step of plain SGD would do.
     ratio = context.typical_update / rate if rate > 0 and context.typical_update > 0 else math.nan
-    if math.isnan(ratio) and not context.normalises:
+    if math.isnan(ratio) and not context.normalizes_gradient:
         ratio = context.typical_gradient
     if ratio > 0:
         higher = round_down(min(max(TYPICAL_UPDATE / ratio, typical), 100 * typical))

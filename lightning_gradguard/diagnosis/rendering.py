@@ -253,4 +253,9 @@ def _row(cells: list[str]) -> str:
 
 
 def _html(text: str) -> str:
-    return _spans(text, html.escape, lambda code: f"<code>{html.escape(code)}</code>")
+    return _spans(text, _html_plain, lambda code: f"<code>{html.escape(code)}</code>")
+
+
+def _html_plain(text: str) -> str:
+    """Return the text with powers of ten, such as 10^6.6, in superscript."""
+    return re.sub(r"\b10\^(-?\d+(?:\.\d+)?)", r"10<sup>\1</sup>", html.escape(text))

@@ -21,7 +21,7 @@ NAMES = tuple(f"{i}.weight" for i in range(6))
 def case_with(
     fault=Fault.VANISHING, *, value=5.0, kinds=None, gain=1.0, step=30, parameters=NAMES[:1], **known
 ):
-    """Six layers of width 16 of the given gain, in which all is as it should be."""
+    """Return the context of six healthy layers of width 16 with the given gain."""
     graph_summary = GraphSummary(
         names=NAMES,
         order=tuple(range(6)),
@@ -51,7 +51,7 @@ def case_with(
 
 
 def weights(case):
-    """Cause to the weight of its strongest evidence."""
+    """Return the weight of each cause's strongest evidence."""
     found = {cause: [evidence.weight for evidence in rule(case)] for cause, rule in RULES.items()}
     return {cause: max(weights) for cause, weights in found.items() if weights}
 
@@ -60,7 +60,7 @@ def weights(case):
     "fault",
     [f for f in Fault if f not in (Fault.DEAD, Fault.UNDERFLOW, Fault.SPIKE, Fault.VANISHING_IN_TIME)],
 )
-def test_a_case_in_which_all_is_as_it_should_be_has_no_cause(fault):
+def test_a_healthy_context_has_no_cause(fault):
     assert find_causes(case_with(fault, value=0.0, steps=3))[0][0] in (
         Cause.UNKNOWN,
         Cause.LEARNING_RATE_TOO_LOW,
@@ -100,7 +100,7 @@ def test_weights_that_were_ruined_before_the_first_step():
 
 
 @pytest.mark.parametrize("graph", [{"skips": True}, {"recurrent": frozenset({"0.weight"})}, {"opaque": True}])
-def test_depth_is_blamed_only_where_there_is_no_way_around(graph):
+def test_depth_is_blamed_only_without_skip_connections(graph):
     deep = {"product": 30, "relu": 29}
     assert Cause.TOO_DEEP in weights(case_with(kinds=deep))
     assert Cause.TOO_DEEP not in weights(case_with(kinds=deep, graph=graph))
@@ -131,7 +131,7 @@ def test_oversized_updates_weigh_decades_above_a_hundredth(ratio):
     assert found.get(Cause.LEARNING_RATE_TOO_HIGH) == (None if expected is None else pytest.approx(expected))
 
 
-def test_adam_at_a_rate_that_ruins_the_first_steps():
+def test_adam_with_a_rate_that_makes_its_first_steps_too_large():
     case = case_with(
         Fault.EXPLODING, optimizer="Adam", learning_rates=(0.3,), initial_weight_norms=(1.6,) * 6
     )
@@ -150,7 +150,7 @@ def test_momentum_takes_its_part_from_the_learning_rate(momentum):
     assert (Cause.MOMENTUM in found) == (momentum >= 0.95)
 
 
-def test_what_comes_when_a_velocity_has_built_up_is_the_momentums():
+def test_momentum_is_blamed_once_its_velocity_has_built_up():
     case = case_with(Fault.EXPLODING, update_ratios=(5.0,) * 6, defaults={"momentum": 0.99}, step=40)
     found = find_causes(case)
     assert [cause for cause, _ in found[:2]] == [Cause.MOMENTUM, Cause.LEARNING_RATE_TOO_HIGH]
@@ -181,7 +181,7 @@ def test_epsilon_weighs_the_decades_by_which_it_exceeds_the_gradient(eps, log):
         (2.0, True, Cause.LEARNING_RATE_TOO_HIGH),
     ],
 )
-def test_a_loss_that_overflows_after_wild_steps_is_the_learning_rates_fault(grown, found, first):
+def test_the_learning_rate_is_blamed_if_the_loss_overflows_after_oversized_steps(grown, found, first):
     before = (Finding(Fault.EXPLODING, Severity.WARNING, 20, (), 5.0, 3.0, "Exploding"),) if found else ()
     case = case_with(
         Fault.NONFINITE,
@@ -195,7 +195,7 @@ def test_a_loss_that_overflows_after_wild_steps_is_the_learning_rates_fault(grow
     assert find_causes(case)[0][0] == first
 
 
-def test_a_learning_rate_is_charged_only_with_what_nothing_else_explains():
+def test_the_learning_rate_is_blamed_only_for_what_nothing_else_explains():
     wild = {"fault": Fault.EXPLODING, "update_ratios": (1e5,) * 6}
     plain = weights(case_with(**wild))[Cause.LEARNING_RATE_TOO_HIGH]
     heavy = case_with(**wild, initial_weight_norms=(40.0,) * 6)
@@ -207,14 +207,14 @@ def test_a_learning_rate_is_charged_only_with_what_nothing_else_explains():
     assert weights(adam)[Cause.LEARNING_RATE_TOO_HIGH] == pytest.approx(plain)
 
 
-def test_a_sudden_nan_points_at_the_batch_until_it_was_looked_at():
+def test_a_sudden_nan_points_at_the_batch_unless_it_was_examined():
     unseen = case_with(Fault.NONFINITE, loss_last=math.nan, loss_now=math.nan)
     assert find_causes(unseen)[0][0] == Cause.BAD_DATA
     assert Cause.BAD_DATA not in weights(dataclasses.replace(unseen, bad_rows=()))
     assert Cause.BAD_DATA not in weights(dataclasses.replace(unseen, loss_last=1.0))
 
 
-def test_bad_rows_settle_it():
+def test_bad_rows_are_proof():
     case = case_with(
         Fault.NONFINITE, graph={"loss_ops": {"Log": 1}}, loss_last=math.nan, bad_rows=tuple(range(20))
     )
@@ -244,7 +244,7 @@ def test_a_squared_loss_tells_the_scale_of_its_targets(operation):
     seen = find_causes(dataclasses.replace(case, target_rms=1e4))
     assert seen[0][0] == Cause.TARGET_SCALE
     assert "RMS of 10000" in seen[0][1] or "RMS of 1e+04" in seen[0][1]
-    # Targets of usual size: it is what the model gives that is large.
+    # Targets of typical size: the outputs are large.
     assert find_causes(dataclasses.replace(case, target_rms=1.0))[0][0] == Cause.BAD_INITIALIZATION
 
 
@@ -278,7 +278,7 @@ def test_weights_shrunk_by_decay_are_explained_in_the_unknown_cause():
     assert find_causes(undecayed)[0][0] == Cause.LEARNING_RATE_TOO_HIGH
 
 
-def test_units_that_died_after_they_had_learnt_were_killed_by_the_steps():
+def test_units_that_died_while_weights_grew_were_killed_by_the_steps():
     born = case_with(Fault.DEAD, value=1.0, kinds={"product": 6, "relu": 5}, initial_weight_norms=(4.0,) * 6)
     assert find_causes(born)[0][0] == Cause.DEAD_ACTIVATION
     killed = dataclasses.replace(born, weight_norms=(12.0,) * 6)
@@ -297,7 +297,7 @@ def test_a_path_through_rounding_has_no_slope():
     assert find_fixes(rounded, [Cause.DETACHED_GRAPH])[0].name == "Straight-through gradient"
 
 
-def test_a_loss_without_a_bottom_and_one_that_is_flat():
+def test_an_unbounded_loss_and_a_flat_one():
     falls = case_with(Fault.EXPLODING, loss_start=-1.0, loss_now=-1e6, update_ratios=(5.0,) * 6)
     assert find_causes(falls)[0][0] == Cause.LOSS_FUNCTION
     assert find_causes(dataclasses.replace(falls, loss_now=-50.0))[0][0] == Cause.LEARNING_RATE_TOO_HIGH
@@ -307,7 +307,7 @@ def test_a_loss_without_a_bottom_and_one_that_is_flat():
     assert find_causes(dataclasses.replace(flat, loss_start=-0.5))[0][0] == Cause.LEARNING_RATE_TOO_LOW
 
 
-def test_biases_that_hold_an_activation_where_it_is_flat():
+def test_biases_that_move_activations_to_where_they_are_flat():
     shapes, norms = ((16, 16), (16,)) * 3, (4.0, 20.0) * 3
     shifted = case_with(kinds={"product": 6, "soft relu": 5}, shapes=shapes, weight_norms=norms, tilt=15.0)
     assert find_causes(shifted)[0][0] == Cause.SATURATING_ACTIVATION
@@ -316,20 +316,20 @@ def test_biases_that_hold_an_activation_where_it_is_flat():
 
 
 @pytest.mark.parametrize(("apart", "outlier"), [(0, True), (10, False)])
-def test_one_batch_that_adagrad_never_forgets(apart, outlier):
+def test_an_outlier_batch_stalls_adagrad_for_good(apart, outlier):
     spike = Finding(Fault.SPIKE, Severity.WARNING, 30 - apart, NAMES[:1], 900.0, 20.0, "Spike")
     stalled = case_with(Fault.STALLED, findings=(spike,), optimizer="Adagrad", learning_rates=(0.02,))
     assert (find_causes(stalled)[0][0] == Cause.OUTLIER_BATCH) == outlier
 
 
-def test_parameters_that_are_missing_but_not_concerned_are_not_blamed():
+def test_missing_parameters_are_blamed_only_if_they_are_affected():
     graph = {"missing": frozenset({"5.weight"})}
     assert Cause.DETACHED_GRAPH not in weights(case_with(graph=graph))
     assert weights(case_with(graph=graph, parameters=("5.weight",)))[Cause.DETACHED_GRAPH] == CERTAIN
     assert weights(case_with(Fault.DISCONNECTED, graph=graph))[Cause.DETACHED_GRAPH] == CERTAIN
 
 
-def test_zero_gradients_where_a_path_leads():
+def test_zero_gradients_although_a_path_leads_there():
     dead = case_with(
         Fault.STALLED, kinds={"product": 6, "relu": 5}, gradients_log10=(-math.inf,) * 5 + (-2.0,)
     )

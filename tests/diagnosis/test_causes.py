@@ -71,7 +71,7 @@ def test_sigmoids_and_their_weights_account_for_the_whole_tilt(lab, depth):
     model = lab.mlp(depth, 64, nn.Sigmoid)
     case = lab.train(model, lab.cross_entropy, sgd(model), STEPS, Fault.VANISHING)
     diagnosis = diagnose(case)
-    # The depth itself would account for less than a tenth, and is not worth a line.
+    # Depth itself accounts for less than a tenth, so it is not named.
     assert diagnosis.causes == (Cause.SATURATING_ACTIVATION, Cause.BAD_INITIALIZATION)
     slopes, weights = (depth - 1) * math.log10(4), -case.excess_gain * depth
     assert slopes + weights == pytest.approx(case.tilt, rel=0.15)
@@ -90,7 +90,7 @@ def test_small_weights_account_for_the_whole_tilt(lab, depth, activation, std):
 
 
 @pytest.mark.parametrize(("depth", "activation", "std"), [(20, nn.Tanh, 0.01), (8, nn.ReLU, 0.02)])
-def test_initialisation_as_advised_makes_the_net_learn(lab, depth, activation, std):
+def test_the_initialization_fix_makes_the_net_learn(lab, depth, activation, std):
     model = initialised(lab.mlp(depth, 64, activation), normal(std))
     remedy = diagnose(lab.train(model, lab.cross_entropy, sgd(model), STEPS, Fault.VANISHING)).remedies[0]
     assert final_loss(lab, model, sgd(model)) > 2.2
@@ -98,7 +98,7 @@ def test_initialisation_as_advised_makes_the_net_learn(lab, depth, activation, s
     assert final_loss(lab, model, sgd(model)) < 0.5
 
 
-def test_many_layers_get_residual_blocks_which_bear_the_same_weights_and_rate(lab):
+def test_many_layers_get_residual_blocks_that_learn_with_the_same_weights_and_rate(lab):
     model = initialised(lab.mlp(20, 64), normal(0.05))
     remedy = diagnose(lab.train(model, lab.cross_entropy, sgd(model), STEPS, Fault.VANISHING)).remedies[0]
     cured = nn.Sequential(nn.Linear(32, 64), *[block_of(remedy) for _ in range(18)], nn.Linear(64, 10))
@@ -137,7 +137,7 @@ def test_weights_three_times_too_large(lab, activation):
     assert "over 15 layers, gradients grow" in evidence
 
 
-def test_recurrent_weights_tell_their_decades(lab):
+def test_recurrent_weights_explain_the_explosion(lab):
     model = nn.RNN(4, 32, nonlinearity="relu", batch_first=True)
     nn.init.eye_(model.weight_hh_l0).data.mul_(1.25)
     case = lab.train(
@@ -170,7 +170,7 @@ def test_a_bias_far_below_zero_kills_relus(lab):
     assert final_loss(lab, model, sgd(model)) < 0.5
 
 
-def test_weights_of_zero_are_told_from_dead_activations(lab):
+def test_zero_weights_are_not_dead_activations(lab):
     model = initialised(lab.mlp(6), lambda layer: nn.init.zeros_(layer.weight))
     diagnosis = diagnose(lab.train(model, lab.cross_entropy, sgd(model), STEPS, Fault.DEAD, value=1.0))
     assert diagnosis.causes[0] == Cause.BAD_INITIALIZATION
@@ -323,7 +323,7 @@ def test_targets_of_ten_thousand(lab):
 
 
 def test_the_first_fix_for_sigmoids_reaches_95_percent_on_digits(lab):
-    """By executing the code of the fix; other optimizers and seeds stand in `fixes_for`."""
+    """By executing the code of the fix; other optimizers and seeds are in the comments of `fixes_for`."""
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
     pixels = ((pixels - pixels.mean()) / pixels.std()).float()
     train, valid = torch.randperm(len(pixels)).tensor_split([1437])
@@ -372,7 +372,7 @@ def test_without_evidence_the_cause_is_unknown(lab):
     assert [cause for cause, _ in causes] == [Cause.UNKNOWN]
 
 
-def test_a_compiled_model_is_judged_by_its_weights(lab):
+def test_a_compiled_model_is_diagnosed_by_its_weights(lab):
     model = initialised(lab.mlp(12, 64), normal(0.03))
     compiled = torch.compile(model, backend="aot_eager")
     case = lab.train(

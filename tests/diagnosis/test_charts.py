@@ -1,4 +1,4 @@
-"""What the heat map shows is what was measured, and its labels can be read."""
+"""The heat map shows what was measured, and its labels are legible."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ def pixels(uri):
 
 
 @pytest.mark.parametrize("timeline", [None, Timeline((), ("a",), ((),)), Timeline((1,), (), ())])
-def test_of_nothing_there_is_no_picture(timeline):
+def test_without_steps_or_layers_there_is_no_heat_map(timeline):
     assert heat_map(timeline, 1, ("a",)) is None
 
 
@@ -60,7 +60,7 @@ def test_the_worst_rows_are_marked():
 
 
 @given(layers=st.integers(1, 400), parameters=st.lists(st.integers(0, 399), max_size=8))
-def test_labels_do_not_meet(layers, parameters):
+def test_labels_do_not_overlap(layers, parameters):
     names = tuple(f"net.{i}.weight" for i in parameters)
     picture = heat_map(timeline_of(layers, 1), 0, names)
     assert all(0 < row.middle < picture.height for row in picture.rows)
@@ -74,7 +74,7 @@ def test_labels_do_not_meet(layers, parameters):
 
 
 @given(first=st.integers(0, 10**9), stride=st.sampled_from([1, 2, 3, 50]), count=st.integers(1, 128))
-def test_ticks_stand_below_their_steps_with_room_between(first, stride, count):
+def test_ticks_are_below_their_steps_and_apart(first, stride, count):
     steps = tuple(range(first, first + stride * count, stride))
     picture = heat_map(Timeline(steps, ("a",), (tuple([0.0] * count),)), 0, ())
     for tick in picture.steps:
@@ -84,7 +84,7 @@ def test_ticks_stand_below_their_steps_with_room_between(first, stride, count):
     assert places or stride > 1
 
 
-def test_strips_show_what_was_done():
+def test_strips_show_skipped_and_clipped_steps():
     picture = heat_map(timeline_of(skipped=(False, True, False, True), clipped=(True,) * 4), 11, ())
     assert [strip.name for strip in picture.strips] == ["skipped", "clipped"]
     assert picture.strips[0].columns == (picture.column, 3 * picture.column)
@@ -99,7 +99,7 @@ def points(line):
     return [tuple(map(float, point.split(","))) for point in line.split()]
 
 
-def test_a_larger_loss_is_higher_and_a_gap_stays_one():
+def test_a_larger_loss_is_higher_and_a_gap_stays_a_gap():
     losses = heat_map(timeline_of(1, 6, losses=(2.0, 1.0, math.nan, 3.0, math.inf, 1.0)), 0, ()).losses
     first, second, third = map(points, losses.lines)
     assert first[0][1] < first[1][1] == losses.height
@@ -110,7 +110,7 @@ def test_a_larger_loss_is_higher_and_a_gap_stays_one():
     assert not losses.logarithmic
 
 
-def test_losses_far_apart_are_drawn_by_their_logarithms():
+def test_losses_far_apart_have_a_logarithmic_scale():
     losses = heat_map(timeline_of(1, 3, losses=(1.0, 1e3, 1e6)), 0, ()).losses
     assert losses.logarithmic
     assert [y for _, y in points(losses.lines[0])] == [losses.height, losses.height / 2, 0.0]
@@ -118,18 +118,18 @@ def test_losses_far_apart_are_drawn_by_their_logarithms():
 
 
 @pytest.mark.parametrize("losses", [(), (math.nan,) * 3, (1.0, math.nan, math.inf)])
-def test_less_than_two_losses_are_no_curve(losses):
+def test_fewer_than_two_losses_are_no_curve(losses):
     assert heat_map(timeline_of(1, 3, losses=losses), 0, ()).losses is None
 
 
-def test_losses_that_are_close_are_told_apart():
+def test_close_losses_have_enough_digits():
     ticks = heat_map(timeline_of(1, 2, losses=(2.30012, 2.30049)), 0, ()).losses.ticks
     assert [tick.text for tick in ticks] == ["2.3005", "2.3001"]
     assert len(heat_map(timeline_of(1, 2, losses=(2.0, 2.0)), 0, ()).losses.ticks) == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"rms_log10": ((0.0,),)}, "rms_log10 must have one row for each of 2 layers, got 1"),
         ({"rms_log10": ((0.0,), (0.0, 0.0))}, "rms_log10 must have one entry for each of 1 steps, got 2"),
@@ -137,8 +137,8 @@ def test_losses_that_are_close_are_told_apart():
         ({"losses": (1.0, 2.0)}, "losses must have one entry for each of 1 steps, got 2"),
     ],
 )
-def test_lengths_that_do_not_agree_are_refused(change, said):
+def test_lengths_that_do_not_agree_are_refused(change, message):
     good = {"steps": (1,), "layers": ("a", "b"), "rms_log10": ((0.0,), (0.0,))}
     assert Timeline(**good).steps == (1,)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         Timeline(**{**good, **change})

@@ -1,4 +1,4 @@
-"""What is derived from the facts of a case, against numbers worked out by hand."""
+"""What a context derives from its facts, against numbers worked out by hand."""
 
 import dataclasses
 import math
@@ -38,13 +38,13 @@ def test_layers_are_matrices(case):
     assert case.layers == [0, 2, 3]
 
 
-def test_medians_leave_out_biases_and_what_is_unknown(case):
+def test_medians_ignore_biases_and_unknown_values(case):
     assert case.typical_update == pytest.approx(1.5e-3)
     assert case.typical_gradient == pytest.approx((1e-3 / 2 + 1e-2 / 4) / 2)
     assert case.largest_update == (2e-3, "b.weight")
 
 
-def test_an_oversized_update_found_before_is_remembered(case, lab):
+def test_the_first_oversized_update_of_the_run_counts(case, lab):
     finding = lab.finding(Fault.OVERSIZED_UPDATE, value=3.0, parameters=["c.weight"], step=2)
     later = lab.finding(Fault.OVERSIZED_UPDATE, value=1e9, parameters=["a.weight"], step=9)
     assert dataclasses.replace(case, findings=(finding, later)).largest_update == (3.0, "c.weight")
@@ -57,7 +57,7 @@ def test_root_mean_squares(case):
     assert case.weight_rms(1) == pytest.approx(0.5)
 
 
-def test_settings_that_are_numbers(case):
+def test_settings_are_numbers(case):
     assert case.setting("momentum") == 0.9
     assert math.isnan(case.setting("betas"))
     assert math.isnan(case.setting("eps"))
@@ -70,7 +70,7 @@ def test_settings_that_are_numbers(case):
     fan_out=st.integers(1, 300),
     depth=st.integers(1, 9),
 )
-def test_gain_is_what_a_layer_does_to_a_signal(gain, fan_in, fan_out, depth):
+def test_gain_is_the_factor_by_which_a_layer_scales_a_signal(gain, fan_in, fan_out, depth):
     """Weights of RMS gain/sqrt(fan_in) have that gain, whatever their shape; outliers do not move the median."""
     norm = gain / math.sqrt(fan_in) * math.sqrt(fan_in * fan_out)
     names = tuple(str(i) for i in range(2 * depth + 1))
@@ -91,7 +91,7 @@ def test_gain_is_what_a_layer_does_to_a_signal(gain, fan_in, fan_out, depth):
         (nn.init.xavier_uniform_, nn.Sigmoid),
     ],
 )
-def test_usual_initialisations_have_the_usual_gain(lab, initialise, activation):
+def test_standard_initializations_preserve_the_scale(lab, initialise, activation):
     model = lab.mlp(9, 64, activation, inputs=64, outputs=64)
     for layer in model[::2]:
         initialise(layer.weight, nonlinearity="relu") if activation is nn.ReLU else initialise(layer.weight)
@@ -100,32 +100,32 @@ def test_usual_initialisations_have_the_usual_gain(lab, initialise, activation):
     assert case.bare_layers == 9
 
 
-def test_normalised_layers_hand_on_no_scale(lab):
+def test_normalized_layers_do_not_pass_on_a_scale(lab):
     layers = [layer for _ in range(5) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]
     model = nn.Sequential(*layers)
     assert lab.case_of(model, model(torch.randn(4, 8)).sum(), Fault.VANISHING).bare_layers == 0
 
 
-def test_first_update_is_that_of_optimizers_which_normalise(case):
+def test_first_update_is_known_for_optimizers_that_normalize_the_gradient(case):
     adam = dataclasses.replace(case, optimizer="AdamW", initial_weight_norms=(4.0, 9.0, 4.0, 0.0))
     assert adam.first_update == pytest.approx(0.3 / 1.0)
     assert case.first_update == 0.0
 
 
-def test_growth_leaves_out_what_began_near_zero(case):
+def test_growth_ignores_weights_that_began_near_zero(case):
     grown = dataclasses.replace(case, initial_weight_norms=(1.0, 0.01, 0.5, 1e-6))
     assert grown.growth == (8.0, "b.weight")
     assert case.growth == (1.0, "")
 
 
 @given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=3), st.integers(0, 3))
-def test_finite_median_ignores_what_is_not_finite(odd, count):
+def test_finite_median_ignores_nonfinite_values(odd, count):
     values = [float(i) for i in range(count)]
     middle = finite_median([*odd, *values])
     assert middle == (count - 1) / 2 if count else math.isnan(middle)
 
 
-def test_whether_the_loss_is_finite(case):
+def test_a_missing_loss_is_not_a_nonfinite_loss(case):
     assert case.nonfinite_loss
     assert not dataclasses.replace(case, has_loss=False).nonfinite_loss
     assert not dataclasses.replace(case, loss_last=0.3).nonfinite_loss

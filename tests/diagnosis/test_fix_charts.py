@@ -1,4 +1,4 @@
-"""Small pictures of what was tried: on one scale, and blue only where gradients are healthy."""
+"""Panels of the fixes that were tried: on one scale, and marked good only if gradients are healthy."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ NONE, BAD = -math.inf, math.inf
 
 def tried(*profiles, before=VANISHING):
     remedies = tuple(
-        Remedy(f"remedy {i}", "f()", tried=True, profile=p) if p is not None else Remedy("not tried", "g()")
+        Remedy(f"fix {i}", "f()", tried=True, profile=p) if p is not None else Remedy("not tried", "g()")
         for i, p in enumerate(profiles)
     )
     names = tuple(f"net.{i}.weight" for i in range(len(before)))
@@ -56,13 +56,13 @@ def points(line):
         tried((NONE,) * 5, before=(NONE,) * 5),
     ],
 )
-def test_of_nothing_there_is_no_picture(diagnosis):
+def test_without_a_tried_fix_or_profile_there_are_no_panels(diagnosis):
     assert fix_panels(diagnosis) is None
 
 
-def test_they_have_the_places_of_their_remedies():
+def test_panels_have_the_ranks_of_their_fixes():
     panels = fix_panels(tried(None, FLAT, None, VANISHING)).panels
-    assert [(panel.rank, panel.name) for panel in panels] == [(2, "remedy 1"), (4, "remedy 3")]
+    assert [(panel.rank, panel.name) for panel in panels] == [(2, "fix 1"), (4, "fix 3")]
     assert [round(panel.tilt, 1) for panel in panels] == [0.2, 8.0]
 
 
@@ -71,7 +71,7 @@ def test_they_have_the_places_of_their_remedies():
         lambda n: st.lists(st.lists(st.floats(-60, 30), min_size=n, max_size=n), min_size=2, max_size=4)
     )
 )
-def test_all_are_drawn_on_one_scale_and_inside(profiles):
+def test_all_panels_are_on_one_scale_and_inside_their_frame(profiles):
     before, *after = map(tuple, profiles)
     pictures = fix_panels(tried(*after, before=before))
     lines = [pictures.before, *(panel.line for panel in pictures.panels)]
@@ -119,7 +119,7 @@ def test_a_straight_line_of_a_healthy_tilt_is_within_its_band(tilt, layers, outp
     assert max(line) <= high + 1e-6
 
 
-def test_good_is_what_is_level_and_not_all_too_large():
+def test_good_means_a_healthy_tilt_and_a_level_within_the_band():
     much, falling, dead = tuple(x + 8 for x in FLAT), tuple(x / 2 for x in VANISHING), (NONE,) * 5
     goods = [panel.good for panel in fix_panels(tried(FLAT, much, falling, dead, FLAT)).panels]
     assert goods == [True, False, False, False, True]
@@ -127,7 +127,7 @@ def test_good_is_what_is_level_and_not_all_too_large():
     assert fix_panels(tried(falling)).band is None
 
 
-def test_a_profile_keeps_the_places_of_its_layers():
+def test_a_profile_has_one_entry_for_each_layer():
     parameters = {name: nn.Parameter(torch.full((2, 2), 0.5)) for name in "abcd"}
     for name, gradient in (("a", 0.05), ("b", 0.0), ("c", math.nan)):
         parameters[name].grad = torch.full((2, 2), gradient)
@@ -139,7 +139,7 @@ def test_a_profile_keeps_the_places_of_its_layers():
 @pytest.mark.parametrize(
     "tilt", [HEALTHY_DEPTH_TILT[0] - 0.2, *HEALTHY_DEPTH_TILT, HEALTHY_DEPTH_TILT[1] + 0.2]
 )
-def test_healthy_means_here_what_it_means_to_the_trials(tilt):
+def test_healthy_means_the_same_in_charts_and_trials(tilt):
     line = tuple(VANISHING[-1] - tilt * (1 - i / 4) for i in range(5))
     is_healthy = unhealthy_decades(TrialResult(0.0, tilt, None, 5, LayerStructure(), 1)) == 0
     assert is_healthy == (tilt in HEALTHY_DEPTH_TILT)

@@ -276,6 +276,11 @@ def test_tensorboard_shows_the_sentence_without_its_backticks(text):
     assert shown(item) == expected
 
 
+def test_powers_of_ten_are_superscripts_on_the_page():
+    page = dataclasses.replace(DIAGNOSIS, signs=("They shrink by a factor of 10^6.6.",)).to_html()
+    assert "a factor of 10<sup>6.6</sup>.</li>" in page
+
+
 def test_markdown_is_safe_if_html_is_not_removed():
     """GitHub keeps some HTML, so no tag and no entity may remain outside code spans."""
     sentence = "a <b> c & `<d>` <script>"

@@ -126,7 +126,7 @@ def test_other_faults_are_named_once():
 
 
 def test_nonfinite_gradients_need_no_value_and_limit():
-    """The count of tensors and the loss tell it in words."""
+    """Other sentences count the tensors and describe the loss."""
     finding = Finding(Fault.NONFINITE, Severity.CRITICAL, 3, (), 2.0, 0.0, "NonFinite", measure="bad tensors")
     case = case_with(finding=finding, gradients_log10=(math.nan, math.inf, -1.0))
     assert not any("limit" in symptom for symptom in find_symptoms(case))

@@ -64,6 +64,6 @@ def _unknown(context: DiagnosticContext) -> str:
     if context.fault.is_custom:
         return "The rules for causes know the built-in faults only; this one comes from a custom detector."
     if context.decayed:
-        decay, size = number(context.setting("weight_decay")), number(100 * context.shrunk)
+        decay, size = number(context.setting("weight_decay")), number(100 * context.remaining_size)
         return f"The weights have shrunk to {size}% of their initial size: a weight decay of {decay} is too strong."
     return "No cause that is known here fits what was measured."

@@ -31,7 +31,7 @@ def inputs_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     rms = context.input_rms
     if rms is None or not (math.isfinite(rms) and rms > 0) or abs(math.log10(rms)) < _NOTABLE_SCALE:
         return
-    if context.shapes and len(context.shapes[0]) == 1 and context.normalised:
+    if context.shapes and len(context.shapes[0]) == 1 and context.has_normalization:
         return  # the first parameters are those of a normalization
     decades = abs(math.log10(rms))
     # Inputs this large move the activations of the first layer to where they are flat.
@@ -67,7 +67,7 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
         explanation = Cause.UNNORMALIZED_INPUT
         size = f"an RMS of {number(context.input_rms or 0.0)}"
         text = f"{began}; the inputs of the batch have {size}, and about 1 is typical."
-    elif layers >= 2 * DEEP and abs(context.excess_gain) < 0.3 and not context.normalised:
+    elif layers >= 2 * DEEP and abs(context.excess_gain) < 0.3 and not context.has_normalization:
         explanation = Cause.TOO_DEEP
         grown = f"signals grow over {count(layers, 'layer')} without normalization"
         text = f"{began}: the weights have a typical size, but {grown}."

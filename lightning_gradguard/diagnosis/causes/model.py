@@ -13,8 +13,8 @@ from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
 from lightning_gradguard.results import Fault
 
-#: Decades by which a layer's gain differs from `usual_gain` before it is reported (a factor of 1.4), and before it can
-#: stall or kill a network by itself (a factor of 4).
+#: Decades by which a layer's gain differs from `preserving_gain` before it is reported (a factor of 1.4), and before it
+#: can stall or kill a network by itself (a factor of 4).
 _NOTABLE_GAIN, _CRIPPLING_GAIN = 0.15, 0.6
 #: Growth of the weights which shows that dead units were once active, and that the updates killed them.
 DIED_AFTER = 1.5
@@ -84,7 +84,7 @@ def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     excess = max(excess, 0.0) if context.too_large else min(excess, 0.0)
     if abs(excess) <= notable or not layers or not (context.too_small or context.too_large):
         return
-    scheme = "He" if context.usual_gain > 1 else "Xavier"
+    scheme = "He" if context.preserving_gain > 1 else "Xavier"
     known = bool(context.initial_weight_norms)
     weights = "The initial weights of the median layer were" if known else "The median layer's weights are"
     size = f"{10**excess:.2g} times the size of {scheme} initialization" if excess > -3 else "almost zero"

@@ -60,7 +60,7 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
     below = math.log10(context.typical_learning_rate / rate)
     if update > 0:
         below = min(below, math.log10(TYPICAL_UPDATE / update))
-    if context.fault == Fault.STALLED and not context.normalises:
+    if context.fault == Fault.STALLED and not context.normalizes_gradient:
         # The step is proportional to the gradient, so a larger rate helps if the gradient is small for no other reason.
         below = max(below, 0.6)
     text = f"The learning rate is {number(rate)}"
@@ -75,7 +75,7 @@ def optimizer_epsilon(context: DiagnosticContext) -> Iterator[Evidence]:
     eps = context.setting("eps")
     if context.fault not in (Fault.STALLED, Fault.VANISHING, Fault.UNDERFLOW):
         return
-    if not (context.normalises and eps > 0):
+    if not (context.normalizes_gradient and eps > 0):
         return
     concerned = [i for i in context.layers if context.names[i] in context.finding.parameters]
     rms = finite_median(context.gradient_rms_log10(i) for i in concerned or context.layers)
@@ -133,7 +133,7 @@ def _decades_of_other_causes(context: DiagnosticContext) -> float:
 
     0 under an optimizer that normalizes the gradient, which does not pass them on.
     """
-    if context.normalises:
+    if context.normalizes_gradient:
         return 0.0
     value = context.setting("momentum")
     typical = 1 - TYPICAL_MOMENTUM

@@ -132,7 +132,7 @@ def _lower_rate(context: DiagnosticContext, profile: Sequence[float]) -> list[Re
     """
     lower = fixes.lowered_rate(context)
     steep = max((decades for decades in profile if math.isfinite(decades)), default=-math.inf)
-    if not context.normalises and steep > -math.inf:
+    if not context.normalizes_gradient and steep > -math.inf:
         # An applied ratio is at most 2, whatever the step; that of a plain step from the weights at the start is not.
         momentum = context.setting("momentum")
         steady = 1 / max(1 - momentum, 1e-3) if momentum == momentum else 1.0

@@ -1,4 +1,4 @@
-"""What a diagnosis is told of the newest steps."""
+"""The timeline of a diagnosis holds the newest steps, layer by layer."""
 
 import math
 
@@ -21,7 +21,7 @@ def guarded(model, **options):
 
 
 class Backwards(nn.Module):
-    """Its parameters are listed in another order than that in which they are used."""
+    """A module that lists its parameters in another order than it uses them."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Backwards(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
-def test_layers_stand_from_input_to_output_in_root_mean_squares():
+def test_layers_run_from_input_to_output_with_their_root_mean_squares():
     model, seen = Backwards(), []
     guard = guarded(model, clipper=NormClip(1e-3))
     for step in range(3):
@@ -63,7 +63,7 @@ def test_layers_stand_from_input_to_output_in_root_mean_squares():
     assert np.array_equal(np.isnan(timeline.losses), [False, True, False])
 
 
-def test_a_zero_gradient_is_none():
+def test_a_zero_gradient_counts_as_no_gradient():
     model = nn.Linear(2, 2)
     guard = guarded(model)
     (model(torch.zeros(1, 2)).sum()).backward()
@@ -81,7 +81,7 @@ def test_without_layers_all_tensors_are_shown():
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
-def test_a_longer_history_is_cut():
+def test_only_the_newest_steps_are_kept():
     model = nn.Linear(2, 1)
     guard = guarded(model)
     guard.history.resize(2 * PICTURED)
