@@ -277,7 +277,8 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
 def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tuple[int, ...] | None]:
     """Return RMS of inputs and targets, and bad rows.
 
-    A bad row has a NaN or Inf in any tensor. None for each that is not there; ``((None, None), None)`` if the batch is unknown or has no floating-point tensor.
+    A bad row has a NaN or Inf in any tensor. None for each that is not there; ``((None, None), None)`` if the batch is
+    unknown or has no floating-point tensor.
     """
     tensors = [t for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
     if not any(t.ndim and t.numel() for t in tensors):
