@@ -165,7 +165,10 @@ class MonitoredMetric:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on the metric's course; empty before the second value."""
+        """Sentences on the metric's course.
+
+        They are empty before the second value.
+        """
         if len(self._values) < 2:
             return ()
         first, last, count = self._values[0], self._values[-1], len(self._values)
@@ -265,7 +268,7 @@ def sandboxed_step_of(
 def _without_logging(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Suspend logging; restore schedules and optimizer settings."""
     # The module is in a sandbox, which removes these attributes.
-    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     loggers, schedulers = trainer.loggers, [config.scheduler for config in trainer.lr_scheduler_configs]
     states = [deepcopy(scheduler.state_dict()) for scheduler in schedulers]
     settings = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
