@@ -19,11 +19,11 @@ from lightning_gradguard import GradGuard, GradientHalt, Policy, SpikeClip
 class Protected(pl.LightningModule):
     """Net that gets NaN in the second process, in batches ``bad``."""
 
-    def __init__(self, bad):
+    def __init__(self, bad, guard):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-        self.bad, self.reports = bad, []
+        self.bad, self.guard, self.reports = bad, guard, []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -32,7 +32,7 @@ class Protected(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(x), y)
 
     def on_train_batch_end(self, *_):
-        report = self.trainer.callbacks[0].report
+        report = self.guard.report
         self.reports.append([report.step, report.loss, report.total_norm, report.clipped_norm, report.skip])
 
     def configure_optimizers(self):
@@ -76,7 +76,8 @@ def fit(module, guard, batches, width):
 
 
 def protect(bad, policy):
-    module, guard = Protected(bad), GradGuard(clipper=SpikeClip(), policy=getattr(Policy, policy)())
+    guard = GradGuard(clipper=SpikeClip(), policy=getattr(Policy, policy)())
+    module = Protected(bad, guard)
     trainer, halted = fit(module, guard, batches=30, width=8)
     return trainer, {
         "reports": module.reports,
