@@ -1,4 +1,7 @@
-"""The callbacks work with `lightning.pytorch` alone, with `pytorch_lightning` alone, and with both."""
+"""Callbacks under both names of Lightning.
+
+They work with `lightning.pytorch` alone, with `pytorch_lightning` alone, and with both.
+"""
 
 import os
 import subprocess
