@@ -82,10 +82,7 @@ def cells_uri(cells: NDArray[np.floating]) -> str:
 
 
 def scale_uri() -> str:
-    """Return a PNG of the colour scale as data URI.
-
-    It is one pixel high, with the colours of `SCALE` from left to right.
-    """
+    """Return the colour scale as data URI."""
     return cells_uri(np.linspace(*SCALE, 97).reshape(1, -1))
 
 
@@ -259,10 +256,7 @@ def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
 
 
 def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int]) -> None:
-    """Draw a triangle where each fault began.
-
-    The fault's name is written in one of two lines if there is space.
-    """
+    """Draw where each fault began, and its name."""
     taken = [0.0, 0.0]
     for fault, step in sorted(faults.items(), key=lambda item: item[1]):
         x = _LEFT + _WIDTH * min(max((step - span[0]) / (span[1] - span[0]), 0.0), 1.0)

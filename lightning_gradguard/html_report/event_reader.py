@@ -54,10 +54,7 @@ class Track:
     values: set[str] = field(default_factory=set)
 
     def append(self, later: Track) -> None:
-        """Append what a later file holds.
-
-        Where a resumed run repeated steps, the later ones count.
-        """
+        """Append a later file; its repeated steps count."""
         if later.rows:
             kept = self.rows if self.layers == later.layers else {}
             self.layers, self.rows = later.layers, _splice(kept, later.rows, min(later.rows))
@@ -181,11 +178,7 @@ class _File:
 
 
 def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the 30 counts of a histogram.
-
-    Args:
-        table: Rows of left edge, right edge and count, in which empty neighbours are one row.
-    """
+    """Return 30 counts; empty neighbours share a row."""
     full = table[table[:, 2] > 0]
     counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
     counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]

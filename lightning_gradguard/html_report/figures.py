@@ -62,10 +62,7 @@ def heat_map(track: Track) -> dict[str, Any] | None:
 
 
 def curve(points: Curve[float]) -> dict[str, Any]:
-    """Return a curve of at most `POINTS` points.
-
-    Of each stretch it keeps the smallest, the largest, and a gap if any.
-    """
+    """Return at most `POINTS` points, with extremes and gaps."""
     steps, values = list(points), np.array(list(points.values()), dtype=np.float64)
     chosen: set[int] = set(range(len(steps)))
     if len(steps) > POINTS:
@@ -106,23 +103,16 @@ def _columns(records: Curve[NDArray[np.float32]], limit: int) -> dict[str, Any]:
 
 
 def thin(items: Sequence[int], most: int) -> list[int]:
-    """Return evenly chosen items, with first and last.
-
-    Args:
-        items: In order.
-        most: Largest number to return.
-    """
+    """Return at most ``most`` items, evenly chosen."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np.float16]]]:
-    """Return layers and rows as `Track` has them.
-
-    The RMS is that of the middles of the bins; the first bin counts as zero.
-    """
+    """Return layers and rows as `Track` has them."""
     titles = sorted(track.histograms)
+    # Middles of the bins; the first bin counts as zero.
     squares = 100.0 ** (np.array(EDGES[:-1]) + 0.25)
     squares[0] = 0
     rows: Curve[NDArray[np.float16]] = {}
@@ -134,12 +124,9 @@ def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np
 
 
 def _decades(counts: NDArray[np.float32], squares: NDArray[np.float64]) -> float:
-    """Return log10 RMS of counted elements.
-
-    Only finite ones are counted, so without any count it is NaN.
-    """
+    """Return log10 RMS of counted elements."""
     if not counts.any():
-        return math.nan
+        return math.nan  # only finite elements are counted, and there are none
     mean = float(counts @ squares) / float(counts.sum())
     return max(0.5 * math.log10(mean), EDGES[0]) if mean > 0 else EDGES[0]
 

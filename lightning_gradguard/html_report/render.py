@@ -1,7 +1,4 @@
-"""The HTML page, one self-contained file.
-
-It opens from disk, fetches nothing and runs no script but its own.
-"""
+"""Self-contained HTML page that fetches nothing."""
 
 from __future__ import annotations
 

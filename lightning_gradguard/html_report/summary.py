@@ -179,10 +179,7 @@ def merge_found(records: Iterable[FoundRecord]) -> tuple[list[LoggedFinding], li
 
 
 def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
-    """Group findings by fault, the most severe first.
-
-    Of equally severe faults the earliest is first.
-    """
+    """Group findings by fault, most severe and earliest first."""
     groups = []
     for fault in dict.fromkeys(finding.fault for finding in findings):
         own = [finding for finding in findings if finding.fault == fault]

@@ -62,10 +62,7 @@ class LogSink(Protocol):
         """Show a record at this step."""
 
     def close(self) -> None:
-        """Finish what is pending.
-
-        The sink may be written to again.
-        """
+        """Finish what is pending; writing may go on."""
 
 
 class FailSafe:

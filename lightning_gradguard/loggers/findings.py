@@ -1,7 +1,4 @@
-"""Findings and diagnoses as Markdown and JSON.
-
-People read the Markdown, `gradguard report` the JSON.
-"""
+"""Findings and diagnoses as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -70,10 +67,7 @@ class LoggedFinding(NamedTuple):
         return f"{measure}: {self.value:.3g} (limit {self.limit:.3g}){where}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON.
-
-        A number that is not finite becomes a string.
-        """
+        """Return plain types; non-finite numbers become strings."""
         numbers = {"value": self.value, "limit": self.limit}
         return {
             **self._asdict(),
@@ -169,10 +163,7 @@ class FindingLog:
         return {"findings": [f.to_dict() for f in self._findings], "diagnoses": list(self._diagnoses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the log of `state_dict`.
-
-        All of it counts as new, so a new event file is complete.
-        """
+        """Continue the log; all of it counts as new."""
         # Older checkpoints hold findings as lines of text. Those are left out: the older event file has them.
         self._findings = [LoggedFinding.from_dict(f) for f in state["findings"] if isinstance(f, dict)]
         self._diagnoses = list(state["diagnoses"])

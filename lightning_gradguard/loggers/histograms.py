@@ -205,10 +205,7 @@ def exponents_record(
 
 
 def _shares(below: Sequence[float]) -> list[tuple[float, float, float]]:
-    """Return the three shares of each format.
-
-    They are the shares that lose digits, are lost, and overflow; NaN if all elements are zero.
-    """
+    """Return for each format the shares coarse, lost, overflowing."""
     whole = below[-1]
     parts = [x / whole if whole else math.nan for x in below[:-1]]
     # If nothing overflows, both counts were summed in the same order, so the difference is exactly zero.

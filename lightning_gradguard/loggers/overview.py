@@ -63,10 +63,7 @@ class Overview:
         self._steps, self._drawn, self._next_drawing = 0, 0, _FIRST_DRAWING
 
     def observe(self, report: Report) -> None:
-        """Add one step.
-
-        On most steps that is a comparison, so it is cheap enough for every one.
-        """
+        """Add one step; most steps are cheap."""
         self._steps += 1
         finite = math.isfinite(report.total_norm)
         clipped = report.scale < 1 and not report.skip
@@ -173,10 +170,7 @@ class Overview:
         return True
 
     def _layer_rms(self, norms: Mapping[str, float]) -> list[float | None]:
-        """Return the RMS of each layer.
-
-        It is NaN if any of the layer's parameters is not finite, None without a gradient.
-        """
+        """Return RMS by layer: NaN non-finite, None without gradient."""
         rms: list[float | None] = []
         for layer in self._layers:
             nonfinite = [n for n in layer.parameters if n in norms and not math.isfinite(norms[n])]
@@ -196,10 +190,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(names: Sequence[str], matrices: Sequence[bool] | None) -> list[_Layer]:
-    """Group parameters by the module that owns them.
-
-    If any module has a matrix, those without one are left out.
-    """
+    """Group parameters into layers; prefer layers with a matrix."""
     is_matrix = dict(zip(names, matrices or [False] * len(names), strict=True))
     owners: dict[str, list[str]] = {}
     for name in names:
@@ -214,12 +205,10 @@ def _log10(x: float) -> float:
 
 
 def _worst(rms: Sequence[float]) -> float | None:
-    """Return log10 RMS of the layer farthest from the median.
-
-    Zeros count only if all are zero.
-    """
+    """Return log10 RMS farthest from the median layer."""
     if not all(math.isfinite(x) for x in rms):
         return math.nan
+    # Zeros count only if all are zero.
     decades = [_log10(x) for x in rms if x > 0] or [_log10(x) for x in rms]
     if not decades:
         return None

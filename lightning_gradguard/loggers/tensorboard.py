@@ -59,10 +59,7 @@ class TensorBoardSink:
         self._write_pictures(wait=False)
 
     def close(self) -> None:
-        """Write pending drawings, and flush the file.
-
-        The writer stays open.
-        """
+        """Write pending drawings; leave the writer open."""
         self._write_pictures(wait=True)
         self._pictures.close()
         self._output.run(self._writer.flush)

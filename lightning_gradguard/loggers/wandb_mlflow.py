@@ -28,10 +28,7 @@ class MediaSink(LoggerSink):
         self._media, self._pictures = FailSafe(f"{self.name} media"), PictureQueue(self.name)
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Log a record and start its drawings.
-
-        A drawing is logged with a later record or on closing.
-        """
+        """Log a record and start its drawings."""
         super().write(step, record)
         if self._media.is_off:
             return
