@@ -26,8 +26,12 @@ from lightning_gradguard.engine.readback import read
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
 from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import FailSafe, LogSink
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
-from lightning_gradguard.loggers.histograms import WorstTensors, histogram_record
+from lightning_gradguard.loggers.histograms import (
+    THRESHOLDS,
+    WorstTensors,
+    exponents_record,
+    histogram_record,
+)
 from lightning_gradguard.loggers.tags import tag_group, tag_names
 from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
 from lightning_gradguard.stats.parameters import are_same, members, select

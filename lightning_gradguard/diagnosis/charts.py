@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lightning_gradguard.charts.heatmap import SCALE, bin_rows, cells_uri, scale_uri
-from lightning_gradguard.charts.labels import shorten
+from lightning_gradguard.charts import SCALE, bin_rows, cells_uri, scale_uri, shorten
 from lightning_gradguard.diagnosis.wording import power
 from lightning_gradguard.introspection.gradient_profile import depth_tilt
 from lightning_gradguard.stats.trends import HEALTHY_DEPTH_TILT, MIN_LAYERS

@@ -18,7 +18,7 @@ from tensorboard.util import tensor_util
 from torch import nn
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientWarning, NormClip
-from lightning_gradguard.loggers.exponents import FORMATS
+from lightning_gradguard.loggers.histograms import FORMATS
 from lightning_gradguard.stats.histogram import EDGES, edges
 
 GROUP = "gradguard_hist_log10/"

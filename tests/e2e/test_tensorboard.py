@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
-from lightning_gradguard.loggers.histograms import histogram_record
+from lightning_gradguard.loggers.histograms import THRESHOLDS, exponents_record, histogram_record
 from lightning_gradguard.loggers.overview import Overview
 from lightning_gradguard.loggers.tags import FINDINGS, LAYER_RMS, tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
