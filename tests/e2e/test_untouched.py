@@ -89,6 +89,20 @@ CASES = {
 }
 
 
+#: Those left to `make test-long`: each is near another one.
+SLOW = [
+    "64",
+    "bf16-mixed",
+    "fp16, fused",
+    "accumulated, fp16",
+    "fused",
+    "checkpointed",
+    "shared",
+    "frozen",
+    "strict",
+]
+
+
 def train(folder, parts, options, guard=None):
     """All that a training leaves; with a guard and histograms of both kinds, if there is one."""
     callbacks = []
@@ -116,7 +130,9 @@ def train(folder, parts, options, guard=None):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_training_is_bit_for_bit_as_without(case, tmp_path):
     parts, options, arguments = CASES[case]
     guard = GradGuard(**arguments)
