@@ -92,7 +92,7 @@ def test_it_restores_the_newest_state_that_proved_healthy(tmp_path, optimizer):
     assert trainer.global_step == BATCHES
     assert module.seen == list(range(BATCHES))  # the loop goes on, and the window is left out
     assert all(p.isfinite().all() for p in module.parameters())
-    assert module.losses[-1] < 0.1 * module.losses[0]
+    assert module.losses[-1] < 0.25 * module.losses[0]
 
 
 def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_path):
