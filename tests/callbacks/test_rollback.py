@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy, SpikeClip
 from lightning_gradguard.testing import FaultInjector, NaN
 
+BATCHES = 160
 TRUTH = torch.linspace(-1, 1, 6)
 
 
@@ -47,7 +48,7 @@ class Regression(pl.LightningModule):
         return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
 
 
-def data(batches=200):
+def data(batches=BATCHES):
     x = torch.randn(batches * 16, 6, generator=torch.Generator().manual_seed(1))
     return torch.utils.data.DataLoader(x, batch_size=16)
 
@@ -96,10 +97,10 @@ def test_it_restores_the_newest_state_that_proved_healthy(tmp_path, optimizer):
     (message,) = [text for text in said if "rollback 1 of 3" in text]
     assert "those of step 80" in message
     assert "0.025 instead of 0.05" in message
-    assert trainer.global_step == 200
-    assert module.seen == list(range(200))  # the loop goes on, and the window is left out
+    assert trainer.global_step == BATCHES
+    assert module.seen == list(range(BATCHES))  # the loop goes on, and the window is left out
     assert all(p.isfinite().all() for p in module.parameters())
-    assert module.losses[-1] < 0.1 * module.losses[0]
+    assert module.losses[-1] < 0.25 * module.losses[0]
 
 
 def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_path):
@@ -116,7 +117,7 @@ def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_pa
 
 
 def test_after_the_last_rollback_it_halts(tmp_path):
-    module, guard = Regression(bad=range(50, 200)), back(max_rollbacks=2)
+    module, guard = Regression(bad=range(50, BATCHES)), back(max_rollbacks=2)
     with pytest.raises(GradientHalt) as caught:
         fit(module, guard, tmp_path)
     # Two skips and a third that goes back, twice; the next third halts.
@@ -182,7 +183,7 @@ def test_rollbacks_are_counted_on_after_a_resume(tmp_path):
 @pytest.mark.parametrize("more", [{}, {"min_epochs": 3}, {"min_steps": 500}, {"accumulate_grad_batches": 2}])
 def test_a_graceful_halt_ends_fit_without_the_bad_step(tmp_path, more):
     policy = Policy(respond={"nonfinite": "halt"}, stop="graceful")
-    module, guard = Regression(bad=range(60, 200)), GradGuard(policy=policy)
+    module, guard = Regression(bad=range(60, BATCHES)), GradGuard(policy=policy)
     before = {}
 
     class Keeper(pl.Callback):

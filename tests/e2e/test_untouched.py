@@ -92,6 +92,20 @@ CASES = {
 }
 
 
+#: Those left to `make test-long`: each is near another one.
+SLOW = [
+    "64",
+    "bf16-mixed",
+    "fp16, fused",
+    "accumulated, fp16",
+    "fused",
+    "checkpointed",
+    "shared",
+    "frozen",
+    "strict",
+]
+
+
 def train(folder, parts, options, guard=None):
     """Return all that a training leaves.
 
@@ -122,7 +136,9 @@ def train(folder, parts, options, guard=None):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_training_is_bit_for_bit_as_without(case, tmp_path):
     parts, options, arguments = CASES[case]
     guard = GradGuard(**arguments)
