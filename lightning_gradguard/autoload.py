@@ -1,4 +1,7 @@
-"""Entry point that Lightning calls for each Trainer: adds a guard if the variable ``GRADGUARD`` asks for one."""
+"""Entry point that adds a guard to Trainers.
+
+Lightning calls it for each Trainer; the environment variable ``GRADGUARD`` asks for the guard.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ CHOICES = ("watch", "protect", "strict", "off")
 
 
 def callbacks() -> list[Any]:
-    """Return a guard with the policy named by the variable ``GRADGUARD``.
+    """Return a guard with the policy in ``GRADGUARD``.
 
     The installed package declares it as an entry point of the groups ``lightning.pytorch.callbacks_factory`` and
     ``pytorch_lightning.callbacks_factory``, so each Trainer in the environment calls it. Without the variable it
@@ -36,6 +39,6 @@ def callbacks() -> list[Any]:
             f"the environment variable {VARIABLE} must be one of {choices}, got {wanted!r}{hint}"
         )
     # Takes half a second, which is spent only if the variable is set.
-    from lightning_gradguard.callbacks.auto_guard import AutoGuard
+    from lightning_gradguard.callbacks.grad_guard import AutoGuard
 
     return [AutoGuard(wanted)]

@@ -1,4 +1,4 @@
-"""Faults to inject into gradients in tests: `NaN`, `Inf`, `Spike`, `Vanishing` and `DeadRows`; `inject` adds one."""
+"""Faults to inject into gradients in tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_gradguard.validation import check_fraction, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Injection(ABC):
-    """A fault in gradients: configuration only, the same at each of its steps.
+    """Fault in gradients, the same at each step.
 
     Args:
         at: Step, or steps such as ``range(50, 100)``.
@@ -155,7 +155,9 @@ class Spike(Injection):
 
 @dataclass(frozen=True, kw_only=True)
 class Vanishing(Injection):
-    """Gradients that fall towards the input: the first by ``decades`` factors of ten, the last not at all.
+    """Gradients that fall towards the input.
+
+    The first falls by ``decades`` factors of ten, the last not at all:
 
     gradient · 10^(-decades · (1 - depth)), evenly over the parameters that match.
 
@@ -186,7 +188,7 @@ class Vanishing(Injection):
 
 @dataclass(frozen=True, kw_only=True)
 class DeadRows(Injection):
-    """Units without a gradient: the first rows of each tensor are zero.
+    """Units without gradients: first rows are zero.
 
     Example:
         >>> import torch
@@ -223,7 +225,9 @@ def inject(
     step: int,
     rank: int | None = None,
 ) -> Iterator[None]:
-    """Inject a fault into backward passes inside the block, at its steps.
+    """Inject a fault into the block's backward passes.
+
+    It acts at its steps only.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""Fault injection for tests: NaN, infinity, spikes, vanishing gradients and dead units at chosen steps."""
+"""Fault injection into gradients, for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Contents of a flight record: the batches of a step, held until it is judged, and everything else as plain data."""
+"""Contents of a flight record.
+
+Batches are held until their step is judged; everything else is plain data.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard._version import __version__
-from lightning_gradguard.callbacks.base import package_of
+from lightning_gradguard.callbacks.trainer_adapter import package_of
 from lightning_gradguard.flight_recorder.randomness import Randomness, capture, to_plain
 from lightning_gradguard.flight_recorder.serialization import IS, describe, encode
 from lightning_gradguard.guard import Guard
@@ -54,13 +57,13 @@ class HeldBatch:
 
     @property
     def is_changed(self) -> bool:
-        """True if a tensor of the batch was written to since."""
+        """True if the batch was written to since."""
         return self.versions != _write_counts(self.batch)
 
 
 @dataclass
 class StepWindow:
-    """What goes into a step, from the first forward pass to the step.
+    """Inputs of one step.
 
     Attributes:
         buffers: Copies of the module's buffers from before.
@@ -96,7 +99,7 @@ def compose(
     error: BaseException,
     target: int | None,
 ) -> dict[str, Any]:
-    """Return a bundle, without its reason and the run's id.
+    """Return a bundle without reason and run id.
 
     Args:
         trainer: Trainer of the run; its module has the weights before the step.
@@ -148,7 +151,7 @@ def _notes(window: StepWindow) -> list[str]:
 
 
 def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
-    """Return the finding that halted, with the quantity to measure in a replay."""
+    """Return the halting finding and the quantity to replay."""
     fault = halt.diagnosis.fault
     finding = next(f for f in reversed(halt.findings) if f.fault == fault and f.severity == Severity.CRITICAL)
     plain: dict[str, Any] = describe(finding)
@@ -160,7 +163,7 @@ def _target(halt: GradientHalt, guard: Guard, index: int) -> dict[str, Any]:
 
 
 def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard | None) -> dict[str, Any]:
-    """Return an optimizer's settings and parameter names, and its guard's history."""
+    """Return an optimizer's settings, names and history."""
     names = {id(p): name for name, p in select(list(module.named_parameters()), None).items()}
     groups = optimizer.param_groups
     plain = {
@@ -189,7 +192,7 @@ def _plain(value: Any) -> Any:
 def _parts(
     window: StepWindow, module: LightningModule, halt: GradientHalt | None, left_out: list[str]
 ) -> list[dict[str, Any]]:
-    """Return the batches, their random states, and the step to stop at."""
+    """Return batches, random states and the final step."""
     parts = []
     for held in window.held:
         batch = encode(held.batch, "batch", left_out)
@@ -212,7 +215,7 @@ def _buffers(trainer: Trainer, module: nn.Module, window: StepWindow | None) -> 
 
 
 def _weights(trainer: Trainer, module: nn.Module, left_out: list[str]) -> dict[str, Tensor] | None:
-    """Return the weights on rank 0, unless they are sharded; else None."""
+    """Return unsharded weights on rank 0, else None."""
     if not trainer.is_global_zero:
         return None
     named = list(module.named_parameters())
@@ -234,7 +237,7 @@ def _module(module: LightningModule) -> dict[str, Any]:
 
 
 def class_path(kind: type) -> str:
-    """Return where a class can be imported from, such as ``train:Model``."""
+    """Return a class's import path, such as ``train:Model``."""
     name = kind.__module__
     if name == "__main__":
         main = sys.modules["__main__"]
@@ -273,7 +276,7 @@ def _versions(trainer: Trainer, module: LightningModule) -> dict[str, str]:
 
 
 def _hyper_parameters(module: LightningModule) -> dict[str, Any]:
-    """Return the plain hyper-parameters, and the names of the others."""
+    """Return plain hyper-parameters, and names of others."""
     left_out: list[str] = []
     values = {}
     for key, value in dict(module.hparams).items():

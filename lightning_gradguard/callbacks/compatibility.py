@@ -1,11 +1,10 @@
-"""Checks of a Trainer and a module: refuse what cannot work with the callbacks, and warn of what has no effect."""
+"""Checks that a Trainer fits the callbacks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.callbacks.base import import_from
-from lightning_gradguard.callbacks.trainer_adapter import warn
+from lightning_gradguard.callbacks.trainer_adapter import import_from, warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -38,7 +37,9 @@ def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
 
 
 def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: object) -> None:
-    """Raise if Lightning clips as well; warn if the module may.
+    """Raise if Lightning clips too.
+
+    A module that may clip is warned of.
 
     Args:
         trainer: Trainer that may clip.
@@ -74,7 +75,7 @@ def warn_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
 
 
 def warn_if_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
-    """Warn after a training in which Lightning announced no step."""
+    """Warn after a training without announced steps."""
     if _is_trainable(module):
         warn(
             trainer,
@@ -88,6 +89,6 @@ def _is_trainable(module: LightningModule) -> bool:
 
 
 def _misconfiguration(trainer: Trainer, message: str) -> Exception:
-    """Return Lightning's own error for settings that exclude each other."""
+    """Return Lightning's error for conflicting settings."""
     error: Exception = import_from(trainer, "utilities.exceptions").MisconfigurationException(message)
     return error

@@ -1,4 +1,4 @@
-"""`FaultInjector`: inject a fault of `lightning_gradguard.testing` into the gradients of a Trainer."""
+"""`FaultInjector`: inject faults into a Trainer's gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_gradguard.callbacks.base import Callback
+from lightning_gradguard.callbacks.trainer_adapter import Callback
 from lightning_gradguard.injections import Injection, inject
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 class FaultInjector(Callback):
-    """Callback that injects a fault into gradients at chosen steps, wherever it stands in the list of callbacks.
+    """Callback that injects faults at chosen steps.
+
+    Its place in the list of callbacks does not matter.
 
     Steps are counted as ``trainer.global_step``. For several faults, add several of them.
 
@@ -42,7 +44,7 @@ class FaultInjector(Callback):
         self.injection.targets(pl_module.named_parameters())
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Add the fault to the backward pass, at its steps."""
+        """Add the fault at its steps."""
         self._active.close()
         injected = inject(
             pl_module.named_parameters(), self.injection, step=trainer.global_step, rank=trainer.global_rank
@@ -54,5 +56,5 @@ class FaultInjector(Callback):
         self._active.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the fault after a backward pass that raised."""
+        """Remove the fault if the backward pass raised."""
         self._active.close()

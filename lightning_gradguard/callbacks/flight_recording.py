@@ -1,4 +1,4 @@
-"""`FlightRecording`: hold what goes into each step, and write it as a bundle when training ends early."""
+"""`FlightRecording`: write a bundle when training ends early."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 class FlightRecording:
-    """Flight recorder of one training after another. An error in it is warned of once, and ends nothing.
+    """Flight recorder of one training after another.
+
+    It warns once of an error of its own, and never ends the training for it.
 
     Args:
         recorder: Settings; None records nothing.
@@ -35,7 +37,10 @@ class FlightRecording:
         self.close()
 
     def start(self, trainer: Trainer) -> None:
-        """Begin to record a training; call it on every process, since it communicates."""
+        """Begin to record a training.
+
+        Every process has to call it, since it communicates.
+        """
         self.close()
         if self._recorder is not None:
             self._folder = _folder(self._recorder, trainer)
@@ -89,7 +94,9 @@ class FlightRecording:
     def record_halt(
         self, trainer: Trainer, guards: Mapping[int, Guard], halt: GradientHalt, index: int
     ) -> Path | None:
-        """Write the bundle of a halted step, and name it in the halt's message.
+        """Write the bundle of a halted step.
+
+        The halt's message names the file.
 
         Args:
             trainer: Trainer of the run.
@@ -114,7 +121,7 @@ class FlightRecording:
     def record_error(
         self, trainer: Trainer, guards: Mapping[int, Guard], error: BaseException
     ) -> Path | None:
-        """Write a bundle for an error that ends training, and warn where it is.
+        """Write a bundle for an error, and warn.
 
         Args:
             trainer: Trainer of the run.
@@ -144,7 +151,7 @@ class FlightRecording:
         reason: str,
         index: int | None = None,
     ) -> tuple[Path | None, str]:
-        """Write a bundle; return its file or None, and a message."""
+        """Write a bundle; return its file and a message."""
         try:
             bundle = compose(trainer, guards, window, error, index)
             bundle["reason"], bundle["run"] = reason, self._run_id
@@ -166,7 +173,6 @@ class FlightRecording:
 
 
 def _folder(recorder: Recorder, trainer: Trainer) -> Path:
-    """Return the folder of the bundles."""
     if recorder.folder is not None:
         return Path(recorder.folder)
     home = str(trainer.log_dir or trainer.default_root_dir)  # log_dir communicates between processes
@@ -175,7 +181,7 @@ def _folder(recorder: Recorder, trainer: Trainer) -> Path:
 
 
 def _describe(path: Path, bundle: dict[str, Any]) -> str:
-    """Return a message with a bundle's file and the command to replay it."""
+    """Return a message with file and replay command."""
     shown = path.resolve()
     if shown.is_relative_to(Path.cwd()):
         shown = shown.relative_to(Path.cwd())

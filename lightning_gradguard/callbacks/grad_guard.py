@@ -1,4 +1,4 @@
-"""`GradGuard`: judge every optimizer step of a Trainer, clip, skip, go back, or halt."""
+"""`GradGuard`: judge every optimizer step of a Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.compatibility import (
     refuse_double_clipping,
     refuse_hidden_gradients,
@@ -26,6 +25,7 @@ from lightning_gradguard.callbacks.run_logging import RunLogging
 from lightning_gradguard.callbacks.run_summary import RunSummary
 from lightning_gradguard.callbacks.running_buffers import RunningBuffers
 from lightning_gradguard.callbacks.trainer_adapter import (
+    Callback,
     MonitoredMetric,
     StepLosses,
     check_first_batch,
@@ -67,7 +67,7 @@ class _Results:
 
 
 class GradGuard(Callback):
-    """Callback that judges every optimizer step, clips, skips non-finite steps, and halts before a run is ruined.
+    """Callback that judges, clips, skips and halts optimizer steps.
 
     Without arguments it only watches: it warns of faults, skips a step whose gradients, norm or loss are not finite,
     halts if such steps persist, and never changes a gradient whose norm is finite.
@@ -147,7 +147,7 @@ class GradGuard(Callback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return results and state, without batch, graph, weights and files."""
+        """Return the state without batch, graph, weights, files."""
         released = {
             "_losses": StepLosses(),
             "_buffers": RunningBuffers(),
@@ -173,7 +173,7 @@ class GradGuard(Callback):
 
     @property
     def stop_reason(self) -> str | None:
-        """Fault that training was halted for, such as "nonfinite", or None."""
+        """Fault that halted training, such as "nonfinite", or None."""
         return self._results.stop_reason
 
     @property
@@ -183,12 +183,12 @@ class GradGuard(Callback):
 
     @property
     def summary(self) -> dict[str, int]:
-        """Number of steps judged, clipped, skipped and not finite, and of rollbacks."""
+        """Counts of judged, clipped, skipped, non-finite steps and rollbacks."""
         return self._registry.summary() | self._rollback.state_dict()
 
     @cached_property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint, equal for equal configuration."""
+        """Checkpoint key, equal for equal configuration."""
         # Cached, since Lightning asks for it at each hook.
         return self._generate_state_key(**self._judging)
 
@@ -219,7 +219,7 @@ class GradGuard(Callback):
         warn_if_nothing_trains(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to observe the module, after the sanity check."""
+        """Begin to observe the module."""
         self._registry.observe_usage(pl_module)
         self._rollback.start(trainer)
         self._buffers.start(pl_module)
@@ -243,7 +243,7 @@ class GradGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Judge the step that is about to be taken.
+        """Judge the coming step.
 
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
@@ -272,7 +272,7 @@ class GradGuard(Callback):
         )
 
     def _judge(self, trainer: Trainer, index: int, judge: Callable[[], object]) -> None:
-        """Let a guard judge, publish its report, and act on a halt.
+        """Judge, publish the report, act on a halt.
 
         A halt rolls back, ends ``fit`` gracefully, or is raised, as the policy says.
 
@@ -315,7 +315,7 @@ class GradGuard(Callback):
                 self._logging.observe(trainer, guards, index, news)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Release the batch, and restore running statistics before they are saved."""
+        """Release the batch; repair running statistics."""
         self._batch, self._losses.graph = (None, 0), None
         self._buffers.restore_nonfinite()
         self._recording.end_batch()
@@ -325,7 +325,7 @@ class GradGuard(Callback):
         self._metric.update(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the steps still under way, and finish the logs.
+        """Judge pending steps; finish the logs.
 
         Raises:
             GradientHalt: If the last step was one to halt on.
@@ -340,7 +340,10 @@ class GradGuard(Callback):
             warn_if_no_step_was_seen(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finish the logs, since Lightning calls no other hook after an exception."""
+        """Finish the logs.
+
+        Lightning calls no other hook after an exception.
+        """
         self._registry.close_hooks()
         self._buffers.restore_nonfinite()
         bundle = self._recording.record_error(trainer, self._registry.guards, exception)
@@ -349,14 +352,17 @@ class GradGuard(Callback):
         self._log_summary(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the summary, or drop the state of a checkpoint not trained on."""
+        """Log the summary, or drop unused state."""
         if stage == "fit":
             self._log_summary(trainer)
         else:
             self._registry.restored = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types and tensors, which load under ``weights_only=True``."""
+        """Return plain types and tensors.
+
+        They load under ``weights_only=True``.
+        """
         return self._registry.state_dict() | {
             "recovery": self._rollback.state_dict(),
             "display": self._logging.state_dict(),
@@ -370,7 +376,7 @@ class GradGuard(Callback):
         self._registry.restored = restored
 
     def _finish(self, trainer: Trainer) -> None:
-        """Release everything that is held, and write the last heat maps."""
+        """Release everything; write the last heat maps."""
         self._batch = (None, 0)
         self._recording.close()
         self._registry.close_hooks()
@@ -386,8 +392,32 @@ class GradGuard(Callback):
         )
 
 
+class AutoGuard(Callback):
+    """Placeholder for a `GradGuard`.
+
+    A guard of the user or of the module takes precedence over it.
+
+    When a Trainer loads callbacks from entry points, it does not tell which callbacks it has. When it sets up, all are
+    there, and no state has been restored yet. The guard takes the place then, so it gets the state of a checkpoint.
+
+    Args:
+        policy: "watch", "protect" or "strict".
+    """
+
+    def __init__(self, policy: str) -> None:
+        self.policy: Policy = getattr(Policy, policy)()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace itself by a guard, unless there is one."""
+        if any(isinstance(callback, GradGuard) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        guard = GradGuard(policy=self.policy)
+        place = trainer.callbacks.index(self)  # type: ignore[attr-defined]
+        trainer.callbacks[place] = guard  # type: ignore[attr-defined]
+        guard.setup(trainer, pl_module, stage)
+
+
 def _validate_options(monitor: object, recorder: object, **switches: object) -> None:
-    """Raise ValueError for options that `GradGuard` cannot use."""
     if monitor is not None and (not isinstance(monitor, str) or not monitor):
         raise ValueError(f"monitor must be the name of a logged metric such as 'val_acc', got {monitor!r}")
     for name, value in switches.items():

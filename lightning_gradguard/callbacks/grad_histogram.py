@@ -1,4 +1,4 @@
-"""`GradHistogram`: write histograms of the gradients of a Trainer's model to TensorBoard."""
+"""`GradHistogram`: write gradient histograms to TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.callbacks.base import Callback
 from lightning_gradguard.callbacks.compatibility import refuse_hidden_gradients
 from lightning_gradguard.callbacks.trainer_adapter import (
+    Callback,
     is_step_without_loss,
     logging_step,
     optimizer_index,
@@ -26,8 +26,12 @@ from lightning_gradguard.engine.readback import read
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
 from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import FailSafe, LogSink
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
-from lightning_gradguard.loggers.histograms import WorstTensors, histogram_record
+from lightning_gradguard.loggers.histograms import (
+    THRESHOLDS,
+    WorstTensors,
+    exponents_record,
+    histogram_record,
+)
 from lightning_gradguard.loggers.tags import tag_group, tag_names
 from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
 from lightning_gradguard.stats.parameters import are_same, members, select
@@ -44,7 +48,9 @@ _BINS = len(EDGES) - 1
 
 
 class GradHistogram(Callback):
-    """Callback that writes gradient histograms to TensorBoard, as ``gradguard_hist_log10/NNN_name``.
+    """Callback that writes gradient histograms to TensorBoard.
+
+    Their tag is ``gradguard_hist_log10/NNN_name``.
 
     A histogram shows log10 of the gradient's magnitude, on a fixed axis from -12 to 3. Gradients that drift to the left
     vanish, those that drift to the right explode, and a high bar at the left edge counts exact zeros. If the callback
@@ -128,7 +134,7 @@ class GradHistogram(Callback):
 
     @cached_property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint, equal for equal configuration."""
+        """Checkpoint key, equal for equal configuration."""
         names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
@@ -142,7 +148,7 @@ class GradHistogram(Callback):
             refuse_hidden_gradients(trainer, "GradHistogram", "show")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the loggers, and warn of what cannot be shown."""
+        """Open the loggers; warn of hidden tensors."""
         self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         if not trainer.loggers:
@@ -167,7 +173,7 @@ class GradHistogram(Callback):
         self._loss = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the loss, whose graph shows the order of the layers."""
+        """Keep the loss, whose graph orders the layers."""
         self._loss = loss
 
     def on_before_optimizer_step(
@@ -190,7 +196,7 @@ class GradHistogram(Callback):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the loggers, since Lightning calls no other hook."""
+        """Close the loggers."""
         self._close()
 
     def _show(
@@ -200,7 +206,7 @@ class GradHistogram(Callback):
         optimizer: torch.optim.Optimizer,
         loss: Tensor | None,
     ) -> None:
-        """Count an optimizer's gradients, and write those of the worst tensors."""
+        """Count gradients; write those of the worst tensors."""
         index, scaler = optimizer_index(trainer, optimizer), scaler_of(trainer)
         if index not in self._shown:
             self._shown[index] = _ShownTensors(optimizer, WorstTensors(self.max_tensors))
@@ -229,7 +235,10 @@ class GradHistogram(Callback):
                 sink.write(step, record)
 
     def _count(self, parameters: Mapping[str, Tensor]) -> dict[str, _Counted]:
-        """Return the counts of each gradient by name; of sharded ones every rank counts its part."""
+        """Return the counts of each gradient by name.
+
+        Every rank counts its part of a sharded gradient.
+        """
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
         if self.axis == "value":
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
@@ -272,7 +281,7 @@ class _Counted(NamedTuple):
 
 
 class _ShownTensors:
-    """Parameters of one optimizer, their order from input to output, and the choice of those shown.
+    """Parameters of one optimizer, in order, and those shown.
 
     Attributes:
         optimizer: The optimizer.
@@ -289,7 +298,7 @@ class _ShownTensors:
         self._patterns: set[tuple[bool, ...]] = set()
 
     def update(self, module: LightningModule, loss: Tensor | None) -> None:
-        """Update the parameters, and their order if new ones have gradients."""
+        """Update parameters, and their order for new gradients."""
         found = members(self.optimizer)
         if not are_same(found, self._members):
             self._members, self._patterns = found, set()
@@ -305,7 +314,9 @@ class _ShownTensors:
 
 
 class NamePatterns:
-    """Shell-style patterns such as "encoder.*", matched against whole names with case.
+    """Shell-style patterns of parameter names, such as "encoder.*".
+
+    They match whole names, with case.
 
     Args:
         include: Patterns of names to show; all when None.
@@ -326,12 +337,12 @@ class NamePatterns:
         self._include, self._exclude = include, exclude or ()
 
     def match(self, name: str) -> bool:
-        """Return True if a parameter of this name is shown."""
+        """Return True if the name is shown."""
         included = self._include is None or any(fnmatchcase(name, p) for p in self._include)
         return included and not any(fnmatchcase(name, p) for p in self._exclude)
 
     def problems(self, names: Sequence[str]) -> list[str]:
-        """Return a message for each pattern without a match.
+        """Return a message per pattern without match.
 
         Args:
             names: Names of all parameters of the model.

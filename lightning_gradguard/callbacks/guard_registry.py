@@ -1,4 +1,4 @@
-"""One guard for each optimizer of a training, and saved states of those whose optimizer has taken no step yet."""
+"""One guard for each optimizer of a training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class GuardRegistry:
     def guard_of(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int
     ) -> Guard:
-        """Return an optimizer's guard; make or restore it at the first step.
+        """Return an optimizer's guard.
+
+        It is made, or restored, at the optimizer's first step.
 
         Raises:
             ValueError: If the clipper excludes a name that no parameter of the model has.
@@ -76,7 +78,7 @@ class GuardRegistry:
 
     @property
     def has_warned(self) -> bool:
-        """True while a fault that was warned of is active."""
+        """True while a reported fault is active."""
         return any(guard.fault_tracker.has_warned for guard in self.guards.values()) or any(
             has_warned(state.get("judge", {})) for state in self.restored.values()
         )
@@ -89,18 +91,20 @@ class GuardRegistry:
             guard.tracker.close()
 
     def summary(self) -> dict[str, int]:
-        """Return the counts of steps, summed over the optimizers."""
+        """Return counts of steps of all optimizers."""
         names = ("judged", "clipped", "skipped", "nonfinite")
         return {name: sum(guard.counts[name] for guard in self.guards.values()) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each guard by its index as a string."""
+        """Return the guards' states, by index as string."""
         # Restored states whose optimizer has not stepped yet are handed on.
         return {**self.restored, **{str(i): guard.state_dict() for i, guard in self.guards.items()}}
 
 
 def _clipper_for(clipper: Clipper | None, own: Sequence[str], model: Sequence[str]) -> Clipper | None:
-    """Return an optimizer's clipper, without patterns for other optimizers' parameters.
+    """Return an optimizer's clipper.
+
+    Patterns for parameters of other optimizers are left out.
 
     Args:
         clipper: The user's clipper.

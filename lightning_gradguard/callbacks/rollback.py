@@ -1,4 +1,4 @@
-"""`Rollback`: keep copies of a training's state in host memory, and return to one when training would halt."""
+"""`Rollback`: return to an earlier state instead of halting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Rollback:
-    """Two copies of a training's state: the newest that proved healthy, and a newer one that may yet.
+    """Copies of a training's state in host memory.
+
+    One is the newest that proved healthy. The other is newer, and may prove so yet.
 
     A state proves healthy if ``snapshot_every`` steps follow it without a warning. Each process keeps its own copies,
     and all go back at the same step, since all reach the same verdict. The loop itself goes on: steps and batches are
@@ -46,12 +48,12 @@ class Rollback:
         return {**self.__dict__, "_healthy": None, "_candidate": None}
 
     def start(self, trainer: Trainer) -> None:
-        """Begin a training; keep the count only after a resume."""
+        """Begin a training; a resumed one keeps the count."""
         self._healthy = self._candidate = None
         self.count = self.count if trainer.ckpt_path else 0
 
     def save_if_due(self, trainer: Trainer, guards: GuardRegistry) -> None:
-        """Copy the state before a batch, if that is due."""
+        """Copy the state if that is due."""
         if not self._policy.rolls_back:
             return
         if guards.has_warned:
@@ -68,7 +70,7 @@ class Rollback:
             self._healthy, self._candidate = self._candidate, _save(trainer, guards)
 
     def try_restore(self, trainer: Trainer, guards: Mapping[int, Guard], halt: GradientHalt) -> bool:
-        """Roll back instead of halting, if the policy allows it.
+        """Roll back if the policy allows it.
 
         Weights, buffers, optimizer states and guards are restored, gradients are removed, so that the current step
         changes nothing, and learning rates are lowered.
@@ -102,7 +104,10 @@ class Rollback:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of rollbacks; empty if the policy has none."""
+        """Return the number of rollbacks.
+
+        It is empty if the policy has none.
+        """
         return {"rollbacks": self.count} if self._policy.rolls_back else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,7 +128,7 @@ def _save(trainer: Trainer, guards: GuardRegistry) -> _SavedState:
 
 
 class Snapshot:
-    """Copies of parameters, buffers and optimizer states in host memory.
+    """Copies of parameters, buffers and optimizer states.
 
     It takes the memory of one model with its optimizers. Of a sharded tensor each process keeps its own part. Learning
     rates and other settings of an optimizer are not part of it.
@@ -152,7 +157,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write everything back in place, and remove the gradients."""
+        """Write everything back; remove the gradients."""
         for tensor, saved in self._parameters:
             _local(tensor).copy_(_local(saved))
             tensor.grad = None
@@ -180,7 +185,7 @@ class Snapshot:
 def lower_rates(
     optimizers: Iterable[torch.optim.Optimizer], schedulers: Iterable[Any], factor: float
 ) -> tuple[float, float]:
-    """Multiply all learning rates, also those that schedulers start from.
+    """Multiply all learning rates, also schedulers'.
 
     Args:
         optimizers: Optimizers whose groups' ``lr`` are multiplied.
@@ -215,14 +220,13 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor."""
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own
 
 
 @torch.no_grad()
 def _copied(value: Any) -> Any:
-    """Return a copy in host memory, also of tensors in containers."""
+    """Return a copy in host memory."""
     if isinstance(value, Tensor):
         return _local(value).detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -244,7 +248,7 @@ def _restore_buffer(buffers: dict[str, Tensor | None], name: str, saved: Tensor)
 
 
 def _restored(saved: Any, now: Any) -> Any:
-    """Return a saved value, written into the current tensor if there is one."""
+    """Write a value into the current tensor if possible."""
     if isinstance(saved, Tensor):
         if isinstance(now, Tensor):
             _local(now).copy_(saved)

@@ -1,4 +1,4 @@
-"""Log the judged steps of a training: scalars, heat map and texts to its loggers, two values to the progress bar."""
+"""Log judged steps to loggers and progress bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class RunLogging:
-    """An overview of each optimizer's steps, written at the steps at which Lightning logs.
+    """Overview of each optimizer's steps.
+
+    It is written at the steps at which Lightning logs.
 
     Args:
         per_layer: Also write a scalar for each tensor.
@@ -39,7 +41,10 @@ class RunLogging:
         return {**self.__dict__, "_sinks": []}
 
     def start(self, trainer: Trainer) -> None:
-        """Begin a training or resume one, and open the loggers on rank 0."""
+        """Begin or resume a training.
+
+        Rank 0 opens the loggers.
+        """
         self._overviews = {}
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._restored = self._restored if trainer.ckpt_path else {}
@@ -47,7 +52,7 @@ class RunLogging:
     def observe(
         self, trainer: Trainer, guards: Mapping[int, Guard], index: int, diagnosis: Diagnosis | None
     ) -> None:
-        """Add an optimizer's newest step, and write it if Lightning logs now.
+        """Add a step; write if Lightning logs now.
 
         Args:
             trainer: Trainer of the run.
@@ -70,7 +75,7 @@ class RunLogging:
             self._write(trainer, guards[index], index)
 
     def finish(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
-        """Write the final heat maps, and close the loggers."""
+        """Write final heat maps; close the loggers."""
         for index, guard in guards.items():
             self._write(trainer, guard, index, final=True)
         for sink in self._sinks:
@@ -86,7 +91,7 @@ class RunLogging:
         return {**self._restored, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hold the state that `state_dict` returned until the optimizers are known."""
+        """Hold the state until the optimizers are known."""
         self._restored = dict(state)
 
     def _write(self, trainer: Trainer, guard: Guard, index: int, *, final: bool = False) -> None:
@@ -99,7 +104,7 @@ class RunLogging:
             sink.write(logging_step(trainer), record)
 
     def _overview(self, guard: Guard, index: int) -> Overview:
-        """Return an optimizer's overview, a new one if its tensors have changed."""
+        """Return an optimizer's overview, new for changed tensors."""
         layout = guard.tracker.layout
         names = tuple(layout.names[i] for i in layout.order)
         if index not in self._overviews or self._overviews[index][0] != names:
@@ -118,7 +123,7 @@ class RunLogging:
 
 
 def progress_bar_values(guards: Mapping[int, Guard]) -> dict[str, float | str]:
-    """Return ``grad_norm``, and ``clip_rate`` with a clipper or ``skipped`` without one.
+    """Return the two values of the progress bar.
 
     - ``grad_norm``: L2 norm of all gradients before clipping, each optimizer's at its newest judged step.
     - ``clip_rate``: clipped steps by judged ones, in [0, 1], of all optimizers and the whole run.

@@ -1,4 +1,4 @@
-"""The table at the end of a training: steps judged, clipped, skipped and not finite, and the faults found."""
+"""Table of steps and faults at a training's end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.callbacks.base import package_of
+from lightning_gradguard.callbacks.trainer_adapter import package_of
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 
@@ -56,7 +56,9 @@ class RunSummary:
         stop_reason: str | None,
         bundle: Path | None,
     ) -> None:
-        """Log the table on rank 0, if steps were judged since the last one.
+        """Log the table on rank 0.
+
+        It is left out if no step was judged since the last one.
 
         Args:
             trainer: Trainer of the run.
@@ -84,7 +86,7 @@ class RunSummary:
         LOGGER.info("\n" + "\n".join(lines))
 
     def describe_faults(self, *, several: bool) -> list[tuple[str, str]]:
-        """Return each fault with a description, the most severe first.
+        """Return descriptions of the faults, most severe first.
 
         Args:
             several: Also name the optimizer.
@@ -131,13 +133,13 @@ class _FoundFault:
     times: int = 1
 
     def add(self, finding: Finding) -> None:
-        """Add a finding; a fault that becomes critical counts once."""
+        """Add a finding; one step counts once."""
         self.times += finding.step != self.newest
         self.newest, self.worst = finding.step, max(self.worst, finding.severity)
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
-    """Return heading, rule and rows, like Lightning's table of the model."""
+    """Return lines like Lightning's table of the model."""
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
@@ -148,7 +150,7 @@ def _table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def _footer(notes: list[tuple[str, str]], *, rule: str) -> list[str]:
-    """Return a rule and the notes, wrapped; nothing without notes."""
+    """Return a rule and the wrapped notes."""
     width = max((len(name) for name, _ in notes), default=0)
     lines = [rule] if notes else []
     for name, text in notes:
@@ -159,14 +161,16 @@ def _footer(notes: list[tuple[str, str]], *, rule: str) -> list[str]:
 
 
 def _wrapped(line: str, indent: int) -> list[str]:
-    """Return a long line as several, without breaking names."""
     return textwrap.wrap(
         line, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 class _Terminal(logging.Handler):
-    """Handler that writes to the current stderr, which a progress bar may have replaced to keep its own line intact."""
+    """Handler that writes to the current stderr.
+
+    A progress bar may have replaced stderr, to keep its own line intact.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
@@ -174,7 +178,10 @@ class _Terminal(logging.Handler):
 
 
 def _open_logger() -> None:
-    """Set up the logger like Lightning's: INFO, to stderr unless the program has handlers."""
+    """Set up the logger like Lightning's.
+
+    Its level is INFO. It writes to stderr unless the program has handlers.
+    """
     if LOGGER.level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
     if not LOGGER.hasHandlers():

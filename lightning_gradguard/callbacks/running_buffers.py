@@ -1,4 +1,7 @@
-"""Copies of a module's small buffers: for a flight record, and to keep NaN and Inf out of running statistics."""
+"""Copies of a module's small buffers.
+
+They keep NaN and Inf out of running statistics, and go into flight records.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ LARGEST_BUFFER = 2**20
 
 
 class RunningBuffers:
-    """Small floating-point buffers of a module, such as running means and variances, as they were before a batch.
+    """Small floating-point buffers from before a batch.
+
+    Running means and variances are such buffers.
 
     A batch normalization adds a batch to its running statistics in the forward pass, before the step is judged. One NaN
     there stays for ever, although the step is skipped. So does a variance that overflows, even if the gradients are
@@ -40,7 +45,7 @@ class RunningBuffers:
 
     @torch.no_grad()
     def save(self) -> None:
-        """Copy the buffers before a batch, without a read from the device."""
+        """Copy the buffers, without reading the device."""
         self._copies = []
         for group in self._groups:
             own = _current(group)
@@ -48,7 +53,10 @@ class RunningBuffers:
 
     @torch.no_grad()
     def restore_nonfinite(self) -> None:
-        """Restore elements that have become NaN or Inf, without a read from the device."""
+        """Restore non-finite elements, without reading the device.
+
+        Only elements that were finite before the batch are restored.
+        """
         for group, saved in zip(self._groups, self._copies, strict=False):
             own = _current(group)
             if saved is None or [b.shape for b in own] != saved[0]:
@@ -63,7 +71,7 @@ class RunningBuffers:
 
 
 def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of a module's buffers by name, without large ones.
+    """Return copies of small buffers, by name.
 
     Args:
         module: The module.

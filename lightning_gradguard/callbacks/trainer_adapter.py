@@ -1,18 +1,22 @@
-"""Facts that a Trainer has about the coming step: its loss, scaler, optimizer, and how to run it again."""
+"""Lightning in use, and a Trainer's facts about a step."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import metadata
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradguard.callbacks.base import import_from
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import GradientWarning
@@ -22,9 +26,60 @@ if TYPE_CHECKING:
 
     from lightning_gradguard.diagnosis.checkup import Checkup
 
+#: The two packages that Lightning is published in.
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def package_of(trainer: Trainer) -> str:
+    """Return the name of a trainer's Lightning package."""
+    return next((p for p in PACKAGES if type(trainer).__module__.startswith(p)), PACKAGES[0])
+
+
+def import_from(trainer: Trainer, submodule: str = "") -> ModuleType:
+    """Import a submodule of a trainer's Lightning package.
+
+    Args:
+        trainer: The trainer.
+        submodule: Dotted name below the package, such as "loggers.logger"; empty for the package itself.
+    """
+    return importlib.import_module(f"{package_of(trainer)}.{submodule}".rstrip("."))
+
+
+def _callback_class() -> type:
+    """Return a class that all trainers accept.
+
+    Trainers of all Lightning packages in use are meant.
+
+    Raises:
+        ImportError: If neither package is installed.
+    """
+    installed = [p for p in PACKAGES if importlib.util.find_spec(p.partition(".")[0])]
+    # Trainers before 2.6 refuse a callback of the other package, which may be imported later. Newer ones do not, and
+    # importing the package that is not in use would cost a second.
+    found = installed if any(map(_is_strict, installed)) else [p for p in installed if p in sys.modules]
+    found = found or installed
+    if not found:
+        raise ImportError(
+            "GradGuard and GradHistogram need Lightning: pip install lightning, or pip install pytorch-lightning; "
+            "Guard works without it"
+        )
+    return type("Callback", tuple(importlib.import_module(p).Callback for p in found), {})
+
+
+def _is_strict(package: str) -> bool:
+    """Return True if trainers refuse the other package's callbacks."""
+    major, minor = metadata.version(package.partition(".")[0].replace("_", "-")).split(".")[:2]
+    return (int(major), int(minor)) < (2, 6)
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as Callback
+else:
+    Callback = _callback_class()
+
 
 class StepLosses:
-    """Losses of the micro-batches that go into the coming step.
+    """Losses of the coming step's micro-batches.
 
     Attributes:
         graph: The newest loss with its autograd graph, until the batch ends.
@@ -64,7 +119,7 @@ class StepLosses:
 
 
 class MonitoredMetric:
-    """Values of a logged metric at each validation, for the diagnosis.
+    """Values of a logged metric at each validation.
 
     Args:
         name: Name such as "val_acc"; None follows nothing.
@@ -75,7 +130,7 @@ class MonitoredMetric:
         self._values: list[float] = []
 
     def update(self, trainer: Trainer) -> None:
-        """Add the newest value; warn once if there is none."""
+        """Add the newest value, or warn once."""
         if self._name is None or trainer.sanity_checking:
             return
         if self._name in trainer.callback_metrics:
@@ -90,7 +145,7 @@ class MonitoredMetric:
             self._name = None
 
     def end(self, trainer: Trainer) -> None:
-        """Warn at the end if the metric was never seen."""
+        """Warn if the metric was never seen."""
         if self._name is None or self._values:
             return
         if self._name in trainer.callback_metrics:
@@ -110,7 +165,10 @@ class MonitoredMetric:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on the metric's course; empty before the second value."""
+        """Sentences on the metric's course.
+
+        They are empty before the second value.
+        """
         if len(self._values) < 2:
             return ()
         first, last, count = self._values[0], self._values[-1], len(self._values)
@@ -128,7 +186,7 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
 def is_step_without_loss(
     module: LightningModule, scaler: torch.amp.GradScaler | None, graph: Tensor | None
 ) -> bool:
-    """Return True if Lightning will not take this step.
+    """Return True if Lightning will skip this step.
 
     With a scaler, Lightning announces a step and does not take it if training_step returned None. Gradients that were
     unscaled then stay so, and the next step fails.
@@ -142,22 +200,25 @@ def is_step_without_loss(
 
 
 def is_placeholder(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if an optimizer has no parameters, as Lightning's default one."""
+    """Return True if an optimizer has no parameters.
+
+    Lightning's default optimizer has none.
+    """
     return not any(group["params"] for group in optimizer.param_groups)
 
 
 def optimizer_index(trainer: Trainer, optimizer: torch.optim.Optimizer) -> int:
-    """Return the index of an optimizer among the trainer's."""
+    """Return an optimizer's index in the trainer."""
     return next((i for i, own in enumerate(trainer.optimizers) if own is optimizer), 0)
 
 
 def logging_step(trainer: Trainer) -> int:
-    """Return the step on the x axis of Lightning's own logging."""
+    """Return the step that Lightning's own logging shows."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """Remove an optimizer's gradients, so that its step changes nothing."""
+    """Remove gradients, so that the step changes nothing."""
     scaler = scaler_of(trainer)
     if scaler is not None:  # it raises if it has not seen the gradients
         unscale(optimizer, scaler)
@@ -165,7 +226,10 @@ def drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
 
 
 def stop_training(trainer: Trainer) -> None:
-    """End ``fit`` after this batch, also before ``min_epochs`` or ``min_steps``."""
+    """End ``fit`` after this batch.
+
+    ``min_epochs`` and ``min_steps`` do not hold it back.
+    """
     trainer.should_stop = True
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, 0
 
@@ -179,7 +243,7 @@ def warn(trainer: Trainer, message: str) -> None:
 def sandboxed_step_of(
     trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, batch: Any, batch_idx: int
 ) -> SandboxedStep:
-    """Return the training step as a function that logs nothing.
+    """Return the training step, without its logging.
 
     Raises:
         ValueError: If the training step does more than compute a loss.
@@ -202,9 +266,9 @@ def sandboxed_step_of(
 
 @contextmanager
 def _without_logging(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Log nothing inside, and restore schedules and optimizer settings afterwards."""
+    """Suspend logging; restore schedules and optimizer settings."""
     # The module is in a sandbox, which removes these attributes.
-    module.log = module.log_dict = _ignore  # type: ignore[method-assign]
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     loggers, schedulers = trainer.loggers, [config.scheduler for config in trainer.lr_scheduler_configs]
     states = [deepcopy(scheduler.state_dict()) for scheduler in schedulers]
     settings = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
@@ -220,14 +284,10 @@ def _without_logging(trainer: Trainer, module: LightningModule) -> Iterator[None
                 group.update(before)
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Discard what would be logged."""
-
-
 def check_first_batch(
     trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
 ) -> Checkup | None:
-    """Check the model on a training's first batch, and warn of problems.
+    """Check the first batch; warn of problems.
 
     Returns:
         The check-up; None if training resumes from a checkpoint, or if the training step cannot be run by itself.

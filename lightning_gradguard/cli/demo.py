@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, GradientWarning, Policy, SpikeClip
-from lightning_gradguard.callbacks.base import PACKAGES
+from lightning_gradguard.callbacks.trainer_adapter import PACKAGES
 from lightning_gradguard.diagnosis.diagnosis import Remedy
 from lightning_gradguard.diagnosis.rendering import print_diagnosis
 

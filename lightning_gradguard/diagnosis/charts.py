@@ -1,4 +1,6 @@
-"""The charts of a diagnosis's HTML page: positions and texts, in pixels, which a template writes as SVG.
+"""Charts of a diagnosis's HTML page.
+
+They are positions in pixels and texts, which a template writes as SVG.
 
 `heat_map` shows the newest steps, `fix_panels` the gradients over depth with each fix that was tried.
 """
@@ -12,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lightning_gradguard.charts.heatmap import SCALE, bin_rows, cells_uri, scale_uri
-from lightning_gradguard.charts.labels import shorten
+from lightning_gradguard.charts import SCALE, bin_rows, cells_uri, scale_uri, shorten
 from lightning_gradguard.diagnosis.wording import power
 from lightning_gradguard.introspection.gradient_profile import depth_tilt
 from lightning_gradguard.stats.trends import HEALTHY_DEPTH_TILT, MIN_LAYERS
@@ -30,7 +31,7 @@ class Tick(NamedTuple):
 
 
 def round_stride(least: float) -> int:
-    """Return the smallest of 1, 2, 5, 10, 20, ... that is at least ``least``.
+    """Round up to one of 1, 2, 5, 10, 20, ...
 
     >>> [round_stride(x) for x in (0.0, 1.5, 6.0, 101.0)]
     [1, 2, 10, 200]
@@ -54,7 +55,10 @@ _FAR_APART = 50.0
 
 
 class Row(NamedTuple):
-    """Label of a row, empty if there is no room for it; the worst rows are marked."""
+    """Label of a row, empty without room for it.
+
+    The worst rows are marked.
+    """
 
     middle: float
     text: str
@@ -62,7 +66,7 @@ class Row(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Left edges of the columns in which steps were skipped, or clipped."""
+    """Left edges of columns with skipped or clipped steps."""
 
     name: str
     top: float
@@ -70,7 +74,10 @@ class Strip(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Loss by step: points of each line without a gap, and the largest and the smallest loss as ticks."""
+    """Loss by step.
+
+    Points of each line without a gap; the largest and the smallest loss as ticks.
+    """
 
     lines: tuple[str, ...]
     ticks: tuple[Tick, ...]
@@ -79,7 +86,9 @@ class Losses(NamedTuple):
 
 
 class HeatMap(NamedTuple):
-    """Heat map of layers by steps. The upper left corner of the cells is the origin.
+    """Heat map of layers by steps.
+
+    The upper left corner of the cells is the origin.
 
     Attributes:
         image: The cells, one pixel each, as the data URI of a PNG.
@@ -115,7 +124,9 @@ class HeatMap(NamedTuple):
 
 
 def heat_map(timeline: Timeline | None, step: int, parameters: Sequence[str]) -> HeatMap | None:
-    """Lay out the heat map of the newest steps; None if there is nothing to draw.
+    """Lay out the heat map of the newest steps.
+
+    None if there is nothing to draw.
 
     Args:
         timeline: The newest steps, if they are known.
@@ -146,7 +157,7 @@ def heat_map(timeline: Timeline | None, step: int, parameters: Sequence[str]) ->
 
 
 def _ranks(layers: Sequence[str], parameters: Sequence[str]) -> dict[int, int]:
-    """Return the rank of each row that shows one of the parameters, by the row's index."""
+    """Return row index to rank of the parameters."""
     size, ranks = math.ceil(len(layers) / ROWS), dict[int, int]()
     for rank, parameter in enumerate(parameters):
         module = parameter.rpartition(".")[0]
@@ -157,7 +168,7 @@ def _ranks(layers: Sequence[str], parameters: Sequence[str]) -> dict[int, int]:
 
 
 def _rows(names: Sequence[str], height: float, ranks: Mapping[int, int]) -> tuple[Row, ...]:
-    """Return labels for the worst rows first, and for evenly spaced others where there is room."""
+    """Label the worst rows, then others with room."""
     high = height / len(names)
     others = [i for i in range(0, len(names), math.ceil(_LINE / high)) if i not in ranks]
     rows: list[Row] = []
@@ -170,13 +181,13 @@ def _rows(names: Sequence[str], height: float, ranks: Mapping[int, int]) -> tupl
 
 
 def _step_ticks(steps: Sequence[int], column: float) -> tuple[Tick, ...]:
-    """Return ticks at multiples of a round number, far enough apart for their texts."""
+    """Return ticks at multiples of a round number."""
     stride = round_stride((max(steps) - min(steps)) / max(1.0, column * len(steps) / 80))
     return tuple(Tick(column * (j + 0.5), f"{s:,}") for j, s in enumerate(steps) if s % max(stride, 1) == 0)
 
 
 def _strips(flags: Mapping[str, Sequence[bool]], column: float) -> tuple[Strip, ...]:
-    """Return one strip for each kind of event that occurred, stacked upwards from the cells."""
+    """Stack a strip for each kind of event upwards."""
     occurred = [
         (name, [column * j for j, on in enumerate(own) if on]) for name, own in flags.items() if any(own)
     ]
@@ -221,7 +232,7 @@ DOTS = 40
 
 
 class Dot(NamedTuple):
-    """A layer, with the text that is shown when the pointer is on it."""
+    """A layer, with its text under the pointer."""
 
     x: float
     y: float
@@ -261,7 +272,7 @@ class Panel(NamedTuple):
 
 
 class FixPanels(NamedTuple):
-    """The panels of all fixes that were tried, on one scale.
+    """Panels of the fixes tried, on one scale.
 
     Attributes:
         before: The profile without a fix, the same in each panel.
@@ -284,7 +295,9 @@ class FixPanels(NamedTuple):
 
 
 def fix_panels(diagnosis: Diagnosis) -> FixPanels | None:
-    """Lay out a panel for each fix that was tried; None if there are none, or too few layers for a profile.
+    """Lay out a panel for each fix tried.
+
+    None if no fix was tried, or too few layers have a profile.
 
     Args:
         diagnosis: The diagnosis, with profiles.
@@ -320,7 +333,7 @@ def fix_panels(diagnosis: Diagnosis) -> FixPanels | None:
 
 
 def healthy_band(profile: Sequence[float]) -> tuple[float, float]:
-    """Return the range of a layer's gradient that keeps the tilt healthy, at the level of a profile.
+    """Return the healthy range around a profile, decades.
 
     The level is where the line of the median slope ends at the output; the last layer itself may have any gradient.
 
@@ -342,7 +355,10 @@ def _has_healthy_tilt(profile: Sequence[float]) -> bool:
 
 
 def _is_within(profile: Sequence[float], band: Sequence[float]) -> bool:
-    """Return True if the median layer is in the band; gradients that are all too large have no tilt."""
+    """Return True if the median layer is in the band.
+
+    Gradients that are all too large may still have a healthy tilt.
+    """
     return bool(band) and band[0] <= median(x for x in profile if math.isfinite(x)) <= band[1]
 
 
@@ -351,7 +367,10 @@ def _tilt(profile: Sequence[float]) -> float | None:
 
 
 class _Scale(NamedTuple):
-    """Scale of a panel: decades from the lower to the upper edge, layers from left to right."""
+    """Scale of a panel.
+
+    Decades go from the lower to the upper edge, layers from left to right.
+    """
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""The facts of a training at the step of a critical finding, and what follows from them: plain numbers."""
+"""Facts at a critical finding, and evidence drawn from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.operations import SATURATING
@@ -25,6 +25,8 @@ TYPICAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
 TYPICAL_MOMENTUM = 0.9
 #: Layers in a row without a skip connection or normalization that count as deep.
 DEEP = 10
+#: Weight of evidence that is proof: more than any measurable number of decades.
+CERTAIN = 100.0
 
 #: Bound on the decades that one layer's weights are held responsible for: zero weights would give infinitely many.
 _MOST_DECADES_PER_LAYER = 3.0
@@ -34,7 +36,9 @@ _SHRUNK = 1 / 3
 
 @dataclass(frozen=True)
 class DiagnosticContext:
-    """Facts at the step of a critical finding. The P tensors are in depth order, input first.
+    """Facts at the step of a critical finding.
+
+    The P tensors are in depth order, input first.
 
     Attributes:
         finding: The critical finding.
@@ -113,21 +117,21 @@ class DiagnosticContext:
 
     @property
     def too_small(self) -> bool:
-        """True if the fault is that gradients or updates are too small."""
+        """True if gradients or updates are too small."""
         return self.fault in TOO_SMALL
 
     @property
     def too_large(self) -> bool:
-        """True if the fault is that gradients or updates are too large."""
+        """True if gradients or updates are too large."""
         return self.fault in TOO_LARGE
 
     @property
     def nonfinite_loss(self) -> bool:
-        """True if the loss itself is NaN or infinite."""
+        """True if the loss is NaN or Inf."""
         return self.has_loss and not math.isfinite(self.loss_last)
 
     def found_before(self, *faults: Fault) -> bool:
-        """Return True if one of these faults was found earlier in the run."""
+        """Return True if one of these faults came earlier."""
         return any(
             f.fault in faults and f.step <= self.finding.step for f in self.findings if f != self.finding
         )
@@ -136,13 +140,19 @@ class DiagnosticContext:
 
     @property
     def layers(self) -> list[int]:
-        """Indices of the layers' weights, input first: two dimensions or more, no embedding table."""
+        """Indices of the layers' weights, input first.
+
+        These have two dimensions or more; embedding tables do not count.
+        """
         tables = self.graph_summary.embeddings if self.graph_summary else frozenset()
         return [i for i, n in enumerate(self.names) if len(self.shapes[i]) >= 2 and n not in tables]
 
     @property
     def path(self) -> Mapping[str, int]:
-        """Kinds of nodes on the shortest path from the loss to the first layer, counted; empty if unknown."""
+        """Nodes on the path, counted by kind.
+
+        The path is the shortest one from the loss to the first layer. Empty if unknown.
+        """
         if self.graph_summary is None or self.graph_summary.opaque:
             return {}
         kinds = self.graph_summary.kinds
@@ -155,49 +165,60 @@ class DiagnosticContext:
 
     @property
     def bare_layers(self) -> int:
-        """Number of layers in a row that pass on a gradient's scale: no skip connection, no normalization after."""
+        """Number of layers that pass on a gradient's scale.
+
+        They are in a row, with no skip connection around and no normalization after them.
+        """
         if not self.path:
             return len(self.layers)
         return max(0, self.path.get("product", 0) - self.path.get("normalisation", 0))
 
     @property
     def recurrent(self) -> bool:
-        """True if some parameter is applied repeatedly along one path."""
+        """True if a parameter repeats along one path."""
         return self.graph_summary is not None and bool(self.graph_summary.recurrent)
 
     @property
     def has_normalization(self) -> bool:
-        """True if a normalization lies on the path to some tensor."""
+        """True if the path to some tensor has a normalization."""
         return self.graph_summary is not None and any(
             "normalisation" in kinds for kinds in self.graph_summary.kinds.values()
         )
 
     @property
     def loss_operations(self) -> Mapping[str, int]:
-        """Operations after the last matrix product, counted: the loss and what leads to it."""
+        """Operations after the last matrix product, counted.
+
+        These are the loss and what leads to it.
+        """
         return self.graph_summary.loss_ops if self.graph_summary else {}
 
     @property
     def missing(self) -> frozenset[str]:
-        """Trainable parameters to which no path leads from the loss."""
+        """Trainable parameters that the loss does not reach."""
         return self.graph_summary.missing if self.graph_summary else frozenset()
 
     # The size of the weights.
 
     @property
     def starting_norms(self) -> tuple[float, ...]:
-        """Weight norms before the first step if known, else the current ones."""
+        """Weight norms before the first step, else current ones."""
         return self.initial_weight_norms or self.weight_norms
 
     @property
     def preserving_gain(self) -> float:
-        """Gain that preserves a signal's scale: sqrt(2) under ReLU (arXiv:1502.01852), else 1 (Glorot 2010)."""
+        """Gain that preserves a signal's scale.
+
+        sqrt(2) under ReLU (arXiv:1502.01852), else 1 (Glorot 2010).
+        """
         rectifying = self.path.get("relu", 0) + self.path.get("soft relu", 0)
         return math.sqrt(2) if rectifying > sum(self.saturating.values()) else 1.0
 
     @property
     def excess_gain(self) -> float:
-        """log10 of the median layer's gain over `preserving_gain`, decades per layer; 0 if unknown.
+        """Median layer's gain over `preserving_gain`, decades.
+
+        0 if unknown.
 
         A layer's gain is the RMS of its weights times the square root of its fan-in. The median ignores a few layers
         that are zero or small on purpose.
@@ -214,7 +235,10 @@ class DiagnosticContext:
 
     @property
     def growth(self) -> tuple[float, str]:
-        """Largest growth factor of a layer's weights since the start, and that layer's name; 1 if unknown."""
+        """Largest growth of a layer's weights, and its name.
+
+        The factor is relative to the start; 1 if unknown.
+        """
         known = [(1.0, "")]
         for i in self.layers if self.initial_weight_norms else []:
             now, start = self.weight_norms[i], self.starting_norms[i]
@@ -225,43 +249,58 @@ class DiagnosticContext:
 
     @property
     def remaining_size(self) -> float:
-        """Size of the median layer's weights as a fraction of their initial size; 1 if unknown."""
+        """Median layer's weights relative to their initial size.
+
+        1 if unknown.
+        """
         start = self.initial_weight_norms or ()
         parts = [self.weight_norms[i] / start[i] for i in self.layers if start and start[i] > 0]
         return finite_median(parts) if parts else 1.0
 
     @property
     def decayed(self) -> bool:
-        """True if weight decay has shrunk the weights to less than a third."""
+        """True if weight decay has shrunk the weights.
+
+        The median layer is below a third of its initial size.
+        """
         return self.remaining_size < _SHRUNK and self.setting("weight_decay") > 0
 
     def weight_rms(self, index: int) -> float:
-        """Return the root mean square of a tensor's elements."""
+        """Return the RMS of a tensor's elements."""
         return self.weight_norms[index] / math.sqrt(max(math.prod(self.shapes[index]), 1))
 
     # The gradients over depth.
 
     @property
     def lost_decades(self) -> float:
-        """Decades by which gradients fall from output to input; 0 if they do not, or it is unknown."""
+        """Decades lost from output to input.
+
+        0 if gradients do not fall, or it is unknown.
+        """
         return max(self.tilt, 0.0) if self.tilt is not None and math.isfinite(self.tilt) else 0.0
 
     @property
     def decades_lost_in_activations(self) -> float:
-        """Decades that saturating activations cost even at their steepest; a normalization makes up for its own."""
+        """Decades lost in saturating activations at their steepest.
+
+        Each normalization makes up for one activation.
+        """
         total = sum(self.saturating.values())
         decades = sum(-math.log10(min(SATURATING[kind], 1.0)) * n for kind, n in self.saturating.items())
         return decades * max(0, total - self.path.get("normalisation", 0)) / max(total, 1)
 
     @property
     def unexplained_decades(self) -> float:
-        """Decades lost for which neither bounded slopes nor small weights account."""
+        """Decades that neither activations nor weights explain."""
         in_weights = max(0.0, -self.excess_gain) * self.bare_layers
         return max(0.0, self.lost_decades - self.decades_lost_in_activations - in_weights)
 
     @property
     def typical_gradient(self) -> float:
-        """Median of ‖g‖/‖w‖ over the layers: the update ratio of plain SGD at rate 1; NaN if unknown."""
+        """Median of ‖g‖/‖w‖ over the layers.
+
+        It is the update ratio of plain SGD at rate 1. NaN if unknown.
+        """
         ratios = []
         for i in self.layers:
             if math.isfinite(self.gradients_log10[i]) and self.weight_norms[i] > 0:
@@ -269,39 +308,41 @@ class DiagnosticContext:
         return finite_median(ratios)
 
     def gradient_rms_log10(self, index: int) -> float:
-        """Return log10 of the root mean square of a gradient's elements."""
+        """Return log10 of a gradient's RMS."""
         return self.gradients_log10[index] - 0.5 * math.log10(max(math.prod(self.shapes[index]), 1))
 
     # The optimizer and its updates.
 
     @property
     def normalizes_gradient(self) -> bool:
-        """True if the optimizer divides a gradient by its own size, like Adam."""
+        """True if the optimizer normalizes gradients, like Adam."""
         return any(part in self.optimizer.lower() for part in ("ada", "rms", "rprop", "lion", "lamb"))
 
     @property
     def learning_rate(self) -> float:
-        """Largest learning rate of the parameter groups; NaN if unknown."""
+        """Largest learning rate, or NaN if unknown."""
         return max(self.learning_rates, default=math.nan)
 
     @property
     def typical_learning_rate(self) -> float:
-        """Common first choice: 1e-3 for optimizers that normalize the gradient, 1e-2 for the others."""
+        """Common first choice: 1e-3 if `normalizes_gradient`, else 1e-2."""
         return 1e-3 if self.normalizes_gradient else 1e-2
 
     def setting(self, name: str) -> float:
-        """Return a number among the optimizer's settings; NaN if there is none."""
+        """Return a number of the optimizer's settings, or NaN."""
         value = self.defaults.get(name)
         return float(value) if isinstance(value, (int, float)) else math.nan
 
     @property
     def typical_update(self) -> float:
-        """Median applied update ratio of the layers; NaN if unknown."""
+        """Median applied update ratio, or NaN if unknown."""
         return finite_median(self.update_ratios[i] for i in self.layers)
 
     @property
     def largest_update(self) -> tuple[float, str]:
-        """Largest applied update ratio of a layer, and that layer's name; 0 if unknown.
+        """Largest applied update ratio, and that layer's name.
+
+        0 if unknown.
 
         Taken from the first finding of an oversized update if there is one: once weights have run away, the current
         ratio means nothing.
@@ -318,7 +359,9 @@ class DiagnosticContext:
 
     @property
     def first_update(self) -> float:
-        """Update ratio of the median layer's first steps under an optimizer that `normalizes_gradient`; else 0.
+        """Update ratio of the median layer's first steps.
+
+        0 unless the optimizer `normalizes_gradient`.
 
         Such an optimizer moves each element by about the learning rate, whatever the gradient.
         """
@@ -331,7 +374,22 @@ class DiagnosticContext:
         return self.learning_rate / middle if known else 0.0
 
 
+class Evidence(NamedTuple):
+    """Evidence for a cause.
+
+    Attributes:
+        weight: Decades of the problem for which the cause accounts: of gradient lost or gained on the way from the loss
+            to the first layer, of update or loss above or below a typical one. For example, twelve sigmoids, each of
+            which passes at most a quarter, weigh 12 log10(4) = 7.2, and twelve layers with 0.41 of the gain that He
+            initialization gives weigh 12 · 0.39 = 4.7. `CERTAIN` for proof.
+        text: A sentence with the numbers.
+    """
+
+    weight: float
+    text: str
+
+
 def finite_median(values: Iterable[float]) -> float:
-    """Return the median of the finite values; NaN if there are none."""
+    """Return the median of the finite values, or NaN."""
     finite = [value for value in values if math.isfinite(value)]
     return median(finite) if finite else math.nan

@@ -1,4 +1,7 @@
-"""Diagnose a critical finding: gather the facts, name the causes, try fixes. Happens once in a run, so it may read."""
+"""Diagnose a critical finding.
+
+Gather the facts, name the causes, try fixes. This happens once in a run, so it may read from the device.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ PICTURED = 128
 
 @dataclass(frozen=True)
 class GuardFacts:
-    """What the guard knows at the step of a critical finding.
+    """Facts from the guard at a critical finding.
 
     Attributes:
         stats: Statistics of the step.
@@ -69,7 +72,9 @@ class GuardFacts:
 
 
 def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple[Diagnosis, Origin | None]:
-    """Diagnose a critical finding; return also where a non-finite value came from, if that was traced.
+    """Diagnose a critical finding.
+
+    Return also the source of a non-finite value, if it was traced.
 
     With sharded parameters every rank has to call it.
 
@@ -96,7 +101,7 @@ def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple
 
 
 def diagnose_context(context: DiagnosticContext) -> Diagnosis:
-    """Return symptoms, causes with their evidence, and fixes that were not tried.
+    """Diagnose from the facts alone, without trials.
 
     Args:
         context: The facts at the step of the finding.
@@ -114,7 +119,7 @@ def diagnose_context(context: DiagnosticContext) -> Diagnosis:
 
 
 def undiagnosed(finding: Finding, problem: str, notes: tuple[str, ...] = ()) -> Diagnosis:
-    """Return a bare diagnosis, for when diagnosing itself failed.
+    """Return a bare diagnosis after diagnosing failed.
 
     Args:
         finding: The critical finding.
@@ -132,7 +137,9 @@ def undiagnosed(finding: Finding, problem: str, notes: tuple[str, ...] = ()) -> 
 
 
 def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = True) -> Origin | None:
-    """Find where the step's first non-finite value came from; None if nothing is known of its batch.
+    """Find the source of the first non-finite value.
+
+    None if nothing is known of its batch.
 
     Args:
         context: What the caller knows of the step.
@@ -169,10 +176,9 @@ def describe(finding: Finding, origin: Origin | None, policy: Policy, *, skipped
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
     response = policy.response(finding.fault)
-    if skipped:
-        action = "The step is skipped: weights and optimizer state are unchanged."
-    else:
-        action = "Training goes on."
+    action = (
+        "The step is skipped: weights and optimizer state are unchanged." if skipped else "Training goes on."
+    )
     if response == "skip":
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one halts."
     elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):
@@ -185,7 +191,9 @@ def describe(finding: Finding, origin: Origin | None, policy: Policy, *, skipped
 
 
 def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:
-    """Return the newest steps for a picture: the layers' weights, and what the finding names of other modules.
+    """Return the newest steps for a picture.
+
+    Rows are the layers' weights, and tensors of other modules that the finding names.
 
     Args:
         history: The newest steps; its tensors are the layout's.
@@ -212,7 +220,9 @@ def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:
 
 
 def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> DiagnosticContext:
-    """Build the context that causes and fixes are found from, tensors in order from input to output.
+    """Build the context for causes and fixes.
+
+    Tensors are in order from input to output.
 
     With sharded parameters every rank has to call it.
 
@@ -228,6 +238,9 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
     means = weight_means(layout) if finding.fault == Fault.DEAD else None
     (input_rms, target_rms), bad_rows = _measure_batch(batch)
     settings = _settings(facts.optimizer)
+    dtypes = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
+    if facts.graph_summary is not None:  # those that autocast computes in
+        dtypes |= facts.graph_summary.dtypes
     time_tilt = next((r.value for r in last.results if r.fault == Fault.VANISHING_IN_TIME), math.nan)
     return DiagnosticContext(
         finding=finding,
@@ -250,7 +263,7 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
             float(rate) for group in settings if isinstance(rate := group.get("lr"), (int, float))
         ),
         defaults=settings[0] if settings else {},
-        dtypes=_dtypes(stats, facts.graph_summary),
+        dtypes=tuple(sorted(dtypes)),
         steps=facts.judged,
         clipper=facts.clipper,
         policy=facts.policy,
@@ -262,9 +275,10 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
 
 
 def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tuple[int, ...] | None]:
-    """Return the RMS of inputs and targets, and the rows with a non-finite element in any tensor.
+    """Return RMS of inputs and targets, and bad rows.
 
-    None for each that is not there; ``((None, None), None)`` if the batch is unknown or has no floating-point tensor.
+    A bad row has a NaN or Inf in any tensor. None for each that is not there; ``((None, None), None)`` if the batch is
+    unknown or has no floating-point tensor.
     """
     tensors = [t for _, t in tensors_of(batch) if t.is_floating_point() and t.layout == torch.strided]
     if not any(t.ndim and t.numel() for t in tensors):
@@ -281,14 +295,8 @@ def _rms(x: Tensor | None) -> float | None:
     return _known(read(squares[squares.isfinite()].mean().sqrt().reshape(1))[0])
 
 
-def _dtypes(stats: GradStats, summary: GraphSummary | None) -> tuple[str, ...]:
-    """Return the dtypes of the gradients, and those that autocast computes in on their way."""
-    own = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
-    return tuple(sorted(own | (summary.dtypes if summary is not None else frozenset())))
-
-
 def _settings(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
-    """Return the optimizer's groups without their parameters, as plain types."""
+    """Return the optimizer's groups as plain types."""
     plain = []
     for group in optimizer.param_groups if optimizer is not None else []:
         kept = {

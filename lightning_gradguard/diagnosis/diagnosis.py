@@ -1,4 +1,4 @@
-"""A diagnosis: what happened, where, since when, why, and what to do, best first."""
+"""Diagnosis of a fault, with causes and fixes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The newest n steps, as a heat map shows them.
+    """The newest n steps, for a heat map.
 
     Attributes:
         steps: Numbers of the steps, oldest first.
@@ -142,13 +142,19 @@ class Diagnosis:
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        """Return plain text: what happened, where, since when; then symptoms, causes, fixes, where to look further."""
+        """Return the diagnosis as plain text.
+
+        In order: what happened, where, since when; symptoms, causes, fixes; where to look further.
+        """
         return rendering.to_text(self)
 
     def to_markdown(self) -> str:
-        """Return the same in Markdown, as TensorBoard's Text tab shows it."""
+        """Return Markdown, as TensorBoard's Text tab shows it."""
         return rendering.to_markdown(self)
 
     def to_html(self) -> str:
-        """Return the same as one self-contained HTML page, with charts of the newest steps and of the fixes tried."""
+        """Return one self-contained HTML page with charts.
+
+        The charts show the newest steps and the fixes that were tried.
+        """
         return rendering.to_html(self)

@@ -1,4 +1,6 @@
-"""Find the fixes for each cause, best first, each with a line of code that makes it.
+"""Fixes for each cause, best first.
+
+Each has a line of code that makes it.
 
 To add a fix: add a `Remedy` below, and name it where it helps in `fixes_for`. A remedy with a ``change`` can be tried.
 """
@@ -26,7 +28,9 @@ _FIRST, _OTHERS, _ALL = 4, 2, 6
 
 
 def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Remedy, ...]:
-    """Return the fixes for these causes, best first, at most six and each once.
+    """Return the fixes for these causes, best first.
+
+    At most six, each once.
 
     Args:
         context: The facts at the step of the finding.
@@ -41,7 +45,9 @@ def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
 
 
 def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
-    """Return the fixes for one cause, best first; None in place of one that does not fit this training.
+    """Return the fixes for one cause, best first.
+
+    None stands in place of one that does not fit this training.
 
     Args:
         cause: The cause.
@@ -77,7 +83,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
 
         case Cause.DEAD_ACTIVATION:
             large_bias = any(len(c.shapes[i]) == 1 and c.weight_rms(i) > 3 for i in range(len(c.names)))
-            lower = _lower_learning_rate_or_warm_up(c) if c.largest_update[0] > LARGEST_UPDATE else None
+            lower = (lower_learning_rate(c) or WARM_UP) if c.largest_update[0] > LARGEST_UPDATE else None
             return [ZERO_BIASES if large_bias else None, lower, LEAKY_RELU, HE, normalization(c)]
 
         case Cause.DETACHED_GRAPH if c.missing and c.missing.issuperset(c.names):
@@ -111,7 +117,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [look_at_bad_rows(c), DROP_BAD_ROWS, FILL_IN]
 
         case Cause.LOSS_FUNCTION if c.too_large and c.fault != Fault.NONFINITE:
-            return [SPECTRAL_NORMALIZATION, _lower_learning_rate_or_warm_up(c)]
+            return [SPECTRAL_NORMALIZATION, lower_learning_rate(c) or WARM_UP]
         case Cause.LOSS_FUNCTION if c.too_small:
             return [STEEP_LOSS]
         case Cause.LOSS_FUNCTION:
@@ -168,7 +174,10 @@ SKIP_CONNECTIONS = Remedy("Skip connections", "h = h + activation(layer(h))", ch
 
 
 def residual_blocks(context: DiagnosticContext) -> Remedy | None:
-    """Return residual blocks with ReLU and normalization, unless the model has skip connections."""
+    """Return residual blocks with ReLU and normalization.
+
+    None if the model has skip connections.
+    """
     if context.graph_summary is not None and context.graph_summary.skips:
         return None
     # Not without the normalization: residual blocks of He-initialized layers reach 8 to 94 % there.
@@ -180,13 +189,16 @@ def residual_blocks(context: DiagnosticContext) -> Remedy | None:
 
 
 def relu_and_normalization(context: DiagnosticContext) -> Remedy:
-    """Return the best fix that keeps the layers in a row."""
+    """Return the best fix without skip connections."""
     how = f"block = nn.Sequential(layer, {_normalization_layer(context)}, nn.ReLU())"
     return Remedy("ReLU and normalization", how, change=Change(activation="relu", normalise=True))
 
 
 def normalization(context: DiagnosticContext) -> Remedy | None:
-    """Return normalization after each layer, unless there is one already."""
+    """Return normalization after each layer.
+
+    None if there is one already.
+    """
     if not context.bare_layers:
         return None
     how = f"block = nn.Sequential(layer, {_normalization_layer(context)}, activation)"
@@ -194,7 +206,10 @@ def normalization(context: DiagnosticContext) -> Remedy | None:
 
 
 def _normalization_layer(context: DiagnosticContext) -> str:
-    """Return the code of a normalization: over the width in sequences, where batch statistics mean little."""
+    """Return the code of a normalization layer.
+
+    It is over the width in sequences, where batch statistics mean little.
+    """
     sequential = context.path.get("attention") or context.recurrent
     return "nn.LayerNorm(width)" if sequential else _batch_norm(context)
 
@@ -205,7 +220,10 @@ def _batch_norm(context: DiagnosticContext) -> str:
 
 
 def _rank(context: DiagnosticContext) -> int:
-    """Return the dimensions of most weights: 2 for linear layers, 3 to 5 for convolutions."""
+    """Return the number of dimensions of most weights.
+
+    2 for linear layers, 3 to 5 for convolutions.
+    """
     ranks = [len(context.shapes[i]) for i in context.layers]
     return max(set(ranks), key=ranks.count, default=2)
 
@@ -240,7 +258,10 @@ TRUNCATED_BACKPROPAGATION = Remedy(
 
 
 def is_gated(context: DiagnosticContext) -> bool:
-    """Return True if recurrent weights have the three or four blocks of a GRU or an LSTM."""
+    """Return True if recurrent weights have gates.
+
+    They have the three blocks of a GRU, or the four of an LSTM.
+    """
     recurrent = context.graph_summary.recurrent if context.graph_summary else frozenset()
     shapes = [context.shapes[i] for i in context.layers if context.names[i] in recurrent]
     return any(shape[0] in (3 * shape[-1], 4 * shape[-1]) for shape in shapes)
@@ -289,14 +310,14 @@ def normalize_inputs(context: DiagnosticContext) -> Remedy:
 
 
 def look_at_bad_rows(context: DiagnosticContext) -> Remedy:
-    """Return code that prints the rows with NaN or Inf, or finds them."""
+    """Return code that prints or finds bad rows."""
     rows = list(context.bad_rows or ())[:8]
     how = f"print(x[{rows}], y[{rows}])" if rows else "print((~x.isfinite()).flatten(1).any(1).nonzero())"
     return Remedy("Inspect the rows with NaN or Inf", how)
 
 
 def change_response(fault: Fault) -> Remedy:
-    """Return a policy that warns of a custom fault and goes on."""
+    """Return a policy that only warns of a fault."""
     how = f'guard = GradGuard(policy=Policy(respond={{"{fault.value}": "warn"}}))  # or "ignore"'
     return Remedy("Change the response to this fault", how)
 
@@ -350,7 +371,7 @@ _LOGITS_SIGMOID = Remedy(
 
 
 def stable_forms(context: DiagnosticContext) -> list[Remedy]:
-    """Return the stable forms of the risky operations in the loss."""
+    """Return stable forms of the loss's risky operations."""
     operations = context.loss_operations
     found = [_STABLE[op] for op in RISKY if op in operations and op in _STABLE]
     if "Log" in operations and "Softmax" in operations:
@@ -370,12 +391,14 @@ CLIP = Remedy("Clip gradient spikes", "trainer = Trainer(callbacks=[GradGuard(cl
 
 
 def clip_spikes(context: DiagnosticContext) -> Remedy | None:
-    """Return adaptive clipping, unless a clipper is in use."""
+    """Return adaptive clipping, unless a clipper is set."""
     return None if context.clipper else CLIP
 
 
 def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -> Remedy | None:
-    """Return a lower learning rate; None if the current one is not known.
+    """Return a lower learning rate.
+
+    None if the current one is not known.
 
     Args:
         context: The facts at the step of the finding.
@@ -395,7 +418,10 @@ def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -
 
 
 def lowered_rate(context: DiagnosticContext) -> float:
-    """Return the learning rate over the factor by which updates are too large, or a tenth of it."""
+    """Return a learning rate for healthy updates.
+
+    It is divided by the factor by which updates are too large, or by ten.
+    """
     ratio = _largest_ratio(context)
     # Once the weights have run away the ratio is unbounded, and tells nothing about a rate that would have been safe.
     factor = min(ratio / LARGEST_UPDATE, 1000.0) if ratio > LARGEST_UPDATE else 10.0
@@ -406,12 +432,11 @@ def _largest_ratio(context: DiagnosticContext) -> float:
     return max(context.largest_update[0], context.first_update)
 
 
-def _lower_learning_rate_or_warm_up(context: DiagnosticContext) -> Remedy:
-    return lower_learning_rate(context) or WARM_UP
-
-
 def raise_learning_rate(context: DiagnosticContext) -> Remedy:
-    """Return the learning rate that gives a typical update ratio, within reason."""
+    """Return a learning rate for a typical update ratio.
+
+    At most 100 times a typical rate.
+    """
     rate, typical = context.learning_rate, context.typical_learning_rate
     higher, note = typical, f"was {number(rate)}"
     # An update may be too small for the weights' precision; the gradient then tells what a step of plain SGD would do.
@@ -426,7 +451,7 @@ def raise_learning_rate(context: DiagnosticContext) -> Remedy:
 
 
 def lower_epsilon(context: DiagnosticContext) -> Remedy:
-    """Return an epsilon two decades below the smallest gradient."""
+    """Return an eps 100 times below the smallest gradient."""
     finite = [i for i in context.layers if math.isfinite(context.gradients_log10[i])]
     rms = min((context.gradient_rms_log10(i) for i in finite), default=0.0)
     # Not below the range of float32.
@@ -445,7 +470,10 @@ def lower_momentum(context: DiagnosticContext) -> Remedy:
 
 
 def lower_weight_decay(context: DiagnosticContext) -> Remedy:
-    """Return a typical weight decay of 1e-4, or a hundredth of a smaller one."""
+    """Return a weight decay of at most 1e-4.
+
+    At most a hundredth of the current one.
+    """
     current = context.setting("weight_decay")
     lower = min(1e-4, current / 100)
     name = f"Lower the weight decay from {number(current)} to {number(lower)}"

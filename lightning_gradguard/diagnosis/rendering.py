@@ -1,4 +1,4 @@
-"""Render a diagnosis as plain text, Markdown, HTML, and in colour on a terminal.
+"""Render a diagnosis as text, Markdown and HTML.
 
 Sentences are plain text with names in backticks; everything else is escaped for each form. The order is the same in
 all: what happened, where and since when; the most likely cause and the first fix; symptoms; causes; fixes; where to
@@ -25,7 +25,9 @@ _SYMPTOMS, _CAUSES, _FIXES = "Symptoms", "Causes, most likely first", "Fixes, be
 
 
 def to_text(diagnosis: Diagnosis) -> str:
-    """Render plain text of at most `WIDTH` columns, except for longer names and code.
+    """Render plain text of at most `WIDTH` columns.
+
+    Longer names and code are not broken.
 
     Args:
         diagnosis: The diagnosis to render.
@@ -47,7 +49,9 @@ def to_text(diagnosis: Diagnosis) -> str:
 
 
 def to_markdown(diagnosis: Diagnosis) -> str:
-    """Render Markdown with a table, as TensorBoard's Text tab and GitHub show it.
+    """Render Markdown with a table of fixes.
+
+    TensorBoard's Text tab and GitHub show it.
 
     Args:
         diagnosis: The diagnosis to render.
@@ -76,7 +80,9 @@ def to_markdown(diagnosis: Diagnosis) -> str:
 
 
 def to_html(diagnosis: Diagnosis) -> str:
-    """Render one self-contained HTML page with charts; it loads nothing and runs no script.
+    """Render one self-contained HTML page with charts.
+
+    It loads nothing and runs no script.
 
     Args:
         diagnosis: The diagnosis to render.
@@ -112,7 +118,9 @@ def to_html(diagnosis: Diagnosis) -> str:
 
 
 def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
-    """Print in colour if ``file`` is a terminal and rich is installed, else as plain text.
+    """Print a diagnosis, in colour on a terminal.
+
+    Plain text without rich, or if ``file`` is no terminal.
 
     Args:
         diagnosis: The diagnosis to print.
@@ -142,7 +150,6 @@ def _since(diagnosis: Diagnosis) -> str:
 
 
 def _summary(diagnosis: Diagnosis) -> str:
-    """Return the most likely cause, if one is known, and the first fix."""
     cause = diagnosis.causes[0]
     sentences = [f"Most likely cause: {_words(cause)}."] if cause.value != "unknown" else []
     if diagnosis.remedies:
@@ -151,7 +158,7 @@ def _summary(diagnosis: Diagnosis) -> str:
 
 
 def _symptoms(diagnosis: Diagnosis) -> list[str]:
-    """Return the symptoms that are not repeated as evidence for a cause."""
+    """Return the symptoms that no cause repeats."""
     evidence = set(diagnosis.evidence.values())
     return [symptom for symptom in diagnosis.signs if symptom not in evidence]
 
@@ -171,7 +178,10 @@ def _further(diagnosis: Diagnosis) -> str:
 
 
 def _trial(remedy: Remedy) -> str:
-    """Return what a trial of the fix measured, or why it was not tried; empty if there is nothing to say."""
+    """Return the result of a trial, or why there is none.
+
+    Empty if neither is known.
+    """
     if remedy.note:
         return f"({remedy.note})"
     if not remedy.tried:
@@ -186,7 +196,10 @@ def _any_tried(remedies: tuple[Remedy, ...]) -> bool:
 
 
 def _numbers(remedy: Remedy) -> list[str]:
-    """Return the tilts before and after, in decades, and the loss; empty if unknown."""
+    """Return the tilt before, after, and the loss.
+
+    Tilts are in decades. Each is empty if unknown.
+    """
     loss = "" if remedy.loss is None else number(remedy.loss)
     return [_tilt(remedy.before), _tilt(remedy.after), loss]
 
@@ -219,7 +232,7 @@ def _wrapped(text: str, first: str = "", rest: str = "") -> list[str]:
 
 
 def _spans(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
-    """Return the text with its backticked parts through ``code`` and the others through ``plain``."""
+    """Map backticked parts by ``code``, others by ``plain``."""
     parts = re.split(r"`([^`]*)`", _one_line(text))
     return "".join(code(part) if i % 2 else plain(part) for i, part in enumerate(parts))
 
@@ -239,7 +252,10 @@ def _markdown_plain(text: str) -> str:
 
 
 def _markdown_code(code: str) -> str:
-    """Return a code span; plain text if it has a bar, which GitHub and TensorBoard escape differently in code."""
+    """Return a code span, or plain text.
+
+    GitHub and TensorBoard escape a bar in code differently, so text with a bar is plain.
+    """
     code = "; ".join(line.strip() for line in code.splitlines())
     if "|" in code or not code:
         return _markdown_plain(code)
@@ -257,5 +273,5 @@ def _html(text: str) -> str:
 
 
 def _html_plain(text: str) -> str:
-    """Return the text with powers of ten, such as 10^6.6, in superscript."""
+    """Escape the text; superscript powers such as 10^6.6."""
     return re.sub(r"\b10\^(-?\d+(?:\.\d+)?)", r"10<sup>\1</sup>", html.escape(text))

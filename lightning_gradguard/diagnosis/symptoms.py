@@ -1,4 +1,4 @@
-"""Find the symptoms: what was measured, one sentence each."""
+"""Symptoms of a fault, one sentence each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IN_DECADES = ("DepthTilt", "TimeTilt")
 
 
 def find_symptoms(context: DiagnosticContext) -> tuple[str, ...]:
-    """Return the symptoms; the value that the finding rests on comes first.
+    """Return the symptoms, the finding's own first.
 
     Args:
         context: The facts at the step of the finding.
@@ -110,7 +110,6 @@ def _weights(context: DiagnosticContext) -> Iterator[str]:
 
 
 def _other_faults(context: DiagnosticContext) -> Iterator[str]:
-    """Name every other fault of the run, each once."""
     others: dict[str, int] = {}
     for finding in context.findings:
         if finding.fault != context.fault:

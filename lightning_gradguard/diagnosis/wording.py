@@ -1,4 +1,7 @@
-"""Words of a message: headlines, and how names and numbers are written. Plain text, with each `name` in backticks."""
+"""Headlines, names and numbers in messages.
+
+Plain text, with each `name` in backticks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _HEADLINES = {
 
 
 def headline(fault: Fault | str) -> str:
-    """Return a fault as a sentence without its period.
+    """Return a fault as a sentence without period.
 
     Args:
         fault: Any fault or its value; one that is not built in counts as custom.
@@ -34,7 +37,7 @@ def headline(fault: Fault | str) -> str:
 
 
 def further_reading(fault: Fault) -> tuple[tuple[str, ...], str]:
-    """Return where to look further: tags in TensorBoard, and a page of the documentation.
+    """Return TensorBoard tags and a documentation page.
 
     Args:
         fault: Any fault, also a custom one.
@@ -58,7 +61,7 @@ _FURTHER = {
 
 
 def quote(name: str) -> str:
-    r"""Return a tensor's name in backticks, on one line, with everything escaped that would end them.
+    r"""Return a tensor's name in backticks, escaped.
 
     >>> print(quote("net.0.weight"), quote("a`b\n"))
     `net.0.weight` `a\x60b\n`
@@ -68,7 +71,7 @@ def quote(name: str) -> str:
 
 
 def listing(names: Sequence[str], most: int = 2) -> str:
-    """Return up to ``most`` quoted names, and how many more there are.
+    """Return the first quoted names; count the rest.
 
     >>> listing(["a", "b", "c"])
     '`a`, `b` and 1 more'
@@ -87,7 +90,7 @@ def number(value: float) -> str:
 
 
 def fraction(ratio: float) -> str:
-    """Return the size of a step relative to the weights.
+    """Return a step's size relative to the weights.
 
     >>> fraction(0.5), fraction(12.0), fraction(1.9e-9)
     ('50% of its size', '12 times its size', '1.9e-07% of its size')
@@ -96,7 +99,9 @@ def fraction(ratio: float) -> str:
 
 
 def power(exponent: float) -> str:
-    """Return the number with this log10, also one that a float cannot hold.
+    """Return the number with this log10.
+
+    It may exceed the range of a float.
 
     >>> power(-2.0), power(-400.5), power(-math.inf)
     ('0.01', '1e-400', '0')

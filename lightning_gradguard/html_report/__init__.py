@@ -1,1 +1,1 @@
-"""`gradguard report`: a run's event files as one HTML page."""
+"""`gradguard report`: event files as one HTML page."""

@@ -1,9 +1,10 @@
-"""Reading of the event files that the callbacks wrote, also of a run that was killed."""
+"""Reader of event files, also of killed runs."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 
-from lightning_gradguard.html_report.old_text import parse_old_text
-from lightning_gradguard.loggers.findings import FoundRecord
+from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.tags import DIAGNOSIS, FINDINGS, LAYER_RMS, Tag
+from lightning_gradguard.results import Severity
 from lightning_gradguard.stats.histogram import EDGES
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ Curve = dict[int, T]
 
 
 class ReportError(Exception):
-    """There is nothing to report on; the message says which folder was read."""
+    """Error that there is nothing to report on."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Track:
     values: set[str] = field(default_factory=set)
 
     def append(self, later: Track) -> None:
-        """Append what a later file holds. Where a resumed run repeated steps, the later ones count."""
+        """Append a later file; its repeated steps count."""
         if later.rows:
             kept = self.rows if self.layers == later.layers else {}
             self.layers, self.rows = later.layers, _splice(kept, later.rows, min(later.rows))
@@ -130,7 +131,7 @@ def _read_run(home: Path, name: str) -> Run:
 
 
 class _File:
-    """One event file, read up to its first damaged record."""
+    """Event file up to its first damaged record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -177,7 +178,7 @@ class _File:
 
 
 def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return 30 counts from rows of left edge, right edge and count, in which empty neighbours are one row."""
+    """Return 30 counts; empty neighbours share a row."""
     full = table[table[:, 2] > 0]
     counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
     counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]
@@ -200,7 +201,7 @@ def _number(value: Any) -> float | None:
 
 
 def _splice(earlier: Curve[T], later: Curve[T], begin: float) -> Curve[T]:
-    """Return both in order of steps; of the earlier one only what lies before ``begin`` of the later file."""
+    """Join curves, the earlier one up to step ``begin``."""
     kept = {step: x for step, x in earlier.items() if step < begin}
     return {step: x for step, x in sorted((kept | later).items(), key=lambda item: item[0])}
 
@@ -212,15 +213,15 @@ def _splice_all(earlier: dict[str, Curve[T]], later: dict[str, Curve[T]]) -> dic
 
 
 def _begin(curves: dict[str, Curve[T]]) -> float:
-    """Return the first step of a file's curves; infinity without any, so that all earlier steps are kept."""
+    # Without any curves all earlier steps are kept.
     return min((step for curve in curves.values() for step in curve), default=math.inf)
 
 
 def _count_records(path: Path) -> int:
-    """Return the number of records in a file, corrupt ones included; -1 if it ends within one.
+    """Return the number of records in a file.
 
-    A record is its length (8 bytes), a checksum (4), the data, and a checksum (4). The loader stops silently at a
-    record that is cut off or whose checksum is wrong.
+    Corrupt ones count; the number is -1 if the file ends within a record. A record is its length (8 bytes), a checksum
+    (4), the data, and a checksum (4). The loader stops silently at a record that is cut off or whose checksum is wrong.
     """
     size, count = path.stat().st_size, 0
     with path.open("rb") as file:
@@ -231,3 +232,44 @@ def _count_records(path: Path) -> int:
             file.seek(4 + length + 4, 1)
             count += 1
     return count
+
+
+_SEPARATOR, _HEADING = "\n\n---\n\n", "### Found, newest first"
+_LINE = re.compile(
+    r"\* step (?P<step>[\d,]+): \*\*(?P<fault>\w+)\*\* \((?P<severity>info|warning|critical)\), "
+    r"(?P<measure>.*) (?P<value>\S+), limit (?P<limit>\S+?)(?:, in (?P<names>`.*`)(?: and (?P<more>\d+) more)?)?"
+)
+
+
+def parse_old_text(text: str) -> FoundRecord:
+    """Return what the text of an older version holds.
+
+    Older versions wrote findings only as text.
+
+    Args:
+        text: Markdown: diagnoses, then one line for each finding, newest first in both.
+
+    Returns:
+        Findings and diagnoses, oldest first. A tensor that the text only counts has an empty name.
+    """
+    *diagnoses, found = text.split(_SEPARATOR)
+    matches = [match for match in map(_LINE.fullmatch, reversed(found.splitlines())) if match is not None]
+    findings = [
+        LoggedFinding(
+            step=int(match["step"].replace(",", "")),
+            fault=match["fault"],
+            severity=Severity[match["severity"].upper()],
+            parameters=_parameters(match),
+            value=float(match["value"]),
+            limit=float(match["limit"]),
+            measure=match["measure"],
+        )
+        for match in matches
+    ]
+    return FoundRecord(tuple(findings), tuple(d for d in reversed(diagnoses) if not d.startswith(_HEADING)))
+
+
+def _parameters(match: re.Match[str]) -> tuple[str, ...]:
+    if match["names"] is None:
+        return ()
+    return (*match["names"][1:-1].split("`, `"), *[""] * int(match["more"] or 0))

@@ -1,4 +1,4 @@
-"""Data of the page's figures, whose size does not grow with the run."""
+"""Data of the page's figures, of bounded size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradguard.charts.heatmap import BLANK, cells_uri
-from lightning_gradguard.charts.labels import shorten, without_prefix
+from lightning_gradguard.charts import BLANK, cells_uri, shorten, without_prefix
 from lightning_gradguard.html_report.event_reader import Curve, Track
 from lightning_gradguard.loggers.heatmap import Heatmap
 from lightning_gradguard.loggers.overview import CLIPPED, SKIPPED
@@ -29,7 +28,7 @@ BLANK_CELL, NONFINITE_CELL = -32_768, 32_767
 
 
 def heat_map(track: Track) -> dict[str, Any] | None:
-    """Return the heat map of layers by steps, as TensorBoard shows it; None if there is nothing to draw.
+    """Return the heat map, or None if it is empty.
 
     Its columns merge as those of `lightning_gradguard.loggers.heatmap.Heatmap` do. Without a `GradGuard` it is built
     from histograms, if there are any.
@@ -63,7 +62,7 @@ def heat_map(track: Track) -> dict[str, Any] | None:
 
 
 def curve(points: Curve[float]) -> dict[str, Any]:
-    """Return a curve of at most `POINTS` points: of each stretch the smallest, the largest, and a gap if any."""
+    """Return at most `POINTS` points, with extremes and gaps."""
     steps, values = list(points), np.array(list(points.values()), dtype=np.float64)
     chosen: set[int] = set(range(len(steps)))
     if len(steps) > POINTS:
@@ -79,10 +78,10 @@ def curve(points: Curve[float]) -> dict[str, Any]:
 
 
 def histograms(track: Track) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return the histograms of each tensor over time, and the number of tensors left out.
+    """Return histograms over time, and how many are left out.
 
-    A column is the square root of the shares of all elements, in 255ths. Neighbouring steps are added up if there are
-    too many.
+    There is one for each tensor. A column is the square root of the shares of all elements, in 255ths. Neighbouring
+    steps are added up if there are too many.
     """
     longest = sorted(track.histograms, key=lambda title: -len(track.histograms[title]))[:TENSORS]
     limit = max(8, min(STEPS, COUNTS // (len(EDGES) - 1) // max(1, len(longest))))
@@ -104,15 +103,16 @@ def _columns(records: Curve[NDArray[np.float32]], limit: int) -> dict[str, Any]:
 
 
 def thin(items: Sequence[int], most: int) -> list[int]:
-    """Return at most ``most`` items, evenly chosen, with the first and the last."""
+    """Return at most ``most`` items, evenly chosen."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np.float16]]]:
-    """Return rows as `Track` has them: RMS from the middles of the bins; the first bin counts as zero."""
+    """Return layers and rows as `Track` has them."""
     titles = sorted(track.histograms)
+    # Middles of the bins; the first bin counts as zero.
     squares = 100.0 ** (np.array(EDGES[:-1]) + 0.25)
     squares[0] = 0
     rows: Curve[NDArray[np.float16]] = {}
@@ -124,9 +124,9 @@ def _rows_of_histograms(track: Track) -> tuple[tuple[str, ...], Curve[NDArray[np
 
 
 def _decades(counts: NDArray[np.float32], squares: NDArray[np.float64]) -> float:
-    """Return log10 RMS of counted elements. Only finite ones are counted, so no count at all means not finite: NaN."""
+    """Return log10 RMS of counted elements."""
     if not counts.any():
-        return math.nan
+        return math.nan  # only finite elements are counted, and there are none
     mean = float(counts @ squares) / float(counts.sum())
     return max(0.5 * math.log10(mean), EDGES[0]) if mean > 0 else EDGES[0]
 

@@ -1,4 +1,4 @@
-"""The HTML page: one file that opens from disk, fetches nothing and runs no script but its own."""
+"""Self-contained HTML page that fetches nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from lightning_gradguard._version import __version__
-from lightning_gradguard.charts.heatmap import (
+from lightning_gradguard.charts import (
     BLANK_COLOUR,
     CLIPPED_COLOUR,
     NONFINITE_COLOUR,
@@ -33,7 +33,7 @@ _MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Sheet]:
-    """Read runs and write the page about them.
+    """Write the page about some runs.
 
     Args:
         folders: Folders of runs, or folders with such folders below them.

@@ -1,4 +1,4 @@
-"""Contents of the page about a run: verdict, record, findings, and the data of its figures."""
+"""Contents of the page about a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PRECEDENCE = {fault.value: fault.precedence for fault in Fault}
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result in one line, which is read first.
+    """Result of a run in one line.
 
     Attributes:
         level: "critical", "warning", "healthy" or "unjudged".
@@ -91,13 +91,13 @@ class Group:
 
     @property
     def title(self) -> str:
-        """The fault in words; a custom fault by its name."""
+        """The fault in words."""
         return "not finite" if self.fault == Fault.NONFINITE.value else self.fault.replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """All that is shown of one optimizer of one run.
+    """Contents for one optimizer of one run.
 
     Attributes:
         title: Name of the run, and of the optimizer if there are several.
@@ -128,14 +128,15 @@ class Sheet:
 
 
 def sheets_of(run: Run) -> list[Sheet]:
-    """Return a sheet for each optimizer of a run."""
+    """Return a sheet for each optimizer."""
     return [_sheet(run, group, track) for group, track in run.tracks.items()]
 
 
 def charts_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
-    """Return title, note and limits of each chart that some sheet has a curve for, the losses first.
+    """Return title, note and limits of each chart.
 
-    A loss that spans many decades (factors of ten) is shown as its logarithm, since one peak would hide the rest.
+    They are the charts that some sheet has a curve for, the losses first. A loss that spans many decades (factors of
+    ten) is shown as its logarithm, since one peak would hide the rest.
     """
     names = dict.fromkeys(name for sheet in sheets for name in sheet.figures["curves"])
     losses = []
@@ -157,7 +158,9 @@ def charts_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
 
 
 def merge_found(records: Iterable[FoundRecord]) -> tuple[list[LoggedFinding], list[str]]:
-    """Join what was found at each step; a resumed run repeats what its checkpoint holds.
+    """Join what was found at each step.
+
+    A resumed run repeats what its checkpoint holds.
 
     Args:
         records: Oldest first.
@@ -176,7 +179,7 @@ def merge_found(records: Iterable[FoundRecord]) -> tuple[list[LoggedFinding], li
 
 
 def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
-    """Return findings by fault, the most severe first, and of equal ones the earliest."""
+    """Group findings by fault, most severe and earliest first."""
     groups = []
     for fault in dict.fromkeys(finding.fault for finding in findings):
         own = [finding for finding in findings if finding.fault == fault]

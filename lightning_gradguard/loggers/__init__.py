@@ -1,4 +1,4 @@
-"""Findings and statistics in TensorBoard, W&B, MLflow and any Lightning logger."""
+"""Log sinks for TensorBoard, W&B, MLflow and others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SINKS: dict[str, type[LoggerSink]] = {"wandb": WandbSink, "mlflow": MlflowSink}
 
 
 def open_sinks(loggers: Iterable[Any]) -> list[LogSink]:
-    """Open a sink for each logger that can show something.
+    """Open a sink for each logger.
 
     A logger whose experiment has a TensorBoard file writer gets a `TensorBoardSink`, also with tensorboardX. W&B and
     MLflow are recognized by the package of their experiment. Any other logger gets the scalars. The dummy loggers that

@@ -1,4 +1,4 @@
-"""Log records, log sinks, and what every sink needs: protection from errors, and drawing on a thread."""
+"""Log records, and the parts that all sinks share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class LogRecord:
-    """Everything that is logged of one step. All keys are tags, ``group/name``.
+    """Everything that is logged of one step.
+
+    All keys are tags, ``group/name``.
 
     Attributes:
         scalars: Numbers. NaN is shown as a gap with a mark, infinity as NaN.
@@ -51,17 +53,20 @@ class LogRecord:
 
 
 class LogSink(Protocol):
-    """Shows log records. It never raises: it warns once about what fails, and training continues."""
+    """A place that shows log records.
+
+    It never raises. It warns once about what fails, and training continues.
+    """
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Show a record at this step on the x axis."""
+        """Show a record at this step."""
 
     def close(self) -> None:
-        """Finish what is pending. The sink may be written to again."""
+        """Finish what is pending; writing may go on."""
 
 
 class FailSafe:
-    """Keeps errors of an output away from the training.
+    """Guard of training against errors of an output.
 
     The first error is warned of, later ones are silent. After `PATIENCE` errors in a row the output is switched off.
 
@@ -80,10 +85,10 @@ class FailSafe:
         return self._failures >= PATIENCE
 
     def run(self, action: Callable[[], T]) -> T | None:
-        """Call ``action`` unless the output is off, and catch its errors.
+        """Call ``action`` and catch its errors.
 
         Args:
-            action: Writes to the output.
+            action: Writes to the output. It is not called once the output is off.
 
         Returns:
             What ``action`` returns; None if it raised or was not called.
@@ -124,9 +129,9 @@ class Picture(NamedTuple):
 
 
 class PictureQueue:
-    """Draws the pictures of one output on a thread, so that training does not wait.
+    """Thread that draws the pictures of one output.
 
-    The first drawing that fails is warned of, and the others continue.
+    Training does not wait for it. The first drawing that fails is warned of, and the others continue.
 
     Args:
         output: The output that the pictures are for, for the warning.
@@ -144,7 +149,7 @@ class PictureQueue:
             self._starting.run(lambda: self._submit(step, record))
 
     def take(self, *, wait: bool = False) -> Iterator[Picture]:
-        """Yield the finished pictures in order, and forget them.
+        """Yield and remove the finished pictures, in order.
 
         Args:
             wait: Also wait for those that are still being drawn.
@@ -157,7 +162,7 @@ class PictureQueue:
                 yield Picture(step, tag, note, png)
 
     def close(self) -> None:
-        """End the thread. The next picture starts a new one."""
+        """End the thread; the next picture starts another."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -176,7 +181,9 @@ def _draw(draw: Callable[[], bytes]) -> bytes:
 
 
 class LoggerSink:
-    """Sends scalars to any logger, and tells once what that logger cannot show.
+    """Sink that sends scalars to any logger.
+
+    One notice lists what the logger cannot show.
 
     Args:
         logger: Has ``log_metrics(metrics, step=...)``.
@@ -192,12 +199,7 @@ class LoggerSink:
         self._scalars = FailSafe(f"{self.name} output")
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Log what the logger can show of a record.
-
-        Args:
-            step: Position on the x axis.
-            record: What to show.
-        """
+        """Log the scalars of a record."""
         if record.scalars:
             self._scalars.run(lambda: self.logger.log_metrics(dict(record.scalars), step=step))
         if self.lacks_some_of(record) and self.logger not in _INFORMED:
@@ -211,11 +213,11 @@ class LoggerSink:
             )
 
     def lacks_some_of(self, record: LogRecord) -> bool:
-        """Return True if the record holds something that this logger cannot show."""
+        """Return True if this logger cannot show everything."""
         return bool(record.histograms or record.images)
 
     def mute_notice(self) -> None:
-        """Leave out the notice about what this logger cannot show."""
+        """Leave out the notice."""
         _INFORMED.add(self.logger)
 
     def close(self) -> None:

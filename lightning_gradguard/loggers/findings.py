@@ -1,4 +1,4 @@
-"""Findings and diagnoses of a run: as Markdown for people, and as JSON for `gradguard report`."""
+"""Findings and diagnoses as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TERMS = {
 
 
 class LoggedFinding(NamedTuple):
-    """A finding as checkpoints and event files hold it.
+    """Finding as checkpoints and event files hold it.
 
     Attributes:
         step: Step at which the condition began.
@@ -59,7 +59,7 @@ class LoggedFinding(NamedTuple):
 
     @property
     def evidence(self) -> str:
-        """The measured value, its limit, and the three worst tensors, in Markdown of one line."""
+        """Value, limit and three worst tensors, in Markdown."""
         names = [f"`{name}`" for name in self.parameters[:3]]
         more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
         where = f", worst in {', '.join(names)}{more}" if names else ""
@@ -67,7 +67,7 @@ class LoggedFinding(NamedTuple):
         return f"{measure}: {self.value:.3g} (limit {self.limit:.3g}){where}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types that JSON can hold: numbers that are not finite become strings."""
+        """Return plain types; non-finite numbers become strings."""
         numbers = {"value": self.value, "limit": self.limit}
         return {
             **self._asdict(),
@@ -91,7 +91,7 @@ class LoggedFinding(NamedTuple):
 
 
 class FoundRecord(NamedTuple):
-    """Findings and diagnoses that were new at one step.
+    """New findings and diagnoses of one step.
 
     Attributes:
         findings: Oldest first.
@@ -119,7 +119,7 @@ class FoundRecord(NamedTuple):
 
 
 class FindingLog:
-    """The newest findings and diagnoses of a run, and which of them have not been logged yet."""
+    """Newest findings and diagnoses, and which are not logged."""
 
     def __init__(self) -> None:
         self._findings: list[LoggedFinding] = []  # newest first, like the diagnoses
@@ -137,7 +137,7 @@ class FindingLog:
         self._new_diagnoses += 1
 
     def flush(self) -> tuple[str, FoundRecord] | None:
-        """Return what to log, and count everything as logged.
+        """Return what is new, and count it as logged.
 
         Returns:
             Markdown of all that is kept, and a record of what is new since the last call; None if nothing is.
@@ -159,11 +159,11 @@ class FindingLog:
         return "\n\n---\n\n".join([*self._diagnoses, found]), new
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types, which load under ``weights_only=True``."""
+        """Return the state as plain types."""
         return {"findings": [f.to_dict() for f in self._findings], "diagnoses": list(self._diagnoses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the log of `state_dict`. All of it counts as new, so a new event file is complete."""
+        """Continue the log; all of it counts as new."""
         # Older checkpoints hold findings as lines of text. Those are left out: the older event file has them.
         self._findings = [LoggedFinding.from_dict(f) for f in state["findings"] if isinstance(f, dict)]
         self._diagnoses = list(state["diagnoses"])

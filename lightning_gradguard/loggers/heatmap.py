@@ -1,4 +1,4 @@
-"""The layer-by-step picture of a whole run, in memory that does not grow with the run."""
+"""Layers by steps of a whole run, in constant memory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradguard.charts.heatmap import BLANK, Marks, draw
+from lightning_gradguard.charts import BLANK, Marks, draw
 from lightning_gradguard.stats.histogram import EDGES
 
 
 class Heatmap:
-    """Cumulative matrix of log10 gradient RMS, one row for each layer and at most ``columns`` columns.
+    """Log10 gradient RMS of layers by steps.
 
-    A column stands for ``stride`` steps. The first of them is recorded, and any other whose gradients are not
-    finite. When the columns are full, pairs of them are merged and the stride doubles. A merged cell is the mean, but
-    a cell that was once not finite stays so.
+    There is one row for each layer, and at most ``columns`` columns. A column stands for ``stride`` steps. The first of
+    them is recorded, and any other whose gradients are not finite. When the columns are full, pairs of them are merged
+    and the stride doubles. A merged cell is the mean, but a cell that was once not finite stays so.
 
     Args:
         names: Layers from input to output, at least one.
@@ -61,18 +61,21 @@ class Heatmap:
 
     @property
     def cells(self) -> NDArray[np.float32]:
-        """float32 [columns in use, layers], log10 RMS; NaN is not finite, `BLANK` no gradient."""
+        """Log10 RMS, float32 [columns in use, layers].
+
+        NaN is a gradient that is not finite, `BLANK` no gradient.
+        """
         cells: NDArray[np.float32] = self._cells[: self._used].copy()
         return cells
 
     @property
     def marks(self) -> Marks:
-        """Clipped and skipped columns in use, and the step at which each fault was first found."""
+        """Marks above the columns in use."""
         used = self._used
         return Marks(bytes(self._clipped[:used]), bytes(self._skipped[:used]), dict(self._faults))
 
     def starts_column(self, step: int) -> bool:
-        """Return True if this step begins a new column, so that it should be recorded."""
+        """Return True if this step begins a new column."""
         return step >= self._next or step < self._first
 
     def record(self, step: int, rms: Sequence[float | None]) -> bool:
@@ -98,7 +101,7 @@ class Heatmap:
         return bool((np.isnan(decades) & ~known_bad).any())
 
     def mark(self, step: int, *, clipped: bool = False, skipped: bool = False) -> bool:
-        """Mark a step as clipped or skipped above the picture.
+        """Mark a step as clipped or skipped.
 
         Args:
             step: Its number.
@@ -115,19 +118,19 @@ class Heatmap:
         return is_new
 
     def mark_fault(self, step: int, fault: str) -> None:
-        """Write the name of a fault above the step at which it was first found."""
+        """Mark the first step of a fault."""
         self._faults.setdefault(fault, step)
 
     def draw(self) -> bytes:
-        """Return a PNG of the picture so far. Takes about a third of a second."""
+        """Return a PNG, drawn in about 0.3 s."""
         return draw(self._names, self.cells.T, self._first, self._stride, self.marks)
 
     def snapshot(self) -> Heatmap:
-        """Return a copy, which can be drawn on another thread while this one changes."""
+        """Return a copy that another thread can draw."""
         return copy.deepcopy(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types, which load under ``weights_only=True``."""
+        """Return the state as plain types."""
         return {
             "names": list(self._names),
             "first": self._first,
@@ -140,7 +143,7 @@ class Heatmap:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the picture of `state_dict`. One of other layers or of more columns is ignored."""
+        """Continue the picture of `state_dict` if it fits."""
         used = len(state["cells"])
         if tuple(state["names"]) != self._names or used > self._columns:
             return
@@ -151,7 +154,7 @@ class Heatmap:
         self._faults = dict(state["faults"])
 
     def _column(self, step: int) -> int:
-        """Return the column of a step; merge columns until there is one for it."""
+        """Return the column of a step; merge columns if needed."""
         if step < self._first or not self._used:
             self._clear(step)
         while (step - self._first) // self._stride >= self._columns:
@@ -168,6 +171,6 @@ class Heatmap:
 
 
 def _merge(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the mean of two cells. A blank cell does not count; NaN stays."""
+    """Return the mean of cells; NaN stays, blank is ignored."""
     with np.errstate(invalid="ignore"):
         return np.where(a == BLANK, b, np.where(b == BLANK, a, (a + b) / 2))

@@ -1,11 +1,14 @@
-"""Gradient histograms: which tensors are shown, and under which tags."""
+"""Log records of gradient histograms and number formats."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.stats.histogram import SPREAD, edges
@@ -51,10 +54,11 @@ def histogram_record(
 
 
 class WorstTensors:
-    """Choice of the tensors whose gradient RMS is farthest from that of the median tensor.
+    """Choice of the tensors that are shown.
 
-    A histogram is read over time, so a tensor that is shown stays. It is replaced only by one that is a decade
-    (a factor of ten) farther from the median than the mildest shown one.
+    They are the ones whose gradient RMS is farthest from that of the median tensor. A histogram is read over time, so a
+    tensor that is shown stays. It is replaced only by one that is a decade (a factor of ten) farther from the median
+    than the mildest shown one.
 
     Args:
         max_tensors: Largest number shown at a time, at least 1.
@@ -70,7 +74,7 @@ class WorstTensors:
         self._shown: list[str] = []
 
     def choose(self, rms: Mapping[str, float]) -> list[str]:
-        """Return the tensors to show now, in the order of the mapping.
+        """Return the tensors to show, in the given order.
 
         Args:
             rms: Gradient RMS of each tensor that has a gradient; one that is not finite is worst.
@@ -91,9 +95,141 @@ class WorstTensors:
         return [name for name in rms if name in self._shown]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types."""
+        """Return the state as plain types."""
         return {"shown": list(self._shown)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the tensors of `state_dict`, up to ``max_tensors``."""
+        """Continue with the tensors of `state_dict`."""
         self._shown = list(state["shown"])[: self._max_tensors]
+
+
+class Format(NamedTuple):
+    """Bounds of a number format.
+
+    Attributes:
+        tag: Its name in tags.
+        title: Its name in the table.
+        normal: Smallest normal number; below it digits are lost.
+        subnormal: Smallest number above zero.
+        overflow: Smallest float32 above the largest number.
+    """
+
+    tag: str
+    title: str
+    normal: float
+    subnormal: float
+    overflow: float
+
+    @classmethod
+    def of(cls, tag: str, title: str, dtype: torch.dtype) -> Format:
+        """Return the bounds of a torch dtype."""
+        numbers = torch.finfo(dtype)
+        overflow = float(np.nextafter(np.float32(numbers.max), np.float32(np.inf)))
+        return cls(tag, title, numbers.smallest_normal, numbers.smallest_normal * numbers.eps, overflow)
+
+
+FORMATS = (
+    Format.of("fp16", "fp16", torch.float16),
+    Format.of("bf16", "bf16", torch.bfloat16),
+    Format.of("e4m3", "fp8 e4m3", torch.float8_e4m3fn),
+    Format.of("e5m2", "fp8 e5m2", torch.float8_e5m2),
+)
+
+#: Elements below each of these are counted: the three bounds of each format, and infinity for all finite ones.
+THRESHOLDS: tuple[float, ...] = (*(x for f in FORMATS for x in (f.normal, f.subnormal, f.overflow)), math.inf)
+
+#: A cell of the table is bold from this share of elements that are lost or overflow.
+BOLD = 0.01
+
+_TABLE_NOTE = (
+    "Share of the gradient's nonzero elements that would **lose digits** / **be lost** if they were cast without a "
+    "scale, and that would **overflow**, if any do. An element loses digits below the smallest normal number of the "
+    "format. It is lost below the smallest number, where it rounds to that number or to zero. A loss scale of 2^k "
+    "divides all bounds of a format by 2^k. fp8 is meant to be used with a loss scale."
+)
+_SCALAR_NOTE = (
+    "Share of all nonzero gradient elements below {bound:.3g}, the smallest {kind}number of {title}."
+)
+
+
+def exponents_record(
+    below: Mapping[str, Sequence[float]],
+    titles: Mapping[str, str],
+    rows: Sequence[str],
+    *,
+    step: int,
+    group: str = "gradguard",
+) -> LogRecord:
+    """Return a record of losses in narrow formats.
+
+    It has eight scalars over all tensors, and a table with rows for some of them: the shares of elements that would
+    lose digits, be lost or overflow in each of `FORMATS`.
+
+    Args:
+        below: For each parameter, the number of its nonzero elements below each of `THRESHOLDS`.
+        titles: Parameter name to its `lightning_gradguard.loggers.tags.tag_names`.
+        rows: Parameters that have a row in the table.
+        step: For the table's heading.
+        group: Beginning of the tag group, for a second optimizer "gradguard_1".
+    """
+    group = f"{group}_exponents"
+    whole = [sum(column) for column in zip(*below.values(), strict=True)]
+    bounds = [("subnormal", "normal "), ("lost", "")]
+    tags = {
+        f"{group}/{f.tag}_{name}": _SCALAR_NOTE.format(bound=bound, kind=kind, title=f.title)
+        for f in FORMATS
+        for (name, kind), bound in zip(bounds, (f.normal, f.subnormal), strict=True)
+    }
+    shares = [x for coarse, lost, _ in _shares(whole) for x in (coarse, lost)]
+    lines = [
+        f"### Gradients in narrow number formats, step {step:,}",
+        _TABLE_NOTE,
+        "\n".join(
+            [
+                "| loses digits / lost | " + " | ".join(f.title for f in FORMATS) + " |",
+                "|---" * (1 + len(FORMATS)) + "|",
+                "| smallest normal / number | "
+                + " | ".join(f"{f.normal:.1e} / {f.subnormal:.1e}" for f in FORMATS)
+                + " |",
+                _row(f"**all {len(below):,} tensors**", whole),
+                *(_row(f"`{titles[name]}`", below[name]) for name in rows),
+            ]
+        ),
+    ]
+    table = f"{group}/table"
+    return LogRecord(
+        scalars=dict(zip(tags, shares, strict=True)),
+        texts={table: "\n\n".join(lines)},
+        notes={**tags, table: _TABLE_NOTE},
+    )
+
+
+def _shares(below: Sequence[float]) -> list[tuple[float, float, float]]:
+    """Return for each format the shares coarse, lost, overflowing."""
+    whole = below[-1]
+    parts = [x / whole if whole else math.nan for x in below[:-1]]
+    # If nothing overflows, both counts were summed in the same order, so the difference is exactly zero.
+    return [
+        (coarse, lost, 1 - fits)
+        for coarse, lost, fits in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    ]
+
+
+def _row(title: str, below: Sequence[float]) -> str:
+    if not below[-1]:
+        return f"| {title} |" + " all zero |" * len(FORMATS)
+    return f"| {title} | " + " | ".join(_cell(*shares) for shares in _shares(below)) + " |"
+
+
+def _cell(coarse: float, lost: float, over: float) -> str:
+    parts = [f"{_percent(coarse)} / {_percent(lost)}"] if coarse or not over else []
+    parts += [f"{_percent(over)} overflow"] if over else []
+    text = ", ".join(parts)
+    return f"**{text}**" if max(lost, over) >= BOLD else text
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    if 0 < percent < 0.1:
+        return "<0.1 %"  # a small share must not read as zero
+    return f"{percent:.1f} %" if 0 < percent < 9.95 else f"{percent:.0f} %"

@@ -1,4 +1,4 @@
-"""The overview of a run: scalars, the heat map, and everything that was found, fed with one report a step."""
+"""Overview of a run: scalars, heat map and findings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_gradguard.loggers.tags import (
     RMS_NOTE,
     tag_names,
 )
-from lightning_gradguard.results import Finding, Report, Severity
+from lightning_gradguard.results import Report, Severity
 
 #: First entry of a row of `lightning_gradguard.loggers.tags.LAYER_RMS`: what was done at the step.
 UNCHANGED, CLIPPED, SKIPPED = 0, 1, 2
@@ -28,7 +28,7 @@ _FIRST_DRAWING, _GROWTH = 20, 1.5  # steps; the next picture is due at 1.5 times
 
 
 class Overview:
-    """Turns the reports of one optimizer's steps into log records.
+    """Log records from the reports of one optimizer.
 
     Call `observe` with every report, and `build_record` where something is to be shown.
 
@@ -63,7 +63,7 @@ class Overview:
         self._steps, self._drawn, self._next_drawing = 0, 0, _FIRST_DRAWING
 
     def observe(self, report: Report) -> None:
-        """Add one step. On most steps that is a comparison, so it is cheap enough for every one."""
+        """Add one step; most steps are cheap."""
         self._steps += 1
         finite = math.isfinite(report.total_norm)
         clipped = report.scale < 1 and not report.skip
@@ -81,10 +81,14 @@ class Overview:
             rms = self._layer_rms(report.norms)
             self._rows.append((report.step, [mark, *(-math.inf if x is None else _log10(x) for x in rms)]))
         for finding in report.findings:
-            self._observe_finding(finding)
+            self._log.add(finding)
+            if finding.severity >= Severity.WARNING:
+                self._heatmap.mark_fault(finding.step, finding.fault.value)
+                # Somebody will look now; yet a run that finds something all the time must not draw all the time.
+                self._next_drawing = min(self._next_drawing, math.ceil(1.1 * self._drawn) + 1)
 
     def add_diagnosis(self, markdown: str) -> None:
-        """Add a diagnosis in Markdown to the text."""
+        """Add a diagnosis in Markdown."""
         self._log.add_diagnosis(markdown)
 
     def build_record(
@@ -95,7 +99,7 @@ class Overview:
         update_ratio: float | None = None,
         final: bool = False,
     ) -> LogRecord:
-        """Return what to log of a step that was observed.
+        """Return what to log of an observed step.
 
         Args:
             report: The newest report.
@@ -137,7 +141,7 @@ class Overview:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types, which load under ``weights_only=True``."""
+        """Return the state as plain types."""
         return {
             "heatmap": self._heatmap.state_dict(),
             "nonfinite": self._nonfinite,
@@ -157,15 +161,8 @@ class Overview:
         self._log.load_state_dict(state)
         self._steps, self._drawn, self._next_drawing = state["steps"], state["drawn"], state["next_drawing"]
 
-    def _observe_finding(self, finding: Finding) -> None:
-        self._log.add(finding)
-        if finding.severity >= Severity.WARNING:
-            self._heatmap.mark_fault(finding.step, finding.fault.value)
-            # Somebody will look now; yet a run that finds something all the time must not draw all the time.
-            self._next_drawing = min(self._next_drawing, math.ceil(1.1 * self._drawn) + 1)
-
     def _is_drawing_due(self, final: bool) -> bool:
-        """Return True, and plan the next drawing, if the picture is to be drawn now."""
+        """Return True if a drawing is due, and plan the next."""
         if not self._steps or not (final or self._steps >= self._next_drawing):
             return False
         self._drawn = self._steps
@@ -173,7 +170,7 @@ class Overview:
         return True
 
     def _layer_rms(self, norms: Mapping[str, float]) -> list[float | None]:
-        """Return the RMS of each layer: NaN if any of its parameters is not finite, None without a gradient."""
+        """Return RMS by layer: NaN non-finite, None without gradient."""
         rms: list[float | None] = []
         for layer in self._layers:
             nonfinite = [n for n in layer.parameters if n in norms and not math.isfinite(norms[n])]
@@ -193,7 +190,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(names: Sequence[str], matrices: Sequence[bool] | None) -> list[_Layer]:
-    """Group parameters by the module that owns them; keep only modules with a matrix, if there are any."""
+    """Group parameters into layers; prefer layers with a matrix."""
     is_matrix = dict(zip(names, matrices or [False] * len(names), strict=True))
     owners: dict[str, list[str]] = {}
     for name in names:
@@ -203,14 +200,15 @@ def _layers(names: Sequence[str], matrices: Sequence[bool] | None) -> list[_Laye
 
 
 def _log10(x: float) -> float:
-    """Return log10, with NaN for what is not finite; 0 counts as the smallest normal float32."""
+    # Zero counts as the smallest normal float32.
     return math.log10(max(x, 1.2e-38)) if math.isfinite(x) else math.nan
 
 
 def _worst(rms: Sequence[float]) -> float | None:
-    """Return log10 RMS of the layer farthest from the median one; zeros count only if all are zero."""
+    """Return log10 RMS farthest from the median layer."""
     if not all(math.isfinite(x) for x in rms):
         return math.nan
+    # Zeros count only if all are zero.
     decades = [_log10(x) for x in rms if x > 0] or [_log10(x) for x in rms]
     if not decades:
         return None

@@ -1,4 +1,4 @@
-"""Tags under which things are logged, and how to read each of them."""
+"""Tags, and how to read each of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lightning_gradguard.charts.labels import shorten, without_prefix
+from lightning_gradguard.charts import shorten, without_prefix
 
 #: TensorBoard cuts longer titles.
 TITLE = 45
@@ -68,20 +68,21 @@ class Tag(NamedTuple):
 
     @classmethod
     def parse(cls, tag: str) -> Tag | None:
-        """Return the parts of a tag; None if this package does not write such a tag."""
+        """Return the parts; None for a foreign tag."""
         match = _TAG.fullmatch(tag)
         return None if match is None else cls(match["group"], (match["kind"] or "")[1:], match["name"])
 
 
 def tag_group(optimizer: int) -> str:
-    """Return the beginning of the tag groups of an optimizer, given by its index."""
+    """Return the tag group of an optimizer's index."""
     return f"gradguard_{optimizer}" if optimizer else "gradguard"
 
 
 def tag_names(names: Sequence[str]) -> list[str]:
-    """Return short names that sort in the given order: ``NNN_name``, without what all names begin with.
+    """Return short names that sort in the given order.
 
-    Together with the longest group, ``gradguard_hist_log10/``, a name fits into TensorBoard's titles.
+    They have the form ``NNN_name``, without the beginning that all names share. Together with the longest group,
+    ``gradguard_hist_log10/``, a name fits into TensorBoard's titles.
 
     Args:
         names: Parameter names in execution order.

@@ -1,4 +1,4 @@
-"""Writes log records for TensorBoard: one event for each step, in a form that both of its loaders show alike."""
+"""Log sink for TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SCALAR_LIMIT = 3.4028234e38  # of the float32 in which TensorBoard keeps number
 
 
 class TensorBoardSink:
-    """Shows records in TensorBoard.
+    """Sink that shows records in TensorBoard.
 
     Histograms are written as tensors [bins, 3] of left edge, right edge and count, since TensorBoard's two loaders trim
     and stretch the older form in different ways. All values of a step are one event. Pictures are drawn on a thread
@@ -49,12 +49,7 @@ class TensorBoardSink:
         self._described: set[str] = set()
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Write a record as one event and start its drawings.
-
-        Args:
-            step: Position on the x axis.
-            record: What to show.
-        """
+        """Write a record and start its drawings."""
         if record.scalars or record.histograms or record.texts or record.data:
             self._output.run(lambda: self._write_values(step, record))
         if record.rows:
@@ -64,7 +59,7 @@ class TensorBoardSink:
         self._write_pictures(wait=False)
 
     def close(self) -> None:
-        """Finish and write pending drawings, and flush the file. The writer stays open."""
+        """Write pending drawings; leave the writer open."""
         self._write_pictures(wait=True)
         self._pictures.close()
         self._output.run(self._writer.flush)
@@ -140,9 +135,10 @@ def _number(value: float) -> float:
 def _buckets(
     histograms: Mapping[str, Sequence[float]], edges: Mapping[str, Sequence[float]]
 ) -> Iterator[TensorProto]:
-    """Yield left edge, right edge and count of each bin; empty neighbours are one bin.
+    """Yield left edge, right edge and count of bins.
 
-    That halves the bytes, whose checksum is most of the cost of writing. The axis and the picture stay the same.
+    Empty neighbours are one bin. That halves the bytes, whose checksum is most of the cost of writing. The axis and the
+    picture stay the same.
     """
     if not histograms:
         return

@@ -1,4 +1,4 @@
-"""Loggers that show more than scalars: W&B (histograms, pictures, texts) and MLflow (pictures, texts)."""
+"""Log sinks for W&B and MLflow."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightning_gradguard.charts.heatmap import decode_png
+from lightning_gradguard.charts import decode_png
 from lightning_gradguard.loggers.base import FailSafe, LoggerSink, LogRecord, Picture, PictureQueue
 from lightning_gradguard.stats.histogram import EDGES
 
 
 class MediaSink(LoggerSink):
-    """Base of both. Pictures are drawn on a thread, and an error of the media does not stop the scalars.
+    """Base of sinks that show pictures and texts.
+
+    Pictures are drawn on a thread. An error of the media does not stop the scalars.
 
     Args:
         logger: As for `LoggerSink`.
@@ -26,7 +28,7 @@ class MediaSink(LoggerSink):
         self._media, self._pictures = FailSafe(f"{self.name} media"), PictureQueue(self.name)
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Log a record and start its drawings, which are logged with a later record or on closing."""
+        """Log a record and start its drawings."""
         super().write(step, record)
         if self._media.is_off:
             return
@@ -53,7 +55,9 @@ class MediaSink(LoggerSink):
 
 
 class WandbSink(MediaSink):
-    """Shows records in W&B, with histograms on the axis that they were counted on.
+    """Sink that shows records in W&B.
+
+    Histograms have the axis that they were counted on.
 
     Args:
         logger: A ``WandbLogger``.
@@ -82,7 +86,9 @@ class WandbSink(MediaSink):
 
 
 class MlflowSink(MediaSink):
-    """Shows records in MLflow, which has no histograms. A text is an artifact, ``TAG.md``, of the newest step.
+    """Sink that shows records in MLflow.
+
+    MLflow has no histograms. A text is an artifact, ``TAG.md``, of the newest step.
 
     Args:
         logger: An ``MLFlowLogger``.
@@ -101,6 +107,6 @@ class MlflowSink(MediaSink):
             self.logger.experiment.log_text(self.logger.run_id, text, f"{tag}.md")
 
     def log_picture(self, picture: Picture) -> None:
-        """Log a picture at the step that it shows."""
+        """Log a picture at its step."""
         pixels = decode_png(picture.png)
         self.logger.experiment.log_image(self.logger.run_id, pixels, key=picture.tag, step=picture.step)

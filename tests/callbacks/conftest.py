@@ -8,7 +8,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Classifier(pl.LightningModule):
-    """A few layers on 8 numbers; a batch listed in ``bad`` becomes NaN."""
+    """Classifier on 8 numbers.
+
+    A batch listed in ``bad`` becomes NaN.
+    """
 
     def __init__(self, activation=nn.ReLU, depth=4, lr=0.1, bad=(), optimizer=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`GRADGUARD=protect` in the environment guards every Trainer, and no environment guards none."""
+"""`GRADGUARD=protect` in the environment guards every Trainer."""
 
 import os
 import subprocess

@@ -1,4 +1,7 @@
-"""A misspelt name raises or warns once, with the nearest name that exists, in a real Trainer."""
+"""Misspelt names raise or warn once.
+
+The message holds the nearest name that exists.
+"""
 
 import lightning.pytorch as pl
 import pytest
@@ -24,7 +27,10 @@ CLIPPERS = {
 
 
 class Pair(pl.LightningModule):
-    """Two nets, each with its optimizer; the first layer has none."""
+    """Two nets with an optimizer each.
+
+    The first layer has none.
+    """
 
     def __init__(self):
         super().__init__()
@@ -45,7 +51,7 @@ class Pair(pl.LightningModule):
 
 
 class Validated(pl.LightningModule):
-    """Logs a metric at each validation."""
+    """Net that logs a metric at each validation."""
 
     def __init__(self):
         super().__init__()

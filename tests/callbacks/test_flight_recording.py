@@ -1,4 +1,7 @@
-"""The flight recorder in a real Trainer: what it writes, and that it does not change the training."""
+"""Flight recorder in a real Trainer.
+
+It writes what is promised, and does not change the training.
+"""
 
 import re
 import warnings
@@ -23,7 +26,10 @@ pytestmark = quiet
 
 
 class Net(pl.LightningModule):
-    """Dropout and batch norm on 8 numbers; a batch listed in ``bad`` gives NaN, one in ``fails`` an error."""
+    """Net with dropout and batch norm.
+
+    A batch listed in ``bad`` gives NaN, one in ``fails`` an error.
+    """
 
     def __init__(self, bad=(), fails=(), by_hand=False, optimizer=torch.optim.AdamW, **more):
         super().__init__()
@@ -52,7 +58,7 @@ class Net(pl.LightningModule):
 
 
 def halt(fit, module, *callbacks, guard=None, **options):
-    """Fit until training halts; return the guard and the halt."""
+    """Fit until a halt; return guard and halt."""
     guard = guard or GradGuard(policy=Policy.strict(), recorder=Recorder())
     with pytest.raises(GradientHalt) as caught:
         fit(module, guard, *callbacks, **options)
@@ -79,7 +85,7 @@ def test_the_training_is_bit_identical_with_and_without(fit):
 
 
 class Watcher(pl.Callback):
-    """Keeps the state before each batch."""
+    """Callback that keeps the state before each batch."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.state = {name: t.clone() for name, t in module.state_dict().items()}

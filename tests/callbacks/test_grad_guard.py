@@ -365,7 +365,10 @@ def test_repr_shows_the_arguments_that_are_not_default():
 
 @quiet
 def test_each_diagnosis_is_logged_once_though_two_optimizers_have_one(fit, tmp_path):
-    """The diagnosis is that of the newest critical finding, also when the other optimizer is judged again."""
+    """Keep the diagnosis of the newest critical finding.
+
+    It stays when the other optimizer is judged again.
+    """
 
     class AlwaysRaised:
         fault, measures = Fault.EXPLODING, ("norm",)

@@ -1,4 +1,7 @@
-"""`GradHistogram` in a real Trainer, its event files read back."""
+"""`GradHistogram` in a real Trainer.
+
+Its event files are read back.
+"""
 
 import warnings
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from tensorboard.util import tensor_util
 from torch import nn
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientWarning, NormClip
-from lightning_gradguard.loggers.exponents import FORMATS
+from lightning_gradguard.loggers.histograms import FORMATS
 from lightning_gradguard.stats.histogram import EDGES, edges
 
 GROUP = "gradguard_hist_log10/"
@@ -24,7 +27,10 @@ EXPONENTS = "gradguard_exponents/"
 
 
 def expanded(table):
-    """Return a table of thirty rows from one in which empty neighbours are merged."""
+    """Return thirty rows from a merged table.
+
+    Empty neighbours are merged in it.
+    """
     assert (table[0, 0], table[-1, 1]) == (EDGES[0], EDGES[-1])
     assert (table[1:, 0] == table[:-1, 1]).all()
     full = np.stack([EDGES[:-1], EDGES[1:], np.zeros(30)], axis=1)
@@ -34,7 +40,7 @@ def expanded(table):
 
 
 def tensors(folder, group):
-    """Return pairs of step and tensor by tag, of one tag group."""
+    """Return (step, tensor) pairs of a tag group."""
     accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
     return {
         tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto)) for e in accumulator.Tensors(tag)]
@@ -73,7 +79,7 @@ def test_every_layer_is_there_on_the_fixed_axis_in_order(fit, classifier, board)
 
 
 class Record(Callback):
-    """Keeps the gradients of step 5."""
+    """Callback that keeps the gradients of step 5."""
 
     def __init__(self):
         self.seen = {}
@@ -300,7 +306,10 @@ def test_no_gradient_raises_or_warns(fit, classifier, board, kind, max_samples, 
 
 
 class Odd(LightningModule):
-    """Parameters that are complex, half precision, empty, sparse, frozen, a scalar, and unused."""
+    """Parameters of unusual kinds.
+
+    They are complex, half precision, empty, sparse, frozen, a scalar, and unused.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,7 @@
-"""Every argument can be set from YAML through a real LightningCLI, and wrong values are named."""
+"""Arguments from YAML through a real LightningCLI.
+
+Every argument can be set, and errors name wrong values.
+"""
 
 import dataclasses
 import inspect
@@ -90,7 +93,7 @@ class Data(pl.LightningDataModule):
 
 @pytest.fixture
 def cli(monkeypatch, tmp_path):
-    """Run LightningCLI with a Trainer's callbacks from YAML; return them."""
+    """Run LightningCLI; return the callbacks from YAML."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     # Of how Lightning uses it.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -232,7 +235,10 @@ def test_patterns_and_a_monitor_from_yaml_are_checked_with_the_model(cli):
 
 
 def test_on_without_quotes_is_not_the_recorders(cli, capsys):
-    """YAML 1.1 reads it as true; a comment in examples/config.yaml warns of it."""
+    """Reject ``on``, which YAML 1.1 reads as true.
+
+    A comment in examples/config.yaml warns of it.
+    """
     with pytest.raises(SystemExit):
         cli(ALL.replace('"on":', "on:"))
     assert "Key must be a string, got: True" in capsys.readouterr().err

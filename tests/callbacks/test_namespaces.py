@@ -1,4 +1,7 @@
-"""The callbacks work with `lightning.pytorch` alone, with `pytorch_lightning` alone, and with both."""
+"""Callbacks under both names of Lightning.
+
+They work with `lightning.pytorch` alone, with `pytorch_lightning` alone, and with both.
+"""
 
 import os
 import subprocess
@@ -133,7 +136,7 @@ def test_one_guard_for_trainers_of_both(names, tmp_path):
 
 
 @needs_both
-@pytest.mark.parametrize("names", [NAMESPACES, NAMESPACES[::-1]])
+@pytest.mark.parametrize("names", [pytest.param(NAMESPACES, marks=pytest.mark.slow), NAMESPACES[::-1]])
 def test_a_trainer_of_the_package_that_is_imported_later(names, tmp_path):
     run(tmp_path, LATER, [], *names)
 

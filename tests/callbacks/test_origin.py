@@ -1,4 +1,7 @@
-"""The source of a non-finite step is traced, with and without trials, and the training is not changed."""
+"""Sources of non-finite steps are traced.
+
+This works with and without trials, and does not change the training.
+"""
 
 import warnings
 
@@ -12,7 +15,10 @@ from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy
 
 
 class Model(L.LightningModule):
-    """A net for 40 batches, of which those in ``spoiled`` hold NaN."""
+    """Net for 40 batches.
+
+    Those in ``spoiled`` hold NaN.
+    """
 
     def __init__(self, spoiled=(), root=False, by_hand=False):
         super().__init__()

@@ -1,4 +1,7 @@
-"""The progress bar shows at most two values, only if asked for, and nothing is read for it."""
+"""At most two values in the progress bar.
+
+They are shown only if asked for, and nothing is read for them.
+"""
 
 import copy
 import gc
@@ -19,7 +22,10 @@ BARS = {"tqdm": TQDMProgressBar, "rich": RichProgressBar}
 
 
 class Record(pl.Callback):
-    """Keeps what a bar would show after each batch, and what the guard reports then."""
+    """Callback that records the bar's values.
+
+    The guard's report is kept with them.
+    """
 
     def __init__(self, guard):
         self.guard, self.shown, self.known = guard, [], []
@@ -118,7 +124,10 @@ def test_values_of_the_module_stay(fit, classifier):
 
 
 def test_nothing_more_is_read_or_logged(fit, classifier, monkeypatch):
-    """Values that ``log`` takes are tensors, read again after each batch, and stand in ``callback_metrics``."""
+    """Check that showing values adds no work.
+
+    Values that ``log`` takes are tensors, read again after each batch, and stand in ``callback_metrics``.
+    """
     reads = []
     for name in ("item", "tolist", "__float__"):
         original = getattr(Tensor, name)

@@ -1,4 +1,7 @@
-"""A training that would be ruined rolls back, ends gracefully, or fails, as the policy says."""
+"""Rollbacks, graceful ends and failures.
+
+The policy decides which of them a training gets that would be ruined.
+"""
 
 import math
 import warnings
@@ -8,14 +11,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy
+from lightning_gradguard import GradGuard, GradientHalt, GradientWarning, Policy, SpikeClip
+from lightning_gradguard.testing import FaultInjector, NaN
 
+BATCHES = 160
 TRUTH = torch.linspace(-1, 1, 6)
 
 
 class Regression(pl.LightningModule):
-    """Linear regression; batches in ``bad`` are NaN, and those in ``wild`` a thousand times too large."""
+    """Linear regression on batches with faults.
+
+    Batches in ``bad`` are NaN, and those in ``wild`` a thousand times too large.
+    """
 
     def __init__(self, rate=0.05, bad=(), wild=(), optimizer=torch.optim.SGD, schedule=None):
         super().__init__()
@@ -39,7 +48,7 @@ class Regression(pl.LightningModule):
         return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
 
 
-def data(batches=200):
+def data(batches=BATCHES):
     x = torch.randn(batches * 16, 6, generator=torch.Generator().manual_seed(1))
     return torch.utils.data.DataLoader(x, batch_size=16)
 
@@ -88,10 +97,10 @@ def test_it_restores_the_newest_state_that_proved_healthy(tmp_path, optimizer):
     (message,) = [text for text in said if "rollback 1 of 3" in text]
     assert "those of step 80" in message
     assert "0.025 instead of 0.05" in message
-    assert trainer.global_step == 200
-    assert module.seen == list(range(200))  # the loop goes on, and the window is left out
+    assert trainer.global_step == BATCHES
+    assert module.seen == list(range(BATCHES))  # the loop goes on, and the window is left out
     assert all(p.isfinite().all() for p in module.parameters())
-    assert module.losses[-1] < 0.1 * module.losses[0]
+    assert module.losses[-1] < 0.25 * module.losses[0]
 
 
 def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_path):
@@ -108,7 +117,7 @@ def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_pa
 
 
 def test_after_the_last_rollback_it_halts(tmp_path):
-    module, guard = Regression(bad=range(50, 200)), back(max_rollbacks=2)
+    module, guard = Regression(bad=range(50, BATCHES)), back(max_rollbacks=2)
     with pytest.raises(GradientHalt) as caught:
         fit(module, guard, tmp_path)
     # Two skips and a third that goes back, twice; the next third halts.
@@ -125,7 +134,10 @@ def test_other_faults_do_not_roll_back(tmp_path):
 
 
 def test_a_state_followed_by_a_warning_is_not_restored(tmp_path):
-    """A spike at step 90 is warned of, so the state of step 80 did not prove healthy, and that of 60 is restored."""
+    """Skip the state of step 80.
+
+    The warning of step 90 follows it within 20 steps, so it did not prove healthy. That of step 60 is restored.
+    """
     guard = back()
     module = Regression(bad=range(95, 99), wild=(90,))
     _, said = fit(module, guard, tmp_path)
@@ -171,7 +183,7 @@ def test_rollbacks_are_counted_on_after_a_resume(tmp_path):
 @pytest.mark.parametrize("more", [{}, {"min_epochs": 3}, {"min_steps": 500}, {"accumulate_grad_batches": 2}])
 def test_a_graceful_halt_ends_fit_without_the_bad_step(tmp_path, more):
     policy = Policy(respond={"nonfinite": "halt"}, stop="graceful")
-    module, guard = Regression(bad=range(60, 200)), GradGuard(policy=policy)
+    module, guard = Regression(bad=range(60, BATCHES)), GradGuard(policy=policy)
     before = {}
 
     class Keeper(pl.Callback):
@@ -260,7 +272,7 @@ def test_in_a_loop_of_your_own_a_rollback_is_a_halt():
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_nonfinite_batch_does_not_stay_in_running_statistics(tmp_path, lag):
-    """Validation then works as if the batch had not been there."""
+    """Validate as if the batch had not been there."""
     kept = {}
 
     class Keeper(pl.Callback):
@@ -286,3 +298,75 @@ def test_running_statistics_do_not_change_without_a_skip(tmp_path):
     fit(watched, GradGuard(), tmp_path)
     for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+BATCHES = 60
+
+
+class BufferedNet(pl.LightningModule):
+    def __init__(self, expanded):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        if expanded:  # no checkpoint can be loaded into it
+            self.register_buffer("expanded", torch.zeros(1).expand(8))
+        self.register_buffer("replaced", torch.zeros(8))
+
+    def training_step(self, batch, number):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(number))
+        self.replaced = 0.9 * self.replaced + 0.1 * x.mean(0)
+        return (self.net(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def validation_step(self, batch, number):
+        self.replaced = self.replaced * 1.0  # which is an inference tensor from now on
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class Recorder(pl.Callback):
+    def __init__(self, guard, path=None, at=None):
+        self.guard, self.path, self.at, self.thresholds, self.replaced = guard, path, at, {}, {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        self.thresholds[number], self.replaced[number] = self.guard.report.threshold, module.replaced.clone()
+        if trainer.global_step == self.at:
+            trainer.save_checkpoint(self.path)
+
+
+def fit_with_nan(folder, *bad, saved=None, ckpt_path=None, expanded=False, **options):
+    policy = Policy(respond={"nonfinite": "rollback"}, max_consecutive_skips=0, snapshot_every=10)
+    guard = GradGuard(clipper=SpikeClip(), policy=policy)
+    follow, module = Recorder(guard, folder / "half.ckpt", saved), BufferedNet(expanded)
+    faults = [FaultInjector(NaN(at=bad))] if bad else []
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=[*faults, guard, follow], default_root_dir=folder, **options,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = DataLoader(range(BATCHES), batch_size=None)
+        trainer.fit(
+            module, data, DataLoader(range(2), batch_size=None) if options else None, ckpt_path=ckpt_path
+        )
+    return guard, follow, module
+
+
+def test_right_after_a_resume_the_guard_returns_to_the_restored_state(tmp_path):
+    """Restore the guard, whose clipper needs no new warm-up."""
+    fit_with_nan(tmp_path, saved=40)
+    guard, follow, module = fit_with_nan(tmp_path, 41, ckpt_path=tmp_path / "half.ckpt")
+    assert guard.summary["rollbacks"] == 1
+    # Lightning 2.4 takes the batch twice at whose end it was saved.
+    assert guard.summary["judged"] == module.trainer.global_step >= BATCHES
+    assert all(math.isfinite(follow.thresholds[number]) for number in range(42, BATCHES))
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 7}])
+def test_buffers_that_are_expanded_or_replaced(tmp_path, options):
+    guard, follow, module = fit_with_nan(tmp_path, 35, expanded=True, **options)
+    assert guard.summary["rollbacks"] == 1
+    assert module.expanded.stride() == (0,)
+    # Restored to its value before batch 20, and updated with batch 36.
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(36))
+    torch.testing.assert_close(follow.replaced[36], 0.9 * follow.replaced[19] + 0.1 * x.mean(0))

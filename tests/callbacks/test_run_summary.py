@@ -1,4 +1,7 @@
-"""The table at the end of a run: its contents, when and where it is logged, and how it is silenced."""
+"""Run summary: the table at a run's end.
+
+Its contents, when and where it is logged, and how to silence it.
+"""
 
 import contextlib
 import logging
@@ -45,7 +48,7 @@ def tables(caplog):
 
 
 class End(pl.Callback):
-    """Ends a training after some batches."""
+    """Callback that ends a training after some batches."""
 
     def __init__(self, error, after=3):
         self.error, self.after = error, after
@@ -262,7 +265,10 @@ PRODUCTION = (Path(__file__).parents[2] / "docs" / "how-to" / "production.md").r
 
 
 class Trouble(pl.LightningModule):
-    """A net with NaN in batches 50, 51 and 120, and spikes in batches 90 and 140."""
+    """Net that gets NaN and spikes.
+
+    NaN in batches 50, 51 and 120, spikes in batches 90 and 140.
+    """
 
     def __init__(self):
         super().__init__()
@@ -362,7 +368,7 @@ HEAD = "\nGradGuard | Judged | Skipped | Non-finite | Faults found\n"
 
 @pytest.fixture
 def train(python, tmp_path):
-    """Run a script in processes of its own; return what all ranks together write to stdout and stderr."""
+    """Run a script; return the output of all ranks."""
 
     def run(before="", options="enable_progress_bar=False", world=1):
         script = tmp_path / "script.py"

@@ -1,4 +1,7 @@
-"""Running statistics stay finite after a non-finite batch, and other buffers are not changed."""
+"""Running statistics stay finite after bad batches.
+
+Other buffers are not changed.
+"""
 
 import math
 
@@ -15,7 +18,10 @@ BAD = 7
 
 
 class Net(pl.LightningModule):
-    """A net with batch norm, statistics of its own and other buffers; batch 7 is multiplied by ``value``."""
+    """Net with batch norm and other buffers.
+
+    Batch 7 is multiplied by ``value``.
+    """
 
     def __init__(self, value=math.nan, by_hand=False, optimizer=torch.optim.AdamW):
         super().__init__()
@@ -53,7 +59,10 @@ class Net(pl.LightningModule):
 
 
 class Look(pl.Callback):
-    """Keeps the buffers after each batch, as a checkpoint or a validation gets them."""
+    """Callback that records the buffers after each batch.
+
+    A checkpoint or a validation would get the same.
+    """
 
     def __init__(self):
         self.seen = {}
@@ -95,7 +104,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_batch_is_removed_before_it_ends(case):
-    """So that neither a checkpoint nor a validation between two batches gets any of it."""
+    """Keep bad values out of checkpoints and validations."""
     arguments, options = CASES[case]
     guard = GradGuard(**options)
     seen = fit(Net(**arguments), guard)

@@ -1,4 +1,7 @@
-"""A gradient scaler with steps that Lightning announces and does not take, and after a graceful end."""
+"""Gradient scalers in unusual steps.
+
+Lightning announces steps that it does not take, and training ends gracefully.
+"""
 
 import math
 
@@ -23,7 +26,10 @@ OPTIMIZERS = {
 
 
 class Net(pl.LightningModule):
-    """Batches in ``absent`` have no loss; by hand, the loss of batch ``bad`` is NaN for the first optimizer."""
+    """Net whose batches in ``absent`` have no loss.
+
+    By hand, the loss of batch ``bad`` is NaN for the first optimizer.
+    """
 
     def __init__(self, optimizer, absent=(), bad=None):
         super().__init__()

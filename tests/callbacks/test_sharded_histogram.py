@@ -1,4 +1,7 @@
-"""Histograms of sharded gradients equal those of whole ones, under FSDP2 with two processes."""
+"""Histograms of sharded gradients equal whole ones.
+
+Two processes shard them with FSDP2.
+"""
 
 import json
 
@@ -66,7 +69,7 @@ with open(f"{folder}/said{trainer.global_rank}.json", "w") as file:
 
 
 def train(python, folder, devices):
-    """Return histograms and shares that rank 0 wrote, by tag, and the warnings of each rank."""
+    """Return rank 0's histograms and all warnings."""
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(SCRIPT)

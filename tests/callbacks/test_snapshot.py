@@ -1,4 +1,7 @@
-"""A restored snapshot is bit-identical for every optimizer, and lowered rates stay low under every schedule."""
+"""Restored snapshots and lowered learning rates.
+
+A snapshot is bit-identical for every optimizer, and rates stay low under every schedule.
+"""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Real trainings, and the context a guard would build when it finds something."""
+"""Real trainings, and their contexts at a finding."""
 
 import dataclasses
 import math
@@ -18,14 +18,20 @@ def make_finding(fault, *, value=1.0, limit=1.0, step=30, parameters=(), measure
 
 
 def theil_sen_tilt(profile):
-    """Return the depth tilt in decades: the median slope over pairs of layers, times the layers between."""
+    """Return the depth tilt in decades.
+
+    The median slope over pairs of layers, times the layers between.
+    """
     pairs = [(i, j) for j in range(len(profile)) for i in range(j)]
     slopes = [(profile[j] - profile[i]) / (j - i) for i, j in pairs if math.isfinite(profile[j] - profile[i])]
     return median(slopes) * (len(profile) - 1) if slopes else math.nan
 
 
 def case_of(model, loss, fault, *, before=None, losses=(), optimizer=None, value=None, **known):
-    """Return the context after ``loss.backward()``; ``before`` holds the weights before the newest step."""
+    """Return the context after ``loss.backward()``.
+
+    ``before`` holds the weights before the newest step.
+    """
     parameters = dict(model.named_parameters())
     graph_summary = summarize_graph(loss, parameters)
     names = [graph_summary.names[i] for i in graph_summary.order]
@@ -68,7 +74,10 @@ def case_of(model, loss, fault, *, before=None, losses=(), optimizer=None, value
 
 
 def train(model, loss_of, optimizer, steps, fault, *, value=None, **known):
-    """Train, and return the context at the last step; update ratios are those of the step before it."""
+    """Train, and return the last step's context.
+
+    Update ratios are those of the step before it.
+    """
     losses, before = [], None
     initial = {n: p.detach().norm().item() for n, p in model.named_parameters()}
     for step in range(steps):
@@ -94,7 +103,10 @@ def mlp(depth, width=32, activation=nn.ReLU, inputs=32, outputs=10):
 
 
 def templates(batch=64, inputs=32, outputs=10):
-    """Return batches of ten class templates plus noise: a task that a healthy net learns at once."""
+    """Return batches of class templates plus noise.
+
+    A healthy net learns this task at once.
+    """
     centres = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
 
     def batch_of(step):
@@ -112,7 +124,7 @@ def cross_entropy(model, step, batch_of=templates()):  # noqa: B008
 
 @pytest.fixture
 def lab():
-    """The helpers of this file, which test modules cannot import."""
+    """Share the helpers of this file with tests."""
 
     class Lab:
         finding = staticmethod(make_finding)

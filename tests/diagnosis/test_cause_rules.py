@@ -1,4 +1,4 @@
-"""The rule of each cause on plain numbers: when it yields evidence, and how its weight depends on the measurement."""
+"""The rule of each cause, on plain numbers."""
 
 import dataclasses
 import math
@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.diagnosis.causes import RULES, find_causes
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN
-from lightning_gradguard.diagnosis.context import TOO_LARGE, TOO_SMALL, DiagnosticContext
+from lightning_gradguard.diagnosis.context import CERTAIN, TOO_LARGE, TOO_SMALL, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
@@ -21,7 +20,7 @@ NAMES = tuple(f"{i}.weight" for i in range(6))
 def case_with(
     fault=Fault.VANISHING, *, value=5.0, kinds=None, gain=1.0, step=30, parameters=NAMES[:1], **known
 ):
-    """Return the context of six healthy layers of width 16 with the given gain."""
+    """Return the context of six healthy layers."""
     graph_summary = GraphSummary(
         names=NAMES,
         order=tuple(range(6)),

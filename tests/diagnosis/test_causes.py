@@ -1,4 +1,7 @@
-"""For real trainings the right cause comes first, and its first fix, executed as written, makes them learn."""
+"""Causes and fixes of real trainings.
+
+The right cause comes first, and its first fix, executed as written, makes the model learn.
+"""
 
 import math
 
@@ -34,14 +37,14 @@ def sgd(model, lr=0.1, **settings):
 
 
 def execute(remedy, **names):
-    """Run the code of a fix, and return the names that it defined."""
+    """Run the code of a fix; return its names."""
     scope = {"torch": torch, "nn": nn, **names}
     exec(remedy.how, scope)
     return scope
 
 
 def block_of(remedy):
-    """Return a layer whose forward pass is the code of a fix."""
+    """Return a layer that runs a fix's code."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -323,7 +326,10 @@ def test_targets_of_ten_thousand(lab):
 
 
 def test_the_first_fix_for_sigmoids_reaches_95_percent_on_digits(lab):
-    """By executing the code of the fix; other optimizers and seeds are in the comments of `fixes_for`."""
+    """Execute the code of the fix.
+
+    Results of other optimizers and seeds are in the comments of `fixes_for`.
+    """
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
     pixels = ((pixels - pixels.mean()) / pixels.std()).float()
     train, valid = torch.randperm(len(pixels)).tensor_split([1437])
@@ -358,7 +364,7 @@ def test_any_finding_without_any_other_fact_gets_an_answer(lab, fault):
 
 
 def test_a_custom_fault_has_an_unknown_cause_and_a_fix(lab):
-    """Not even inputs far from unit scale are blamed for a fault that the rules do not know."""
+    """Not even inputs far from unit scale are blamed."""
     finding = lab.finding(Fault.custom("mixed_up"), value=0.9, measure="share of mixed-up rows")
     diagnosis = diagnose(DiagnosticContext(finding, input_rms=100.0, time_tilt=9.0))
     assert diagnosis.causes == (Cause.UNKNOWN,)

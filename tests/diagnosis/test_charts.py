@@ -1,4 +1,4 @@
-"""The heat map shows what was measured, and its labels are legible."""
+"""The heat map is right, its labels legible."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from lightning_gradguard.charts.heatmap import SCALE, paint
+from lightning_gradguard.charts import SCALE, paint
 from lightning_gradguard.diagnosis.charts import MARKED, ROWS, heat_map
 from lightning_gradguard.diagnosis.diagnosis import Timeline
 

@@ -1,4 +1,4 @@
-"""What a context derives from its facts, against numbers worked out by hand."""
+"""Derived facts, against numbers worked out by hand."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from lightning_gradguard.results import Fault, Finding, Severity
 
 @pytest.fixture
 def case(lab):
-    """Three layers of width 4, a bias, and a table."""
+    """Return three layers of width 4, with bias and table."""
     return DiagnosticContext(
         lab.finding(Fault.STALLED),
         names=("a.weight", "a.bias", "b.weight", "c.weight"),
@@ -71,7 +71,10 @@ def test_settings_are_numbers(case):
     depth=st.integers(1, 9),
 )
 def test_gain_is_the_factor_by_which_a_layer_scales_a_signal(gain, fan_in, fan_out, depth):
-    """Weights of RMS gain/sqrt(fan_in) have that gain, whatever their shape; outliers do not move the median."""
+    """Weights of RMS gain/sqrt(fan_in) have that gain.
+
+    Their shape does not matter, and outliers do not move the median.
+    """
     norm = gain / math.sqrt(fan_in) * math.sqrt(fan_in * fan_out)
     names = tuple(str(i) for i in range(2 * depth + 1))
     norms = (norm,) * (depth + 1) + (0.0,) * depth

@@ -1,4 +1,7 @@
-"""Panels of the fixes that were tried: on one scale, and marked good only if gradients are healthy."""
+"""Panels of the fixes that were tried.
+
+They are on one scale, and marked good only if gradients are healthy.
+"""
 
 import dataclasses
 import math

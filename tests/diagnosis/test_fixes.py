@@ -1,4 +1,4 @@
-"""Fixes are short lines of Python that run, come once each, and fit the training."""
+"""Fixes run, come once each, and fit the training."""
 
 import ast
 import dataclasses

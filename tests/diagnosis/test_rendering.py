@@ -1,4 +1,7 @@
-"""The text, Markdown and HTML of a diagnosis are complete, in order, narrow enough, and safe for any tensor name."""
+"""Text, Markdown and HTML of a diagnosis.
+
+They are complete, in order, narrow enough, and safe for any tensor name.
+"""
 
 import dataclasses
 import html.parser
@@ -84,7 +87,10 @@ VOID = {"meta", "br"}
 
 
 class Reader(html.parser.HTMLParser):
-    """Text and tags of a page; checks that tags are closed in the reverse order of opening."""
+    """Text and tags of a page.
+
+    Tags must be closed in the reverse order of opening.
+    """
 
     def __init__(self, page):
         super().__init__()
@@ -282,7 +288,10 @@ def test_powers_of_ten_are_superscripts_on_the_page():
 
 
 def test_markdown_is_safe_if_html_is_not_removed():
-    """GitHub keeps some HTML, so no tag and no entity may remain outside code spans."""
+    """No tag or entity remains outside code spans.
+
+    GitHub keeps some HTML.
+    """
     sentence = "a <b> c & `<d>` <script>"
     marked = dataclasses.replace(DIAGNOSIS, signs=(sentence,)).to_markdown()
     assert "- a &lt;b> c &amp; `<d>` &lt;script>\n" in marked

@@ -1,4 +1,4 @@
-"""Symptoms are sentences about what was measured, and about nothing else."""
+"""Symptoms say what was measured, nothing else."""
 
 import dataclasses
 import math

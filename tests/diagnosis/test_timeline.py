@@ -1,4 +1,4 @@
-"""The timeline of a diagnosis holds the newest steps, layer by layer."""
+"""The timeline holds the newest steps by layer."""
 
 import math
 
@@ -21,7 +21,7 @@ def guarded(model, **options):
 
 
 class Backwards(nn.Module):
-    """A module that lists its parameters in another order than it uses them."""
+    """A module that lists its parameters in reverse."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What goes wrong in the trainings of `chaos_script`, and the nets that it goes wrong in; all of it drawn by dice."""
+"""Random faults and nets for `chaos_script`."""
 
 import math
 
@@ -12,7 +12,9 @@ PLACES = ["gradient", "activation", "loss", "batch"]
 
 
 class Fault:
-    """A value that appears in a place at some batches, in one process or in all.
+    """Bad value in a place at some batches.
+
+    It appears in one process or in all.
 
     Attributes:
         struck: How often it appeared in this process.
@@ -50,7 +52,10 @@ class Fault:
 
 
 class Net(pl.LightningModule):
-    """A net of random parts, trained by Lightning or by hand, in which faults appear."""
+    """Net of random parts, in which faults appear.
+
+    It is trained by Lightning or by hand.
+    """
 
     def __init__(self, dice, faults, optimizer, by_hand):
         super().__init__()

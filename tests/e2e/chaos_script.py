@@ -1,4 +1,6 @@
-"""Trainings in which something goes wrong at random, run by test_chaos and by benchmarks/chaos.py.
+"""Trainings with random faults.
+
+test_chaos and benchmarks/chaos.py run them.
 
 ``python chaos_script.py FOLDER FIRST COUNT [RANK WORLD PORT]`` trains once for each seed from FIRST on, and writes what
 became of each to a line of ``FOLDER/rankRANK.jsonl``. The seed alone decides everything, so that a failure comes again.
@@ -51,7 +53,10 @@ RESPONSES = {
 
 
 def optimizers():
-    """Name to class and settings: those of torch in every form, but for those that take special gradients."""
+    """Return optimizers by name: class and settings.
+
+    Those of torch in every form, except for those that take special gradients.
+    """
     found = {}
     for name, kind in vars(torch.optim).items():
         if not isinstance(kind, type) or name in ("Optimizer", "LBFGS", "SparseAdam", "Muon"):
@@ -66,7 +71,7 @@ def optimizers():
 
 
 def guard_of(dice, optimizer, folder):
-    """A guard with some clipper, policy and detectors, late where it can be."""
+    """Return a guard with random parts."""
     respond = RESPONSES[dice.choice(list(RESPONSES))]
     policy = Policy(
         respond=respond, patience=dice.choice([0, 3, 50]), max_consecutive_skips=dice.choice([0, 2, 5]),
@@ -80,7 +85,7 @@ def guard_of(dice, optimizer, folder):
 
 
 def trainer_of(dice, guard, by_hand, world, folder):
-    """A Trainer with some precision, accumulation and logger."""
+    """Return a Trainer with random parts."""
     # By hand in 64 bits the default type is another one while a step is judged.
     precision = dice.choice(PRECISIONS[:-1] if by_hand else PRECISIONS)
     options = {"precision": precision}
@@ -100,7 +105,10 @@ def trainer_of(dice, guard, by_hand, world, folder):
 
 
 def train(seed, rank, world, folder):
-    """One training; what is wrong afterwards, and what must be the same on all ranks."""
+    """Train once; return problems and shared results.
+
+    Shared results must be the same on all ranks.
+    """
     dice = random.Random(seed)
     faults = [Fault(dice, world) for _ in range(dice.choice([1, 1, 2, 3]))]
     name, optimizer = dice.choice(sorted(optimizers().items()))
@@ -139,7 +147,10 @@ def train(seed, rank, world, folder):
 
 
 def ruined(module, optimizers):
-    """Names of weights and moments that are not finite, of buffers that are NaN, and of those that are infinite."""
+    """Return names of non-finite weights, moments, buffers.
+
+    Buffers that are NaN and those that are infinite are listed apart.
+    """
     moments = {
         f"optimizer {i}, {place}, {key}": value
         for i, optimizer in enumerate(optimizers)
@@ -161,7 +172,10 @@ def digest(tensors):
 
 
 def main(folder, first, count, rank=None, world=None, port=None):
-    """Trains; rank and world are those of the environment unless given."""
+    """Train; take rank and world from the environment.
+
+    Arguments take precedence.
+    """
     rank = int(os.environ.get("LOCAL_RANK", 0)) if rank is None else rank
     world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
     if port is not None:

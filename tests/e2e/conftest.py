@@ -1,3 +1,3 @@
-"""Scripts that tests start in processes of their own are no tests."""
+"""Leave out scripts that tests start."""
 
 collect_ignore_glob = ["*_script.py"]

@@ -1,4 +1,7 @@
-"""Trained by two processes in test_ddp; each writes what it saw to a file of its own."""
+"""Trainings of two processes, for test_ddp.
+
+Each process writes its results to a file of its own.
+"""
 
 import json
 import sys
@@ -12,51 +15,91 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard, GradientHalt, Policy, SpikeClip
 
-folder, bad, policy = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-warnings.simplefilter("ignore")
 
+class Protected(pl.LightningModule):
+    """Net that gets NaN in the second process, in batches ``bad``."""
 
-class Module(pl.LightningModule):
-    def __init__(self):
+    def __init__(self, bad, guard):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-        self.reports = []
+        self.bad, self.guard, self.reports = bad, guard, []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        # Only the second process sees the bad batch.
-        if batch_idx in bad and self.global_rank == 1:
+        if batch_idx in self.bad and self.global_rank == 1:
             x = x * float("nan")
         return nn.functional.cross_entropy(self.net(x), y)
 
     def on_train_batch_end(self, *_):
-        report = guard.report
+        report = self.guard.report
         self.reports.append([report.step, report.loss, report.total_norm, report.clipped_norm, report.skip])
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
-generator = torch.Generator().manual_seed(0)
-x = torch.randn(2 * 30 * 8, 8, generator=generator)
-data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8, shuffle=False)
-guard = GradGuard(clipper=SpikeClip(), policy=getattr(Policy, policy)())
-module = Module()
-trainer = pl.Trainer(
-    max_epochs=1, accelerator="cpu", strategy="ddp", devices=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, callbacks=[guard],
-)  # fmt: skip
-halted = None
-try:
-    trainer.fit(module, data)
-except GradientHalt as halt:
-    halted = halt.step
-seen = {
-    "reports": module.reports,
-    "findings": [[f.fault.value, f.step, list(f.parameters)] for f in guard.findings],
-    "halted": halted,
-    "summary": guard.summary,
-    "weights": [p.flatten().tolist() for p in module.parameters()],
-}
+class Vanishing(pl.LightningModule):
+    """Net whose gradients vanish; its step may communicate."""
+
+    def __init__(self, talks):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.Sigmoid())]
+        self.net, self.talks = nn.Sequential(*layers, nn.Linear(16, 2)), talks
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(x), y)
+        if self.talks:
+            torch.distributed.all_reduce(loss.detach().clone())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module, guard, batches, width):
+    """Train; return the trainer and the step of the halt."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * batches * 8, width, generator=generator)
+    data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8, shuffle=False)
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", strategy="ddp", devices=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[guard],
+    )  # fmt: skip
+    try:
+        trainer.fit(module, data)
+    except GradientHalt as halt:
+        return trainer, halt.step
+    return trainer, None
+
+
+def protect(bad, policy):
+    guard = GradGuard(clipper=SpikeClip(), policy=getattr(Policy, policy)())
+    module = Protected(bad, guard)
+    trainer, halted = fit(module, guard, batches=30, width=8)
+    return trainer, {
+        "reports": module.reports,
+        "findings": [[f.fault.value, f.step, list(f.parameters)] for f in guard.findings],
+        "halted": halted,
+        "summary": guard.summary,
+        "weights": [p.flatten().tolist() for p in module.parameters()],
+    }
+
+
+def try_fixes(talks):
+    guard = GradGuard(policy=Policy.strict(), trials=True)
+    trainer, halted = fit(Vanishing(talks), guard, batches=150, width=16)
+    return trainer, {
+        "halted": halted,
+        "fault": guard.diagnosis.fault.value,
+        "tried": [remedy.tried for remedy in guard.diagnosis.remedies],
+        "trials": " ".join(guard.diagnosis.trials),
+    }
+
+
+warnings.simplefilter("ignore")
+folder, case, arguments = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+trainer, seen = {"protect": protect, "try_fixes": try_fixes}[case](*arguments)
 (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))

@@ -1,4 +1,6 @@
-"""How much memory a process takes on while it is guarded, for test_chaos and benchmarks/chaos.py.
+"""Measure memory growth of a guarded process.
+
+test_chaos and benchmarks/chaos.py run it.
 
 ``python growth_script.py FOLDER WARM STEPS TRAINED`` prints, as JSON, by how many megabytes the resident memory has
 grown in STEPS steps of a `Guard` after WARM of them, read at once and one step late, and in TRAINED steps of a Trainer
@@ -27,7 +29,10 @@ POLICY = Policy(patience=3)
 
 
 def resident():
-    """Megabytes of this process that are in memory, without those that it has given up and its allocator kept."""
+    """Return this process's resident memory in MB.
+
+    Memory that it has freed and its allocator kept does not count.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -45,7 +50,10 @@ def loss_of(net, step):
 
 
 def spoil(net, step):
-    """Lets findings come and go: NaN, spikes, and for 60 steps gradients that vanish."""
+    """Make findings come and go.
+
+    NaN, spikes, and for 60 steps gradients that vanish.
+    """
     place = step % ROUND
     if place == 50:
         net[0].weight.grad[0, 0] = math.nan
@@ -56,7 +64,7 @@ def spoil(net, step):
 
 
 def guarded(warm, steps, lag):
-    """Growth over steps of a loop of one's own."""
+    """Return the growth in a plain loop."""
     net = network()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     guard = Guard(net.named_parameters(), optimizer=optimizer, clipper=SpikeClip(), policy=POLICY, lag=lag)
@@ -75,7 +83,10 @@ def guarded(warm, steps, lag):
 
 
 class Module(pl.LightningModule):
-    """Measures its process before the batches ``at``: what closing the files takes is none of training's."""
+    """Net that measures memory before batches ``at``.
+
+    Closing files at the end of training does not count.
+    """
 
     def __init__(self, *at):
         super().__init__()
@@ -94,7 +105,7 @@ class Module(pl.LightningModule):
 
 
 def trained(folder, warm, steps):
-    """Growth over steps of a Trainer."""
+    """Return the growth in a Trainer."""
     module = Module(warm, warm + steps)
     callbacks = [
         GradHistogram(every_n_steps=20),

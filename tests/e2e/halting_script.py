@@ -1,4 +1,6 @@
-"""Trainings that are halted. As a script, it runs each in a process of its own, for test_halting.
+"""Trainings that are halted, for test_halting.
+
+As a script, it runs each in a process of its own.
 
 ``python halting_script.py FOLDER`` writes ``FOLDER/STOP/status`` for each way to stop, and all that a training leaves.
 """
@@ -21,7 +23,9 @@ BAD, BATCHES = 8, 24
 
 
 class Net(pl.LightningModule):
-    """A net with batch norm whose loss is NaN from batch ``bad`` on; by hand, two heads are trained in turn.
+    """Net whose loss is NaN from batch ``bad`` on.
+
+    It has batch norm. With manual optimization two heads are trained in turn.
 
     Attributes:
         kept: Parameters before each batch.
@@ -65,7 +69,10 @@ def data(batches=BATCHES):
 
 
 def fit(module, folder, *, stop, callbacks=(), guard=None, logger=None, **options):
-    """Train and validate, with a checkpoint after every step; return the guard, or raise the halt."""
+    """Fit with a checkpoint after every step.
+
+    Return the guard, or raise the halt.
+    """
     guard = guard or GradGuard(policy=Policy(respond={"nonfinite": "halt"}, stop=stop), clipper=SpikeClip())
     saver = ModelCheckpoint(
         folder,
@@ -88,7 +95,7 @@ def fit(module, folder, *, stop, callbacks=(), guard=None, logger=None, **option
 
 
 class FinalizedLogger(CSVLogger):
-    """Writes down how it was finalized."""
+    """Logger that records how it was finalized."""
 
     def finalize(self, status):
         super().finalize(status)

@@ -1,4 +1,6 @@
-"""Trainings that are killed, told to end, or whose workers die, and that go on from what they left; for test_chaos.
+"""Trainings that are killed and resume.
+
+test_chaos kills them, sends SIGTERM, or lets their workers die.
 
 ``python kill_script.py FOLDER SEED KILLS`` lets a training run whole, and the same training be killed so many times, at
 moments that SEED decides; each attempt is a process of its own, that has nothing but the folder. What became of each
@@ -31,7 +33,10 @@ DEADLY = 27
 
 
 class Batches(Dataset):
-    """Numbers of batches; a worker that is to fetch a deadly one kills itself, as a machine without memory would."""
+    """Numbers of batches.
+
+    A worker that fetches a deadly one kills itself, as if memory had run out.
+    """
 
     def __init__(self, deadly):
         self.deadly = deadly
@@ -46,7 +51,10 @@ class Batches(Dataset):
 
 
 class Net(pl.LightningModule):
-    """A net whose batches follow from their number alone; tells after each how many steps were taken."""
+    """Net whose batches follow from their number.
+
+    After each batch it prints how many steps were taken.
+    """
 
     def __init__(self, tell):
         super().__init__()
@@ -68,7 +76,10 @@ class Net(pl.LightningModule):
 
 
 def newest(folder):
-    """The newest checkpoint that can be read: whoever is killed while writing leaves half of one."""
+    """Return the newest readable checkpoint.
+
+    A process that is killed while it writes leaves half of one.
+    """
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             torch.load(path, weights_only=True)
@@ -79,7 +90,7 @@ def newest(folder):
 
 
 def train(folder, tell, deadly=None):
-    """Trains to the end from the newest checkpoint; what came of it."""
+    """Train from the newest checkpoint; return results."""
     guard = GradGuard(
         clipper=SpikeClip(), policy=Policy(patience=20),
         recorder=Recorder(folder=folder / "records", on=("halt", "exception", "sigterm")),
@@ -103,7 +114,10 @@ def train(folder, tell, deadly=None):
 
 
 def attempt(folder, name, end=lambda child, told: None, **options):
-    """Lets a process train; how it ended: 0, 1, or less than 0 for a signal. ``end`` may end it before."""
+    """Train in a process; return its exit code.
+
+    0, 1, or less than 0 for a signal. ``end`` may end it before.
+    """
     folder.mkdir(exist_ok=True)
     told, tell = os.pipe()
     child = os.fork()
@@ -126,7 +140,10 @@ def attempt(folder, name, end=lambda child, told: None, **options):
 
 
 def ending(signum, dice, most):
-    """Sends a signal some steps on, at a moment between two batches, in one, or while a checkpoint is written."""
+    """Return a function that sends a signal.
+
+    Some steps on, between two batches, in one, or while a checkpoint is written.
+    """
 
     def end(child, told):
         for _ in range(dice.randrange(3, most)):

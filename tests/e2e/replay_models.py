@@ -1,4 +1,7 @@
-"""Small trainings that end in a fault, for test_replay; the command imports their classes too."""
+"""Small trainings that fail, for test_replay.
+
+The replay command imports their classes too.
+"""
 
 import os
 import resource
@@ -54,7 +57,10 @@ class Model(pl.LightningModule):
 
 
 class FaultFromOutside(Model):
-    """A hook writes NaN into a gradient in training, and not in a replay."""
+    """Net whose hook writes NaN into a gradient.
+
+    It does so in training, and not in a replay.
+    """
 
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == BAD:
@@ -62,14 +68,17 @@ class FaultFromOutside(Model):
 
 
 class Amplifier(nn.Module):
-    """Doubles the gradient, and leaves the values as they are."""
+    """Layer that doubles gradients and keeps values."""
 
     def forward(self, x):
         return 2 * x - x.detach()
 
 
 class Deep(Model):
-    """Twelve sigmoid layers, so that gradients vanish, or twelve amplifiers, so that they explode."""
+    """Net whose gradients vanish or explode.
+
+    It has twelve sigmoid layers, or twelve amplifiers.
+    """
 
     def __init__(self, grows=False):
         super().__init__()
@@ -150,7 +159,10 @@ class Fused(Model):
 
 
 class Bare(Model):
-    """A single layer without normalization, so that large inputs stay large."""
+    """Single layer without normalization.
+
+    Large inputs stay large.
+    """
 
     def __init__(self):
         super().__init__()
@@ -158,7 +170,10 @@ class Bare(Model):
 
 
 def batches(spoil=(), value=torch.nan, count=20, pack=lambda x, y: (x, y)):
-    """Return batches of 16 rows; in batch 7 the given rows hold a wrong value."""
+    """Return batches of 16 rows.
+
+    In batch 7 the given rows hold a wrong value.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for number in range(count):
@@ -170,7 +185,10 @@ def batches(spoil=(), value=torch.nan, count=20, pack=lambda x, y: (x, y)):
 
 
 def fit(module, data, *callbacks, policy=None, recorder=None, guard=None, **options):
-    """Train with a recorder until the end or an error; return the guard and the error."""
+    """Train with a recorder; return guard and error.
+
+    The error is None if training reaches its end.
+    """
     callback = GradGuard(policy=policy or Policy.strict(), recorder=recorder or Recorder(), **(guard or {}))
     defaults = {
         "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
@@ -187,7 +205,10 @@ def fit(module, data, *callbacks, policy=None, recorder=None, guard=None, **opti
 
 
 class Spoiled(Model):
-    """Writes NaN into rows 3 and 9 of batch 7, only in the second process."""
+    """Net that gets NaN in one process only.
+
+    Rows 3 and 9 of batch 7 are NaN, in the second process.
+    """
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         if self.trainer.fit_loop.epoch_loop.batch_idx + 1 == BAD and self.global_rank == 1:
@@ -196,7 +217,10 @@ class Spoiled(Model):
 
 
 class TermRequested(pl.Callback):
-    """Sends SIGTERM to this process, as a job scheduler does."""
+    """Net that sends itself SIGTERM.
+
+    A job scheduler does the same.
+    """
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 5:
@@ -204,7 +228,7 @@ class TermRequested(pl.Callback):
 
 
 def main(kind):
-    """Run what a test needs in processes of its own."""
+    """Run a test's training in its own process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if kind == "ranks":

@@ -1,4 +1,6 @@
-"""Trainings that test_resume interrupts: trained whole, or from their checkpoints in a process that knows nothing else.
+"""Trainings that test_resume interrupts.
+
+They run whole, or from their checkpoints in a new process.
 
 ``python resume_script.py FOLDER NAME...`` goes on from ``FOLDER/NAME.ckpt``, and writes what came of it beside it.
 """
@@ -39,7 +41,10 @@ TWICE = Version(pl.__version__) < Version("2.5")
 
 
 class Net(pl.LightningModule):
-    """A small net whose batches follow from their number alone, so that a resumed run sees the same ones."""
+    """Small net whose batches follow from their number.
+
+    A resumed run sees the same ones.
+    """
 
     def __init__(self, kind="plain", lr=0.05, optimizer=torch.optim.Adam):
         super().__init__()
@@ -82,7 +87,10 @@ class Net(pl.LightningModule):
 
 
 class Follow(pl.Callback):
-    """Writes down what is judged; saves a checkpoint when ``at`` steps are taken, or five after the first finding."""
+    """Callback that records results and saves a checkpoint.
+
+    It is saved after ``at`` steps, or five after the first finding.
+    """
 
     def __init__(self, guard, path, at):
         self.guard, self.path, self.at = guard, path, at
@@ -112,7 +120,10 @@ def fused(parameters, lr):
 
 
 def decaying(parameters, lr):
-    """Weight decay so strong that each update is large beside its weights, which stay too small to learn anything."""
+    """Return AdamW with strong weight decay.
+
+    Each update is large beside its weights, which stay too small to learn anything.
+    """
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=40.0)
 
 
@@ -169,7 +180,7 @@ def file_of(folder, name):
 
 
 def train(name, folder, *, resumed, guard=None):
-    """Trains a case, and tells what was judged and what came of it.
+    """Train a case; return reports and outcome.
 
     Args:
         name: Of the case.

@@ -1,4 +1,7 @@
-"""Trainings that one process and several run alike; `sharded_script` runs them, and `test_sharded` for comparison."""
+"""Trainings for one process or several.
+
+`sharded_script` runs them, and `test_sharded` for comparison.
+"""
 
 import io
 import math
@@ -16,7 +19,10 @@ ROWS = 8
 
 
 class Net(nn.Module):
-    """Sizes that two and four ranks cannot share evenly, a bias of one element, a table, and a frozen weight."""
+    """Net of sizes that ranks share unevenly.
+
+    It has a bias of one element, a table, and a frozen weight.
+    """
 
     def __init__(self):
         super().__init__()
@@ -45,7 +51,10 @@ class Deep(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """One layer applied 16 times, whose gradients vanish over time."""
+    """Recurrent net whose gradients vanish over time.
+
+    One layer is applied 16 times.
+    """
 
     def __init__(self):
         super().__init__()
@@ -63,7 +72,7 @@ class Recurrent(nn.Module):
 
 
 class Broken(nn.Module):
-    """A part without a path from the loss, or one whose units are all dead."""
+    """Net with a disconnected or a dead part."""
 
     def __init__(self, cut):
         super().__init__()
@@ -81,7 +90,10 @@ class Broken(nn.Module):
 
 
 class Block(nn.Module):
-    """What tensor parallel is made for: two matrices, cut by columns and by rows, behind a normalisation."""
+    """Block that tensor parallelism is made for.
+
+    Two matrices, cut by columns and by rows, behind a normalization.
+    """
 
     def __init__(self):
         super().__init__()
@@ -115,7 +127,10 @@ FAULTY = {
 
 
 def batch(step, rank, ranks):
-    """Rows of one step's batch, those of one rank: together they are the batch of a single process."""
+    """Return one rank's rows of a step's batch.
+
+    Together they are the batch of a single process.
+    """
     generator = torch.Generator().manual_seed(step)
     x = torch.randint(7, (ROWS, 4), generator=generator)
     y = torch.randn(ROWS, generator=generator)
@@ -127,7 +142,7 @@ def whole(tensor):
 
 
 class Training:
-    """A training and what is seen of it, in plain numbers.
+    """Training and its results, in plain numbers.
 
     Args:
         net: Sharded or not.
@@ -157,7 +172,7 @@ class Training:
         self.halted = None
 
     def run(self, first=0, last=None):
-        """Takes steps from ``first`` to before ``last``."""
+        """Take steps from ``first`` to before ``last``."""
         try:
             for step in range(first, self.steps if last is None else last):
                 self._step(step)
@@ -209,14 +224,20 @@ class Training:
         return [whole(p.detach()).double().flatten().tolist() for p in self.net.parameters()]
 
     def saved(self):
-        """The guard's state, through a file that is loaded with ``weights_only=True``."""
+        """Return the guard's state, saved and reloaded.
+
+        It is loaded with ``weights_only=True``.
+        """
         file = io.BytesIO()
         torch.save(self.guard.state_dict(), file)
         file.seek(0)
         return torch.load(file, weights_only=True)
 
     def seen(self):
-        """Everything, for comparison; NaN and Inf as words, since no two NaN are equal."""
+        """Return all results, for comparison.
+
+        NaN and Inf are words, since no two NaN are equal.
+        """
         watch = self.guard.tracker
         return {
             "norms": self.norms,

@@ -1,4 +1,7 @@
-"""Trained by two processes in test_sharded, under Lightning's strategy for FSDP2; each writes what it saw."""
+"""Lightning trainings under FSDP2, for test_sharded.
+
+Each of two processes writes its results.
+"""
 
 import json
 import math
@@ -19,7 +22,9 @@ STEPS, SAVED, ROWS = 30, 14, 8
 
 
 class Module(pl.LightningModule):
-    """Sigmoid layers, whose gradients vanish; the second process's batch is NaN at the steps ``bad``.
+    """Sigmoid layers, whose gradients vanish.
+
+    The second process's batch is NaN at the steps ``bad``.
 
     Args:
         guard: Whose reports are written down.
@@ -62,7 +67,7 @@ class Module(pl.LightningModule):
 
 
 def fit(guard, *, bad=(), path=None, resume=None, steps=STEPS, **kwargs):
-    """Trains, and says what was seen.
+    """Train, and return the results.
 
     Args:
         guard: The callback.

@@ -1,4 +1,7 @@
-"""Run by `test_sharded` in two or four processes that share tensors; each writes what it saw to a file of its own."""
+"""Trainings that share tensors, for test_sharded.
+
+Two or four processes take part; each writes its results to a file of its own.
+"""
 
 import json
 import os
@@ -27,7 +30,10 @@ from lightning_gradguard.stats.layout import Layout
 
 
 def fsdp(net, mesh=None, **kwargs):
-    """Sharded as a whole and in parts, as a transformer's blocks are."""
+    """Shard a module whole and in parts.
+
+    A transformer's blocks are sharded like this.
+    """
     for part in (net.body,) if hasattr(net, "body") else (net.wide, net.narrow):
         fully_shard(part, mesh=mesh, **kwargs)
     fully_shard(net, mesh=mesh, **kwargs)
@@ -35,7 +41,10 @@ def fsdp(net, mesh=None, **kwargs):
 
 
 def tensor_parallel(net, mesh, *, sequence=False):
-    """With ``sequence`` the normalisation works on parts of the sequence: its gradients are sums still to be taken."""
+    """Parallelize a module by tensors.
+
+    With ``sequence`` the normalization works on parts of the sequence, so its gradients are partial sums.
+    """
     plan = {"wide": ColwiseParallel(), "narrow": RowwiseParallel()}
     if sequence:
         plan["table"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
@@ -45,7 +54,7 @@ def tensor_parallel(net, mesh, *, sequence=False):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what goes to other ranks."""
+    """Counter of what goes to other ranks."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +66,10 @@ class Collectives(TorchDispatchMode):
 
 
 def collectives(net, rank, clipper):
-    """How many collectives each of 20 steps takes; the graph is looked at in the first."""
+    """Return the number of collectives per step.
+
+    20 steps are counted. The graph is read in the first.
+    """
     training = Training(net, rank, 2, clipper=clipper)
     counts = []
     for step in range(20):
@@ -70,7 +82,10 @@ def collectives(net, rank, clipper):
 
 
 def resumed(rank):
-    """Norms of a run that was not interrupted, and of one that was, to the last bit."""
+    """Return norms of a whole and a resumed run.
+
+    They are equal to the last bit.
+    """
     through = Training(fsdp(Net()), rank, 2, **CLIPPED["spike"]).run()
     first = Training(fsdp(Net()), rank, 2, **CLIPPED["spike"]).run(0, 9)
     then = Training(first.net, rank, 2, **CLIPPED["spike"])
@@ -81,7 +96,10 @@ def resumed(rank):
 
 
 def rank_local(rank):
-    """What only one rank saw: a part of the model, and a sequence. Nothing is sharded."""
+    """Return results of facts that one rank saw.
+
+    A part of the model, and a sequence. Nothing is sharded.
+    """
     torch.manual_seed(0)
     net = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in ("b", "a", "c")})
     net["a" if rank else "b"](torch.ones(1, 3))
@@ -107,7 +125,10 @@ def rank_local(rank):
 
 
 def unchanged(rank, mesh):
-    """Whether a run that is watched ends with the weights of one that is not, to the last bit."""
+    """Return True if watching leaves weights unchanged.
+
+    Weights of both runs are compared to the last bit.
+    """
     made = {
         "FSDP2": (lambda: fsdp(Net()), rank, 2),
         "TP, sequence": (lambda: tensor_parallel(Block(), mesh, sequence=True), 0, 1),
@@ -132,7 +153,10 @@ def adam(parameters):
 
 
 def extremes():
-    """Norms of gradients of one size, over what they are; of the last the squares overflow."""
+    """Return measured norms over true ones.
+
+    The last gradient's squares overflow.
+    """
     net = fsdp(Net())
     layout = Layout.of(dict(net.named_parameters()))
     found = []
@@ -145,7 +169,10 @@ def extremes():
 
 
 def refused(rank):
-    """What is said where ranks watch different tensors, and of parameters that the first FSDP has flattened."""
+    """Return the messages for refused models.
+
+    Ranks that watch different tensors, and parameters that FSDP1 has flattened.
+    """
     first = [
         FullyShardedDataParallel(Block(), use_orig_params=kept, device_id=torch.device("cpu"))
         for kept in (True, False)
@@ -162,7 +189,7 @@ def said_of(net):
 
 
 def has_partial(mesh):
-    """Whether backward passes leave gradients that are sums still to be taken."""
+    """Return True if gradients are partial sums."""
     training = Training(tensor_parallel(Block(), mesh, sequence=True))
     training._backward(0)
     gradients = [p.grad for p in training.net.parameters() if hasattr(p.grad, "placements")]

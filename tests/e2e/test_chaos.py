@@ -1,4 +1,7 @@
-"""Whatever goes wrong in a training, at random places and moments: weights survive, ranks agree, and nothing hangs."""
+"""Random faults at random places and moments.
+
+Weights survive, ranks agree, and nothing hangs.
+"""
 
 import json
 import os
@@ -21,7 +24,10 @@ goes_on = pytest.mark.skipif(
 
 
 class Size(NamedTuple):
-    """How much chaos there is: seeds of trainings in one process and in two, and kills of one that goes on."""
+    """Number of seeds and kills.
+
+    Seeds of trainings in one process and in two, and kills of one that resumes.
+    """
 
     alone: range
     together: range
@@ -41,7 +47,7 @@ def size(request):
 
 @pytest.fixture(scope="module")
 def start(python, tmp_path_factory):
-    """Runs a script in a folder of its own to its end; the folder, and what it printed."""
+    """Run a script; return its folder and output."""
 
     def run(script, *arguments, world=1):
         folder = tmp_path_factory.mktemp("chaos")
@@ -55,7 +61,7 @@ def start(python, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def struck(start, size):
-    """Trainings with faults, by how many processes they run in."""
+    """Return trainings with faults, by process count."""
     return {"alone": start("chaos_script.py", size.alone.start, len(size.alone)),
             "together": start("chaos_script.py", size.together.start, len(size.together), world=2)}  # fmt: skip
 
@@ -110,7 +116,7 @@ def test_after_kills_at_any_moment_the_run_is_the_uninterrupted_one(killed, size
 @goes_on
 @pytest.mark.parametrize("way", ["terminated", "bereft"])
 def test_after_sigterm_or_the_death_of_a_worker_too(killed, way):
-    """Both end the process by itself, with a flight record, and not as if nothing had been."""
+    """Require a flight record and a failed process."""
     first, second = torch.load(killed / "statuses.pt")[way]
     assert (first > 0, second) == (True, 0)
     assert len(list((killed / way / "records").glob("*.pt"))) == 1
@@ -145,7 +151,7 @@ def test_a_writer_that_fails_changes_nothing_and_is_said_once(writers, logger, t
 @pytest.mark.parametrize("trouble", TROUBLES)
 @pytest.mark.parametrize("logger", ["board", "csv"])
 def test_a_writer_that_fails_hides_no_halt(writers, logger, trouble):
-    """Neither does a recorder whose folder cannot be written."""
+    """Keep halts when writers and recorders fail."""
     seen = torch.load(writers / f"{logger}-{trouble}-halt.pt")
     assert seen["errors"][-1] == "halt before 46"
     assert (seen["judged"], seen["ended"]) == (47, False)
@@ -153,7 +159,10 @@ def test_a_writer_that_fails_hides_no_halt(writers, logger, trouble):
 
 @pytest.mark.slow
 def test_memory_does_not_grow(tmp_path):
-    """With findings that come and go; measured over 20,000 steps in benchmarks/chaos.md."""
+    """Measure memory while findings come and go.
+
+    benchmarks/chaos.md measures it over 20,000 steps.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "growth_script.py"), str(tmp_path), "300", "700", "500"],
         capture_output=True, text=True, timeout=200,

@@ -1,4 +1,7 @@
-"""Clippers in a training loop: what is reported is what was done, in every loop, and a resumed one goes on alike."""
+"""Clippers in training loops.
+
+Reports tell what was done in every loop, and a resumed loop clips alike.
+"""
 
 import copy
 import io
@@ -24,7 +27,10 @@ every_clipper = pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
 
 
 class Odd(nn.Module):
-    """A tied weight, a layer that starts at zero, a scalar, an empty tensor, half precision and sparse gradients."""
+    """Net with parameters of unusual kinds.
+
+    A tied weight, a layer that starts at zero, a scalar, an empty tensor, half precision and sparse gradients.
+    """
 
     def __init__(self):
         super().__init__()
@@ -42,7 +48,10 @@ class Odd(nn.Module):
 
 
 class Run:
-    """A training of `Odd` whose batches follow from the step alone."""
+    """Training of `Odd`.
+
+    Its batches follow from the step alone.
+    """
 
     def __init__(self, clipper):
         torch.manual_seed(0)

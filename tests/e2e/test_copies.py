@@ -1,4 +1,7 @@
-"""A guard can be copied and pickled before, during and after a training."""
+"""Guards can be copied and pickled.
+
+This holds before, during and after a training.
+"""
 
 import copy
 import math
@@ -66,7 +69,7 @@ def test_copies_before_and_after_a_fit_work(tmp_path, how, options):
 
 
 class Copying(pl.Callback):
-    """Copies a guard after batch 12."""
+    """Callback that copies a guard after batch 12."""
 
     def __init__(self, guard, how):
         self.guard, self.how = guard, how

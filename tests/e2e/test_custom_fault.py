@@ -1,4 +1,7 @@
-"""A fault of the user's own, from its detector to the halt and to everything that a run leaves behind."""
+"""Custom faults, from detector to halt.
+
+They also appear in everything that a run leaves behind.
+"""
 
 import logging
 import math
@@ -37,7 +40,7 @@ ONSET, PATIENCE = 15, 12
 
 @dataclass(frozen=True)
 class Quantized:
-    """Detect gradients that have been rounded: their norms are whole numbers.
+    """Detect rounded gradients by whole-numbered norms.
 
     Args:
         limit: Largest share of tensors, dimensionless.
@@ -58,7 +61,10 @@ class Quantized:
 
 
 class Net(pl.LightningModule):
-    """A net of which all tensors have 4 or 16 elements, so that the norm of their signs is a whole number."""
+    """Net whose sign norms are whole numbers.
+
+    All its tensors have 4 or 16 elements.
+    """
 
     def __init__(self):
         super().__init__()
@@ -78,7 +84,10 @@ class Net(pl.LightningModule):
 
 
 class Saver(pl.Callback):
-    """Saves a checkpoint while the fault is active and not yet critical."""
+    """Callback that saves a checkpoint during the fault.
+
+    It is not critical yet.
+    """
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == ONSET + 5:
@@ -103,7 +112,10 @@ def fit(*callbacks, ckpt_path=None, **options):
 
 @pytest.fixture(scope="module")
 def halted(tmp_path_factory):
-    """A run that the fault halts: guard, error, warnings, lines of the run summary, and its folder."""
+    """Return a run that the fault halts.
+
+    Guard, error, warnings, lines of the run summary, and its folder.
+    """
     folder = tmp_path_factory.mktemp("halted")
     guard, lines = make_guard(recorder=Recorder(folder=folder / "flights")), []
     handler = logging.Handler()
@@ -200,7 +212,7 @@ COMMAND = "import sys; from lightning_gradguard.cli import main; sys.exit(main(s
 
 @pytest.mark.parametrize("command", [["report", "runs", "--out", "page.html"], ["replay", "BUNDLE"]])
 def test_the_command_line_needs_no_detector(halted, command):
-    """Another process reads the run, in which nobody has made the fault."""
+    """Read the run in a process without the fault."""
     guard, *_, folder = halted
     arguments = [str(guard.bundle) if part == "BUNDLE" else part for part in command]
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Two real processes under DDP come to the same verdict at the same step, whoever saw the fault."""
+"""Two DDP processes reach the same verdict.
+
+It does not matter which of them saw the fault.
+"""
 
 import json
 import math
@@ -9,8 +12,8 @@ import pytest
 SCRIPT = Path(__file__).parent / "ddp_script.py"
 
 
-def train(python, script, folder, *arguments):
-    ranks = python.ranks(script, folder, *arguments)
+def train(python, folder, case, *arguments):
+    ranks = python.ranks(SCRIPT, folder, case, json.dumps(arguments))
     files = [folder / f"rank{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), "".join(rank.stderr[-3000:] for rank in ranks)
     return [json.loads(file.read_text()) for file in files]
@@ -18,7 +21,7 @@ def train(python, script, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def protected(python, tmp_path_factory):
-    return train(python, SCRIPT, tmp_path_factory.mktemp("ddp"), json.dumps([5, 6, 20]), "protect")
+    return train(python, tmp_path_factory.mktemp("ddp"), "protect", [5, 6, 20], "protect")
 
 
 def test_ranks_agree_in_everything(protected):
@@ -40,14 +43,14 @@ def test_the_loss_is_the_mean_over_ranks(protected):
 
 
 def test_both_halt_before_the_same_step(python, tmp_path):
-    first, second = train(python, SCRIPT, tmp_path, json.dumps([7]), "strict")
+    first, second = train(python, tmp_path, "protect", [7], "strict")
     assert first["halted"] == second["halted"] == 7
     assert first["findings"] == second["findings"]
 
 
 @pytest.mark.parametrize("talks", [False, True])
 def test_each_rank_tries_remedies_by_itself_and_none_waits(python, tmp_path, talks):
-    first, second = train(python, SCRIPT.with_name("ddp_trials_script.py"), tmp_path, json.dumps(talks))
+    first, second = train(python, tmp_path, "try_fixes", talks)
     assert first["fault"] == second["fault"] == "vanishing"
     assert first["halted"] == second["halted"] is not None
     for rank in (first, second):

@@ -1,4 +1,7 @@
-"""A skipped step leaves parameters and optimizer state bit-identical: all of torch.optim, in every form and loop."""
+"""Skipped steps change no bit.
+
+Parameters and optimizer state stay, for all of torch.optim, in every form and loop.
+"""
 
 import copy
 import inspect
@@ -21,7 +24,7 @@ BAD = {"automatic": (0, 3), "accumulated": (1, 6), "manual": (0, 3)}
 
 
 def optimizers():
-    """Name to class and settings, of what torch has."""
+    """Return class and settings by name."""
     found = {}
     for name, kind in vars(torch.optim).items():
         if not isinstance(kind, type) or name in ("Optimizer", "LBFGS"):
@@ -40,7 +43,10 @@ OPTIMIZERS = optimizers()
 
 
 class Net(pl.LightningModule):
-    """A table and two layers without biases, which Muon does not take; gradients of batches in ``bad`` are spoilt."""
+    """Net with gradients that are spoilt in batches ``bad``.
+
+    A table and two layers without biases, which Muon does not take.
+    """
 
     def __init__(self, name, loop):
         super().__init__()
@@ -76,7 +82,10 @@ class Net(pl.LightningModule):
 
 
 class Compare(pl.Callback):
-    """Writes down at which batches parameters or optimizer state changed by a bit."""
+    """Callback that records batches that change any bit.
+
+    Parameters and optimizer state are compared.
+    """
 
     def __init__(self):
         self.changed = []
@@ -102,7 +111,7 @@ def same(a, b):
 
 
 def train(name, loop, scaled=False, **options):
-    """Twelve batches; the guard, what changed, and the module."""
+    """Train twelve batches; return guard, changes, module."""
     guard, compare, module = GradGuard(**options), Compare(), Net(name, loop)
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]
     trainer = pl.Trainer(
@@ -115,7 +124,7 @@ def train(name, loop, scaled=False, **options):
 
 
 def good(loop):
-    """The batches whose step is good, of all that end with one."""
+    """Return the batches whose step is good."""
     if loop != "accumulated":
         return [n for n in range(12) if n not in BAD[loop]]
     return [n for n in range(1, 12, 2) if n not in BAD[loop] and n - 1 not in BAD[loop]]
@@ -133,7 +142,10 @@ WAYS = [(scaled, loop) for scaled in ("plain", "scaled") for loop in BAD]
 
 
 def combinations(names):
-    """All names in all ways; those left to `make test-long` but that each name is trained in one way, in turn."""
+    """Yield combinations of names and ways.
+
+    `make test-long` runs all; other runs train each name in one way, in turn.
+    """
     for number, name in enumerate(names):
         for way in WAYS:
             marks = () if way == WAYS[number % len(WAYS)] else pytest.mark.slow
@@ -150,7 +162,10 @@ def test_a_skip_is_exact_and_training_goes_on(name, loop, scaled):
 
 @pytest.mark.parametrize(("name", "scaled", "loop"), list(combinations(sorted(LATE))))
 def test_a_skip_on_the_device_is_exact(name, loop, scaled):
-    """With ``lag=1`` the step is called with ``found_inf``, but for the first, which is awaited."""
+    """Skip through ``found_inf``, as ``lag=1`` does.
+
+    The first step is awaited instead.
+    """
     guard, changed, module = train(name, loop, scaled == "scaled", lag=1)
     assert changed == good(loop)
     assert guard.summary["skipped"] == 2
@@ -159,7 +174,10 @@ def test_a_skip_on_the_device_is_exact(name, loop, scaled):
 
 
 def test_of_lbfgs_the_parameters_stay():
-    """It counts the evaluations of a step that it is kept from, so that only its parameters are bit-identical."""
+    """Compare the parameters alone.
+
+    LBFGS counts the evaluations of a skipped step, so its state changes.
+    """
     module, guard = Net("SGD", "automatic"), GradGuard()
     module.bad, module.kept = range(3, 5), {}
     module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=3)

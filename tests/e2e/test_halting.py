@@ -1,4 +1,7 @@
-"""A halt comes before the bad step, and neither checkpoints nor logs hold anything of that step."""
+"""Halts come before the bad step.
+
+Neither checkpoints nor logs hold anything of that step.
+"""
 
 import csv
 import math
@@ -55,7 +58,7 @@ CASES = {
 
 
 def halted(case, stop, folder, **more):
-    """Fit until training halts; return the module, the guard and the error."""
+    """Fit until a halt; return module, guard, error."""
     arguments, options = CASES[case]
     options = {**options, **more}
     guard = options.pop(
@@ -92,7 +95,10 @@ def test_the_bad_step_changes_no_bit(case, stop, tmp_path):
 @pytest.mark.parametrize("stop", ["raise", "graceful"])
 @pytest.mark.parametrize("case", ["plain", "accumulated", "by hand", "fp16", "late", "first step"])
 def test_all_checkpoints_are_finite(case, stop, tmp_path):
-    """Those after every step, the last one, and those of an epoch's end and of an exception."""
+    """Check checkpoints of steps, epochs and exceptions.
+
+    The last one is among them.
+    """
     kept = OnExceptionCheckpoint(tmp_path, "exception")
     kept.teardown = lambda *_, **__: None  # which would take it away again
     module, _, _ = halted(case, stop, tmp_path, callbacks=[kept])
@@ -113,7 +119,7 @@ def test_all_checkpoints_are_finite(case, stop, tmp_path):
 
 
 class Exploding(pl.LightningModule):
-    """Gradients that grow until training is halted, none of them infinite."""
+    """Net whose finite gradients grow until a halt."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +151,10 @@ def test_a_finite_fault_is_halted_before_its_step_too(stop, tmp_path):
 
 @pytest.fixture(scope="module")
 def processes(python, tmp_path_factory):
-    """Run one training that raises and one that ends gracefully, each in a process of its own."""
+    """Run a raising and a graceful training.
+
+    Each gets a process of its own.
+    """
     folder = tmp_path_factory.mktemp("halting")
     done = python.run(HERE / "halting_script.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]

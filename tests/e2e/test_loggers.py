@@ -1,4 +1,7 @@
-"""The usual loggers: each is the real package, offline, and what it wrote is read back with its own tools."""
+"""Usual loggers, as real packages, offline.
+
+Their output is read back with their own tools.
+"""
 
 import csv
 from pathlib import Path
@@ -26,7 +29,10 @@ BAD = 12
 
 
 class Net(pl.LightningModule):
-    """Two layers; the batch of step 12 is NaN, so there is a finding."""
+    """Net of two layers.
+
+    The batch of step 12 is NaN, so there is a finding.
+    """
 
     def __init__(self):
         super().__init__()
@@ -41,7 +47,10 @@ class Net(pl.LightningModule):
 
 
 def train(logger):
-    """Train for thirty steps, of which every tenth is logged; return the guard."""
+    """Train for thirty steps; return the guard.
+
+    Every tenth step is logged.
+    """
     guard = GradGuard()
     trainer = pl.Trainer(
         max_epochs=1,
@@ -64,7 +73,7 @@ def notices(caplog):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """Keep all files in this folder, ask no questions, and use no network."""
+    """Keep files here and use no network."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb"))
@@ -146,7 +155,10 @@ def test_mlflow_in_a_folder_has_scalars_pictures_and_texts(home, caplog):
 
 
 class TensorboardXLogger(Logger):
-    """Logger for tensorboardX as users write it: Lightning uses tensorboardX only without TensorBoard."""
+    """Logger for tensorboardX, as users write it.
+
+    Lightning uses tensorboardX only without TensorBoard.
+    """
 
     name, version = "x", ""
 

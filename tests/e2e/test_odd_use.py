@@ -1,4 +1,7 @@
-"""Guards in unusual trainings: several guards, closures, other stages, tuners."""
+"""Guards in unusual trainings.
+
+Several guards, closures, other stages, tuners.
+"""
 
 import math
 
@@ -21,7 +24,10 @@ pytestmark = [
 
 
 class Net(pl.LightningModule):
-    """A small classifier; batches in ``bad`` are NaN, and those in ``absent`` have no loss."""
+    """Small classifier.
+
+    Batches in ``bad`` are NaN, and those in ``absent`` have no loss.
+    """
 
     def __init__(self, optimizer=torch.optim.Adam, bad=(), absent=()):
         super().__init__()
@@ -67,7 +73,10 @@ class ByHand(Net):
 
 
 class Shared(Net):
-    """Two optimizers that both train the first layer; NaN in batch 7 for the second, in batch 8 for the first."""
+    """Net with a layer that two optimizers train.
+
+    NaN in batch 7 for the second, in batch 8 for the first.
+    """
 
     def __init__(self):
         super().__init__()
@@ -226,7 +235,7 @@ def test_the_checkpoint_of_a_finished_run(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_a_search_for_learning_rate_or_batch_size_is_not_judged(tmp_path):
-    """It raises the rate until the training fails, which is no fault."""
+    """Leave tuners alone, which raise rates until failure."""
     guard, module = GradGuard(policy=Policy.strict()), Net()
     searching = trainer(tmp_path, guard, enable_checkpointing=True)
     tuner = Tuner(searching)

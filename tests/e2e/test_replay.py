@@ -1,4 +1,7 @@
-"""Trainings that end in a fault are recorded and replayed, also in a new process."""
+"""Failed trainings are recorded and replayed.
+
+Some are replayed in a new process.
+"""
 
 import importlib
 from pathlib import Path
@@ -17,14 +20,14 @@ REPRODUCIBLE, DATA_DEPENDENT, TRANSIENT = Recurrence
 
 @pytest.fixture
 def models(monkeypatch):
-    """The trainings, importable by the command as well."""
+    """Return the trainings, importable by the command too."""
     monkeypatch.syspath_prepend(HERE)
     return importlib.import_module("replay_models")
 
 
 @pytest.fixture
 def end(models):
-    """Train until the halt, and replay the bundle in a new module."""
+    """Train until a halt; replay in a new module."""
 
     def run(make, data, **options):
         guard, error = models.fit(make(), data, **options)
@@ -37,7 +40,7 @@ def end(models):
 
 @pytest.fixture
 def in_a_new_process(python):
-    """What ``gradguard`` returns and prints."""
+    """Return the exit code and output of ``gradguard``."""
 
     def run(*arguments):
         options = {"kind": "module", "cwd": HERE, "env": {"COLUMNS": "120"}}
@@ -49,7 +52,7 @@ def in_a_new_process(python):
 
 @pytest.fixture
 def train_in_processes(python, tmp_path):
-    """Runs a training of ``replay_models`` by itself; what it printed."""
+    """Run a training of ``replay_models``; return its output."""
 
     def run(kind, world=1):
         options = {"cwd": tmp_path, "warnings": "ignore", "world": world}
@@ -85,7 +88,10 @@ def test_a_logarithm_of_zero_in_the_model_is_reproducible(end, models):
 
 def test_a_fault_of_random_numbers_occurs_with_the_recorded_ones(end, models):
     class Rare(models.Model):
-        """Takes the logarithm of a mean that dropout makes zero now and then."""
+        """Net that takes the logarithm of a mean.
+
+        Dropout makes the mean zero now and then.
+        """
 
         def training_step(self, batch, batch_idx):
             x, _ = batch
@@ -149,7 +155,7 @@ def test_other_precisions(end, models, precision):
 
 
 def test_an_overflow_of_half_precision_is_replayed_in_half_precision(end, models):
-    """1e5 is too large for float16 alone."""
+    """Overflow float16, but not float32, with 1e5."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)

@@ -1,4 +1,7 @@
-"""A run that is interrupted and goes on in another process judges, clips, skips and halts as the uninterrupted one."""
+"""Resumed runs equal uninterrupted ones.
+
+They judge, clip, skip and halt alike, in another process.
+"""
 
 import sys
 from pathlib import Path
@@ -19,7 +22,10 @@ EVERYTHING = ("halted", "stop_reason", "findings", "reports", "summary", "state"
 
 @pytest.fixture(scope="module")
 def runs(python, tmp_path_factory):
-    """Each case as trained whole, and as resumed in a process of its own from what the whole run left on its way."""
+    """Return each case, trained whole and resumed.
+
+    The resumed one runs in a process of its own, from checkpoints of the whole one.
+    """
     return interrupt(python, tmp_path_factory.mktemp("resume"), list(CASES))
 
 
@@ -32,7 +38,10 @@ def interrupt(python, folder, names):
 
 
 def compare(runs, name, what=EVERYTHING):
-    """Asserts that two runs are equal in everything after the checkpoint; returns the whole run."""
+    """Assert that two runs are equal; return one.
+
+    They are compared from the checkpoint on. The whole run is returned.
+    """
     whole, resumed = dict(runs[0][name]), dict(runs[1][name])
     whole["findings"] = whole["findings"][whole["known"] :]
     for run in (whole, resumed):
@@ -83,7 +92,7 @@ def test_rollbacks_are_counted_on(runs):
 
 
 def spoil(folder, name, change):
-    """Another checkpoint, in which the state of the guard is changed; its folder."""
+    """Return a checkpoint with a changed guard state."""
     state = torch.load(file_of(folder, name), weights_only=True)
     (key,) = [key for key in state["callbacks"] if key.startswith("GradGuard")]
     change(state["callbacks"][key])

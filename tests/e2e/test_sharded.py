@@ -1,4 +1,7 @@
-"""Real processes that share tensors (FSDP2, HSDP, tensor parallel) judge, clip and halt as a single process does."""
+"""Real processes that share tensors.
+
+With FSDP2, HSDP and tensor parallelism they judge, clip and halt as a single process does.
+"""
 
 import json
 import math
@@ -20,7 +23,7 @@ from sharded_cases import CLIPPED, FAULTY, Block, Net, Training  # noqa: E402
 
 
 def run(python, script, folder, world):
-    """Starts a script in so many processes; what each of them saw."""
+    """Run a script in processes; return their results."""
     ranks = python.ranks(HERE / script, folder, world=world)
     files = [folder / f"rank{rank}.json" for rank in range(world)]
     assert all(file.exists() for file in files), "\n".join(rank.stderr[-2000:] for rank in ranks)
@@ -44,7 +47,10 @@ def four(_fsdp2, python, tmp_path_factory):
 
 
 def alone(net, **kwargs):
-    """The same training in this process, through JSON as the others."""
+    """Return the same training's results in this process.
+
+    They pass through JSON as the others do.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return json.loads(json.dumps(Training(net, **kwargs).run().seen()))
@@ -57,7 +63,10 @@ def assert_alike(seen, expected, *, but=("reference",)):
 
 
 def assert_close(seen, expected, where):
-    """Numbers within 1e-5, of the largest one in a row of numbers; all else equal."""
+    """Assert that results are equal within 1e-5.
+
+    Numbers in a row are compared to the largest one; all else must be equal.
+    """
     if isinstance(expected, dict):
         assert seen.keys() == expected.keys(), where
         assert_close(list(seen.values()), list(expected.values()), where)

@@ -1,4 +1,7 @@
-"""Answers of a real TensorBoard about our files over HTTP, with both of its loaders."""
+"""Answers of a real TensorBoard about our files.
+
+They are asked for over HTTP, with both of its loaders.
+"""
 
 import contextlib
 import json
@@ -16,8 +19,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard.loggers.exponents import THRESHOLDS, exponents_record
-from lightning_gradguard.loggers.histograms import histogram_record
+from lightning_gradguard.loggers.histograms import THRESHOLDS, exponents_record, histogram_record
 from lightning_gradguard.loggers.overview import Overview
 from lightning_gradguard.loggers.tags import FINDINGS, LAYER_RMS, tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
@@ -33,7 +35,10 @@ RUN = "run"
 
 @pytest.fixture(scope="module")
 def logdir(tmp_path_factory):
-    """Write a run of 60 steps with NaN at step 40; its writer is closed half way, so there are two files."""
+    """Write a run of 60 steps.
+
+    NaN comes at step 40. Its writer is closed half way, so there are two files.
+    """
     folder = tmp_path_factory.mktemp("logs")
     writer = SummaryWriter(folder / RUN)
     sink = TensorBoardSink(writer)
@@ -70,7 +75,10 @@ def report_of(step: int) -> Report:
 
 @pytest.fixture(scope="module")
 def servers(logdir):
-    """Start a TensorBoard for each loader, both at the same time; yield their addresses."""
+    """Start a TensorBoard per loader; yield addresses.
+
+    Both run at the same time.
+    """
     with contextlib.ExitStack() as stack:
         processes = {loader: stack.enter_context(tensorboard(logdir, loader)) for loader in LOADERS}
         yield {loader: address_of(process) for loader, process in processes.items()}
@@ -107,7 +115,10 @@ def address_of(process) -> str:
 
 @pytest.fixture(params=LOADERS)
 def ask(request, servers):
-    """Return a function that asks for a plugin's data once the server has read all of the run."""
+    """Return a function that queries a plugin.
+
+    It waits until the server has read all of the run.
+    """
 
     def get(path, **query):
         url = f"{servers[request.param]}/data/plugin/{path}?{urllib.parse.urlencode(query)}"

@@ -1,4 +1,7 @@
-"""A whole training with everything on, and what is left of it on disk."""
+"""Whole training with everything on.
+
+The files that it leaves are checked too.
+"""
 
 import io
 import math
@@ -64,7 +67,10 @@ def events(folder):
 
 @pytest.fixture(scope="module")
 def protected(tmp_path_factory):
-    """A run with a NaN at step 60 and a corrupt batch at step 80."""
+    """Return a run with two faults.
+
+    NaN at step 60, and a corrupt batch at step 80.
+    """
     logger = TensorBoardLogger(tmp_path_factory.mktemp("runs"), name="", version="")
     guard = GradGuard(clipper=SpikeClip(), per_layer=True)
     module = Classifier()
@@ -145,7 +151,7 @@ def test_another_logger_gets_the_scalars(tmp_path):
 
 
 class Broken:
-    """A file writer whose disk is full."""
+    """File writer whose disk is full."""
 
     def add_summary(self, *_):
         raise OSError(28, "No space left on device")

@@ -1,4 +1,7 @@
-"""Watching changes nothing: weights, optimizer, random numbers, loss scale are bit for bit those without us."""
+"""Watching changes no bit of a training.
+
+Weights, optimizer, random numbers and loss scale are compared.
+"""
 
 import lightning.pytorch as pl
 import pytest
@@ -20,7 +23,7 @@ pytestmark = [
 
 
 class Net(pl.LightningModule):
-    """Batch norm, dropout, and what else a case asks for."""
+    """Net with batch norm, dropout and more."""
 
     def __init__(self, optimizer=torch.optim.AdamW, **parts):
         super().__init__()
@@ -89,8 +92,25 @@ CASES = {
 }
 
 
+#: Those left to `make test-long`: each is near another one.
+SLOW = [
+    "64",
+    "bf16-mixed",
+    "fp16, fused",
+    "accumulated, fp16",
+    "fused",
+    "checkpointed",
+    "shared",
+    "frozen",
+    "strict",
+]
+
+
 def train(folder, parts, options, guard=None):
-    """All that a training leaves; with a guard and histograms of both kinds, if there is one."""
+    """Return all that a training leaves.
+
+    It may have a guard and histograms of both kinds.
+    """
     callbacks = []
     if guard is not None:
         callbacks = [GradHistogram(every_n_steps=3, exponents=True), guard]
@@ -116,7 +136,9 @@ def train(folder, parts, options, guard=None):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_training_is_bit_for_bit_as_without(case, tmp_path):
     parts, options, arguments = CASES[case]
     guard = GradGuard(**arguments)

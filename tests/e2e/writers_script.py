@@ -1,4 +1,6 @@
-"""Trainings whose log files cannot be written, each in its own process, for test_chaos.
+"""Trainings whose log files cannot be written.
+
+test_chaos runs each in its own process.
 
 ``python writers_script.py FOLDER`` writes the result of each to ``FOLDER/LOGGER-TROUBLE.pt``, and that of one without
 any logger to ``FOLDER/none-nothing.pt``.
@@ -26,7 +28,7 @@ LOGGERS = {"board": TensorBoardLogger, "csv": CSVLogger}
 
 
 def full(logger):
-    """Let no file grow beyond 1,000 bytes, as on a full disk."""
+    """Limit files to 1,000 bytes, like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -41,7 +43,10 @@ def removed(logger):
 
 
 def replaced(logger):
-    """Put a file in place of the folder; removed permissions would not stop root."""
+    """Put a file in the folder's place.
+
+    Removed permissions would not stop root.
+    """
     shutil.rmtree(logger.log_dir)
     Path(logger.log_dir).write_text("")
 
@@ -50,7 +55,10 @@ TROUBLES = {"full": full, "closed": closed, "removed": removed, "replaced": repl
 
 
 class Net(pl.LightningModule):
-    """Net that logs nothing itself; its logger fails half way, and one batch has a NaN."""
+    """Net that logs nothing itself.
+
+    Its logger fails half way, and one batch has a NaN.
+    """
 
     def __init__(self, trouble, logger, ruined):
         super().__init__()

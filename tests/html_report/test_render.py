@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_gradguard.charts.heatmap import (
+from lightning_gradguard.charts import (
     BLANK_COLOUR,
     CLIPPED_COLOUR,
     NONFINITE_COLOUR,

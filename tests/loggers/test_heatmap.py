@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.charts.heatmap import BLANK
+from lightning_gradguard.charts import BLANK
 from lightning_gradguard.loggers.heatmap import Heatmap
 
 value = st.none() | st.sampled_from([0.0, math.nan, math.inf, 1e-40, 1e40]) | st.floats(1e-10, 1e2)

@@ -1,11 +1,20 @@
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.loggers.histograms import WorstTensors, histogram_record
+from lightning_gradguard.loggers.histograms import (
+    FORMATS,
+    THRESHOLDS,
+    WorstTensors,
+    exponents_record,
+    histogram_record,
+)
 from lightning_gradguard.loggers.tags import tag_names
+from lightning_gradguard.stats.histogram import count
 
 rms = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3),
@@ -83,3 +92,90 @@ def test_groups_keep_optimizers_apart():
     first = histogram_record({"generator.weight": [0.0] * 30}, titles[0])
     second = histogram_record({"critic.weight": [0.0] * 30}, titles[1], group="gradguard_1")
     assert not first.histograms.keys() & second.histograms.keys()
+
+
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+
+
+def record_of(rows=None, **gradients):
+    below = count(
+        [torch.as_tensor(g, dtype=torch.float64) for g in gradients.values()], thresholds=THRESHOLDS
+    ).below
+    titles = {name: f"{i:03d}_{name}" for i, name in enumerate(gradients)}
+    rows = list(gradients) if rows is None else rows
+    return exponents_record(dict(zip(gradients, below.tolist(), strict=True)), titles, rows, step=7)
+
+
+def table_of(record):
+    lines = record.texts["gradguard_exponents/table"].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.tag)
+def test_the_numbers_of_a_format_are_those_that_torch_rounds_to(form):
+    dtype = DTYPES[form.tag]
+    assert torch.tensor(form.subnormal).to(dtype).float().item() == form.subnormal
+    assert torch.tensor(form.subnormal / 2.01).to(dtype).float().item() == 0
+    # A normal number keeps all its digits, and the next smaller ones do not.
+    step = torch.finfo(dtype).eps
+    above, under = form.normal * (1 + step), form.normal * (1 - step / 2)
+    assert torch.tensor(above).to(dtype).float().item() == pytest.approx(above, rel=1e-7, abs=0)
+    largest = torch.finfo(dtype).max
+    assert form.overflow > largest == np.nextafter(np.float32(form.overflow), np.float32(0))
+    assert torch.tensor(under).to(dtype).float().item() != pytest.approx(under, rel=1e-7, abs=0)
+
+
+@given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=30))
+def test_shares_grow_with_the_bound(numbers):
+    scalars = record_of(w=numbers).scalars
+    for form in FORMATS:
+        coarse = scalars[f"gradguard_exponents/{form.tag}_subnormal"]
+        lost = scalars[f"gradguard_exponents/{form.tag}_lost"]
+        assert 0 <= lost <= coarse <= 1 or (math.isnan(lost) and not any(numbers))
+
+
+def test_shares_are_of_all_elements_that_are_not_zero():
+    record = record_of(a=[1.0, 1e-5, 1e-9, 0.0], b=[0.0, math.nan, 2.0])
+    share = {tag.partition("/")[2]: x for tag, x in record.scalars.items()}
+    assert share["fp16_subnormal"] == pytest.approx(2 / 4)
+    assert share["fp16_lost"] == pytest.approx(1 / 4)
+    assert share["e5m2_lost"] == pytest.approx(2 / 4)
+    assert share["bf16_subnormal"] == 0
+    assert len(share) == 8
+    assert record.notes.keys() >= record.scalars.keys()
+
+
+def test_the_table_has_few_digits_and_bold_cells():
+    record = record_of(a=[1.0] * 200 + [1e-9], b=[1e-3] * 999 + [1e-5], c=[0.0])
+    table = table_of(record)
+    assert table["**all 3 tensors**"][:2] == ["0.2 % / <0.1 %", "0 % / 0 %"]
+    assert table["`001_b`"] == ["0.1 % / 0 %", "0 % / 0 %", "**100 % / 100 %**", "0.1 % / 0.1 %"]
+    assert table["`002_c`"] == ["all zero"] * 4
+    assert "step 7" in record.texts["gradguard_exponents/table"]
+
+
+def test_overflow_is_shown_only_if_there_is_any():
+    table = table_of(record_of(a=[1e-5, 65504.0, 7e4, 448.0], b=[1.0]))
+    assert table["`000_a`"] == [
+        "**25 % / 0 %, 25 % overflow**", "0 % / 0 %", "**25 % / 25 %, 50 % overflow**",
+        "**25 % / 25 %, 50 % overflow**",
+    ]  # fmt: skip
+    assert table_of(record_of(a=[1.0, 7e4]))["`000_a`"][0] == "**50 % overflow**"
+    assert table["`001_b`"] == ["0 % / 0 %"] * 4
+
+
+def test_rows_are_those_asked_for():
+    table = table_of(record_of(rows=["b"], a=[1.0], b=[1.0], c=[1.0]))
+    assert [title for title in table if title.startswith("`")] == ["`001_b`"]
+    assert "**all 3 tensors**" in table
+
+
+def test_a_second_optimizer_has_its_own_group():
+    record = exponents_record({"w": [0.0] * 13}, {"w": "000_w"}, ["w"], step=0, group="gradguard_1")
+    assert all(tag.startswith("gradguard_1_exponents/") for tag in [*record.scalars, *record.texts])

@@ -1,4 +1,4 @@
-"""Find the causes of a fault, most likely first: one function for each cause, named after it.
+"""Causes of a fault: one function for each.
 
 To add a cause: write the function in one of the files here, add it to `RULES`, add a member to `Cause`, and its fixes
 to `lightning_gradguard.diagnosis.fixes`.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lightning_gradguard.diagnosis.causes import data, model, numerics, optimizer
-from lightning_gradguard.diagnosis.causes.evidence import Evidence
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import number
 

@@ -1,12 +1,11 @@
-"""Causes in the data: the scale of inputs and targets, NaN or Inf in a batch, and outlier batches."""
+"""Causes in the data: scale, NaN or Inf, outliers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, Evidence
-from lightning_gradguard.diagnosis.context import DEEP, DiagnosticContext
+from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.nan_origin import Place
 from lightning_gradguard.diagnosis.wording import count, number, power
@@ -21,7 +20,10 @@ _CLASSIFYING = ("NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntrop
 
 
 def unnormalized_input(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame inputs far from unit scale: they saturate the first layer, and the curvature grows with their square."""
+    """Blame inputs far from unit scale.
+
+    They saturate the first layer, and the curvature of the loss grows with their square.
+    """
     yield from inputs_out_of_scale(context)
     yield from outputs_too_large(context, Cause.UNNORMALIZED_INPUT)
 
@@ -43,7 +45,9 @@ def inputs_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evidence]:
-    """Blame a first loss that only very large outputs give on one of three causes.
+    """Blame the cause of very large outputs.
+
+    Only such outputs give a first loss this large.
 
     Args:
         context: The facts at the step of the finding.
@@ -79,7 +83,7 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
 
 
 def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame targets of large scale under a squared loss, which is about their square."""
+    """Blame large targets under a squared loss."""
     if not context.too_large or not _is_squared(context) or not context.loss_start > 100:
         return
     if context.target_rms is not None and context.target_rms**2 < 0.01 * context.loss_start:
@@ -113,7 +117,7 @@ def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame one batch unlike the others, in a training that was healthy before."""
+    """Blame one batch unlike the others."""
     step = context.finding.step
     if context.fault == Fault.STALLED and "adagrad" in context.optimizer.lower():
         spike = next((f for f in context.findings if f.fault == Fault.SPIKE), None)
@@ -136,6 +140,6 @@ def _is_squared(context: DiagnosticContext) -> bool:
 
 
 def _was_healthy(context: DiagnosticContext) -> bool:
-    """Return True if nothing was found before this step and the loss had not risen."""
+    """Return True if nothing was wrong before."""
     risen = context.loss_now > 1.5 * abs(context.loss_start)
     return context.steps > 5 and not risen and not context.found_before(*Fault.known())

@@ -1,4 +1,4 @@
-"""Causes in the model: its activations, weights and depth, and the graph itself."""
+"""Causes in the model: activations, weights, depth, graph."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from lightning_gradguard.diagnosis.causes.data import outputs_too_large
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, Evidence
-from lightning_gradguard.diagnosis.context import DEEP, DiagnosticContext
+from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
 from lightning_gradguard.results import Fault
@@ -62,7 +61,7 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame initial weights that shrink or enlarge what passes through them, layer after layer."""
+    """Blame initial weights that shrink or enlarge signals."""
     yield from _lost_between_layers(context)
     yield from _one_signed_weights(context)
     yield from weights_out_of_scale(context)
@@ -70,7 +69,10 @@ def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame weights that are too small or too large for their fan-in, or not finite."""
+    """Blame weights out of scale for their fan-in.
+
+    Also weights that are NaN or Inf.
+    """
     ruined = [
         n for n, norm in zip(context.names, context.starting_norms, strict=True) if not math.isfinite(norm)
     ]
@@ -94,7 +96,10 @@ def weights_out_of_scale(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame whatever lies between the layers if neither weights nor activations explain the loss of gradient."""
+    """Blame what lies between the layers.
+
+    Only if neither weights nor activations explain how much gradients shrink.
+    """
     rest = context.unexplained_decades
     if (
         context.fault != Fault.VANISHING
@@ -113,7 +118,10 @@ def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def _one_signed_weights(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame weights of one sign: the inputs of a ReLU are then all positive or all negative."""
+    """Blame weights of one sign.
+
+    The inputs of a ReLU are then all positive or all negative.
+    """
     if context.fault != Fault.DEAD or context.weight_means is None or context.growth[0] > DIED_AFTER:
         return
     signed = [
@@ -127,7 +135,7 @@ def _one_signed_weights(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame many layers in a row without a skip connection."""
+    """Blame many layers without a skip connection."""
     graph, layers = context.graph_summary, context.bare_layers
     plain = graph is not None and not graph.skips and not graph.recurrent and bool(context.path)
     if plain and layers >= DEEP and (context.too_small or context.too_large):
@@ -139,7 +147,7 @@ def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame weights that are applied at every step of a sequence."""
+    """Blame weights applied at every step of a sequence."""
     tilt = context.finding.value if context.fault == Fault.VANISHING_IN_TIME else context.time_tilt
     if tilt is not None and abs(tilt) >= 1:
         way = "smaller" if tilt > 0 else "larger"
@@ -167,7 +175,7 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame units that no input activates: ReLUs whose inputs are all negative."""
+    """Blame ReLUs whose inputs are all negative."""
     if context.fault == Fault.DEAD:
         where = f" in {listing(context.finding.parameters)}" if context.finding.parameters else ""
         text = f"{100 * context.finding.value:.0f}% of the units get a gradient of exactly zero{where}"
@@ -194,7 +202,10 @@ def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a graph that is cut, or leads through a function without a slope; name where."""
+    """Blame a graph that is cut; name where.
+
+    A function with slope 0, such as rounding, counts too.
+    """
     concerned, missing = context.finding.parameters, context.missing
     kinds = context.graph_summary.kinds if context.graph_summary else {}
     steps = [name for name in concerned if kinds.get(name, {}).get("step")]

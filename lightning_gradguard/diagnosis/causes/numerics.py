@@ -1,4 +1,4 @@
-"""Causes in the numerics: the loss function and the number format."""
+"""Causes in the numerics: loss and number format."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_gradguard.diagnosis.causes.evidence import Evidence
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.wording import number, quote
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault
@@ -23,14 +22,17 @@ _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
 
 
 def loss_function(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a loss that is numerically unstable, has no lower bound, or is flat where training starts."""
+    """Blame an unstable, unbounded or flat loss."""
     yield from _unstable_operation(context)
     yield from unbounded_loss(context)
     yield from _flat_loss(context)
 
 
 def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame an operation, most often in the loss, whose value or slope is not finite for some finite inputs."""
+    """Blame an operation with a non-finite value or slope.
+
+    It is finite for other inputs, and most often in the loss.
+    """
     origin = context.origin
     if context.fault != Fault.NONFINITE or (origin is not None and origin.in_data):
         return
@@ -54,7 +56,10 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a loss without a lower bound: larger weights always improve it."""
+    """Blame a loss without a lower bound.
+
+    Larger weights always improve it.
+    """
     start, now = context.loss_start, context.loss_now
     if context.too_large and math.isfinite(start) and now < -_UNBOUNDED * max(abs(start), 1.0):
         text = (
@@ -65,7 +70,10 @@ def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def _flat_loss(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a loss that was almost zero from the beginning, where its operations are flat."""
+    """Blame a loss that began near zero.
+
+    Its operations are flat there.
+    """
     flat = next((op for op in _FADING_LOSSES if op in context.loss_operations), None)
     if context.fault not in (Fault.STALLED, Fault.VANISHING) or flat is None:
         return
@@ -78,7 +86,7 @@ def _flat_loss(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def low_precision(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame numbers below or above the range of the dtype."""
+    """Blame numbers beyond the range of the dtype."""
     low = [dtype for dtype in context.dtypes if dtype in _LOW_PRECISION]
     if context.fault == Fault.UNDERFLOW:
         dtype = low[0] if low else next(iter(context.dtypes), "this dtype")

@@ -1,4 +1,4 @@
-"""Causes in the optimizer: learning rate, momentum and epsilon."""
+"""Causes in the optimizer: learning rate, momentum, epsilon."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator
 
 from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale, outputs_too_large, target_scale
-from lightning_gradguard.diagnosis.causes.evidence import CERTAIN, Evidence
 from lightning_gradguard.diagnosis.causes.model import DIED_AFTER, weights_out_of_scale
 from lightning_gradguard.diagnosis.causes.numerics import unbounded_loss
 from lightning_gradguard.diagnosis.context import (
+    CERTAIN,
     LARGEST_UPDATE,
     TYPICAL_MOMENTUM,
     TYPICAL_UPDATE,
     DiagnosticContext,
+    Evidence,
     finite_median,
 )
 from lightning_gradguard.diagnosis.diagnosis import Cause
@@ -27,7 +28,9 @@ _BUILT_UP = 10
 
 
 def learning_rate_too_high(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a learning rate whose steps are, or were at the start, too large for the weights, or have enlarged them.
+    """Blame a learning rate with too large steps.
+
+    They are or were too large for the weights, or have enlarged them.
 
     Decades for which other causes account are subtracted: they made the gradient large, or added it up.
     """
@@ -50,7 +53,7 @@ def learning_rate_too_high(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a learning rate below a typical one whose steps are too small for the weights."""
+    """Blame a learning rate with too small steps."""
     if context.fault not in (Fault.STALLED, Fault.VANISHING) or not context.learning_rates:
         return
     rate, update = context.learning_rate, context.typical_update
@@ -71,7 +74,7 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def optimizer_epsilon(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame an epsilon that exceeds the gradient in the optimizer's denominator."""
+    """Blame an epsilon larger than the gradients."""
     eps = context.setting("eps")
     if context.fault not in (Fault.STALLED, Fault.VANISHING, Fault.UNDERFLOW):
         return
@@ -92,7 +95,7 @@ def optimizer_epsilon(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def momentum(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a momentum that lets the velocity grow while gradients do not."""
+    """Blame a momentum that lets the velocity grow."""
     value = context.setting("momentum")
     killed = context.fault == Fault.DEAD and context.growth[0] > DIED_AFTER
     if not (context.too_large or killed) or not value >= 0.95:
@@ -108,7 +111,10 @@ def momentum(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
-    """Return the decades by which a step exceeds a hundredth of the weights, or the weights have grown; and words."""
+    """Return the excess of a step, decades, and words.
+
+    The excess is over a hundredth of the weights; else the growth of the weights. None if neither is large.
+    """
     limit, killed = LARGEST_UPDATE, context.fault == Fault.DEAD
     ratio, name = context.largest_update
     if ratio > max(limit, 0.0 if killed else context.first_update):
@@ -129,7 +135,9 @@ def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
 
 
 def _decades_of_other_causes(context: DiagnosticContext) -> float:
-    """Return the decades by which the initial weights, the data, the loss and the momentum enlarge a step.
+    """Return the decades that other causes add to a step.
+
+    They are the initial weights, the data, the loss and the momentum.
 
     0 under an optimizer that normalizes the gradient, which does not pass them on.
     """

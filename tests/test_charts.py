@@ -1,4 +1,4 @@
-"""The colours, bins and picture of a heat map."""
+"""Colours, bins and picture of a heat map, and labels."""
 
 import io
 import math
@@ -15,7 +15,16 @@ from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.image import imread
 
 import lightning_gradguard
-from lightning_gradguard.charts.heatmap import BLANK_COLOUR, NONFINITE_COLOUR, Marks, bin_rows, draw, paint
+from lightning_gradguard.charts import (
+    BLANK_COLOUR,
+    NONFINITE_COLOUR,
+    Marks,
+    bin_rows,
+    draw,
+    paint,
+    shorten,
+    without_prefix,
+)
 
 MAGENTA, ORANGE, GREY = (to_rgb(c) for c in ("magenta", "darkorange", "lightgrey"))
 DECADES = st.floats(-12, 4) | st.sampled_from([math.nan, -math.inf])
@@ -108,7 +117,7 @@ def test_threads_do_not_disturb_each_other():
 
 def test_does_not_import_pyplot():
     code = (
-        "import sys, numpy as np; from lightning_gradguard.charts.heatmap import Marks, draw;"
+        "import sys, numpy as np; from lightning_gradguard.charts import Marks, draw;"
         "assert 'matplotlib' not in sys.modules;"
         "draw(['a'], np.zeros((1, 1), np.float32), 0, 1, Marks(b'0', b'0', {}));"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
@@ -152,3 +161,28 @@ def test_bins_show_one_of_their_rows_and_never_hide_what_is_not_finite(cells, mo
             math.isnan(cell) or cell in column for cell, column in zip(row, group.T.tolist(), strict=True)
         )
         assert np.array_equal(np.isneginf(row), np.isneginf(group).all(axis=0))
+
+
+part = st.text("abcdefghij_0123456789", min_size=1, max_size=30)
+name = st.lists(part, min_size=1, max_size=8).map(".".join)
+
+
+@given(st.lists(name, min_size=1, max_size=20, unique=True), st.lists(part, max_size=3).map(".".join))
+def test_a_common_prefix_makes_no_difference(names, prefix):
+    prefixed = [f"{prefix}.{n}" if prefix else n for n in names]
+    assert without_prefix(prefixed) == without_prefix(names)
+    assert all(n.endswith(short) for n, short in zip(names, without_prefix(names), strict=True))
+
+
+@given(name, st.integers(1, 60))
+def test_shortening_keeps_what_fits_and_the_end_of_what_does_not(full, room):
+    short = shorten(full, room)
+    assert len(short) <= room
+    if len(full) <= room:
+        assert short == full
+    assert short[-1] == full[-1]
+
+
+@pytest.mark.parametrize("names", [["weight"], ["layer.weight"], ["a.b", "a"], ["a", "a.b"], ["a.b", "ab.c"]])
+def test_no_name_becomes_empty(names):
+    assert all(without_prefix(names))

@@ -1,7 +1,8 @@
-"""Heat maps of layers by steps: the meaning of a cell, colours, binned rows, and the picture for TensorBoard.
+"""Heat maps of layers by steps, and labels.
 
-A cell is the log10 of a layer's gradient RMS (root mean square) at a step. NaN stands for a gradient that is NaN or
-Inf, `BLANK` for no gradient. Every picture of the package uses these colours on this scale, so pictures compare.
+Only this module imports matplotlib. A cell is the log10 of a layer's gradient RMS (root mean square) at a step. NaN
+stands for a gradient that is NaN or Inf, `BLANK` for no gradient. Every picture of the package uses these colours on
+this scale, so pictures compare.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from lightning_gradguard.charts.labels import shorten, without_prefix
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
@@ -70,10 +69,10 @@ def paint(cells: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def cells_uri(cells: NDArray[np.floating]) -> str:
-    """Return the data URI of a PNG with one pixel for each cell.
+    """Return a PNG of the cells as data URI.
 
     Args:
-        cells: [rows, columns].
+        cells: [rows, columns], one pixel each.
     """
     from matplotlib.image import imsave
 
@@ -83,15 +82,15 @@ def cells_uri(cells: NDArray[np.floating]) -> str:
 
 
 def scale_uri() -> str:
-    """Return the data URI of a PNG, one pixel high, with the colours of `SCALE` from left to right."""
+    """Return the colour scale as data URI."""
     return cells_uri(np.linspace(*SCALE, 97).reshape(1, -1))
 
 
 def decode_png(png: bytes) -> NDArray[np.uint8]:
-    """Return the pixels of a PNG that has an opacity channel.
+    """Return the pixels of a PNG.
 
     Args:
-        png: The file.
+        png: The file, with an opacity channel.
 
     Returns:
         uint8 [height, width, 4].
@@ -105,9 +104,9 @@ def decode_png(png: bytes) -> NDArray[np.uint8]:
 def bin_rows(
     names: Sequence[str], cells: NDArray[np.floating], most: int
 ) -> tuple[list[str], NDArray[np.floating]]:
-    """Reduce the rows to at most ``most``, and show the worst cell of each bin.
+    """Join neighbouring rows to at most ``most`` bins.
 
-    The worst cell of a column is one that is not finite, else the one farthest from the column's median.
+    Each bin shows its worst cell of a column: one that is not finite, else the one farthest from the column's median.
 
     Args:
         names: One for each row.
@@ -130,7 +129,9 @@ def bin_rows(
 
 
 def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: int, marks: Marks) -> bytes:
-    """Draw the picture for TensorBoard. It uses no global state of pyplot, so any thread may draw.
+    """Draw the heat map for TensorBoard.
+
+    No global state of pyplot is used, so any thread may draw.
 
     Args:
         names: Layers from input (top) to output (bottom).
@@ -164,6 +165,50 @@ def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: i
     return file.getvalue()
 
 
+def without_prefix(names: Sequence[str]) -> list[str]:
+    """Remove leading modules that all names share.
+
+    Args:
+        names: Dotted names.
+
+    Returns:
+        The names, each with at least its last part.
+
+    >>> without_prefix(["net.model.0.weight", "net.model.0.bias"])
+    ['weight', 'bias']
+    """
+    parts = [n.split(".") for n in names]
+    shared = 0
+    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
+
+
+def shorten(name: str, room: int) -> str:
+    """Shorten a dotted name and keep its end.
+
+    Leading modules shrink to their first letter (numbers stay), then they are removed.
+
+    Args:
+        name: Dotted name.
+        room: Largest length, characters.
+
+    Returns:
+        At most ``room`` characters.
+
+    >>> shorten("encoder.layers.11.self_attn.out_proj.weight", 24)
+    'e.l.11.s.out_proj.weight'
+    """
+    parts = name.split(".")
+    for i in range(len(parts) - 1):
+        if len(".".join(parts)) <= room:
+            break
+        parts[i] = parts[i] if parts[i].isdigit() else parts[i][:1]
+    while len(parts) > 1 and len(".".join(parts)) > room:
+        del parts[0]
+    return ".".join(parts)[-room:]
+
+
 def _colour_scale() -> ScalarMappable:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -195,7 +240,6 @@ def _draw_cells(
 
 
 def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
-    """Draw two rows above the cells: which steps were skipped, and which were clipped."""
     from matplotlib.colors import to_rgba
 
     rows = {"skipped": (marks.skipped, NONFINITE_COLOUR), "clipped": (marks.clipped, CLIPPED_COLOUR)}
@@ -212,7 +256,7 @@ def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
 
 
 def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int]) -> None:
-    """Draw a triangle where each fault was first found, and its name in one of two lines if there is room."""
+    """Draw where each fault began, and its name."""
     taken = [0.0, 0.0]
     for fault, step in sorted(faults.items(), key=lambda item: item[1]):
         x = _LEFT + _WIDTH * min(max((step - span[0]) / (span[1] - span[0]), 0.0), 1.0)

@@ -1,1 +1,0 @@
-"""Pictures drawn from plain arrays, and their labels. Only this folder imports matplotlib."""
