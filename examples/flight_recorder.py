@@ -55,7 +55,7 @@ def main(folder: Path = Path("flights")) -> Replay:
     # Later, on any machine: the file holds plain types and tensors, and reading it runs no code.
     record = torch.load(guard.bundle, weights_only=True)
     print(f"It holds: {', '.join(record)}.\n")
-    # The same as `gradguard replay flights/step-00000010.pt --module flight_recorder:Model`.
+    # The same, run in this folder, as `gradguard replay flights/step-00000010.pt --module flight_recorder:Model`.
     answer = replay(guard.bundle, Model())
     print(answer)
     return answer

@@ -5,12 +5,14 @@ python examples/own_detector.py
 
 import warnings
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lightning_gradguard import Fault, GradientWarning, Guard, Policy
-from lightning_gradguard.detectors import NoState, reading
+from lightning_gradguard.detectors import NoState, Reading, reading
+from lightning_gradguard.stats import GradStats
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,14 @@ class Lopsided:
     """Raised when one tensor holds more than ``limit`` of the squared global norm."""
 
     limit: float = 0.8
-    fault = Fault.custom("lopsided")
-    measures = ("share of one tensor in the squared gradient norm",)
+    fault: ClassVar[Fault] = Fault.custom("lopsided")
+    measures: ClassVar[tuple[str, ...]] = ("share of one tensor in the squared gradient norm",)
 
-    def init(self, stats):
+    # With annotations, YAML takes the detector too.
+    def init(self, stats: GradStats) -> Any:
         return NoState()
 
-    def update(self, stats, state):
+    def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         shares = (stats.norms / stats.total) ** 2
         return reading(stats, shares.max() > self.limit, shares.max(), self.limit, score=shares), state
 

@@ -333,7 +333,7 @@ class Guard:
             ) from error
 
     def roll_back(self, state: Mapping[str, Any] | None) -> None:
-        """Judge on from an earlier state of this guard.
+        """Continue from an earlier state of this guard.
 
         The steps since then stay counted.
 
@@ -485,12 +485,17 @@ class Guard:
         critical = [f for f in decision.report.findings if f.severity == Severity.CRITICAL]
         to_diagnose = decision.halt or (critical[0] if critical else None)
         for finding in decision.messages:
-            if finding is not decision.halt:
-                origin = None
-                if finding.fault == Fault.NONFINITE:
-                    # The first one of a run is replayed; of later ones only the batch is searched.
-                    origin = self._trace(record, pending.context, replay=self._origin is None)
-                warn(describe(finding, origin, self.policy, skipped=decision.report.skip))
+            if finding is decision.halt:
+                continue
+            origin = None
+            if finding.fault == Fault.NONFINITE:
+                # The first one of a run is replayed; of later ones only the batch is searched.
+                origin = self._trace(record, pending.context, replay=self._origin is None)
+            try:
+                message = describe(finding, origin, self.policy, decision.report)
+            except Exception:  # a warning must never end a training
+                message = str(finding)
+            warn(message)
         if to_diagnose is not None:
             self.diagnosis = self._diagnose(to_diagnose, record, pending)
 
@@ -506,7 +511,7 @@ class Guard:
         return origin
 
     def _diagnose(self, finding: Finding, record: StepRecord, pending: PendingStep) -> Diagnosis:
-        """Diagnose a critical finding, barely if that fails.
+        """Diagnose a critical finding; minimally if that fails.
 
         Diagnosing must never end a training.
         """

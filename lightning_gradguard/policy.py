@@ -22,10 +22,10 @@ class Policy:
     - ``"skip"``: as "warn", and steps at which the fault is present are not taken. After ``max_consecutive_skips`` of
       them in a row, the next one halts.
     - ``"halt"``: as "warn", and training halts once the finding is critical.
-    - ``"rollback"``: as "warn". Where "halt" would halt, or "skip" after ``max_consecutive_skips``, `GradGuard`
-      restores weights and optimizer to a state that proved healthy, multiplies the learning rate by ``lr_factor``, and
-      training goes on with the next batches. After ``max_rollbacks`` rollbacks it halts. A `Guard` in a loop of your
-      own keeps no such state and halts at once.
+    - ``"rollback"``: as "warn". Once the finding is critical, `GradGuard` restores weights and optimizer to a state
+      that proved healthy, multiplies the learning rate by ``lr_factor``, and training goes on with the next batches.
+      Non-finite steps are skipped first; after ``max_consecutive_skips`` in a row, the next one rolls back. After
+      ``max_rollbacks`` rollbacks it halts. A `Guard` in a loop of your own keeps no such state and halts at once.
 
     Faults that ``respond`` does not name get "warn", except "nonfinite", which gets "skip". A step with a non-finite
     gradient, norm or loss is never taken, whatever the response: "ignore" and "warn" never halt on it, "skip" halts
@@ -131,4 +131,6 @@ def _check_choice(name: str, value: object, choices: list[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    if not near and "fault" in name:
+        hint = "; for a fault of your own, import its detector or call Fault.custom first"
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")

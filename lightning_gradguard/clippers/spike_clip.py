@@ -54,12 +54,11 @@ class SpikeClip:
     single tensor does. A spike is cut to exp(level), the tensor's typical norm; anything else is unchanged. Multiplying
     all gradients by a constant changes nothing.
 
-    Sigma is that of the change from one step to the next, divided by √2, so a drift does not widen it: in a good start
-    norms fall by powers of ten, and a spike at the peak of the learning rate must not hide in that. Outliers, in both
-    directions, move the level by 2.5 sigmas at most and leave the sigmas unchanged, so neither a spike nor an empty
-    batch distorts them. A prior on sigma makes step 1 testable already. If there are more outliers in a row than steps
-    behind the level, or more than ``patience``, they are the new level: other data or another batch size, no spike.
-    Norms that are 0 or not finite leave no trace.
+    Sigma is that of the change from one step to the next, divided by √2, so a drift does not widen it. At the start,
+    norms may fall by powers of ten; a later spike must not hide in that. Outliers in either direction move the level by
+    at most 2.5 sigmas and leave sigma unchanged, so neither a spike nor an empty batch distorts it. A prior on sigma
+    makes step 1 testable. Outliers become the new level if there are more in a row than steps behind the level, or more
+    than ``patience``: then data or batch size changed. Norms that are 0 or not finite are ignored.
 
     Norms that grow by more than 8 % at each step count as a spike for up to ``patience`` steps.
 

@@ -21,7 +21,7 @@ from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
-from lightning_gradguard.diagnosis.wording import further_reading, headline
+from lightning_gradguard.diagnosis.wording import count, further_reading, headline
 from lightning_gradguard.engine.history import History
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
@@ -29,7 +29,7 @@ from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Fault, Finding
+from lightning_gradguard.results import Fault, Finding, Report
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import weight_means, weight_norms
@@ -155,7 +155,7 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
-def describe(finding: Finding, origin: Origin | None, policy: Policy, *, skipped: bool) -> str:
+def describe(finding: Finding, origin: Origin | None, policy: Policy, report: Report) -> str:
     """Return the warning for a finding.
 
     It says what was found, where and since when; then the evidence; then what happens now, and where to look further.
@@ -164,23 +164,32 @@ def describe(finding: Finding, origin: Origin | None, policy: Policy, *, skipped
         finding: The finding.
         origin: Source of a non-finite value, if it is known.
         policy: Policy of the guard.
-        skipped: True if the step is not taken.
+        report: Report of the step.
     """
     tags, page = further_reading(finding.fault)
     measure = finding.measure or finding.detector
-    if finding.limit == 0:  # the value is a count of things of which there should be none
+    if finding.fault == Fault.NONFINITE:
+        evidence = (
+            f"{count(int(finding.value), 'tensor')} with NaN or Inf gradients" if finding.parameters else ""
+        )
+    elif finding.limit == 0:  # the value is a count of things of which there should be none
         evidence = f"Number of {measure}: {finding.value:.3g}"
     else:
         evidence = f"{measure[:1].upper()}{measure[1:]}: {finding.value:.3g} (limit {finding.limit:.3g})"
-    lines = [f"{finding.place}.", f"{headline(finding.fault)}. {evidence}."]
+    lines = [f"{finding.place}.", f"{headline(finding.fault)}{evidence and f': {evidence}'}."]
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
     response = policy.response(finding.fault)
-    action = (
-        "The step is skipped: weights and optimizer state are unchanged." if skipped else "Training goes on."
-    )
+    if report.skip:
+        action = "The step is skipped: weights and optimizer state are unchanged."
+    elif report.scale < 1:
+        action = f"Gradients are clipped from norm {report.total_norm:.3g} to {report.clipped_norm:.3g}; training goes on."
+    else:
+        action = "Training goes on."
     if response == "skip":
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one halts."
+    elif response == "rollback" and finding.fault == Fault.NONFINITE:
+        action += f" After {policy.max_consecutive_skips} such steps in a row, the next one rolls back."
     elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):
         action += f" If this lasts {policy.patience} further steps, the policy responds with {response!r}."
     advice = f"Look at {tags[0]} in TensorBoard, and at {page}."

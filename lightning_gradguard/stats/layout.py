@@ -44,11 +44,11 @@ class Layout:
         pairs: int32 [2, K], indices into ``layers``, upper one first: all pairs, or 4,096 of them.
         numel: float32 [P], number of elements.
         is_layer: Bool [P], which tensors are layers.
-        floors: float32 [P], smallest weight norm that counts as such: a tenth of what a common initialization gives, so
-            that a zero-initialised tensor has a finite gradient-to-weight ratio.
+        floors: float32 [P], lower bound of a weight norm: a tenth of what a common initialization gives, so that
+            a zero-initialized tensor has a finite gradient-to-weight ratio.
         zeros: float32 [P], zeros; read-only.
         nowhere, everywhere: Bool [P], False and True; read-only.
-        is_one_kind: Whether one foreach call takes all of them: real, of one dtype up to float32, on one device.
+        is_one_kind: True if one foreach call takes all of them: real, of one dtype up to float32, on one device.
         shards: How the tensors are sharded over ranks; None if each rank holds all of them.
         batches: Cache of `norms`: which tensors are read by one call, for each set of gradients.
         views: Cache of `samples`: views of the sampled elements, as long as the memory of the parameters stays.
