@@ -168,22 +168,25 @@ def describe(finding: Finding, origin: Origin | None, policy: Policy, report: Re
     """
     tags, page = further_reading(finding.fault)
     measure = finding.measure or finding.detector
-    if finding.fault == Fault.NONFINITE:
-        evidence = (
-            f"{count(int(finding.value), 'tensor')} with NaN or Inf gradients" if finding.parameters else ""
-        )
+    if finding.fault == Fault.NONFINITE and finding.parameters:
+        tensors = count(int(finding.value), "tensor")
+        what = f"{tensors} {'has' if finding.value == 1 else 'have'} NaN or Inf gradients"
+    elif finding.fault == Fault.NONFINITE:
+        what = "The loss is NaN or Inf"
     elif finding.limit == 0:  # the value is a count of things of which there should be none
-        evidence = f"Number of {measure}: {finding.value:.3g}"
+        what = f"{headline(finding.fault)}. Number of {measure}: {finding.value:.3g}"
     else:
         evidence = f"{measure[:1].upper()}{measure[1:]}: {finding.value:.3g} (limit {finding.limit:.3g})"
-    lines = [f"{finding.place}.", f"{headline(finding.fault)}{evidence and f': {evidence}'}."]
+        what = f"{headline(finding.fault)}. {evidence}"
+    lines = [f"{finding.place}.", f"{what}."]
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
     response = policy.response(finding.fault)
     if report.skip:
         action = "The step is skipped: weights and optimizer state are unchanged."
     elif report.scale < 1:
-        action = f"Gradients are clipped from norm {report.total_norm:.3g} to {report.clipped_norm:.3g}; training goes on."
+        before, after = f"{report.total_norm:.3g}", f"{report.clipped_norm:.3g}"
+        action = f"Gradients are clipped from norm {before} to {after}; training goes on."
     else:
         action = "Training goes on."
     if response == "skip":
