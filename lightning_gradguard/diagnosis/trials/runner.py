@@ -260,13 +260,13 @@ def _account(runner: TrialRunner, baseline: TrialResult, tried: int, *, nothing_
     else:
         way, (low, high) = "from output to input", HEALTHY_DEPTH_TILT
     loss = number(baseline.loss) if math.isfinite(baseline.loss) else "inf"
-    learned = "half of it" if runner.halve else "it"
+    learned = "half of it" if runner.halve else "all of it"
     sentences = [
         f"{count(tried, 'fix was', 'fixes were')} tried on copies of the weights and the batch, in {runner.passes} "
         "passes; the training itself is unchanged.",
         f"Tilt: decades (factors of ten) by which gradients shrink {way}; {low:g} to {high:g} is healthy.",
-        f"Loss: that of the batch after {_FULL - 1} steps on {learned} (inf if it overflowed or a layer died); "
-        f"without a fix {loss}.",
+        f"Loss: loss of the whole batch after {_FULL - 1} trial steps on {learned} (inf if it overflowed or a layer "
+        f"died); {loss} without a fix.",
     ]
     if nothing_helped:
         sentences.insert(0, "None of the fixes that were tried did better than no fix in so few steps.")
