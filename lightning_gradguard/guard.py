@@ -19,6 +19,7 @@ from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.engine import device_skip
 from lightning_gradguard.engine.arguments import (
+    as_context,
     as_scalar,
     message_without_loss,
     short_repr,
@@ -206,7 +207,7 @@ class Guard:
             graph: Tensor whose autograd graph shows the order of layers; ``loss`` when None.
             step: Number of this step in reports; steps judged so far when None.
             batch: Input of the loss; looked at only if something critical is found.
-            context: Further facts for a diagnosis; holds the batch then, in place of ``batch``.
+            context: Further facts for a diagnosis; ``batch`` is added to it.
 
         Returns:
             The report of this step. If ``skip`` is true, ``optimizer.step()`` must not be called; the gradients have
@@ -216,8 +217,9 @@ class Guard:
         Raises:
             GradientHalt: If training cannot go on.
             ValueError: If the loss is not a scalar.
+            TypeError: If ``context`` is not a `StepContext`.
         """
-        loss = as_scalar(loss)
+        loss, context = as_scalar(loss), as_context(context, batch)
         if self.tracker.follow_groups():
             self.flush()
             self._state = None
@@ -248,7 +250,7 @@ class Guard:
                 self.tracker.schedule.commit(taken=True)
                 self._probe_sequence_if_stuck()
                 return accepted
-        return self._evaluate(stats, number, scaler, context or StepContext(batch=batch))
+        return self._evaluate(stats, number, scaler, context)
 
     def flush(self) -> None:
         """Fold in deferred steps and complete their reports."""
@@ -265,7 +267,8 @@ class Guard:
         Raises:
             ValueError: If ``steps`` is not a positive whole number.
         """
-        self.history.resize(steps)
+        if not self._history.keeps(steps):  # asked before `history`, which folds in deferred steps
+            self.history.resize(steps)
 
     def close(self) -> None:
         """Judge what is still under way; remove all hooks.

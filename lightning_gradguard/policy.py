@@ -82,6 +82,13 @@ class Policy:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
             raise ValueError(f"lr_factor must be above 0 and at most 1, got {factor!r}")
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        # Another process may not have made a custom fault yet.
+        for name in state["respond"]:  # type: ignore[attr-defined]
+            if name not in {fault.value for fault in Fault.known()}:
+                Fault.custom(name)
+        self.__dict__.update(state)
+
     def response(self, fault: str) -> Response:
         """Return the response to a fault.
 

@@ -82,3 +82,12 @@ def test_a_strict_policy_halts_on_custom_faults_also_on_those_made_later():
     assert strict.response(Fault.custom("made_after_the_policy")) == "halt"
     assert Policy.protect().response(QUANTIZED) == "warn"
     assert repr(strict) == repr(Policy.strict())
+
+
+def test_another_process_reads_a_policy_with_a_fault_it_has_not_made():
+    policy = Policy(respond={"quantized": "skip"})
+    code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).response('quantized'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, pickle.dumps(policy).hex()], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == "skip", done.stderr

@@ -6,7 +6,6 @@ import difflib
 import importlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.engine.parameter_tracker import unscale
+from lightning_gradguard.engine.warn import warn_caller
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
-from lightning_gradguard.results import GradientWarning
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -237,7 +236,7 @@ def stop_training(trainer: Trainer) -> None:
 def warn(trainer: Trainer, message: str) -> None:
     """Warn on rank 0 with a `GradientWarning`."""
     if trainer.is_global_zero:
-        warnings.warn(message, GradientWarning, stacklevel=3)
+        warn_caller(message)
 
 
 def sandboxed_step_of(

@@ -7,6 +7,7 @@ business: `lightning_gradguard.engine.fault_tracker` decides them from its readi
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -85,6 +86,12 @@ class DetectorTraits(NamedTuple):
 def traits_of(detector: Detector) -> DetectorTraits:
     """Return a detector's traits, declared or default."""
     found = {name: getattr(detector, name) for name in DetectorTraits._fields if hasattr(detector, name)}
+    if hasattr(detector, "quiet") and "fast_path_safe" not in found:
+        warnings.warn(
+            f"{type(detector).__name__}.quiet is now fast_path_safe; quiet has no effect",
+            FutureWarning,
+            stacklevel=2,
+        )
     if "fast_path_safe" not in vars(type(detector)):
         found.pop("fast_path_safe", None)
     return DetectorTraits(**found)

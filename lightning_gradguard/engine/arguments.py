@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lightning_gradguard.detectors import default_detectors as default_detectors
 from lightning_gradguard.detectors.base import Detector, traits_of
+from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.policy import Policy
+from lightning_gradguard.results import Fault
 
 
 def validate_parts(detectors: object, clipper: object, policy: object) -> None:
@@ -28,6 +30,10 @@ def validate_parts(detectors: object, clipper: object, policy: object) -> None:
     for name, part, example in parts:
         # Both have the same two methods; only a detector names a fault.
         of_its_kind = hasattr(part, "fault") == (name == "detectors")
+        if name == "detectors" and hasattr(part, "fault") and not isinstance(part.fault, Fault):
+            raise TypeError(
+                f"fault of {type(part).__name__} must be a Fault, such as Fault.custom('quantized'), got {part.fault!r}"
+            )
         if isinstance(part, type) or not (hasattr(part, "init") and hasattr(part, "update") and of_its_kind):
             raise TypeError(
                 f"{name} must be an instance with init and update, such as {example}, got {part!r}"
@@ -48,6 +54,19 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
         return torch.tensor(float(loss), dtype=torch.float32)
     shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
+
+
+def as_context(context: StepContext | None, batch: object) -> StepContext:
+    """Return the context of a step, with its batch.
+
+    Raises:
+        TypeError: If it is not a `StepContext`.
+    """
+    if context is None:
+        return StepContext(batch=batch)
+    if not isinstance(context, StepContext):
+        raise TypeError(f"context must be a StepContext, such as StepContext(batch=batch), got {context!r}")
+    return context if batch is None else dataclasses.replace(context, batch=batch)
 
 
 def message_without_loss(detectors: Iterable[Detector]) -> str:
@@ -74,7 +93,12 @@ def short_repr(instance: object, **arguments: tuple[Any, Any]) -> str:
         instance: The object that is shown.
         **arguments: Value and default of each argument, in the order of the signature.
     """
-    shown = [f"{name}={_short(value)}" for name, (value, default) in arguments.items() if value != default]
+    shown = [
+        f"{name}={_short(value)}"
+        for name, (value, default) in arguments.items()
+        # By their text: arrays and tensors have no truth value.
+        if value is not default and repr(value) != repr(default)
+    ]
     return f"{type(instance).__name__}({', '.join(shown)})"
 
 

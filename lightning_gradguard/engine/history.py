@@ -90,6 +90,14 @@ class History:
         rows = np.roll(self._ring[: len(self)], -oldest)
         return {name: rows[name].copy() for name in ("step", *_SCALARS, "skip", "norms")}
 
+    def keeps(self, steps: int) -> bool:
+        """Return True if that many steps are kept.
+
+        Args:
+            steps: Number of steps.
+        """
+        return self.steps == steps
+
     def resize(self, steps: int) -> None:
         """Change how many steps are kept.
 
@@ -99,10 +107,7 @@ class History:
         Raises:
             ValueError: If ``steps`` is not a positive whole number.
         """
-        steps = _check_steps(steps)
-        if steps == self.steps:
-            return
-        kept = self.table()
+        steps, kept = _check_steps(steps), self.table()
         self._added, self.steps = min(len(self), steps), steps
         self._ring = self._blank()
         for name, column in kept.items():

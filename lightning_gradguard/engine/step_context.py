@@ -28,3 +28,7 @@ class StepContext:
     sandboxed_step: Callable[[], SandboxedStep] | None = None
     run_trials: bool = False
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.notes, tuple):
+            raise TypeError(f"notes must be a tuple of sentences, got {self.notes!r}")
