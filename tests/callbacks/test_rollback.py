@@ -300,7 +300,7 @@ def test_running_statistics_do_not_change_without_a_skip(tmp_path):
         assert torch.equal(a, b), name
 
 
-BATCHES = 60
+SHORT = 60
 
 
 class BufferedNet(pl.LightningModule):
@@ -345,7 +345,7 @@ def fit_with_nan(folder, *bad, saved=None, ckpt_path=None, expanded=False, **opt
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = DataLoader(range(BATCHES), batch_size=None)
+        data = DataLoader(range(SHORT), batch_size=None)
         trainer.fit(
             module, data, DataLoader(range(2), batch_size=None) if options else None, ckpt_path=ckpt_path
         )
@@ -358,8 +358,8 @@ def test_right_after_a_resume_the_guard_returns_to_the_restored_state(tmp_path):
     guard, follow, module = fit_with_nan(tmp_path, 41, ckpt_path=tmp_path / "half.ckpt")
     assert guard.summary["rollbacks"] == 1
     # Lightning 2.4 takes the batch twice at whose end it was saved.
-    assert guard.summary["judged"] == module.trainer.global_step >= BATCHES
-    assert all(math.isfinite(follow.thresholds[number]) for number in range(42, BATCHES))
+    assert guard.summary["judged"] == module.trainer.global_step >= SHORT
+    assert all(math.isfinite(follow.thresholds[number]) for number in range(42, SHORT))
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 7}])
