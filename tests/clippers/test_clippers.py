@@ -89,6 +89,17 @@ class Stream:
         return stats, clip
 
 
+def magnitude(gradient):
+    """Return the sizes that rounding is relative to: entries of a sparse gradient may cancel in its sum."""
+    if gradient.layout != torch.sparse_coo:
+        return dense(gradient).abs()
+    return dense(
+        torch.sparse_coo_tensor(
+            gradient._indices(), gradient._values().abs(), gradient.shape, check_invariants=True
+        )
+    )
+
+
 def dense(tensor):
     return (
         tensor.detach().to_dense().to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
@@ -108,11 +119,15 @@ def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, dty
     for step in range(6):
         stats, clip = stream.feed(spike if step == 4 else 1.0)
         names = stats.layout.names
-        before = {n: dense(g) for n, g in zip(names, stats.gradients, strict=True) if g is not None}
+        given = [(n, g) for n, g in zip(names, stats.gradients, strict=True) if g is not None]
+        before, sizes = {n: dense(g) for n, g in given}, {n: magnitude(g) for n, g in given}
         apply_(stats.gradients, clip.multipliers)
-        tolerance = TOLERANCE.get(dtype, 2e-5)
         for index, (name, gradient) in enumerate(zip(names, stats.gradients, strict=True)):
             factor = clip.multipliers[index].double()
+            tolerance = TOLERANCE.get(dtype, 2e-5)
+            if dtype == torch.float16 and (factor > 0).any():
+                # The CPU rounds a factor to half precision, whose smallest step is 2^-24.
+                tolerance += 2**-25 / factor[factor > 0].min().item()
             assert clip.multipliers[index].dtype == clip.norms.dtype == clip.threshold.dtype == torch.float32
             assert ((factor >= 0) & (factor <= 1)).all()
             if name == "matrix" and clipper.exclude:
@@ -120,8 +135,9 @@ def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, dty
             if gradient is None:
                 continue
             after, wanted = dense(gradient), before[name] * factor
-            assert (after - wanted).norm() <= tolerance * wanted.norm() + 1e-6
-            assert clip.norms[index].item() == pytest.approx(after.norm().item(), rel=tolerance, abs=1e-6)
+            rounding = tolerance * (sizes[name] * factor).norm().item() + 1e-6
+            assert (after - wanted).norm() <= rounding
+            assert clip.norms[index].item() == pytest.approx(after.norm().item(), rel=tolerance, abs=rounding)
             if (factor == 1).all():
                 assert torch.equal(after, before[name])
                 assert clip.norms[index] == stats.norms[index]
