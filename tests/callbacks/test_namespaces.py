@@ -123,14 +123,15 @@ def run(folder, script, hidden, *names):
 
 
 @needs_both
-@pytest.mark.parametrize("name", NAMESPACES)
+@pytest.mark.parametrize("name", [pytest.param(NAMESPACES[0], marks=pytest.mark.slow), NAMESPACES[1]])
 def test_one_alone(name, tmp_path):
     (other,) = set(NAMESPACES) - {name}
     run(tmp_path, ALONE, [other.partition(".")[0]], name)
 
 
+@pytest.mark.slow
 @needs_both
-@pytest.mark.parametrize("names", [NAMESPACES, pytest.param(NAMESPACES[::-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [NAMESPACES, NAMESPACES[::-1]])
 def test_one_guard_for_trainers_of_both(names, tmp_path):
     run(tmp_path, TOGETHER, [], *names)
 

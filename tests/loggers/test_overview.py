@@ -248,7 +248,8 @@ def test_per_layer_scalars_are_in_execution_order():
 def test_resumes_as_if_it_had_not_stopped(steps, cut):
     whole, before, after = overview(), overview(), overview()
     for step, is_bad in enumerate(steps):
-        newest = bad(step) if is_bad else report(step, findings=(finding(step),) if step % 7 == 3 else ())
+        found = (finding(step),) if step % 7 == 3 else ()
+        newest = bad(step) if is_bad else report(step, findings=found, scale=0.5 if step % 3 else 1.0)
         whole.observe(newest)
         if step == cut:
             after.load_state_dict(before.state_dict())
