@@ -51,6 +51,7 @@ from lightning_gradguard.engine.readback import (
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
@@ -99,7 +100,7 @@ class Guard:
         fast_path: Steps accepted without a full evaluation.
         report: Report of the newest step, or None.
         record: Numbers of the newest step that was evaluated in full, or None.
-        diagnosis: Diagnosis of the newest critical finding, or None.
+        diagnosis: Diagnosis of the newest critical finding, else of the newest warning, or None.
         counts: Number of steps that were "judged", "clipped", "skipped" and "nonfinite".
         steps: Number of calls of `step`.
         lag: 0 or 1.
@@ -149,7 +150,9 @@ class Guard:
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
         self._halt: Finding | None = None
         self._origin: Origin | None = None
+        self._diagnosed = 0
         self._warned_of_no_loss = False
+        self._warned_of: set[Problem] = set()
 
     def __repr__(self) -> str:
         return short_repr(
@@ -476,12 +479,29 @@ class Guard:
         self.counts["nonfinite"] += not record.finite
         self.tracker.schedule.observe(record.loss_start, record.loss_mean, bool(self.fault_tracker.active))
         self._findings.extend(report.findings)
+        self._warn_of_problems(record)
         if report.findings:
             self._explain(decision, record, pending)
         return report
 
+    def _warn_of_problems(self, record: StepRecord) -> None:
+        """Warn once of each mistake that the autograd graph shows.
+
+        A mistake that is not certain is reported only while the loss makes no progress.
+        """
+        summary = self.tracker.graph_summary
+        for problem in () if summary is None else summary.problems:
+            no_progress = (
+                self.fault_tracker.judged >= WARM_UP + 5 and record.loss_mean > 0.9 * record.loss_start
+            )
+            if problem.kind not in self._warned_of and (problem.certain or no_progress):
+                from lightning_gradguard.diagnosis.diagnose import describe_problem
+
+                self._warned_of.add(problem.kind)
+                warn(describe_problem(problem))
+
     def _explain(self, decision: Decision, record: StepRecord, pending: PendingStep) -> None:
-        """Warn of new findings, and diagnose a critical one."""
+        """Warn of new findings, and diagnose the gravest."""
         # Imported only when something is found: most runs never need it.
         from lightning_gradguard.diagnosis.diagnose import describe
 
@@ -490,17 +510,35 @@ class Guard:
         for finding in decision.messages:
             if finding is decision.halt:
                 continue
-            origin = None
+            origin, diagnosis = None, None
+            first = self._origin is None
             if finding.fault == Fault.NONFINITE:
                 # The first one of a run is replayed; of later ones only the batch is searched.
-                origin = self._trace(record, pending.context, replay=self._origin is None)
+                origin = self._trace(record, pending.context, replay=first)
+            if first or finding.fault != Fault.NONFINITE:
+                diagnosis = self._diagnose(finding, record, pending, origin)
+                self._keep(diagnosis, finding)
             try:
-                message = describe(finding, origin, self.policy, decision.report)
+                message = describe(finding, origin, self.policy, decision.report, diagnosis)
             except Exception:  # a warning must never end a training
                 message = str(finding)
             warn(message)
         if to_diagnose is not None:
-            self.diagnosis = self._diagnose(to_diagnose, record, pending)
+            context = pending.context
+            origin = None
+            if to_diagnose.fault == Fault.NONFINITE:
+                origin = self._trace(record, context, replay=True)
+            diagnosis = self._diagnose(to_diagnose, record, pending, origin, run_trials=context.run_trials)
+            self._keep(diagnosis, to_diagnose)
+
+    def _keep(self, diagnosis: Diagnosis, finding: Finding) -> None:
+        """Keep a diagnosis, unless one of something graver is there.
+
+        A spike is over with its step, so any other fault is graver.
+        """
+        rank = 2 * finding.severity - (finding.fault == Fault.SPIKE)
+        if rank >= self._diagnosed:
+            self.diagnosis, self._diagnosed = diagnosis, rank
 
     def _trace(self, record: StepRecord, context: StepContext, *, replay: bool) -> Origin | None:
         """Find the source of a non-finite value, or None."""
@@ -513,8 +551,15 @@ class Guard:
         self._origin = origin or self._origin
         return origin
 
-    def _diagnose(self, finding: Finding, record: StepRecord, pending: PendingStep) -> Diagnosis:
-        """Diagnose a critical finding; minimally if that fails.
+    def _diagnose(
+        self,
+        finding: Finding,
+        record: StepRecord,
+        pending: PendingStep,
+        origin: Origin | None,
+        run_trials: bool = False,
+    ) -> Diagnosis:
+        """Diagnose a finding; minimally if that fails.
 
         Diagnosing must never end a training.
         """
@@ -536,9 +581,7 @@ class Guard:
                 clipper="" if self.clipper is None else repr(self.clipper),
                 policy=repr(self.policy),
             )
-            diagnosis, origin = diagnose(facts, finding, context)
-            self._origin = origin if finding.fault == Fault.NONFINITE else self._origin
-            return diagnosis
+            return diagnose(facts, finding, dataclasses.replace(context, run_trials=run_trials), origin)
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             problem = f"the causes could not be examined ({type(error).__name__}: {reason})"

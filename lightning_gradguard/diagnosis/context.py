@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.operations import SATURATING
 from lightning_gradguard.results import Fault, Finding
 
@@ -192,6 +193,11 @@ class DiagnosticContext:
         These are the loss and what leads to it.
         """
         return self.graph_summary.loss_ops if self.graph_summary else {}
+
+    @property
+    def problems(self) -> tuple[GraphProblem, ...]:
+        """Mistakes that the autograd graph shows."""
+        return self.graph_summary.problems if self.graph_summary else ()
 
     @property
     def missing(self) -> frozenset[str]:

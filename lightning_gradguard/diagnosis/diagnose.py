@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
-from lightning_gradguard.diagnosis.fixes import find_fixes
+from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
@@ -27,6 +27,7 @@ from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report
@@ -71,33 +72,29 @@ class GuardFacts:
     policy: str
 
 
-def diagnose(facts: GuardFacts, finding: Finding, context: StepContext) -> tuple[Diagnosis, Origin | None]:
-    """Diagnose a critical finding.
-
-    Return also the source of a non-finite value, if it was traced.
+def diagnose(
+    facts: GuardFacts, finding: Finding, context: StepContext, origin: Origin | None = None
+) -> Diagnosis:
+    """Diagnose a finding.
 
     With sharded parameters every rank has to call it.
 
     Args:
         facts: What the guard knows.
-        finding: The critical finding.
+        finding: The finding.
         context: What the caller knows of the step.
+        origin: Source of a non-finite value, if it was traced.
     """
     # This comes first: sharded ranks take part in it together, and what follows may fail on one of them.
-    known = build_context(facts, finding, context.batch)
-    origin = None
-    if finding.fault == Fault.NONFINITE:
-        origin = trace_nonfinite(context, facts.record.loss_scale)
-        known = replace(known, origin=origin)
+    known = replace(build_context(facts, finding, context.batch), origin=origin)
     diagnosis = diagnose_context(known)
     if context.run_trials and context.sandboxed_step is not None:
         diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
-    diagnosis = replace(
+    return replace(
         diagnosis,
         course=timeline_of(facts.history, facts.stats.layout, finding),
         signs=(*diagnosis.signs, *context.notes),
     )
-    return diagnosis, origin
 
 
 def diagnose_context(context: DiagnosticContext) -> Diagnosis:
@@ -155,16 +152,34 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
-def describe(finding: Finding, origin: Origin | None, policy: Policy, report: Report) -> str:
+def describe_problem(problem: GraphProblem) -> str:
+    """Return the warning for a mistake that the graph shows.
+
+    Args:
+        problem: The mistake.
+    """
+    cause, fix = PROBLEMS[problem.kind]
+    return f"GradGuard: {problem.text}\n  Cause: {cause}. Fix: {fix.name}: {fix.how}"
+
+
+def describe(
+    finding: Finding,
+    origin: Origin | None,
+    policy: Policy,
+    report: Report,
+    diagnosis: Diagnosis | None = None,
+) -> str:
     """Return the warning for a finding.
 
-    It says what was found, where and since when; then the evidence; then what happens now, and where to look further.
+    It says what was found, where and since when; then the evidence, the most likely cause and the first fix; then what
+    happens now, and where to look further.
 
     Args:
         finding: The finding.
         origin: Source of a non-finite value, if it is known.
         policy: Policy of the guard.
         report: Report of the step.
+        diagnosis: Its causes and fixes, if they are known.
     """
     tags, page = further_reading(finding.fault)
     measure = finding.measure or finding.detector
@@ -181,6 +196,10 @@ def describe(finding: Finding, origin: Origin | None, policy: Policy, report: Re
     lines = [f"{finding.place}.", f"{what}."]
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
+    if diagnosis is not None and diagnosis.causes[0] != Cause.UNKNOWN:
+        lines.append(f"Most likely cause: {diagnosis.causes[0].value.replace('_', ' ')}.")
+        if diagnosis.remedies:
+            lines[-1] += f" Fix to try first: {diagnosis.remedies[0].name}."
     response = policy.response(finding.fault)
     if report.skip:
         action = "The step is skipped: weights and optimizer state are unchanged."

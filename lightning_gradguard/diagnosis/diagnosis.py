@@ -32,6 +32,12 @@ class Cause(str, Enum):
     OPTIMIZER_EPSILON = "optimizer_epsilon"
     MOMENTUM = "momentum"
     OUTLIER_BATCH = "outlier_batch"
+    WEIGHT_DECAY = "weight_decay"
+    STALE_OPTIMIZER = "stale_optimizer"
+    UNREGISTERED_MODULES = "unregistered_modules"
+    NORMALIZATION = "normalization"
+    GRADIENT_SCALING = "gradient_scaling"
+    STALE_GRADIENTS = "stale_gradients"
     UNKNOWN = "unknown"
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ from lightning_gradguard.diagnosis.context import (
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.wording import number
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.introspection.operations import RISKY
 from lightning_gradguard.results import Fault
 
@@ -37,8 +38,10 @@ def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
         causes: Most likely first.
     """
     chosen: dict[str, Remedy] = {}
+    problems = {problem.kind for problem in context.problems}
     for rank, cause in enumerate(causes):
-        fitting = [remedy for remedy in fixes_for(cause, context) if remedy is not None]
+        shown = [fix for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in problems]
+        fitting = [*shown, *(remedy for remedy in fixes_for(cause, context) if remedy is not None)]
         for remedy in fitting[: _OTHERS if rank else _FIRST]:
             chosen.setdefault(remedy.key, remedy)
     return tuple(chosen.values())[:_ALL]
@@ -132,6 +135,11 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [LOOK_AT_BATCH, DETECT_ANOMALY]  # clipping cannot help where the gradient is not finite
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
+
+        case Cause.STALE_OPTIMIZER | Cause.UNREGISTERED_MODULES | Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
+            return []
+        case Cause.NORMALIZATION | Cause.WEIGHT_DECAY:
+            return []
 
         case Cause.UNKNOWN if c.fault.is_custom:
             return [change_response(c.fault)]
@@ -491,3 +499,15 @@ def round_down(value: float) -> float:
         return value
     unit = 10.0 ** math.floor(math.log10(value))
     return float(f"{math.floor(value / unit + 1e-9) * unit:.0e}")
+
+
+# Mistakes that the autograd graph shows.
+
+ONE_SOFTMAX = Remedy(
+    "Remove the softmax before the cross-entropy, which has its own",
+    "loss = nn.functional.cross_entropy(logits, y)  # not of softmax(logits)",
+)
+#: Cause and fix of each mistake.
+PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
+    Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
+}

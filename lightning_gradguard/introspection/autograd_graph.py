@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
     MERGES,
@@ -47,6 +48,7 @@ class GraphSummary:
         opaque: True if a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.
+        problems: Mistakes that the graph shows.
     """
 
     names: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class GraphSummary:
     opaque: bool = False
     dtypes: frozenset[str] = frozenset()
     nodes: int = 0
+    problems: tuple[GraphProblem, ...] = ()
 
 
 def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSummary:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lightning_gradguard.diagnosis.causes import data, model, numerics, optimizer
-from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
+from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.diagnosis.wording import number
+from lightning_gradguard.results import Fault
 
 #: When each cause is named: its function yields the evidence for it. Ties go to the earlier one.
 RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
@@ -36,6 +38,8 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
 #: A named cause accounts for at least so many decades, and for at least this fraction of the most likely one's.
 _LEAST_WEIGHT, _LEAST_FRACTION = 0.5, 0.2
 _MOST_CAUSES = 4
+#: Faults that a mistake shown by the graph does not explain.
+_OTHER_FAULTS = frozenset({Fault.NONFINITE, Fault.UNDERFLOW, Fault.SPIKE})
 
 
 def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
@@ -53,6 +57,8 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         evidence = max(rule(context), key=lambda evidence: evidence.weight, default=None)
         if evidence is not None:
             strongest[cause] = evidence
+    for problem in context.problems if context.fault not in _OTHER_FAULTS else ():
+        strongest[PROBLEMS[problem.kind][0]] = Evidence(CERTAIN, problem.text)
     least = max(_LEAST_WEIGHT, _LEAST_FRACTION * max((e.weight for e in strongest.values()), default=0.0))
     ranked = sorted(strongest.items(), key=lambda item: -item[1].weight)
     named = [(cause, evidence.text) for cause, evidence in ranked if evidence.weight >= least]
