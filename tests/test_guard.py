@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import (
+    Cause,
     Fault,
     GradientHalt,
     GradientWarning,
