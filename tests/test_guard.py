@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import (
-    Cause,
     Fault,
     GradientHalt,
     GradientWarning,
