@@ -169,7 +169,10 @@ class FlightRecording:
             path = write_bundle(bundle, self._folder, recorder.keep)
         except Exception as problem:
             return None, f"No flight record was written to {self._folder}: {_one_line(problem)}"
-        return path, _describe(path, bundle)
+        try:
+            return path, _describe(path, bundle)
+        except Exception:  # the record is there, whatever the folder is like by now
+            return path, f"Flight record: {path}"
 
 
 def _folder(recorder: Recorder, trainer: Trainer) -> Path:
@@ -182,9 +185,11 @@ def _folder(recorder: Recorder, trainer: Trainer) -> Path:
 
 def _describe(path: Path, bundle: dict[str, Any]) -> str:
     """Return a message with file and replay command."""
-    shown = path.resolve()
-    if shown.is_relative_to(Path.cwd()):
+    try:
+        shown = path.resolve()
         shown = shown.relative_to(Path.cwd())
+    except (OSError, ValueError):  # in another folder, or the working folder is gone
+        shown = path
     lines = [f"Flight record: {shown} ({megabytes(path.stat().st_size)})"]
     if bundle["left_out"]:
         lines.append(f"Left out: {'; '.join(bundle['left_out'])}")

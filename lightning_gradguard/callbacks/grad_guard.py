@@ -18,6 +18,7 @@ from lightning_gradguard.callbacks.compatibility import (
     warn_if_no_step_was_seen,
     warn_if_nothing_trains,
 )
+from lightning_gradguard.callbacks.exact_skip import ExactSkip
 from lightning_gradguard.callbacks.flight_recording import FlightRecording
 from lightning_gradguard.callbacks.guard_registry import GuardRegistry
 from lightning_gradguard.callbacks.rollback import Rollback
@@ -27,6 +28,7 @@ from lightning_gradguard.callbacks.running_buffers import RunningBuffers
 from lightning_gradguard.callbacks.trainer_adapter import (
     Callback,
     MonitoredMetric,
+    OmittedClipping,
     StepLosses,
     check_first_batch,
     drop_gradients,
@@ -128,6 +130,7 @@ class GradGuard(Callback):
         self._recording = FlightRecording(recorder)
         self._logging = RunLogging(per_layer=per_layer, progress_bar=progress_bar)
         self._summary = RunSummary()
+        self._clipping, self._exact_skip = OmittedClipping(), ExactSkip()
         self._batch: tuple[Any, int] = (None, 0)  # the newest batch and its index, until it is done
         self._batches = 0
         self._ended_gracefully = False
@@ -150,6 +153,8 @@ class GradGuard(Callback):
         """Return the state without batch, graph, weights, files."""
         released = {
             "_losses": StepLosses(),
+            "_clipping": OmittedClipping(),
+            "_exact_skip": ExactSkip(),
             "_buffers": RunningBuffers(),
             "_recording": FlightRecording(self.recorder),
             "_batch": (None, 0),
@@ -251,8 +256,10 @@ class GradGuard(Callback):
         Raises:
             GradientHalt: If training cannot go on; the step is not taken.
         """
+        self._clipping.restore()
         if self._ended_gracefully:
             drop_gradients(trainer, optimizer)
+            self._clipping.omit(pl_module)
             return
         if is_placeholder(optimizer):
             return
@@ -262,6 +269,7 @@ class GradGuard(Callback):
         loss, graph, scaler = self._losses.take(), self._losses.graph, scaler_of(trainer)
         if is_step_without_loss(pl_module, scaler, graph):
             return
+        self._exact_skip.observe(trainer, optimizer)
         batch, batch_idx = self._batch
         context = StepContext(
             # Of several micro-batches any may be the culprit, and only the last is at hand.
@@ -270,9 +278,17 @@ class GradGuard(Callback):
             run_trials=self.trials,
             notes=self._metric.notes,
         )
-        self._judge(
-            trainer, index, lambda: guard.step(loss, scaler=scaler, graph=graph, step=step, context=context)
-        )
+        rollbacks = self._rollback.count
+        try:
+            self._judge(
+                trainer, index, lambda: guard.step(loss, scaler=scaler, graph=graph, step=step, context=context)
+            )
+        except GradientHalt:
+            self._exact_skip.undo(optimizer)
+            raise
+        if all(gradient is None for gradient in guard.tracker.gradients()):
+            self._clipping.omit(pl_module)
+            self._exact_skip.skip(optimizer, renew=self._rollback.count > rollbacks)
 
     def _judge(self, trainer: Trainer, index: int, judge: Callable[[], object]) -> None:
         """Judge, publish the report, act on a halt.
@@ -313,12 +329,13 @@ class GradGuard(Callback):
                 news = guard.diagnosis if guard.diagnosis is not diagnosis else None
                 results.diagnosis = news or results.diagnosis
                 if guard.report.skip:
-                    self._buffers.restore_nonfinite()
+                    self._buffers.restore_nonfinite(skipped=True)
                 self._summary.add(guard.report)
                 self._logging.observe(trainer, guards, index, news)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Release the batch; repair running statistics."""
+        self._clipping.restore()
         self._batch, self._losses.graph = (None, 0), None
         self._buffers.restore_nonfinite()
         self._recording.end_batch()
@@ -347,19 +364,21 @@ class GradGuard(Callback):
 
         Lightning calls no other hook after an exception.
         """
+        self._clipping.restore()
         self._registry.close_hooks()
         self._buffers.restore_nonfinite()
         bundle = self._recording.record_error(trainer, self._registry.guards, exception)
         self._results.bundle = bundle or self._results.bundle
         self._finish(trainer)
         self._log_summary(trainer)
+        self._registry.restored = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the summary, or drop unused state."""
         if stage == "fit":
             self._log_summary(trainer)
-        else:
-            self._registry.restored = {}
+        # What was not used belongs to this run, such as one resumed at its end.
+        self._registry.restored = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain types and tensors.
@@ -380,6 +399,7 @@ class GradGuard(Callback):
 
     def _finish(self, trainer: Trainer) -> None:
         """Release everything; write the last heat maps."""
+        self._exact_skip.close()
         self._batch = (None, 0)
         self._recording.close()
         self._registry.close_hooks()

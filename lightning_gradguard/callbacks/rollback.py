@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lightning_gradguard.callbacks.guard_registry import GuardRegistry
 from lightning_gradguard.callbacks.trainer_adapter import warn
+from lightning_gradguard.engine.parameter_tracker import StateError
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import GradientHalt
+from lightning_gradguard.stats.parameters import are_same
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -60,9 +62,10 @@ class Rollback:
             self._candidate = None
             return
         every, step = self._policy.snapshot_every, trainer.global_step
-        if self._healthy is None:
-            # Not proven yet, but there is no other: a run that explodes at once begins again.
-            self._healthy = _save(trainer, guards)
+        if self._healthy is None or not self._healthy.snapshot.fits:
+            # Not proven yet, but there is no other: a run that explodes at once begins again. Parameters that an
+            # optimizer has got since, such as unfrozen ones, are in no older state.
+            self._healthy, self._candidate = _save(trainer, guards), None
         elif self._candidate is None:
             # After a warning a state is kept as soon as the fault is over.
             self._candidate = _save(trainer, guards) if step >= self._healthy.step + every else None
@@ -88,9 +91,19 @@ class Rollback:
             return False
         if self.count >= policy.max_rollbacks:
             return False
+        if not state.snapshot.fits:
+            warn(
+                trainer,
+                f"GradGuard: cannot roll back to step {state.step}, since the optimizer has got other parameters since; "
+                "training is halted. The next state would have been kept at the next batch without a warning.",
+            )
+            return False
         state.snapshot.restore()
         for index, guard in guards.items():
-            guard.roll_back(state.guards.get(index))
+            try:
+                guard.roll_back(state.guards.get(index))
+            except StateError:  # it measures other tensors by now
+                guard.roll_back(None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         before, after = lower_rates(trainer.optimizers, schedulers, policy.lr_factor)
         self.count, self._candidate = self.count + 1, None
@@ -122,31 +135,46 @@ class _SavedState(NamedTuple):
 
 
 def _save(trainer: Trainer, guards: GuardRegistry) -> _SavedState:
-    # Saved states of guards whose optimizer has taken no step since a resume belong to it, too.
-    states = {int(index): state for index, state in guards.state_dict().items()}
+    # Saved states of guards whose optimizer has taken no step since a resume belong to it, too. A guard whose optimizer
+    # has just got other parameters begins afresh with the next step, and so it would after a rollback.
+    states = {
+        int(index): state
+        for index, state in guards.state_dict().items()
+        if int(index) not in guards.guards or guards.guards[int(index)].tracker.is_up_to_date
+    }
     return _SavedState(trainer.global_step, Snapshot(trainer.lightning_module, trainer.optimizers), states)
 
 
 class Snapshot:
     """Copies of parameters, buffers and optimizer states.
 
-    It takes the memory of one model with its optimizers. Of a sharded tensor each process keeps its own part. Learning
-    rates and other settings of an optimizer are not part of it.
+    It takes the memory of one model with its optimizers. Of a sharded tensor each process keeps its own part.
 
     Args:
-        module: Module with the parameters and buffers.
+        module: Module with the parameters and buffers; None for the optimizers' own parameters.
         optimizers: Optimizers with the states.
+        settings: Also copy learning rates and other settings of the optimizers.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._parameters = [(tensor, _copied(tensor)) for tensor in module.parameters()]
+    def __init__(
+        self,
+        module: nn.Module | None,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        settings: bool = False,
+    ) -> None:
+        self._members = [(optimizer, list(_parameters(optimizer))) for optimizer in optimizers]
+        parameters = (p for o in optimizers for p in _parameters(o)) if module is None else module.parameters()
+        self._parameters = [(tensor, _copied(tensor)) for tensor in parameters]
         # By name, since a module may put a new tensor in a buffer's place.
         self._buffers = [
             (part._buffers, name, _copied(buffer))
-            for part in module.modules()
+            for part in (() if module is None else module.modules())
             for name, buffer in part._buffers.items()
             if buffer is not None
         ]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups] if settings else []
+        self._settings = [(g, {k: _copied(v) for k, v in g.items() if k != "params"}) for g in groups]
         self._states = [
             (
                 optimizer,
@@ -154,6 +182,11 @@ class Snapshot:
             )
             for optimizer in optimizers
         ]
+
+    @property
+    def fits(self) -> bool:
+        """True while the optimizers have the same parameters."""
+        return all(are_same(list(_parameters(optimizer)), own) for optimizer, own in self._members)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -163,6 +196,10 @@ class Snapshot:
             tensor.grad = None
         for buffers, name, saved in self._buffers:
             _restore_buffer(buffers, name, saved)
+        for group, before in self._settings:
+            for key in group.keys() - before.keys() - {"params"}:
+                del group[key]
+            group.update({key: _restored(value, group.get(key)) for key, value in before.items()})
         for optimizer, states in self._states:
             for parameter in _parameters(optimizer):
                 parameter.grad = None

@@ -1,73 +1,174 @@
-"""Copies of a module's small buffers.
+"""Copies of what a module's forward pass writes: running statistics.
 
 They keep NaN and Inf out of running statistics, and go into flight records.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-#: Elements above which a buffer is most often a constant, and never a running statistic; such a one is not copied.
+#: Elements above which a tensor is most often a constant, and seldom a running statistic.
 LARGEST_BUFFER = 2**20
+
+class _Place(NamedTuple):
+    """Place of a tensor in a module, which may put a new one there."""
+
+    module: nn.Module
+    held: dict[str, Any]
+    name: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor that is there now; None without data."""
+        tensor = self.held.get(self.name)
+        return tensor if isinstance(tensor, Tensor) and not is_lazy(tensor) else None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Identity of the place."""
+        return id(self.held), self.name
+
+
+class _Seen(NamedTuple):
+    """A tensor before a batch, with a copy if one was made."""
+
+    place: _Place
+    tensor: Tensor
+    version: int
+    copy: Tensor | None
 
 
 class RunningBuffers:
-    """Small floating-point buffers from before a batch.
+    """Buffers and frozen parameters from before a batch.
 
-    Running means and variances are such buffers.
+    Running means and variances are such tensors. A batch normalization adds a batch to its running statistics in the
+    forward pass, before the step is judged. One NaN there stays for ever, although the step is skipped. So does a
+    variance that overflows, even if the gradients are finite. Infinity that was there before the batch, as in a mask,
+    stays.
 
-    A batch normalization adds a batch to its running statistics in the forward pass, before the step is judged. One NaN
-    there stays for ever, although the step is skipped. So does a variance that overflows, even if the gradients are
-    finite. Infinity that was there before the batch, as in a mask, stays.
+    Before each batch all buffers of up to `LARGEST_BUFFER` elements are copied. Before the first batch also larger
+    buffers, and frozen parameters of up to that size; later only those of them that have been written to since. So the
+    copies take the memory of these tensors, and a constant costs nothing after the first batch.
     """
 
     def __init__(self) -> None:
-        # Buffers of one dtype and device, and their flat copy with the shapes.
-        self._groups: list[list[Callable[[], Tensor | None]]] = []
-        self._copies: list[tuple[list[torch.Size], Tensor] | None] = []
+        self._modules: list[nn.Module] = []
+        self._count = -1
+        self._small: list[list[_Place]] = []
+        self._others: list[_Place] = []
+        self._unmade: list[tuple[_Place, Any]] = []
+        self._names: list[tuple[nn.Module, frozenset[str]]] = []
+        self._moving: set[tuple[int, str]] = set()
+        self._is_first = True
+        self._flat: list[tuple[list[torch.Size], Tensor] | None] = []
+        self._seen: list[_Seen] = []
 
     def start(self, module: nn.Module) -> None:
-        """Find the buffers of a module."""
-        groups: dict[tuple[torch.dtype, torch.device], dict[int, Callable[[], Tensor | None]]]
-        groups = defaultdict(dict)
-        for part in module.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None and _may_be_a_statistic(buffer):
-                    # By name, since a module may put a new tensor in its place.
-                    group = groups[buffer.dtype, buffer.device]
-                    group.setdefault(id(buffer), partial(part._buffers.get, name))
-        self._groups, self._copies = [list(group.values()) for group in groups.values()], []
+        """Begin to observe a module."""
+        fresh = RunningBuffers()
+        fresh._modules = list(module.modules())
+        self.__dict__.update(fresh.__dict__)
 
     @torch.no_grad()
     def save(self) -> None:
-        """Copy the buffers, without reading the device."""
-        self._copies = []
-        for group in self._groups:
+        """Copy what may change, without reading the device."""
+        if self._count != sum([len(part._buffers) for part in self._modules]) or any(
+            place.tensor is not None for place, _ in self._unmade
+        ):
+            self._find()
+        self._flat = []
+        for group in self._small:
             own = _current(group)
-            self._copies.append(([b.shape for b in own], _flat(own)) if own else None)
+            self._flat.append(([b.shape for b in own], _flattened(own)) if own else None)
+        self._seen = []
+        for place in self._others:
+            tensor = place.tensor
+            if tensor is not None and not tensor.requires_grad:
+                is_copied = place.key in self._moving or (self._is_first and not _is_large_parameter(tensor))
+                self._seen.append(
+                    _Seen(place, tensor, _version(tensor), tensor.clone() if is_copied else None)
+                )
+        self._is_first = False
 
     @torch.no_grad()
-    def restore_nonfinite(self) -> None:
-        """Restore non-finite elements, without reading the device.
+    def restore_nonfinite(self, skipped: bool = False) -> None:
+        """Restore non-finite elements.
 
-        Only elements that were finite before the batch are restored.
+        Only elements that were finite before the batch are restored. The device is not read, unless the step was
+        skipped.
+
+        Args:
+            skipped: True if the step was skipped. Buffers that the batch has made are removed again then if they are
+                not finite.
         """
-        for group, saved in zip(self._groups, self._copies, strict=False):
+        for group, saved in zip(self._small, self._flat, strict=False):
             own = _current(group)
             if saved is None or [b.shape for b in own] != saved[0]:
                 continue
-            now, before = _flat(own), saved[1]
-            kept = torch.where(torch.isfinite(now) | ~torch.isfinite(before), now, before)
-            values = torch.split(kept, [buffer.numel() for buffer in own])
+            values = torch.split(_mended(_flattened(own), saved[1]), [buffer.numel() for buffer in own])
             # Through `data`, since a graph that has yet to run backward may have saved the buffer.
             torch._foreach_copy_(
                 [b.data for b in own], [v.view_as(b) for v, b in zip(values, own, strict=True)]
             )
+        for place, tensor, version, copy in self._seen:
+            now = place.tensor
+            if now is tensor and _version(now) == version:
+                continue
+            self._moving.add(place.key)
+            if copy is None or now is None or (now.shape, now.dtype) != (copy.shape, copy.dtype):
+                continue
+            if _is_writable(now):
+                now.data.copy_(_mended(now.detach(), copy))
+            elif skipped and not _is_finite(now):
+                place.held[place.name] = _mended(now.detach(), copy)
+        if skipped:
+            self._remove_made()
+
+    def _find(self) -> None:
+        """Find the tensors, and how each is to be copied."""
+        self._count = sum([len(part._buffers) for part in self._modules])
+        self._names = [(part, frozenset(part._buffers)) for part in self._modules]
+        self._others, self._unmade = [], []
+        groups: dict[tuple[torch.dtype, torch.device], list[_Place]] = {}
+        found: set[int] = set()
+        for part in self._modules:
+            for name, buffer in part._buffers.items():
+                place = _Place(part, part._buffers, name)
+                tensor = place.tensor
+                if tensor is None:
+                    self._unmade.append((place, buffer))
+                elif id(tensor) not in found and _is_number(tensor):
+                    # By dtype and device, since one flat copy holds a group.
+                    group = groups.setdefault((tensor.dtype, tensor.device), [])
+                    (group if _is_small(tensor) else self._others).append(place)
+                found.add(id(tensor))
+            for name, parameter in part._parameters.items():
+                if parameter is not None and not parameter.requires_grad and id(parameter) not in found:
+                    self._others.append(_Place(part, part._parameters, name))
+                    found.add(id(parameter))
+        self._small = [group for group in groups.values() if group]
+
+    def _remove_made(self) -> None:
+        """Remove non-finite buffers that the batch has made."""
+        for part, names in self._names:
+            for name in [name for name in part._buffers if name not in names]:
+                tensor = _Place(part, part._buffers, name).tensor
+                if tensor is not None and not _is_finite(tensor):
+                    del part._buffers[name]
+        for place, before in self._unmade:
+            tensor = place.tensor
+            if tensor is None or _is_finite(tensor):
+                continue
+            if before is None:
+                place.held[place.name] = None
+            elif hasattr(place.module, "reset_running_stats"):  # a lazy normalization
+                place.module.reset_running_stats()
+            else:
+                tensor.data.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,7 +178,7 @@ def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor
         module: The module.
         onto: Earlier copies that are no longer needed; they are overwritten if they fit.
     """
-    own = {name: b for name, b in module.named_buffers() if b.numel() <= LARGEST_BUFFER}
+    own = {name: b for name, b in module.named_buffers() if not is_lazy(b) and b.numel() <= LARGEST_BUFFER}
     kinds = [(b.shape, b.dtype) for b in own.values()]
     with torch.no_grad():
         if own.keys() != onto.keys() or kinds != [(b.shape, b.dtype) for b in onto.values()]:
@@ -87,20 +188,50 @@ def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor
     return onto
 
 
-def _may_be_a_statistic(buffer: Tensor) -> bool:
+def is_lazy(tensor: Tensor) -> bool:
+    """Return True for a lazy module's tensor without data."""
+    return isinstance(tensor, UninitializedTensorMixin)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout == torch.strided
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Return True for a tensor that fits into a flat copy."""
     return (
-        type(buffer) is Tensor
-        and buffer.is_floating_point()
-        and 0 < buffer.numel() <= LARGEST_BUFFER
-        # An expanded tensor, or one from inference mode, cannot be written to.
-        and buffer.is_contiguous()
-        and not buffer.is_inference()
+        type(tensor) is Tensor
+        and tensor.is_floating_point()
+        and 0 < tensor.numel() <= LARGEST_BUFFER
+        and tensor.is_contiguous()
+        and not tensor.is_inference()
     )
 
 
-def _current(group: list[Callable[[], Tensor | None]]) -> list[Tensor]:
-    return [b for get in group if (b := get()) is not None and _may_be_a_statistic(b)]
+def _is_large_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.numel() > LARGEST_BUFFER
 
 
-def _flat(buffers: list[Tensor]) -> Tensor:
+def _is_writable(tensor: Tensor) -> bool:
+    """Return False for expanded tensors, and for those of inference mode."""
+    return not tensor.is_inference() and not torch._debug_has_internal_overlap(tensor)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not _is_number(tensor) or bool(tensor.isfinite().all())
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _mended(now: Tensor, before: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(now) | ~torch.isfinite(before), now, before)
+
+
+def _current(group: list[_Place]) -> list[Tensor]:
+    return [tensor for place in group if (tensor := place.tensor) is not None and _is_small(tensor)]
+
+
+def _flattened(buffers: list[Tensor]) -> Tensor:
     return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])

@@ -95,6 +95,8 @@ class StepLosses:
         self.graph = loss
         scaler = scaler_of(trainer)
         plain = loss.detach().float()
+        if plain.ndim:  # such as that of manual_backward(losses, gradient=...)
+            plain = plain.mean()
         if scaler is not None and scaler._scale is not None:
             plain = plain / scaler._scale.to(plain.device)
         if module.automatic_optimization:
@@ -222,6 +224,34 @@ def drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     if scaler is not None:  # it raises if it has not seen the gradients
         unscale(optimizer, scaler)
     optimizer.zero_grad(set_to_none=True)
+
+
+class OmittedClipping:
+    """Lightning's own clipping, left out for a step without gradients.
+
+    A skipped step has no gradients left, and not every clipping takes that: clipping by value raises.
+    """
+
+    _HOOK = "configure_gradient_clipping"
+
+    def __init__(self) -> None:
+        self._held: tuple[LightningModule, dict[str, Any]] | None = None
+
+    def omit(self, module: LightningModule) -> None:
+        """Leave out the clipping until `restore`."""
+        if self._held is None:
+            # An attribute of the module hides the hook of its class, which may be the user's.
+            own = {self._HOOK: module.__dict__[self._HOOK]} if self._HOOK in module.__dict__ else {}
+            self._held = module, own
+            module.__dict__[self._HOOK] = lambda *_, **__: None
+
+    def restore(self) -> None:
+        """Clip again."""
+        if self._held is not None:
+            module, own = self._held
+            module.__dict__.pop(self._HOOK, None)
+            module.__dict__.update(own)
+            self._held = None
 
 
 def stop_training(trainer: Trainer) -> None:

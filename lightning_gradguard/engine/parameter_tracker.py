@@ -86,12 +86,16 @@ class ParameterTracker:
         """Summary of the newest autograd graph, or None."""
         return self._observer.graph_summary
 
+    @property
+    def is_up_to_date(self) -> bool:
+        """True while the optimizer has the parameters that are measured."""
+        return are_same(members(self.optimizer), self._groups)
+
     def follow_groups(self) -> bool:
         """Reread the optimizer's groups; return True if tensors changed."""
-        found = members(self.optimizer)
-        if are_same(found, self._groups):
+        if self.is_up_to_date:
             return False
-        self._groups = found
+        self._groups = members(self.optimizer)
         self._start(select(self._named, self.optimizer))
         return True
 

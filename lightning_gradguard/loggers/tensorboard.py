@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
+import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,7 +64,22 @@ class TensorBoardSink:
         """Write pending drawings; leave the writer open."""
         self._write_pictures(wait=True)
         self._pictures.close()
-        self._output.run(self._writer.flush)
+        if not self._output.run(self._flush):
+            self._shield_writer()
+
+    def _flush(self) -> bool:
+        self._writer.flush()
+        return True
+
+    def _shield_writer(self) -> None:
+        """Keep the writer from failing when the training closes it.
+
+        What it could not write are our records, so without them the training would end normally.
+        """
+        for name in ("flush", "close"):
+            method = getattr(self._writer, name, None)
+            if method is not None:
+                setattr(self._writer, name, partial(_run_safely, method))
 
     def _write_values(self, step: int, record: LogRecord) -> None:
         notes = record.notes
@@ -108,6 +125,10 @@ class TensorBoardSink:
         return value
 
     def _add(self, values: list[Summary.Value], step: int) -> None:
+        folder = str(getattr(self._writer, "log_dir", ""))
+        if folder and "://" not in folder and not os.path.isdir(folder):
+            # Asked before writing, since the writer's thread would fail later, in another's call.
+            raise FileNotFoundError(f"the log folder {folder} is gone")
         file = self._writer._get_file_writer()
         summary: Any = Summary(value=values)
         if type(file).__module__.startswith("tensorboardX"):  # it has its own classes for the same bytes
@@ -125,6 +146,11 @@ _DATA_CLASS = {
     # No dashboard has this name, so TensorBoard ignores it.
     "gradguard": DATA_CLASS_TENSOR,
 }
+
+
+def _run_safely(method: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):
+        method()
 
 
 def _number(value: float) -> float:
