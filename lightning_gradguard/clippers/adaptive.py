@@ -187,7 +187,7 @@ class ZClip:
 
     def _average(self, state: ZClipState, norm: Tensor, warm: Tensor) -> ZClipState:
         """Return the next mean and variance."""
-        gain = torch.where(warm, 1 / (state.seen + 1), 1 - self.decay)
+        gain = torch.where(warm, 1 / (state.seen + 1).float(), 1 - self.decay)
         mean = state.mean + gain * (norm - state.mean)
         # After warm-up the reference takes the distance from the new mean; an exact variance needs both (Welford).
         square = torch.where(warm, (norm - state.mean) * (norm - mean), (norm - mean).square())

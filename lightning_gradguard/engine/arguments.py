@@ -51,7 +51,7 @@ def as_scalar(loss: Tensor | float | None) -> Tensor | None:
     if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1):
         return loss
     if isinstance(loss, numbers.Real):
-        return torch.tensor(float(loss), dtype=torch.float32)
+        return torch.tensor(float(loss), dtype=torch.float32, device="cpu")
     shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
     raise ValueError(f"loss must be a scalar, such as losses.mean(), got {shape}")
 

@@ -76,7 +76,7 @@ class Readback:
         """
         copy, arrived = packed.detach(), None
         if self.lag and packed.is_cuda:
-            copy = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            copy = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             copy.copy_(packed.detach(), non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()

@@ -110,7 +110,8 @@ class _RankValues(NamedTuple):
         device = device if self.loss is None else self.loss.device
         numbers = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
         if self.tilt_due:
-            tilt = torch.tensor(torch.nan, dtype=torch.float32) if self.time_tilt is None else self.time_tilt
+            unknown = self.time_tilt is None
+            tilt = torch.tensor(torch.nan, device=device) if unknown else self.time_tilt
             tilt = tilt.to(device, torch.float32)
             known = ~tilt.isnan()
             numbers += [torch.where(known, tilt, 0.0), known.to(torch.float32)]

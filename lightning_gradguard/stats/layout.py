@@ -160,11 +160,11 @@ def _pairs(count: int) -> Tensor:
     All pairs i < j out of ``count``, or `MAX_PAIRS` at random.
     """
     if count * (count - 1) // 2 <= MAX_PAIRS:
-        return torch.triu_indices(count, count, 1)
+        return torch.triu_indices(count, count, 1, device="cpu")
     # Every distance between two layers gets its share. The seed makes each run draw the same pairs.
-    generator = torch.Generator().manual_seed(count)
-    first = torch.randint(count, (MAX_PAIRS,), generator=generator)
-    second = (first + torch.randint(1, count, (MAX_PAIRS,), generator=generator)) % count
+    generator = torch.Generator("cpu").manual_seed(count)
+    first = torch.randint(count, (MAX_PAIRS,), generator=generator, device="cpu")
+    second = (first + torch.randint(1, count, (MAX_PAIRS,), generator=generator, device="cpu")) % count
     return torch.stack([torch.minimum(first, second), torch.maximum(first, second)])
 
 

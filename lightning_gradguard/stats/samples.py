@@ -247,7 +247,7 @@ def _sample_views(layout: Layout) -> tuple[list[Tensor], Tensor | None]:
         if any(view.numel() < SAMPLES for view in views):
             spans = [range(i * SAMPLES, i * SAMPLES + view.numel()) for i, view in enumerate(views)]
             numbers = [place for span in spans for place in span]
-            places = torch.tensor(numbers, dtype=torch.long).to(layout.numel.device)
+            places = torch.tensor(numbers, dtype=torch.long, device=layout.numel.device)
         known = layout.views[SAMPLES] = memory, views, places
     return known[1], known[2]
 

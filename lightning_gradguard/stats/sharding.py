@@ -118,7 +118,7 @@ class Shards:
         key = index, shape
         if key not in self._entries:
             spans = (*self.spans[index], (0, 2))[: len(shape)]
-            entries = torch.arange(0, math.prod(shape), stride)[:most]
+            entries = torch.arange(0, math.prod(shape), stride, device="cpu")[:most]
             inside, places = torch.ones_like(entries, dtype=torch.bool), torch.zeros_like(entries)
             width, inner = 1, 1
             for size, (begin, end) in zip(reversed(shape), reversed(spans), strict=True):
