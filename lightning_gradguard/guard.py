@@ -48,6 +48,7 @@ from lightning_gradguard.engine.readback import (
     save_under_way,
     unpack,
 )
+from lightning_gradguard.engine.state_form import check_names, check_state, short
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
@@ -317,22 +318,27 @@ class Guard:
             StateError: If it is of another version, other parameters, or other detectors or clipper. Nothing is changed
                 then. It is a ValueError.
         """
-        if state.get("version") != STATE_VERSION:
+        if not isinstance(state, Mapping):
+            raise StateError(f"state must be what Guard.state_dict gave, got a {type(state).__name__}")
+        version, kinds = state.get("version"), state.get("kinds")
+        if not isinstance(version, int) or version != STATE_VERSION:
             raise StateError(
-                f"state must be of version {STATE_VERSION}, got {state.get('version')!r}; start the guard afresh"
+                f"state must be of version {STATE_VERSION}, got {short(version)}; start the guard afresh"
             )
-        if state.get("kinds") != self._kinds():
+        if not isinstance(kinds, list) or list(map(str, kinds)) != self._kinds():
             raise StateError(
-                f"state must be of the same detectors and clipper, {self._kinds()}, got {state.get('kinds')}; "
+                f"state must be of the same detectors and clipper, {self._kinds()}, got {short(kinds)}; "
                 "construct the guard as in the run that saved it"
             )
         before = copy.deepcopy(self.state_dict())
+        check_names(state, self.tracker)
+        check_state(state, before)
         try:
             self._restore(state)
         except StateError:
             self._restore(before)
             raise
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever is wrong with it, the guard stays as it was
             self._restore(before)
             raise StateError(
                 f"state must be what Guard.state_dict gave, but {type(error).__name__}: {error}"
@@ -624,6 +630,8 @@ class Guard:
         if self.lag:
             saved = state.get("under_way", ())
             restore_under_way(self._readback, saved, tracker.layout, tracker.weights, tracker.updates)
+            for packed, pending in self._readback.under_way():
+                unpack(read(packed), pending, self._parts, self._results)  # raises if it does not fit
 
     def _kinds(self) -> list[str]:
         """Return class names that a saved state must share."""

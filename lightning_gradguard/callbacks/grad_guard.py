@@ -281,7 +281,9 @@ class GradGuard(Callback):
         rollbacks = self._rollback.count
         try:
             self._judge(
-                trainer, index, lambda: guard.step(loss, scaler=scaler, graph=graph, step=step, context=context)
+                trainer,
+                index,
+                lambda: guard.step(loss, scaler=scaler, graph=graph, step=step, context=context),
             )
         except GradientHalt:
             self._exact_skip.undo(optimizer)
@@ -394,7 +396,8 @@ class GradGuard(Callback):
         """Hold the state until the optimizers are known."""
         restored = dict(state_dict)
         self._rollback.load_state_dict(restored.pop("recovery", {}))
-        self._logging.load_state_dict(restored.pop("display", {}))
+        display = restored.pop("display", {})
+        self._logging.load_state_dict(display if isinstance(display, dict) else {})
         self._registry.restored = restored
 
     def _finish(self, trainer: Trainer) -> None:

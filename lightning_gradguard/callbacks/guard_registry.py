@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +80,9 @@ class GuardRegistry:
     def has_warned(self) -> bool:
         """True while a reported fault is active."""
         return any(guard.fault_tracker.has_warned for guard in self.guards.values()) or any(
-            has_warned(state.get("judge", {})) for state in self.restored.values()
+            has_warned(state.get("judge", {}))
+            for state in self.restored.values()
+            if isinstance(state, Mapping)
         )
 
     def close_hooks(self) -> None:

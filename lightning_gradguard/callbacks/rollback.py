@@ -125,7 +125,8 @@ class Rollback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the number of rollbacks."""
-        self.count = int(state.get("rollbacks", 0))
+        count = state.get("rollbacks", 0) if isinstance(state, Mapping) else 0
+        self.count = count if isinstance(count, int) and count >= 0 else 0
 
 
 class _SavedState(NamedTuple):
@@ -164,7 +165,9 @@ class Snapshot:
         settings: bool = False,
     ) -> None:
         self._members = [(optimizer, list(_parameters(optimizer))) for optimizer in optimizers]
-        parameters = (p for o in optimizers for p in _parameters(o)) if module is None else module.parameters()
+        parameters = (
+            (p for o in optimizers for p in _parameters(o)) if module is None else module.parameters()
+        )
         self._parameters = [(tensor, _copied(tensor)) for tensor in parameters]
         # By name, since a module may put a new tensor in a buffer's place.
         self._buffers = [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradguard.callbacks.trainer_adapter import logging_step
+from lightning_gradguard.callbacks.trainer_adapter import logging_step, warn
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import LogSink
@@ -67,7 +67,7 @@ class RunLogging:
         report = guards[index].report
         if not self._sinks or report is None:
             return
-        overview = self._overview(guards[index], index)
+        overview = self._overview(trainer, guards[index], index)
         overview.observe(report)
         if diagnosis is not None:
             overview.add_diagnosis(diagnosis.to_markdown())
@@ -98,12 +98,12 @@ class RunLogging:
         if not self._sinks or guard.report is None or guard.record is None:
             return
         tilt, ratio = (None if math.isnan(x) else x for x in (guard.record.tilt, guard.record.update_ratio))
-        overview = self._overview(guard, index)
+        overview = self._overview(trainer, guard, index)
         record = overview.build_record(guard.report, tilt=tilt, update_ratio=ratio, final=final)
         for sink in self._sinks:
             sink.write(logging_step(trainer), record)
 
-    def _overview(self, guard: Guard, index: int) -> Overview:
+    def _overview(self, trainer: Trainer, guard: Guard, index: int) -> Overview:
         """Return an optimizer's overview, new for changed tensors."""
         layout = guard.tracker.layout
         names = tuple(layout.names[i] for i in layout.order)
@@ -116,8 +116,17 @@ class RunLogging:
                 per_layer=self._per_layer,
             )
             restored = self._restored.pop(str(index), None)
-            if restored is not None and tuple(restored["names"]) == names:
-                overview.load_state_dict(restored["view"])
+            try:
+                if restored is not None and tuple(restored["names"]) == names:
+                    overview.load_state_dict(restored["view"])
+            except Exception as error:  # a picture that begins anew must not end a training
+                problem = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+                warn(
+                    trainer,
+                    f"GradGuard: the heat map begins anew, since its saved state is damaged ({problem}).",
+                )
+                self._overviews.pop(index, None)
+                return self._overview(trainer, guard, index)
             self._overviews[index] = (names, overview)
         return self._overviews[index][1]
 

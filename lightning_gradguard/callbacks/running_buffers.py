@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 #: Elements above which a tensor is most often a constant, and seldom a running statistic.
 LARGEST_BUFFER = 2**20
 
+
 class _Place(NamedTuple):
     """Place of a tensor in a module, which may put a new one there."""
 

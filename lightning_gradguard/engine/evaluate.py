@@ -161,11 +161,24 @@ def to_plain(state: GuardState) -> list[dict[str, Tensor]]:
 def from_plain(plain: Sequence[dict[str, Tensor]], blank: GuardState) -> GuardState:
     """Return the state that `to_plain` wrote.
 
-    Devices and types are those of ``blank``.
+    Devices are those of ``blank``. A field that an older version did not have begins as it is there.
+
+    Raises:
+        ValueError: If a tensor is of another shape or type than in ``blank``.
     """
+
+    def restored(name: str, saved: Tensor | None, own: Tensor) -> Tensor:
+        if saved is None:
+            return own
+        if (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            raise ValueError(
+                f"{name} must be a tensor of {tuple(own.shape)}, {own.dtype}, got {tuple(saved.shape)}, {saved.dtype}"
+            )
+        return saved.to(own.device)
+
     return blank.with_parts(
         [
-            type(b)(**{field: p[field].to(getattr(b, field).device) for field in b._fields})
+            type(b)(**{field: restored(field, p.get(field), getattr(b, field)) for field in b._fields})
             for p, b in zip(plain, blank.parts, strict=True)
         ]
     )

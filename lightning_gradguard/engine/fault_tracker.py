@@ -272,9 +272,15 @@ class FaultTracker:
 
 
 def has_warned(state: Mapping[str, Any]) -> bool:
-    """Return `FaultTracker.has_warned` of a saved state."""
-    saved = state.get("episodes", {}).values()
-    return any(severity >= Severity.WARNING for _, _, severity in saved)
+    """Return `FaultTracker.has_warned` of a saved state.
+
+    False for one that is damaged, which will not be restored.
+    """
+    try:
+        saved = state.get("episodes", {}).values()
+        return any(severity >= Severity.WARNING for _, _, severity in saved)
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _key(result: DetectorResult) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -201,19 +201,28 @@ class ParameterTracker:
             **{key: getattr(self, attribute).clone() for key, attribute in _SAVED_TENSORS.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned.
+    def check_names(self, saved: Sequence[str]) -> None:
+        """Check that a saved state is of the same tensors.
 
         Raises:
-            StateError: If it belongs to other tensors; nothing is changed then.
+            StateError: If it is not.
         """
-        names, own = list(state["names"]), list(self.layout.names)
+        names, own = list(saved), list(self.layout.names)
         if names != own:
             different = ", ".join(sorted(set(names) ^ set(own))[:3]) or "their order"
             raise StateError(
                 f"state must be of the same parameters: it holds {len(names)}, the guard watches {len(own)}; "
                 f"differing: {different}; start the guard afresh for another model"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned.
+
+        Raises:
+            StateError: If it belongs to other tensors; nothing is changed then.
+        """
+        self.check_names(state["names"])
+        own = list(self.layout.names)
         device = self.layout.numel.device
         self._observer.embeddings = frozenset(state["embeddings"])
         self.layout = Layout.of(

@@ -246,6 +246,8 @@ def restore_under_way(
         updates: float32 [P] update ratios.
     """
     for one in saved:
+        if one["numbers"].ndim != 1 or one["numbers"].layout != torch.strided:
+            raise ValueError("the numbers of a step under way must be one row")
         norms = one["numbers"][: len(layout.names)]
         # A parameter stands for its gradient: only its presence and type are asked for.
         gradients = tuple(
