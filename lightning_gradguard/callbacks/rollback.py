@@ -94,7 +94,7 @@ class Rollback:
         if not state.snapshot.fits:
             warn(
                 trainer,
-                f"GradGuard: cannot roll back to step {state.step}, since the optimizer has got other parameters since; "
+                f"GradGuard: cannot roll back to step {state.step}, since the optimizer has got other parameters; "
                 "training is halted. The next state would have been kept at the next batch without a warning.",
             )
             return False

@@ -114,7 +114,8 @@ def _check(value: Any, form: Any, where: str) -> None:
 
 def _error(where: str, value: object, wanted: str) -> StateError:
     return StateError(
-        f"state must be what Guard.state_dict gave: {where} must be {wanted}, got {short(value)}; start the guard afresh"
+        f"state must be what Guard.state_dict gave: {where} must be {wanted}, got {short(value)}; "
+        "start the guard afresh"
     )
 
 

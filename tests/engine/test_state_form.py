@@ -22,7 +22,10 @@ JUNK = [
 ]
 
 
-def trained(lag=None, steps=20, clipper=SpikeClip()):
+CLIPPER = SpikeClip()
+
+
+def trained(lag=None, steps=20, clipper=CLIPPER):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
@@ -64,6 +67,7 @@ STATES = {lag: trained(lag)[0].state_dict() for lag in (0, 1)}
 PLACES = {lag: list(places(state)) for lag, state in STATES.items()}
 
 
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 @given(st.data())
 def test_a_damaged_state_is_refused_or_can_be_trained_on(data):
     lag = data.draw(st.sampled_from((0, 1)))
@@ -72,10 +76,13 @@ def test_a_damaged_state_is_refused_or_can_be_trained_on(data):
     state = damaged(STATES[lag], path, data.draw(st.sampled_from(JUNK)), remove=remove)
     guard, step = trained(lag, steps=3)
     before = copy.deepcopy(guard.state_dict())
+    refusal = None
     try:
         guard.load_state_dict(state)
     except ValueError as error:
-        assert "\n" not in str(error)
+        refusal = str(error)
+    if refusal is not None:
+        assert "\n" not in refusal
         assert repr(guard.state_dict()) == repr(before)
     for _ in range(12):
         step()
@@ -97,7 +104,7 @@ def test_the_message_names_the_place():
 
 
 def test_a_state_without_a_field_of_this_version_keeps_the_rest():
-    guard, step = trained()
+    guard, _ = trained()
     state = copy.deepcopy(guard.state_dict())
     del state["states"][0]["slow_loss"]
     fresh, _ = trained(steps=0)
