@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,7 @@ class Run:
         tracks: ``gradguard``, ``gradguard_1``, ...: one for each optimizer.
         losses: The training's own scalars with "loss" in their name.
         damaged: Names of files that end in the middle of a record or are corrupt.
+        unreadable: Tag to the number of records under it that are not of this package's form.
         files: Number of event files.
     """
 
@@ -81,6 +83,7 @@ class Run:
     tracks: dict[str, Track] = field(default_factory=dict)
     losses: dict[str, Curve[float]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    unreadable: Counter[str] = field(default_factory=Counter)
     files: int = 0
 
 
@@ -92,6 +95,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         ReportError: If a folder does not exist, or neither it nor one below it holds anything of this package.
+            Records under this package's tags that cannot be read are counted and left out.
     """
     return [run for folder in folders for run in _read_below(folder)]
 
@@ -124,6 +128,7 @@ def _read_run(home: Path, name: str) -> Run:
         for group, track in file.tracks.items():
             run.tracks.setdefault(group, Track()).append(track)
         run.losses = _splice_all(run.losses, file.losses)
+        run.unreadable += file.unreadable
         if file.is_damaged:
             run.damaged.append(file.path.name)
     run.tracks = dict(sorted(run.tracks.items(), key=lambda item: (len(item[0]), item[0])))
@@ -138,16 +143,20 @@ class _File:
         self.began = math.inf
         self.tracks: dict[str, Track] = {}
         self.losses: dict[str, Curve[float]] = {}
+        self.unreadable: Counter[str] = Counter()
         self._texts: dict[str, Curve[str]] = {}
         events = 0
         for event in LegacyEventFileLoader(str(path)).Load():
             events += 1
             self.began = min(self.began, event.wall_time)
             for value in event.summary.value:
-                self._add(event.step, value)
+                try:
+                    self._add(event.step, value)
+                except Exception:  # a record of someone else under our tag
+                    self.unreadable[value.tag] += 1
         self.is_damaged = events != _count_records(path)
         for group, texts in self._texts.items():
-            track = self.tracks[group]
+            track = self.tracks.setdefault(group, Track())
             track.found = track.found or {step: parse_old_text(text) for step, text in texts.items()}
 
     def _add(self, step: int, value: Any) -> None:
@@ -156,8 +165,8 @@ class _File:
             if "loss" in value.tag.lower() and (number := _number(value)) is not None:
                 self.losses.setdefault(value.tag, {})[step] = number
             return
-        track = self.tracks.setdefault(tag.group, Track())
         has_tensor = value.HasField("tensor")
+        track = self.tracks.get(tag.group, Track())
         if tag.kind == "hist_value":
             track.values.add(tag.name)
         elif tag.kind == "hist_log10" and has_tensor:
@@ -166,22 +175,51 @@ class _File:
             if has_tensor:
                 track.exponents[step] = _text(value)
         elif tag.name == LAYER_RMS and has_tensor:
-            if columns := value.metadata.plugin_data.content:
-                track.layers = tuple(json.loads(columns)[1:])
-            track.rows[step] = make_ndarray(value.tensor)
+            columns = value.metadata.plugin_data.content
+            layers = _layers(columns) if columns else track.layers
+            track.rows[step] = _row(make_ndarray(value.tensor), layers)
+            track.layers = layers
         elif tag.name == FINDINGS and has_tensor:
             track.found[step] = FoundRecord.from_json(_text(value))
         elif tag.name == DIAGNOSIS and has_tensor:
             self._texts.setdefault(tag.group, {})[step] = _text(value)
         elif not tag.kind and (number := _number(value)) is not None:
             track.scalars.setdefault(tag.name, {})[step] = number
+        else:
+            return
+        self.tracks[tag.group] = track
+
+
+def _layers(columns: bytes) -> tuple[str, ...]:
+    """Return the names of the rows of the heat map.
+
+    Raises:
+        ValueError: If it is not a JSON list of names.
+    """
+    names = json.loads(columns)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("no list of names")
+    return tuple(names[1:])
+
+
+def _row(array: NDArray[Any], layers: Sequence[str]) -> NDArray[np.float16]:
+    """Return one column of the heat map.
+
+    Raises:
+        ValueError: If it does not fit the layers.
+    """
+    if array.shape != (1 + len(layers),) or array.dtype.kind != "f" or not math.isfinite(array[0]):
+        raise ValueError("no row of the heat map")
+    return array
 
 
 def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return 30 counts; empty neighbours share a row."""
+    if table.ndim != 2 or table.shape[1] != 3 or not np.isfinite(table).all():
+        raise ValueError("no histogram")
     full = table[table[:, 2] > 0]
     counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
-    counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]
+    counts[np.searchsorted(EDGES, full[:, 0])] = full[:, 2]  # raises beyond the axis
     return counts
 
 

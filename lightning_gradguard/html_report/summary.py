@@ -268,6 +268,14 @@ def _notices(run: Run, track: Track, left_out: int) -> list[str]:
             f"{files} {verb} in the middle of a record: the run was killed or is still writing. "
             "Everything before that is shown."
         )
+    if run.unreadable:
+        tags = ", ".join(f"`{tag}`" for tag in sorted(run.unreadable)[:3])
+        more = f" and {len(run.unreadable) - 3} more tags" if len(run.unreadable) > 3 else ""
+        count = sum(run.unreadable.values())
+        notices.append(
+            f"{count} record{' is' if count == 1 else 's are'} left out, under {tags}{more}: "
+            f"{'it is' if count == 1 else 'they are'} not in the form that this package writes."
+        )
     if run.files > 1:
         notices.append(
             f"Joined from {run.files} event files. Where a resumed run repeated steps, the later ones are shown."
