@@ -419,12 +419,13 @@ class GradGuard(Callback):
 
 
 class AutoGuard(Callback):
-    """Placeholder for a `GradGuard`.
+    """Callback that becomes a `GradGuard`, unless there is one.
 
-    A guard of the user or of the module takes precedence over it.
+    A guard of the user or of the module takes precedence over it; it does nothing then.
 
     When a Trainer loads callbacks from entry points, it does not tell which callbacks it has. When it sets up, all are
-    there, and no state has been restored yet. The guard takes the place then, so it gets the state of a checkpoint.
+    there, and no state has been restored yet. So this callback decides then, and gets the state of a checkpoint. It
+    becomes a guard itself: the list of callbacks belongs to the user, and stays as it is.
 
     Args:
         policy: "watch", "protect" or "strict".
@@ -434,12 +435,12 @@ class AutoGuard(Callback):
         self.policy: Policy = getattr(Policy, policy)()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Replace itself by a guard, unless there is one."""
+        """Become a guard, unless there is one."""
         if any(isinstance(callback, GradGuard) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             return
         guard = GradGuard(policy=self.policy)
-        place = trainer.callbacks.index(self)  # type: ignore[attr-defined]
-        trainer.callbacks[place] = guard  # type: ignore[attr-defined]
+        self.__class__ = GradGuard  # type: ignore[assignment]
+        self.__dict__ = guard.__dict__
         guard.setup(trainer, pl_module, stage)
 
 

@@ -105,6 +105,22 @@ def test_one_guard_for_each_fit_and_each_trainer(fit, classifier, monkeypatch, t
         assert guard.summary["judged"] == 2
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_list_of_callbacks_stays_as_it_was(classifier, monkeypatch, tmp_path, own):
+    monkeypatch.setenv("GRADGUARD", "watch")
+    trainer = pl.Trainer(
+        callbacks=[GradGuard()] if own else [], max_steps=2, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    before, held = trainer.callbacks, list(trainer.callbacks)
+    module = classifier()
+    module.training_step = lambda batch, batch_idx, net=module.net: net(batch).square().mean()
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(16, 8), 4))
+    assert trainer.callbacks is before
+    assert [id(callback) for callback in before] == [id(callback) for callback in held]
+    assert len(guards_of(trainer)) == 1
+
+
 def test_its_state_is_saved_and_restored(fit, classifier, monkeypatch, tmp_path):
     monkeypatch.setenv("GRADGUARD", "watch")
     trainer = fit(classifier(), batches=20)
