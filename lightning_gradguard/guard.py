@@ -241,7 +241,9 @@ class Guard:
         self.tracker.unscale(scaler)
         if loss is None and not self._warned_of_no_loss:
             self._warned_of_no_loss = True
-            if message := message_without_loss(self.detectors):
+            needs_none = not (message := message_without_loss(self.detectors))
+            message = message if needs_none or context.without_loss is None else context.without_loss
+            if message:
                 warn(message)
 
         stats = self.tracker.measure(loss, graph, scaled=scaler is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.callbacks.trainer_adapter import import_from, warn
+from lightning_gradguard.callbacks.trainer_adapter import import_from, is_placeholder, warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -76,7 +76,11 @@ def warn_if_nothing_trains(trainer: Trainer, module: LightningModule) -> None:
 
 def warn_if_no_step_was_seen(trainer: Trainer, module: LightningModule) -> None:
     """Warn after a training without announced steps."""
-    if _is_trainable(module):
+    if not _is_trainable(module):
+        return
+    if all(map(is_placeholder, trainer.optimizers)):
+        warn(trainer, "GradGuard: no step was judged, since configure_optimizers returned no optimizer.")
+    else:
         warn(
             trainer,
             "GradGuard: no step was judged. Lightning does not announce steps of optimizers that are taken from "

@@ -224,7 +224,6 @@ class GradGuard(Callback):
         self._batch, self._batches, self._ended_gracefully = (None, 0), 0, False
         self._logging.start(trainer)
         self._recording.start(trainer)
-        warn_if_nothing_trains(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to observe the module."""
@@ -238,6 +237,8 @@ class GradGuard(Callback):
         """Copy the state that a bad batch could ruin."""
         self._losses.start_batch()
         self._batch, self._batches = (batch, batch_idx), self._batches + 1
+        if self._batches == 1:  # by now every callback may have unfrozen something
+            warn_if_nothing_trains(trainer, pl_module)
         if self.trials and self._batches == 1:
             self.checkup = check_first_batch(trainer, pl_module, batch, batch_idx)
         self._buffers.save()
@@ -277,6 +278,7 @@ class GradGuard(Callback):
             sandboxed_step=partial(sandboxed_step_of, trainer, pl_module, optimizer, batch, batch_idx),
             run_trials=self.trials,
             notes=self._metric.notes,
+            without_loss="" if pl_module.automatic_optimization else _WITHOUT_LOSS,
         )
         rollbacks = self._rollback.count
         try:
@@ -416,6 +418,13 @@ class GradGuard(Callback):
             stop_reason=self.stop_reason,
             bundle=self.bundle,
         )
+
+
+#: Warning for steps of manual optimization whose loss is not known.
+_WITHOUT_LOSS = (
+    "the loss is not known, since backward was not called through self.manual_backward(loss), so rules that need "
+    "progress are off."
+)
 
 
 class AutoGuard(Callback):

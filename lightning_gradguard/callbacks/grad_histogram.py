@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -151,7 +151,7 @@ class GradHistogram(Callback):
         """Open the loggers; warn of hidden tensors."""
         self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
-        if not trainer.loggers:
+        if not trainer.loggers and _first_time("no logger"):
             warn(
                 trainer,
                 "GradHistogram: nothing is written, since the Trainer has no logger. Use "
@@ -271,6 +271,19 @@ class GradHistogram(Callback):
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+
+
+@cache
+def _given() -> set[str]:
+    """Return the notices that were given in this process."""
+    return set()
+
+
+def _first_time(notice: str) -> bool:
+    """Return True the first time in a process; remember it."""
+    is_first = notice not in _given()
+    _given().add(notice)
+    return is_first
 
 
 class _Counted(NamedTuple):

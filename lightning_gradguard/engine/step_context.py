@@ -22,12 +22,14 @@ class StepContext:
             there is none. It raises ValueError, with the reason, if the training step cannot be run by itself.
         run_trials: Try fixes on the live model when something critical is found.
         notes: Sentences to add to the symptoms, such as the course of a metric.
+        without_loss: Warning, once, if no loss is given; empty for none, None for the one of `Guard.step`.
     """
 
     batch: object = None
     sandboxed_step: Callable[[], SandboxedStep] | None = None
     run_trials: bool = False
     notes: tuple[str, ...] = ()
+    without_loss: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.notes, tuple):

@@ -455,3 +455,94 @@ assert guard.summary["judged"] == 3, guard.summary
 def test_a_monitor_that_is_never_logged_warns_at_the_end(fit, classifier):
     with pytest.warns(GradientWarning, match="monitor 'val_acc' is not logged, and neither is any other"):
         fit(classifier(), GradGuard(monitor="val_acc"), batches=2)
+
+
+def by_hand(module, call):
+    """Return the module with manual optimization and its own backward call."""
+    module.automatic_optimization = False
+
+    def training_step(batch, batch_idx):
+        optimizer = module.optimizers()
+        optimizer.zero_grad()
+        call(module, nn.functional.cross_entropy(module.net(batch[0]), batch[1], reduction="none"))
+        optimizer.step()
+
+    module.training_step = training_step
+    return module
+
+
+def test_a_backward_pass_by_hand_is_named(fit, classifier):
+    with pytest.warns(GradientWarning, match=r"not called through self\.manual_backward") as caught:
+        fit(by_hand(classifier(), lambda module, losses: losses.mean().backward()), GradGuard(), batches=5)
+    assert len(ours(caught)) == 1
+
+
+def test_a_vector_of_losses_is_judged_by_its_mean(fit, classifier, recwarn):
+    def backward(module, losses):
+        module.manual_backward(losses, gradient=torch.full_like(losses, 1 / len(losses)))
+
+    guard = GradGuard()
+    fit(by_hand(classifier(), backward), guard, batches=5)
+    assert guard.summary["judged"] == 5
+    assert 0.1 < guard.report.loss < 3
+    assert not ours(recwarn)
+
+
+def test_losses_of_different_shapes_in_one_step_are_averaged(fit, classifier, recwarn):
+    module = classifier()
+    plain = module.training_step
+    shapes = [(), (1,), (1, 1)]
+    module.training_step = lambda batch, batch_idx: plain(batch, batch_idx).reshape(shapes[batch_idx % 3])
+    guard = GradGuard()
+    fit(module, guard, batches=12, accumulate_grad_batches=3)
+    assert guard.summary["judged"] == 4
+    assert not ours(recwarn)
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_a_missing_optimizer_is_named(fit, classifier):
+    module = classifier()
+    module.configure_optimizers = lambda: None
+    with pytest.warns(GradientWarning, match="configure_optimizers returned no optimizer") as caught:
+        fit(module, GradGuard(), batches=3)
+    assert len(ours(caught)) == 1
+
+
+def test_a_model_that_is_unfrozen_when_the_epoch_begins_is_no_fault(fit, classifier, recwarn):
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.requires_grad_(True)
+
+    module = classifier()
+    module.requires_grad_(False)
+    guard = GradGuard()
+    fit(module, guard, Unfreeze(), batches=5)
+    assert guard.summary["judged"] == 5
+    assert not ours(recwarn)
+
+
+CLIPPING = {
+    "norm": {"gradient_clip_val": 0.5},
+    "value": {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+@pytest.mark.parametrize("hook", ["inherited", "own", "strict"])
+@pytest.mark.parametrize("arguments", CLIPPING.values(), ids=CLIPPING)
+def test_lightnings_clipping_survives_skipped_steps(fit, classifier, arguments, hook):
+    module, calls = classifier(bad={2, 5}), []
+
+    def clip(optimizer, gradient_clip_val, gradient_clip_algorithm):
+        calls.append(1)
+        if hook == "strict":
+            assert all(p.grad is not None for p in module.parameters())
+        module.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    if hook != "inherited":
+        module.configure_gradient_clipping = clip
+    guard = GradGuard()
+    fit(module, guard, batches=10, **arguments)
+    assert guard.summary["skipped"] == 2
+    assert len(calls) == (0 if hook == "inherited" else 8)
+    assert ("configure_gradient_clipping" in vars(module)) == (hook != "inherited")

@@ -18,6 +18,7 @@ from tensorboard.util import tensor_util
 from torch import nn
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientWarning, NormClip
+from lightning_gradguard.callbacks import grad_histogram
 from lightning_gradguard.loggers.histograms import FORMATS
 from lightning_gradguard.stats.histogram import EDGES, edges
 
@@ -232,8 +233,10 @@ def test_counting_changes_nothing(fit, classifier, board):
     assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), shown.parameters(), strict=True))
 
 
-def test_no_logger_warns_once(fit, classifier):
+def test_no_logger_warns_once_in_a_process(fit, classifier):
+    grad_histogram._given.cache_clear()
     with pytest.warns(GradientWarning, match="nothing is written, since the Trainer has no logger") as caught:
+        fit(classifier(), GradHistogram())
         fit(classifier(), GradHistogram())
     assert len([w for w in caught if issubclass(w.category, GradientWarning)]) == 1
 
