@@ -341,7 +341,7 @@ class GradGuard(Callback):
         """Release the batch; repair running statistics."""
         self._clipping.restore()
         self._batch, self._losses.graph = (None, 0), None
-        self._buffers.restore_nonfinite()
+        self._buffers.end_batch()
         self._recording.end_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

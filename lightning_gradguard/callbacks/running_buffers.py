@@ -64,7 +64,7 @@ class RunningBuffers:
         self._unmade: list[tuple[_Place, Any]] = []
         self._names: list[tuple[nn.Module, frozenset[str]]] = []
         self._moving: set[tuple[int, str]] = set()
-        self._is_first = True
+        self._is_first, self._was_first = True, False
         self._flat: list[tuple[list[torch.Size], Tensor] | None] = []
         self._seen: list[_Seen] = []
 
@@ -93,7 +93,7 @@ class RunningBuffers:
                 self._seen.append(
                     _Seen(place, tensor, _version(tensor), tensor.clone() if is_copied else None)
                 )
-        self._is_first = False
+        self._is_first, self._was_first = False, self._is_first
 
     @torch.no_grad()
     def restore_nonfinite(self, skipped: bool = False) -> None:
@@ -117,9 +117,8 @@ class RunningBuffers:
             )
         for place, tensor, version, copy in self._seen:
             now = place.tensor
-            if now is tensor and _version(now) == version:
-                continue
-            self._moving.add(place.key)
+            if now is not tensor or _version(now) != version:
+                self._moving.add(place.key)
             if copy is None or now is None or (now.shape, now.dtype) != (copy.shape, copy.dtype):
                 continue
             if _is_writable(now):
@@ -128,6 +127,22 @@ class RunningBuffers:
                 place.held[place.name] = _mended(now.detach(), copy)
         if skipped:
             self._remove_made()
+            # What the batch has written is restored, so that only the next one shows what is written to.
+            self._is_first |= self._was_first
+
+    @torch.no_grad()
+    def end_batch(self) -> None:
+        """Restore non-finite elements after a batch.
+
+        After the first one the device is read once, to find out what it has written to.
+        """
+        if self._was_first:
+            for place, _, _, copy in self._seen:
+                now = place.tensor
+                # Also what was written through ``.data``, which no counter shows.
+                if copy is not None and now is not None and not _equal(now, copy):
+                    self._moving.add(place.key)
+        self.restore_nonfinite()
 
     def _find(self) -> None:
         """Find the tensors, and how each is to be copied."""
@@ -220,6 +235,10 @@ def _is_writable(tensor: Tensor) -> bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     return not _is_number(tensor) or bool(tensor.isfinite().all())
+
+
+def _equal(now: Tensor, before: Tensor) -> bool:
+    return now.shape == before.shape and bool(((now == before) | (now != now) & (before != before)).all())
 
 
 def _version(tensor: Tensor) -> int:

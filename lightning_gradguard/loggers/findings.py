@@ -115,7 +115,9 @@ class FoundRecord(NamedTuple):
             KeyError: If a part is missing.
         """
         parts = json.loads(text)
-        return cls(tuple(map(LoggedFinding.from_dict, parts["findings"])), tuple(map(str, parts["diagnoses"])))
+        return cls(
+            tuple(map(LoggedFinding.from_dict, parts["findings"])), tuple(map(str, parts["diagnoses"]))
+        )
 
 
 class FindingLog:

@@ -9,7 +9,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -370,3 +370,60 @@ def test_buffers_that_are_expanded_or_replaced(tmp_path, options):
     # Restored to its value before batch 20, and updated with batch 36.
     x = torch.randn(16, 8, generator=torch.Generator().manual_seed(36))
     torch.testing.assert_close(follow.replaced[36], 0.9 * follow.replaced[19] + 0.1 * x.mean(0))
+
+
+class Finetuned(pl.LightningModule):
+    """Body and head; the batches ``bad`` of epoch 1 give NaN."""
+
+    def __init__(self, bad):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.bad = nn.Linear(6, 8), nn.Linear(8, 1), bad
+
+    def training_step(self, batch, number):
+        loss = (self.head(self.body(batch).relu()) - (batch @ TRUTH)[:, None]).square().mean()
+        return loss * math.nan if self.current_epoch == 1 and number in self.bad else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Unfreeze(BaseFinetuning):
+    """Adds the body to the optimizer at the beginning of epoch 1, or within it."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at = at
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.body)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1 and self.at is None:
+            self.unfreeze_and_add_param_group(pl_module.body, optimizer, lr=0.01)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == self.at:
+            self.unfreeze_and_add_param_group(pl_module.body, trainer.optimizers[0], lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("first", [True, False], ids=["unfreezing first", "guard first"])
+@pytest.mark.parametrize(("at", "bad"), [(None, range(2, 9)), (3, range(9, 16)), (6, range(6, 13))])
+def test_a_rollback_goes_to_a_state_with_the_parameters_that_the_optimizer_has_now(tmp_path, at, bad, first):
+    guard = GradGuard(policy=Policy(respond={"nonfinite": "rollback"}, snapshot_every=5))
+    module, unfreeze = Finetuned(bad), Unfreeze(at)
+    callbacks = [unfreeze, guard] if first else [guard, unfreeze]
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=callbacks, enable_checkpointing=False,
+    )  # fmt: skip
+    try:
+        trainer.fit(module, data(20))
+    except (
+        GradientHalt
+    ):  # the parameters came with the first bad batch, so no state with them is known to be good
+        assert at == 6
+    else:
+        assert guard.summary["rollbacks"] == 1
+    assert all(p.isfinite().all() for p in module.parameters())
