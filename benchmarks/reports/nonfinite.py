@@ -29,7 +29,7 @@ _TOKENS = torch.randint(1, 9, (2048, 12), generator=_G)
 _LENGTHS = torch.randint(3, 13, (2048, 1), generator=_G)
 _LENGTHS[torch.arange(17, 2048, 150)] = 0  # comments that were empty after cleaning
 _TOKENS[torch.arange(12) >= _LENGTHS] = 0
-_TOPIC = torch.stack([(_TOKENS == k).sum(1) + 0.01 * k for k in range(1, 9)], 1).argmax(1)
+_TOPIC = torch.stack([(k == _TOKENS).sum(1) + 0.01 * k for k in range(1, 9)], 1).argmax(1)
 
 
 class Sentences(Fit):
@@ -88,7 +88,7 @@ class Contrast(Fit):
 
 def _nearest_centre(module: Any) -> Tensor:
     z = F.normalize(module.net(_IMAGES), dim=1)
-    centres = torch.stack([z[_LABELS == k].mean(0) for k in range(10)])
+    centres = torch.stack([z[k == _LABELS].mean(0) for k in range(10)])
     return (torch.cdist(z, centres).argmin(1) == _LABELS).float().mean()
 
 
@@ -369,7 +369,7 @@ def _frozen_norm(variant: str) -> tuple[L.LightningModule, Any]:
 
 _G = generator(109)
 _TURN = F.normalize(torch.tensor([1.0, 0, 0, 0]) + 0.6 * torch.randn(2048, 4, generator=_G), dim=1)
-_TURN[::100] = torch.tensor([1.0, 0, 0, 0])  # not turned at all
+_TURN[::10] = torch.tensor([1.0, 0, 0, 0])  # not turned at all
 
 
 def _rotated(q: Tensor) -> Tensor:
