@@ -450,6 +450,94 @@ def _mixture(variant: str) -> tuple[L.LightningModule, Any]:
     return Mixture(variant), batches(_ANGLE, _SHOT)
 
 
+# R48: the weight of a diffusion step is divided by its ratio of signal to noise, which is 0 at the last step.
+
+_G = generator(148)
+_SIGNALS = torch.tanh(torch.randn(3072, 2, generator=_G) @ torch.randn(2, 16, generator=_G))
+_WHEN = torch.randint(0, 100, (3072,), generator=_G)
+_STATIC = torch.randn(3072, 16, generator=_G)
+
+
+class Velocity(Fit):
+    """Diffusion model that predicts the velocity, with steps weighted by their ratio of signal to noise."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(mlp(17, 128, 128, 16, activation=nn.SiLU))
+        self.variant = variant
+        root = torch.cos(torch.arange(100) / 99 * math.pi / 2)
+        root[-1] = 0.0  # rescaled, so that the last step holds no signal
+        self.register_buffer("signal", root)
+        self.register_buffer("noise", (1 - root**2).sqrt())
+
+    def forward(self, x: Tensor, noise: Tensor, when: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.signal[when, None], self.noise[when, None]
+        return self.net(torch.cat([a * x + b * noise, when[:, None] / 50 - 1], 1)), a * noise - b * x
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        x = batch[0]
+        when = torch.randint(0, 100, (len(x),))
+        velocity, true = self(x, torch.randn_like(x), when)
+        ratio = (self.signal[when] / self.noise[when].clamp(min=1e-3)) ** 2
+        capped = ratio.clamp(max=5.0)
+        if self.variant == "cured":
+            weight = capped / (ratio + 1)
+        else:
+            weight = capped / (ratio + (1e-8 if self.variant == "epsilon" else 0.0)) * ratio / (ratio + 1)
+        return (weight[:, None] * (velocity - true) ** 2).mean()
+
+
+def _velocity_told(module: Any) -> Tensor:
+    return explained(*module(_SIGNALS, _STATIC, _WHEN))
+
+
+# R49: the sum over all alignments in logarithms, from a start of -inf: where all ways are impossible, logsumexp has
+# a value and no gradient.
+
+_G = generator(149)
+_SPOKEN = torch.randint(1, 5, (2048, 2), generator=_G)
+_FRAMES = torch.zeros(2048, 8, 5)
+_FRAMES[torch.arange(2048)[:, None], torch.tensor([1, 2]), _SPOKEN[:, :1]] = 1.0
+_FRAMES[torch.arange(2048)[:, None], torch.tensor([5, 6]), _SPOKEN[:, 1:]] = 1.0
+_FRAMES += 0.3 * torch.randn(2048, 8, 5, generator=_G)
+
+
+class Alignment(Fit):
+    """Recognizer of two spoken words, trained by a forward algorithm of its own."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(lr=5e-3)
+        self.never = torch.finfo(torch.float32).min / 4 if variant == "cured" else -math.inf
+        self.rnn, self.head = nn.GRU(5, 32, batch_first=True, bidirectional=True), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0]).log_softmax(-1)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        log_p, words = self(batch[0]), batch[1]
+        blank = torch.zeros_like(words[:, 0])
+        states = torch.stack([blank, words[:, 0], blank, words[:, 1], blank], 1)
+        emitted = log_p.gather(2, states[:, None].expand(-1, log_p.shape[1], -1))
+        skip = torch.zeros(states.shape, dtype=torch.bool)
+        skip[:, 3] = words[:, 0] != words[:, 1]
+        alpha = F.pad(emitted[:, 0, :2], (0, 3), value=self.never)
+        for t in range(1, emitted.shape[1]):
+            one = F.pad(alpha[:, :-1], (1, 0), value=self.never)
+            two = F.pad(alpha[:, :-2], (2, 0), value=self.never).masked_fill(~skip, self.never)
+            alpha = torch.stack([alpha, one, two]).logsumexp(0) + emitted[:, t]
+        return -alpha[:, 3:].logsumexp(1).mean()
+
+
+def _heard(module: Any) -> Tensor:
+    """Share of recordings whose words are all right, decoded greedily."""
+    best = module(_FRAMES).argmax(-1)
+    heard = [torch.unique_consecutive(row) for row in best]
+    return (
+        torch.tensor([h[h > 0].tolist() == w.tolist() for h, w in zip(heard, _SPOKEN, strict=True)])
+        .float()
+        .mean()
+    )
+
+
 CASES = (
     Case(
         "R01",
@@ -613,5 +701,34 @@ CASES = (
         },
         steps=500,
         kin=("density",),
+    ),
+    Case(
+        "R48",
+        "Weights of diffusion steps divided by a ratio of signal to noise of 0",
+        "kohya-ss/sd-scripts #934",
+        lambda variant: (Velocity(variant), batches(_SIGNALS)),
+        _velocity_told,
+        0.4,
+        faults=_WRONG,
+        causes=(Cause.LOSS_FUNCTION, Cause.NORMALIZATION),
+        fixes={
+            r"ratio \+ 1\b|\+ 1\)": "cured",
+            r"denominator|1e-8|\beps|divi": "epsilon",
+        },
+        steps=400,
+        kin=("diffusion",),
+    ),
+    Case(
+        "R49",
+        "A forward algorithm in logarithms that starts at -inf: logsumexp of impossible ways has no gradient",
+        "pytorch/pytorch #31829",
+        lambda variant: (Alignment(variant), batches(_FRAMES, _SPOKEN)),
+        _heard,
+        0.8,
+        faults=_WRONG,
+        causes=(Cause.LOSS_FUNCTION,),
+        fixes={r"-inf|finfo|-1e\d|finite": "cured"},
+        steps=150,
+        kin=("recurrent", "backward"),
     ),
 )

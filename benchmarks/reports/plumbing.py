@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from benchmarks.reports.case import Case
 from benchmarks.reports.parts import Fit, accuracy, batches, explained, generator, mlp
@@ -367,6 +368,87 @@ class NewHead(Fit):
         return torch.optim.AdamW(groups)
 
 
+# R46: the weights of each relation of a graph are kept in a dict.
+
+_G = generator(246)
+_NODES = torch.randn(300, 8, generator=_G)
+_RELATIONS = [(torch.rand(300, 300, generator=_G) < 0.01).float() for _ in range(4)]
+_AROUND = [r / r.sum(1, keepdim=True).clamp(min=1) for r in _RELATIONS]
+_TYPES = sum(a @ _NODES @ torch.randn(8, 3, generator=_G) for a in _AROUND).argmax(1)
+
+
+class Relations(Fit):
+    """Graph convolution with weights for each relation; says the type of each node."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(lr=2e-2)
+        self.own = nn.Linear(8, 3)
+        layers = {f"relation {k}": nn.Linear(8, 3) for k in range(4)}
+        self.layers = nn.ModuleDict(layers) if variant == "cured" else layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x) + sum(a @ layer(x) for a, layer in zip(_AROUND, self.layers.values(), strict=True))
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def _relations(variant: str) -> tuple[L.LightningModule, Any]:
+    return Relations(variant), DataLoader([(_NODES, _TYPES)] * 10, batch_size=None)
+
+
+# R47: logarithms of probabilities are stored as numbers, and put into a new tensor for the loss.
+
+_G = generator(247)
+_VIEWS = torch.randn(2048, 6, generator=_G)
+_BEST = (_VIEWS @ torch.randn(6, 4, generator=_G)).argmax(1)
+
+
+class ActorCritic(Fit):
+    """Advantage actor-critic with one optimizer; a memory of what was done is worked off at the end of a rollout."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(lr=3e-3)
+        self.variant = variant
+        self.actor, self.critic = mlp(6, 64, 4), mlp(6, 64, 1)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        views, best = batch
+        policy = torch.distributions.Categorical(logits=self.actor(views))
+        action = policy.sample()
+        memory = list(zip(policy.log_prob(action), (action == best).float(), strict=True))
+        if self.variant == "cured":
+            log_p = torch.stack([m[0] for m in memory])
+        else:
+            log_p = torch.tensor([float(m[0].detach()) for m in memory])
+        reward, value = torch.stack([m[1] for m in memory]), self.critic(views)[:, 0]
+        return F.mse_loss(value, reward) - (log_p * (reward - value.detach())).mean()
+
+
+# R50: the features of the image encoder are handed out by an extractor that detaches them.
+
+
+class TwoTowers(Fit):
+    """Contrastive training of an image encoder and a text encoder."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(lr=3e-3)
+        self.variant = variant
+        self.image, self.word = mlp(64, 128, 64, 4), nn.Embedding(10, 32)
+        self.text = mlp(32, 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.image(x).clone()
+        seen = seen if self.variant == "cured" else seen.detach()
+        return 10 * F.normalize(seen, dim=1) @ F.normalize(self.text(self.word.weight), dim=1).T
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        likeness = self(batch[0])[:, batch[1]]  # of each image to each caption of the batch
+        same = (batch[1][:, None] == batch[1]).float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(likeness, target) + F.cross_entropy(likeness.T, target)) / 2
+
+
 CASES = (
     Case(
         "R11",
@@ -510,5 +592,45 @@ CASES = (
         said=("stale_optimizer", "not in the optimizer", "part of the model"),
         steps=300,
         kin=("fine-tuning", "optimizer"),
+    ),
+    Case(
+        "R46",
+        "The weights of each relation of a graph, kept in a dict",
+        "pytorch/pytorch #632",
+        _relations,
+        accuracy(_NODES, _TYPES),
+        0.75,
+        faults=(Fault.DISCONNECTED,),
+        causes=(Cause.UNREGISTERED_MODULES,),
+        fixes={r"ModuleList|ModuleDict|regist": "cured"},
+        said=("unregistered", "moduledict", "modulelist"),
+        steps=200,
+        kin=("graph", "optimizer"),
+    ),
+    Case(
+        "R47",
+        "Log-probabilities stored as numbers: the actor beside its critic gets no gradient",
+        "Quantum-Cheese/DeepReinforcementLearning_Pytorch #1",
+        lambda variant: (ActorCritic(variant), batches(_VIEWS, _BEST)),
+        lambda module: (module.actor(_VIEWS).argmax(1) == _BEST).float().mean(),
+        0.75,
+        faults=(Fault.DISCONNECTED,),
+        causes=(Cause.DETACHED_GRAPH,),
+        fixes={r"straight-through": "reported", r"detach|cuts the graph|torch\.tensor": "cured"},
+        steps=400,
+        kin=("reinforcement",),
+    ),
+    Case(
+        "R50",
+        "An extractor that detaches the features of the image encoder",
+        "lucidrains/CoCa-pytorch #6",
+        lambda variant: (TwoTowers(variant), batches(_IMAGES, _LABELS)),
+        accuracy(_IMAGES, _LABELS),
+        0.85,
+        faults=(Fault.DISCONNECTED,),
+        causes=(Cause.DETACHED_GRAPH,),
+        fixes={r"straight-through": "reported", r"detach|cuts the graph": "cured"},
+        steps=300,
+        kin=("contrastive",),
     ),
 )
