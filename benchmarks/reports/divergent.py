@@ -403,7 +403,7 @@ CASES = (
             Cause.UNNORMALIZED_INPUT,
             Cause.NORMALIZATION,
         ),
-        fixes={r"normali|divide|mean": CURED, r"clip": CLIPPED},
+        fixes={r"coordinate|divide by|number of (nodes|points|neighbo)|unit length|mean over": CURED, r"clip": CLIPPED},
         trainer=clip_spikes,
         steps=200,
         kin=("graph",),

@@ -209,7 +209,7 @@ CASES = (
         faults=(Fault.VANISHING, Fault.STALLED, Fault.DEAD),
         said=("sigmoid",),
         causes=(Cause.LOSS_FUNCTION,),
-        fixes={r"sigmoid|logits": CURED},
+        fixes={r"(?s)\A(?!non-saturating).*(sigmoid|logits)": CURED},
         steps=250,
         kin=("loss", "segmentation"),
     ),
@@ -249,7 +249,7 @@ CASES = (
         faults=(Fault.DISCONNECTED, Fault.VANISHING, Fault.STALLED, Fault.DEAD),
         said=("softmax",),
         causes=(Cause.LOSS_FUNCTION,),
-        fixes={r"softmax|sigmoid|logits": CURED},
+        fixes={r"(?s)\A(?!non-saturating).*(softmax|sigmoid|logits)": CURED},
         kin=("loss", "classification"),
     ),
 )

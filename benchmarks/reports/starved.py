@@ -272,7 +272,7 @@ CASES = (
         faults=(Fault.DISCONNECTED, Fault.DEAD, Fault.STALLED, Fault.VANISHING),
         said=("one element", "single element", "normaliz"),
         causes=(Cause.NORMALIZATION,),
-        fixes={r"normaliz|layernorm|batchnorm|one element": CURED},
+        fixes={r"(?s)\A(?!normalization after|relu).*(norm|one element|one feature)": CURED},
         kin=("normalization", "tabular"),
     ),
     Case(
