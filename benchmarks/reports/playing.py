@@ -178,22 +178,25 @@ def _apply(case: Case, seed: int, remedy: Any, known: Mapping[str, Any]) -> tupl
 def score_with_change(case: Case, seed: int, change: Change) -> float:
     """Train the reported variant with a change in force, without a guard, and return its score."""
     module, loader = case.make(REPORTED, seed)
-    with torch.random.fork_rng(devices=[]):
+    optimizer = [ChangedOptimizer(change)]
+    if change.fields <= {"rate", "decay", "momentum"}:
+        train(case, REPORTED, module, loader, optimizer)
+        return case.quality(module)
+    with torch.random.fork_rng(devices=[]), quiet():
         subject = SandboxedStep(
             module,
             lambda batch: loss_in(module.training_step(batch, 0)),
             next(iter(loader)),
             torch.optim.SGD(module.parameters(), lr=0.0),
         )
-        with quiet():
-            structure = run_trial(subject, Change(), layers=(), passes=1).structure
+        structure = run_trial(subject, Change(), layers=(), passes=1).structure
     apply_change_(module, change, structure)
     if not change.changes_forward:
-        train(case, REPORTED, module, loader, [ChangedOptimizer(change)])
+        train(case, REPORTED, module, loader, optimizer)
         return case.quality(module)
     swapped = SwappedForward(module, change, structure)
     module.training_step = _within(swapped, module.training_step)  # type: ignore[method-assign]
-    train(case, REPORTED, module, loader, [ChangedOptimizer(change)])
+    train(case, REPORTED, module, loader, optimizer)
     with swapped:
         return case.quality(module)
 
