@@ -11,17 +11,8 @@ from torch.nn import functional as F
 
 from benchmarks.reports.case import CURED, Case
 from benchmarks.reports.losses import _MASKS, _SCANS, dice
-from benchmarks.reports.supervised import (
-    CLIPPED,
-    DIGITS,
-    LABELS,
-    Supervised,
-    accuracy,
-    batches,
-    clip_spikes,
-    r_squared,
-    sgd,
-)
+from benchmarks.reports.parts import accuracy, r2
+from benchmarks.reports.supervised import CLIPPED, DIGITS, LABELS, Supervised, batches, clip_spikes, sgd
 from lightning_gradguard import Cause, Fault
 
 _DIVERGENCE = (Fault.EXPLODING, Fault.OVERSIZED_UPDATE, Fault.SPIKE)
@@ -366,7 +357,7 @@ CASES = (
         "An LSTM forecasts sums of ten thousand as they are: the loss is huge and hardly moves",
         "keras-team/keras #4563",
         _money,
-        r_squared(_DAYS, _MONEY),
+        r2(_DAYS, _MONEY),
         0.7,
         faults=(*_DIVERGENCE, Fault.STALLED, Fault.VANISHING),
         said=("target",),
@@ -403,7 +394,10 @@ CASES = (
             Cause.UNNORMALIZED_INPUT,
             Cause.NORMALIZATION,
         ),
-        fixes={r"coordinate|divide by|number of (nodes|points|neighbo)|unit length|mean over": CURED, r"clip": CLIPPED},
+        fixes={
+            r"coordinate|divide by|number of (nodes|points|neighbo)|unit length|mean over": CURED,
+            r"clip": CLIPPED,
+        },
         trainer=clip_spikes,
         steps=200,
         kin=("graph",),
@@ -413,7 +407,7 @@ CASES = (
         "A weight decay of 0.5: all weights go to zero, any image gives the same coordinates",
         "BVLC/caffe #1396",
         _joints,
-        r_squared(_SCANS, _PLACES),
+        r2(_SCANS, _PLACES),
         0.7,
         faults=(Fault.VANISHING, Fault.STALLED, Fault.DEAD, Fault.DISCONNECTED),
         said=("decay",),
@@ -427,7 +421,7 @@ CASES = (
         "A recurrence meets a cliff: one step throws it where nothing is learnt any more",
         "stats.stackexchange.com/a/487195",
         _cliff,
-        r_squared(_SIGNAL, _SUM),
+        r2(_SIGNAL, _SUM),
         0.6,
         faults=(*_DIVERGENCE, Fault.NONFINITE, Fault.VANISHING_IN_TIME, Fault.VANISHING, Fault.DEAD),
         causes=(Cause.RECURRENCE, Cause.LEARNING_RATE_TOO_HIGH, Cause.OUTLIER_BATCH),

@@ -218,7 +218,7 @@ CASES = (
         "pkuxmq/Invertible-Image-Rescaling #24",
         _free_scales,
         _gain,
-        8.0,
+        12.0,
         faults=(*_DIVERGENCE, Fault.NONFINITE),
         causes=(Cause.LOSS_FUNCTION, Cause.LEARNING_RATE_TOO_HIGH, Cause.OUTLIER_BATCH),
         fixes={r"\bexp\b|tanh|bound": "bounded", r"clip": CLIPPED},

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.reports.case import CURED, Case
-from benchmarks.reports.supervised import DIGITS, LABELS, Supervised, accuracy, adam, batches, r_squared, sgd
+from benchmarks.reports.parts import accuracy, explained, r2
+from benchmarks.reports.supervised import DIGITS, LABELS, Supervised, adam, batches, sgd
 from lightning_gradguard import Cause, Fault
 
 _IMAGES = DIGITS.view(-1, 1, 8, 8)
@@ -255,7 +256,7 @@ CASES = (
         "Four hidden layers of sigmoids learn the mean and no more",
         "ai.stackexchange.com/q/16557",
         _four_sigmoids,
-        r_squared(_SWITCHES, _RESPONSE),
+        r2(_SWITCHES, _RESPONSE),
         0.7,
         faults=(Fault.VANISHING, Fault.STALLED),
         causes=(Cause.SATURATING_ACTIVATION, Cause.TOO_DEEP, Cause.BAD_INITIALIZATION),
@@ -267,7 +268,7 @@ CASES = (
         "LayerNorm over a column of one feature: each number minus itself",
         "pytorch/pytorch #108956",
         _one_column,
-        r_squared(_TABLE, _TARGET),
+        r2(_TABLE, _TARGET),
         0.7,
         faults=(Fault.DISCONNECTED, Fault.DEAD, Fault.STALLED, Fault.VANISHING),
         said=("one element", "single element", "normaliz"),
@@ -294,7 +295,7 @@ CASES = (
         "A ReLU at the very end: where the net begins below zero, all counts are zero and nothing moves",
         "jvargasmu/population_estimation #68",
         _zero_counts,
-        r_squared(_PATCHES, _PEOPLE),
+        r2(_PATCHES, _PEOPLE),
         0.7,
         faults=(Fault.DEAD, Fault.DISCONNECTED, Fault.STALLED, Fault.VANISHING),
         causes=(Cause.DEAD_ACTIVATION, Cause.BAD_INITIALIZATION),
@@ -323,7 +324,7 @@ CASES = (
         "States of a vehicle in their own units: the actor's tanh is at its ends for every state",
         "ZhihanLee/DDPG_Learning #2",
         _raw_states,
-        lambda module: 1 - F.mse_loss(module(_STATES), _BEST) / _BEST.var(),
+        lambda module: explained(module(_STATES), _BEST),
         0.7,
         faults=(Fault.VANISHING, Fault.STALLED, Fault.DEAD, Fault.DISCONNECTED),
         causes=(Cause.UNNORMALIZED_INPUT, Cause.SATURATING_ACTIVATION),

@@ -1,17 +1,16 @@
-"""Parts that reports of supervised learning share: data, a module of net, loss and optimizer, and scores."""
+"""Parts that reports of supervised learning share: digits, and a module of net, loss and optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from benchmarks.reports import parts
 from lightning_gradguard import GradGuard, Policy, SpikeClip
 
 _DIGITS = load_digits()
@@ -23,8 +22,8 @@ LABELS = torch.tensor(_DIGITS.target)
 CLIPPED = "spikes_clipped"
 
 
-class Supervised(L.LightningModule):
-    """Net that is trained on pairs of input and target.
+class Supervised(parts.Fit):
+    """Net that is trained on pairs of input and target with any optimizer.
 
     Args:
         net: The net.
@@ -38,15 +37,8 @@ class Supervised(L.LightningModule):
         loss: Callable[[Tensor, Tensor], Tensor],
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     ) -> None:
-        super().__init__()
-        self.net, self.loss, self.optimizer = net, loss, optimizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        x, y = batch
-        return self.loss(self(x), y)
+        super().__init__(net, loss)
+        self.optimizer = optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())
@@ -66,27 +58,7 @@ def sgd(
 
 def batches(*tensors: Tensor, size: int = 64) -> DataLoader[Any]:
     """Return shuffled batches, the last incomplete one left out."""
-    return DataLoader(TensorDataset(*tensors), batch_size=size, shuffle=True, drop_last=True)
-
-
-def accuracy(x: Tensor, y: Tensor) -> Callable[[Any], Any]:
-    """Return a score: the share of right classes."""
-
-    def score(module: Any) -> Any:
-        module.eval()
-        return (module(x).argmax(-1) == y).float().mean()
-
-    return score
-
-
-def r_squared(x: Tensor, y: Tensor) -> Callable[[Any], Any]:
-    """Return a score: the explained share of the variance."""
-
-    def score(module: Any) -> Any:
-        module.eval()
-        return 1 - F.mse_loss(module(x).flatten(), y.flatten()) / y.var()
-
-    return score
+    return parts.batches(*tensors, size=size, drop_last=True)
 
 
 def clip_spikes(variant: str) -> dict[str, Any]:
