@@ -4,8 +4,16 @@ Each module is a family. To add a report: write a `Case` in its family (see `cas
 ``public_reports.py --keep-first benchmarks/reports/first_sight.json`` before any rule is changed for it.
 """
 
-from benchmarks.reports import nonfinite, plumbing
+from benchmarks.reports import agents, divergent, generative, losses, nonfinite, plumbing, starved
 from benchmarks.reports.case import Case
 
 #: All reports, by family.
-CASES: tuple[Case, ...] = (*nonfinite.CASES, *plumbing.CASES)
+CASES: tuple[Case, ...] = (
+    *nonfinite.CASES,
+    *plumbing.CASES,
+    *losses.CASES,
+    *starved.CASES,
+    *divergent.CASES,
+    *generative.CASES,
+    *agents.CASES,
+)
