@@ -250,7 +250,7 @@ CASES = (
         "torchgan/torchgan #42",
         _free_critic,
         _likeness,
-        0.6,
+        0.64,
         faults=_DIVERGENCE,
         causes=(Cause.LOSS_FUNCTION,),
         fixes={r"spectral": "spectral", r"lipschitz|clamp|weight clip|clip.*weight|gradient penalty": CURED},
