@@ -617,7 +617,7 @@ CASES = (
         causes=(Cause.LOSS_FUNCTION, Cause.NORMALIZATION),
         fixes={
             r"where|mask": "cured",
-            r"1e-12|\beps|root|sqrt|norm": "epsilon",
+            r"1e-12|\beps|root|sqrt|\bnorm\b": "epsilon",
         },
         steps=200,
         kin=("double backward",),
@@ -689,7 +689,7 @@ CASES = (
     Case(
         "R10",
         "Mixture density network: the logarithm of a sum of densities that are all 0",
-        "keras-team/keras #2586",
+        "mlberkeley/scae-pytorch #4",
         _mixture,
         r2(_ANGLE, _SHOT),
         0.8,

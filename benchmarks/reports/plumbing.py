@@ -549,7 +549,11 @@ CASES = (
         0.8,
         faults=(Fault.DISCONNECTED, Fault.DEAD, Fault.VANISHING, Fault.STALLED),
         causes=(Cause.BAD_INITIALIZATION,),
-        fixes={r"zero biases": "reported", r"\bhe init|xavier|kaiming": "both", r"init|zero": "cured"},
+        fixes={
+            r"^zero biases": "reported",
+            r"^(he|xavier) init": "both",
+            r"^(?!normali|relu|resid|lower)[^\n]*(init|zero)": "cured",
+        },
         steps=250,
         kin=("adapter",),
     ),
