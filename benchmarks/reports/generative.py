@@ -214,7 +214,7 @@ def _likeness(module: Any) -> Any:
 CASES = (
     Case(
         "R38",
-        "Coupling layers with an exp of any size: the likelihood falls well, then leaps by millions",
+        "Coupling layers with an exp of any size: the loss falls well, then leaps",
         "pkuxmq/Invertible-Image-Rescaling #24",
         _free_scales,
         _gain,
