@@ -133,7 +133,7 @@ class Segmentation(L.LightningModule):
         return F.binary_cross_entropy_with_logits(logits, masks) - overlap
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.6, momentum=self.momentum, nesterov=True)
+        return torch.optim.SGD(self.parameters(), lr=0.4, momentum=self.momentum, nesterov=True)
 
 
 def _heavy_momentum(variant: str) -> tuple[L.LightningModule, Any]:
