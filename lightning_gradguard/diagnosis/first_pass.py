@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
+from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
+from lightning_gradguard.introspection.ownership import find_loose
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
@@ -37,6 +38,8 @@ class FirstPass:
         dead: Share of a layer's output rows whose gradient is exactly zero, by the name of its weight.
         unreached: Trainable weights of layers that were used while gradients were on, and to which no path leads from
             the loss. A bias alone may have no path, such as that of an energy whose slope is learned.
+        loose: Weights that get gradients and that no module registers, such as those of layers in a plain list.
+        holder: A clause on where they are kept; empty without any.
         tilt: Depth tilt, decades; None with fewer than four layers.
         names: Names of P parameters in depth order, input first.
         shapes: Shapes of the P parameters.
@@ -54,6 +57,8 @@ class FirstPass:
     saturated: tuple[float, ...] = ()
     dead: Mapping[str, float] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+    holder: str = ""
     tilt: float | None = None
     names: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -90,7 +95,8 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss must be a tensor with one element, got {got}")
         parameters = dict(step.module.named_parameters())
-        graph = summarize_graph(loss, parameters)
+        graph, others = read_graph(loss, parameters)
+        loose, holder = find_loose(step.module, others)
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
         names = tuple(graph.names[i] for i in graph.order)
@@ -107,6 +113,8 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
             unreached=tuple(
                 n for n in names if n in graph.missing & observer.used and parameters[n].ndim >= 2
             ),
+            loose=loose,
+            holder=holder,
             tilt=depth_tilt(layer_profile(parameters, layers)),
             names=names,
             shapes=tuple(tuple(parameters[n].shape) for n in names),

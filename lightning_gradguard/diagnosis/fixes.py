@@ -283,6 +283,18 @@ def is_gated(context: DiagnosticContext) -> bool:
 
 # The graph.
 
+NEW_OPTIMIZER = Remedy(
+    "Make the optimizer after the last change of the model",
+    "optimizer = torch.optim.Adam(model.parameters())  # in configure_optimizers, once all layers are there",
+)
+ADD_GROUP = Remedy(
+    "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
+)
+REGISTER_MODULES = Remedy(
+    "Register the layers, with nn.ModuleList or nn.ModuleDict",
+    "self.layers = nn.ModuleList(layers)  # nn.ModuleDict for a dict; a plain attribute for a single layer",
+)
+REGISTER_TENSOR = Remedy("Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))")
 RIGHT_OPTIMIZER = Remedy(
     "Give the optimizer the parameters of the model that is trained",
     "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from",
@@ -523,5 +535,7 @@ ONE_SOFTMAX = Remedy(
 )
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
+    Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
+    Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
 }

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
+from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem
+from lightning_gradguard.introspection.ownership import find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
     SequenceGradientProbe,
@@ -54,7 +56,7 @@ class GraphObserver:
         self.embeddings: frozenset[str] = frozenset()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
-        self._compiled = is_compiled(named)
+        self._named, self._compiled = named, is_compiled(named)
         self._usage = ForwardUsage(idle=self._compiled) if usage is None else usage
         self._used: frozenset[int] | None = None
         self._unsharded_probe: UnshardedParameterProbe | None = None
@@ -65,6 +67,8 @@ class GraphObserver:
 
     def reset(self, layout: Layout) -> None:
         """Begin with tensors of which nothing is known yet."""
+        if self.graph_summary is not None:  # what it says of the optimizer's tensors is of the former ones
+            self.graph_summary = replace(self.graph_summary, problems=())
         self.embeddings = frozenset()
         self._patterns.clear()
         nowhere = torch.zeros_like(layout.is_layer)
@@ -72,7 +76,14 @@ class GraphObserver:
         if layout.shards is not None and self._unsharded_probe is None:
             self._unsharded_probe, self._waited = UnshardedParameterProbe(idle=self._compiled), 0
 
-    def update_order(self, layout: Layout, pattern: tuple[bool, ...], graph: Tensor | None) -> Layout:
+    def update_order(
+        self,
+        layout: Layout,
+        pattern: tuple[bool, ...],
+        graph: Tensor | None,
+        *,
+        owned: bool = False,
+    ) -> Layout:
         """Return the layout in the order of a graph.
 
         The graph is read if tensors have gradients that had none before.
@@ -83,6 +94,7 @@ class GraphObserver:
             layout: The order known so far.
             pattern: P times, True if the tensor has a gradient.
             graph: Tensor whose autograd graph shows the order, or None.
+            owned: True if the tensors are those of an optimizer, so that others may be missing from it.
         """
         self._used = self._usage.close() if self._used is None else self._used
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
@@ -90,7 +102,12 @@ class GraphObserver:
             return layout
         self._patterns.add(pattern)
         pairs = list(zip(layout.names, layout.parameters, strict=True))
-        summary = summarize_graph(graph, {name: self._unsharded.get(id(p), p) for name, p in pairs})
+        parameters = {name: self._unsharded.get(id(p), p) for name, p in pairs}
+        summary, others = read_graph(graph, parameters)
+        if owned and layout.shards is None:
+            reached = frozenset(summary.shortest)
+            problems = _agree_on_problems(find_ownership_problems(parameters, reached, others, self._named), layout)
+            summary = replace(summary, problems=(*summary.problems, *problems))
         self.graph_summary, ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         self.embeddings = self.graph_summary.embeddings
         self.marks = _marks(self.graph_summary, ran, layout)
@@ -136,6 +153,17 @@ class GraphObserver:
             self._unsharded, self._unsharded_probe = self._unsharded_probe.close(), None
             self._used = (self._used or frozenset()) | self._unsharded.keys()
         return self._unsharded_probe is None
+
+
+def _agree_on_problems(problems: tuple[GraphProblem, ...], layout: Layout) -> tuple[GraphProblem, ...]:
+    """Return the problems that all ranks see."""
+    if world_size() == 1:
+        return problems
+    kinds = [(kind, certain) for kind in OWNERSHIP for certain in (True, False)]
+    unseen = [[(p.kind, p.certain) for p in problems].count(kind) == 0 for kind in kinds]
+    (somewhere_unseen,) = largest_over_ranks([[int(flag) for flag in unseen]], layout.numel.device)
+    common = {kind for kind, flag in zip(kinds, somewhere_unseen, strict=True) if not flag}
+    return tuple(p for p in problems if (p.kind, p.certain) in common)
 
 
 def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[GraphSummary, list[bool]]:

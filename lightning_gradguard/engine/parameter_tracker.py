@@ -110,7 +110,9 @@ class ParameterTracker:
         """
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
-        self.layout = self._observer.update_order(self.layout, pattern, graph)
+        self.layout = self._observer.update_order(
+            self.layout, pattern, graph, owned=self.optimizer is not None
+        )
         probed, tilt = self._observer.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated

@@ -10,6 +10,7 @@ from lightning_gradguard.diagnosis.causes.data import outputs_too_large
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.results import Fault
 
 #: Decades by which a layer's gain differs from `preserving_gain` before it is reported (a factor of 1.4), and before it
@@ -213,6 +214,8 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
         text = f"The path from the loss to {listing(steps)} goes through rounding or a sign function, whose slope is 0."
         yield Evidence(CERTAIN, text)
         return
+    if any(p.kind == Problem.STALE_OPTIMIZER and p.certain for p in context.problems):
+        return  # nothing is cut: the tensors are of other layers
     cut = [name for name in context.names if name in missing]
     if not cut or not (context.fault == Fault.DISCONNECTED or missing.intersection(concerned)):
         return

@@ -1,0 +1,48 @@
+"""Turn mistakes in what the optimizer steps into a detector's result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lightning_gradguard.engine.readback import NAMED
+from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem
+from lightning_gradguard.results import Fault, Severity
+
+_MEASURE = "tensors that get gradients and are in no optimizer"
+
+
+def add_ownership(record: StepRecord, problems: Sequence[GraphProblem]) -> StepRecord:
+    """Return a record in which these mistakes are disconnected tensors.
+
+    They raise at once, under the first detector of that fault: the tensors concerned are not the optimizer's, so no
+    detector sees them. Without such a detector the record stays as it is.
+
+    Args:
+        record: Numbers of the step.
+        problems: Mistakes that the graph shows, of any kind.
+    """
+    found = sorted((p for p in problems if p.kind in OWNERSHIP), key=lambda p: not p.certain)
+    place = disconnected_index(record.results)
+    if not found or place is None:
+        return record
+    old, worst = record.results[place], found[0]
+    if old.raised and old.ceiling > Severity.INFO and not worst.certain:
+        return record
+    result = old._replace(
+        raised=True,
+        cleared=False,
+        ceiling=Severity.CRITICAL if worst.certain else Severity.INFO,
+        value=float(len(worst.names)),
+        limit=0.0,
+        measure=_MEASURE,
+        parameters=worst.names[:NAMED],
+    )
+    results = [*record.results[:place], result, *record.results[place + 1 :]]
+    return dataclasses.replace(record, results=results)
+
+
+def disconnected_index(results: Sequence[DetectorResult]) -> int | None:
+    """Return the index of the first detector of disconnected tensors, or None."""
+    return next((i for i, r in enumerate(results) if r.fault == Fault.DISCONNECTED), None)
