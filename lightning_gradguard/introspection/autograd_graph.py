@@ -246,7 +246,7 @@ class Graph:
         return hidden if len(hidden) < len(self.leaves) else set()
 
     def other_leaves(self, own: set[int]) -> list[Leaf]:
-        """Return the leaves that are not one's own.
+        """Return the leaves that are not one's own, by first use.
 
         Args:
             own: Nodes of the parameters.
@@ -263,8 +263,11 @@ class Graph:
         for index in reversed(order):
             is_fed[index] = index in own or any(is_fed[child] for child, _ in self.edges[index])
         found = []
-        for leaf in others:
-            tensor, uses = self._variables[leaf], self.uses(leaf)
+        for leaf, uses in sorted(
+            ((leaf, self.uses(leaf)) for leaf in others),
+            key=lambda pair: min((self.sequence[i] for i in pair[1]), default=0),
+        ):
+            tensor = self._variables[leaf]
             is_weight = isinstance(tensor, nn.Parameter) or any(self._is_multiplied(leaf, use) for use in uses)
             found.append(
                 Leaf(

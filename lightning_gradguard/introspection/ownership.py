@@ -41,8 +41,7 @@ def find_ownership_problems(
         leaves: All other leaves of the graph.
         named: Pairs of name and parameter of the model, perhaps from before it was changed.
     """
-    # A graph is traversed from the loss, and read best from the input.
-    tensors = [leaf.tensor for leaf in reversed(leaves) if leaf.is_weight and leaf.tensor.grad is not None]
+    tensors = [leaf.tensor for leaf in leaves if leaf.is_weight and leaf.tensor.grad is not None]
     program = _Program.of() if tensors else _Program()
     tensors = [tensor for tensor in tensors if id(tensor) not in program.stepped]
     if not tensors:
@@ -87,7 +86,7 @@ def find_loose(module: nn.Module, leaves: Sequence[Leaf]) -> tuple[tuple[str, ..
     Returns:
         Their names, and where the first of them was found; empty if there are none.
     """
-    wanted = {id(leaf.tensor): leaf for leaf in reversed(leaves) if leaf.is_weight}
+    wanted = {id(leaf.tensor): leaf for leaf in leaves if leaf.is_weight}
     if not wanted:
         return (), ""
     program = _Program.of()
