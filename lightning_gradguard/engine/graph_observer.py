@@ -35,6 +35,8 @@ class PathMarks(NamedTuple):
     unused: Tensor
     ran: Tensor
     recurrent: Tensor
+    idle: Tensor
+    constant: Tensor
 
 
 class GraphObserver:
@@ -72,7 +74,7 @@ class GraphObserver:
         self.embeddings = frozenset()
         self._patterns.clear()
         nowhere = torch.zeros_like(layout.is_layer)
-        self.marks = PathMarks(nowhere, nowhere, nowhere, nowhere)
+        self.marks = PathMarks(*[nowhere] * len(PathMarks._fields))
         if layout.shards is not None and self._unsharded_probe is None:
             self._unsharded_probe, self._waited = UnshardedParameterProbe(idle=self._compiled), 0
 
@@ -174,14 +176,22 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     if world_size() == 1:
         return summary, ran
     names = layout.names
-    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent)
+    live = frozenset(names) - summary.constant
+    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live)
     order = summary.order if torch.distributed.get_rank() == 0 else [0] * len(names)
     table = [order, ran, *([name in group for name in names] for group in groups)]
     device = layout.numel.device if layout.shards is None else layout.shards.device
     order, seen, *flags = largest_over_ranks(table, device)
-    found, embeddings, recurrent = (frozenset(compress(names, row)) for row in flags)
-    missing = frozenset(names) - found
-    agreed = replace(summary, order=tuple(order), missing=missing, embeddings=embeddings, recurrent=recurrent)
+    found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags)
+    missing, constant = frozenset(names) - found, frozenset(names) - live
+    agreed = replace(
+        summary,
+        order=tuple(order),
+        missing=missing,
+        embeddings=embeddings,
+        recurrent=recurrent,
+        constant=constant,
+    )
     return agreed, [bool(flag) for flag in seen]
 
 
@@ -198,4 +208,6 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
         unused=mark([a and not b for a, b in zip(lost, ran, strict=True)]),
         ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
         recurrent=mark([name in summary.recurrent for name, _ in pairs]),
+        idle=mark([a and name in summary.idle for a, (name, _) in zip(lost, pairs, strict=True)]),
+        constant=mark([name in summary.constant for name, _ in pairs]),
     )
