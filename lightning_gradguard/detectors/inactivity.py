@@ -36,7 +36,9 @@ class Disconnected:
 
     INFO is what gets nothing and is no mistake in the graph: trainable tensors that take no part in the forward pass;
     tensors whose result the loss does not use, such as a head that this loss does not need; layers whose input is
-    exactly zero; and biases alone, since the bias of an energy has no gradient by design.
+    exactly zero; and biases alone, since the bias of an energy has no gradient by design. A result that the model hands
+    to the code of the loss in a plain tuple, and that is not used there, may have been forgotten: a WARNING, which never
+    becomes critical.
 
     Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 
@@ -84,7 +86,8 @@ class Disconnected:
         grave = torch.where(stats.present.any(), found & (cut | zero), found)
         is_grave = (grave & stats.layout.is_layer).any()
         grave = grave & is_grave
-        named = torch.where(is_grave, grave, found)
+        offered = found & stats.offered
+        named = torch.where(is_grave, grave, torch.where(offered.any(), offered, found))
         # The cut itself lies behind the last tensor that gets nothing, so that one comes first.
         score = torch.where(named, stats.layout.depth, -torch.inf)
         # Of several kinds the one is named that needs a look most.
@@ -98,7 +101,7 @@ class Disconnected:
             named.sum(),
             1.0,
             score=score,
-            ceiling=torch.where(is_grave, 2.0, 0.0),
+            ceiling=torch.where(is_grave, 2.0, torch.where(offered.any(), 1.0, 0.0)),
             measure=torch.where(is_grave, torch.where((named & stats.cut).any(), 0.0, 2.0), harmless),
         )
         return result, Unreached(held, seen)

@@ -95,6 +95,10 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             k.get("step") for k in c.graph_summary.kinds.values()
         ):
             return [STRAIGHT_THROUGH]
+        case Cause.DETACHED_GRAPH if c.graph_summary and c.graph_summary.idle.intersection(c.finding.parameters):
+            return [ADD_LOSS, FREEZE]
+        case Cause.DETACHED_GRAPH if not c.missing.intersection(c.finding.parameters):
+            return [NONZERO_FACTOR, FREEZE]
         case Cause.DETACHED_GRAPH:
             return [NO_DETACH, FREEZE]
 
@@ -306,6 +310,14 @@ STRAIGHT_THROUGH = Remedy(
 NO_DETACH = Remedy(
     "Remove what cuts the graph",
     "h = layer(h)  # without .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()",
+)
+ADD_LOSS = Remedy(
+    "Add the loss of this output, if it should be trained",
+    "loss = loss + other_loss(other_output, other_target)",
+)
+NONZERO_FACTOR = Remedy(
+    "Make the factor different from zero",
+    "h = h + gate * branch(h)  # with a gate that is not 0, or a learned one: nn.Parameter(torch.tensor(0.1))",
 )
 FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
 

@@ -18,13 +18,14 @@ from lightning_gradguard.introspection.probes import (
     SequenceGradientProbe,
     UnshardedParameterProbe,
 )
+from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.parameters import is_compiled
 from lightning_gradguard.stats.sharding import largest_over_ranks, world_size
 
 #: Most readings of the autograd graph; a model whose parts come and go keeps its order after that.
 MAX_READINGS = 8
-#: Steps to wait for a pass that shows the unsharded parameters; a module compiled in place shows none.
+#: Steps to wait for a pass that shows what is done with results, or the unsharded parameters; a module compiled in place shows none.
 MAX_WAIT = 3
 
 
@@ -36,6 +37,7 @@ class PathMarks(NamedTuple):
     ran: Tensor
     recurrent: Tensor
     idle: Tensor
+    offered: Tensor
     constant: Tensor
 
 
@@ -66,6 +68,12 @@ class GraphObserver:
         self._waited = 0
         self._patterns: set[tuple[bool, ...]] = set()
         self._sequence_probe: SequenceGradientProbe | None = None
+        self._result_usage: ResultUsage | None = None
+        self._result_wait = 0
+        self._ran: list[bool] = []
+        self._followed: frozenset[str] = frozenset()
+        self._idle: frozenset[str] = frozenset()
+        self._offered: frozenset[str] = frozenset()
 
     def reset(self, layout: Layout) -> None:
         """Begin with tensors of which nothing is known yet."""
@@ -73,6 +81,10 @@ class GraphObserver:
             self.graph_summary = replace(self.graph_summary, problems=())
         self.embeddings = frozenset()
         self._patterns.clear()
+        if self._result_usage is not None:
+            self._result_usage.close()
+        self._result_usage, self._followed = None, frozenset()
+        self._idle = self._offered = frozenset()
         nowhere = torch.zeros_like(layout.is_layer)
         self.marks = PathMarks(*[nowhere] * len(PathMarks._fields))
         if layout.shards is not None and self._unsharded_probe is None:
@@ -99,6 +111,8 @@ class GraphObserver:
             owned: True if the tensors are those of an optimizer, so that others may be missing from it.
         """
         self._used = self._usage.close() if self._used is None else self._used
+        if self._result_usage is not None:
+            self._take_result_usage(layout)
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
         if known or graph is None or graph.grad_fn is None or not self._knows_leaves():
             return layout
@@ -110,10 +124,27 @@ class GraphObserver:
             reached = frozenset(summary.shortest)
             problems = _agree_on_problems(find_ownership_problems(parameters, reached, others, self._named), layout)
             summary = replace(summary, problems=(*summary.problems, *problems))
-        self.graph_summary, ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
+        summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
+        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
+        self._follow_results(layout)
         self.embeddings = self.graph_summary.embeddings
-        self.marks = _marks(self.graph_summary, ran, layout)
+        self.marks = _marks(self.graph_summary, self._ran, layout)
         return Layout.of(dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings)
+
+    def begin_pass(self) -> None:
+        """Follow results in a pass that begins now, if they are in question."""
+        if self._result_usage is not None:
+            self._result_usage.begin()
+
+    def end_pass(self, loss: Tensor) -> None:
+        """Stop following results, at a loss."""
+        if self._result_usage is not None:
+            self._result_usage.end(loss)
+
+    def leave_pass(self) -> None:
+        """Undo `begin_pass`."""
+        if self._result_usage is not None:
+            self._result_usage.leave()
 
     def probe_sequence(self, layout: Layout, recurrent: frozenset[str] | None = None) -> None:
         """Probe gradients over time in the next pass.
@@ -142,8 +173,48 @@ class GraphObserver:
         """Remove all hooks from the model."""
         self._usage.close()
         self.take_time_tilt()
+        if self._result_usage is not None:
+            self._result_usage.close()
+            self._result_usage = None
         if self._unsharded_probe is not None:
             self._unsharded_probe.close()
+
+    def _follow_results(self, layout: Layout) -> None:
+        """Observe the next pass if tensors took part in this one and have no path from the loss.
+
+        The loss may have been computed with their results, and then the graph is cut, or without them.
+        """
+        summary = self.graph_summary
+        if summary is None or self._compiled or summary.opaque or layout.shards is not None:
+            return
+        rows = zip(layout.names, layout.parameters, self._ran, strict=True)
+        missing = summary.missing - self._followed
+        doubtful = {n: p for n, p, ran in rows if ran and n in missing and p.requires_grad}
+        if doubtful and self._result_usage is None:
+            self._followed |= doubtful.keys()
+            self._result_usage, self._result_wait = ResultUsage(doubtful), 0
+
+    def _take_result_usage(self, layout: Layout) -> None:
+        """Mark tensors whose result was not used, once a pass has shown it."""
+        usage, summary = self._result_usage, self.graph_summary
+        assert usage is not None
+        assert summary is not None
+        self._result_wait += 1
+        # Several ranks must not wait for different passes, so they take the first.
+        if not usage.seen and self._result_wait < MAX_WAIT and world_size() == 1:
+            return
+        seen = usage.seen
+        idle, offered = usage.close()
+        self._result_usage = None
+        groups = [frozenset(layout.names) - idle if seen else frozenset(layout.names), offered]
+        if world_size() > 1:
+            table = [[int(name in group) for name in layout.names] for group in groups]
+            rows = largest_over_ranks(table, layout.numel.device)
+            groups = [frozenset(compress(layout.names, row)) for row in rows]
+        self._idle |= self._followed - groups[0]
+        self._offered |= groups[1] & self._idle
+        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
+        self.marks = _marks(self.graph_summary, self._ran, layout)
 
     def _knows_leaves(self) -> bool:
         """Return True if the leaves of the graph are known.
@@ -209,5 +280,6 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
         ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
         recurrent=mark([name in summary.recurrent for name, _ in pairs]),
         idle=mark([a and name in summary.idle for a, (name, _) in zip(lost, pairs, strict=True)]),
+        offered=mark([a and name in summary.offered for a, (name, _) in zip(lost, pairs, strict=True)]),
         constant=mark([name in summary.constant for name, _ in pairs]),
     )

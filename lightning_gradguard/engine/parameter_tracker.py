@@ -157,6 +157,18 @@ class ParameterTracker:
         if self.schedule.sampled_last:  # so that the next step is evaluated in full
             self._observer.probe_sequence(self.layout)
 
+    def begin_pass(self) -> None:
+        """Follow results to the loss in a pass that begins now, if any are in question."""
+        self._observer.begin_pass()
+
+    def end_pass(self, loss: Tensor) -> None:
+        """Stop following results, at a loss."""
+        self._observer.end_pass(loss)
+
+    def leave_pass(self) -> None:
+        """Undo `begin_pass`."""
+        self._observer.leave_pass()
+
     def close(self) -> None:
         """Remove all hooks from the model."""
         self._observer.close()

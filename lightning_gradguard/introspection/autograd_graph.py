@@ -51,6 +51,7 @@ class GraphSummary:
         problems: Mistakes that the graph shows.
         idle: Tensors that are computed with, and whose result the loss does not use. Found by observing a pass, not
             from the graph.
+        offered: Those of them whose result is handed to whoever computes the loss.
         constant: Tensors whose gradient is zero by design: each path to them goes through a softmax over one element.
         above: For each reached parameter the operations on its shortest path between it and the next layer towards the
             loss, the nearest to the loss first.
@@ -73,6 +74,7 @@ class GraphSummary:
     nodes: int = 0
     problems: tuple[GraphProblem, ...] = ()
     idle: frozenset[str] = frozenset()
+    offered: frozenset[str] = frozenset()
     constant: frozenset[str] = frozenset()
     above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -50,6 +50,7 @@ class GradStats:
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
         idle: Bool [P], tensors that took part in it, and whose result the loss does not use.
+        offered: Bool [P], those of them whose result is handed to whoever computes the loss.
         constant: Bool [P], tensors whose gradient is zero by design: they choose among one.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
@@ -80,6 +81,7 @@ class GradStats:
     unused: Tensor
     ran: Tensor
     idle: Tensor
+    offered: Tensor
     constant: Tensor
     recurrent: Tensor
     time_tilt: Tensor
@@ -198,7 +200,7 @@ def stats_of(
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
-    unseen |= {"idle": nowhere, "constant": nowhere}
+    unseen |= {"idle": nowhere, "offered": nowhere, "constant": nowhere}
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
