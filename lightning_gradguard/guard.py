@@ -38,7 +38,7 @@ from lightning_gradguard.engine.evaluate import (
 from lightning_gradguard.engine.fast_path import FastPath
 from lightning_gradguard.engine.fault_tracker import Decision, FaultTracker
 from lightning_gradguard.engine.history import History, history_of
-from lightning_gradguard.engine.ownership import add_ownership, disconnected_index
+from lightning_gradguard.engine.ownership import add_ownership, disconnected_index, name_idle
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
 from lightning_gradguard.engine.readback import (
     PendingStep,
@@ -469,7 +469,9 @@ class Guard:
             scaled=pending.scaled,
             clipping=self.clipper is not None,
         )
+        decision = decision._replace(report=name_idle(decision.report, summary))
         report = self.report = decision.report
+        self.tracker.probe_inputs(record.norms)
         self._halt = decision.halt
         layout = pending.evaluation.stats.layout
         if layout.names != self._history.names:

@@ -58,6 +58,7 @@ class Disconnected:
         "tensors whose gradient is exactly zero, although a path from the loss leads there",
         "tensors whose result the loss does not use",
         "layers whose input is exactly zero",
+        "tensors behind a softmax over one element, which is constant",
     )
     slow: ClassVar[bool] = True
 
@@ -76,7 +77,8 @@ class Disconnected:
         reached = seen > state.seen
         zero = stats.ran & zero_up_to_first_live(stats)
         cut = stats.cut & ~stats.idle
-        lost = cut | zero | stats.unused | stats.idle | stats.starved
+        constant = stats.constant & stats.present & (stats.norms == 0)
+        lost = cut | zero | stats.unused | stats.idle | stats.starved | constant
         # A tensor that gets a gradient after it had none has a path, such as an expert that no token chose.
         again = stats.cut & ((stats.norms > 0) | (reached & (state.steps > 0)))
         held = torch.where(lost & ~reached, state.steps + stats.elapsed, 0.0)
@@ -86,23 +88,25 @@ class Disconnected:
         grave = torch.where(stats.present.any(), found & (cut | zero), found)
         is_grave = (grave & stats.layout.is_layer).any()
         grave = grave & is_grave
-        offered = found & stats.offered
-        named = torch.where(is_grave, grave, torch.where(offered.any(), offered, found))
+        offered = (found & stats.offered).any()
+        # What is no mistake in the graph, kind by kind; the first that there is is named.
+        kinds = [(4.0, stats.starved), (3.0, stats.idle), (1.0, stats.unused), (5.0, constant)]
+        named, measure = found, stats.layout.constant(0.0)
+        for number, kind in reversed(kinds):
+            own = found & kind
+            named = torch.where(own.any(), own, named)
+            measure = torch.where(own.any(), number, measure)
+        named = torch.where(is_grave, grave, torch.where(offered, found & stats.offered, named))
         # The cut itself lies behind the last tensor that gets nothing, so that one comes first.
         score = torch.where(named, stats.layout.depth, -torch.inf)
-        # Of several kinds the one is named that needs a look most.
-        harmless = torch.where(
-            (named & stats.idle).any(), 3.0, torch.where((named & stats.unused).any(), 1.0, 0.0)
-        )
-        harmless = torch.where((named & ~stats.starved).any(), harmless, 4.0)
         result = reading(
             stats,
             named.any(),
             named.sum(),
             1.0,
             score=score,
-            ceiling=torch.where(is_grave, 2.0, torch.where(offered.any(), 1.0, 0.0)),
-            measure=torch.where(is_grave, torch.where((named & stats.cut).any(), 0.0, 2.0), harmless),
+            ceiling=torch.where(is_grave, 2.0, torch.where(offered, 1.0, 0.0)),
+            measure=torch.where(is_grave, torch.where((grave & stats.cut).any(), 0.0, 2.0), measure),
         )
         return result, Unreached(held, seen)
 

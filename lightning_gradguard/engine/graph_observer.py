@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import NamedTuple
@@ -15,13 +15,14 @@ from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphPro
 from lightning_gradguard.introspection.ownership import find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
+    InputProbe,
     SequenceGradientProbe,
     UnshardedParameterProbe,
 )
 from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.parameters import is_compiled
-from lightning_gradguard.stats.sharding import largest_over_ranks, world_size
+from lightning_gradguard.stats.sharding import largest_over_ranks, mean_over_ranks, world_size
 
 #: Most readings of the autograd graph; a model whose parts come and go keeps its order after that.
 MAX_READINGS = 8
@@ -39,6 +40,7 @@ class PathMarks(NamedTuple):
     idle: Tensor
     offered: Tensor
     constant: Tensor
+    hollow: Tensor
 
 
 class GraphObserver:
@@ -70,6 +72,8 @@ class GraphObserver:
         self._sequence_probe: SequenceGradientProbe | None = None
         self._result_usage: ResultUsage | None = None
         self._result_wait = 0
+        self._input_probe: InputProbe | None = None
+        self._input_probed: set[str] = set()
         self._ran: list[bool] = []
         self._followed: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
@@ -83,6 +87,9 @@ class GraphObserver:
         self._patterns.clear()
         if self._result_usage is not None:
             self._result_usage.close()
+        if self._input_probe is not None:
+            self._input_probe.close()
+        self._input_probe, self._input_probed = None, set()
         self._result_usage, self._followed = None, frozenset()
         self._idle = self._offered = frozenset()
         nowhere = torch.zeros_like(layout.is_layer)
@@ -113,6 +120,8 @@ class GraphObserver:
         self._used = self._usage.close() if self._used is None else self._used
         if self._result_usage is not None:
             self._take_result_usage(layout)
+        if self._input_probe is not None:
+            self._take_inputs(layout)
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
         if known or graph is None or graph.grad_fn is None or not self._knows_leaves():
             return layout
@@ -125,11 +134,27 @@ class GraphObserver:
             problems = _agree_on_problems(find_ownership_problems(parameters, reached, others, self._named), layout)
             summary = replace(summary, problems=(*summary.problems, *problems))
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
-        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
+        unused = frozenset(n for n, ran in zip(layout.names, self._ran, strict=True) if not ran) & summary.missing
+        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered, unused=unused)
         self._follow_results(layout)
         self.embeddings = self.graph_summary.embeddings
-        self.marks = _marks(self.graph_summary, self._ran, layout)
+        self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
         return Layout.of(dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings)
+
+    def probe_inputs(self, layout: Layout, names: Iterable[str]) -> None:
+        """Look in the next pass if these layers' input is exactly zero, once for each layer.
+
+        In a distributed program every rank has to call it.
+
+        Args:
+            layout: The watched tensors.
+            names: Names of weights whose gradient is exactly zero.
+        """
+        fresh = frozenset(names) - self._input_probed
+        if fresh and self._input_probe is None and not self._compiled and layout.shards is None:
+            self._input_probed |= fresh
+            own = {n: p for n, p in zip(layout.names, layout.parameters, strict=True) if n in fresh}
+            self._input_probe = InputProbe(own, layout.numel.device)
 
     def begin_pass(self) -> None:
         """Follow results in a pass that begins now, if they are in question."""
@@ -214,7 +239,16 @@ class GraphObserver:
         self._idle |= self._followed - groups[0]
         self._offered |= groups[1] & self._idle
         self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
-        self.marks = _marks(self.graph_summary, self._ran, layout)
+        self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
+
+    def _take_inputs(self, layout: Layout) -> None:
+        """Mark layers whose input was exactly zero, without a read on the host."""
+        assert self._input_probe is not None
+        fed, self._input_probe = self._input_probe.close(), None
+        # A layer that was not called counts as fed.
+        rows = [fed[n].float() if n in fed else layout.constant(1.0) for n in layout.names]
+        live = mean_over_ranks(torch.stack(rows))
+        self.marks = self.marks._replace(hollow=self.marks.hollow | (live == 0))
 
     def _knows_leaves(self) -> bool:
         """Return True if the leaves of the graph are known.
@@ -266,7 +300,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     return agreed, [bool(flag) for flag in seen]
 
 
-def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
+def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tensor) -> PathMarks:
     """Mark trainable tensors without a path from the loss."""
     pairs = list(zip(layout.names, layout.parameters, strict=True))
     lost = [name in summary.missing and p.requires_grad and any(ran) for name, p in pairs]
@@ -282,4 +316,5 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
         idle=mark([a and name in summary.idle for a, (name, _) in zip(lost, pairs, strict=True)]),
         offered=mark([a and name in summary.offered for a, (name, _) in zip(lost, pairs, strict=True)]),
         constant=mark([name in summary.constant for name, _ in pairs]),
+        hollow=hollow,
     )

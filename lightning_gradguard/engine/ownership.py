@@ -1,4 +1,4 @@
-"""Turn mistakes in what the optimizer steps into a detector's result."""
+"""Findings on tensors that the optimizer does not train: in no optimizer, or idle in the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from lightning_gradguard.engine.readback import NAMED
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
+from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem
-from lightning_gradguard.results import Fault, Severity
+from lightning_gradguard.results import Fault, Report, Severity
 
 _MEASURE = "tensors that get gradients and are in no optimizer"
 
@@ -41,6 +42,38 @@ def add_ownership(record: StepRecord, problems: Sequence[GraphProblem]) -> StepR
     )
     results = [*record.results[:place], result, *record.results[place + 1 :]]
     return dataclasses.replace(record, results=results)
+
+
+def name_idle(report: Report, summary: GraphSummary | None) -> Report:
+    """Return a report with a finding for each kind of tensor that gets nothing and is no mistake.
+
+    A detector names one kind at a time.
+
+    Args:
+        report: Report of the step.
+        summary: Summary of the newest autograd graph, or None.
+    """
+    found = next(
+        (f for f in report.findings if f.fault == Fault.DISCONNECTED and f.severity == Severity.INFO), None
+    )
+    if found is None or summary is None or found.measure == _MEASURE:
+        return report
+    kinds = (
+        (summary.unused, "trainable tensors that are not used"),
+        (summary.idle, "tensors whose result the loss does not use"),
+        (summary.constant, "tensors behind a softmax over one element, which is constant"),
+    )
+    others = tuple(
+        dataclasses.replace(
+            found,
+            parameters=tuple(n for n in summary.names if n in names)[-NAMED:],
+            value=float(len(names)),
+            measure=measure,
+        )
+        for names, measure in kinds
+        if names and measure != found.measure
+    )
+    return dataclasses.replace(report, findings=(*report.findings, *others))
 
 
 def disconnected_index(results: Sequence[DetectorResult]) -> int | None:

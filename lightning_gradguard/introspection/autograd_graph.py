@@ -49,6 +49,7 @@ class GraphSummary:
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.
         problems: Mistakes that the graph shows.
+        unused: Trainable tensors that took no part in the forward pass. Found by observing it.
         idle: Tensors that are computed with, and whose result the loss does not use. Found by observing a pass, not
             from the graph.
         offered: Those of them whose result is handed to whoever computes the loss.
@@ -73,6 +74,7 @@ class GraphSummary:
     dtypes: frozenset[str] = frozenset()
     nodes: int = 0
     problems: tuple[GraphProblem, ...] = ()
+    unused: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
     offered: frozenset[str] = frozenset()
     constant: frozenset[str] = frozenset()

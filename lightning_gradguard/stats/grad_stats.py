@@ -52,6 +52,7 @@ class GradStats:
         idle: Bool [P], tensors that took part in it, and whose result the loss does not use.
         offered: Bool [P], those of them whose result is handed to whoever computes the loss.
         constant: Bool [P], tensors whose gradient is zero by design: they choose among one.
+        hollow: Bool [P], layers whose input was exactly zero when it was looked at.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
@@ -83,6 +84,7 @@ class GradStats:
     idle: Tensor
     offered: Tensor
     constant: Tensor
+    hollow: Tensor
     recurrent: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
@@ -122,8 +124,8 @@ class GradStats:
 
         Their weight gets a gradient of zero, and their bias does not: it gets the gradient of their output.
         """
-        biases = self.layout.biases
-        return self.layout.is_layer & self.present & (self.norms == 0) & (self.norms[biases] > 0)
+        zero = self.layout.is_layer & self.present & (self.norms == 0)
+        return zero & ((self.norms[self.layout.biases] > 0) | self.hollow)
 
     @cached_property
     def relative(self) -> Tensor:
@@ -200,7 +202,7 @@ def stats_of(
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
-    unseen |= {"idle": nowhere, "offered": nowhere, "constant": nowhere}
+    unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()

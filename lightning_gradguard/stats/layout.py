@@ -49,6 +49,7 @@ class Layout:
         is_layer: Bool [P], which tensors are layers.
         biases: int64 [P], index of the bias that is added to what a layer's weight gives; that of the weight itself if
             there is none.
+        bias_indices: The same indices, for the host.
         floors: float32 [P], lower bound of a weight norm: a tenth of what a common initialization gives, so that
             a zero-initialized tensor has a finite gradient-to-weight ratio.
         zeros: float32 [P], zeros; read-only.
@@ -71,6 +72,7 @@ class Layout:
     numel: Tensor
     is_layer: Tensor
     biases: Tensor
+    bias_indices: tuple[int, ...]
     floors: Tensor
     zeros: Tensor
     nowhere: Tensor
@@ -106,6 +108,7 @@ class Layout:
         weights = [i for i in places if tensors[i].ndim >= 2 and tensors[i].numel()]
         layers = [i for i in weights if names[i] not in embeddings]
         carrying = frozenset(layers)
+        biases = _biases(names, carrying)
         floors = [0.1 * math.sqrt(max(p.numel(), 1) / max(_fan_in(p), 1)) for p in tensors]
         zeros = torch.zeros(len(names), device=device, dtype=torch.float32)
         return cls(
@@ -120,7 +123,8 @@ class Layout:
             pairs=_pairs(len(layers)).to(device, torch.int32),
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
             is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
-            biases=torch.tensor(_biases(names, carrying), dtype=torch.long, device=device),
+            biases=torch.tensor(biases, dtype=torch.long, device=device),
+            bias_indices=biases,
             floors=torch.tensor(floors, device=device, dtype=torch.float32),
             zeros=zeros,
             nowhere=zeros > 0,
@@ -156,7 +160,7 @@ class Layout:
         return self._flags[pattern]
 
 
-def _biases(names: Sequence[str], layers: frozenset[int]) -> list[int]:
+def _biases(names: Sequence[str], layers: frozenset[int]) -> tuple[int, ...]:
     """Return the index of each layer's bias, by its name; the own index without one."""
     places = {name: index for index, name in enumerate(names)}
     found = list(range(len(names)))
@@ -167,7 +171,7 @@ def _biases(names: Sequence[str], layers: frozenset[int]) -> list[int]:
             if "weight" in own and place is not None and place != index:
                 found[index] = place
                 break
-    return found
+    return tuple(found)
 
 
 def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
