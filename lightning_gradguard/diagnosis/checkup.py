@@ -256,7 +256,8 @@ def _check_paths(seen: FirstPass, unowned: frozenset[str] = frozenset()) -> Iter
         value = f"{listing(stale)} get gradients and are in no optimizer, which has tensors of other layers instead"
         yield Check("optimizer", value, "every trainable weight in use", Cause.STALE_OPTIMIZER)
     if not (seen.unreached or seen.loose or stale):
-        yield Check("gradient paths", usual, usual)
+        more = f"; the loss does not use the result of {listing(seen.idle)}" if seen.idle else ""
+        yield Check("gradient paths", usual + more, usual)
 
 
 def _check_dead_layers(seen: FirstPass) -> Iterator[Check]:
