@@ -500,7 +500,11 @@ class Guard:
             no_progress = (
                 self.fault_tracker.judged >= WARM_UP + 5 and record.loss_mean > 0.9 * record.loss_start
             )
-            if problem.kind in OWNERSHIP and problem.certain and disconnected_index(record.results) is not None:
+            if (
+                problem.kind in OWNERSHIP
+                and problem.certain
+                and disconnected_index(record.results) is not None
+            ):
                 continue  # a finding says it
             if problem.kind not in self._warned_of and (problem.certain or no_progress):
                 from lightning_gradguard.diagnosis.diagnose import describe_problem

@@ -36,9 +36,9 @@ class Disconnected:
 
     INFO is what gets nothing and is no mistake in the graph: trainable tensors that take no part in the forward pass;
     tensors whose result the loss does not use, such as a head that this loss does not need; layers whose input is
-    exactly zero; and biases alone, since the bias of an energy has no gradient by design. A result that the model hands
-    to the code of the loss in a plain tuple, and that is not used there, may have been forgotten: a WARNING, which never
-    becomes critical.
+    exactly zero; and biases alone, since the bias of an energy has no gradient by design. A result that the model
+    hands to the code of the loss in a plain tuple, and that is not used there, may have been forgotten: a WARNING,
+    which never becomes critical.
 
     Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 

@@ -251,7 +251,9 @@ def _check_paths(seen: FirstPass, unowned: frozenset[str] = frozenset()) -> Iter
         yield Check("gradient paths", value, usual, Cause.DETACHED_GRAPH)
     if seen.loose:
         value = f"{listing(seen.loose)} get gradients, and no module knows of them: {seen.holder}"
-        yield Check("registered layers", value, "all in nn.ModuleList, nn.ModuleDict, ...", Cause.UNREGISTERED_MODULES)
+        yield Check(
+            "registered layers", value, "all in nn.ModuleList, nn.ModuleDict, ...", Cause.UNREGISTERED_MODULES
+        )
     if stale:
         value = f"{listing(stale)} get gradients and are in no optimizer, which has tensors of other layers instead"
         yield Check("optimizer", value, "every trainable weight in use", Cause.STALE_OPTIMIZER)

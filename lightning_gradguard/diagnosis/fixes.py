@@ -95,7 +95,9 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             k.get("step") for k in c.graph_summary.kinds.values()
         ):
             return [STRAIGHT_THROUGH]
-        case Cause.DETACHED_GRAPH if c.graph_summary and c.graph_summary.idle.intersection(c.finding.parameters):
+        case Cause.DETACHED_GRAPH if c.graph_summary and c.graph_summary.idle.intersection(
+            c.finding.parameters
+        ):
             return [ADD_LOSS, FREEZE]
         case Cause.DETACHED_GRAPH if not c.missing.intersection(c.finding.parameters):
             return [NONZERO_FACTOR, FREEZE]
@@ -298,7 +300,9 @@ REGISTER_MODULES = Remedy(
     "Register the layers, with nn.ModuleList or nn.ModuleDict",
     "self.layers = nn.ModuleList(layers)  # nn.ModuleDict for a dict; a plain attribute for a single layer",
 )
-REGISTER_TENSOR = Remedy("Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))")
+REGISTER_TENSOR = Remedy(
+    "Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))"
+)
 RIGHT_OPTIMIZER = Remedy(
     "Give the optimizer the parameters of the model that is trained",
     "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from",

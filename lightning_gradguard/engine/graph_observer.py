@@ -26,7 +26,8 @@ from lightning_gradguard.stats.sharding import largest_over_ranks, mean_over_ran
 
 #: Most readings of the autograd graph; a model whose parts come and go keeps its order after that.
 MAX_READINGS = 8
-#: Steps to wait for a pass that shows what is done with results, or the unsharded parameters; a module compiled in place shows none.
+#: Steps to wait for a pass that shows the unsharded parameters, or what is done with results; a module compiled in
+#: place shows none.
 MAX_WAIT = 3
 
 
@@ -131,10 +132,14 @@ class GraphObserver:
         summary, others = read_graph(graph, parameters)
         if owned and layout.shards is None:
             reached = frozenset(summary.shortest)
-            problems = _agree_on_problems(find_ownership_problems(parameters, reached, others, self._named), layout)
+            problems = _agree_on_problems(
+                find_ownership_problems(parameters, reached, others, self._named), layout
+            )
             summary = replace(summary, problems=(*summary.problems, *problems))
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
-        unused = frozenset(n for n, ran in zip(layout.names, self._ran, strict=True) if not ran) & summary.missing
+        unused = (
+            frozenset(n for n, ran in zip(layout.names, self._ran, strict=True) if not ran) & summary.missing
+        )
         self.graph_summary = replace(summary, idle=self._idle, offered=self._offered, unused=unused)
         self._follow_results(layout)
         self.embeddings = self.graph_summary.embeddings

@@ -87,7 +87,8 @@ class Leaf(NamedTuple):
     Attributes:
         tensor: The tensor.
         uses: Number of operations that compute with it.
-        is_weight: True for an `nn.Parameter`, and for a plain tensor that inputs are multiplied with.
+        is_weight: True for an `nn.Parameter`, and for a plain tensor that `multiplies`.
+        multiplies: True if an input is multiplied with it, in a matrix product or a convolution.
         feeds: True if a parameter is used further on, between it and the loss.
         is_fed: True if what it is applied to was computed with a parameter.
     """
@@ -95,6 +96,7 @@ class Leaf(NamedTuple):
     tensor: Tensor
     uses: int
     is_weight: bool
+    multiplies: bool
     feeds: bool
     is_fed: bool
 
@@ -272,12 +274,13 @@ class Graph:
             key=lambda pair: min((self.sequence[i] for i in pair[1]), default=0),
         ):
             tensor = self._variables[leaf]
-            is_weight = isinstance(tensor, nn.Parameter) or any(self._is_multiplied(leaf, use) for use in uses)
+            multiplies = any(self._is_multiplied(leaf, use) for use in uses)
             found.append(
                 Leaf(
                     tensor=tensor,
                     uses=len(uses),
-                    is_weight=is_weight,
+                    is_weight=multiplies or isinstance(tensor, nn.Parameter),
+                    multiplies=multiplies,
                     feeds=any(feeds[use] for use in uses),
                     is_fed=any(is_fed[use] for use in uses),
                 )

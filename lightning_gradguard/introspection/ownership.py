@@ -1,7 +1,7 @@
 """Find tensors that get gradients and that no optimizer steps.
 
-An autograd graph ends in leaf tensors. Those that are in no optimizer are looked for in the modules of the program: they
-were made after the optimizer, or stand in a plain list, where no module knows of them.
+An autograd graph ends in leaf tensors. Those that are in no optimizer are looked for in the modules of the program:
+they were made after the optimizer, or stand in a plain list, where no module knows of them.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class _Program(NamedTuple):
     """
 
     stepped: frozenset[int] = frozenset()
-    owners: Mapping[int, list[nn.Module]] = {}  # noqa: RUF012
-    parents: Mapping[int, list[nn.Module]] = {}  # noqa: RUF012
+    owners: Mapping[int, list[nn.Module]] = {}
+    parents: Mapping[int, list[nn.Module]] = {}
 
     @classmethod
     def of(cls) -> _Program:
@@ -130,12 +130,14 @@ class _Program(NamedTuple):
         stepped: set[int] = set()
         owners: dict[int, list[nn.Module]] = {}
         parents: dict[int, list[nn.Module]] = {}
+        kinds: dict[type, str] = {}
         for thing in gc.get_objects():
             kind = type(thing)
-            if issubclass(kind, torch.optim.Optimizer):
-                groups = vars(thing).get("param_groups", ())
-                stepped.update(id(p) for group in groups for p in group["params"])
-            elif issubclass(kind, nn.Module):
+            if kind not in kinds:
+                kinds[kind] = _kind_of(kind)
+            if kinds[kind] == "optimizer":
+                stepped.update(id(p) for group in _groups_of(thing) for p in group["params"])
+            elif kinds[kind] == "module":
                 for parameter in vars(thing).get("_parameters", {}).values():
                     owners.setdefault(id(parameter), []).append(thing)
                 for child in vars(thing).get("_modules", {}).values():
@@ -165,14 +167,33 @@ class _Program(NamedTuple):
         return seen
 
 
+def _kind_of(kind: type) -> str:
+    """Return "module", "optimizer" or an empty string; an optimizer need not be one of torch's classes."""
+    if issubclass(kind, nn.Module):
+        return "module"
+    steps = issubclass(kind, torch.optim.Optimizer) or all(hasattr(kind, n) for n in ("step", "zero_grad"))
+    return "optimizer" if steps else ""
+
+
+def _groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    groups = getattr(optimizer, "__dict__", {}).get("param_groups", ())
+    return (
+        [g for g in groups if isinstance(g, dict) and "params" in g]
+        if isinstance(groups, (list, tuple))
+        else []
+    )
+
+
 def _is_loose_layer(leaf: Leaf, place: _Place, program: _Program) -> bool:
     """Return True for a layer of the model that no module registers.
 
-    A net that only judges the output, such as a perceptual loss, may be kept in a list on purpose. It is applied to the
-    output and to the target, or it is in evaluation mode; and no layer that is trained follows it.
+    A net that only judges the output, such as a perceptual loss, may be kept in a list on purpose. It is applied to
+    the output and to the target, or it is in evaluation mode; and no layer that is trained follows it. A tensor of no
+    module may be an input that is optimized by hand.
     """
     in_model = leaf.feeds or (leaf.is_fed and leaf.uses == 1)
-    return bool(place.holder) and in_model and program.is_in_training(leaf.tensor)
+    is_layer = leaf.multiplies or id(leaf.tensor) in program.owners
+    return bool(place.holder) and in_model and is_layer and program.is_in_training(leaf.tensor)
 
 
 def _find_places(
@@ -248,7 +269,10 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 def _describe(path: str, value: Any) -> str:
     if isinstance(value, Tensor):
         return f"`{path}` is a plain tensor"
-    if isinstance(value, (dict, list, tuple, set, deque)) and type(value).__module__ in ("builtins", "collections"):
+    if isinstance(value, (dict, list, tuple, set, deque)) and type(value).__module__ in (
+        "builtins",
+        "collections",
+    ):
         return f"`{path}` is a plain {type(value).__name__}"
     if isinstance(value, nn.Module):
         return f"`{path}` was not assigned as an attribute of a module"

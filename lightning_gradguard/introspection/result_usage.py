@@ -1,7 +1,7 @@
 """Follow what is computed with some parameters to the loss.
 
-A parameter without a path from the loss is cut off if the loss was computed with its result (detached, rounded by NumPy,
-reduced to an index), and idle if nothing that the loss depends on was.
+A parameter without a path from the loss is cut off if the loss was computed with its result (detached, rounded by
+NumPy, reduced to an index), and idle if nothing that the loss depends on was.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class ResultUsage:
 
     def leave(self) -> None:
         """Undo `begin`."""
-        if self._entered and _get_current_function_mode() is self._mode:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._entered and self._is_innermost():
+            self._mode.__exit__(None, None, None)
             self._entered = False
         self._mode.active = False
 
@@ -101,8 +101,8 @@ class ResultUsage:
         self._calls -= 1
         if self._calls:
             return
-        if not self._entered and _get_current_function_mode() is self._mode:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if not self._entered and self._is_innermost():
+            self._mode.__exit__(None, None, None)
             self._mode.active = False
         self._mode.calls += 1
         # What is alive now was returned, or is kept somewhere.
@@ -110,6 +110,10 @@ class ResultUsage:
         if type(output) in (tuple, list):
             for entry in output:
                 self._listed |= self._mode.mask_of(entry) if isinstance(entry, Tensor) else 0
+
+    def _is_innermost(self) -> bool:
+        """Return True if no mode of the user's was entered since, so that this one may be left."""
+        return _get_current_function_mode() is self._mode  # type: ignore[no-untyped-call]
 
 
 class _Follower(TorchFunctionMode):
@@ -121,7 +125,9 @@ class _Follower(TorchFunctionMode):
         self.used = self.calls = 0
         self._sources = sources
         self._marks: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._storages: dict[int, tuple[Any, int]] = {}  # the storage is held so that its address is not reused
+        self._storages: dict[
+            int, tuple[Any, int]
+        ] = {}  # the storage is held so that its address is not reused
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -139,7 +145,11 @@ class _Follower(TorchFunctionMode):
         if id(tensor) in self._sources:
             return mask | self._sources[id(tensor)]
         storage = _storage(tensor)
-        return mask | (self._storages[storage._cdata][1] if storage is not None and storage._cdata in self._storages else 0)
+        return mask | (
+            self._storages[storage._cdata][1]
+            if storage is not None and storage._cdata in self._storages
+            else 0
+        )
 
     def alive(self) -> int:
         """Return the bits of all marked tensors that are alive."""

@@ -320,7 +320,9 @@ def test_latents_of_another_optimizer():
     net, latents = sequential(), nn.Parameter(torch.randn(16, 4))
     net.latents = [latents]
     other = adam([latents])
-    assert not quiet(net, adam(net.parameters()), lambda: F.cross_entropy(net(latents), Y)).tracker.graph_summary.problems
+    assert not quiet(
+        net, adam(net.parameters()), lambda: F.cross_entropy(net(latents), Y)
+    ).tracker.graph_summary.problems
     assert other is not None
 
 

@@ -26,6 +26,8 @@ _LARGE_BIAS, _NOTABLE_BIAS = 3.0, 2.0
 _ONE_SIGNED = 0.5
 #: Decades lost between layers of usual weights that depth does not lose by chance.
 _LOST_BETWEEN_LAYERS = 3.0
+#: Activations whose slope is zero only by rounding, far out.
+_ROUND = ("sigmoid", "tanh", "softsign", "erf", "atan")
 #: Weight of a factor of zero: more than dead units, which look alike.
 _BY_ZERO = 4.0
 #: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
@@ -40,6 +42,11 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
     """
     if not context.too_small:
         return
+    name, operations = operations_above(context)
+    saturated = [op for op in _flat(operations) if kind_of(op) in _ROUND]
+    if name and saturated == _flat(operations) != []:
+        text = f"The gradient of {quote(name)} is exactly zero: behind it a {kind_of(saturated[0])} is saturated."
+        yield Evidence(_BY_ZERO, text)
     rest = context.unexplained_decades
     if not context.saturating:
         # Activations that are flat on one side, such as softplus or GELU, pushed there by their biases.
@@ -224,8 +231,10 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
         return  # nothing is cut: the tensors are of other layers
     yield from _result_not_used(context)
     yield from _multiplied_by_zero(context)
-    idle = context.graph_summary.idle if context.graph_summary else frozenset()
-    cut = [name for name in context.names if name in missing and name not in idle]
+    graph = context.graph_summary
+    harmless = graph.idle | graph.unused if graph else frozenset()
+    cut = [name for name in context.names if name in missing - harmless]
+    cut = cut or [name for name in context.names if name in missing and not harmless.intersection(concerned)]
     if not cut or not (context.fault == Fault.DISCONNECTED or missing.intersection(concerned)):
         return
     text = f"No path leads from the loss to {listing(cut)}"
@@ -242,7 +251,7 @@ def _result_not_used(context: DiagnosticContext) -> Iterator[Evidence]:
     idle = context.graph_summary.idle if context.graph_summary else frozenset()
     concerned = [name for name in context.finding.parameters if name in idle]
     if context.fault == Fault.DISCONNECTED and concerned:
-        text = f"The loss does not use the result of {listing(concerned)}: nothing that it is computed from depends on it."
+        text = f"The loss does not use the result of {listing(concerned)}: nothing it is computed from depends on it."
         yield Evidence(CERTAIN, text)
 
 
@@ -252,7 +261,7 @@ def _multiplied_by_zero(context: DiagnosticContext) -> Iterator[Evidence]:
     if name and "Mul" in operations and not _flat(operations):
         text = (
             f"A path leads from the loss to {quote(name)}, and its gradient is exactly zero: between it and the next "
-            "layer its output is multiplied, by zero."
+            "layer its output is multiplied by zero."
         )
         yield Evidence(_BY_ZERO, text)
 
