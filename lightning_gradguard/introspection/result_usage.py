@@ -65,7 +65,7 @@ class ResultUsage:
     def leave(self) -> None:
         """Undo `begin`."""
         if self._entered and self._is_innermost():
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._entered = False
         self._mode.active = False
 
@@ -102,7 +102,7 @@ class ResultUsage:
         if self._calls:
             return
         if not self._entered and self._is_innermost():
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode.active = False
         self._mode.calls += 1
         # What is alive now was returned, or is kept somewhere.
