@@ -132,9 +132,7 @@ class GraphObserver:
         summary, others = read_graph(graph, parameters)
         if owned and layout.shards is None:
             reached = frozenset(summary.shortest)
-            problems = _agree_on_problems(
-                find_ownership_problems(parameters, reached, others, self._named), layout
-            )
+            problems = find_ownership_problems(parameters, reached, others, self._named)
             summary = replace(summary, problems=(*summary.problems, *problems))
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
@@ -267,21 +265,11 @@ class GraphObserver:
         return self._unsharded_probe is None
 
 
-def _agree_on_problems(problems: tuple[GraphProblem, ...], layout: Layout) -> tuple[GraphProblem, ...]:
-    """Return the problems that all ranks see."""
-    if world_size() == 1:
-        return problems
-    kinds = [(kind, certain) for kind in OWNERSHIP for certain in (True, False)]
-    unseen = [[(p.kind, p.certain) for p in problems].count(kind) == 0 for kind in kinds]
-    (somewhere_unseen,) = largest_over_ranks([[int(flag) for flag in unseen]], layout.numel.device)
-    common = {kind for kind, flag in zip(kinds, somewhere_unseen, strict=True) if not flag}
-    return tuple(p for p in problems if (p.kind, p.certain) in common)
-
-
 def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[GraphSummary, list[bool]]:
     """Return what holds on all ranks.
 
-    Their graphs may differ: the order is the first rank's, everything else the union.
+    Their graphs may differ: the order is the first rank's, everything else the union. Of mistakes in what the optimizer
+    steps, those count that all ranks see.
     """
     if world_size() == 1:
         return summary, ran
@@ -289,9 +277,15 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     live = frozenset(names) - summary.constant
     groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live)
     order = summary.order if torch.distributed.get_rank() == 0 else [0] * len(names)
-    table = [order, ran, *([name in group for name in names] for group in groups)]
+    kinds = [(kind, certain) for kind in OWNERSHIP for certain in (True, False)]
+    unseen = [all((p.kind, p.certain) != kind for p in summary.problems) for kind in kinds]
+    table = [order, ran, *([name in group for name in names] for group in groups), unseen]
+    width = max(len(names), len(kinds))
+    table = [[*map(int, row), *[0] * (width - len(row))] for row in table]
     device = layout.numel.device if layout.shards is None else layout.shards.device
-    order, seen, *flags = largest_over_ranks(table, device)
+    *rows, unseen = largest_over_ranks(table, device)
+    common = {kind for kind, flag in zip(kinds, unseen, strict=False) if not flag}
+    order, seen, *flags = (row[: len(names)] for row in rows)
     found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags)
     missing, constant = frozenset(names) - found, frozenset(names) - live
     agreed = replace(
@@ -301,6 +295,9 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         embeddings=embeddings,
         recurrent=recurrent,
         constant=constant,
+        problems=tuple(
+            p for p in summary.problems if p.kind not in OWNERSHIP or (p.kind, p.certain) in common
+        ),
     )
     return agreed, [bool(flag) for flag in seen]
 

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from lightning_gradguard.engine import graph_observer
 from lightning_gradguard.engine.graph_observer import GraphObserver
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.stats.layout import Layout, pattern_of
 
 
@@ -183,3 +185,28 @@ def test_inputs_of_zero_are_seen_without_a_read():
         layout = update_order(observer, layout, loss)
         observer.probe_inputs(layout, layout.names)
     assert [n for n, on in zip(layout.names, observer.marks.hollow, strict=True) if on] == ["context.weight"]
+
+
+def test_ranks_agree_on_what_the_optimizer_does_not_step(monkeypatch):
+    def observe(other_rank_sees):
+        net, head = nn.Linear(4, 4), nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(nn.Linear(4, 4).parameters(), lr=0.1)
+        observer = GraphObserver(list(head.named_parameters()), None)
+        layout = Layout.of(dict(head.named_parameters()))
+        observer.reset(layout)
+        loss = head(net(torch.ones(2, 4))).sum()
+        loss.backward()
+
+        def over_ranks(table, device):
+            assert len({len(row) for row in table}) == 1
+            return [*table[:-1], table[-1] if other_rank_sees else [1] * len(table[-1])]
+
+        monkeypatch.setattr(graph_observer, "world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+        monkeypatch.setattr(graph_observer, "largest_over_ranks", over_ranks)
+        observer.update_order(layout, (True, True), loss, owned=True)
+        assert optimizer is not None
+        return [(p.kind, p.certain) for p in observer.graph_summary.problems]
+
+    assert observe(True) == [(Problem.STALE_OPTIMIZER, False)]
+    assert observe(False) == []
