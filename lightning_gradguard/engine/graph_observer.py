@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
-from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP
 from lightning_gradguard.introspection.ownership import find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
