@@ -291,14 +291,14 @@ def is_gated(context: DiagnosticContext) -> bool:
 
 NEW_OPTIMIZER = Remedy(
     "Make the optimizer after the last change of the model",
-    "optimizer = torch.optim.Adam(model.parameters())  # in configure_optimizers, once all layers are there",
+    "optimizer = torch.optim.Adam(model.parameters())  # once all layers are there",
 )
 ADD_GROUP = Remedy(
     "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
 )
 REGISTER_MODULES = Remedy(
     "Register the layers, with nn.ModuleList or nn.ModuleDict",
-    "self.layers = nn.ModuleList(layers)  # nn.ModuleDict for a dict; a plain attribute for a single layer",
+    "self.layers = nn.ModuleList(layers)  # or nn.ModuleDict(layers), for a dict",
 )
 REGISTER_TENSOR = Remedy(
     "Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))"
@@ -321,7 +321,7 @@ ADD_LOSS = Remedy(
 )
 NONZERO_FACTOR = Remedy(
     "Make the factor different from zero",
-    "h = h + gate * branch(h)  # with a gate that is not 0, or a learned one: nn.Parameter(torch.tensor(0.1))",
+    "h = h + gate * branch(h)  # with gate = nn.Parameter(torch.tensor(0.1))",
 )
 FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
 

@@ -284,8 +284,8 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     width = max(len(names), len(kinds))
     padded = [[*map(int, row), *[0] * (width - len(row))] for row in table]
     device = layout.numel.device if layout.shards is None else layout.shards.device
-    *rows, unseen = largest_over_ranks(padded, device)
-    common = {kind for kind, flag in zip(kinds, unseen, strict=False) if not flag}
+    *rows, somewhere = largest_over_ranks(padded, device)
+    common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
     found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags)
     missing, constant = frozenset(names) - found, frozenset(names) - live
