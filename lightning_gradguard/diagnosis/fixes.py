@@ -142,12 +142,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
-        case (
-            Cause.STALE_OPTIMIZER
-            | Cause.UNREGISTERED_MODULES
-            | Cause.GRADIENT_SCALING
-            | Cause.STALE_GRADIENTS
-        ):
+        case Cause.STALE_OPTIMIZER:
+            return [NEW_OPTIMIZER, ADD_GROUP]
+        case Cause.UNREGISTERED_MODULES:
+            return [REGISTER_MODULES, REGISTER_TENSOR]
+
+        case Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
             return []
         case Cause.NORMALIZATION:
             return []
