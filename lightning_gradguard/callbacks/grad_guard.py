@@ -244,10 +244,12 @@ class GradGuard(Callback):
         self._buffers.save()
         self._rollback.save_if_due(trainer, self._registry)
         self._recording.start_batch(trainer, batch, batch_idx)
+        self._registry.begin_pass()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss for the judgement."""
         self._losses.add(trainer, pl_module, loss)
+        self._registry.end_pass(loss, leave=pl_module.automatic_optimization)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -340,6 +342,7 @@ class GradGuard(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Release the batch; repair running statistics."""
         self._clipping.restore()
+        self._registry.leave_pass()
         self._batch, self._losses.graph = (None, 0), None
         self._buffers.end_batch()
         self._recording.end_batch()
@@ -369,6 +372,7 @@ class GradGuard(Callback):
         Lightning calls no other hook after an exception.
         """
         self._clipping.restore()
+        self._registry.leave_pass()
         self._registry.close_hooks()
         self._buffers.restore_nonfinite()
         bundle = self._recording.record_error(trainer, self._registry.guards, exception)

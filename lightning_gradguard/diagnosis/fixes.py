@@ -95,6 +95,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             k.get("step") for k in c.graph_summary.kinds.values()
         ):
             return [STRAIGHT_THROUGH]
+        case Cause.DETACHED_GRAPH if c.graph_summary and c.graph_summary.idle.intersection(
+            c.finding.parameters
+        ):
+            return [ADD_LOSS, FREEZE]
+        case Cause.DETACHED_GRAPH if not c.missing.intersection(c.finding.parameters):
+            return [NONZERO_FACTOR, FREEZE]
         case Cause.DETACHED_GRAPH:
             return [NO_DETACH, FREEZE]
 
@@ -136,12 +142,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
-        case (
-            Cause.STALE_OPTIMIZER
-            | Cause.UNREGISTERED_MODULES
-            | Cause.GRADIENT_SCALING
-            | Cause.STALE_GRADIENTS
-        ):
+        case Cause.STALE_OPTIMIZER:
+            return [NEW_OPTIMIZER, ADD_GROUP]
+        case Cause.UNREGISTERED_MODULES:
+            return [REGISTER_MODULES, REGISTER_TENSOR]
+
+        case Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
             return []
         case Cause.NORMALIZATION:
             return []
@@ -283,6 +289,20 @@ def is_gated(context: DiagnosticContext) -> bool:
 
 # The graph.
 
+NEW_OPTIMIZER = Remedy(
+    "Make the optimizer after the last change of the model",
+    "optimizer = torch.optim.Adam(model.parameters())  # once all layers are there",
+)
+ADD_GROUP = Remedy(
+    "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
+)
+REGISTER_MODULES = Remedy(
+    "Register the layers, with nn.ModuleList or nn.ModuleDict",
+    "self.layers = nn.ModuleList(layers)  # or nn.ModuleDict(layers), for a dict",
+)
+REGISTER_TENSOR = Remedy(
+    "Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))"
+)
 RIGHT_OPTIMIZER = Remedy(
     "Give the optimizer the parameters of the model that is trained",
     "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from",
@@ -294,6 +314,14 @@ STRAIGHT_THROUGH = Remedy(
 NO_DETACH = Remedy(
     "Remove what cuts the graph",
     "h = layer(h)  # without .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()",
+)
+ADD_LOSS = Remedy(
+    "Add the loss of this output, if it should be trained",
+    "loss = loss + other_loss(other_output, other_target)",
+)
+NONZERO_FACTOR = Remedy(
+    "Make the factor different from zero",
+    "h = h + gate * branch(h)  # with gate = nn.Parameter(torch.tensor(0.1))",
 )
 FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
 
@@ -523,5 +551,7 @@ ONE_SOFTMAX = Remedy(
 )
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
+    Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
+    Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
 }

@@ -10,9 +10,15 @@ class Problem(str, Enum):
     """Kinds of mistakes."""
 
     SOFTMAX_TWICE = "softmax_twice"
+    STALE_OPTIMIZER = "stale_optimizer"
+    UNREGISTERED_MODULES = "unregistered_modules"
 
     def __str__(self) -> str:
         return self.value
+
+
+#: Mistakes in what the optimizer steps.
+OWNERSHIP = (Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
 
 
 class GraphProblem(NamedTuple):
