@@ -507,7 +507,62 @@ ONE_SOFTMAX = Remedy(
     "Remove the softmax before the cross-entropy, which has its own",
     "loss = nn.functional.cross_entropy(logits, y)  # not of softmax(logits)",
 )
+ONE_SIGMOID = Remedy(
+    "Remove the sigmoid or softmax before binary_cross_entropy_with_logits, which has its own",
+    "loss = nn.functional.binary_cross_entropy_with_logits(logits, y)  # not of sigmoid(logits)",
+)
+PLAIN_LOGITS = Remedy(
+    "Remove the sigmoid before the cross-entropy, which expects logits",
+    "loss = nn.functional.cross_entropy(logits, y)  # not of sigmoid(logits)",
+)
+LOG_SOFTMAX = Remedy(
+    "Cross-entropy of the logits, in place of nll_loss without log_softmax",
+    "loss = nn.functional.cross_entropy(logits, y)  # or nll_loss(log_softmax(logits, dim=1), y)",
+)
+MORE_LOGITS = Remedy(
+    "One logit under a sigmoid, or two under a softmax",
+    "loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(1), y.float())  # or nn.Linear(width, 2)",
+)
+CLASS_DIMENSION = Remedy(
+    "Softmax over the dimension of the classes",
+    "log_p = nn.functional.log_softmax(logits, dim=1)  # dim=-1 if the classes are last",
+)
+OTHER_SIGN = Remedy(
+    "Change the sign of the loss, so that it is minimized",
+    "loss = nn.functional.cross_entropy(logits, y)  # not -cross_entropy: the optimizer minimizes",
+)
+SAME_SHAPE = Remedy(
+    "Give outputs and targets the same shape",
+    "loss = nn.functional.mse_loss(output, y.view_as(output))  # or output.squeeze(1) for targets of shape [N]",
+)
+DEPENDENT_LOSS = Remedy(
+    "Compute the loss from what the model returns",
+    "loss = loss_fn(model(x), y)  # not from argmax, a rounded value, a clamp out of range or a constant",
+)
+NO_PROBABILITIES = Remedy(
+    "Give the cross-entropy logits, not probabilities",
+    "loss = nn.functional.cross_entropy(logits, y)  # or nll_loss(p.log(), y) for probabilities p",
+)
+LOG_PROBABILITIES = Remedy(
+    "Give kl_div log-probabilities first, probabilities second",
+    'loss = nn.functional.kl_div(log_softmax(logits, dim=-1), p, reduction="batchmean")  # p sums to 1',
+)
+REACHABLE_TARGETS = Remedy(
+    "Remove the last activation, or bring the targets into its range",
+    "output = head(h)  # without sigmoid, tanh, softmax or ReLU after it",
+)
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
+    Problem.SIGMOID_TWICE: (Cause.LOSS_FUNCTION, ONE_SIGMOID),
+    Problem.BOUNDED_LOGITS: (Cause.LOSS_FUNCTION, PLAIN_LOGITS),
+    Problem.NO_LOGARITHM: (Cause.LOSS_FUNCTION, LOG_SOFTMAX),
+    Problem.ONE_CLASS: (Cause.LOSS_FUNCTION, MORE_LOGITS),
+    Problem.WRONG_DIMENSION: (Cause.LOSS_FUNCTION, CLASS_DIMENSION),
+    Problem.WRONG_SIGN: (Cause.LOSS_FUNCTION, OTHER_SIGN),
+    Problem.BROADCAST: (Cause.LOSS_FUNCTION, SAME_SHAPE),
+    Problem.CONSTANT_LOSS: (Cause.LOSS_FUNCTION, DEPENDENT_LOSS),
+    Problem.PROBABILITIES: (Cause.LOSS_FUNCTION, NO_PROBABILITIES),
+    Problem.DIVERGENCE: (Cause.LOSS_FUNCTION, LOG_PROBABILITIES),
+    Problem.OUT_OF_RANGE: (Cause.LOSS_FUNCTION, REACHABLE_TARGETS),
 }

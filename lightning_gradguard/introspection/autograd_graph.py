@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.graph_problems import GraphProblem, find_problems, summed_rows
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
     MERGES,
@@ -49,6 +49,7 @@ class GraphSummary:
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.
         problems: Mistakes that the graph shows.
+        summed: Number of samples that the loss sums up; 0 if it is a mean, or the graph cannot tell.
     """
 
     names: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ class GraphSummary:
     dtypes: frozenset[str] = frozenset()
     nodes: int = 0
     problems: tuple[GraphProblem, ...] = ()
+    summed: int = 0
 
 
 def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSummary:
@@ -111,6 +113,8 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
+        problems=find_problems(loss.grad_fn, not graph.leaves.keys() <= {id(p) for p in parameters.values()}),
+        summed=summed_rows(loss.grad_fn),
     )
 
 
