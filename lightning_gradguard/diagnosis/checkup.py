@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -36,6 +38,9 @@ _DEAD_SHARE, _DEAD_LAYERS = 0.9, 2
 _TIMES_CHANCE = 10.0
 #: Root mean square of inputs, healthy at most 1.9, and of targets, healthy at most 1.3.
 _INPUT_RMS, _TARGET_RMS = 10.0, 100.0
+#: Virtual steps before layers without a gradient, or a tilt, count: weights that start at zero need one each, one behind
+#: the other.
+_VIRTUAL_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,13 @@ def checkup(
         if origin.place != Place.NOWHERE:
             return Checkup((_check_origin(origin),))
         # Only the loss scale was too large, which a GradScaler lowers by itself.
-        seen = measure_first_pass(step)
+        seen, scale = measure_first_pass(step), 1.0
+    if any(not check.ok for rule in (_check_dead_layers, _check_depth) for check in rule(seen)):
+        later = measure_first_pass(step, scale, _VIRTUAL_STEPS)
+        if later.finite:
+            seen = replace(seen, dead=later.dead, tilt=later.tilt)
     rules = (
-        *(_check_data, _check_paths, _check_dead_layers, _check_activations),
+        *(_check_loss_function, _check_data, _check_paths, _check_dead_layers, _check_activations),
         *(_check_depth, _check_initialization, _check_loss),
     )
     return Checkup(tuple(check for rule in rules for check in rule(seen)))
@@ -215,6 +224,24 @@ def _check_origin(origin: Origin) -> Check:
     if origin.overflow and origin.located:
         cause = Cause.LOW_PRECISION if "16" in origin.dtype else Cause.BAD_INITIALIZATION
     return Check("loss and gradient", str(origin).removesuffix("."), "finite", cause)
+
+
+def _check_loss_function(seen: FirstPass) -> Iterator[Check]:
+    graph, usual = seen.graph_summary, "outputs that fit the loss"
+    for problem in seen.problems:
+        cause, fix = PROBLEMS[problem.kind]
+        yield Check("loss function", f"{problem.text} Fix: {fix.name}: {fix.how}", usual, cause)
+    if seen.problems:
+        return
+    reached = [g for g in seen.gradients_log10 if g > -math.inf]
+    if graph is not None and graph.nodes and not reached and seen.loss and not seen.unreached:
+        cause, fix = PROBLEMS[Problem.CONSTANT_LOSS]
+        text = "every gradient is exactly zero: the loss does not depend on what the model computes."
+        yield Check("loss function", f"{text} Fix: {fix.name}: {fix.how}", usual, cause)
+    elif graph is None or graph.opaque:
+        yield Check("loss function", "the graph of the model was not seen in full: a part of it is compiled", usual)
+    else:
+        yield Check("loss function", "no mistake in the graph of the loss", usual)
 
 
 def _check_data(seen: FirstPass) -> Iterator[Check]:
