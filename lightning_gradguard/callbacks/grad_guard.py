@@ -238,7 +238,8 @@ class GradGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss for the judgement."""
-        self._losses.add(trainer, pl_module, loss)
+        due = any(guard.tracker.compares_loss for guard in self._registry.guards.values())
+        self._losses.add(trainer, pl_module, loss, compare=due)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -266,6 +267,7 @@ class GradGuard(Callback):
             sandboxed_step=partial(sandboxed_step_of, trainer, pl_module, optimizer, batch, batch_idx),
             run_trials=self.trials,
             notes=self._metric.notes,
+            comparison=self._losses.comparison,
         )
         self._judge(
             trainer, index, lambda: guard.step(loss, scaler=scaler, graph=graph, step=step, context=context)

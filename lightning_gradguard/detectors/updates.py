@@ -19,6 +19,8 @@ from lightning_gradguard.validation import check_positive
 _WAIT = 17
 #: Steps for which large updates are remembered: the weights that they made do not recover.
 _MEMORY = 4 * WARM_UP
+#: Loss over that of the best constant guess, above which the input is not used.
+_GUESSING = 0.95
 #: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
 
@@ -92,7 +94,8 @@ class UpdateRatio:
         no_loss = trends.loss.isnan()
         # This loss has to be high too: the running mean may still hold what the first steps did.
         is_high = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        is_idle = (trends.no_progress & is_high) | trends.relapsed
+        # Whatever the loss has lost since the start, a model that does not beat a constant guess has learnt nothing.
+        is_idle = (trends.no_progress & is_high) | trends.relapsed | (stats.excess > _GUESSING)
         idle = state.idle + torch.where(is_idle, 1.0, -1.0) * stats.elapsed
         remembered = (since <= _MEMORY) | (state.idle > _WAIT)
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
