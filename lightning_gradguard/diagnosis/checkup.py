@@ -14,10 +14,11 @@ from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
-from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
+from lightning_gradguard.diagnosis.first_pass import FirstPass, ignores_parameters, measure_first_pass
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
-from lightning_gradguard.introspection.graph_problems import Problem
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
+from lightning_gradguard.introspection.operations import kind_of
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -174,6 +175,10 @@ def checkup(
         later = measure_first_pass(step, scale, _VIRTUAL_STEPS)
         if later.finite:
             seen = replace(seen, dead=later.dead, tilt=later.tilt)
+    if _has_no_gradient(seen) and ignores_parameters(step):
+        text = "Every gradient is exactly zero, and the loss stays the same when all weights change: it does not depend on "
+        constant = GraphProblem(Problem.CONSTANT_LOSS, f"{text}what the model computes.")
+        seen = replace(seen, problems=(*seen.problems, constant))
     rules = (
         *(_check_loss_function, _check_data, _check_paths, _check_dead_layers, _check_activations),
         *(_check_depth, _check_initialization, _check_loss),
@@ -233,15 +238,22 @@ def _check_loss_function(seen: FirstPass) -> Iterator[Check]:
         yield Check("loss function", f"{problem.text} Fix: {fix.name}: {fix.how}", usual, cause)
     if seen.problems:
         return
-    reached = [g for g in seen.gradients_log10 if g > -math.inf]
-    if graph is not None and graph.nodes and not reached and seen.loss and not seen.unreached:
-        cause, fix = PROBLEMS[Problem.CONSTANT_LOSS]
-        text = "every gradient is exactly zero: the loss does not depend on what the model computes."
-        yield Check("loss function", f"{text} Fix: {fix.name}: {fix.how}", usual, cause)
-    elif graph is None or graph.opaque:
-        yield Check("loss function", "the graph of the model was not seen in full: a part of it is compiled", usual)
+    if graph is None or graph.opaque or graph.hidden:
+        behind = f" behind {listing(graph.hidden)}" if graph is not None and graph.hidden else ""
+        value = f"no mistake in what was seen; the graph was not seen{behind}, since its operations are not autograd's own"
     else:
-        yield Check("loss function", "no mistake in the graph of the loss", usual)
+        value = "no mistake in the graph of the loss"
+    yield Check("loss function", value, usual)
+
+
+def _has_no_gradient(seen: FirstPass) -> bool:
+    """Return True if all gradients are zero, and nothing explains it.
+
+    A problem of the loss explains it, and a ReLU at the output, which is dead.
+    """
+    operations = seen.graph_summary.loss_ops if seen.graph_summary is not None else {}
+    rectified = any(kind_of(op) in ("relu", "hardtanh") for op in operations)
+    return bool(seen.names) and not rectified and not seen.problems and set(seen.gradients_log10) == {-math.inf}
 
 
 def _check_data(seen: FirstPass) -> Iterator[Check]:

@@ -140,6 +140,22 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
         )
 
 
+def ignores_parameters(step: SandboxedStep) -> bool:
+    """Return True if the loss stays the same, to the bit, when all weights change.
+
+    Args:
+        step: The training step.
+    """
+    losses = []
+    with step.sandbox() as copy, torch.no_grad():
+        for changed in (False, True):
+            for parameter in step.module.parameters() if changed else ():
+                parameter.mul_(1.25).add_(0.1)
+            torch.manual_seed(0)  # the sandbox restores the random numbers
+            losses.append(float(step.loss_of(copy(step.batch)).detach()))
+    return losses[0] == losses[1]
+
+
 def _take_virtual_steps(step: SandboxedStep, copy: Callable[[Any], Any], scale: float, steps: int) -> None:
     trained = [p for p in step.module.parameters() if p.requires_grad] if steps else []
     optimizer = torch.optim.Adam(trained, _VIRTUAL_RATE) if trained else None

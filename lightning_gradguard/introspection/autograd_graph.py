@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from lightning_gradguard.introspection.graph_problems import GraphProblem, find_problems, summed_rows
 from lightning_gradguard.introspection.operations import (
@@ -45,6 +46,8 @@ class GraphSummary:
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
         recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
         skips: True if some value is added or concatenated to something computed from it.
+        hidden: Operations that are not autograd's own, and hide what they compute: custom functions, compiled and scripted
+            parts.
         opaque: True if a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.
@@ -64,6 +67,7 @@ class GraphSummary:
     recurrent: frozenset[str] = frozenset()
     recurrences: int = 0
     skips: bool = False
+    hidden: tuple[str, ...] = ()
     opaque: bool = False
     dtypes: frozenset[str] = frozenset()
     nodes: int = 0
@@ -110,6 +114,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         recurrent=recurrent,
         recurrences=recurrences,
         skips=graph.has_skip(),
+        hidden=tuple(sorted(graph.hidden)),
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
@@ -140,6 +145,7 @@ class Graph:
         kinds: Counts of the kinds on the shortest path.
         hides_leaves: True if leaf tensors are not the parameters themselves.
         dtypes: Names of the dtypes to which something is converted.
+        hidden: Operations that hide what they compute.
     """
 
     def __init__(self, root: Any) -> None:
@@ -149,6 +155,7 @@ class Graph:
         self.leaves: dict[int, int] = {}
         self.hides_leaves = False
         self.dtypes: set[str] = set()
+        self.hidden: set[str] = set()
         self.shortest = [1]
         self._discoverer = [0]
         self._traverse(root)
@@ -215,6 +222,8 @@ class Graph:
                 self.leaves[id(node.variable)] = index
                 self.hides_leaves |= bool(getattr(node.variable, "_is_flat_param", False))
             self.hides_leaves |= op.startswith("CheckpointFunction")
+            if isinstance(node, BackwardCFunction) or op.startswith("DifferentiableGraph"):
+                self.hidden.add(op)
             if op == "ToCopy":
                 made = getattr(node, "_input_metadata", ())
                 self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in made)
