@@ -29,6 +29,8 @@ DEEP = 10
 #: Weight of evidence that is proof: more than any measurable number of decades.
 CERTAIN = 100.0
 
+#: Samples in a sum from which its difference to a mean matters.
+_MANY_ROWS = 8
 #: Bound on the decades that one layer's weights are held responsible for: zero weights would give infinitely many.
 _MOST_DECADES_PER_LAYER = 3.0
 #: Fraction of its initial size to which healthy training does not shrink the median layer.
@@ -198,6 +200,17 @@ class DiagnosticContext:
     def problems(self) -> tuple[GraphProblem, ...]:
         """Mistakes that the autograd graph shows."""
         return self.graph_summary.problems if self.graph_summary else ()
+
+    @property
+    def summed_rows(self) -> int:
+        """Number of samples that the loss sums up, or 0.
+
+        The graph does not show by what a sum was divided afterwards, so a first loss that is small for a sum tells it.
+        """
+        rows = self.graph_summary.summed if self.graph_summary else 0
+        labels = any(op.startswith("NllLoss") for op in self.loss_operations)
+        usual = 0.1 if labels or self.target_rms is None else 0.1 * self.target_rms**2
+        return rows if rows >= _MANY_ROWS and self.loss_start > usual * rows else 0
 
     @property
     def missing(self) -> frozenset[str]:

@@ -119,6 +119,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.BAD_DATA:
             return [look_at_bad_rows(c), DROP_BAD_ROWS, FILL_IN]
 
+        case Cause.LOSS_FUNCTION if c.summed_rows and not c.normalizes_gradient:
+            return [mean_loss(c), lower_learning_rate(c)]
         case Cause.LOSS_FUNCTION if c.too_large and c.fault != Fault.NONFINITE:
             return [SPECTRAL_NORMALIZATION, lower_learning_rate(c) or WARM_UP]
         case Cause.LOSS_FUNCTION if c.too_small:
@@ -342,6 +344,14 @@ SPECTRAL_NORMALIZATION = Remedy(
     "layer = nn.utils.parametrizations.spectral_norm(layer)  # each layer of the critic",
     change=Change(lipschitz=True),
 )
+
+
+def mean_loss(context: DiagnosticContext) -> Remedy:
+    """Return the mean in place of a sum over the batch."""
+    how = f'loss = loss_fn(output, y, reduction="mean")  # or loss / {context.summed_rows}'
+    return Remedy("Mean over the batch in place of a sum", how, key="mean loss")
+
+
 DETECT_ANOMALY = Remedy("Find the operation that makes NaN or Inf", "torch.autograd.set_detect_anomaly(True)")
 BFLOAT16 = Remedy("bfloat16, which has the range of float32", 'trainer = Trainer(precision="bf16-mixed")')
 SCALE_LOSS = Remedy(
@@ -529,7 +539,7 @@ CLASS_DIMENSION = Remedy(
 )
 OTHER_SIGN = Remedy(
     "Change the sign of the loss, so that it is minimized",
-    "loss = nn.functional.cross_entropy(logits, y)  # not -cross_entropy: the optimizer minimizes",
+    "loss = loss_fn(output, y)  # not -loss_fn(output, y): the optimizer minimizes",
 )
 SAME_SHAPE = Remedy(
     "Give outputs and targets the same shape",

@@ -61,6 +61,10 @@ class Problem(str, Enum):
         return self.value
 
 
+#: Mistakes that leave a loss without a lower bound, so that the weights grow until they overflow.
+UNBOUNDED = frozenset({Problem.WRONG_SIGN, Problem.NO_LOGARITHM})
+
+
 class GraphProblem(NamedTuple):
     """One mistake, with its evidence.
 
