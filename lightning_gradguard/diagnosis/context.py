@@ -240,11 +240,13 @@ class DiagnosticContext:
         0 if unknown.
 
         A layer's gain is the RMS of its weights times the square root of its fan-in. The median ignores a few layers
-        that are zero or small on purpose.
+        that are small on purpose; those that are zero do not count.
         """
         gains = []
         for i in self.layers:
             fan_in = max(math.prod(self.shapes[i][1:]), 1)
+            if self.starting_norms[i] == 0 and any(self.starting_norms[j] > 0 for j in self.layers):
+                continue  # zero on purpose
             gain = self.starting_norms[i] / math.sqrt(max(math.prod(self.shapes[i]), 1)) * math.sqrt(fan_in)
             if math.isfinite(gain):
                 gains.append(gain)

@@ -284,10 +284,6 @@ def _judge_divergence(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
     ):
         yield GraphProblem(Problem.DIVERGENCE, "kl_div gets log_target=True, but its second argument holds probabilities.")
         return
-    elif not given.get("log_target", False) and target.numel() and float(target.max()) < -_SUMS_TO_ONE:
-        text = "kl_div expects probabilities as its second argument unless log_target=True, but it gets log-probabilities."
-        yield GraphProblem(Problem.DIVERGENCE, text)
-        return
     else:
         return
     text = f"kl_div expects log-probabilities as its first argument, which are at most 0, but it gets {what}."

@@ -464,7 +464,8 @@ def _is_meant(loss: LossGraph, index: int, batch: int) -> bool:
             return False
         below = loss.shape(inputs[0])
         moved = loss.ops[index] in ("T", "Transpose", "Permute") and shape[:1] != below[:1]
-        if moved or (loss.ops[index] in VIEWS and shape.count(1) > below.count(1)):
+        inserted = shape.count(1) > below.count(1) and math.prod(shape) == math.prod(below)
+        if moved or (inserted and loss.ops[index] in VIEWS):
             return True
         if below.count(batch) >= 2:
             return True

@@ -302,9 +302,6 @@ MISTAKES = {
     "minus one times cross-entropy": lambda out, y: -1.0 * F.cross_entropy(out, y),
     "divergence of probabilities": lambda out, y: F.kl_div(out.softmax(1), one_hot(y).add(0.1).div(2.0)),
     "divergence of logits": lambda out, y: F.kl_div(out, one_hot(y), reduction="batchmean"),
-    "divergence to logs": lambda out, y: F.kl_div(
-        F.log_softmax(out, 1), F.log_softmax(5 * one_hot(y), 1), reduction="batchmean"
-    ),
     "divergence to probabilities": lambda out, y: F.kl_div(
         F.log_softmax(out, 1), smoothed(5 * one_hot(y)), log_target=True, reduction="batchmean"
     ),
@@ -350,7 +347,8 @@ def test_losses_that_fit_their_outputs(good, loss_of):
 
 
 def test_a_gradient_that_underflows_is_not_called_a_constant_loss(good):
-    result = found(good.half(), **step_of(good, lambda out, y: 1e-9 * F.cross_entropy(out.float(), y)), batch=None)
+    result = found(good, **step_of(good, lambda out, y: 1e-44 * F.cross_entropy(out, y)))
+    assert result.findings
     assert "loss function" not in names(result)
 
 
@@ -384,7 +382,7 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
-        return self.base(x).detach() + self.up(self.down(x))
+        return self.base(x) + self.up(self.down(x))
 
 
 class Gated(nn.Module):
