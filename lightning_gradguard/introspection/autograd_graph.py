@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_gradguard.introspection.graph_problems import GraphProblem, find_problems, summed_rows
+from lightning_gradguard.introspection.graph_problems import GraphProblem, LossGraph, find_problems, summed_rows
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
     MERGES,
@@ -101,6 +101,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         unrolled = {n: len(nodes) for n, nodes in uses.items() if len(nodes) >= 4 and n not in tables}
         recurrent |= unrolled.keys()
         recurrences = max(unrolled.values(), default=0)
+    end = LossGraph(loss.grad_fn)
     return GraphSummary(
         names=names,
         order=_order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes}),
@@ -118,8 +119,8 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
-        problems=find_problems(loss.grad_fn, not graph.leaves.keys() <= {id(p) for p in parameters.values()}),
-        summed=summed_rows(loss.grad_fn),
+        problems=find_problems(end, not graph.leaves.keys() <= {id(p) for p in parameters.values()}),
+        summed=summed_rows(end),
     )
 
 

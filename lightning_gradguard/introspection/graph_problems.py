@@ -20,12 +20,15 @@ from torch import Tensor
 from lightning_gradguard.introspection.operations import VIEWS, kind_of, operation_of
 
 #: Nodes that are searched, from the loss on.
-_BUDGET = 2000
+_BUDGET = 500
 #: Operations between a probability and a loss that leave it what it is: scalings, shifts and bounds.
 _SCALINGS = frozenset({"Mul", "Div", "Add", "Sub", "Clamp", "ClampMin", "ClampMax"})
 _SOFTMAX = frozenset({"Softmax", "SafeSoftmax"})
 _NLL = frozenset({"NllLoss", "NllLoss2D", "NllLossNd"})
+_CTC = frozenset({"CtcLoss", "CudnnCtcLoss"})
 _BCE = frozenset({"BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"})
+#: Places of the input and the weight among the inputs of a matrix product.
+_OPERANDS = {"Addmm": (1, 2), "Mm": (0, 1), "Linear": (0, 1), "Convolution": (0, 1)}
 #: Losses of a difference, which broadcast their arguments.
 _DIFFERENCES = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"})
 #: Losses that are never below zero, so that their negative has no lower bound.
@@ -82,16 +85,15 @@ class GraphProblem(NamedTuple):
     certain: bool = True
 
 
-def find_problems(root: Any, shared: bool = False) -> tuple[GraphProblem, ...]:
+def find_problems(loss: LossGraph, shared: bool = False) -> tuple[GraphProblem, ...]:
     """Find mistakes in the graph of a loss.
 
     Each kind is reported once.
 
     Args:
-        root: Node of the loss.
+        loss: Graph of the loss.
         shared: True if the loss depends on tensors that its optimizer does not train.
     """
-    loss = LossGraph(root)
     found: dict[Problem, GraphProblem] = {}
     for finder in _FINDERS:
         for problem in finder(loss, shared):
@@ -99,15 +101,14 @@ def find_problems(root: Any, shared: bool = False) -> tuple[GraphProblem, ...]:
     return tuple(found.values())
 
 
-def summed_rows(root: Any) -> int:
+def summed_rows(loss: LossGraph) -> int:
     """Return the number of samples that a loss sums up.
 
     0 if it is a mean, or the graph cannot tell.
 
     Args:
-        root: Node of the loss.
+        loss: Graph of the loss.
     """
-    loss = LossGraph(root)
     top = loss.skip(0)
     if loss.ops[top] == "Div" and len(loss.inputs(top)) == 1:  # trainers divide by the number of micro-batches
         top = loss.skip(loss.inputs(top)[0])
@@ -133,6 +134,8 @@ class LossGraph:
         ops: Operation of each node.
         edges: Inputs of each node; None for one without a gradient.
         parents: Nodes that use each node.
+        frozen: True if a last matrix product has a weight that is not trained, such as that of a critic whose turn it is
+            not.
     """
 
     def __init__(self, root: Any) -> None:
@@ -141,11 +144,15 @@ class LossGraph:
         self.ops: list[str] = []
         self.edges: list[list[int | None]] = []
         self.parents: list[list[int]] = [[]]
+        self.frozen = False
         for index, node in enumerate(self._nodes):  # grows during the loop
             op = operation_of(node.name())
             self.ops.append(op)
             edges: list[int | None] = []
             inside = kind_of(op) not in ("product", "recurrent") and index < _BUDGET
+            if not inside and op in _OPERANDS:
+                given, weight = (node.next_functions[place][0] for place in _OPERANDS[op])
+                self.frozen |= given is not None and weight is None
             for child, output in node.next_functions if inside else ():
                 if child is None:
                     edges.append(None)
@@ -287,18 +294,19 @@ def _bounded_logits(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
 
 def _no_logarithm(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     """Find a negative log-likelihood without a logarithm."""
-    for index in loss.where(_NLL):
+    for index in loss.where(_NLL | _CTC):
+        name = "nll_loss" if loss.ops[index] in _NLL else "ctc_loss"
         for child in loss.inputs(index):
             source = loss.skip(child)
             op = loss.ops[source]
             if op in _SOFTMAX:
                 text = (
-                    "nll_loss gets the output of a softmax, but expects log-probabilities: it rewards probability itself, "
+                    f"{name} gets the output of a softmax, but expects log-probabilities: it rewards probability itself, "
                     "and its slope is nearly zero where the model is wrong."
                 )
             elif kind_of(op) == "product" or op in _NO_LOGARITHM:
                 text = (
-                    "nll_loss gets the raw output of the model, but expects log-probabilities: without a log_softmax it "
+                    f"{name} gets the raw output of the model, but expects log-probabilities: without a log_softmax it "
                     "has no lower bound."
                 )
             else:
@@ -331,6 +339,15 @@ def _one_class(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
 
 def _wrong_dimension(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     """Find a softmax over another dimension than the classes."""
+    for index in loss.where(_CTC):
+        source = loss.skip(loss.inputs(index)[0]) if loss.inputs(index) else index
+        shape, dim = loss.shape(source), loss.dimension(source)
+        if loss.ops[source] == "LogSoftmax" and shape and loss.shape(loss.inputs(index)[0])[-1:] != (shape[dim],):
+            text = (
+                f"The log_softmax before ctc_loss is over dimension {dim} of outputs of shape {list(shape)}, but the classes "
+                "are in another one."
+            )
+            yield GraphProblem(Problem.WRONG_DIMENSION, text)
     for index in loss.where(_NLL):
         for child in loss.inputs(index):
             given, source = loss.shape(child), loss.skip(child)
@@ -358,7 +375,7 @@ def _wrong_sign(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     terms = [(index, sign * _bound(loss, index, scaled)) for index, sign, scaled in _signed_terms(loss)]
     if not terms or any(bound >= 0 for _, bound in terms):
         return
-    if shared:  # what is maximized belongs to another optimizer, as in adversarial training
+    if shared or loss.frozen:  # what is maximized belongs to another optimizer, as in adversarial training
         return
     op = loss.ops[terms[0][0]]
     what = "a cross-entropy" if op in _NLL | _BCE else "a squared error" if op in ("Pow", "Mul", "MseLoss") else "an error"
@@ -373,13 +390,15 @@ def _broadcast(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     """
     for index, op in enumerate(loss.ops):
         inputs = loss.inputs(index)
-        whole = loss.shape(index)
+        if len(inputs) != 1:
+            continue
         if op == "Expand":
             if not any(loss.ops[p] in _DIFFERENCES | {"Sub"} for p in loss.parents[index]):
                 continue
         elif op not in _SCALINGS or len(loss.edges[index]) != 2:
             continue
-        if len(inputs) != 1 or len(whole) < 2 or whole[0] != whole[1] or whole[0] < 2:
+        whole = loss.shape(index)
+        if len(whole) < 2 or whole[0] != whole[1] or whole[0] < 2:
             continue
         part = loss.shape(inputs[0])
         padded = (1,) * (len(whole) - len(part)) + part

@@ -33,6 +33,10 @@ def kinds(loss_of, model=None, backward=False):
     return {problem.kind for problem in summarize_graph(loss, dict(model.named_parameters())).problems}
 
 
+def ctc(log_p):
+    return F.ctc_loss(log_p, torch.randint(1, C, (N, 4)), torch.full((N,), 20), torch.full((N,), 4))
+
+
 def gated(m):
     weights, experts = m[0](x()).softmax(-1), m[1](x(N, 6)).view(N, 4, C)
     return F.cross_entropy((weights.unsqueeze(-1) * experts).sum(1), labels())
@@ -124,11 +128,6 @@ def quantile_huber(m):
     return F.huber_loss(pred.unsqueeze(2).expand(N, 5, 5), target.unsqueeze(1).expand(N, 5, 5)) + error.abs().mean()
 
 
-def gan_saturating(critic, generator):
-    generator.requires_grad_(True)
-    return -F.binary_cross_entropy_with_logits(critic(generator(x())), torch.zeros(N, 1))
-
-
 SICK = {
     "softmax twice": (Problem.SOFTMAX_TWICE, lambda m: F.cross_entropy(m(x()).softmax(1), labels())),
     "softmax twice, temperature": (Problem.SOFTMAX_TWICE, lambda m: F.cross_entropy(m(x()).softmax(-1) / 0.5, labels())),
@@ -174,6 +173,9 @@ SICK = {
         lambda m: F.nll_loss(m(x(N, 4, 4, 6)).permute(0, 3, 1, 2).contiguous(), labels(N, 4, 4)),
     ),
     "softmax into nll": (Problem.NO_LOGARITHM, lambda m: F.nll_loss(m(x()).softmax(1), labels())),
+    "raw outputs into ctc": (Problem.NO_LOGARITHM, lambda m: ctc(m(x(20, N, 6)))),
+    "softmax into ctc": (Problem.NO_LOGARITHM, lambda m: ctc(m(x(20, N, 6)).softmax(2))),
+    "softmax over time into ctc": (Problem.WRONG_DIMENSION, lambda m: ctc(m(x(20, N, 6)).log_softmax(0))),
     "softmax over the batch": (
         Problem.WRONG_DIMENSION,
         lambda m: F.nll_loss(F.log_softmax(m(x()), dim=0), labels()),
@@ -239,6 +241,8 @@ HEALTHY = {
     "divergence to logs": lambda m: F.kl_div(
         F.log_softmax(m(x()) / 2, 1), F.log_softmax(torch.randn(N, C), 1), log_target=True, reduction="batchmean"
     ),
+    "ctc": lambda m: ctc(m(x(20, N, 6)).log_softmax(2)),
+    "ctc, batch first": lambda m: ctc(m(x(N, 20, 6)).log_softmax(2).transpose(0, 1)),
     "focal": focal,
     "evidential": evidential,
     "infonce": infonce,
@@ -324,6 +328,9 @@ def test_softmax_inside_of_a_model_is_healthy():
 
 def test_what_is_minimized_through_another_model_may_be_a_game():
     generator, critic = net(6), net(1)
+    loss = -F.binary_cross_entropy_with_logits(critic(generator(x())), torch.zeros(N, 1))
+    assert summarize_graph(loss, dict(generator.named_parameters())).problems == ()
+    critic.requires_grad_(False)  # as a toggled optimizer does
     loss = -F.binary_cross_entropy_with_logits(critic(generator(x())), torch.zeros(N, 1))
     assert summarize_graph(loss, dict(generator.named_parameters())).problems == ()
 
