@@ -27,9 +27,9 @@ class TargetScale:
 
     ratio = RMS of the outputs / RMS of the targets, from the arguments of a squared or Huber loss.
 
-    Raised while the loss makes no progress, from step 30 on, when the ratio has been below ``limit`` for ``steps`` steps:
-    the weights move as they should, and the outputs have to grow a thousandfold first. Never more than a warning, since
-    they may get there. Silent where the loss function is not known.
+    Raised while the loss makes no progress, from step 30 on, when the ratio has been below ``limit`` for ``steps``
+    steps: the weights move as they should, and the outputs have to grow a thousandfold first. Never more than a
+    warning, since they may get there. Silent where the loss function is not known.
 
     Args:
         limit: Smallest healthy ratio, dimensionless. Default 1e-3: targets of size 100 under Adam at 1e-3

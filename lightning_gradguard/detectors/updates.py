@@ -52,9 +52,9 @@ class UpdateRatio:
     eighth.
 
     Raised when a layer exceeds ``limit`` in all samples of ``steps`` steps, and the loss, if given, has since made no
-    progress in 17 more steps than it has, or, where that is known, has not beaten a constant guess in 51: the first steps
-    may be large, and with normalization behind a layer even many. Large updates are remembered for 100 steps, since the weights that they made do not recover. A layer that has
-    stopped moving is not raised.
+    progress in 17 more steps than it has, or, where that is known, has not beaten a constant guess in 51: the first
+    steps may be large, and with normalization behind a layer even many. Large updates are remembered for 100 steps,
+    since the weights that they made do not recover. A layer that has stopped moving is not raised.
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.

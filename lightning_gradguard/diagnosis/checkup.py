@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.diagnosis.first_pass import FirstPass, ignores_parameters, measure_first_pass
+from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
@@ -39,8 +39,8 @@ _DEAD_SHARE, _DEAD_LAYERS = 0.9, 2
 _TIMES_CHANCE = 10.0
 #: Root mean square of inputs, healthy at most 1.9, and of targets, healthy at most 1.3.
 _INPUT_RMS, _TARGET_RMS = 10.0, 100.0
-#: Virtual steps before layers without a gradient, or a tilt, count: weights that start at zero need one each, one behind
-#: the other.
+#: Virtual steps before layers without a gradient, or a tilt, count: weights that start at zero need one each, one
+#: behind the other.
 _VIRTUAL_STEPS = 3
 
 
@@ -176,8 +176,11 @@ def checkup(
         if later.finite:
             seen = replace(seen, dead=later.dead, tilt=later.tilt)
     if _has_no_gradient(seen) and ignores_parameters(step):
-        text = "Every gradient is exactly zero, and the loss stays the same when all weights change: it does not depend on "
-        constant = GraphProblem(Problem.CONSTANT_LOSS, f"{text}what the model computes.")
+        text = (
+            "Every gradient is exactly zero, and the loss stays the same when all weights change: it does not depend "
+            "on what the model computes."
+        )
+        constant = GraphProblem(Problem.CONSTANT_LOSS, text)
         seen = replace(seen, problems=(*seen.problems, constant))
     rules = (
         *(_check_loss_function, _check_data, _check_paths, _check_dead_layers, _check_activations),
@@ -240,7 +243,7 @@ def _check_loss_function(seen: FirstPass) -> Iterator[Check]:
         return
     if graph is None or graph.opaque or graph.hidden:
         behind = f" behind {listing(graph.hidden)}" if graph is not None and graph.hidden else ""
-        value = f"no mistake in what was seen; the graph was not seen{behind}, since its operations are not autograd's own"
+        value = f"no mistake in what was seen; the graph was not seen{behind}: its operations are not autograd's own"
     else:
         value = "no mistake in the graph of the loss"
     yield Check("loss function", value, usual)
@@ -253,7 +256,9 @@ def _has_no_gradient(seen: FirstPass) -> bool:
     """
     operations = seen.graph_summary.loss_ops if seen.graph_summary is not None else {}
     rectified = any(kind_of(op) in ("relu", "hardtanh") for op in operations)
-    return bool(seen.names) and not rectified and not seen.problems and set(seen.gradients_log10) == {-math.inf}
+    return (
+        bool(seen.names) and not rectified and not seen.problems and set(seen.gradients_log10) == {-math.inf}
+    )
 
 
 def _check_data(seen: FirstPass) -> Iterator[Check]:

@@ -33,8 +33,8 @@ _RANGES = {
     "Tanh": (-1.0, 1.0),
     "Relu": (0.0, math.inf),
 }
-#: Part of the spread of the targets that outputs of a bounded range leave, from which the range is a mistake: a tanh and
-#: standard normal targets leave 0.15, a ReLU 0.5, a sigmoid 0.57.
+#: Part of the spread of the targets that outputs of a bounded range leave, from which the range is a mistake: a tanh
+#: and standard normal targets leave 0.15, a ReLU 0.5, a sigmoid 0.57.
 _OUT_OF_REACH = 0.25
 
 
@@ -263,7 +263,8 @@ def _judge_cross_entropy(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
     if x.ndim < 2 or x.shape[1] < 2 or not _is_distribution(x, 1):
         return
     text = (
-        f"cross_entropy gets probabilities: its {x.shape[1]} inputs are between 0 and 1, and add up to 1 in each sample. It "
+        f"cross_entropy gets probabilities: its {x.shape[1]} inputs are between 0 and 1, and add up "
+        "to 1 in each sample. It "
         "expects logits, and has a softmax of its own."
     )
     yield GraphProblem(Problem.PROBABILITIES, text)
@@ -282,7 +283,9 @@ def _judge_divergence(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
     elif given.get("log_target", False) and any(
         _is_distribution(target, dim) for dim in {target.ndim - 1, min(1, target.ndim - 1)}
     ):
-        yield GraphProblem(Problem.DIVERGENCE, "kl_div gets log_target=True, but its second argument holds probabilities.")
+        yield GraphProblem(
+            Problem.DIVERGENCE, "kl_div gets log_target=True, but its second argument holds probabilities."
+        )
         return
     else:
         return
@@ -305,7 +308,8 @@ def _judge_range(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
         share = float((beyond != 0).float().mean())
         reach = "below 0" if high == math.inf else f"outside {low:g} to {high:g}"
         text = (
-            f"The outputs come from a {op.lower()}, but {100 * share:.0f} % of the targets are {reach}, where it cannot "
+            f"The outputs come from a {op.lower()}, but {100 * share:.0f} % of the targets are "
+            f"{reach}, where it cannot "
             "reach them."
         )
         yield GraphProblem(Problem.OUT_OF_RANGE, text)

@@ -14,7 +14,12 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_gradguard.introspection.graph_problems import GraphProblem, LossGraph, find_problems, summed_rows
+from lightning_gradguard.introspection.graph_problems import (
+    GraphProblem,
+    LossGraph,
+    find_problems,
+    summed_rows,
+)
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
     MERGES,
@@ -46,8 +51,8 @@ class GraphSummary:
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
         recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
         skips: True if some value is added or concatenated to something computed from it.
-        hidden: Operations that are not autograd's own, and hide what they compute: custom functions, compiled and scripted
-            parts.
+        hidden: Operations that are not autograd's own, and hide what they compute: custom functions, compiled and
+            scripted parts.
         opaque: True if a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.

@@ -1,8 +1,8 @@
 """Mistakes that an autograd graph shows before any step is taken.
 
-Only the part after the last matrix product is searched: the loss, and what leads to it. Names of nodes, shapes and saved
-integers can be read after the backward pass too; saved tensors cannot, and only those of one element on the host, such
-as a constant factor, are read before it.
+Only the part after the last matrix product is searched: the loss, and what leads to it. Names of nodes, shapes and
+saved integers can be read after the backward pass too; saved tensors cannot, and only those of one element on the
+host, such as a constant factor, are read before it.
 
 To add a mistake: add a member to `Problem`, a function that finds it to `_FINDERS`, and its fix to
 `lightning_gradguard.diagnosis.fixes.PROBLEMS`.
@@ -32,12 +32,15 @@ _OPERANDS = {"Addmm": (1, 2), "Mm": (0, 1), "Linear": (0, 1), "Convolution": (0,
 #: Losses of a difference, which broadcast their arguments.
 _DIFFERENCES = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"})
 #: Losses that are never below zero, so that their negative has no lower bound.
-_NONNEGATIVE = _DIFFERENCES | _NLL | _BCE | {"CtcLoss", "MultiMarginLoss", "MultilabelMarginLoss", "SoftMarginLoss"}
+_NONNEGATIVE = (
+    _DIFFERENCES | _NLL | _BCE | {"CtcLoss", "MultiMarginLoss", "MultilabelMarginLoss", "SoftMarginLoss"}
+)
 #: Operations from which no logarithm can come.
 _NO_LOGARITHM = frozenset({"Sigmoid", "Tanh", "Relu", "LeakyRelu", "Gelu", "Silu", "Elu"})
 #: Operations that work on each element for itself.
 _ELEMENTWISE = _SCALINGS | {
-    *("Neg", "Pow", "Abs", "Exp", "Log", "Log1P", "Sqrt", "Minimum", "Maximum", "Where", "Rsub", "Softplus", "Sigmoid"),
+    *("Neg", "Pow", "Abs", "Exp", "Log", "Log1P", "Sqrt", "Minimum", "Maximum", "Where", "Rsub", "Softplus"),
+    "Sigmoid",
     *("Square", "LogSigmoid", "Logaddexp", "Tanh"),
     *_DIFFERENCES,
 }
@@ -110,7 +113,8 @@ def summed_rows(loss: LossGraph) -> int:
         loss: Graph of the loss.
     """
     top = loss.skip(0)
-    if loss.ops[top] == "Div" and len(loss.inputs(top)) == 1:  # trainers divide by the number of micro-batches
+    # Trainers divide by the number of micro-batches.
+    if loss.ops[top] == "Div" and len(loss.inputs(top)) == 1:
         top = loss.skip(loss.inputs(top)[0])
     while loss.ops[top] == "Neg":
         top = loss.skip(loss.inputs(top)[0])
@@ -134,12 +138,13 @@ class LossGraph:
         ops: Operation of each node.
         edges: Inputs of each node; None for one without a gradient.
         parents: Nodes that use each node.
-        frozen: True if a last matrix product has a weight that is not trained, such as that of a critic whose turn it is
-            not.
+        frozen: True if a last matrix product has a weight that is not trained, such as that of a critic whose turn it
+            is not.
     """
 
     def __init__(self, root: Any) -> None:
-        self._nodes, found = [root], {root: 0}  # torch makes a new Python object for a node that nothing holds
+        # torch makes a new Python object for a node that nothing holds.
+        self._nodes, found = [root], {root: 0}
         self._outputs = [0]
         self.ops: list[str] = []
         self.edges: list[list[int | None]] = []
@@ -244,7 +249,8 @@ def _softmax_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             if classes > 1:
                 lowest, guess = math.log(1 + (classes - 1) / math.e), math.log(classes)
                 text += (
-                    f". With probabilities in place of logits, a cross-entropy over {classes} classes cannot fall below "
+                    f". With probabilities in place of logits, a cross-entropy over {classes} classes "
+                    "cannot fall below "
                     f"{lowest:.2f}, where a guess gives {guess:.2f}, and its slope is small"
                 )
             yield GraphProblem(Problem.SOFTMAX_TWICE, f"{text}.")
@@ -257,7 +263,8 @@ def _sigmoid_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
         if loss.ops[inner] == "Sigmoid" or loss.ops[inner] in _SOFTMAX:
             first = loss.ops[inner].lower().replace("safe", "")
             text = (
-                f"The loss applies a sigmoid to the output of a {first}: binary_cross_entropy_with_logits expects logits, "
+                f"The loss applies a sigmoid to the output of a {first}: "
+                "binary_cross_entropy_with_logits expects logits, "
                 "and has a sigmoid of its own. With values between 0 and 1 in place of logits, the loss of a negative "
                 "target cannot fall below 0.69, that of a guess."
             )
@@ -267,7 +274,8 @@ def _sigmoid_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
         inputs = loss.inputs(outer)
         if loss.ops[outer] == "Sigmoid" and inputs and loss.ops[loss.skip(inputs[0])] == "Sigmoid":
             text = (
-                "The output passes two sigmoids in a row before the loss: it stays between 0.50 and 0.73, so the loss of "
+                "The output passes two sigmoids in a row before the loss: it stays between 0.50 and "
+                "0.73, so the loss of "
                 "a negative target cannot fall below 0.69, that of a guess."
             )
             yield GraphProblem(Problem.SIGMOID_TWICE, text)
@@ -301,7 +309,8 @@ def _no_logarithm(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             op = loss.ops[source]
             if op in _SOFTMAX:
                 text = (
-                    f"{name} gets the output of a softmax, but expects log-probabilities: it rewards probability itself, "
+                    f"{name} gets the output of a softmax, but expects log-probabilities: it rewards "
+                    "probability itself, "
                     "and its slope is nearly zero where the model is wrong."
                 )
             elif kind_of(op) == "product" or op in _NO_LOGARITHM:
@@ -329,9 +338,12 @@ def _one_class(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             )
         if judged:
             given = list(shape)
-            constant = "always 0" if loss.ops[index] == "LogSoftmax" else "the same whatever the model computes"
+            constant = (
+                "always 0" if loss.ops[index] == "LogSoftmax" else "the same whatever the model computes"
+            )
             text = (
-                f"The softmax is over a dimension of size one (outputs of shape {given}): its result is 1 for any input, so "
+                f"The softmax is over a dimension of size one (outputs of shape {given}): its result "
+                "is 1 for any input, so "
                 f"the loss is {constant} and has no gradient."
             )
             yield GraphProblem(Problem.ONE_CLASS, text)
@@ -342,9 +354,14 @@ def _wrong_dimension(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     for index in loss.where(_CTC):
         source = loss.skip(loss.inputs(index)[0]) if loss.inputs(index) else index
         shape, dim = loss.shape(source), loss.dimension(source)
-        if loss.ops[source] == "LogSoftmax" and shape and loss.shape(loss.inputs(index)[0])[-1:] != (shape[dim],):
+        if (
+            loss.ops[source] == "LogSoftmax"
+            and shape
+            and loss.shape(loss.inputs(index)[0])[-1:] != (shape[dim],)
+        ):
             text = (
-                f"The log_softmax before ctc_loss is over dimension {dim} of outputs of shape {list(shape)}, but the classes "
+                f"The log_softmax before ctc_loss is over dimension {dim} of outputs of shape "
+                f"{list(shape)}, but the classes "
                 "are in another one."
             )
             yield GraphProblem(Problem.WRONG_DIMENSION, text)
@@ -364,7 +381,8 @@ def _wrong_dimension(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
                 same = shape == given
                 if (same and dim != right) or (not same and shape[dim] != given[right]):
                     text = (
-                        f"The softmax is over dimension {dim} of outputs of shape {list(shape)}, but the {given[right]} "
+                        f"The softmax is over dimension {dim} of outputs of shape {list(shape)}, but "
+                        f"the {given[right]} "
                         f"classes are in another one: it normalizes over {'samples' if dim == 0 else 'positions'}."
                     )
                     yield GraphProblem(Problem.WRONG_DIMENSION, text)
@@ -378,7 +396,13 @@ def _wrong_sign(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     if shared or loss.frozen:  # what is maximized belongs to another optimizer, as in adversarial training
         return
     op = loss.ops[terms[0][0]]
-    what = "a cross-entropy" if op in _NLL | _BCE else "a squared error" if op in ("Pow", "Mul", "MseLoss") else "an error"
+    what = (
+        "a cross-entropy"
+        if op in _NLL | _BCE
+        else "a squared error"
+        if op in ("Pow", "Mul", "MseLoss")
+        else "an error"
+    )
     text = f"The loss is minus {what}: training makes the error larger, without bound."
     yield GraphProblem(Problem.WRONG_SIGN, text)
 
@@ -409,7 +433,8 @@ def _broadcast(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
         other = [whole[0], 1, *part[1:]] if len(part) < len(whole) else [whole[0], *part[2:]]
         text = (
             f"An output of shape {list(part)} meets a target of another shape, such as {other}, and both are "
-            f"broadcast to {list(whole)}: each sample is compared with all {whole[0]} targets, so the best output is their mean."
+            f"broadcast to {list(whole)}: each sample is compared with all {whole[0]} targets, so the "
+            "best output is their mean."
         )
         yield GraphProblem(Problem.BROADCAST, text)
 
@@ -441,7 +466,9 @@ def _signed_terms(loss: LossGraph) -> Iterator[tuple[int, int, bool]]:
         elif single and op in ("Mul", "Div") and loss.size(index) == 1:
             factor, fixed = loss.factor(index)
             if factor == -1 or factor > 0:
-                pending.append((inputs[0], sign if factor > 0 else -sign, scaled or (op == "Mul" and not fixed)))
+                pending.append(
+                    (inputs[0], sign if factor > 0 else -sign, scaled or (op == "Mul" and not fixed))
+                )
             else:
                 yield index, sign, True
         elif op in ("Add", "Stack", "Cat") or (single and op == "Sub" and len(loss.edges[index]) == 1):

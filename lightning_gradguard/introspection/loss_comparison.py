@@ -1,8 +1,8 @@
 """Compare a loss with that of a constant guess.
 
 Cross-entropies, binary cross-entropies and squared errors keep their arguments in the autograd graph until the backward
-pass frees them. From there follows, without a pass of its own and without a host read, what the best constant guess would
-reach: the entropy of the labels' frequencies, or the variance of the targets.
+pass frees them. From there follows, without a pass of its own and without a host read, what the best constant guess
+would reach: the entropy of the labels' frequencies, or the variance of the targets.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LossComparison(NamedTuple):
     """Comparison of a loss with a constant guess.
 
     Attributes:
-        excess: float32 [], loss over that of the best constant guess; 1 where the model does not use its input. NaN if it
-            is not known.
-        reach: float32 [], root mean square of the outputs over that of the targets of a squared or Huber loss; NaN under
-            any other.
+        excess: float32 [], loss over that of the best constant guess; 1 where the model does not use its input. NaN if
+            it is not known.
+        reach: float32 [], root mean square of the outputs over that of the targets of a squared or Huber loss; NaN
+            under any other.
     """
 
     excess: Tensor

@@ -52,8 +52,8 @@ class GradStats:
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
-        excess: float32 [], loss over that of the best constant guess, at the newest sampled step at which the caller knew
-            it; NaN where it is not known.
+        excess: float32 [], loss over that of the best constant guess, at the newest sampled step at which the caller
+            knew it; NaN where it is not known.
         reach: float32 [], size of the outputs over that of their targets, the same.
         update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.

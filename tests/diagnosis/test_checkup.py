@@ -315,13 +315,17 @@ FITTING = {
     "log_softmax twice": lambda out, y: F.cross_entropy(F.log_softmax(out, 1), y),
     "nll": lambda out, y: F.nll_loss(F.log_softmax(out, 1), y),
     "binary": lambda out, y: F.binary_cross_entropy(out.sigmoid(), one_hot(y)),
-    "divergence": lambda out, y: F.kl_div(F.log_softmax(out, 1), smoothed(5 * one_hot(y)), reduction="batchmean"),
+    "divergence": lambda out, y: F.kl_div(
+        F.log_softmax(out, 1), smoothed(5 * one_hot(y)), reduction="batchmean"
+    ),
     "divergence of logs": lambda out, y: F.kl_div(
         F.log_softmax(out, 1), F.log_softmax(5 * one_hot(y), 1), log_target=True, reduction="batchmean"
     ),
     "distillation": lambda out, y: F.cross_entropy(out, smoothed(5 * one_hot(y))),
     "squared error of a sigmoid": lambda out, y: F.mse_loss(out.sigmoid(), one_hot(y)),
-    "noisy targets of a sigmoid": lambda out, y: F.mse_loss(out.sigmoid(), one_hot(y) + 0.1 * torch.randn(len(y), 10)),
+    "noisy targets of a sigmoid": lambda out, y: F.mse_loss(
+        out.sigmoid(), one_hot(y) + 0.1 * torch.randn(len(y), 10)
+    ),
     "standard targets of a tanh": lambda out, y: F.mse_loss(out.tanh(), torch.randn(len(y), 10)),
     "squared error of a ReLU": lambda out, y: F.mse_loss(out.relu() + 0.1 * out, one_hot(y)),
     "margin": F.multi_margin_loss,
@@ -432,7 +436,9 @@ def normed(net, small=False):
 ZEROS = {
     "an output layer": lambda lab: zero_head(he(lab.mlp(6))),
     "an output layer of a tanh net": lambda lab: zero_head(lab.mlp(5, activation=nn.Tanh)),
-    "low-rank updates": lambda lab: nn.Sequential(LowRank(32), nn.ReLU(), LowRank(32), nn.ReLU(), LowRank(10)),
+    "low-rank updates": lambda lab: nn.Sequential(
+        LowRank(32), nn.ReLU(), LowRank(32), nn.ReLU(), LowRank(10)
+    ),
     "gates": lambda lab: nn.Sequential(nn.Linear(32, 32), *[Gated() for _ in range(6)], nn.Linear(32, 10)),
     "modulation": lambda lab: Modulated(),
     "weight normalization": lambda lab: normed(he(lab.mlp(6))),

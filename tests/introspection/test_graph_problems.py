@@ -125,12 +125,18 @@ def quantiles(m):
 def quantile_huber(m):
     pred, target = m(x()), torch.randn(N, 5)
     error = target.unsqueeze(1) - pred.unsqueeze(2)
-    return F.huber_loss(pred.unsqueeze(2).expand(N, 5, 5), target.unsqueeze(1).expand(N, 5, 5)) + error.abs().mean()
+    return (
+        F.huber_loss(pred.unsqueeze(2).expand(N, 5, 5), target.unsqueeze(1).expand(N, 5, 5))
+        + error.abs().mean()
+    )
 
 
 SICK = {
     "softmax twice": (Problem.SOFTMAX_TWICE, lambda m: F.cross_entropy(m(x()).softmax(1), labels())),
-    "softmax twice, temperature": (Problem.SOFTMAX_TWICE, lambda m: F.cross_entropy(m(x()).softmax(-1) / 0.5, labels())),
+    "softmax twice, temperature": (
+        Problem.SOFTMAX_TWICE,
+        lambda m: F.cross_entropy(m(x()).softmax(-1) / 0.5, labels()),
+    ),
     "softmax twice, clamped": (
         Problem.SOFTMAX_TWICE,
         lambda m: F.cross_entropy(m(x()).softmax(1).clamp(1e-7, 1 - 1e-7), labels(), label_smoothing=0.1),
@@ -194,7 +200,10 @@ SICK = {
         lambda m: -F.cross_entropy(m(x()), labels(), label_smoothing=0.1),
     ),
     "minus squared error": (Problem.WRONG_SIGN, lambda m: -F.mse_loss(m(x()), torch.randn(N, C)) / 4),
-    "minus squared error by hand": (Problem.WRONG_SIGN, lambda m: -((m(x()) - torch.randn(N, C)) ** 2).mean()),
+    "minus squared error by hand": (
+        Problem.WRONG_SIGN,
+        lambda m: -((m(x()) - torch.randn(N, C)) ** 2).mean(),
+    ),
     "minus root of it": (Problem.WRONG_SIGN, lambda m: -F.mse_loss(m(x()), torch.randn(N, C)).sqrt()),
     "one minus cross-entropy": (Problem.WRONG_SIGN, lambda m: 1 - F.cross_entropy(m(x()), labels())),
     "log-likelihood minimized": (
@@ -216,7 +225,10 @@ SICK_ONE = {
     "mse [N] and [N, 1]": (Problem.BROADCAST, lambda m: F.mse_loss(m(x()).squeeze(1), torch.randn(N, 1))),
     "by hand": (Problem.BROADCAST, lambda m: ((m(x()) - torch.randn(N)) ** 2).mean()),
     "l1": (Problem.BROADCAST, lambda m: F.l1_loss(m(x()).view(-1), torch.randn(N, 1))),
-    "huber, none": (Problem.BROADCAST, lambda m: F.huber_loss(m(x()), torch.randn(N), reduction="none").mean()),
+    "huber, none": (
+        Problem.BROADCAST,
+        lambda m: F.huber_loss(m(x()), torch.randn(N), reduction="none").mean(),
+    ),
     "target minus output": (Problem.BROADCAST, lambda m: (torch.randn(N) - m(x())).abs().sum()),
     "maps": (
         Problem.BROADCAST,
@@ -237,9 +249,14 @@ HEALTHY = {
     "sequence": lambda m: F.nll_loss(F.log_softmax(m(x(N, T, 6)), -1).transpose(1, 2), labels(N, T)),
     "distillation": lambda m: F.cross_entropy(m(x()), m(x()).detach().softmax(1)),
     "mutual learning": lambda m: F.cross_entropy(m(x()), m(x()).softmax(1)),
-    "divergence": lambda m: F.kl_div(F.log_softmax(m(x()), 1), torch.randn(N, C).softmax(1), reduction="batchmean"),
+    "divergence": lambda m: F.kl_div(
+        F.log_softmax(m(x()), 1), torch.randn(N, C).softmax(1), reduction="batchmean"
+    ),
     "divergence to logs": lambda m: F.kl_div(
-        F.log_softmax(m(x()) / 2, 1), F.log_softmax(torch.randn(N, C), 1), log_target=True, reduction="batchmean"
+        F.log_softmax(m(x()) / 2, 1),
+        F.log_softmax(torch.randn(N, C), 1),
+        log_target=True,
+        reduction="batchmean",
     ),
     "ctc": lambda m: ctc(m(x(20, N, 6)).log_softmax(2)),
     "ctc, batch first": lambda m: ctc(m(x(N, 20, 6)).log_softmax(2).transpose(0, 1)),
@@ -284,7 +301,9 @@ HEALTHY_ONE = {
     "one mean for all": lambda m: F.mse_loss(m(x()).mean(), torch.tensor(1.0)),
     "one number against many": lambda m: F.mse_loss(m(x(1, 6)), torch.randn(1, 9)),
     "binary": lambda m: F.binary_cross_entropy_with_logits(m(x()).squeeze(1), torch.rand(N)),
-    "attention to one": lambda m: F.mse_loss((m(x(N, 1, 6)).softmax(1) * torch.randn(N, 1, 3)).sum(1), torch.randn(N, 3)),
+    "attention to one": lambda m: F.mse_loss(
+        (m(x(N, 1, 6)).softmax(1) * torch.randn(N, 1, 3)).sum(1), torch.randn(N, 3)
+    ),
 }
 
 

@@ -27,7 +27,10 @@ def frequencies(y, classes=8):
 def test_the_frequencies_of_the_labels_are_a_guess():
     y = labels()
     logits = frequencies(y).log().expand(len(y), 8).clone().requires_grad_()
-    for loss in (F.cross_entropy(logits, y), 65536.0 * F.cross_entropy(logits, y) / 3 + logits.square().sum()):
+    for loss in (
+        F.cross_entropy(logits, y),
+        65536.0 * F.cross_entropy(logits, y) / 3 + logits.square().sum(),
+    ):
         compared = compare_with_guess(loss)
         assert compared.excess.item() == pytest.approx(1.0, abs=0.01)
         assert compared.reach.isnan()
@@ -37,21 +40,29 @@ def test_a_better_model_is_below_one_and_ignored_labels_do_not_count():
     y = labels()
     logits = (3.0 * F.one_hot(y, 8)).requires_grad_()
     expected = F.cross_entropy(logits, y) / -torch.xlogy(frequencies(y), frequencies(y)).sum()
-    assert compare_with_guess(F.cross_entropy(logits, y)).excess.item() == pytest.approx(expected.item(), rel=0.01)
+    assert compare_with_guess(F.cross_entropy(logits, y)).excess.item() == pytest.approx(
+        expected.item(), rel=0.01
+    )
     hidden = torch.where(torch.rand(len(y)) < 0.5, -100, y)
-    assert compare_with_guess(F.cross_entropy(logits, hidden)).excess.item() == pytest.approx(expected.item(), rel=0.05)
+    assert compare_with_guess(F.cross_entropy(logits, hidden)).excess.item() == pytest.approx(
+        expected.item(), rel=0.05
+    )
 
 
 def test_positions_and_binary_targets():
     y = labels().view(64, 64)
     maps = torch.zeros(64, 8, 64, requires_grad=True)
     assert compare_with_guess(F.cross_entropy(maps, y)).excess.item() == pytest.approx(
-        math.log(8) / F.cross_entropy(frequencies(y.flatten()).log().expand(4096, 8), y.flatten()).item(), rel=0.01
+        math.log(8) / F.cross_entropy(frequencies(y.flatten()).log().expand(4096, 8), y.flatten()).item(),
+        rel=0.01,
     )
     target = (torch.rand(512) < 0.1).float()
     p = target.mean()
     logits = torch.full((512,), torch.logit(p).item(), requires_grad=True)
-    for loss in (F.binary_cross_entropy_with_logits(logits, target), F.binary_cross_entropy(logits.sigmoid(), target)):
+    for loss in (
+        F.binary_cross_entropy_with_logits(logits, target),
+        F.binary_cross_entropy(logits.sigmoid(), target),
+    ):
         assert compare_with_guess(loss).excess.item() == pytest.approx(1.0, abs=0.01)
 
 

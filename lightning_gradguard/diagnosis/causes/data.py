@@ -87,7 +87,8 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     if context.fault == Fault.STALLED and context.finding.detector == "TargetScale":
         size = "" if context.target_rms is None else f", which have an RMS of {number(context.target_rms)}"
         text = (
-            f"The outputs are {number(context.finding.value)} times as large as their targets{size}; the weights do move, "
+            f"The outputs are {number(context.finding.value)} times as large as their targets{size}; "
+            "the weights do move, "
             "but at this rate the outputs take thousands of steps to get there."
         )
         yield Evidence(-math.log10(max(context.finding.value, 1e-12)) + 1, text)

@@ -73,14 +73,16 @@ def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
 def summed_loss(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame a loss that is summed over the batch.
 
-    Its gradient is as many times larger as there are samples. An optimizer that normalizes gradients does not pass that on.
+    Its gradient is as many times larger as there are samples. An optimizer that normalizes gradients does not pass
+    that on.
     """
     rows = context.summed_rows
     killed = context.fault == Fault.DEAD and context.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
     harmful = killed or (context.too_large and context.fault != Fault.SPIKE)
     if rows and harmful and not context.normalizes_gradient:
         text = (
-            f"The loss is a sum over {rows} samples (it began at {number(context.loss_start)}), not a mean: its gradient is "
+            f"The loss is a sum over {rows} samples (it began at {number(context.loss_start)}), not a "
+            "mean: its gradient is "
             f"{rows} times as large, and so is each step of {context.optimizer or 'the optimizer'}."
         )
         yield Evidence((3 if killed else 1) + math.log10(rows), text)
