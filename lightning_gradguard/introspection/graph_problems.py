@@ -182,7 +182,7 @@ class LossGraph:
     def shape(self, index: int) -> tuple[int, ...]:
         """Return the shape of a node's output, or ``()``."""
         try:
-            made = self._nodes[index]._input_metadata[self._outputs[index]].shape
+            made = getattr(self._nodes[index], "_input_metadata", ())[self._outputs[index]].shape
             return tuple(int(size) for size in made)
         except Exception:  # not recorded, or symbolic
             return ()

@@ -55,14 +55,19 @@ def compare_with_guess(loss: Tensor) -> LossComparison | None:
         weight = getattr(node, "_saved_weight", None)
         if weight is not None or getattr(node, "_saved_pos_weight", None) is not None:
             return None
-        output, target = node._saved_self.detach().float(), node._saved_target.detach()
+        output, target = _saved(node, "self").float(), _saved(node, "target")
         if op in ("NllLoss", "NllLoss2D"):
-            return _of_labels(output, target, node._saved_ignore_index)
+            return _of_labels(output, target, getattr(node, "_saved_ignore_index", -100))
         if op in ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"):
             return _of_binary(output, target.float(), logits=op.endswith("WithLogits"))
         return _of_values(output, target.float(), squared=op == "MseLoss")
     except Exception:  # freed, changed in place, or of another form
         return None
+
+
+def _saved(node: Any, name: str) -> Tensor:
+    tensor: Tensor = getattr(node, f"_saved_{name}")
+    return tensor.detach()
 
 
 def _loss_node(root: Any) -> tuple[Any, str] | None:
