@@ -161,7 +161,7 @@ CASES = [
         ),
         level=0.8,
         fault=BIG,
-        cause=Cause.UNKNOWN,
+        cause=Cause.WEIGHT_DECAY,
         culprits=("net.*",),
         kin=("dense", "adamw"),
     ),

@@ -185,7 +185,7 @@ CASES = [
         ),
         level=0.9,
         fault=V,
-        cause=Cause.UNKNOWN,
+        cause=Cause.WEIGHT_DECAY,
         culprits=("net.*.weight",),
         onset=50,
         kin=("dense", "sgd"),

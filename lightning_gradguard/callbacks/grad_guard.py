@@ -168,7 +168,10 @@ class GradGuard(Callback):
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """Diagnosis of the newest critical finding, or None."""
+        """Diagnosis of the newest critical finding, or None.
+
+        That of the newest warning while nothing is critical; fixes are tried only for something critical.
+        """
         return self._results.diagnosis
 
     @property

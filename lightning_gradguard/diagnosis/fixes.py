@@ -138,15 +138,21 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
-        case Cause.STALE_OPTIMIZER | Cause.UNREGISTERED_MODULES | Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
+        case (
+            Cause.STALE_OPTIMIZER
+            | Cause.UNREGISTERED_MODULES
+            | Cause.GRADIENT_SCALING
+            | Cause.STALE_GRADIENTS
+        ):
             return []
-        case Cause.NORMALIZATION | Cause.WEIGHT_DECAY:
+        case Cause.NORMALIZATION:
             return []
+
+        case Cause.WEIGHT_DECAY:
+            return [lower_weight_decay(c), NO_DECAY_ON_NORMS]
 
         case Cause.UNKNOWN if c.fault.is_custom:
             return [change_response(c.fault)]
-        case Cause.UNKNOWN if c.decayed:
-            return [lower_weight_decay(c), ONE_BATCH]
         case Cause.UNKNOWN:
             return [DETECT_ANOMALY if c.fault == Fault.NONFINITE else None, ONE_BATCH]
 
@@ -487,12 +493,20 @@ def lower_momentum(context: DiagnosticContext) -> Remedy:
     return Remedy(name, how, change=Change(momentum=TYPICAL_MOMENTUM), key="lower momentum")
 
 
-def lower_weight_decay(context: DiagnosticContext) -> Remedy:
+NO_DECAY_ON_NORMS = Remedy(
+    "No weight decay on biases and normalizations",
+    'groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]',
+)
+
+
+def lower_weight_decay(context: DiagnosticContext) -> Remedy | None:
     """Return a weight decay of at most 1e-4.
 
-    At most a hundredth of the current one.
+    At most a hundredth of the current one; None if there is none.
     """
     current = context.setting("weight_decay")
+    if not current > 0:
+        return None
     lower = min(1e-4, current / 100)
     name = f"Lower the weight decay from {number(current)} to {number(lower)}"
     how = f"weight_decay = {number(lower)}  # was {number(current)}"

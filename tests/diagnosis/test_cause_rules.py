@@ -269,13 +269,13 @@ def test_a_first_loss_that_only_large_outputs_give():
     assert find_causes(deep)[0][0] == Cause.TOO_DEEP
 
 
-def test_weights_shrunk_by_decay_are_explained_in_the_unknown_cause():
+def test_weights_shrunk_by_decay_blame_the_decay():
     known = {"initial_weight_norms": (4.0,) * 6, "weight_norms": (0.1,) * 6, "tilt": 0.0}
     shrunk = case_with(
         Fault.OVERSIZED_UPDATE, defaults={"weight_decay": 1.0}, update_ratios=(0.2,) * 6, **known
     )
     ((cause, evidence),) = find_causes(shrunk)
-    assert cause == Cause.UNKNOWN
+    assert cause == Cause.WEIGHT_DECAY
     assert "2.5%" in evidence
     assert "weight decay of 1 is too strong" in evidence
     undecayed = dataclasses.replace(shrunk, defaults={"weight_decay": 0.0})

@@ -12,7 +12,6 @@ from lightning_gradguard.diagnosis.causes import data, model, numerics, optimize
 from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
-from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.graph_problems import UNBOUNDED
 from lightning_gradguard.results import Fault
 
@@ -30,6 +29,7 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
     Cause.LEARNING_RATE_TOO_LOW: optimizer.learning_rate_too_low,
     Cause.OPTIMIZER_EPSILON: optimizer.optimizer_epsilon,
     Cause.MOMENTUM: optimizer.momentum,
+    Cause.WEIGHT_DECAY: optimizer.weight_decay,
     Cause.BAD_DATA: data.bad_data,
     Cause.LOW_PRECISION: numerics.low_precision,
     Cause.OUTLIER_BATCH: data.outlier_batch,
@@ -71,7 +71,4 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
 def _unknown(context: DiagnosticContext) -> str:
     if context.fault.is_custom:
         return "The rules for causes know the built-in faults only; this one comes from a custom detector."
-    if context.decayed:
-        decay, size = number(context.setting("weight_decay")), number(100 * context.remaining_size)
-        return f"The weights have shrunk to {size}% of their initial size: a weight decay of {decay} is too strong."
     return "No cause that is known here fits what was measured."

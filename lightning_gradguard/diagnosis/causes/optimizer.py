@@ -110,6 +110,15 @@ def momentum(context: DiagnosticContext) -> Iterator[Evidence]:
     yield Evidence(weight + 2.5 if killed else weight, text)
 
 
+def weight_decay(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a decay that has shrunk the weights."""
+    if context.decayed:
+        decay, size = number(context.setting("weight_decay")), number(100 * context.remaining_size)
+        text = f"The weights have shrunk to {size}% of their initial size: a weight decay of {decay} is too strong."
+        # What else is found then follows from it: steps are large for weights that are nearly nothing.
+        yield Evidence(CERTAIN, text)
+
+
 def _oversized_steps(context: DiagnosticContext) -> tuple[float, str] | None:
     """Return the excess of a step, decades, and words.
 

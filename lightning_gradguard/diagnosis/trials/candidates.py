@@ -44,7 +44,7 @@ def find_candidates(
         profile: log10(‖g‖/‖w‖) of its layers without a fix, from weights of their size at the start.
     """
     if context.decayed:
-        return [fixes.lower_weight_decay(context)]
+        return [fix for fix in [fixes.lower_weight_decay(context)] if fix is not None]
     if is_bottomless(context, causes):
         return [fixes.SPECTRAL_NORMALIZATION]
     found: list[Remedy] = []
