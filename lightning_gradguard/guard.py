@@ -38,6 +38,7 @@ from lightning_gradguard.engine.evaluate import (
 from lightning_gradguard.engine.fast_path import FastPath
 from lightning_gradguard.engine.fault_tracker import Decision, FaultTracker
 from lightning_gradguard.engine.history import History, history_of
+from lightning_gradguard.engine.ownership import add_ownership, disconnected_index, name_idle
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
 from lightning_gradguard.engine.readback import (
     PendingStep,
@@ -51,7 +52,7 @@ from lightning_gradguard.engine.readback import (
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
-from lightning_gradguard.introspection.graph_problems import Problem
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP, Problem
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
@@ -459,7 +460,10 @@ class Guard:
 
     def _conclude(self, numbers: list[float], pending: PendingStep) -> Report:
         """Turn a step's numbers into its report."""
-        record = self.record = unpack(numbers, pending, self._parts, self._results)
+        record = unpack(numbers, pending, self._parts, self._results)
+        if (summary := self.tracker.graph_summary) is not None and summary.problems:
+            record = add_ownership(record, summary.problems)
+        self.record = record
         decision = self.fault_tracker.decide(
             pending.step,
             record,
@@ -467,7 +471,9 @@ class Guard:
             scaled=pending.scaled,
             clipping=self.clipper is not None,
         )
+        decision = decision._replace(report=name_idle(decision.report, summary))
         report = self.report = decision.report
+        self.tracker.probe_inputs(record.norms)
         self._halt = decision.halt
         layout = pending.evaluation.stats.layout
         if layout.names != self._history.names:
@@ -496,6 +502,12 @@ class Guard:
             no_progress = (
                 self.fault_tracker.judged >= WARM_UP + 5 and record.loss_mean > 0.9 * record.loss_start
             )
+            if (
+                problem.kind in OWNERSHIP
+                and problem.certain
+                and disconnected_index(record.results) is not None
+            ):
+                continue  # a finding says it
             if problem.kind not in self._warned_of and (problem.certain or no_progress):
                 from lightning_gradguard.diagnosis.diagnose import describe_problem
 

@@ -238,11 +238,13 @@ class GradGuard(Callback):
         self._buffers.save()
         self._rollback.save_if_due(trainer, self._registry)
         self._recording.start_batch(trainer, batch, batch_idx)
+        self._registry.begin_pass()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss for the judgement."""
         due = any(guard.tracker.compares_loss for guard in self._registry.guards.values())
         self._losses.add(trainer, pl_module, loss, compare=due)
+        self._registry.end_pass(loss, leave=pl_module.automatic_optimization)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -321,6 +323,7 @@ class GradGuard(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Release the batch; repair running statistics."""
+        self._registry.leave_pass()
         self._batch, self._losses.graph = (None, 0), None
         self._buffers.restore_nonfinite()
         self._recording.end_batch()
@@ -349,6 +352,7 @@ class GradGuard(Callback):
 
         Lightning calls no other hook after an exception.
         """
+        self._registry.leave_pass()
         self._registry.close_hooks()
         self._buffers.restore_nonfinite()
         bundle = self._recording.record_error(trainer, self._registry.guards, exception)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_gradguard.callbacks.trainer_adapter import warn
 from lightning_gradguard.clippers.base import Clipper, included_names
@@ -75,6 +76,28 @@ class GuardRegistry:
                     f"GradGuard: judging starts afresh, since the state in the checkpoint does not fit: {error}",
                 )
         return guard
+
+    def begin_pass(self) -> None:
+        """Let all guards observe a pass that begins now."""
+        for guard in self.guards.values():
+            guard.tracker.begin_pass()
+
+    def end_pass(self, loss: Tensor, *, leave: bool) -> None:
+        """End what `begin_pass` began.
+
+        Args:
+            loss: Loss of the pass.
+            leave: False inside the code of the user, who may have begun something since.
+        """
+        for guard in self.guards.values():
+            guard.tracker.end_pass(loss)
+        if leave:
+            self.leave_pass()
+
+    def leave_pass(self) -> None:
+        """Undo `begin_pass`, the newest first."""
+        for guard in reversed(self.guards.values()):
+            guard.tracker.leave_pass()
 
     @property
     def has_warned(self) -> bool:

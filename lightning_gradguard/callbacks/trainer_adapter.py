@@ -310,7 +310,8 @@ def check_first_batch(
     try:
         step = sandboxed_step_of(trainer, module, trainer.optimizers[0], batch, batch_idx)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        result = checkup(module, batch, loss_of=step.loss_of, scale=scale)
+        optimizers = [getattr(own, "optimizer", own) for own in trainer.optimizers]
+        result = checkup(module, batch, loss_of=step.loss_of, scale=scale, optimizers=optimizers)
     except Exception:  # an error of the model is for the training itself to raise
         return None
     if not result.ok:

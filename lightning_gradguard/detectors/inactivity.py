@@ -32,8 +32,13 @@ class Disconnected:
 
     They take part in the forward pass, but get no gradient. Raised after ``steps`` steps. Layers whose gradient is
     exactly zero, from the input up to the first that has one, count as well: they lie behind ``round()`` or a unit that
-    is dead for good. Trainable tensors that take no part in the forward pass are INFO, and so are biases alone: the
-    bias of an energy has no gradient by design.
+    is dead for good.
+
+    INFO is what gets nothing and is no mistake in the graph: trainable tensors that take no part in the forward pass;
+    tensors whose result the loss does not use, such as a head that this loss does not need; layers whose input is
+    exactly zero; and biases alone, since the bias of an energy has no gradient by design. A result that the model
+    hands to the code of the loss in a plain tuple, and that is not used there, may have been forgotten: a WARNING,
+    which never becomes critical.
 
     Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 
@@ -50,6 +55,10 @@ class Disconnected:
     measures: ClassVar[tuple[str, ...]] = (
         "tensors without a path from the loss",
         "trainable tensors that are not used",
+        "tensors whose gradient is exactly zero, although a path from the loss leads there",
+        "tensors whose result the loss does not use",
+        "layers whose input is exactly zero",
+        "tensors behind a softmax over one element, which is constant",
     )
     slow: ClassVar[bool] = True
 
@@ -66,17 +75,28 @@ class Disconnected:
         # Counted at every step, so that no gradient between two full evaluations is missed.
         seen = stats.trends.state.seen
         reached = seen > state.seen
-        cut = stats.cut | (stats.ran & zero_up_to_first_live(stats))
+        zero = stats.ran & zero_up_to_first_live(stats)
+        cut = stats.cut & ~stats.idle
+        constant = stats.constant & stats.present & (stats.norms == 0)
+        lost = cut | zero | stats.unused | stats.idle | stats.starved | constant
         # A tensor that gets a gradient after it had none has a path, such as an expert that no token chose.
         again = stats.cut & ((stats.norms > 0) | (reached & (state.steps > 0)))
-        held = torch.where((cut | stats.unused) & ~reached, state.steps + stats.elapsed, 0.0)
+        held = torch.where(lost & ~reached, state.steps + stats.elapsed, 0.0)
         held = torch.where((state.steps < 0) | again, -1.0, held)
         found = held >= self.steps
         # If nothing at all has a gradient, the optimizer holds the parameters of another model.
-        cut = torch.where(stats.present.any(), found & cut, found)
-        grave = (cut & stats.layout.is_layer).any()
-        cut = cut & grave
-        named = torch.where(grave, cut, found)
+        grave = torch.where(stats.present.any(), found & (cut | zero), found)
+        is_grave = (grave & stats.layout.is_layer).any()
+        grave = grave & is_grave
+        offered = (found & stats.offered).any()
+        # What is no mistake in the graph, kind by kind; the first that there is is named.
+        kinds = [(4.0, stats.starved), (3.0, stats.idle), (1.0, stats.unused), (5.0, constant)]
+        named, measure = found, stats.layout.constant(0.0)
+        for number, kind in reversed(kinds):
+            own = found & kind
+            named = torch.where(own.any(), own, named)
+            measure = torch.where(own.any(), number, measure)
+        named = torch.where(is_grave, grave, torch.where(offered, found & stats.offered, named))
         # The cut itself lies behind the last tensor that gets nothing, so that one comes first.
         score = torch.where(named, stats.layout.depth, -torch.inf)
         result = reading(
@@ -85,8 +105,8 @@ class Disconnected:
             named.sum(),
             1.0,
             score=score,
-            ceiling=torch.where(grave, 2.0, 0.0),
-            measure=torch.where(grave, 0.0, 1.0),
+            ceiling=torch.where(is_grave, 2.0, torch.where(offered, 1.0, 0.0)),
+            measure=torch.where(is_grave, torch.where((grave & stats.cut).any(), 0.0, 2.0), measure),
         )
         return result, Unreached(held, seen)
 
@@ -132,7 +152,7 @@ class DeadUnits:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step by the last sampled shares."""
         layers = stats.layout.is_layer & stats.present
-        dead = (stats.dead >= self.limit) & layers
+        dead = (stats.dead >= self.limit) & layers & ~_is_idle(stats)
         depth = torch.where(layers, stats.layout.depth, -1.0)
         # A loss may leave outputs unused, such as actions that were not taken: the last layer counts only at zero.
         dead = dead & ((depth < depth.max()) | (stats.norms == 0))
@@ -200,8 +220,18 @@ class Underflow:
 def zero_up_to_first_live(stats: GradStats) -> Tensor:
     """Return zero layers below the first live, bool [P].
 
-    Those with a gradient of exactly zero, from the input up to the first live layer.
+    Those with a gradient of exactly zero, from the input up to the first live layer. Layers that get nothing by design
+    are passed over.
     """
     layout, live = stats.layout, stats.trends.live
     first = torch.where(layout.is_layer & live, layout.depth, torch.inf).amin()
-    return layout.is_layer & stats.present & ~live & (layout.depth < first) & first.isfinite()
+    zero = layout.is_layer & stats.present & ~live & ~_is_idle(stats)
+    return zero & (layout.depth < first) & first.isfinite()
+
+
+def _is_idle(stats: GradStats) -> Tensor:
+    """Return layers that get nothing although no unit is dead, bool [P].
+
+    Their input is zero, they choose among one, or the loss does not use what they give.
+    """
+    return stats.starved | stats.constant | stats.idle

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.causes import find_causes
@@ -131,6 +133,7 @@ def checkup(
     loss: Callable[[Any, Any], Tensor] | None = None,
     loss_of: Callable[[Any], Tensor] | None = None,
     scale: float = 1.0,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> Checkup:
     """Check a model before it is trained.
 
@@ -151,6 +154,7 @@ def checkup(
         loss: Function of outputs and targets that returns a scalar, for a batch that is a pair of inputs and targets.
         loss_of: Function of the batch that returns a scalar, for any other module.
         scale: Loss scale of a GradScaler, if one will be used.
+        optimizers: All optimizers of the training, to check that they step what the loss trains.
 
     Raises:
         TypeError: If both losses are given, or none and the module has no ``training_step``.
@@ -183,7 +187,8 @@ def checkup(
         constant = GraphProblem(Problem.CONSTANT_LOSS, text)
         seen = replace(seen, problems=(*seen.problems, constant))
     rules = (
-        *(_check_loss_function, _check_data, _check_paths, _check_dead_layers, _check_activations),
+        *(_check_loss_function, _check_data, partial(_check_paths, unowned=_unowned(module, optimizers))),
+        *(_check_dead_layers, _check_activations),
         *(_check_depth, _check_initialization, _check_loss),
     )
     return Checkup(tuple(check for rule in rules for check in rule(seen)))
@@ -272,13 +277,33 @@ def _check_data(seen: FirstPass) -> Iterator[Check]:
         yield Check("scale of the targets", value, "about 1", Cause.TARGET_SCALE if bad else None)
 
 
-def _check_paths(seen: FirstPass) -> Iterator[Check]:
+def _unowned(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> frozenset[str]:
+    """Return trainable parameters that no optimizer has, if one has tensors of other layers instead."""
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    known = {id(p) for p in module.parameters()}
+    if not stepped - known:
+        return frozenset()
+    return frozenset(n for n, p in module.named_parameters() if p.requires_grad and id(p) not in stepped)
+
+
+def _check_paths(seen: FirstPass, unowned: frozenset[str] = frozenset()) -> Iterator[Check]:
     usual = "a path to every trainable weight in use"
+    reached = seen.graph_summary.shortest if seen.graph_summary is not None else {}
+    stale = [name for name in seen.names if name in unowned and name in reached]
     if seen.unreached:
         value = f"there is no path from the loss to {listing(seen.unreached)}"
         yield Check("gradient paths", value, usual, Cause.DETACHED_GRAPH)
-    else:
-        yield Check("gradient paths", usual, usual)
+    if seen.loose:
+        value = f"{listing(seen.loose)} get gradients, and no module knows of them: {seen.holder}"
+        yield Check(
+            "registered layers", value, "all in nn.ModuleList, nn.ModuleDict, ...", Cause.UNREGISTERED_MODULES
+        )
+    if stale:
+        value = f"{listing(stale)} get gradients and are in no optimizer, which has tensors of other layers instead"
+        yield Check("optimizer", value, "every trainable weight in use", Cause.STALE_OPTIMIZER)
+    if not (seen.unreached or seen.loose or stale):
+        more = f"; the loss does not use the result of {listing(seen.idle)}" if seen.idle else ""
+        yield Check("gradient paths", usual + more, usual)
 
 
 def _check_dead_layers(seen: FirstPass) -> Iterator[Check]:

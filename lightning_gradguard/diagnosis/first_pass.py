@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.diagnosis.wording import number
-from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
+from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
 from lightning_gradguard.introspection.operations import VIEWS, operation_of
+from lightning_gradguard.introspection.ownership import find_loose
+from lightning_gradguard.introspection.probes import InputProbe
+from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
@@ -51,9 +54,13 @@ class FirstPass:
         target_rms: Root mean square of the targets of a squared loss; NaN under any other.
         normalised: True if the first parameters that are used are those of a normalization.
         saturated: Share of saturated outputs of each sigmoid and tanh, in the order of the pass.
-        dead: Share of a layer's output rows whose gradient is exactly zero, by the name of its weight.
+        dead: Share of a layer's output rows whose gradient is exactly zero, by the name of its weight. Without layers
+            whose input is zero, and without those that choose among one.
         unreached: Trainable weights of layers that were used while gradients were on, and to which no path leads from
             the loss. A bias alone may have no path, such as that of an energy whose slope is learned.
+        idle: Weights that are computed with, and whose result the loss does not use: not mistakes.
+        loose: Weights that get gradients and that no module registers, such as those of layers in a plain list.
+        holder: A clause on where they are kept; empty without any.
         tilt: Depth tilt, decades; None with fewer than four layers.
         names: Names of P parameters in depth order, input first.
         shapes: Shapes of the P parameters.
@@ -72,6 +79,9 @@ class FirstPass:
     saturated: tuple[float, ...] = ()
     dead: Mapping[str, float] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+    holder: str = ""
     tilt: float | None = None
     names: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -106,19 +116,24 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
     with step.sandbox() as copy:
         _take_virtual_steps(step, copy, scale, steps)
         observer = _PassObserver(step.module)
+        inputs = InputProbe(dict(step.module.named_parameters()), torch.device("cpu"))
         with observer:
             loss = step.loss_of(copy(step.batch))
+        fed = inputs.close()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss must be a tensor with one element, got {got}")
         parameters = dict(step.module.named_parameters())
-        graph = summarize_graph(loss, parameters)
+        graph, others = read_graph(loss, parameters)
+        loose, holder = find_loose(step.module, others)
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
         names = tuple(graph.names[i] for i in graph.order)
         scales = _scales_of_weights(parameters)
         layers = [n for n in names if parameters[n].ndim >= 2 and n not in graph.embeddings | scales]
-        return FirstPass(
+        hungry = [n for n in layers if n not in graph.constant and bool(fed.get(n, True))]
+        unreached = [n for n in names if n in graph.missing & observer.used and parameters[n].ndim >= 2]
+        first = FirstPass(
             loss=float(loss.detach()),
             chance=observer.chance,
             guessed=observer.guessed,
@@ -126,10 +141,10 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             target_rms=observer.target_rms,
             normalised=observer.first in NORMALISATIONS,
             saturated=tuple(observer.saturated),
-            dead=dead_shares(parameters, layers),
-            unreached=tuple(
-                n for n in names if n in graph.missing & observer.used and parameters[n].ndim >= 2
-            ),
+            dead=dead_shares(parameters, hungry),
+            unreached=tuple(unreached),
+            loose=loose,
+            holder=holder,
             tilt=depth_tilt(layer_profile(parameters, layers)),
             names=names,
             shapes=tuple(tuple(parameters[n].shape) for n in names),
@@ -138,6 +153,21 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             graph_summary=graph,
             problems=tuple({p.kind: p for p in (*observer.problems, *graph.problems)}.values()),
         )
+    idle = _find_idle(step, unreached) if unreached else frozenset()
+    return replace(first, unreached=tuple(n for n in unreached if n not in idle), idle=tuple(sorted(idle)))
+
+
+def _find_idle(step: SandboxedStep, names: Sequence[str]) -> frozenset[str]:
+    """Return the parameters whose result the loss does not use, from another forward pass."""
+    with step.sandbox() as copy:
+        parameters = dict(step.module.named_parameters())
+        usage = ResultUsage({name: parameters[name] for name in names})
+        try:
+            usage.begin()
+            usage.end(step.loss_of(copy(step.batch)))
+        finally:
+            idle, _ = usage.close()
+    return idle
 
 
 def ignores_parameters(step: SandboxedStep) -> bool:

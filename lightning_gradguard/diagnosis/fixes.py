@@ -95,6 +95,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             k.get("step") for k in c.graph_summary.kinds.values()
         ):
             return [STRAIGHT_THROUGH]
+        case Cause.DETACHED_GRAPH if c.graph_summary and c.graph_summary.idle.intersection(
+            c.finding.parameters
+        ):
+            return [ADD_LOSS, FREEZE]
+        case Cause.DETACHED_GRAPH if not c.missing.intersection(c.finding.parameters):
+            return [NONZERO_FACTOR, FREEZE]
         case Cause.DETACHED_GRAPH:
             return [NO_DETACH, FREEZE]
 
@@ -285,6 +291,20 @@ def is_gated(context: DiagnosticContext) -> bool:
 
 # The graph.
 
+NEW_OPTIMIZER = Remedy(
+    "Make the optimizer after the last change of the model",
+    "optimizer = torch.optim.Adam(model.parameters())  # in configure_optimizers, once all layers are there",
+)
+ADD_GROUP = Remedy(
+    "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
+)
+REGISTER_MODULES = Remedy(
+    "Register the layers, with nn.ModuleList or nn.ModuleDict",
+    "self.layers = nn.ModuleList(layers)  # nn.ModuleDict for a dict; a plain attribute for a single layer",
+)
+REGISTER_TENSOR = Remedy(
+    "Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))"
+)
 RIGHT_OPTIMIZER = Remedy(
     "Give the optimizer the parameters of the model that is trained",
     "optimizer = torch.optim.Adam(model.parameters())  # of the model that the loss comes from",
@@ -296,6 +316,14 @@ STRAIGHT_THROUGH = Remedy(
 NO_DETACH = Remedy(
     "Remove what cuts the graph",
     "h = layer(h)  # without .detach(), .data, .item(), .numpy(), torch.tensor(h), torch.no_grad()",
+)
+ADD_LOSS = Remedy(
+    "Add the loss of this output, if it should be trained",
+    "loss = loss + other_loss(other_output, other_target)",
+)
+NONZERO_FACTOR = Remedy(
+    "Make the factor different from zero",
+    "h = h + gate * branch(h)  # with a gate that is not 0, or a learned one: nn.Parameter(torch.tensor(0.1))",
 )
 FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
 
@@ -577,6 +605,8 @@ REACHABLE_TARGETS = Remedy(
 )
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
+    Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
+    Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
     Problem.SIGMOID_TWICE: (Cause.LOSS_FUNCTION, ONE_SIGMOID),
     Problem.BOUNDED_LOGITS: (Cause.LOSS_FUNCTION, PLAIN_LOGITS),

@@ -13,7 +13,7 @@ from lightning_gradguard.results import Fault
 _HEADLINES = {
     Fault.NONFINITE.value: "The gradients or the loss are NaN or Inf",
     Fault.UNDERFLOW.value: "Gradients are too small for their number format",
-    Fault.DISCONNECTED.value: "Layers that are used get no gradient",
+    Fault.DISCONNECTED.value: "Layers that are used are not trained",
     Fault.DEAD.value: "Most units of a layer are dead: their gradient is exactly zero",
     Fault.VANISHING.value: "Gradients vanish on their way from the output to the input",
     Fault.VANISHING_IN_TIME.value: "Gradients vanish on their way back through the sequence",

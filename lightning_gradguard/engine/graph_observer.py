@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import NamedTuple
@@ -10,19 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
+from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP
+from lightning_gradguard.introspection.ownership import find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
+    InputProbe,
     SequenceGradientProbe,
     UnshardedParameterProbe,
 )
+from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.parameters import is_compiled
-from lightning_gradguard.stats.sharding import largest_over_ranks, world_size
+from lightning_gradguard.stats.sharding import largest_over_ranks, mean_over_ranks, world_size
 
 #: Most readings of the autograd graph; a model whose parts come and go keeps its order after that.
 MAX_READINGS = 8
-#: Steps to wait for a pass that shows the unsharded parameters; a module compiled in place shows none.
+#: Steps to wait for a pass that shows the unsharded parameters, or what is done with results; a module compiled in
+#: place shows none.
 MAX_WAIT = 3
 
 
@@ -33,6 +38,10 @@ class PathMarks(NamedTuple):
     unused: Tensor
     ran: Tensor
     recurrent: Tensor
+    idle: Tensor
+    offered: Tensor
+    constant: Tensor
+    hollow: Tensor
 
 
 class GraphObserver:
@@ -54,7 +63,7 @@ class GraphObserver:
         self.embeddings: frozenset[str] = frozenset()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
-        self._compiled = is_compiled(named)
+        self._named, self._compiled = named, is_compiled(named)
         self._usage = ForwardUsage(idle=self._compiled) if usage is None else usage
         self._used: frozenset[int] | None = None
         self._unsharded_probe: UnshardedParameterProbe | None = None
@@ -62,17 +71,41 @@ class GraphObserver:
         self._waited = 0
         self._patterns: set[tuple[bool, ...]] = set()
         self._sequence_probe: SequenceGradientProbe | None = None
+        self._result_usage: ResultUsage | None = None
+        self._result_wait = 0
+        self._input_probe: InputProbe | None = None
+        self._input_probed: set[str] = set()
+        self._ran: list[bool] = []
+        self._followed: frozenset[str] = frozenset()
+        self._idle: frozenset[str] = frozenset()
+        self._offered: frozenset[str] = frozenset()
 
     def reset(self, layout: Layout) -> None:
         """Begin with tensors of which nothing is known yet."""
+        if self.graph_summary is not None:  # what it says of the optimizer's tensors is of the former ones
+            self.graph_summary = replace(self.graph_summary, problems=())
         self.embeddings = frozenset()
         self._patterns.clear()
+        if self._result_usage is not None:
+            self._result_usage.close()
+        if self._input_probe is not None:
+            self._input_probe.close()
+        self._input_probe, self._input_probed = None, set()
+        self._result_usage, self._followed = None, frozenset()
+        self._idle = self._offered = frozenset()
         nowhere = torch.zeros_like(layout.is_layer)
-        self.marks = PathMarks(nowhere, nowhere, nowhere, nowhere)
+        self.marks = PathMarks(*[nowhere] * len(PathMarks._fields))
         if layout.shards is not None and self._unsharded_probe is None:
             self._unsharded_probe, self._waited = UnshardedParameterProbe(idle=self._compiled), 0
 
-    def update_order(self, layout: Layout, pattern: tuple[bool, ...], graph: Tensor | None) -> Layout:
+    def update_order(
+        self,
+        layout: Layout,
+        pattern: tuple[bool, ...],
+        graph: Tensor | None,
+        *,
+        owned: bool = False,
+    ) -> Layout:
         """Return the layout in the order of a graph.
 
         The graph is read if tensors have gradients that had none before.
@@ -83,18 +116,63 @@ class GraphObserver:
             layout: The order known so far.
             pattern: P times, True if the tensor has a gradient.
             graph: Tensor whose autograd graph shows the order, or None.
+            owned: True if the tensors are those of an optimizer, so that others may be missing from it.
         """
         self._used = self._usage.close() if self._used is None else self._used
+        if self._result_usage is not None:
+            self._take_result_usage(layout)
+        if self._input_probe is not None:
+            self._take_inputs(layout)
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
         if known or graph is None or graph.grad_fn is None or not self._knows_leaves():
             return layout
         self._patterns.add(pattern)
         pairs = list(zip(layout.names, layout.parameters, strict=True))
-        summary = summarize_graph(graph, {name: self._unsharded.get(id(p), p) for name, p in pairs})
-        self.graph_summary, ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
+        parameters = {name: self._unsharded.get(id(p), p) for name, p in pairs}
+        summary, others = read_graph(graph, parameters)
+        if owned and layout.shards is None:
+            reached = frozenset(summary.shortest)
+            problems = find_ownership_problems(parameters, reached, others, self._named)
+            summary = replace(summary, problems=(*summary.problems, *problems))
+        summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
+        unused = (
+            frozenset(n for n, ran in zip(layout.names, self._ran, strict=True) if not ran) & summary.missing
+        )
+        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered, unused=unused)
+        self._follow_results(layout)
         self.embeddings = self.graph_summary.embeddings
-        self.marks = _marks(self.graph_summary, ran, layout)
+        self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
         return Layout.of(dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings)
+
+    def probe_inputs(self, layout: Layout, names: Iterable[str]) -> None:
+        """Look in the next pass if these layers' input is exactly zero, once for each layer.
+
+        In a distributed program every rank has to call it.
+
+        Args:
+            layout: The watched tensors.
+            names: Names of weights whose gradient is exactly zero.
+        """
+        fresh = frozenset(names) - self._input_probed
+        if fresh and self._input_probe is None and not self._compiled and layout.shards is None:
+            self._input_probed |= fresh
+            own = {n: p for n, p in zip(layout.names, layout.parameters, strict=True) if n in fresh}
+            self._input_probe = InputProbe(own, layout.numel.device)
+
+    def begin_pass(self) -> None:
+        """Follow results in a pass that begins now, if they are in question."""
+        if self._result_usage is not None:
+            self._result_usage.begin()
+
+    def end_pass(self, loss: Tensor) -> None:
+        """Stop following results, at a loss."""
+        if self._result_usage is not None:
+            self._result_usage.end(loss)
+
+    def leave_pass(self) -> None:
+        """Undo `begin_pass`."""
+        if self._result_usage is not None:
+            self._result_usage.leave()
 
     def probe_sequence(self, layout: Layout, recurrent: frozenset[str] | None = None) -> None:
         """Probe gradients over time in the next pass.
@@ -123,8 +201,57 @@ class GraphObserver:
         """Remove all hooks from the model."""
         self._usage.close()
         self.take_time_tilt()
+        if self._result_usage is not None:
+            self._result_usage.close()
+            self._result_usage = None
         if self._unsharded_probe is not None:
             self._unsharded_probe.close()
+
+    def _follow_results(self, layout: Layout) -> None:
+        """Observe the next pass if tensors took part in this one and have no path from the loss.
+
+        The loss may have been computed with their results, and then the graph is cut, or without them.
+        """
+        summary = self.graph_summary
+        if summary is None or self._compiled or summary.opaque or layout.shards is not None:
+            return
+        rows = zip(layout.names, layout.parameters, self._ran, strict=True)
+        missing = summary.missing - self._followed
+        doubtful = {n: p for n, p, ran in rows if ran and n in missing and p.requires_grad}
+        if doubtful and self._result_usage is None:
+            self._followed |= doubtful.keys()
+            self._result_usage, self._result_wait = ResultUsage(doubtful), 0
+
+    def _take_result_usage(self, layout: Layout) -> None:
+        """Mark tensors whose result was not used, once a pass has shown it."""
+        usage, summary = self._result_usage, self.graph_summary
+        assert usage is not None
+        assert summary is not None
+        self._result_wait += 1
+        # Several ranks must not wait for different passes, so they take the first.
+        if not usage.seen and self._result_wait < MAX_WAIT and world_size() == 1:
+            return
+        seen = usage.seen
+        idle, offered = usage.close()
+        self._result_usage = None
+        groups = [frozenset(layout.names) - idle if seen else frozenset(layout.names), offered]
+        if world_size() > 1:
+            table = [[int(name in group) for name in layout.names] for group in groups]
+            rows = largest_over_ranks(table, layout.numel.device)
+            groups = [frozenset(compress(layout.names, row)) for row in rows]
+        self._idle |= self._followed - groups[0]
+        self._offered |= groups[1] & self._idle
+        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
+        self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
+
+    def _take_inputs(self, layout: Layout) -> None:
+        """Mark layers whose input was exactly zero, without a read on the host."""
+        assert self._input_probe is not None
+        fed, self._input_probe = self._input_probe.close(), None
+        # A layer that was not called counts as fed.
+        rows = [fed[n].float() if n in fed else layout.constant(1.0) for n in layout.names]
+        live = mean_over_ranks(torch.stack(rows))
+        self.marks = self.marks._replace(hollow=self.marks.hollow | (live == 0))
 
     def _knows_leaves(self) -> bool:
         """Return True if the leaves of the graph are known.
@@ -141,23 +268,41 @@ class GraphObserver:
 def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[GraphSummary, list[bool]]:
     """Return what holds on all ranks.
 
-    Their graphs may differ: the order is the first rank's, everything else the union.
+    Their graphs may differ: the order is the first rank's, everything else the union. Of mistakes in what the optimizer
+    steps, those count that all ranks see.
     """
     if world_size() == 1:
         return summary, ran
     names = layout.names
-    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent)
+    live = frozenset(names) - summary.constant
+    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live)
     order = summary.order if torch.distributed.get_rank() == 0 else [0] * len(names)
-    table = [order, ran, *([name in group for name in names] for group in groups)]
+    kinds = [(kind, certain) for kind in OWNERSHIP for certain in (True, False)]
+    unseen = [all((p.kind, p.certain) != kind for p in summary.problems) for kind in kinds]
+    table = [order, ran, *([name in group for name in names] for group in groups), unseen]
+    width = max(len(names), len(kinds))
+    table = [[*map(int, row), *[0] * (width - len(row))] for row in table]
     device = layout.numel.device if layout.shards is None else layout.shards.device
-    order, seen, *flags = largest_over_ranks(table, device)
-    found, embeddings, recurrent = (frozenset(compress(names, row)) for row in flags)
-    missing = frozenset(names) - found
-    agreed = replace(summary, order=tuple(order), missing=missing, embeddings=embeddings, recurrent=recurrent)
+    *rows, unseen = largest_over_ranks(table, device)
+    common = {kind for kind, flag in zip(kinds, unseen, strict=False) if not flag}
+    order, seen, *flags = (row[: len(names)] for row in rows)
+    found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags)
+    missing, constant = frozenset(names) - found, frozenset(names) - live
+    agreed = replace(
+        summary,
+        order=tuple(order),
+        missing=missing,
+        embeddings=embeddings,
+        recurrent=recurrent,
+        constant=constant,
+        problems=tuple(
+            p for p in summary.problems if p.kind not in OWNERSHIP or (p.kind, p.certain) in common
+        ),
+    )
     return agreed, [bool(flag) for flag in seen]
 
 
-def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
+def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tensor) -> PathMarks:
     """Mark trainable tensors without a path from the loss."""
     pairs = list(zip(layout.names, layout.parameters, strict=True))
     lost = [name in summary.missing and p.requires_grad and any(ran) for name, p in pairs]
@@ -170,4 +315,8 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
         unused=mark([a and not b for a, b in zip(lost, ran, strict=True)]),
         ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
         recurrent=mark([name in summary.recurrent for name, _ in pairs]),
+        idle=mark([a and name in summary.idle for a, (name, _) in zip(lost, pairs, strict=True)]),
+        offered=mark([a and name in summary.offered for a, (name, _) in zip(lost, pairs, strict=True)]),
+        constant=mark([name in summary.constant for name, _ in pairs]),
+        hollow=hollow,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -127,7 +127,9 @@ class ParameterTracker:
             self._excess, self._reach = (value.to(self.weights) for value in comparison)
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
-        self.layout = self._observer.update_order(self.layout, pattern, graph)
+        self.layout = self._observer.update_order(
+            self.layout, pattern, graph, owned=self.optimizer is not None
+        )
         probed, tilt = self._observer.take_time_tilt()
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
@@ -173,6 +175,29 @@ class ParameterTracker:
         """Probe gradients over time in the next pass."""
         if self.schedule.sampled_last:  # so that the next step is evaluated in full
             self._observer.probe_sequence(self.layout)
+
+    def probe_inputs(self, norms: Mapping[str, float]) -> None:
+        """Look at the input of layers without a bias whose gradient is exactly zero.
+
+        Args:
+            norms: Gradient norms by name.
+        """
+        if 0.0 in norms.values():
+            names = self.layout.names
+            bare = {names[i] for i in self.layout.layer_indices if self.layout.bias_indices[i] == i}
+            self._observer.probe_inputs(self.layout, [n for n in bare if norms.get(n) == 0.0])
+
+    def begin_pass(self) -> None:
+        """Follow results to the loss in a pass that begins now, if any are in question."""
+        self._observer.begin_pass()
+
+    def end_pass(self, loss: Tensor) -> None:
+        """Stop following results, at a loss."""
+        self._observer.end_pass(loss)
+
+    def leave_pass(self) -> None:
+        """Undo `begin_pass`."""
+        self._observer.leave_pass()
 
     def close(self) -> None:
         """Remove all hooks from the model."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from lightning_gradguard.introspection.graph_problems import (
@@ -58,6 +58,13 @@ class GraphSummary:
         nodes: Number of nodes in the graph; 0 without one.
         problems: Mistakes that the graph shows.
         summed: Number of samples that the loss sums up; 0 if it is a mean, or the graph cannot tell.
+        unused: Trainable tensors that took no part in the forward pass. Found by observing it.
+        idle: Tensors that are computed with, and whose result the loss does not use. Found by observing a pass, not
+            from the graph.
+        offered: Those of them whose result is handed to whoever computes the loss.
+        constant: Tensors whose gradient is zero by design: each path to them goes through a softmax over one element.
+        above: For each reached parameter the operations on its shortest path between it and the next layer towards the
+            loss, the nearest to the loss first.
     """
 
     names: tuple[str, ...] = ()
@@ -78,6 +85,31 @@ class GraphSummary:
     nodes: int = 0
     problems: tuple[GraphProblem, ...] = ()
     summed: int = 0
+    unused: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
+    offered: frozenset[str] = frozenset()
+    constant: frozenset[str] = frozenset()
+    above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+class Leaf(NamedTuple):
+    """Leaf tensor of a graph that is none of the parameters.
+
+    Attributes:
+        tensor: The tensor.
+        uses: Number of operations that compute with it.
+        is_weight: True for an `nn.Parameter`, and for a plain tensor that `multiplies`.
+        multiplies: True if an input is multiplied with it, in a matrix product or a convolution.
+        feeds: True if a parameter is used further on, between it and the loss.
+        is_fed: True if what it is applied to was computed with a parameter.
+    """
+
+    tensor: Tensor
+    uses: int
+    is_weight: bool
+    multiplies: bool
+    feeds: bool
+    is_fed: bool
 
 
 def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSummary:
@@ -87,9 +119,21 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         loss: The tensor that was, or is about to be, differentiated. Without a ``grad_fn`` the summary is empty.
         parameters: Name to parameter, in the order of ``named_parameters``.
     """
+    return read_graph(loss, parameters)[0]
+
+
+def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSummary, list[Leaf]]:
+    """Summarize a graph, and list its other leaves.
+
+    The list is empty where leaves are hidden.
+
+    Args:
+        loss: As for `summarize_graph`.
+        parameters: As for `summarize_graph`.
+    """
     names = tuple(parameters)
     if loss.grad_fn is None:
-        return GraphSummary(names=names, order=tuple(range(len(names))))
+        return GraphSummary(names=names, order=tuple(range(len(names)))), []
     graph = Graph(loss.grad_fn)
     leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
     uses = {name: graph.uses(leaf) for name, leaf in leaves.items()}
@@ -107,7 +151,8 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         recurrent |= unrolled.keys()
         recurrences = max(unrolled.values(), default=0)
     end = LossGraph(loss.grad_fn)
-    return GraphSummary(
+    constant = graph.constant_leaves()
+    summary = GraphSummary(
         names=names,
         order=_order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes}),
         missing=frozenset() if graph.hides_leaves else frozenset(whole - leaves.keys()),
@@ -126,13 +171,16 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         nodes=len(graph.ops),
         problems=find_problems(end, not graph.leaves.keys() <= {id(p) for p in parameters.values()}),
         summed=summed_rows(end),
+        constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
+        above={name: graph.above(leaf) for name, leaf in leaves.items()},
     )
+    return summary, [] if summary.opaque else graph.other_leaves(set(leaves.values()))
 
 
 class Graph:
     """Autograd graph as lists, breadth-first from the loss.
 
-    It keeps no node alive.
+    It keeps no node alive, but the leaf tensors.
 
     Args:
         root: Node of the loss.
@@ -144,6 +192,7 @@ class Graph:
         edges: Children of each node, as pairs of node and output.
         parents: Parents of each node.
         leaves: Id of each leaf tensor to its node.
+        constants: Nodes that give no gradient by design: a softmax over one element.
         shortest: Nodes on the shortest path from the loss.
         longest: The same on the longest path.
         products: Most matrix products on a path from the loss, the node included.
@@ -159,6 +208,9 @@ class Graph:
         self.sequence: list[int] = []
         self.edges: list[list[tuple[int, int]]] = []
         self.leaves: dict[int, int] = {}
+        self.constants: set[int] = set()
+        self._weights: dict[int, int] = {}  # product -> what it multiplies its input with
+        self._variables: dict[int, Tensor] = {}
         self.hides_leaves = False
         self.dtypes: set[str] = set()
         self.hidden: set[str] = set()
@@ -183,6 +235,91 @@ class Graph:
                     seen.add(parent)
                     (pending if self.ops[parent] in VIEWS else found).append(parent)
         return found
+
+    def above(self, leaf: int) -> tuple[str, ...]:
+        """Return the operations up to the next layer.
+
+        They are on the shortest path, between the first use of a leaf and the next node that multiplies with a matrix.
+        """
+        index = self._discoverer[leaf]
+        while index and self.ops[index] in VIEWS:
+            index = self._discoverer[index]
+        found: list[str] = []
+        while index:
+            index = self._discoverer[index]
+            if self.node_kinds[index] in ("product", "recurrent", "normalisation"):
+                break
+            found.append(self.ops[index])
+        return tuple(reversed(found))
+
+    def constant_leaves(self) -> set[int]:
+        """Return leaves that only a constant leads to.
+
+        If it is all leaves, the constant is the loss, which is no design.
+        """
+        if not self.constants:
+            return set()
+        pending, seen = [0], {0}
+        while pending:
+            for child, _ in self.edges[pending.pop()]:
+                if child not in seen and child not in self.constants:
+                    seen.add(child)
+                    pending.append(child)
+        hidden = set(self.leaves.values()) - seen
+        return hidden if len(hidden) < len(self.leaves) else set()
+
+    def other_leaves(self, own: set[int]) -> list[Leaf]:
+        """Return the leaves that are not one's own, by first use.
+
+        Args:
+            own: Nodes of the parameters.
+        """
+        others = [leaf for leaf in self.leaves.values() if leaf not in own]
+        if not others:
+            return []
+        users = {node for leaf in own for node in self.uses(leaf)}
+        order = self._topological()
+        feeds, is_fed = [False] * len(self.ops), [False] * len(self.ops)
+        for index in order:  # from the loss
+            for child, _ in self.edges[index]:
+                feeds[child] |= feeds[index] or index in users
+        for index in reversed(order):
+            is_fed[index] = index in own or any(is_fed[child] for child, _ in self.edges[index])
+        found = []
+        for leaf, uses in sorted(
+            ((leaf, self.uses(leaf)) for leaf in others),
+            key=lambda pair: min((self.sequence[i] for i in pair[1]), default=0),
+        ):
+            tensor = self._variables[leaf]
+            multiplies = any(self._is_multiplied(leaf, use) for use in uses)
+            found.append(
+                Leaf(
+                    tensor=tensor,
+                    uses=len(uses),
+                    is_weight=multiplies or isinstance(tensor, nn.Parameter),
+                    multiplies=multiplies,
+                    feeds=any(feeds[use] for use in uses),
+                    is_fed=any(is_fed[use] for use in uses),
+                )
+            )
+        return found
+
+    def _is_multiplied(self, leaf: int, use: int) -> bool:
+        """Return True if a product takes a leaf as its weight."""
+        node = self._weights.get(use, -1)
+        while node >= 0 and self.ops[node] in VIEWS and self.edges[node]:
+            node = self.edges[node][0][0]
+        return node == leaf
+
+    def _topological(self) -> list[int]:
+        """Return all nodes, each after all its parents."""
+        waiting, order = [len(parents) for parents in self.parents], [0]
+        for index in order:  # grows during the loop
+            for child, _ in self.edges[index]:
+                waiting[child] -= 1
+                if not waiting[child]:
+                    order.append(child)
+        return order
 
     def loss_ops(self) -> Counter[str]:
         """Count the operations after the last product.
@@ -225,6 +362,7 @@ class Graph:
         for index, node in enumerate(nodes):  # grows during the loop
             op = operation_of(node.name())
             if op == "AccumulateGrad":
+                self._variables[index] = node.variable
                 self.leaves[id(node.variable)] = index
                 self.hides_leaves |= bool(getattr(node.variable, "_is_flat_param", False))
             self.hides_leaves |= op.startswith("CheckpointFunction")
@@ -233,6 +371,8 @@ class Graph:
             if op == "ToCopy":
                 made = getattr(node, "_input_metadata", ())
                 self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in made)
+            if op in _SOFTMAXES and _is_over_one_element(op, node):
+                self.constants.add(index)
             self.ops.append(op)
             self.sequence.append(node._sequence_nr())
             edges = []
@@ -246,6 +386,9 @@ class Graph:
                     self._discoverer.append(index)
                 edges.append((found[child], output))
             self.edges.append(edges)
+            if kind_of(op) == "product":
+                child = node.next_functions[1 if "Conv" in op else -1][0]
+                self._weights[index] = found.get(child, -1)
 
     def _composed_kind(self, index: int) -> str | None:
         below = [(self.ops[c], [self.ops[d] for d, _ in self.edges[c]]) for c, _ in self.edges[index]]
@@ -280,6 +423,21 @@ class Graph:
         return longest, products, in_loss
 
 
+def _is_over_one_element(op: str, node: Any) -> bool:
+    """Return True if a softmax, or attention, is over one element."""
+    try:
+        if "Softmax" in op:
+            return bool(node._input_metadata[0].shape[_signed(node._saved_dim)] == 1)
+        key, output = node.next_functions[1]
+        return key is not None and key._input_metadata[output].shape[-2] == 1
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return False
+
+
+def _signed(dim: int) -> int:
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
 def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, ...]:
     """Sort indices by first use."""
     keys = [first_use.get(name) for name in names]
@@ -288,6 +446,13 @@ def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, .
     for i in reversed(range(len(keys) - 1)):
         keys[i] = keys[i + 1] if keys[i] is None else keys[i]
     return tuple(sorted(range(len(names)), key=lambda i: keys[i] or 0))
+
+
+#: Operations that normalize over a dimension, so that a single element there is 1 whatever it was.
+_SOFTMAXES = frozenset({
+    "Softmax", "SafeSoftmax", "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention",
+    "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention",
+})  # fmt: skip
 
 
 def _is_table(operations: list[str]) -> bool:

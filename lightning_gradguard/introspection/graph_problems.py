@@ -62,6 +62,8 @@ class Problem(str, Enum):
     PROBABILITIES = "probabilities"
     DIVERGENCE = "divergence"
     OUT_OF_RANGE = "out_of_range"
+    STALE_OPTIMIZER = "stale_optimizer"
+    UNREGISTERED_MODULES = "unregistered_modules"
 
     def __str__(self) -> str:
         return self.value
@@ -69,6 +71,8 @@ class Problem(str, Enum):
 
 #: Mistakes that leave a loss without a lower bound, so that the weights grow until they overflow.
 UNBOUNDED = frozenset({Problem.WRONG_SIGN, Problem.NO_LOGARITHM})
+#: Mistakes in what the optimizer steps.
+OWNERSHIP = (Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
 
 
 class GraphProblem(NamedTuple):

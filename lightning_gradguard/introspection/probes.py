@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,43 @@ class UnshardedParameterProbe:
                 found[id(held)] = whole
         self._seen.clear()
         return found
+
+
+class InputProbe:
+    """Probe of layers whose input is exactly zero.
+
+    Nothing is read on the host.
+
+    Args:
+        parameters: Parameters of the layers by name.
+        device: Device of the results.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._device = device
+        fed: dict[str, Tensor] = {}
+        self._fed, names = fed, self._names
+
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return
+            own = [names[id(p)] for p in module._parameters.values() if id(p) in names]
+            inputs = [x for x in args if isinstance(x, Tensor) and x.numel()] if own else []
+            for name in own:
+                for x in inputs:
+                    live = (x.detach() != 0).any().to(device)
+                    fed[name] = fed[name] | live if name in fed else live
+
+        self._close = weakref.finalize(self, register_module_forward_pre_hook(record).remove)
+
+    def close(self) -> dict[str, Tensor]:
+        """Remove the hook; return by name if an input was not zero, bool [] each.
+
+        Layers that were not called, or not with a tensor, are left out.
+        """
+        self._close()
+        return self._fed
 
 
 class SequenceGradientProbe:

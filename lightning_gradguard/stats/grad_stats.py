@@ -49,6 +49,10 @@ class GradStats:
         cut: Bool [P], tensors that took part in the forward pass but have no path from the loss.
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
+        idle: Bool [P], tensors that took part in it, and whose result the loss does not use.
+        offered: Bool [P], those of them whose result is handed to whoever computes the loss.
+        constant: Bool [P], tensors whose gradient is zero by design: they choose among one.
+        hollow: Bool [P], layers whose input was exactly zero when it was looked at.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
@@ -80,6 +84,10 @@ class GradStats:
     cut: Tensor
     unused: Tensor
     ran: Tensor
+    idle: Tensor
+    offered: Tensor
+    constant: Tensor
+    hollow: Tensor
     recurrent: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
@@ -114,6 +122,15 @@ class GradStats:
         both = torch.addcmul(self.total, self.loss, number(0.0)) if self.has_loss else self.total
         # The square of the norm must be finite too, or an optimizer's second moment is not. False for NaN.
         return both < number(LARGEST_NORM)
+
+    @cached_property
+    def starved(self) -> Tensor:
+        """Layers whose input is exactly zero, bool [P].
+
+        Their weight gets a gradient of zero, and their bias does not: it gets the gradient of their output.
+        """
+        zero = self.layout.is_layer & self.present & (self.norms == 0)
+        return zero & ((self.norms[self.layout.biases] > 0) | self.hollow)
 
     @cached_property
     def relative(self) -> Tensor:
@@ -190,6 +207,7 @@ def stats_of(
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
+    unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     unseen |= {"excess": unknown, "reach": unknown}
     if "log_weights" not in known:

@@ -6,6 +6,7 @@ Names, shapes, order over depth, and which are layers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -20,6 +21,8 @@ from lightning_gradguard.stats.sharding import Shards
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 #: Dtypes whose foreach norm can be taken in float32.
 _NARROW = (torch.float32, *LOW_PRECISION)
+#: End of the name of a weight that is computed from others.
+_PARAMETRIZED = re.compile(r"(?:parametrizations\.)?weight(?:\.original\d?|_[gv])$")
 #: Largest number of pairs of layers from which a slope over depth is taken.
 MAX_PAIRS = 4096
 
@@ -44,6 +47,9 @@ class Layout:
         pairs: int32 [2, K], indices into ``layers``, upper one first: all pairs, or 4,096 of them.
         numel: float32 [P], number of elements.
         is_layer: Bool [P], which tensors are layers.
+        biases: int64 [P], index of the bias that is added to what a layer's weight gives; that of the weight itself if
+            there is none.
+        bias_indices: The same indices, for the host.
         floors: float32 [P], lower bound of a weight norm: a tenth of what a common initialization gives, so that
             a zero-initialized tensor has a finite gradient-to-weight ratio.
         zeros: float32 [P], zeros; read-only.
@@ -65,6 +71,8 @@ class Layout:
     pairs: Tensor
     numel: Tensor
     is_layer: Tensor
+    biases: Tensor
+    bias_indices: tuple[int, ...]
     floors: Tensor
     zeros: Tensor
     nowhere: Tensor
@@ -100,6 +108,7 @@ class Layout:
         weights = [i for i in places if tensors[i].ndim >= 2 and tensors[i].numel()]
         layers = [i for i in weights if names[i] not in embeddings]
         carrying = frozenset(layers)
+        biases = _biases(names, carrying)
         floors = [0.1 * math.sqrt(max(p.numel(), 1) / max(_fan_in(p), 1)) for p in tensors]
         zeros = torch.zeros(len(names), device=device, dtype=torch.float32)
         return cls(
@@ -114,6 +123,8 @@ class Layout:
             pairs=_pairs(len(layers)).to(device, torch.int32),
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
             is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
+            biases=torch.tensor(biases, dtype=torch.long, device=device),
+            bias_indices=biases,
             floors=torch.tensor(floors, device=device, dtype=torch.float32),
             zeros=zeros,
             nowhere=zeros > 0,
@@ -147,6 +158,20 @@ class Layout:
                 self._flags.clear()
             self._flags[pattern] = torch.tensor(pattern, device=self.numel.device)
         return self._flags[pattern]
+
+
+def _biases(names: Sequence[str], layers: frozenset[int]) -> tuple[int, ...]:
+    """Return the index of each layer's bias, by its name; the own index without one."""
+    places = {name: index for index, name in enumerate(names)}
+    found = list(range(len(names)))
+    for index in layers:
+        module, _, own = _PARAMETRIZED.sub("weight", names[index]).rpartition(".")
+        for bias in (own.replace("weight", "bias"), "bias"):
+            place = places.get(f"{module}.{bias}" if module else bias)
+            if "weight" in own and place is not None and place != index:
+                found[index] = place
+                break
+    return tuple(found)
 
 
 def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:

@@ -397,6 +397,89 @@ def test_an_optimizer_of_another_model_is_more_than_unused_tensors():
     assert seen.ceiling == 2
 
 
+def with_biases(*detectors):
+    """Return a stream of three layers with a bias each."""
+    stream = Stream(*detectors)
+    names = ("a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias")
+    stream.weights = dict(zip(names, stream.weights.values(), strict=True))
+    for name in names[1::2]:
+        stream.weights[name] = nn.Parameter(torch.ones(16))
+    stream.layout = Layout.of(stream.weights)
+    return stream
+
+
+@pytest.mark.parametrize("detector", [DeadUnits(), Disconnected()], ids=repr)
+@pytest.mark.parametrize("first", [0, 2], ids=["at the input", "in the middle"])
+def test_a_live_bias_acquits_a_layer_whose_input_is_zero(detector, first):
+    stream = with_biases(detector)
+    norms, shares = [1.0] * 6, torch.zeros(6)
+    norms[first], shares[first] = 0.0, 1.0
+    ran = torch.ones(6, dtype=torch.bool)
+    seen = [stream.feed(norms, dead=shares, ran=ran)[0] for _ in range(50)][-1]
+    assert not (seen.raised and seen.ceiling > 0)
+    if isinstance(detector, Disconnected):
+        assert detector.measures[int(seen.measure)] == "layers whose input is exactly zero"
+        assert seen.value == 1
+
+
+def test_a_dead_bias_acquits_nothing():
+    stream = with_biases(DeadUnits())
+    norms, shares = [0.0, 0.0, 1.0, 1.0, 1.0, 1.0], torch.tensor([1.0] + [0.0] * 5)
+    assert [stream.feed(norms, dead=shares)[0].raised for _ in range(30)][-1]
+
+
+def test_a_layer_without_a_bias_is_acquitted_if_its_input_was_seen_to_be_zero():
+    shares = torch.tensor([1.0] + [0.0] * 5)
+    stream, blind = Stream(DeadUnits()), Stream(DeadUnits())
+    assert not any(stream.feed([0.0] + [1.0] * 5, dead=shares, hollow=mask(0))[0].raised for _ in range(40))
+    assert [blind.feed([0.0] + [1.0] * 5, dead=shares)[0].raised for _ in range(40)][-1]
+
+
+def test_a_softmax_over_one_element_is_info():
+    shares = torch.tensor([0.0, 1.0] + [0.0] * 4)
+    stream = Stream(DeadUnits(), Disconnected())
+    readings = [stream.feed([1.0, 0.0] + [1.0] * 4, dead=shares, constant=mask(1)) for _ in range(50)]
+    assert not any(dead.raised for dead, _ in readings)
+    info = readings[-1][1]
+    assert info.raised
+    assert info.ceiling == 0
+    assert Disconnected.measures[int(info.measure)].startswith("tensors behind a softmax")
+
+
+def test_a_result_that_the_loss_does_not_use_is_info():
+    stream = Stream(Disconnected())
+    facts = {"cut": mask(4, 5), "idle": mask(4, 5)}
+    seen = [stream.feed([1.0] * 4 + [None] * 2, **facts)[0] for _ in range(50)][-1]
+    assert seen.raised
+    assert seen.ceiling == 0
+    assert seen.value == 2
+    assert Disconnected.measures[int(seen.measure)] == "tensors whose result the loss does not use"
+
+
+def test_a_result_that_is_handed_to_the_loss_and_not_used_is_a_warning_at_most():
+    stream = Stream(Disconnected())
+    facts = {"cut": mask(3, 4, 5), "idle": mask(3, 4, 5), "offered": mask(5)}
+    seen = [stream.feed([1.0] * 3 + [None] * 3, **facts)[0] for _ in range(50)][-1]
+    assert (seen.raised, seen.ceiling, seen.value) == (True, 1, 1)
+
+
+def test_a_cut_outweighs_what_is_not_used():
+    stream = Stream(Disconnected())
+    facts = {"cut": mask(0, 5), "idle": mask(5), "unused": mask(4)}
+    seen = [stream.feed([None] + [1.0] * 3 + [None] * 2, **facts)[0] for _ in range(50)][-1]
+    assert seen.ceiling == 2
+    assert seen.value == 1
+    assert torch.topk(seen.score, 1).indices.tolist() == [0]
+
+
+def test_a_zero_gradient_is_not_a_missing_path():
+    stream = Stream(Disconnected())
+    ran = torch.ones(6, dtype=torch.bool)
+    seen = [stream.feed([0.0, 0.0] + [1.0] * 4, 0.97**s, ran=ran)[0] for s in range(50)][-1]
+    assert seen.ceiling == 2
+    assert "exactly zero" in Disconnected.measures[int(seen.measure)]
+
+
 def test_a_nonfinite_loss_is_a_measure_of_its_own():
     seen = Stream(NonFinite()).feed([1.0] * 6, math.nan)[0]
     assert (seen.raised, seen.measure, seen.value) == (True, 1, 1)

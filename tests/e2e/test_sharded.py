@@ -192,7 +192,7 @@ def test_what_one_rank_alone_saw_all_know(two):
     assert mean == pytest.approx((own + other) / 2, rel=1e-6)
     assert own != pytest.approx(other, rel=1e-3)
     assert first == second
-    cut, unused, ran, _ = first["marks"]
+    cut, unused, ran, *_ = first["marks"]
     assert all(ran)
     assert not any(cut + unused)
     assert first["tilt"] == [3.0, "nan"]

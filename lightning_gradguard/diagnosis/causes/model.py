@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from lightning_gradguard.diagnosis.causes.data import outputs_too_large
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
+from lightning_gradguard.introspection.graph_problems import Problem
+from lightning_gradguard.introspection.operations import SATURATING, kind_of
 from lightning_gradguard.results import Fault
 
 #: Decades by which a layer's gain differs from `preserving_gain` before it is reported (a factor of 1.4), and before it
@@ -24,6 +26,10 @@ _LARGE_BIAS, _NOTABLE_BIAS = 3.0, 2.0
 _ONE_SIGNED = 0.5
 #: Decades lost between layers of usual weights that depth does not lose by chance.
 _LOST_BETWEEN_LAYERS = 3.0
+#: Activations whose slope is zero only by rounding, far out.
+_ROUND = ("sigmoid", "tanh", "softsign", "erf", "atan")
+#: Weight of a factor of zero: more than dead units, which look alike.
+_BY_ZERO = 4.0
 #: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
 #: or two decades by chance.
 _DECADES_PER_LAYER = 0.05
@@ -36,6 +42,11 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
     """
     if not context.too_small:
         return
+    name, operations = operations_above(context)
+    saturated = [op for op in _flat(operations) if kind_of(op) in _ROUND]
+    if name and saturated == _flat(operations) != []:
+        text = f"The gradient of {quote(name)} is exactly zero: behind it a {kind_of(saturated[0])} is saturated."
+        yield Evidence(_BY_ZERO, text)
     rest = context.unexplained_decades
     if not context.saturating:
         # Activations that are flat on one side, such as softplus or GELU, pushed there by their biases.
@@ -176,6 +187,9 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
 
 def dead_activation(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame ReLUs whose inputs are all negative."""
+    name, operations = operations_above(context)
+    if name and "Mul" in operations and not _flat(operations):
+        return  # see _multiplied_by_zero
     if context.fault == Fault.DEAD:
         where = f" in {listing(context.finding.parameters)}" if context.finding.parameters else ""
         text = f"{100 * context.finding.value:.0f}% of the units get a gradient of exactly zero{where}"
@@ -213,7 +227,14 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
         text = f"The path from the loss to {listing(steps)} goes through rounding or a sign function, whose slope is 0."
         yield Evidence(CERTAIN, text)
         return
-    cut = [name for name in context.names if name in missing]
+    if any(p.kind == Problem.STALE_OPTIMIZER and p.certain for p in context.problems):
+        return  # nothing is cut: the tensors are of other layers
+    yield from _result_not_used(context)
+    yield from _multiplied_by_zero(context)
+    graph = context.graph_summary
+    harmless = graph.idle | graph.unused if graph else frozenset()
+    cut = [name for name in context.names if name in missing - harmless]
+    cut = cut or [name for name in context.names if name in missing and not harmless.intersection(concerned)]
     if not cut or not (context.fault == Fault.DISCONNECTED or missing.intersection(concerned)):
         return
     text = f"No path leads from the loss to {listing(cut)}"
@@ -223,6 +244,50 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
     elif after is not None:
         text += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
     yield Evidence(CERTAIN, text + ".")
+
+
+def _result_not_used(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Say that the loss does not use what some layers give."""
+    idle = context.graph_summary.idle if context.graph_summary else frozenset()
+    concerned = [name for name in context.finding.parameters if name in idle]
+    if context.fault == Fault.DISCONNECTED and concerned:
+        text = f"The loss does not use the result of {listing(concerned)}: nothing it is computed from depends on it."
+        yield Evidence(CERTAIN, text)
+
+
+def _multiplied_by_zero(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a factor of zero, where nothing else between two layers can stop a gradient."""
+    name, operations = operations_above(context)
+    if name and "Mul" in operations and not _flat(operations):
+        text = (
+            f"A path leads from the loss to {quote(name)}, and its gradient is exactly zero: between it and the next "
+            "layer its output is multiplied by zero."
+        )
+        yield Evidence(_BY_ZERO, text)
+
+
+def operations_above(context: DiagnosticContext) -> tuple[str, tuple[str, ...]]:
+    """Return the concerned layer nearest to the output that gets a gradient of exactly zero, and what follows it.
+
+    That is the operations between it and the next layer towards the loss. The name is empty if there is no such layer.
+    """
+    graph = context.graph_summary
+    if graph is None or context.fault not in (Fault.DEAD, Fault.DISCONNECTED, Fault.STALLED):
+        return "", ()
+    concerned = set(context.finding.parameters)
+    zero = [
+        context.names[i]
+        for i in context.layers
+        if context.gradients_log10[i] == -math.inf and context.names[i] in graph.above
+    ]
+    zero = [name for name in zero if name in concerned] or zero
+    return (zero[-1], graph.above[zero[-1]]) if zero else ("", ())
+
+
+def _flat(operations: Sequence[str]) -> list[str]:
+    """Return the operations that have a slope of zero somewhere."""
+    kinds = ("relu", "hardtanh", "step", *SATURATING)
+    return [op for op in operations if kind_of(op) in kinds or op in ("Where", "MaskedFill")]
 
 
 def _median_bias_rms(context: DiagnosticContext) -> float:

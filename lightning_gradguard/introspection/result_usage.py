@@ -1,0 +1,224 @@
+"""Follow what is computed with some parameters to the loss.
+
+A parameter without a path from the loss is cut off if the loss was computed with its result (detached, rounded by
+NumPy, reduced to an index), and idle if nothing that the loss depends on was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+#: Functions that carry numbers to the host, where they can no longer be followed.
+_READS = frozenset({
+    "item", "tolist", "numpy", "data_ptr", "is_nonzero", "equal", "allclose", "to_dlpack", "__dlpack__", "__array__",
+    "__float__", "__int__", "__bool__", "__index__", "__complex__", "__len__", "__iter__",
+})  # fmt: skip
+#: Functions whose result tells only if the numbers are in order.
+_VALIDITY = frozenset({"isnan", "isinf", "isfinite", "isposinf", "isneginf"})
+
+
+class ResultUsage:
+    """Probe of the use that a pass makes of some parameters' results.
+
+    It follows them through functions of torch, in the outermost call of a module, and between `begin` and `end`
+    everywhere. What leaves the outermost call is taken as used, unless it is followed up to a loss.
+
+    Args:
+        parameters: The parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._names = tuple(parameters)
+        self._mode = _Follower({id(p): 1 << k for k, p in enumerate(parameters.values())})
+        self._calls = 0
+        self._entered = self._followed_to_loss = False
+        self._returned = self._listed = 0
+        before = register_module_forward_pre_hook(_method(self, "_enter"))
+        after = register_module_forward_hook(_method(self, "_leave"), always_call=True)
+        self._remove = weakref.finalize(self, _remove_all, [before, after])
+
+    @property
+    def seen(self) -> bool:
+        """True once a pass was observed."""
+        return self._followed_to_loss or self._mode.calls > 0
+
+    def begin(self) -> None:
+        """Follow everything from here on."""
+        if not self._entered:
+            self._mode.active = self._entered = True
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, loss: Tensor) -> None:
+        """Stop following, at a loss."""
+        if self._entered:
+            self._followed_to_loss = True
+            self._mode.used |= self._mode.mask_of(loss)
+            self._mode.active = False
+
+    def leave(self) -> None:
+        """Undo `begin`."""
+        if self._entered and self._is_innermost():
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._entered = False
+        self._mode.active = False
+
+    def close(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Remove all hooks.
+
+        Returns:
+            The parameters whose result was not used; and those of them whose result was returned by the outermost
+            module, in a plain tuple or list, of which each entry is there for the caller to use.
+        """
+        self.leave()
+        self._remove()
+        used = self._mode.used if self._followed_to_loss else self._mode.used | self._returned
+        idle = [not used >> k & 1 for k in range(len(self._names))]
+        offered = [own and bool(self._listed >> k & 1) for k, own in enumerate(idle)]
+        self._mode.clear()
+        return (
+            frozenset(n for n, own in zip(self._names, idle, strict=True) if own),
+            frozenset(n for n, own in zip(self._names, offered, strict=True) if own),
+        )
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        self._calls += 1
+        if self._calls == 1 and not self._entered:
+            self._mode.active = True
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._calls:
+            return
+        self._calls -= 1
+        if self._calls:
+            return
+        if not self._entered and self._is_innermost():
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._mode.active = False
+        self._mode.calls += 1
+        # What is alive now was returned, or is kept somewhere.
+        self._returned |= self._mode.alive()
+        if type(output) in (tuple, list):
+            for entry in output:
+                self._listed |= self._mode.mask_of(entry) if isinstance(entry, Tensor) else 0
+
+    def _is_innermost(self) -> bool:
+        """Return True if no mode of the user's was entered since, so that this one may be left."""
+        return _get_current_function_mode() is self._mode  # type: ignore[no-untyped-call]
+
+
+class _Follower(TorchFunctionMode):
+    """Mode that marks what is computed with a parameter."""
+
+    def __init__(self, sources: Mapping[int, int]) -> None:
+        super().__init__()
+        self.active = False
+        self.used = self.calls = 0
+        self._sources = sources
+        self._marks: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._storages: dict[
+            int, tuple[Any, int]
+        ] = {}  # the storage is held so that its address is not reused
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.active and not torch.compiler.is_compiling():
+            self._follow(getattr(func, "__name__", ""), args, kwargs, result)
+        return result
+
+    def mask_of(self, tensor: Tensor) -> int:
+        """Return the bits of the parameters that a tensor was computed with."""
+        known = self._marks.get(id(tensor))
+        mask = known[1] if known is not None and known[0]() is tensor else 0
+        if id(tensor) in self._sources:
+            return mask | self._sources[id(tensor)]
+        storage = _storage(tensor)
+        return mask | (
+            self._storages[storage._cdata][1]
+            if storage is not None and storage._cdata in self._storages
+            else 0
+        )
+
+    def alive(self) -> int:
+        """Return the bits of all marked tensors that are alive."""
+        mask = 0
+        for reference, own in list(self._marks.values()):
+            mask |= own if reference() is not None else 0
+        return mask
+
+    def clear(self) -> None:
+        """Forget all marks."""
+        self._marks.clear()
+        self._storages.clear()
+
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        mask = 0
+        for tensor in _tensors((args, kwargs)):
+            mask |= self.mask_of(tensor)
+        if not mask or name in _VALIDITY:
+            return
+        if name in _READS or torch._C._functorch.maybe_current_level() is not None:
+            self.used |= mask
+        made = list(_tensors(result))
+        in_place = name.endswith("_") and not name.endswith("__")
+        if args and isinstance(args[0], Tensor) and (in_place or name == "__setitem__"):
+            made.append(args[0])
+        made += _tensors(kwargs.get("out"))
+        for tensor in made:
+            if id(tensor) not in self._sources:
+                self._mark(tensor, mask)
+
+    def _mark(self, tensor: Tensor, mask: int) -> None:
+        mask |= self.mask_of(tensor)
+        self._marks[id(tensor)] = weakref.ref(tensor), mask
+        storage = _storage(tensor)
+        if storage is not None:
+            self._storages[storage._cdata] = storage, mask
+
+
+def _storage(tensor: Tensor) -> Any:
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse, or inside a function transform
+        return None
+
+
+def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _tensors(entry, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry, depth - 1)
+
+
+def _method(probe: ResultUsage, name: str) -> Callable[..., None]:
+    """Return a method that does not keep its object alive."""
+    held = weakref.ref(probe)
+
+    def call(*args: Any) -> None:
+        own = held()
+        if own is not None:
+            getattr(own, name)(*args)
+
+    return call
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
