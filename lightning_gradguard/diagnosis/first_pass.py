@@ -206,7 +206,9 @@ def _scales_of_weights(parameters: Mapping[str, Tensor]) -> set[str]:
     """
     found = set()
     for name, scale in parameters.items():
-        if scale.ndim >= 2 and scale.numel() == max(scale.shape):
+        # The names that torch gives to magnitudes, in the new form and the old.
+        named = name.endswith(("parametrizations.weight.original0", "weight_g"))
+        if named and scale.ndim >= 2 and scale.numel() == max(scale.shape):
             beside = [
                 other
                 for own, other in parameters.items()
