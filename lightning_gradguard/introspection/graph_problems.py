@@ -327,6 +327,33 @@ def _no_logarithm(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             yield GraphProblem(Problem.NO_LOGARITHM, text)
 
 
+def _divergence(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
+    """Find a kl_div of what are not log-probabilities.
+
+    It is the sum of ``target * log(target) - target * input``, whose first part is a constant.
+    """
+    for index in loss.where({"Sub"}):
+        edges = loss.edges[index]
+        if len(edges) != 2 or edges[0] is not None or edges[1] is None or loss.size(index) < 2:
+            continue
+        product, size = edges[1], loss.size(index)
+        inputs = loss.inputs(product)
+        if loss.ops[product] != "Mul" or len(loss.edges[product]) != 2 or len(inputs) != 1:
+            continue
+        source = loss.skip(inputs[0])
+        reduced = any(loss.ops[p] in _REDUCTIONS for p in loss.parents[index])
+        if not reduced or loss.size(product) != size or loss.size(inputs[0]) != size:
+            continue
+        if loss.ops[source] in _SOFTMAX:
+            what = "the output of a softmax, which are probabilities"
+        elif kind_of(loss.ops[source]) == "product":
+            what = "the raw output of the model"
+        else:
+            continue
+        text = f"kl_div expects log-probabilities as its first argument, but it gets {what}: a log_softmax is missing."
+        yield GraphProblem(Problem.DIVERGENCE, text)
+
+
 def _one_class(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     """Find a softmax over a single element."""
     for index in loss.where({"LogSoftmax", *_SOFTMAX}):
@@ -545,5 +572,5 @@ def _is_averaged(loss: LossGraph, index: int) -> bool:
 
 _FINDERS: tuple[Callable[[LossGraph, bool], Iterator[GraphProblem]], ...] = (
     *(_softmax_twice, _sigmoid_twice, _bounded_logits, _no_logarithm),
-    *(_one_class, _wrong_dimension, _wrong_sign, _broadcast),
+    *(_divergence, _one_class, _wrong_dimension, _wrong_sign, _broadcast),
 )
