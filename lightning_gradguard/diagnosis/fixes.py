@@ -47,6 +47,19 @@ def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
     return tuple(chosen.values())[:_ALL]
 
 
+def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str]:
+    """Return the keys of the fixes for mistakes that the graph shows.
+
+    Args:
+        context: The facts at the step of the finding.
+        cause: The most likely cause; the fixes are for mistakes of this kind.
+    """
+    kinds = {problem.kind for problem in context.problems}
+    keys = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
+    summed = cause == Cause.LOSS_FUNCTION and context.summed_rows and not context.normalizes_gradient
+    return frozenset(keys | ({mean_loss(context).key} if summed else set()))
+
+
 def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
     """Return the fixes for one cause, best first.
 
