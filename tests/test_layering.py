@@ -153,7 +153,7 @@ FOREIGN = {
     "_asdict", "_fields", "_replace", "_name_", "_value_", "_getframe",
     # torch
     "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_debug_has_internal_overlap",
-    "_buffers", "_modules", "_parameters", "_indices", "_nnz", "_values", "_version", "_sequence_nr",
+    "_buffers", "_modules", "_parameters", "_indices", "_nnz", "_values", "_version", "_sequence_nr", "_saved_dim",
     "_scale", "_per_optimizer_states", "_last_lr", "_get_file_writer",
     # Lightning
     "_batches_that_stepped", "_logger_connector", "_progress_bar_metrics",

@@ -157,12 +157,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
-        case (
-            Cause.STALE_OPTIMIZER
-            | Cause.UNREGISTERED_MODULES
-            | Cause.GRADIENT_SCALING
-            | Cause.STALE_GRADIENTS
-        ):
+        case Cause.STALE_OPTIMIZER:
+            return [NEW_OPTIMIZER, ADD_GROUP]
+        case Cause.UNREGISTERED_MODULES:
+            return [REGISTER_MODULES, REGISTER_TENSOR]
+
+        case Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
             return []
         case Cause.NORMALIZATION:
             return []
@@ -306,14 +306,14 @@ def is_gated(context: DiagnosticContext) -> bool:
 
 NEW_OPTIMIZER = Remedy(
     "Make the optimizer after the last change of the model",
-    "optimizer = torch.optim.Adam(model.parameters())  # in configure_optimizers, once all layers are there",
+    "optimizer = torch.optim.Adam(model.parameters())  # once all layers are there",
 )
 ADD_GROUP = Remedy(
     "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
 )
 REGISTER_MODULES = Remedy(
     "Register the layers, with nn.ModuleList or nn.ModuleDict",
-    "self.layers = nn.ModuleList(layers)  # nn.ModuleDict for a dict; a plain attribute for a single layer",
+    "self.layers = nn.ModuleList(layers)  # or nn.ModuleDict(layers), for a dict",
 )
 REGISTER_TENSOR = Remedy(
     "Register a tensor as a parameter", "self.register_parameter(name, nn.Parameter(tensor))"
@@ -336,7 +336,7 @@ ADD_LOSS = Remedy(
 )
 NONZERO_FACTOR = Remedy(
     "Make the factor different from zero",
-    "h = h + gate * branch(h)  # with a gate that is not 0, or a learned one: nn.Parameter(torch.tensor(0.1))",
+    "h = h + gate * branch(h)  # with gate = nn.Parameter(torch.tensor(0.1))",
 )
 FREEZE = Remedy("Freeze the layers, if they should not be trained", "layer.requires_grad_(False)")
 

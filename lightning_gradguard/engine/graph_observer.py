@@ -136,7 +136,8 @@ class GraphObserver:
             summary = replace(summary, problems=(*summary.problems, *problems))
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
-            frozenset(n for n, ran in zip(layout.names, self._ran, strict=True) if not ran) & summary.missing
+            frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
+            & summary.missing
         )
         self.graph_summary = replace(summary, idle=self._idle, offered=self._offered, unused=unused)
         self._follow_results(layout)
@@ -217,7 +218,7 @@ class GraphObserver:
             return
         rows = zip(layout.names, layout.parameters, self._ran, strict=True)
         missing = summary.missing - self._followed
-        doubtful = {n: p for n, p, ran in rows if ran and n in missing and p.requires_grad}
+        doubtful = {n: p for n, p, took_part in rows if took_part and n in missing and p.requires_grad}
         if doubtful and self._result_usage is None:
             self._followed |= doubtful.keys()
             self._result_usage, self._result_wait = ResultUsage(doubtful), 0
@@ -229,12 +230,12 @@ class GraphObserver:
         assert summary is not None
         self._result_wait += 1
         # Several ranks must not wait for different passes, so they take the first.
-        if not usage.seen and self._result_wait < MAX_WAIT and world_size() == 1:
+        has_observed = usage.has_observed
+        if not has_observed and self._result_wait < MAX_WAIT and world_size() == 1:
             return
-        seen = usage.seen
         idle, offered = usage.close()
         self._result_usage = None
-        groups = [frozenset(layout.names) - idle if seen else frozenset(layout.names), offered]
+        groups = [frozenset(layout.names) - idle if has_observed else frozenset(layout.names), offered]
         if world_size() > 1:
             table = [[int(name in group) for name in layout.names] for group in groups]
             rows = largest_over_ranks(table, layout.numel.device)
@@ -281,10 +282,10 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     unseen = [all((p.kind, p.certain) != kind for p in summary.problems) for kind in kinds]
     table = [order, ran, *([name in group for name in names] for group in groups), unseen]
     width = max(len(names), len(kinds))
-    table = [[*map(int, row), *[0] * (width - len(row))] for row in table]
+    padded = [[*map(int, row), *[0] * (width - len(row))] for row in table]
     device = layout.numel.device if layout.shards is None else layout.shards.device
-    *rows, unseen = largest_over_ranks(table, device)
-    common = {kind for kind, flag in zip(kinds, unseen, strict=False) if not flag}
+    *rows, somewhere = largest_over_ranks(padded, device)
+    common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
     found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags)
     missing, constant = frozenset(names) - found, frozenset(names) - live

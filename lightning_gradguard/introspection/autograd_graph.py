@@ -427,11 +427,17 @@ def _is_over_one_element(op: str, node: Any) -> bool:
     """Return True if a softmax, or attention, is over one element."""
     try:
         if "Softmax" in op:
-            return bool(node._input_metadata[0].shape[_signed(node._saved_dim)] == 1)
+            shape = _metadata(node)[0].shape
+            return bool(shape[_signed(node._saved_dim)] == 1)
         key, output = node.next_functions[1]
-        return key is not None and key._input_metadata[output].shape[-2] == 1
+        return key is not None and bool(_metadata(key)[output].shape[-2] == 1)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         return False
+
+
+def _metadata(node: Any) -> Any:
+    """Return the shapes of what a node made; empty before torch 2.1."""
+    return getattr(node, "_input_metadata", ())
 
 
 def _signed(dim: int) -> int:

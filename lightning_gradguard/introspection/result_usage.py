@@ -45,7 +45,7 @@ class ResultUsage:
         self._remove = weakref.finalize(self, _remove_all, [before, after])
 
     @property
-    def seen(self) -> bool:
+    def has_observed(self) -> bool:
         """True once a pass was observed."""
         return self._followed_to_loss or self._mode.calls > 0
 
@@ -144,12 +144,8 @@ class _Follower(TorchFunctionMode):
         mask = known[1] if known is not None and known[0]() is tensor else 0
         if id(tensor) in self._sources:
             return mask | self._sources[id(tensor)]
-        storage = _storage(tensor)
-        return mask | (
-            self._storages[storage._cdata][1]
-            if storage is not None and storage._cdata in self._storages
-            else 0
-        )
+        address = _address(tensor)
+        return mask | (self._storages[address][1] if address in self._storages else 0)
 
     def alive(self) -> int:
         """Return the bits of all marked tensors that are alive."""
@@ -164,12 +160,14 @@ class _Follower(TorchFunctionMode):
         self._storages.clear()
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        mask = 0
+        mask, is_hidden = 0, False
         for tensor in _tensors((args, kwargs)):
-            mask |= self.mask_of(tensor)
+            own = self.mask_of(tensor)
+            mask |= own
+            is_hidden |= bool(own) and _address(tensor) is None
         if not mask or name in _VALIDITY:
             return
-        if name in _READS or torch._C._functorch.maybe_current_level() is not None:
+        if name in _READS or is_hidden:
             self.used |= mask
         made = list(_tensors(result))
         in_place = name.endswith("_") and not name.endswith("__")
@@ -183,15 +181,15 @@ class _Follower(TorchFunctionMode):
     def _mark(self, tensor: Tensor, mask: int) -> None:
         mask |= self.mask_of(tensor)
         self._marks[id(tensor)] = weakref.ref(tensor), mask
-        storage = _storage(tensor)
-        if storage is not None:
-            self._storages[storage._cdata] = storage, mask
+        address = _address(tensor)
+        if address:
+            self._storages[address] = tensor.untyped_storage(), mask
 
 
-def _storage(tensor: Tensor) -> Any:
+def _address(tensor: Tensor) -> int | None:
+    """Return where a tensor's numbers lie, 0 if it has none; None if they cannot be followed."""
     try:
-        with torch._C.DisableTorchFunctionSubclass():
-            return tensor.untyped_storage()
+        return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, or inside a function transform
         return None
 

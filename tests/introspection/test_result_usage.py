@@ -37,6 +37,8 @@ CUTS = {
     "data": lambda h: torch.sigmoid(h).data,
     "number": by_item,
     "branch": by_branch,
+    "function transform": lambda h: torch.vmap(lambda row: row.detach())(h),
+    "slope": lambda h: torch.func.grad(lambda x: (x * h.detach()).sum())(X),
     "new tensor": lambda h: torch.tensor(h.tolist()),
 }
 
@@ -78,7 +80,7 @@ def observe(net, part, *, whole, loss_of=None):
         probe.end(loss)
         probe.leave()
     loss.backward()
-    assert probe.seen
+    assert probe.has_observed
     result = probe.close()
     assert _get_current_function_mode() is None
     return result
@@ -123,7 +125,7 @@ def test_evaluation_is_not_observed():
     probe = ResultUsage(dict(net.side.named_parameters()))
     with torch.no_grad():
         net(X)
-    assert not probe.seen
+    assert not probe.has_observed
     probe.close()
 
 
