@@ -277,8 +277,10 @@ class _PassObserver(TorchFunctionMode):
                 classes = args[0].shape[1 if args[0].ndim > 1 else 0]
                 self._compare(result, math.log(max(classes, 2)), kwargs)
             elif name == "mse_loss":
-                target = (args[1] if len(args) > 1 else kwargs["target"]).detach().float()
-                self.target_rms = _rms(target)
+                given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+                # The loss is symmetric, and either may be the output.
+                swapped = given["target"].requires_grad and not given["input"].requires_grad
+                self.target_rms = _rms(given["input" if swapped else "target"].detach().float())
                 self._compare(result, self.target_rms**2, kwargs)
         return result
 

@@ -60,6 +60,8 @@ def compare_with_guess(loss: Tensor) -> LossComparison | None:
             return _of_labels(output, target, getattr(node, "_saved_ignore_index", -100))
         if op in ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"):
             return _of_binary(output, target.float(), logits=op.endswith("WithLogits"))
+        if node.next_functions[0][0] is None:  # the loss is symmetric, and the target came first
+            output, target = target.float(), output
         return _of_values(output, target.float(), squared=op == "MseLoss")
     except Exception:  # freed, changed in place, or of another form
         return None

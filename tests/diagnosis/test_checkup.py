@@ -350,6 +350,13 @@ def test_losses_that_fit_their_outputs(good, loss_of):
     assert "loss function" not in names(found(good, **step_of(good, loss_of)))
 
 
+def test_the_target_of_a_squared_error_may_come_first(good):
+    result = found(
+        good, **step_of(good, lambda out, y: F.mse_loss(3.0 + y[:, None].float().expand(-1, 10), 1e-3 * out))
+    )
+    assert "loss at the start" not in names(result)
+
+
 def test_a_gradient_that_underflows_is_not_called_a_constant_loss(good):
     result = found(good, **step_of(good, lambda out, y: 1e-44 * F.cross_entropy(out, y)))
     assert result.findings

@@ -72,6 +72,7 @@ def test_squared_errors_are_compared_with_the_variance():
     compared = compare_with_guess(F.mse_loss(output, target))
     assert compared.excess.item() == pytest.approx(1.0, abs=0.01)
     assert compared.reach.item() == pytest.approx(0.95, abs=0.02)
+    assert compare_with_guess(F.mse_loss(target, output)).reach.item() == pytest.approx(0.95, abs=0.02)
     small = (1e-4 * torch.randn(256, 2)).requires_grad_()
     assert compare_with_guess(F.huber_loss(small, target)).reach.item() < 1e-3
 
