@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.detectors.inactivity import DeadUnits as DeadUnits
     from lightning_gradguard.detectors.inactivity import Disconnected as Disconnected
     from lightning_gradguard.detectors.inactivity import Underflow as Underflow
+    from lightning_gradguard.detectors.scale import TargetScale as TargetScale
     from lightning_gradguard.detectors.updates import Stalled as Stalled
     from lightning_gradguard.detectors.updates import UpdateRatio as UpdateRatio
     from lightning_gradguard.diagnosis.checkup import Checkup as Checkup
@@ -81,6 +82,7 @@ _PLACES = {
         "Disconnected",
         "Underflow",
     ),
+    "detectors.scale": ("TargetScale",),
     "detectors.updates": (
         "Stalled",
         "UpdateRatio",

@@ -247,7 +247,9 @@ class Guard:
             if message:
                 warn(message)
 
-        stats = self.tracker.measure(loss, graph, scaled=scaler is not None)
+        stats = self.tracker.measure(
+            loss, graph, scaled=scaler is not None, comparison=context.comparison
+        )
         if scaler is None and not self.lag:
             accepted = self.fast_path.accept(stats, number, self.flush)
             if accepted is not None:

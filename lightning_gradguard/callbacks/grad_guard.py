@@ -248,7 +248,8 @@ class GradGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss for the judgement."""
-        self._losses.add(trainer, pl_module, loss)
+        due = any(guard.tracker.compares_loss for guard in self._registry.guards.values())
+        self._losses.add(trainer, pl_module, loss, compare=due)
         self._registry.end_pass(loss, leave=pl_module.automatic_optimization)
 
     def on_before_optimizer_step(
@@ -281,6 +282,7 @@ class GradGuard(Callback):
             run_trials=self.trials,
             notes=self._metric.notes,
             without_loss="" if pl_module.automatic_optimization else _WITHOUT_LOSS,
+            comparison=self._losses.comparison,
         )
         rollbacks = self._rollback.count
         try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.warn import warn_caller
+from lightning_gradguard.introspection.loss_comparison import LossComparison, compare_with_guess
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 
 if TYPE_CHECKING:
@@ -82,15 +83,25 @@ class StepLosses:
 
     Attributes:
         graph: The newest loss with its autograd graph, until the batch ends.
+        comparison: Comparison of the newest loss with a constant guess, if it was asked for.
     """
 
     def __init__(self) -> None:
         self.graph: Tensor | None = None
+        self.comparison: LossComparison | None = None
         self._losses: list[Tensor] = []
         self._last: Tensor | None = None
 
-    def add(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        """Add a loss as it goes into backward."""
+    def add(self, trainer: Trainer, module: LightningModule, loss: Tensor, compare: bool = False) -> None:
+        """Add a loss as it goes into backward.
+
+        Args:
+            trainer: Trainer of the run.
+            module: The LightningModule.
+            loss: The loss with its autograd graph.
+            compare: Compare it with the loss of a constant guess, before the graph is freed.
+        """
+        self.comparison = compare_with_guess(loss) if compare else None
         # It is scaled, and divided by the number of micro-batches.
         self.graph = loss
         scaler = scaler_of(trainer)

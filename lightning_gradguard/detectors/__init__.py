@@ -12,6 +12,7 @@ from lightning_gradguard.detectors.explosion import Spike as Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits as DeadUnits
 from lightning_gradguard.detectors.inactivity import Disconnected as Disconnected
 from lightning_gradguard.detectors.inactivity import Underflow as Underflow
+from lightning_gradguard.detectors.scale import TargetScale as TargetScale
 from lightning_gradguard.detectors.updates import Stalled as Stalled
 from lightning_gradguard.detectors.updates import UpdateRatio as UpdateRatio
 
@@ -29,4 +30,5 @@ def default_detectors() -> tuple[Detector, ...]:
         Spike(),
         UpdateRatio(),
         Stalled(),
+        TargetScale(),
     )

@@ -19,6 +19,9 @@ from lightning_gradguard.validation import check_positive
 _WAIT = 17
 #: Steps for which large updates are remembered: the weights that they made do not recover.
 _MEMORY = 4 * WARM_UP
+#: Loss over that of the best constant guess, above which little more was learnt than a guess; and the part of a step
+#: without progress that such a step counts for. A healthy LSTM under SGD at 5 is above it for 8 steps.
+_GUESSING, _GUESSING_STEP = 0.9, 1 / 3
 #: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
 
@@ -49,9 +52,9 @@ class UpdateRatio:
     eighth.
 
     Raised when a layer exceeds ``limit`` in all samples of ``steps`` steps, and the loss, if given, has since made no
-    progress in 17 more steps than it has: the first steps may be large, and with normalization behind a layer even
-    many. Large updates are remembered for 100 steps, since the weights that they made do not recover. A layer that has
-    stopped moving is not raised.
+    progress in 17 more steps than it has, or, where that is known, has not beaten a constant guess in 51: the first
+    steps may be large, and with normalization behind a layer even many. Large updates are remembered for 100 steps,
+    since the weights that they made do not recover. A layer that has stopped moving is not raised.
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.
@@ -93,7 +96,10 @@ class UpdateRatio:
         # This loss has to be high too: the running mean may still hold what the first steps did.
         is_high = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
         is_idle = (trends.no_progress & is_high) | trends.relapsed
-        idle = state.idle + torch.where(is_idle, 1.0, -1.0) * stats.elapsed
+        # Whatever the loss has lost since the start, a model that does not beat a constant guess has learnt nothing. It
+        # counts for less, since healthy language models learn the frequencies of the words first.
+        guessing = torch.where(stats.excess > _GUESSING, _GUESSING_STEP, -1.0)
+        idle = state.idle + torch.where(is_idle, 1.0, guessing) * stats.elapsed
         remembered = (since <= _MEMORY) | (state.idle > _WAIT)
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.first_pass import FirstPass, measure_first_pass
+from lightning_gradguard.diagnosis.first_pass import FirstPass, ignores_parameters, measure_first_pass
+from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
+from lightning_gradguard.introspection.operations import kind_of
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -38,6 +41,9 @@ _DEAD_SHARE, _DEAD_LAYERS = 0.9, 2
 _TIMES_CHANCE = 10.0
 #: Root mean square of inputs, healthy at most 1.9, and of targets, healthy at most 1.3.
 _INPUT_RMS, _TARGET_RMS = 10.0, 100.0
+#: Virtual steps before layers without a gradient, or a tilt, count: weights that start at zero need one each, one
+#: behind the other.
+_VIRTUAL_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -168,9 +174,20 @@ def checkup(
         if origin.place != Place.NOWHERE:
             return Checkup((_check_origin(origin),))
         # Only the loss scale was too large, which a GradScaler lowers by itself.
-        seen = measure_first_pass(step)
+        seen, scale = measure_first_pass(step), 1.0
+    if any(not check.ok for rule in (_check_dead_layers, _check_depth) for check in rule(seen)):
+        later = measure_first_pass(step, scale, _VIRTUAL_STEPS)
+        if later.finite:
+            seen = replace(seen, dead=later.dead, tilt=later.tilt)
+    if _has_no_gradient(seen) and ignores_parameters(step):
+        text = (
+            "Every gradient is exactly zero, and the loss stays the same when all weights change: it does not depend "
+            "on what the model computes."
+        )
+        constant = GraphProblem(Problem.CONSTANT_LOSS, text)
+        seen = replace(seen, problems=(*seen.problems, constant))
     rules = (
-        *(_check_data, partial(_check_paths, unowned=_unowned(module, optimizers))),
+        *(_check_loss_function, _check_data, partial(_check_paths, unowned=_unowned(module, optimizers))),
         *(_check_dead_layers, _check_activations),
         *(_check_depth, _check_initialization, _check_loss),
     )
@@ -220,6 +237,33 @@ def _check_origin(origin: Origin) -> Check:
     if origin.overflow and origin.located:
         cause = Cause.LOW_PRECISION if "16" in origin.dtype else Cause.BAD_INITIALIZATION
     return Check("loss and gradient", str(origin).removesuffix("."), "finite", cause)
+
+
+def _check_loss_function(seen: FirstPass) -> Iterator[Check]:
+    graph, usual = seen.graph_summary, "outputs that fit the loss"
+    for problem in seen.problems:
+        cause, fix = PROBLEMS[problem.kind]
+        yield Check("loss function", f"{problem.text} Fix: {fix.name}: {fix.how}", usual, cause)
+    if seen.problems:
+        return
+    if graph is None or graph.opaque or graph.hidden:
+        behind = f" behind {listing(graph.hidden)}" if graph is not None and graph.hidden else ""
+        value = f"no mistake in what was seen; the graph was not seen{behind}: its operations are not autograd's own"
+    else:
+        value = "no mistake in the graph of the loss"
+    yield Check("loss function", value, usual)
+
+
+def _has_no_gradient(seen: FirstPass) -> bool:
+    """Return True if all gradients are zero, and nothing explains it.
+
+    A problem of the loss explains it, and a ReLU at the output, which is dead.
+    """
+    operations = seen.graph_summary.loss_ops if seen.graph_summary is not None else {}
+    rectified = any(kind_of(op) in ("relu", "hardtanh") for op in operations)
+    return (
+        bool(seen.names) and not rectified and not seen.problems and set(seen.gradients_log10) == {-math.inf}
+    )
 
 
 def _check_data(seen: FirstPass) -> Iterator[Check]:

@@ -29,6 +29,8 @@ DEEP = 10
 #: Weight of evidence that is proof: more than any measurable number of decades.
 CERTAIN = 100.0
 
+#: Samples in a sum from which its difference to a mean matters.
+_MANY_ROWS = 8
 #: Bound on the decades that one layer's weights are held responsible for: zero weights would give infinitely many.
 _MOST_DECADES_PER_LAYER = 3.0
 #: Fraction of its initial size to which healthy training does not shrink the median layer.
@@ -200,6 +202,17 @@ class DiagnosticContext:
         return self.graph_summary.problems if self.graph_summary else ()
 
     @property
+    def summed_rows(self) -> int:
+        """Number of samples that the loss sums up, or 0.
+
+        The graph does not show by what a sum was divided afterwards, so a first loss that is small for a sum tells it.
+        """
+        rows = self.graph_summary.summed if self.graph_summary else 0
+        labels = any(op.startswith("NllLoss") for op in self.loss_operations)
+        usual = 0.1 if labels or self.target_rms is None else 0.1 * self.target_rms**2
+        return rows if rows >= _MANY_ROWS and self.loss_start > usual * rows else 0
+
+    @property
     def missing(self) -> frozenset[str]:
         """Trainable parameters that the loss does not reach."""
         return self.graph_summary.missing if self.graph_summary else frozenset()
@@ -227,11 +240,13 @@ class DiagnosticContext:
         0 if unknown.
 
         A layer's gain is the RMS of its weights times the square root of its fan-in. The median ignores a few layers
-        that are zero or small on purpose.
+        that are small on purpose; those that are zero do not count.
         """
         gains = []
         for i in self.layers:
             fan_in = max(math.prod(self.shapes[i][1:]), 1)
+            if self.starting_norms[i] == 0 and any(self.starting_norms[j] > 0 for j in self.layers):
+                continue  # zero on purpose
             gain = self.starting_norms[i] / math.sqrt(max(math.prod(self.shapes[i]), 1)) * math.sqrt(fan_in)
             if math.isfinite(gain):
                 gains.append(gain)

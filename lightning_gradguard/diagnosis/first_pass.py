@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
+from lightning_gradguard.introspection.operations import VIEWS, operation_of
 from lightning_gradguard.introspection.ownership import find_loose
 from lightning_gradguard.introspection.probes import InputProbe
 from lightning_gradguard.introspection.result_usage import ResultUsage
@@ -22,6 +25,20 @@ from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 #: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
 _SATURATED = 0.99
+#: Learning rate of the virtual steps of Adam, a usual one.
+_VIRTUAL_RATE = 1e-3
+#: Largest distance from 1 of what adds up to 1.
+_SUMS_TO_ONE = 1e-3
+#: Range of the outputs of activations that bound them.
+_RANGES = {
+    "Sigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+    "Relu": (0.0, math.inf),
+}
+#: Part of the spread of the targets that outputs of a bounded range leave, from which the range is a mistake: a tanh
+#: and standard normal targets leave 0.15, a ReLU 0.5, a sigmoid 0.57.
+_OUT_OF_REACH = 0.25
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class FirstPass:
         gradients_log10: log10 of the L2 norms of their gradients, -inf for none.
         weight_norms: Their L2 norms.
         graph_summary: Summary of the autograd graph.
+        problems: Mistakes that the graph shows, or the arguments of the loss function.
     """
 
     loss: float
@@ -70,6 +88,7 @@ class FirstPass:
     gradients_log10: tuple[float, ...] = ()
     weight_norms: tuple[float, ...] = ()
     graph_summary: GraphSummary | None = None
+    problems: tuple[GraphProblem, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -79,7 +98,7 @@ class FirstPass:
         )
 
 
-def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
+def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) -> FirstPass:
     """Measure one forward and backward pass on copies.
 
     Module, batch and random numbers are unchanged afterwards.
@@ -87,12 +106,15 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
     Args:
         step: The training step to measure.
         scale: Loss scale of a GradScaler: without it gradients in half precision would underflow.
+        steps: Virtual steps of Adam on the same batch, before the pass that is measured. Behind a weight that starts at
+            zero no layer gets a gradient in the first step, and all of them do from the second on.
 
     Raises:
         ValueError: If the loss is not a tensor with one element.
         Exception: Any error that the model raises.
     """
     with step.sandbox() as copy:
+        _take_virtual_steps(step, copy, scale, steps)
         observer = _PassObserver(step.module)
         inputs = InputProbe(dict(step.module.named_parameters()), torch.device("cpu"))
         with observer:
@@ -107,7 +129,8 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
         names = tuple(graph.names[i] for i in graph.order)
-        layers = [n for n in names if parameters[n].ndim >= 2 and n not in graph.embeddings]
+        scales = _scales_of_weights(parameters)
+        layers = [n for n in names if parameters[n].ndim >= 2 and n not in graph.embeddings | scales]
         hungry = [n for n in layers if n not in graph.constant and bool(fed.get(n, True))]
         unreached = [n for n in names if n in graph.missing & observer.used and parameters[n].ndim >= 2]
         first = FirstPass(
@@ -128,6 +151,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0) -> FirstPass:
             gradients_log10=tuple(_log10(parameters[n].grad) for n in names),
             weight_norms=tuple(float(parameters[n].detach().float().norm()) for n in names),
             graph_summary=graph,
+            problems=tuple({p.kind: p for p in (*observer.problems, *graph.problems)}.values()),
         )
     idle = _find_idle(step, unreached) if unreached else frozenset()
     return replace(first, unreached=tuple(n for n in unreached if n not in idle), idle=tuple(sorted(idle)))
@@ -146,6 +170,59 @@ def _find_idle(step: SandboxedStep, names: Sequence[str]) -> frozenset[str]:
     return idle
 
 
+def ignores_parameters(step: SandboxedStep) -> bool:
+    """Return True if the loss stays the same, to the bit, when all weights change.
+
+    Args:
+        step: The training step.
+    """
+    losses = []
+    with step.sandbox() as copy, torch.no_grad():
+        for changed in (False, True):
+            for parameter in step.module.parameters() if changed else ():
+                parameter.mul_(1.25).add_(0.1)
+            torch.manual_seed(0)  # the sandbox restores the random numbers
+            losses.append(float(step.loss_of(copy(step.batch)).detach()))
+    return losses[0] == losses[1]
+
+
+def _take_virtual_steps(step: SandboxedStep, copy: Callable[[Any], Any], scale: float, steps: int) -> None:
+    trained = [p for p in step.module.parameters() if p.requires_grad] if steps else []
+    optimizer = torch.optim.Adam(trained, _VIRTUAL_RATE) if trained else None
+    for _ in range(steps if optimizer is not None else 0):
+        loss = step.loss_of(copy(step.batch))
+        if loss.grad_fn is None:
+            return
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        for parameter in step.module.parameters():
+            parameter.grad = None
+
+
+def _scales_of_weights(parameters: Mapping[str, Tensor]) -> set[str]:
+    """Return what holds one number for each row of another weight.
+
+    Such as the magnitudes of a weight normalization, which are no layers.
+    """
+    found = set()
+    for name, scale in parameters.items():
+        # The names that torch gives to magnitudes, in the new form and the old.
+        named = name.endswith(("parametrizations.weight.original0", "weight_g"))
+        if named and scale.ndim >= 2 and scale.numel() == max(scale.shape):
+            beside = [
+                other
+                for own, other in parameters.items()
+                if own != name and own.rpartition(".")[0] == name.rpartition(".")[0]
+            ]
+            if any(o.ndim == scale.ndim and o.numel() > scale.numel() and _fits(scale, o) for o in beside):
+                found.add(name)
+    return found
+
+
+def _fits(scale: Tensor, weight: Tensor) -> bool:
+    return all(a in (1, b) for a, b in zip(scale.shape, weight.shape, strict=True))
+
+
 class _PassObserver(TorchFunctionMode):
     """Mode that records parameters, saturation and the loss.
 
@@ -155,6 +232,7 @@ class _PassObserver(TorchFunctionMode):
         first: Name of the first function that used a parameter.
         given: Floating-point tensor that this function was given.
         chance, guessed, target_rms: See `FirstPass`.
+        problems: Mistakes that the arguments of a loss function show.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -164,6 +242,7 @@ class _PassObserver(TorchFunctionMode):
         self.first = ""
         self.given: Tensor | None = None
         self.chance = self.guessed = self.target_rms = math.nan
+        self.problems: list[GraphProblem] = []
         self._names = {id(p): name for name, p in module.named_parameters()}
 
     def __torch_function__(
@@ -191,12 +270,17 @@ class _PassObserver(TorchFunctionMode):
                 output = result.detach().float()
                 centred = output if name == "tanh" else 2 * output - 1
                 self.saturated.append(float((centred.abs() > _SATURATED).float().mean()))
-            elif name == "cross_entropy":
+            elif name in _LOSSES and len(args) + len(kwargs) >= 2 and torch.is_grad_enabled():
+                given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+                self.problems += _LOSSES[name](given) if {"input", "target"} <= given.keys() else ()
+            if name == "cross_entropy":
                 classes = args[0].shape[1 if args[0].ndim > 1 else 0]
                 self._compare(result, math.log(max(classes, 2)), kwargs)
             elif name == "mse_loss":
-                target = (args[1] if len(args) > 1 else kwargs["target"]).detach().float()
-                self.target_rms = _rms(target)
+                given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+                # The loss is symmetric, and either may be the output.
+                swapped = given["target"].requires_grad and not given["input"].requires_grad
+                self.target_rms = _rms(given["input" if swapped else "target"].detach().float())
                 self._compare(result, self.target_rms**2, kwargs)
         return result
 
@@ -205,6 +289,80 @@ class _PassObserver(TorchFunctionMode):
         if kwargs.get("reduction", "mean") == "sum" or kwargs.get("weight") is not None:
             return
         self.chance, self.guessed = chance, float(result.detach().float().mean())
+
+
+def _judge_cross_entropy(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
+    """Find a cross-entropy of probabilities, however they were made."""
+    x = given["input"].detach()
+    if x.ndim < 2 or x.shape[1] < 2 or not _is_distribution(x, 1):
+        return
+    text = (
+        f"cross_entropy gets probabilities: its {x.shape[1]} inputs are between 0 and 1, and add up "
+        "to 1 in each sample. It "
+        "expects logits, and has a softmax of its own."
+    )
+    yield GraphProblem(Problem.PROBABILITIES, text)
+
+
+def _judge_divergence(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
+    """Find a kl_div of what are not log-probabilities."""
+    x, target = given["input"].detach(), given["target"].detach()
+    if not x.ndim or not x.numel() or not x.isfinite().any():
+        return
+    largest = float(x[x.isfinite()].max())
+    if any(_is_distribution(x, dim) for dim in {x.ndim - 1, min(1, x.ndim - 1)}):
+        what = "probabilities (between 0 and 1, and they add up to 1)"
+    elif largest > _SUMS_TO_ONE:
+        what = f"values up to {number(largest)}"
+    elif given.get("log_target", False) and any(
+        _is_distribution(target, dim) for dim in {target.ndim - 1, min(1, target.ndim - 1)}
+    ):
+        yield GraphProblem(
+            Problem.DIVERGENCE, "kl_div gets log_target=True, but its second argument holds probabilities."
+        )
+        return
+    else:
+        return
+    text = f"kl_div expects log-probabilities as its first argument, which are at most 0, but it gets {what}."
+    yield GraphProblem(Problem.DIVERGENCE, text)
+
+
+def _judge_range(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
+    """Find targets that an activation at the output cannot reach."""
+    node, target = given["input"].grad_fn, given["target"].detach().float()
+    while node is not None and operation_of(node.name()) in VIEWS:
+        node = node.next_functions[0][0]
+    op = "" if node is None else operation_of(node.name())
+    if op not in _RANGES or target.numel() < 2:
+        return
+    low, high = _RANGES[op]
+    beyond, spread = target - target.clamp(low, high), target - target.mean()
+    left = float(beyond.square().mean())
+    if left > _OUT_OF_REACH * float(spread.square().mean()) and left > 0:
+        share = float((beyond != 0).float().mean())
+        reach = "below 0" if high == math.inf else f"outside {low:g} to {high:g}"
+        text = (
+            f"The outputs come from a {op.lower()}, but {100 * share:.0f} % of the targets are "
+            f"{reach}, where it cannot "
+            "reach them."
+        )
+        yield GraphProblem(Problem.OUT_OF_RANGE, text)
+
+
+#: Functions that judge the arguments of a loss function.
+_LOSSES: dict[str, Callable[[Mapping[str, Any]], Iterator[GraphProblem]]] = {
+    "cross_entropy": _judge_cross_entropy,
+    "kl_div": _judge_divergence,
+    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _judge_range),
+}
+
+
+def _is_distribution(x: Tensor, dim: int) -> bool:
+    """Return True if values are between 0 and 1 and add up to 1."""
+    if not x.is_floating_point() or x.numel() <= x.shape[dim] or x.shape[dim] < 2:
+        return False
+    sums = x.float().sum(dim)
+    return bool(((x >= 0) & (x <= 1 + _SUMS_TO_ONE)).all() and ((sums - 1).abs() < _SUMS_TO_ONE).all())
 
 
 def _rms(x: Tensor) -> float:

@@ -47,6 +47,19 @@ def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
     return tuple(chosen.values())[:_ALL]
 
 
+def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str]:
+    """Return the keys of the fixes for mistakes that the graph shows.
+
+    Args:
+        context: The facts at the step of the finding.
+        cause: The most likely cause; the fixes are for mistakes of this kind.
+    """
+    kinds = {problem.kind for problem in context.problems}
+    keys = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
+    summed = cause == Cause.LOSS_FUNCTION and context.summed_rows and not context.normalizes_gradient
+    return frozenset(keys | ({mean_loss(context).key} if summed else set()))
+
+
 def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
     """Return the fixes for one cause, best first.
 
@@ -125,6 +138,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.BAD_DATA:
             return [look_at_bad_rows(c), DROP_BAD_ROWS, FILL_IN]
 
+        case Cause.LOSS_FUNCTION if c.summed_rows and not c.normalizes_gradient:
+            return [mean_loss(c), lower_learning_rate(c)]
         case Cause.LOSS_FUNCTION if c.too_large and c.fault != Fault.NONFINITE:
             return [SPECTRAL_NORMALIZATION, lower_learning_rate(c) or WARM_UP]
         case Cause.LOSS_FUNCTION if c.too_small:
@@ -376,6 +391,14 @@ SPECTRAL_NORMALIZATION = Remedy(
     "layer = nn.utils.parametrizations.spectral_norm(layer)  # each layer of the critic",
     change=Change(lipschitz=True),
 )
+
+
+def mean_loss(context: DiagnosticContext) -> Remedy:
+    """Return the mean in place of a sum over the batch."""
+    how = f'loss = loss_fn(output, y, reduction="mean")  # or loss / {context.summed_rows}'
+    return Remedy("Mean over the batch in place of a sum", how, key="mean loss")
+
+
 DETECT_ANOMALY = Remedy("Find the operation that makes NaN or Inf", "torch.autograd.set_detect_anomaly(True)")
 BFLOAT16 = Remedy("bfloat16, which has the range of float32", 'trainer = Trainer(precision="bf16-mixed")')
 SCALE_LOSS = Remedy(
@@ -549,9 +572,64 @@ ONE_SOFTMAX = Remedy(
     "Remove the softmax before the cross-entropy, which has its own",
     "loss = nn.functional.cross_entropy(logits, y)  # not of softmax(logits)",
 )
+ONE_SIGMOID = Remedy(
+    "Remove the sigmoid or softmax before binary_cross_entropy_with_logits, which has its own",
+    "loss = nn.functional.binary_cross_entropy_with_logits(logits, y)  # not of sigmoid(logits)",
+)
+PLAIN_LOGITS = Remedy(
+    "Remove the sigmoid before the cross-entropy, which expects logits",
+    "loss = nn.functional.cross_entropy(logits, y)  # not of sigmoid(logits)",
+)
+LOG_SOFTMAX = Remedy(
+    "Cross-entropy of the logits, in place of nll_loss without log_softmax",
+    "loss = nn.functional.cross_entropy(logits, y)  # or nll_loss(log_softmax(logits, dim=1), y)",
+)
+MORE_LOGITS = Remedy(
+    "One logit under a sigmoid, or two under a softmax",
+    "loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(1), y.float())  # or nn.Linear(width, 2)",
+)
+CLASS_DIMENSION = Remedy(
+    "Softmax over the dimension of the classes",
+    "log_p = nn.functional.log_softmax(logits, dim=1)  # dim=-1 if the classes are last",
+)
+OTHER_SIGN = Remedy(
+    "Change the sign of the loss, so that it is minimized",
+    "loss = loss_fn(output, y)  # not -loss_fn(output, y): the optimizer minimizes",
+)
+SAME_SHAPE = Remedy(
+    "Give outputs and targets the same shape",
+    "loss = nn.functional.mse_loss(output, y.view_as(output))  # or output.squeeze(1) for targets of shape [N]",
+)
+DEPENDENT_LOSS = Remedy(
+    "Compute the loss from what the model returns",
+    "loss = loss_fn(model(x), y)  # not from argmax, a rounded value, a clamp out of range or a constant",
+)
+NO_PROBABILITIES = Remedy(
+    "Give the cross-entropy logits, not probabilities",
+    "loss = nn.functional.cross_entropy(logits, y)  # or nll_loss(p.log(), y) for probabilities p",
+)
+LOG_PROBABILITIES = Remedy(
+    "Give kl_div log-probabilities first, probabilities second",
+    'loss = nn.functional.kl_div(log_softmax(logits, dim=-1), p, reduction="batchmean")  # p sums to 1',
+)
+REACHABLE_TARGETS = Remedy(
+    "Remove the last activation, or bring the targets into its range",
+    "output = head(h)  # without sigmoid, tanh, softmax or ReLU after it",
+)
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
     Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
+    Problem.SIGMOID_TWICE: (Cause.LOSS_FUNCTION, ONE_SIGMOID),
+    Problem.BOUNDED_LOGITS: (Cause.LOSS_FUNCTION, PLAIN_LOGITS),
+    Problem.NO_LOGARITHM: (Cause.LOSS_FUNCTION, LOG_SOFTMAX),
+    Problem.ONE_CLASS: (Cause.LOSS_FUNCTION, MORE_LOGITS),
+    Problem.WRONG_DIMENSION: (Cause.LOSS_FUNCTION, CLASS_DIMENSION),
+    Problem.WRONG_SIGN: (Cause.LOSS_FUNCTION, OTHER_SIGN),
+    Problem.BROADCAST: (Cause.LOSS_FUNCTION, SAME_SHAPE),
+    Problem.CONSTANT_LOSS: (Cause.LOSS_FUNCTION, DEPENDENT_LOSS),
+    Problem.PROBABILITIES: (Cause.LOSS_FUNCTION, NO_PROBABILITIES),
+    Problem.DIVERGENCE: (Cause.LOSS_FUNCTION, LOG_PROBABILITIES),
+    Problem.OUT_OF_RANGE: (Cause.LOSS_FUNCTION, REACHABLE_TARGETS),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.loss_comparison import LossComparison
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
@@ -31,6 +32,8 @@ _SAVED_TENSORS = {
     "moved": "_moved",
     "dead": "_dead",
     "lost": "_lost",
+    "excess": "_excess",
+    "reach": "_reach",
 }
 
 
@@ -82,6 +85,11 @@ class ParameterTracker:
         self._start(select(self._named, self.optimizer))
 
     @property
+    def compares_loss(self) -> bool:
+        """True if the coming step is one that a comparison of the loss is for."""
+        return self.schedule.sampled_last
+
+    @property
     def graph_summary(self) -> GraphSummary | None:
         """Summary of the newest autograd graph, or None."""
         return self._observer.graph_summary
@@ -104,14 +112,23 @@ class ParameterTracker:
         return [p.grad for p in self.layout.parameters]
 
     @torch.no_grad()
-    def measure(self, loss: Tensor | None, graph: Tensor | None, scaled: bool = False) -> GradStats:
+    def measure(
+        self,
+        loss: Tensor | None,
+        graph: Tensor | None,
+        scaled: bool = False,
+        comparison: LossComparison | None = None,
+    ) -> GradStats:
         """Measure this step, and refresh what is due.
 
         Args:
             loss: Scalar loss, or None.
             graph: Tensor whose autograd graph shows the order of the layers, or None.
             scaled: True if a gradient scaler is in use.
+            comparison: Comparison of the loss with a constant guess, if it is known at this step.
         """
+        if comparison is not None and self.layout.shards is None:  # ranks would see different ones
+            self._excess, self._reach = (value.to(self.weights) for value in comparison)
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
         self.layout = self._observer.update_order(
@@ -148,6 +165,8 @@ class ParameterTracker:
             dead=self._dead,
             lost=self._lost,
             update_ratio=self._update_ratio,
+            excess=self._excess,
+            reach=self._reach,
             low_precision=scaled or self._low_precision,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
@@ -260,7 +279,8 @@ class ParameterTracker:
         self._observer.probe_sequence(self.layout, frozenset(state.get("asked", ())))
         self._peak_rate = state["peak_rate"]
         for key, attribute in _SAVED_TENSORS.items():
-            setattr(self, attribute, state[key].to(device))
+            if key in state:  # not in those of earlier versions
+                setattr(self, attribute, state[key].to(device))
         self._set_sizes()
         self._update_ratio = median_update(self.updates, self.layout)
 
@@ -278,6 +298,7 @@ class ParameterTracker:
         self._update_ratio = self.layout.constant(torch.nan)
         self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         self._dead = self._lost = torch.zeros_like(self.weights)
+        self._excess = self._reach = self.layout.constant(torch.nan)
         self._moved = self.weights < 0
 
     def _set_sizes(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_gradguard.introspection.loss_comparison import LossComparison
     from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 class StepContext:
     """Facts for messages and diagnosis.
 
-    None of them changes a verdict.
+    None of them but ``comparison`` changes a verdict.
 
     Attributes:
         batch: Input of the loss, or None. Searched for values that are not finite, and measured.
@@ -23,6 +24,7 @@ class StepContext:
         run_trials: Try fixes on the live model when something critical is found.
         notes: Sentences to add to the symptoms, such as the course of a metric.
         without_loss: Warning, once, if no loss is given; empty for none, None for the one of `Guard.step`.
+        comparison: Comparison of this step's loss with a constant guess, from before its backward pass.
     """
 
     batch: object = None
@@ -30,6 +32,7 @@ class StepContext:
     run_trials: bool = False
     notes: tuple[str, ...] = ()
     without_loss: str | None = None
+    comparison: LossComparison | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.notes, tuple):

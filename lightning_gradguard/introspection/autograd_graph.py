@@ -12,8 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
-from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.graph_problems import (
+    GraphProblem,
+    LossGraph,
+    find_problems,
+    summed_rows,
+)
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
     MERGES,
@@ -45,10 +51,13 @@ class GraphSummary:
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
         recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
         skips: True if some value is added or concatenated to something computed from it.
+        hidden: Operations that are not autograd's own, and hide what they compute: custom functions, compiled and
+            scripted parts.
         opaque: True if a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.
         problems: Mistakes that the graph shows.
+        summed: Number of samples that the loss sums up; 0 if it is a mean, or the graph cannot tell.
         unused: Trainable tensors that took no part in the forward pass. Found by observing it.
         idle: Tensors that are computed with, and whose result the loss does not use. Found by observing a pass, not
             from the graph.
@@ -70,10 +79,12 @@ class GraphSummary:
     recurrent: frozenset[str] = frozenset()
     recurrences: int = 0
     skips: bool = False
+    hidden: tuple[str, ...] = ()
     opaque: bool = False
     dtypes: frozenset[str] = frozenset()
     nodes: int = 0
     problems: tuple[GraphProblem, ...] = ()
+    summed: int = 0
     unused: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
     offered: frozenset[str] = frozenset()
@@ -139,6 +150,7 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         unrolled = {n: len(nodes) for n, nodes in uses.items() if len(nodes) >= 4 and n not in tables}
         recurrent |= unrolled.keys()
         recurrences = max(unrolled.values(), default=0)
+    end = LossGraph(loss.grad_fn)
     constant = graph.constant_leaves()
     summary = GraphSummary(
         names=names,
@@ -153,9 +165,12 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         recurrent=recurrent,
         recurrences=recurrences,
         skips=graph.has_skip(),
+        hidden=tuple(sorted(graph.hidden)),
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
+        problems=find_problems(end, not graph.leaves.keys() <= {id(p) for p in parameters.values()}),
+        summed=summed_rows(end),
         constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
         above={name: graph.above(leaf) for name, leaf in leaves.items()},
     )
@@ -185,6 +200,7 @@ class Graph:
         kinds: Counts of the kinds on the shortest path.
         hides_leaves: True if leaf tensors are not the parameters themselves.
         dtypes: Names of the dtypes to which something is converted.
+        hidden: Operations that hide what they compute.
     """
 
     def __init__(self, root: Any) -> None:
@@ -197,6 +213,7 @@ class Graph:
         self._variables: dict[int, Tensor] = {}
         self.hides_leaves = False
         self.dtypes: set[str] = set()
+        self.hidden: set[str] = set()
         self.shortest = [1]
         self._discoverer = [0]
         self._traverse(root)
@@ -349,6 +366,8 @@ class Graph:
                 self.leaves[id(node.variable)] = index
                 self.hides_leaves |= bool(getattr(node.variable, "_is_flat_param", False))
             self.hides_leaves |= op.startswith("CheckpointFunction")
+            if isinstance(node, BackwardCFunction) or op.startswith("DifferentiableGraph"):
+                self.hidden.add(op)
             if op == "ToCopy":
                 made = getattr(node, "_input_metadata", ())
                 self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in made)

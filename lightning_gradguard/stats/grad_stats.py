@@ -56,6 +56,9 @@ class GradStats:
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
+        excess: float32 [], loss over that of the best constant guess, at the newest sampled step at which the caller
+            knew it; NaN where it is not known.
+        reach: float32 [], size of the outputs over that of their targets, the same.
         update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.
         elapsed: Good steps that this full evaluation stands for, at most 8; 0 if this is none.
@@ -88,6 +91,8 @@ class GradStats:
     recurrent: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
+    excess: Tensor
+    reach: Tensor
     sampled_steps: int = 0
     elapsed: int = 1
     passed: int = 0
@@ -204,6 +209,7 @@ def stats_of(
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
     unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
+    unseen |= {"excess": unknown, "reach": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
     return GradStats(

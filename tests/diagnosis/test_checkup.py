@@ -275,3 +275,202 @@ def test_the_result_is_plain_data(good):
 def test_a_loss_that_is_no_scalar_tensor_is_an_error(loss):
     with pytest.raises(ValueError, match="the loss must be a tensor with one element"):
         checkup(nn.Linear(3, 2), (torch.randn(8, 3), torch.randn(8, 2)), loss=loss)
+
+
+# The loss function.
+
+
+def step_of(net, loss_of):
+    return {"loss_of": lambda batch: loss_of(net(batch[0]), batch[1])}
+
+
+def one_hot(y, classes=10):
+    return F.one_hot(y, classes).float()
+
+
+def smoothed(x):
+    return x.softmax(1)
+
+
+MISTAKES = {
+    "softmax twice": lambda out, y: F.cross_entropy(out.softmax(1), y),
+    "probabilities by hand": lambda out, y: F.cross_entropy(out.exp() / out.exp().sum(1, keepdim=True), y),
+    "sigmoid twice": lambda out, y: F.binary_cross_entropy_with_logits(out.sigmoid(), one_hot(y)),
+    "raw outputs into nll": lambda out, y: F.nll_loss(out, y),
+    "softmax over the batch": lambda out, y: F.nll_loss(F.log_softmax(out, 0), y),
+    "minus cross-entropy": lambda out, y: -F.cross_entropy(out, y),
+    "minus one times cross-entropy": lambda out, y: -1.0 * F.cross_entropy(out, y),
+    "divergence of probabilities": lambda out, y: F.kl_div(out.softmax(1), one_hot(y).add(0.1).div(2.0)),
+    "divergence of logits": lambda out, y: F.kl_div(out, one_hot(y), reduction="batchmean"),
+    "divergence to probabilities": lambda out, y: F.kl_div(
+        F.log_softmax(out, 1), smoothed(5 * one_hot(y)), log_target=True, reduction="batchmean"
+    ),
+    "targets out of reach": lambda out, y: F.mse_loss(out.sigmoid(), 20 * one_hot(y) - 5),
+    "targets below zero": lambda out, y: F.smooth_l1_loss(out.relu(), 1 - 20 * one_hot(y)),
+    "[N] and [N, 1]": lambda out, y: F.mse_loss(out[:, :1], y.float() / 10),
+    "nothing of the model": lambda out, y: F.cross_entropy(0 * out, y),
+}
+FITTING = {
+    "cross-entropy": F.cross_entropy,
+    "log_softmax twice": lambda out, y: F.cross_entropy(F.log_softmax(out, 1), y),
+    "nll": lambda out, y: F.nll_loss(F.log_softmax(out, 1), y),
+    "binary": lambda out, y: F.binary_cross_entropy(out.sigmoid(), one_hot(y)),
+    "divergence": lambda out, y: F.kl_div(
+        F.log_softmax(out, 1), smoothed(5 * one_hot(y)), reduction="batchmean"
+    ),
+    "divergence of logs": lambda out, y: F.kl_div(
+        F.log_softmax(out, 1), F.log_softmax(5 * one_hot(y), 1), log_target=True, reduction="batchmean"
+    ),
+    "distillation": lambda out, y: F.cross_entropy(out, smoothed(5 * one_hot(y))),
+    "squared error of a sigmoid": lambda out, y: F.mse_loss(out.sigmoid(), one_hot(y)),
+    "noisy targets of a sigmoid": lambda out, y: F.mse_loss(
+        out.sigmoid(), one_hot(y) + 0.1 * torch.randn(len(y), 10)
+    ),
+    "standard targets of a tanh": lambda out, y: F.mse_loss(out.tanh(), torch.randn(len(y), 10)),
+    "squared error of a ReLU": lambda out, y: F.mse_loss(out.relu() + 0.1 * out, one_hot(y)),
+    "margin": F.multi_margin_loss,
+    "cosine": lambda out, y: -F.cosine_similarity(out, one_hot(y)).mean(),
+    "a policy": lambda out, y: -(F.log_softmax(out, 1).gather(1, y[:, None]).squeeze(1) * (y - 4.5)).mean(),
+    "a critic": lambda out, y: out.mean() - out.square().mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size", "ignore:reduction")
+@pytest.mark.parametrize("loss_of", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_of_the_loss_are_named_with_their_fix(good, loss_of):
+    result = found(good, **step_of(good, loss_of))
+    assert "loss function" in names(result)
+    assert Cause.LOSS_FUNCTION in result.causes
+    assert "Fix: " in next(check.value for check in result.findings if check.name == "loss function")
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size", "ignore:reduction")
+@pytest.mark.parametrize("loss_of", FITTING.values(), ids=FITTING.keys())
+def test_losses_that_fit_their_outputs(good, loss_of):
+    assert "loss function" not in names(found(good, **step_of(good, loss_of)))
+
+
+def test_the_target_of_a_squared_error_may_come_first(good):
+    result = found(
+        good, **step_of(good, lambda out, y: F.mse_loss(3.0 + y[:, None].float().expand(-1, 10), 1e-3 * out))
+    )
+    assert "loss at the start" not in names(result)
+
+
+def test_a_gradient_that_underflows_is_not_called_a_constant_loss(good):
+    result = found(good, **step_of(good, lambda out, y: 1e-44 * F.cross_entropy(out, y)))
+    assert result.findings
+    assert "loss function" not in names(result)
+
+
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, y):
+        ctx.save_for_backward(logits.softmax(1) - one_hot(y))
+        return F.cross_entropy(logits, y)
+
+    @staticmethod
+    def backward(ctx, slope):
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient / len(gradient), None
+
+
+def test_a_part_of_the_graph_that_was_not_seen_is_named(good):
+    result = found(good, **step_of(good, Fused.apply))
+    assert result.ok
+    assert "was not seen behind `Fused`" in str(result)
+    assert "was not seen" not in str(found(good))
+
+
+# Weights that start at zero.
+
+
+class LowRank(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.base = nn.Linear(32, width).requires_grad_(False)
+        self.down, self.up = nn.Linear(32, 4, bias=False), nn.Linear(4, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Gated(nn.Module):
+    """Residual branch behind a gate that starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(32, 32), nn.Linear(32, 32), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x + self.gate * self.b(torch.relu(self.a(x)))
+
+
+class Modulated(nn.Module):
+    """Blocks that a condition scales, from zero, in front of an output layer that starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+        self.scales = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+        self.head = nn.Linear(32, 10)
+        for layer in (*self.scales, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        h = x
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            h = h + scale(F.silu(x)) * F.silu(block(h))
+        return self.head(h)
+
+
+def zero_head(net):
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    return net
+
+
+def normed(net, small=False):
+    for i in range(0, len(net), 2):
+        if small and i == len(net) - 1:
+            nn.init.normal_(net[i].weight, std=1e-3)
+        net[i] = nn.utils.parametrizations.weight_norm(net[i])
+    return net
+
+
+ZEROS = {
+    "an output layer": lambda lab: zero_head(he(lab.mlp(6))),
+    "an output layer of a tanh net": lambda lab: zero_head(lab.mlp(5, activation=nn.Tanh)),
+    "low-rank updates": lambda lab: nn.Sequential(
+        LowRank(32), nn.ReLU(), LowRank(32), nn.ReLU(), LowRank(10)
+    ),
+    "gates": lambda lab: nn.Sequential(nn.Linear(32, 32), *[Gated() for _ in range(6)], nn.Linear(32, 10)),
+    "modulation": lambda lab: Modulated(),
+    "weight normalization": lambda lab: normed(he(lab.mlp(6))),
+    "weight normalization, small head": lambda lab: normed(he(lab.mlp(4)), small=True),
+}
+
+
+@pytest.mark.parametrize("build", ZEROS.values(), ids=ZEROS.keys())
+def test_weights_that_start_at_zero_are_healthy(lab, build):
+    assert found(build(lab)).ok
+
+
+def test_all_weights_at_zero_stay_dead(lab):
+    net = lab.mlp(6)
+    for layer in net[::2]:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    assert names(found(net))[0] == "dead units"
+
+
+def test_virtual_steps_leave_no_trace(lab):
+    net = zero_head(he(lab.mlp(6)))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    found(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in net.parameters())

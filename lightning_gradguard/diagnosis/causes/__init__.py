@@ -12,6 +12,7 @@ from lightning_gradguard.diagnosis.causes import data, model, numerics, optimize
 from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
+from lightning_gradguard.introspection.graph_problems import UNBOUNDED
 from lightning_gradguard.results import Fault
 
 #: When each cause is named: its function yields the evidence for it. Ties go to the earlier one.
@@ -38,7 +39,7 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
 #: A named cause accounts for at least so many decades, and for at least this fraction of the most likely one's.
 _LEAST_WEIGHT, _LEAST_FRACTION = 0.5, 0.2
 _MOST_CAUSES = 4
-#: Faults that a mistake shown by the graph does not explain.
+#: Faults that a mistake shown by the graph does not explain, unless it leaves the loss without a bound.
 _OTHER_FAULTS = frozenset({Fault.NONFINITE, Fault.UNDERFLOW, Fault.SPIKE})
 
 
@@ -57,7 +58,9 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         evidence = max(rule(context), key=lambda evidence: evidence.weight, default=None)
         if evidence is not None:
             strongest[cause] = evidence
-    for problem in context.problems if context.fault not in _OTHER_FAULTS else ():
+    for problem in context.problems:
+        if context.fault in _OTHER_FAULTS and not (context.too_large and problem.kind in UNBOUNDED):
+            continue
         strongest[PROBLEMS[problem.kind][0]] = Evidence(CERTAIN, problem.text)
     least = max(_LEAST_WEIGHT, _LEAST_FRACTION * max((e.weight for e in strongest.values()), default=0.0))
     ranked = sorted(strongest.items(), key=lambda item: -item[1].weight)

@@ -84,6 +84,15 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
 
 def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame large targets under a squared loss."""
+    if context.fault == Fault.STALLED and context.finding.detector == "TargetScale":
+        size = "" if context.target_rms is None else f", which have an RMS of {number(context.target_rms)}"
+        text = (
+            f"The outputs are {number(context.finding.value)} times as large as their targets{size}; "
+            "the weights do move, "
+            "but at this rate the outputs take thousands of steps to get there."
+        )
+        yield Evidence(-math.log10(max(context.finding.value, 1e-12)) + 1, text)
+        return
     if not context.too_large or not _is_squared(context) or not context.loss_start > 100:
         return
     if context.target_rms is not None and context.target_rms**2 < 0.01 * context.loss_start:

@@ -25,6 +25,7 @@ def loss_function(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame an unstable, unbounded or flat loss."""
     yield from _unstable_operation(context)
     yield from unbounded_loss(context)
+    yield from summed_loss(context)
     yield from _flat_loss(context)
 
 
@@ -67,6 +68,24 @@ def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
             "weights grow without end."
         )
         yield Evidence(2 + math.log10(-now / max(abs(start), 1.0)), text)
+
+
+def summed_loss(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a loss that is summed over the batch.
+
+    Its gradient is as many times larger as there are samples. An optimizer that normalizes gradients does not pass
+    that on.
+    """
+    rows = context.summed_rows
+    killed = context.fault == Fault.DEAD and context.found_before(Fault.EXPLODING, Fault.OVERSIZED_UPDATE)
+    harmful = killed or (context.too_large and context.fault != Fault.SPIKE)
+    if rows and harmful and not context.normalizes_gradient:
+        text = (
+            f"The loss is a sum over {rows} samples (it began at {number(context.loss_start)}), not a "
+            "mean: its gradient is "
+            f"{rows} times as large, and so is each step of {context.optimizer or 'the optimizer'}."
+        )
+        yield Evidence((3 if killed else 1) + math.log10(rows), text)
 
 
 def _flat_loss(context: DiagnosticContext) -> Iterator[Evidence]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale, outputs_too_large, target_scale
 from lightning_gradguard.diagnosis.causes.model import DIED_AFTER, weights_out_of_scale
-from lightning_gradguard.diagnosis.causes.numerics import unbounded_loss
+from lightning_gradguard.diagnosis.causes.numerics import summed_loss, unbounded_loss
 from lightning_gradguard.diagnosis.context import (
     CERTAIN,
     LARGEST_UPDATE,
@@ -160,7 +160,7 @@ def _decades_of_other_causes(context: DiagnosticContext) -> float:
     evidence = [*inputs_out_of_scale(context), *target_scale(context)]
     for cause in (Cause.UNNORMALIZED_INPUT, Cause.TOO_DEEP, Cause.BAD_INITIALIZATION):
         evidence += outputs_too_large(context, cause)
-    evidence += unbounded_loss(context)
+    evidence += [*unbounded_loss(context), *summed_loss(context)]
     if context.initial_weight_norms:
         evidence += weights_out_of_scale(context)
     return excess + sum(e.weight for e in evidence)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
+from lightning_gradguard.diagnosis.fixes import fixes_of_problems
 from lightning_gradguard.diagnosis.trials.candidates import combine, find_candidates, is_bottomless
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.trial import TrialResult, run_trial
@@ -95,7 +96,10 @@ def try_fixes(
     first = diagnosis.remedies[0].key if diagnosis.remedies else ""
     shown = [*tried[:_SHOWN], *(fix for fix in tried[_SHOWN:] if fix.key == first)]
     nothing_helped = bool(trials) and not context.decayed and all(map(runner.is_worse, trials))
-    best = (*others, *shown) if nothing_helped else (*shown, *others)
+    best = [*others, *shown] if nothing_helped else [*shown, *others]
+    # A mistake that the graph shows has one fix, and what another does to the tilt says nothing against it.
+    mends = fixes_of_problems(context, cause)
+    best.sort(key=lambda fix: fix.key not in mends)
     return dataclasses.replace(
         diagnosis,
         remedies=(*best, *failed[:_OTHERS]),
