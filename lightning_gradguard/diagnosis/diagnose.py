@@ -27,8 +27,8 @@ from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
-from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
+from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report
 from lightning_gradguard.stats.grad_stats import GradStats

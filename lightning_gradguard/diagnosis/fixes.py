@@ -136,7 +136,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
-        case Cause.STALE_OPTIMIZER | Cause.UNREGISTERED_MODULES | Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
+        case (
+            Cause.STALE_OPTIMIZER
+            | Cause.UNREGISTERED_MODULES
+            | Cause.GRADIENT_SCALING
+            | Cause.STALE_GRADIENTS
+        ):
             return []
         case Cause.NORMALIZATION | Cause.WEIGHT_DECAY:
             return []
@@ -507,7 +512,12 @@ ONE_SOFTMAX = Remedy(
     "Remove the softmax before the cross-entropy, which has its own",
     "loss = nn.functional.cross_entropy(logits, y)  # not of softmax(logits)",
 )
+MORE_ELEMENTS = Remedy(
+    "Normalize over more than one element",
+    "norm = nn.GroupNorm(1, channels)  # or nn.BatchNorm2d(channels), or no normalization at that place",
+)
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
+    Problem.ONE_ELEMENT_NORMALIZATION: (Cause.NORMALIZATION, MORE_ELEMENTS),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
 }

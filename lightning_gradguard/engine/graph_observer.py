@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, summarize_graph
+from lightning_gradguard.introspection.columns import MAX_COLUMNS
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
     SequenceGradientProbe,
@@ -45,6 +46,7 @@ class GraphObserver:
     Attributes:
         graph_summary: Summary of the newest autograd graph that was read, or None.
         embeddings: Names of look-up tables.
+        columns: Paths of layers from an input to the loss, as indices of tensors; see `Layout`.
         probed: Names of the recurrent tensors that are probed in the next pass.
         marks: Paths of the tensors since the newest `reset`.
     """
@@ -52,6 +54,7 @@ class GraphObserver:
     def __init__(self, named: Sequence[tuple[str, Tensor]], usage: ForwardUsage | None) -> None:
         self.graph_summary: GraphSummary | None = None
         self.embeddings: frozenset[str] = frozenset()
+        self.columns: tuple[tuple[int, ...], ...] = ()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
         self._compiled = is_compiled(named)
@@ -65,7 +68,7 @@ class GraphObserver:
 
     def reset(self, layout: Layout) -> None:
         """Begin with tensors of which nothing is known yet."""
-        self.embeddings = frozenset()
+        self.embeddings, self.columns = frozenset(), ()
         self._patterns.clear()
         nowhere = torch.zeros_like(layout.is_layer)
         self.marks = PathMarks(nowhere, nowhere, nowhere, nowhere)
@@ -93,8 +96,11 @@ class GraphObserver:
         summary = summarize_graph(graph, {name: self._unsharded.get(id(p), p) for name, p in pairs})
         self.graph_summary, ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         self.embeddings = self.graph_summary.embeddings
+        self.columns = _with_earlier(self.graph_summary.columns, self.columns)
         self.marks = _marks(self.graph_summary, ran, layout)
-        return Layout.of(dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings)
+        return Layout.of(
+            dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings, columns=self.columns
+        )
 
     def probe_sequence(self, layout: Layout, recurrent: frozenset[str] | None = None) -> None:
         """Probe gradients over time in the next pass.
@@ -141,20 +147,45 @@ class GraphObserver:
 def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[GraphSummary, list[bool]]:
     """Return what holds on all ranks.
 
-    Their graphs may differ: the order is the first rank's, everything else the union.
+    Their graphs may differ: order and columns are the first rank's, everything else the union.
     """
     if world_size() == 1:
         return summary, ran
     names = layout.names
     groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent)
-    order = summary.order if torch.distributed.get_rank() == 0 else [0] * len(names)
-    table = [order, ran, *([name in group for name in names] for group in groups)]
+    is_first = torch.distributed.get_rank() == 0
+    order = summary.order if is_first else [0] * len(names)
+    # Place of each tensor in each column, from 1; 0 where it is in none.
+    places = [[0] * len(names) for _ in range(MAX_COLUMNS)]
+    for row, column in zip(places, summary.columns if is_first else (), strict=False):
+        for place, tensor in enumerate(column, 1):
+            row[tensor] = place
+    table = [order, ran, *([name in group for name in names] for group in groups), *places]
     device = layout.numel.device if layout.shards is None else layout.shards.device
-    order, seen, *flags = largest_over_ranks(table, device)
-    found, embeddings, recurrent = (frozenset(compress(names, row)) for row in flags)
-    missing = frozenset(names) - found
-    agreed = replace(summary, order=tuple(order), missing=missing, embeddings=embeddings, recurrent=recurrent)
+    order, seen, *rows = largest_over_ranks(table, device)
+    found, embeddings, recurrent = (frozenset(compress(names, row)) for row in rows[:3])
+    columns = [sorted((place, i) for i, place in enumerate(row) if place) for row in rows[3:] if any(row)]
+    agreed = replace(
+        summary,
+        order=tuple(order),
+        columns=tuple(tuple(i for _, i in column) for column in columns),
+        missing=frozenset(names) - found,
+        embeddings=embeddings,
+        recurrent=recurrent,
+    )
     return agreed, [bool(flag) for flag in seen]
+
+
+def _with_earlier(
+    newest: tuple[tuple[int, ...], ...], earlier: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the newest columns, and earlier ones of layers that have a rest, such as an expert without a token."""
+    kept, known = list(newest), set().union(*newest)
+    for column in earlier if newest else ():
+        if not known.issuperset(column) and len(kept) < MAX_COLUMNS:
+            known.update(column)
+            kept.append(column)
+    return tuple(kept)
 
 
 def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:

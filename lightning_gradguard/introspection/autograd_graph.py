@@ -13,7 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradguard.introspection.columns import find_columns
 from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.norms_of_one_element import (
+    averages_one_element,
+    find_norms_of_one_element,
+)
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
     MERGES,
@@ -32,6 +37,8 @@ class GraphSummary:
         names: The parameters, as given.
         order: Indices into ``names`` from input to output, by first use in the forward pass. Parameters that
             share a first use, and those without a path, stay beside their neighbours in ``names``.
+        columns: Paths of layers from an input to the loss, as indices into ``names``, input first; see
+            `columns.find_columns`. Empty where the graph cannot tell.
         missing: Trainable parameters without a path from the loss. Empty where the graph cannot tell: without a graph,
             under re-entrant checkpointing, and for sharded parameters, of which the graph holds a gathered copy.
         embeddings: Look-up tables and positional tables: parameters of two dimensions or more that are indexed, or
@@ -53,6 +60,7 @@ class GraphSummary:
 
     names: tuple[str, ...] = ()
     order: tuple[int, ...] = ()
+    columns: tuple[tuple[int, ...], ...] = ()
     missing: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     shortest: Mapping[str, int] = field(default_factory=dict)
@@ -95,9 +103,12 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         unrolled = {n: len(nodes) for n, nodes in uses.items() if len(nodes) >= 4 and n not in tables}
         recurrent |= unrolled.keys()
         recurrences = max(unrolled.values(), default=0)
+    order = _order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes})
+    layers = {n: leaves[n] for n in leaves if parameters[n].ndim >= 2 and n not in tables}
     return GraphSummary(
         names=names,
-        order=_order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes}),
+        order=order,
+        columns=() if graph.hides_leaves else find_columns(graph, layers, parameters, order),
         missing=frozenset() if graph.hides_leaves else frozenset(whole - leaves.keys()),
         embeddings=tables,
         shortest={name: graph.shortest[leaf] for name, leaf in leaves.items()},
@@ -111,6 +122,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
+        problems=find_norms_of_one_element(graph, leaves, layers.keys()),
     )
 
 
@@ -124,6 +136,7 @@ class Graph:
 
     Attributes:
         ops: Operation of each node, such as "Addmm".
+        shapes: Shape of the first result of each node; () if unknown.
         node_kinds: Kind of each operation; see `operations.kind_of`.
         sequence: Sequence number of each node, in the order of the forward pass.
         edges: Children of each node, as pairs of node and output.
@@ -131,6 +144,8 @@ class Graph:
         leaves: Id of each leaf tensor to its node.
         shortest: Nodes on the shortest path from the loss.
         longest: The same on the longest path.
+        topological: The nodes in an order in which each comes after those that use it.
+        one_element: Nodes that take a mean, a norm or statistics of a single element.
         products: Most matrix products on a path from the loss, the node included.
         in_loss: True where no path from the loss has a matrix product.
         kinds: Counts of the kinds on the shortest path.
@@ -140,6 +155,9 @@ class Graph:
 
     def __init__(self, root: Any) -> None:
         self.ops: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.one_element: set[int] = set()
+        self.topological: list[int] = []
         self.sequence: list[int] = []
         self.edges: list[list[tuple[int, int]]] = []
         self.leaves: dict[int, int] = {}
@@ -215,6 +233,9 @@ class Graph:
                 made = getattr(node, "_input_metadata", ())
                 self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in made)
             self.ops.append(op)
+            self.shapes.append(_shape(node))
+            if averages_one_element(node, op, self.shapes[-1]):
+                self.one_element.add(index)
             self.sequence.append(node._sequence_nr())
             edges = []
             for child, output in node.next_functions:
@@ -248,6 +269,7 @@ class Graph:
         ready = [0]
         while ready:
             index = ready.pop()
+            self.topological.append(index)
             products[index] += self.node_kinds[index] == "product"
             is_layer = self.node_kinds[index] in ("product", "recurrent")
             in_loss[index] &= not is_layer and bool(self.edges[index])
@@ -259,6 +281,18 @@ class Graph:
                 if not waiting[child]:
                     ready.append(child)
         return longest, products, in_loss
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    made = getattr(node, "_input_metadata", ())
+    try:
+        return tuple(made[0].shape)
+    except (
+        IndexError,
+        RuntimeError,
+        TypeError,
+    ):  # nothing is made, or it has no shape, such as a nested tensor
+        return ()
 
 
 def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ class Problem(str, Enum):
     """Kinds of mistakes."""
 
     SOFTMAX_TWICE = "softmax_twice"
+    ONE_ELEMENT_NORMALIZATION = "one_element_normalization"
 
     def __str__(self) -> str:
         return self.value

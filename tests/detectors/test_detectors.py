@@ -154,9 +154,30 @@ def test_a_tilt_counts_on_a_plateau_below_the_start():
 
 def test_tilt_is_a_warning_while_the_layers_still_move():
     stream = Stream(DepthTilt())
-    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 1
+    assert [stream.feed(vanishing(5))[0] for _ in range(40)][-1].ceiling == 1
     stream.updates = torch.full((6,), 1e-8)
-    assert stream.feed(vanishing(8))[0].ceiling == 2
+    assert stream.feed(vanishing(5))[0].ceiling == 2
+
+
+def test_a_tilt_of_twice_the_limit_is_critical_even_if_the_layers_move():
+    stream = Stream(DepthTilt())
+    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 2
+
+
+@pytest.mark.parametrize("starved", [2, 3, 5])
+def test_a_cliff_is_found_wherever_it_stands(starved):
+    stream = Stream(DepthTilt())
+    norms = [1e-5] * starved + [1.0] * (6 - starved)
+    seen = [stream.feed(norms)[0] for _ in range(30)]
+    assert [bool(r.raised) for r in seen].index(True) == 29
+    assert seen[-1].value.item() >= 4.9
+    assert torch.argmax(seen[-1].score) < starved
+
+
+def test_a_cliff_counts_only_while_the_loss_makes_no_progress():
+    stream = Stream(DepthTilt())
+    losses = [3.0 * 0.97**i for i in range(60)]
+    assert not any(stream.feed([1e-5] * 5 + [1.0], loss)[0].raised for loss in losses)
 
 
 def starving(decades, at, layers=6):
