@@ -51,6 +51,7 @@ class GraphSummary:
         products: Most matrix products and convolutions on any one path.
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
         recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
+        normalizations: Number of nodes that normalize.
         skips: True if some value is added or concatenated to something computed from it.
         opaque: True if a node hides part of the model (compiled, re-entrantly checkpointed, flattened).
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
@@ -70,6 +71,7 @@ class GraphSummary:
     products: int = 0
     recurrent: frozenset[str] = frozenset()
     recurrences: int = 0
+    normalizations: int = 0
     skips: bool = False
     opaque: bool = False
     dtypes: frozenset[str] = frozenset()
@@ -118,6 +120,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         products=products,
         recurrent=recurrent,
         recurrences=recurrences,
+        normalizations=graph.node_kinds.count("normalisation"),
         skips=graph.has_skip(),
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),

@@ -10,6 +10,7 @@ from lightning_gradguard.diagnosis.causes.data import outputs_too_large
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.results import Fault
 
 #: Decades by which a layer's gain differs from `preserving_gain` before it is reported (a factor of 1.4), and before it
@@ -144,6 +145,16 @@ def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
         text = f"{count(layers, 'layer')} are in a row without a skip connection or normalization{each}."
         yield Evidence(_DECADES_PER_LAYER * layers, text)
     yield from outputs_too_large(context, Cause.TOO_DEEP)
+
+
+def normalization(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a normalization over a single element.
+
+    Its result is the same for every input, so no gradient passes.
+    """
+    for problem in context.problems if context.too_small else ():
+        if problem.kind == Problem.ONE_ELEMENT_NORMALIZATION:
+            yield Evidence(CERTAIN, problem.text)
 
 
 def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
