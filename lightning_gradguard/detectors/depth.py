@@ -33,8 +33,8 @@ class DepthTilt:
       (`lightning_gradguard.stats.trends.find_cliff`), as behind a normalization over a single element, and the loss
       makes no progress, from step 30 on.
     - A single layer lies ``limit`` decades below the middle one, as behind a saturated softmax, and the loss makes no
-      progress. Counts from step 100 on, and only if the layer is updated less than the others or lies another decade
-      lower: at the start of a transformer, queries and keys get almost no gradient (2.6 decades below), and soon more.
+      progress. Counts from step 100 on, and only if the layer is updated less than the others: at the start of a
+      transformer, queries and keys get almost no gradient (2.6 decades below the middle), and soon more.
 
     It stays a warning while the loss falls, or while the update ratio of the worst layer is above ``moving`` and the
     value below twice the limit: an adaptive optimizer may still train it.
@@ -90,10 +90,8 @@ class DepthTilt:
         worst_update = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
         live_layers = stats.layout.is_layer & trends.live
         median_update = torch.nanmedian(torch.where(live_layers, stats.updates, torch.nan), 0).values
-        # A decade beyond, it is no start of a transformer either.
-        left_behind = ~(worst_update > 0.1 * median_update) | (gap >= self.limit + 1)
-        from_step = trends.steps >= 4 * WARM_UP
-        starved = (gap >= self.limit) & no_progress & left_behind & from_step & ~tilted & ~cut
+        left_behind = (trends.steps >= 4 * WARM_UP) & ~(worst_update > 0.1 * median_update)
+        starved = (gap >= self.limit) & no_progress & left_behind & ~tilted & ~cut
         value = torch.where(cut, cliff.height, torch.where(starved, gap, trends.tilt))
         may_recover = (worst_update > self.moving) & (value < 2 * self.limit)
         return (

@@ -301,6 +301,7 @@ def test_a_spike_after_convergence_to_zero_is_info():
         (DepthTilt, {"clear": -1.0}, "clear must be positive"),
         (DepthTilt, {"moving": math.inf}, "moving must be positive"),
         (TimeTilt, {"limit": 0}, "limit must be positive"),
+        (Exploding, {"time_tilt": 1.0}, "time_tilt must be negative"),
         (DeadUnits, {"limit": 1.5}, "limit must be above 0 and at most 1, got 1.5"),
         (DeadUnits, {"steps": 0}, "steps must be positive and finite, got 0"),
         (Disconnected, {"steps": -1}, "steps must be"),
@@ -509,6 +510,21 @@ def test_most_layers_may_stand_still_while_one_moves():
     stream = Stream(Stalled())
     updates = torch.tensor([1e-9] * 5 + [1e-3])
     assert not any(stream.feed([1.0] * 6, updates=updates)[0].raised for _ in range(60))
+
+
+def test_gradients_that_grow_over_a_sequence_explode():
+    stream = Stream(Exploding())
+    unknown, growing = torch.tensor(math.nan), torch.tensor(-5.0)
+    seen = stream.feed([1.0] * 6, time_tilt=growing, recurrent=mask(2))[0]
+    assert seen.raised
+    assert seen.measure == 3
+    assert seen.value == -5
+    assert seen.score.argmax() == 2
+    assert stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
+    assert not stream.feed([1.0] * 6, time_tilt=torch.tensor(-1.0))[0].raised
+    learning = Stream(Exploding())
+    losses = [3 * 0.95**i for i in range(60)]
+    assert not [learning.feed([1.0] * 6, loss, time_tilt=growing)[0].raised for loss in losses][-1]
 
 
 def test_time_tilt_keeps_the_newest_measurement():
