@@ -40,9 +40,9 @@ class DepthTilt:
     value below twice the limit: an adaptive optimizer may still train it.
 
     Args:
-        limit: Tilt in decades, above ``clear``. Default 3: healthy runs stay below 2.5 even when converged; their cliffs
-            below 2.1 and single layers below 2.6 while the loss makes no progress. The mildest cliffs of faulty ones
-            are of 5.
+        limit: Tilt in decades, above ``clear``. Default 3: healthy runs stay below 2.5 even when converged; while the
+            loss makes no progress, their cliffs stay below 2.1 and their single layers below 2.6. The mildest cliffs of
+            faulty ones are of 5.
         clear: Decades below which the condition is over. Default 2.5.
         moving: Update ratio ‖Δw‖/‖w‖ above which a layer still learns, dimensionless. Default 1e-6.
 

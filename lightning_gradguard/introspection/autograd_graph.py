@@ -287,7 +287,7 @@ class Graph:
 
 
 def _shape(node: Any) -> tuple[int, ...]:
-    made = getattr(node, "_input_metadata", ())
+    made: Any = getattr(node, "_input_metadata", ())
     try:
         return tuple(made[0].shape)
     except (

