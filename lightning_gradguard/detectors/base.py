@@ -152,7 +152,8 @@ def profile_score(stats: GradStats, *, worst_low: bool) -> Tensor:
         worst_low: Whether the layers with the smallest gradients are the worst, or those with the largest.
 
     Returns:
-        Distance from the middle layer in decades (factors of ten), float32 [P]; -inf for what is no live layer.
+        Distance from the middle layer of its column in decades (factors of ten), float32 [P]; -inf for what is no live
+        layer.
     """
     offset = stats.trends.offset
     return torch.nan_to_num(-offset if worst_low else offset, nan=-torch.inf)

@@ -23,21 +23,26 @@ class DepthTilt:
     """Detect gradients that vanish over depth.
 
     The depth tilt is the number of decades (factors of ten) by which gradients, relative to their weights, fall from
-    the last layer to the first (`lightning_gradguard.stats.trends.depth_tilt`). Convergence lowers all layers together
-    and leaves the tilt unchanged. Raised in one of three cases:
+    the last layer to the first (`lightning_gradguard.stats.trends.column_tilts`). Convergence lowers all layers
+    together and leaves the tilt unchanged. Nets side by side are judged one by one, each along its own path to the
+    loss. Raised in one of four cases:
 
     - The tilt is at or above ``limit`` while the loss makes no progress, from step 30 on.
     - The tilt is at or above 1.5 times ``limit``, even while the loss falls: other layers learn in place of these.
+    - All layers up to some depth lie ``limit`` decades below all layers after it
+      (`lightning_gradguard.stats.trends.find_cliff`), as behind a normalization over a single element, and the loss
+      makes no progress, from step 30 on.
     - A single layer lies ``limit`` decades below the middle one, as behind a saturated softmax, and the loss makes no
       progress. Counts from step 100 on, and only if the layer is updated less than the others: at the start of a
-      transformer, queries and keys get almost no gradient, and soon more.
+      transformer, queries and keys get almost no gradient (2.6 decades below the middle), and soon more.
 
-    It stays a warning while the loss falls, or while the update ratio of the worst layer is above ``moving``: an
-    adaptive optimizer still trains it.
+    It stays a warning while the loss falls, or while the update ratio of the worst layer is above ``moving`` and the
+    value below twice the limit: an adaptive optimizer may still train it.
 
     Args:
-        limit: Tilt in decades, above ``clear``. Default 3: healthy runs stay below 2.5 even when converged, and single
-            layers of them below 1 while the loss makes no progress.
+        limit: Tilt in decades, above ``clear``. Default 3: healthy runs stay below 2.5 even when converged; while the
+            loss makes no progress, their cliffs stay below 2.1 and their single layers below 2.6. The mildest cliffs of
+            faulty ones are of 5.
         clear: Decades below which the condition is over. Default 2.5.
         moving: Update ratio ‖Δw‖/‖w‖ above which a layer still learns, dimensionless. Default 1e-6.
 
@@ -53,8 +58,9 @@ class DepthTilt:
     measures: ClassVar[tuple[str, ...]] = (
         "depth tilt in decades from input to output",
         "decades by which a layer lies below the middle one",
+        "decades by which all layers up to some depth lie below those after it",
     )
-    quantities: ClassVar[tuple[Quantity, ...]] = (Quantity.DEPTH_TILT, Quantity.LAYER_GAP)
+    quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, Quantity.LAYER_GAP, None)
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
@@ -69,30 +75,35 @@ class DepthTilt:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
-        trends = stats.trends
-        score = profile_score(stats, worst_low=True)
+        trends, none = stats.trends, stats.layout.constant(-torch.inf)
+        offset = profile_score(stats, worst_low=True)
         no_progress, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
         steep = trends.tilt >= 1.5 * self.limit
         tilted = (trends.tilt >= self.limit) & (no_progress | steep) & warm
+        cliff = trends.cliff
+        cut = (cliff.height >= self.limit) & no_progress & warm & ~tilted
+        score = torch.where(cut, cliff.below, torch.where(tilted & ~trends.in_worst, none, offset))
         # Where gradients grow towards the input, the last layers lie below the middle one; that is no gap.
-        gap = torch.where(trends.tilt <= _EXPLODING_TILT, 0.0, score.max())
-        over = ~(trends.tilt >= self.clear) & ~(gap >= self.clear)
+        gap = torch.where(trends.tilt <= _EXPLODING_TILT, 0.0, offset.max())
+        over = ~(trends.tilt >= self.clear) & ~(gap >= self.clear) & ~(cliff.height >= self.clear)
         # By gather: indexing with a tensor would read the index on the host.
         worst_update = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
         live_layers = stats.layout.is_layer & trends.live
         median_update = torch.nanmedian(torch.where(live_layers, stats.updates, torch.nan), 0).values
         left_behind = (trends.steps >= 4 * WARM_UP) & ~(worst_update > 0.1 * median_update)
-        starved = (gap >= self.limit) & no_progress & left_behind & ~tilted
+        starved = (gap >= self.limit) & no_progress & left_behind & ~tilted & ~cut
+        value = torch.where(cut, cliff.height, torch.where(starved, gap, trends.tilt))
+        may_recover = (worst_update > self.moving) & (value < 2 * self.limit)
         return (
             reading(
                 stats,
-                tilted | starved,
-                torch.where(starved, gap, trends.tilt),
+                tilted | cut | starved,
+                value,
                 self.limit,
                 score=score,
                 cleared=over | ~(no_progress | steep),
-                ceiling=torch.where((worst_update > self.moving) | ~no_progress, 1.0, 2.0),
-                measure=torch.where(starved, 1.0, 0.0),
+                ceiling=torch.where(may_recover | ~no_progress, 1.0, 2.0),
+                measure=torch.where(cut, 2.0, torch.where(starved, 1.0, 0.0)),
             ),
             state,
         )

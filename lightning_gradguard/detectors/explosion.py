@@ -122,6 +122,7 @@ class ExplodingState(NamedTuple):
         steps: float32 [], leaky count of steps with a spike of the norm.
         raised, over: Bool [], what tilt and loss showed at the last full evaluation: an explosion, or its end.
         value, limit, measure: float32 [], the reading of that evaluation.
+        time_tilt: float32 [], the newest that was measured, decades.
     """
 
     steps: Tensor
@@ -130,16 +131,19 @@ class ExplodingState(NamedTuple):
     value: Tensor
     limit: Tensor
     measure: Tensor
+    time_tilt: Tensor
 
 
 @dataclass(frozen=True)
 class Exploding:
     """Detect gradients that grow without bound.
 
-    They grow towards the input, or from step to step. Raised in one of three cases:
+    They grow towards the input, towards the start of a sequence, or from step to step. Raised in one of four cases:
 
     - The depth tilt (decades by which gradients fall from the last layer to the first) is at or below ``tilt``, so that
       they grow towards the input. Counts from step 15 on, and only while the loss makes no progress.
+    - The time tilt (decades by which gradients fall from the last to the first tenth of a sequence) is at or below
+      ``time_tilt``, and the loss makes no progress: a recurrence enlarges them at each step. Measured as by `TimeTilt`.
     - The leaky count of spikes of the norm reaches ``hot_steps``: +1 for a step that `Spike` would raise, -1 for any
       other.
     - The loss and its running mean exceed ``loss_ratio`` times the starting loss, and a layer's update is more than a
@@ -147,13 +151,14 @@ class Exploding:
       decades counts as well as a large update. A loss that falls as far below zero counts too then, since it has no
       lower bound.
 
-    Tilt and loss are evaluated at full evaluations only.
+    Tilts and loss are evaluated at full evaluations only.
 
     Args:
         tilt: Depth tilt in decades (factors of ten), negative. Default -1.8: healthy runs without progress stay above
             -1.4, chaotic tanh networks lie below -2.1 until they recover.
         hot_steps: Leaky count of steps with a spike of the norm. Default 5.
         loss_ratio: Multiple of the starting loss, above 1. Default 3.
+        time_tilt: Time tilt in decades, negative. Default -3: healthy recurrent nets stay above -0.6.
 
     Raises:
         TypeError: If an argument is no number.
@@ -163,31 +168,35 @@ class Exploding:
     tilt: float = -1.8
     hot_steps: int = 5
     loss_ratio: float = 3.0
+    time_tilt: float = -3.0
     fault: ClassVar[Fault] = Fault.EXPLODING
     measures: ClassVar[tuple[str, ...]] = (
         "depth tilt in decades (negative: growing towards the input)",
         "steps with a norm far above its baseline",
         "absolute running mean of the loss over its start",
+        "decades from the last to the first steps of the sequence (negative: growing towards the start)",
     )
-    quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, None, None)
+    quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, None, None, Quantity.TIME_TILT)
     fast_path_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("tilt", self.tilt, "negative and finite", lambda v: -math.inf < v < 0)
+        check_number("time_tilt", self.time_tilt, "negative and finite", lambda v: -math.inf < v < 0)
         check_positive("hot_steps", self.hot_steps)
         check_above("loss_ratio", self.loss_ratio, 1.0)
 
     def init(self, stats: GradStats) -> Any:
         """Return a state without a spike so far."""
         zero, unknown = torch.zeros_like(stats.total), torch.full_like(stats.total, torch.nan)
-        return ExplodingState(zero, zero > 0, zero == 0, unknown, unknown, zero)
+        return ExplodingState(zero, zero > 0, zero == 0, unknown, unknown, zero, unknown)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
         number = stats.layout.constant
-        _, raised, over, value, limit, measure = state
+        _, raised, over, value, limit, measure, time_tilt = state
         if stats.elapsed:
-            raised, over, value, limit, measure = self._evaluate_tilt_and_loss(stats)
+            time_tilt = torch.where(stats.time_tilt.isnan(), time_tilt, stats.time_tilt)
+            raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt)
         # Each step that the fast path accepted was no spike.
         steps = torch.clamp(state.steps - stats.passed, min=0.0) if stats.passed else state.steps
         change = torch.where(is_norm_spike(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
@@ -195,18 +204,23 @@ class Exploding:
         spiking = count >= number(self.hot_steps)
         # If the tilt raised, the profile says which layers; otherwise the largest gradients do.
         tilted = raised & (measure == number(0.0)) & ~spiking
+        in_time = raised & (measure == number(3.0)) & ~spiking
+        score = torch.where(tilted, profile_score(stats, worst_low=False), stats.relative)
+        outside = (tilted & ~stats.trends.in_worst) | (in_time & ~stats.recurrent)
         found = reading(
             stats,
             raised | spiking,
             torch.where(spiking, count, value),
             torch.where(spiking, number(self.hot_steps), limit),
-            score=torch.where(tilted, profile_score(stats, worst_low=False), stats.relative),
+            score=torch.where(outside, number(-torch.inf), score),
             cleared=over & (count == number(0.0)),
             measure=torch.where(spiking, number(1.0), measure),
         )
-        return found, ExplodingState(count, raised, over, value, limit, measure)
+        return found, ExplodingState(count, raised, over, value, limit, measure, time_tilt)
 
-    def _evaluate_tilt_and_loss(self, stats: GradStats) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _evaluate_tilts_and_loss(
+        self, stats: GradStats, time_tilt: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return raised, over, value, limit and measure, [] each."""
         trends = stats.trends
         no_progress = trends.no_progress | trends.plateau
@@ -218,12 +232,13 @@ class Exploding:
         driven = (large.any() & (trends.steps >= 4)) | has_grown
         risen = is_positive & (ratio > self.loss_ratio) & (stats.loss > self.loss_ratio * start)
         diverges = (risen & driven) | bottomless
-        raised = tilted | diverges
+        in_time = (time_tilt <= self.time_tilt) & trends.no_progress & ~diverges & ~tilted
+        raised = tilted | diverges | in_time
         near = (is_positive & (ratio > 0.8 * self.loss_ratio)) | (trends.tilt <= self.tilt + 0.5)
         return (
             raised,
             ~(raised | near),
-            torch.where(diverges, ratio.abs(), trends.tilt),
-            torch.where(diverges, self.loss_ratio, self.tilt),
-            torch.where(diverges, 2.0, 0.0),
+            torch.where(diverges, ratio.abs(), torch.where(in_time, time_tilt, trends.tilt)),
+            torch.where(diverges, self.loss_ratio, torch.where(in_time, self.time_tilt, self.tilt)),
+            torch.where(diverges, 2.0, torch.where(in_time, 3.0, 0.0)),
         )

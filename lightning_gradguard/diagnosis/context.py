@@ -189,6 +189,22 @@ class DiagnosticContext:
         )
 
     @property
+    def attends(self) -> bool:
+        """True if the path to some tensor has an attention."""
+        return self.graph_summary is not None and any(
+            "attention" in kinds for kinds in self.graph_summary.kinds.values()
+        )
+
+    @property
+    def is_normalized(self) -> bool:
+        """True if the model normalizes throughout.
+
+        Every other layer at least, or it has attention and a normalization, as transformers do.
+        """
+        nodes = self.graph_summary.normalizations if self.graph_summary else 0
+        return (self.attends and self.has_normalization) or (nodes > 0 and nodes >= 0.5 * len(self.layers))
+
+    @property
     def loss_operations(self) -> Mapping[str, int]:
         """Operations after the last matrix product, counted.
 

@@ -28,6 +28,10 @@ from lightning_gradguard.results import Fault
 _FIRST, _OTHERS, _ALL = 4, 2, 6
 
 
+#: Fixes that make steps smaller, which is no help where gradients vanish.
+_SMALLER_STEPS = frozenset({"lower learning rate", "Warm up the learning rate", "Clip gradient spikes"})
+
+
 def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Remedy, ...]:
     """Return the fixes for these causes, best first.
 
@@ -39,9 +43,12 @@ def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
     """
     chosen: dict[str, Remedy] = {}
     problems = {problem.kind for problem in context.problems}
+    vanishes = context.fault in (Fault.VANISHING, Fault.VANISHING_IN_TIME)
     for rank, cause in enumerate(causes):
         shown = [fix for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in problems]
-        fitting = [*shown, *(remedy for remedy in fixes_for(cause, context) if remedy is not None)]
+        known = [remedy for remedy in fixes_for(cause, context) if remedy is not None]
+        helpful = [remedy for remedy in known if not (vanishes and remedy.key in _SMALLER_STEPS)]
+        fitting = [*shown, *(helpful or known)]
         for remedy in fitting[: _OTHERS if rank else _FIRST]:
             chosen.setdefault(remedy.key, remedy)
     return tuple(chosen.values())[:_ALL]
@@ -165,7 +172,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
             return []
         case Cause.NORMALIZATION:
-            return []
+            return [MORE_ELEMENTS]
 
         case Cause.WEIGHT_DECAY:
             return [lower_weight_decay(c), NO_DECAY_ON_NORMS]
@@ -224,7 +231,12 @@ def residual_blocks(context: DiagnosticContext) -> Remedy | None:
 
 
 def relu_and_normalization(context: DiagnosticContext) -> Remedy:
-    """Return the best fix without skip connections."""
+    """Return the best fix without skip connections.
+
+    ReLU alone if there is normalization already.
+    """
+    if context.is_normalized:
+        return RELU
     how = f"block = nn.Sequential(layer, {_normalization_layer(context)}, nn.ReLU())"
     return Remedy("ReLU and normalization", how, change=Change(activation="relu", normalise=True))
 
@@ -234,7 +246,7 @@ def normalization(context: DiagnosticContext) -> Remedy | None:
 
     None if there is one already.
     """
-    if not context.bare_layers:
+    if not context.bare_layers or context.is_normalized:
         return None
     how = f"block = nn.Sequential(layer, {_normalization_layer(context)}, activation)"
     return Remedy("Normalization after each layer", how, change=Change(normalise=True))
@@ -245,7 +257,7 @@ def _normalization_layer(context: DiagnosticContext) -> str:
 
     It is over the width in sequences, where batch statistics mean little.
     """
-    sequential = context.path.get("attention") or context.recurrent
+    sequential = context.attends or context.recurrent
     return "nn.LayerNorm(width)" if sequential else _batch_norm(context)
 
 
@@ -616,8 +628,13 @@ REACHABLE_TARGETS = Remedy(
     "Remove the last activation, or bring the targets into its range",
     "output = head(h)  # without sigmoid, tanh, softmax or ReLU after it",
 )
+MORE_ELEMENTS = Remedy(
+    "Normalize over more than one element",
+    "norm = nn.GroupNorm(1, channels)  # or nn.BatchNorm2d(channels), or no normalization at that place",
+)
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
+    Problem.ONE_ELEMENT_NORMALIZATION: (Cause.NORMALIZATION, MORE_ELEMENTS),
     Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
     Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
+from lightning_gradguard.introspection.columns import MAX_COLUMNS
 from lightning_gradguard.introspection.graph_problems import OWNERSHIP
 from lightning_gradguard.introspection.ownership import find_ownership_problems
 from lightning_gradguard.introspection.probes import (
@@ -54,6 +55,7 @@ class GraphObserver:
     Attributes:
         graph_summary: Summary of the newest autograd graph that was read, or None.
         embeddings: Names of look-up tables.
+        columns: Paths of layers from an input to the loss, as indices of tensors; see `Layout`.
         probed: Names of the recurrent tensors that are probed in the next pass.
         marks: Paths of the tensors since the newest `reset`.
     """
@@ -61,6 +63,7 @@ class GraphObserver:
     def __init__(self, named: Sequence[tuple[str, Tensor]], usage: ForwardUsage | None) -> None:
         self.graph_summary: GraphSummary | None = None
         self.embeddings: frozenset[str] = frozenset()
+        self.columns: tuple[tuple[int, ...], ...] = ()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
         self._named, self._compiled = named, is_compiled(named)
@@ -84,7 +87,7 @@ class GraphObserver:
         """Begin with tensors of which nothing is known yet."""
         if self.graph_summary is not None:  # what it says of the optimizer's tensors is of the former ones
             self.graph_summary = replace(self.graph_summary, problems=())
-        self.embeddings = frozenset()
+        self.embeddings, self.columns = frozenset(), ()
         self._patterns.clear()
         if self._result_usage is not None:
             self._result_usage.close()
@@ -142,8 +145,11 @@ class GraphObserver:
         self.graph_summary = replace(summary, idle=self._idle, offered=self._offered, unused=unused)
         self._follow_results(layout)
         self.embeddings = self.graph_summary.embeddings
+        self.columns = _with_earlier(self.graph_summary.columns, self.columns)
         self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
-        return Layout.of(dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings)
+        return Layout.of(
+            dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings, columns=self.columns
+        )
 
     def probe_inputs(self, layout: Layout, names: Iterable[str]) -> None:
         """Look in the next pass if these layers' input is exactly zero, once for each layer.
@@ -269,29 +275,39 @@ class GraphObserver:
 def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[GraphSummary, list[bool]]:
     """Return what holds on all ranks.
 
-    Their graphs may differ: the order is the first rank's, everything else the union. Of mistakes in what the optimizer
-    steps, those count that all ranks see.
+    Their graphs may differ: order and columns are the first rank's, everything else the union. Of mistakes in what the
+    optimizer steps, those count that all ranks see.
     """
     if world_size() == 1:
         return summary, ran
     names = layout.names
     live = frozenset(names) - summary.constant
     groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live)
-    order = summary.order if torch.distributed.get_rank() == 0 else [0] * len(names)
+    is_first = torch.distributed.get_rank() == 0
+    order = summary.order if is_first else [0] * len(names)
+    # Place of each tensor in each column, from 1; 0 where it is in none.
+    places = [[0] * len(names) for _ in range(MAX_COLUMNS)]
+    for row, column in zip(places, summary.columns if is_first else (), strict=False):
+        for place, tensor in enumerate(column, 1):
+            row[tensor] = place
     kinds = [(kind, certain) for kind in OWNERSHIP for certain in (True, False)]
     unseen = [all((p.kind, p.certain) != kind for p in summary.problems) for kind in kinds]
-    table = [order, ran, *([name in group for name in names] for group in groups), unseen]
+    table = [order, ran, *([name in group for name in names] for group in groups), *places, unseen]
     width = max(len(names), len(kinds))
     padded = [[*map(int, row), *[0] * (width - len(row))] for row in table]
     device = layout.numel.device if layout.shards is None else layout.shards.device
     *rows, somewhere = largest_over_ranks(padded, device)
     common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
-    found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags)
+    found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags[: len(groups)])
+    columns = [
+        sorted((place, i) for i, place in enumerate(row) if place) for row in flags[len(groups) :] if any(row)
+    ]
     missing, constant = frozenset(names) - found, frozenset(names) - live
     agreed = replace(
         summary,
         order=tuple(order),
+        columns=tuple(tuple(i for _, i in column) for column in columns),
         missing=missing,
         embeddings=embeddings,
         recurrent=recurrent,
@@ -301,6 +317,18 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         ),
     )
     return agreed, [bool(flag) for flag in seen]
+
+
+def _with_earlier(
+    newest: tuple[tuple[int, ...], ...], earlier: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the newest columns, and earlier ones of layers that have a rest, such as an expert without a token."""
+    kept, known = list(newest), set().union(*newest)
+    for column in earlier if newest else ():
+        if not known.issuperset(column) and len(kept) < MAX_COLUMNS:
+            known.update(column)
+            kept.append(column)
+    return tuple(kept)
 
 
 def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tensor) -> PathMarks:

@@ -239,6 +239,7 @@ class ParameterTracker:
             "names": list(self.layout.names),
             "order": list(self.layout.order),
             "embeddings": sorted(self._observer.embeddings),
+            "columns": [list(column) for column in self._observer.columns],
             "asked": sorted(self._observer.probed),
             "schedule": self.schedule.state_dict(),
             "peak_rate": self._peak_rate,
@@ -269,10 +270,12 @@ class ParameterTracker:
         own = list(self.layout.names)
         device = self.layout.numel.device
         self._observer.embeddings = frozenset(state["embeddings"])
+        self._observer.columns = tuple(tuple(column) for column in state.get("columns", ()))
         self.layout = Layout.of(
             dict(zip(own, self.layout.parameters, strict=True)),
             order=state["order"],
             embeddings=self._observer.embeddings,
+            columns=self._observer.columns,
         )
         self.schedule.load_state_dict(state["schedule"])
         self._observer.take_time_tilt()

@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from lightning_gradguard.introspection.columns import find_columns
 from lightning_gradguard.introspection.graph_problems import (
     GraphProblem,
     LossGraph,
     find_problems,
     summed_rows,
+)
+from lightning_gradguard.introspection.norms_of_one_element import (
+    averages_one_element,
+    find_norms_of_one_element,
 )
 from lightning_gradguard.introspection.operations import (
     LOOKUPS,
@@ -38,6 +43,8 @@ class GraphSummary:
         names: The parameters, as given.
         order: Indices into ``names`` from input to output, by first use in the forward pass. Parameters that
             share a first use, and those without a path, stay beside their neighbours in ``names``.
+        columns: Paths of layers from an input to the loss, as indices into ``names``, input first; see
+            `columns.find_columns`. Empty where the graph cannot tell.
         missing: Trainable parameters without a path from the loss. Empty where the graph cannot tell: without a graph,
             under re-entrant checkpointing, and for sharded parameters, of which the graph holds a gathered copy.
         embeddings: Look-up tables and positional tables: parameters of two dimensions or more that are indexed, or
@@ -50,6 +57,7 @@ class GraphSummary:
         products: Most matrix products and convolutions on any one path.
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
         recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
+        normalizations: Number of nodes that normalize.
         skips: True if some value is added or concatenated to something computed from it.
         hidden: Operations that are not autograd's own, and hide what they compute: custom functions, compiled and
             scripted parts.
@@ -69,6 +77,7 @@ class GraphSummary:
 
     names: tuple[str, ...] = ()
     order: tuple[int, ...] = ()
+    columns: tuple[tuple[int, ...], ...] = ()
     missing: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     shortest: Mapping[str, int] = field(default_factory=dict)
@@ -78,6 +87,7 @@ class GraphSummary:
     products: int = 0
     recurrent: frozenset[str] = frozenset()
     recurrences: int = 0
+    normalizations: int = 0
     skips: bool = False
     hidden: tuple[str, ...] = ()
     opaque: bool = False
@@ -152,9 +162,13 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         recurrences = max(unrolled.values(), default=0)
     end = LossGraph(loss.grad_fn)
     constant = graph.constant_leaves()
+    order = _order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes})
+    layers = {n: leaves[n] for n in leaves if parameters[n].ndim >= 2 and n not in tables}
+    foreign = not graph.leaves.keys() <= {id(p) for p in parameters.values()}
     summary = GraphSummary(
         names=names,
-        order=_order(names, {n: min(graph.sequence[i] for i in nodes) for n, nodes in uses.items() if nodes}),
+        order=order,
+        columns=() if graph.hides_leaves else find_columns(graph, layers, parameters, order),
         missing=frozenset() if graph.hides_leaves else frozenset(whole - leaves.keys()),
         embeddings=tables,
         shortest={name: graph.shortest[leaf] for name, leaf in leaves.items()},
@@ -164,12 +178,13 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         products=products,
         recurrent=recurrent,
         recurrences=recurrences,
+        normalizations=graph.node_kinds.count("normalisation"),
         skips=graph.has_skip(),
         hidden=tuple(sorted(graph.hidden)),
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
-        problems=find_problems(end, not graph.leaves.keys() <= {id(p) for p in parameters.values()}),
+        problems=(*find_problems(end, foreign), *find_norms_of_one_element(graph, leaves, layers.keys())),
         summed=summed_rows(end),
         constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
         above={name: graph.above(leaf) for name, leaf in leaves.items()},
@@ -187,6 +202,7 @@ class Graph:
 
     Attributes:
         ops: Operation of each node, such as "Addmm".
+        shapes: Shape of the first result of each node; () if unknown.
         node_kinds: Kind of each operation; see `operations.kind_of`.
         sequence: Sequence number of each node, in the order of the forward pass.
         edges: Children of each node, as pairs of node and output.
@@ -195,6 +211,8 @@ class Graph:
         constants: Nodes that give no gradient by design: a softmax over one element.
         shortest: Nodes on the shortest path from the loss.
         longest: The same on the longest path.
+        topological: The nodes in an order in which each comes after those that use it.
+        one_element: Nodes that take a mean, a norm or statistics of a single element.
         products: Most matrix products on a path from the loss, the node included.
         in_loss: True where no path from the loss has a matrix product.
         kinds: Counts of the kinds on the shortest path.
@@ -205,6 +223,9 @@ class Graph:
 
     def __init__(self, root: Any) -> None:
         self.ops: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.one_element: set[int] = set()
+        self.topological: list[int] = []
         self.sequence: list[int] = []
         self.edges: list[list[tuple[int, int]]] = []
         self.leaves: dict[int, int] = {}
@@ -374,6 +395,9 @@ class Graph:
             if op in _SOFTMAXES and _is_over_one_element(op, node):
                 self.constants.add(index)
             self.ops.append(op)
+            self.shapes.append(_shape(node))
+            if averages_one_element(node, op, self.shapes[-1]):
+                self.one_element.add(index)
             self.sequence.append(node._sequence_nr())
             edges = []
             for child, output in node.next_functions:
@@ -410,6 +434,7 @@ class Graph:
         ready = [0]
         while ready:
             index = ready.pop()
+            self.topological.append(index)
             products[index] += self.node_kinds[index] == "product"
             is_layer = self.node_kinds[index] in ("product", "recurrent")
             in_loss[index] &= not is_layer and bool(self.edges[index])
@@ -442,6 +467,18 @@ def _metadata(node: Any) -> Any:
 
 def _signed(dim: int) -> int:
     return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    made: Any = getattr(node, "_input_metadata", ())
+    try:
+        return tuple(made[0].shape)
+    except (
+        IndexError,
+        RuntimeError,
+        TypeError,
+    ):  # nothing is made, or it has no shape, such as a nested tensor
+        return ()
 
 
 def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ class Problem(str, Enum):
     OUT_OF_RANGE = "out_of_range"
     STALE_OPTIMIZER = "stale_optimizer"
     UNREGISTERED_MODULES = "unregistered_modules"
+    ONE_ELEMENT_NORMALIZATION = "one_element_normalization"
 
     def __str__(self) -> str:
         return self.value

@@ -275,10 +275,15 @@ def _differentiable(x: Tensor) -> Tensor:
 
 
 def _time_tilt(norms: Tensor) -> Tensor:
-    """Return log10 of last over first tenth, float32 []."""
+    """Return log10 of last over first tenth, float32 [].
+
+    Steps at the end that get nothing, such as padding, do not count.
+    """
     tenth, tiny = max(1, len(norms) // 10), torch.finfo(torch.float32).tiny
-    first, last = norms[:tenth].mean().clamp(min=tiny), norms[-tenth:].mean().clamp(min=tiny)
-    return torch.log10(last / first)
+    places = torch.arange(len(norms), device=norms.device)
+    end = torch.where(norms > 0, places + 1, tenth).amax()
+    last = torch.where((places < end) & (places >= end - tenth), norms, 0.0).sum() / tenth
+    return torch.log10(last.clamp(min=tiny) / norms[:tenth].mean().clamp(min=tiny))
 
 
 def _nothing() -> None:

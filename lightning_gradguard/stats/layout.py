@@ -23,7 +23,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NARROW = (torch.float32, *LOW_PRECISION)
 #: End of the name of a weight that is computed from others.
 _PARAMETRIZED = re.compile(r"(?:parametrizations\.)?weight(?:\.original\d?|_[gv])$")
-#: Largest number of pairs of layers from which a slope over depth is taken.
+#: Largest number of pairs of layers from which slopes over depth are taken.
 MAX_PAIRS = 4096
 
 
@@ -44,7 +44,14 @@ class Layout:
             dimensions or more, without embeddings and empty ones.
         layer_indices: The same indices, for the host.
         alike: The same indices, grouped by shape, dtype and device.
-        pairs: int32 [2, K], indices into ``layers``, upper one first: all pairs, or 4,096 of them.
+        columns: Paths of layers from an input to the loss, as indices in that order; together they hold every layer.
+            One of all layers unless the graph shows branches.
+        in_column: Bool [C, P], which tensors belong to each of the C columns.
+        places: int64 [C, M], the layers of each column, padded with 0.
+        filled: Bool [C, M], False for padding.
+        same_start: Bool [C, C], columns that begin with the same layer.
+        pairs: int32 [2, C, K], two places in a column, upper one first: all pairs, or 4,096 of them in all; padded with
+            twice the same place.
         numel: float32 [P], number of elements.
         is_layer: Bool [P], which tensors are layers.
         biases: int64 [P], index of the bias that is added to what a layer's weight gives; that of the weight itself if
@@ -68,6 +75,11 @@ class Layout:
     layers: Tensor
     layer_indices: frozenset[int]
     alike: tuple[tuple[int, ...], ...]
+    columns: tuple[tuple[int, ...], ...]
+    in_column: Tensor
+    places: Tensor
+    filled: Tensor
+    same_start: Tensor
     pairs: Tensor
     numel: Tensor
     is_layer: Tensor
@@ -94,6 +106,7 @@ class Layout:
         *,
         order: Sequence[int] | None = None,
         embeddings: frozenset[str] = frozenset(),
+        columns: Sequence[Sequence[int]] = (),
     ) -> Layout:
         """Return the layout of named parameters.
 
@@ -101,6 +114,8 @@ class Layout:
             parameters: Name to parameter, at least one.
             order: Indices from input to output; the order of the mapping if None.
             embeddings: Names of look-up tables, whose gradient says nothing about depth.
+            columns: Paths of layers from an input to the loss, input first; one of all layers if empty. Layers that are
+                in none join the first.
         """
         names, tensors = tuple(parameters), tuple(parameters.values())
         device = tensors[0].device
@@ -109,6 +124,9 @@ class Layout:
         layers = [i for i in weights if names[i] not in embeddings]
         carrying = frozenset(layers)
         biases = _biases(names, carrying)
+        paths = _complete(columns, layers)
+        longest = max(map(len, paths))
+        members = [[i in path for i in range(len(names))] for path in map(frozenset, paths)]
         floors = [0.1 * math.sqrt(max(p.numel(), 1) / max(_fan_in(p), 1)) for p in tensors]
         zeros = torch.zeros(len(names), device=device, dtype=torch.float32)
         return cls(
@@ -120,7 +138,16 @@ class Layout:
             layers=torch.tensor(layers, dtype=torch.long, device=device),
             layer_indices=carrying,
             alike=_alike(layers, tensors),
-            pairs=_pairs(len(layers)).to(device, torch.int32),
+            columns=paths,
+            in_column=torch.tensor(members, device=device),
+            places=torch.tensor(
+                [[*p, *[0] * (longest - len(p))] for p in paths], dtype=torch.long, device=device
+            ),
+            filled=torch.tensor(
+                [[i < len(p) for i in range(longest)] for p in paths], dtype=torch.bool, device=device
+            ),
+            same_start=torch.tensor([[p[:1] == q[:1] for q in paths] for p in paths], device=device),
+            pairs=_pairs_of([len(p) for p in paths]).to(device, torch.int32),
             numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
             is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
             biases=torch.tensor(biases, dtype=torch.long, device=device),
@@ -179,17 +206,33 @@ def pattern_of(gradients: Sequence[Tensor | None]) -> tuple[bool, ...]:
     return tuple(map(is_not, gradients, repeat(None)))
 
 
-def _pairs(count: int) -> Tensor:
+def _complete(columns: Sequence[Sequence[int]], layers: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return columns of these layers that hold each of them."""
+    place = {layer: k for k, layer in enumerate(layers)}
+    known = [tuple(i for i in column if i in place) for column in columns]
+    first, *others = [column for column in known if column] or [tuple(layers)]
+    missing = place.keys() - set(first).union(*others)
+    return (tuple(sorted({*first, *missing}, key=place.__getitem__)) if missing else first, *others)
+
+
+def _pairs_of(counts: Sequence[int]) -> Tensor:
+    """Return pairs of places in columns of so many layers, int64 [2, C, K]."""
+    pairs = [_pairs(count, MAX_PAIRS // len(counts)) for count in counts]
+    most = max(own.shape[1] for own in pairs)
+    return torch.stack([torch.nn.functional.pad(own, (0, most - own.shape[1])) for own in pairs], 1)
+
+
+def _pairs(count: int, most: int) -> Tensor:
     """Return pairs of layers, int64 [2, K].
 
-    All pairs i < j out of ``count``, or `MAX_PAIRS` at random.
+    All pairs i < j out of ``count``, or ``most`` at random.
     """
-    if count * (count - 1) // 2 <= MAX_PAIRS:
+    if count * (count - 1) // 2 <= most:
         return torch.triu_indices(count, count, 1, device="cpu")
     # Every distance between two layers gets its share. The seed makes each run draw the same pairs.
     generator = torch.Generator("cpu").manual_seed(count)
-    first = torch.randint(count, (MAX_PAIRS,), generator=generator, device="cpu")
-    second = (first + torch.randint(1, count, (MAX_PAIRS,), generator=generator, device="cpu")) % count
+    first = torch.randint(count, (most,), generator=generator, device="cpu")
+    second = (first + torch.randint(1, count, (most,), generator=generator, device="cpu")) % count
     return torch.stack([torch.minimum(first, second), torch.maximum(first, second)])
 
 

@@ -8,8 +8,8 @@ Three groups of statistics:
 
 - The norm has a baseline: the global norm that the tensors seen before would have at their running means of log‖g‖.
   Each step's deviation from it gives a z-score.
-- The depth profile is the running mean of log10(‖g‖/‖w‖) of each tensor, from which come the depth tilt and each
-  layer's offset from the middle one.
+- The depth profile is the running mean of log10(‖g‖/‖w‖) of each tensor, from which come the depth tilt, the largest
+  cliff over depth, and each layer's offset from the middle one. Nets side by side are columns of their own.
 - The loss has a start, a mean, a slower mean and a minimum, from which progress is judged.
 """
 
@@ -65,6 +65,7 @@ class TrendState(NamedTuple):
         profile: [P], running mean of log10(‖g‖/‖w‖), decades.
         offset: [P], `Trends.offset` at the last full evaluation.
         tilt: [], depth tilt at the last full evaluation, decades.
+        in_worst: [P], 1 for the layers of the column with that tilt, else 0.
         first_losses: [5], NaN where there is none yet.
         loss_start: [], their median.
         loss: [], winsorised mean of the loss.
@@ -83,6 +84,7 @@ class TrendState(NamedTuple):
     profile: Tensor
     offset: Tensor
     tilt: Tensor
+    in_worst: Tensor
     first_losses: Tensor
     loss_start: Tensor
     loss: Tensor
@@ -128,7 +130,7 @@ class Trends:
     def offset(self) -> Tensor:
         """Offset of each layer, decades, float32 [P].
 
-        Its distance from the middle layer. As of the last full evaluation; NaN for what is no live layer.
+        Its distance from the middle layer of its column. As of the last full evaluation; NaN for what is no live layer.
         """
         return self.state.offset
 
@@ -136,9 +138,23 @@ class Trends:
     def tilt(self) -> Tensor:
         """Depth tilt, decades, float32 [].
 
-        As of the last full evaluation; NaN with few layers.
+        That of the worst column, as of the last full evaluation; NaN with few layers.
         """
         return self.state.tilt
+
+    @property
+    def in_worst(self) -> Tensor:
+        """True for the layers of the column with that tilt, bool [P]."""
+        return self.state.in_worst > self.stats.layout.zeros
+
+    @cached_property
+    def cliff(self) -> Cliff:
+        """Largest cliff over depth.
+
+        As of this step, so it is to be read at a full evaluation.
+        """
+        layout = self.stats.layout
+        return find_cliff(self.profile, self.live, layout, self.stats.weights <= layout.floors)
 
     @cached_property
     def jump(self) -> Tensor:
@@ -238,6 +254,7 @@ def init(stats: GradStats) -> TrendState:
         profile=zeros,
         offset=torch.full_like(zeros, torch.nan),
         tilt=unknown,
+        in_worst=zeros,
         first_losses=zero.new_full((_FIRST_LOSSES,), torch.nan),
         loss_start=torch.full_like(zero, torch.nan),
         loss=zero,
@@ -266,10 +283,10 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
     gain = (state.seen + number(1.0)).reciprocal()
     ratios = (log_norms - stats.log_weights) * number(DECADES)
     profile = _mean(state.profile, ratios, live, torch.maximum(gain, number(_PROFILE_GAIN)))
-    early, offset, tilt = state.early, state.offset, state.tilt
+    early, offset, tilt, in_worst = state.early, state.offset, state.tilt, state.in_worst
     if stats.elapsed:
         early = torch.where(state.steps == number(_EARLY), baseline, early)
-        offset, tilt = offsets_and_tilt(profile, live, stats.layout)
+        offset, tilt, in_worst = offsets_and_tilt(profile, live, stats.layout)
     new = TrendState(
         steps=steps,
         seen=state.seen + live,
@@ -280,6 +297,7 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         profile=profile,
         offset=offset,
         tilt=tilt,
+        in_worst=in_worst,
         **_next_losses(stats, state),
     )
     return Trends(stats, state, new, baseline, deviation, sigma, live), new
@@ -313,24 +331,55 @@ def _baseline_and_deviation(
     return baseline, deviation, any_known
 
 
-def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return each layer's offset, and the tilt.
+def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each layer's offset, the tilt, and the layers that have it.
 
     Args:
         profile: float32 [P], log10(‖g‖/‖w‖) of each tensor, decades (factors of ten).
         live: Bool [P], tensors that count.
-        layout: Gives the layers and their order.
+        layout: Gives the layers and their columns.
 
     Returns:
-        Distance from the middle layer in decades, float32 [P], NaN for what is no live layer; and the depth tilt,
-        float32 [], as `depth_tilt`.
+        Distance from the middle layer of the column in decades, float32 [P], NaN for what is no live layer; the depth
+        tilt of the worst column, float32 []; and 1 for the layers of that column, else 0, float32 [P].
+
+        Of layers that belong to several columns, the worst column counts. Gradients that grow towards the input do so
+        on each way from the loss: of columns that begin with the same layer, the one where they grow least counts.
     """
-    layered = torch.where(live & layout.is_layer, profile, torch.nan)
-    return layered - torch.nanmedian(layered, 0).values, depth_tilt(profile, live, layout)
+    layered = torch.where(live & layout.in_column, profile, torch.nan)
+    offsets = layered - torch.nanmedian(layered, 1, keepdim=True).values
+    tilts = column_tilts(profile, live, layout)
+    if len(layout.columns) == 1:
+        return offsets[0], tilts[0], layout.in_column[0].float()
+    known = ~tilts.isnan()
+    growing = torch.where(known, torch.where(layout.same_start & known, tilts, -torch.inf).amax(1), torch.nan)
+    low, high = HEALTHY_DEPTH_TILT
+    badness = torch.where(known, torch.maximum(tilts / high, growing / low), -1.0)
+    nearest = torch.where(layout.in_column, badness[:, None], -torch.inf).argmax(0, keepdim=True)
+    worst = badness.argmax(0, keepdim=True)
+    tilts = torch.where(tilts / high >= growing / low, tilts, growing)
+    return (
+        offsets.gather(0, nearest)[0],
+        tilts.gather(0, worst).reshape(()),
+        layout.in_column.index_select(0, worst)[0].float(),
+    )
 
 
 def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
-    """Return the depth tilt, float32 [].
+    """Return the depth tilt of the worst column, float32 [].
+
+    See `column_tilts`. NaN with fewer than four live layers.
+
+    Args:
+        profile: float32 [P], decades.
+        live: Bool [P], tensors that count.
+        layout: Gives the layers and their columns.
+    """
+    return offsets_and_tilt(profile, live, layout)[1]
+
+
+def column_tilts(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
+    """Return the depth tilt of each column, float32 [C].
 
     The decades (factors of ten) by which the profile rises from the first to the last layer. It is (L - 1) times the
     Theil-Sen slope over depth, the median of the slopes of pairs of layers, so that single odd layers do not matter.
@@ -339,19 +388,69 @@ def depth_tilt(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
     Args:
         profile: float32 [P], decades.
         live: Bool [P], tensors that count.
-        layout: Gives the layers and their order.
+        layout: Gives the layers and their columns.
 
     Source: Sen 1968, "Estimates of the regression coefficient based on Kendall's tau".
     """
-    if layout.layers.numel() < MIN_LAYERS:
-        return layout.constant(torch.nan)
-    values, counts = profile[layout.layers], live[layout.layers]
-    depth = torch.cumsum(counts, 0) - 1
+    if layout.places.shape[1] < MIN_LAYERS:
+        return layout.constant(torch.nan).expand(len(layout.columns))
+    values, counts = profile[layout.places], live[layout.places] & layout.filled
+    depth = torch.cumsum(counts, 1) - 1
     first, second = layout.pairs.long()
-    rise = values[second] - values[first]
-    slopes = torch.where(counts[first] & counts[second], rise / (depth[second] - depth[first]), torch.nan)
-    total = counts.sum()
-    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes, 0).values * (total - 1), torch.nan)
+    rise = values.gather(1, second) - values.gather(1, first)
+    both = counts.gather(1, first) & counts.gather(1, second) & (second > first)
+    slopes = torch.where(both, rise / (depth.gather(1, second) - depth.gather(1, first)), torch.nan)
+    total = counts.sum(1)
+    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes, 1).values * (total - 1), torch.nan)
+
+
+class Cliff(NamedTuple):
+    """A step in the depth profile.
+
+    Attributes:
+        height: Decades by which all layers before it lie below all layers after it, float32 []; -inf without one.
+        below: Decades by which each layer lies below those after it, float32 [P]; -inf for what is no live layer of the
+            column.
+    """
+
+    height: Tensor
+    below: Tensor
+
+
+def find_cliff(profile: Tensor, live: Tensor, layout: Layout, tiny: Tensor) -> Cliff:
+    """Return the largest cliff in the profile of a column.
+
+    It is where all layers up to some depth, at least two, lie far below all layers after it. A slope cannot see it if
+    most layers are on one side. Each layer counts as the median of itself and its two neighbours, so that single odd
+    layers do not hide a cliff; the first and the last count as they are. What lies before a layer that began at zero
+    gets little until that layer has grown, and is no cliff.
+
+    Args:
+        profile: float32 [P], decades (factors of ten).
+        live: Bool [P], tensors that count.
+        layout: Gives the layers and their columns.
+        tiny: Bool [P], weights far smaller than a common initialization.
+    """
+    number = layout.constant
+    if layout.places.shape[1] < 3:
+        return Cliff(number(-torch.inf), number(-torch.inf).expand_as(profile))
+    counts = live[layout.places] & layout.filled
+    # Live layers first, in their order.
+    sorted_places = layout.places.gather(1, torch.argsort((~counts).int(), dim=1, stable=True))
+    filled = torch.arange(counts.shape[1], device=counts.device) < counts.sum(1, keepdim=True)
+    values = profile[sorted_places]
+    smooth = values.clone()
+    before, own, after = values[:, :-2], values[:, 1:-1], values[:, 2:]
+    middle = torch.maximum(torch.minimum(before, own), torch.minimum(torch.maximum(before, own), after))
+    smooth[:, 1:-1] = torch.where(filled[:, 2:], middle, own)
+    highest = torch.where(filled, smooth, -torch.inf).cummax(1).values
+    lowest = torch.where(filled, smooth, torch.inf).flip(1).cummin(1).values.flip(1)
+    counted = filled[:, 2:] & ~tiny[sorted_places[:, 2:]]
+    heights = torch.where(counted, lowest[:, 2:] - highest[:, 1:-1], -torch.inf)
+    height, place = heights.flatten().max(0)
+    level = lowest[:, 2:].flatten().gather(0, place.reshape(1))
+    column = layout.in_column.index_select(0, place.reshape(1) // heights.shape[1])[0]
+    return Cliff(height, torch.where(column & live, level - profile, -torch.inf))
 
 
 _LOSS_FIELDS = (

@@ -154,9 +154,30 @@ def test_a_tilt_counts_on_a_plateau_below_the_start():
 
 def test_tilt_is_a_warning_while_the_layers_still_move():
     stream = Stream(DepthTilt())
-    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 1
+    assert [stream.feed(vanishing(5))[0] for _ in range(40)][-1].ceiling == 1
     stream.updates = torch.full((6,), 1e-8)
-    assert stream.feed(vanishing(8))[0].ceiling == 2
+    assert stream.feed(vanishing(5))[0].ceiling == 2
+
+
+def test_a_tilt_of_twice_the_limit_is_critical_even_if_the_layers_move():
+    stream = Stream(DepthTilt())
+    assert [stream.feed(vanishing(8))[0] for _ in range(40)][-1].ceiling == 2
+
+
+@pytest.mark.parametrize("starved", [2, 3, 5])
+def test_a_cliff_is_found_wherever_it_stands(starved):
+    stream = Stream(DepthTilt())
+    norms = [1e-5] * starved + [1.0] * (6 - starved)
+    seen = [stream.feed(norms)[0] for _ in range(30)]
+    assert [bool(r.raised) for r in seen].index(True) == 29
+    assert seen[-1].value.item() >= 4.9
+    assert torch.argmax(seen[-1].score) < starved
+
+
+def test_a_cliff_counts_only_while_the_loss_makes_no_progress():
+    stream = Stream(DepthTilt())
+    losses = [3.0 * 0.97**i for i in range(60)]
+    assert not any(stream.feed([1e-5] * 5 + [1.0], loss)[0].raised for loss in losses)
 
 
 def starving(decades, at, layers=6):
@@ -280,6 +301,7 @@ def test_a_spike_after_convergence_to_zero_is_info():
         (DepthTilt, {"clear": -1.0}, "clear must be positive"),
         (DepthTilt, {"moving": math.inf}, "moving must be positive"),
         (TimeTilt, {"limit": 0}, "limit must be positive"),
+        (Exploding, {"time_tilt": 1.0}, "time_tilt must be negative"),
         (DeadUnits, {"limit": 1.5}, "limit must be above 0 and at most 1, got 1.5"),
         (DeadUnits, {"steps": 0}, "steps must be positive and finite, got 0"),
         (Disconnected, {"steps": -1}, "steps must be"),
@@ -571,6 +593,21 @@ def test_most_layers_may_stand_still_while_one_moves():
     stream = Stream(Stalled())
     updates = torch.tensor([1e-9] * 5 + [1e-3])
     assert not any(stream.feed([1.0] * 6, updates=updates)[0].raised for _ in range(60))
+
+
+def test_gradients_that_grow_over_a_sequence_explode():
+    stream = Stream(Exploding())
+    unknown, growing = torch.tensor(math.nan), torch.tensor(-5.0)
+    seen = stream.feed([1.0] * 6, time_tilt=growing, recurrent=mask(2))[0]
+    assert seen.raised
+    assert seen.measure == 3
+    assert seen.value == -5
+    assert seen.score.argmax() == 2
+    assert stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
+    assert not stream.feed([1.0] * 6, time_tilt=torch.tensor(-1.0))[0].raised
+    learning = Stream(Exploding())
+    losses = [3 * 0.95**i for i in range(60)]
+    assert not [learning.feed([1.0] * 6, loss, time_tilt=growing)[0].raised for loss in losses][-1]
 
 
 def test_time_tilt_keeps_the_newest_measurement():

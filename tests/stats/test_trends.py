@@ -174,3 +174,70 @@ def test_trends_must_be_set():
     stats = measure(stream.layout, weight_norms(stream.layout), stream.unknown)
     with pytest.raises(ValueError, match=r"stats\.trends must be set"):
         stats.trends  # noqa: B018
+
+
+def columns_of_six():
+    """Three layers each of two nets side by side, in one order of first use."""
+    return Layout.of({f"w{i}": torch.ones(2, 2) for i in range(8)}, columns=[(0, 1, 2, 3), (4, 5, 6, 7)])
+
+
+def test_nets_side_by_side_have_tilts_of_their_own():
+    layout, live = columns_of_six(), torch.ones(8, dtype=torch.bool)
+    profile = torch.tensor([0.0, 0.0, 0.0, 0.0, -5.0, -5.0, -5.0, -5.0])
+    assert trends.depth_tilt(profile, live, layout).item() == 0
+    profile = torch.tensor([0.0, 0.0, 0.0, 0.0, -6.0, -4.0, -2.0, 0.0])
+    offset, tilt, worst = trends.offsets_and_tilt(profile, live, layout)
+    assert tilt.item() == pytest.approx(6)
+    assert worst.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert offset.tolist() == [0, 0, 0, 0, -2, 0, 2, 4]
+
+
+def test_a_head_that_counts_little_does_not_make_its_trunk_explode():
+    trunk = (0, 1, 2)
+    layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(5)}, columns=[(*trunk, 3), (*trunk, 4)])
+    live, profile = torch.ones(5, dtype=torch.bool), torch.tensor([0.0, 0.0, 0.0, 0.0, -6.0])
+    assert trends.depth_tilt(profile, live, layout).item() == pytest.approx(0)
+
+
+def test_columns_without_enough_layers_have_no_tilt():
+    layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(6)}, columns=[(0, 1, 2), (3, 4, 5)])
+    assert trends.depth_tilt(torch.arange(6.0), torch.ones(6, dtype=torch.bool), layout).isnan()
+
+
+def cliff_of(profile, live=None, tiny=(), columns=()):
+    layout = Layout.of({f"w{i}": torch.ones(2, 2) for i in range(len(profile))}, columns=columns)
+    live = torch.tensor([True] * len(profile) if live is None else live)
+    small = torch.tensor([i in tiny for i in range(len(profile))])
+    return trends.find_cliff(torch.tensor(profile), live, layout, small)
+
+
+@pytest.mark.parametrize("starved", [2, 5, 9])
+def test_a_cliff_has_the_height_of_its_step(starved):
+    found = cliff_of([-6.0] * starved + [0.0] * (10 - starved))
+    assert found.height.item() == 6
+    assert found.below.tolist() == [6.0] * starved + [0.0] * (10 - starved)
+
+
+def test_an_odd_layer_neither_hides_nor_makes_a_cliff():
+    assert cliff_of([-6.0, -6.0, 1.0, -6.0, -6.0, -6.0, 0.0]).height.item() == 6
+    assert cliff_of([0.0, 0.0, -6.0, 0.0, 0.0, 0.0, 0.0]).height.item() == 0
+
+
+def test_layers_that_rest_do_not_count():
+    found = cliff_of([-6.0, -6.0, 9.0, -6.0, 0.0, 0.0], live=[True, True, False, True, True, True])
+    assert found.height.item() == 6
+
+
+def test_what_lies_before_a_layer_of_nearly_zero_is_no_cliff():
+    assert cliff_of([-6.0, -6.0, -6.0, 0.0], tiny=[3]).height.item() == 0
+
+
+def test_a_cliff_may_stand_in_any_column():
+    profile = [0.0, 0.0, 0.0, -6.0, -6.0, 0.0]
+    assert cliff_of(profile, columns=[(0, 1, 2), (3, 4, 5)]).height.item() == 6
+    assert cliff_of([-6.0, -6.0, -6.0, 0.0, 0.0, 0.0], columns=[(0, 1, 2), (3, 4, 5)]).height.item() == 0
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_few_layers_have_no_cliff(layers):
+    assert cliff_of([float(i) for i in range(layers)] + [0.0] * (not layers)).height.item() == -math.inf

@@ -20,6 +20,7 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
     Cause.SATURATING_ACTIVATION: model.saturating_activation,
     Cause.BAD_INITIALIZATION: model.bad_initialization,
     Cause.TOO_DEEP: model.too_deep,
+    Cause.NORMALIZATION: model.normalization,
     Cause.RECURRENCE: model.recurrence,
     Cause.DEAD_ACTIVATION: model.dead_activation,
     Cause.DETACHED_GRAPH: model.detached_graph,

@@ -157,6 +157,16 @@ def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
     yield from outputs_too_large(context, Cause.TOO_DEEP)
 
 
+def normalization(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a normalization over a single element.
+
+    Its result is the same for every input, so no gradient passes.
+    """
+    for problem in context.problems if context.too_small else ():
+        if problem.kind == Problem.ONE_ELEMENT_NORMALIZATION:
+            yield Evidence(CERTAIN, problem.text)
+
+
 def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame weights applied at every step of a sequence."""
     tilt = context.finding.value if context.fault == Fault.VANISHING_IN_TIME else context.time_tilt
