@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
 #: Version of the saved state, raised when an older one can no longer be read.
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 class Guard:
@@ -243,7 +243,8 @@ class Guard:
             if message := message_without_loss(self.detectors):
                 warn(message)
 
-        stats = self.tracker.measure(loss, graph, scaled=scaler is not None)
+        scale = None if scaler is None else scaler._scale
+        stats = self.tracker.measure(loss, graph, scaled=scaler is not None, loss_scale=scale)
         if scaler is None and not self.lag:
             accepted = self.fast_path.accept(stats, number, self.flush)
             if accepted is not None:
@@ -401,6 +402,7 @@ class Guard:
             self.fast_path.open(record, stats, after.clipper, settled=settled)
             if evaluation.clip is not None and record.clipped:
                 apply_(stats.gradients, evaluation.clip.multipliers)
+            self.tracker.observe_zeroing()
         if any(f.fault == Fault.SPIKE for f in report.findings):
             self.tracker.sample_now()
         self.tracker.schedule.commit(taken=not report.skip)
@@ -441,6 +443,7 @@ class Guard:
             and self._conclude_late(*arrived).skip
         ):
             self.tracker.drop_gradients()
+        self.tracker.observe_zeroing()
         assert self.report is not None
         self._probe_sequence_if_stuck()
         return dataclasses.replace(self.report, skip=False)
@@ -477,6 +480,7 @@ class Guard:
         self.counts["clipped"] += record.clipped and not report.skip
         self.counts["skipped"] += report.skip
         self.counts["nonfinite"] += not record.finite
+        self.tracker.count_carried(record.carried)
         self.tracker.schedule.observe(record.loss_start, record.loss_mean, bool(self.fault_tracker.active))
         self._findings.extend(report.findings)
         self._warn_of_problems(record)
@@ -580,6 +584,7 @@ class Guard:
                 judged=self.counts["judged"],
                 clipper="" if self.clipper is None else repr(self.clipper),
                 policy=repr(self.policy),
+                rates=self.tracker.rates,
             )
             return diagnose(facts, finding, dataclasses.replace(context, run_trials=run_trials), origin)
         except Exception as error:

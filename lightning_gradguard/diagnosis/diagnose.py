@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
 from lightning_gradguard.diagnosis.wording import count, further_reading, headline
 from lightning_gradguard.engine.history import History
+from lightning_gradguard.engine.parameter_tracker import RateHistory
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
@@ -56,6 +57,7 @@ class GuardFacts:
         judged: Steps judged so far.
         clipper: The clipper in words; empty without one.
         policy: The policy in words.
+        rates: Course of the learning rate.
     """
 
     stats: GradStats
@@ -70,6 +72,7 @@ class GuardFacts:
     judged: int
     clipper: str
     policy: str
+    rates: RateHistory = field(default_factory=RateHistory)
 
 
 def diagnose(
@@ -269,6 +272,7 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
     means = weight_means(layout) if finding.fault == Fault.DEAD else None
     (input_rms, target_rms), bad_rows = _measure_batch(batch)
     settings = _settings(facts.optimizer)
+    norms, losses = _recent(facts.history)
     dtypes = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
     if facts.graph_summary is not None:  # those that autocast computes in
         dtypes |= facts.graph_summary.dtypes
@@ -302,6 +306,12 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
         target_rms=target_rms,
         weight_means=None if means is None else _in_order(means, order),
         bad_rows=bad_rows,
+        changed_shares=_in_order(stats.changed, order),
+        peak_rate=facts.rates.peak,
+        rate_fell_at=facts.rates.fell_at if facts.rates.rested else None,
+        recent_norms=norms,
+        recent_losses=losses,
+        loss_scale=record.loss_scale,
     )
 
 
@@ -317,6 +327,13 @@ def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tu
     rows = tuple(sorted({row for entry in find_nonfinite(batch) for row in entry.rows}))
     inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
     return (inputs, targets), rows
+
+
+def _recent(history: History) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return norms and losses of the newest finite steps."""
+    table = history.table()
+    finite = np.isfinite(table["total_norm"])
+    return tuple(table["total_norm"][finite].tolist()), tuple(table["loss"][finite].tolist())
 
 
 def _rms(x: Tensor | None) -> float | None:

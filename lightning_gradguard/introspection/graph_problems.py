@@ -10,6 +10,7 @@ class Problem(str, Enum):
     """Kinds of mistakes."""
 
     SOFTMAX_TWICE = "softmax_twice"
+    STALE_GRADIENTS = "stale_gradients"
 
     def __str__(self) -> str:
         return self.value

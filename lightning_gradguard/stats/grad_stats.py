@@ -58,6 +58,15 @@ class GradStats:
         passed: Steps that the fast path accepted since detectors were last evaluated.
         resting: Whether the learning rate is below a tenth of its peak, so that small updates are intended; False if
             this is no full evaluation.
+        rest: Steps in a row with such a rate, over the steps at the peak rate that would train as much as all steps
+            so far did; 0 if the rate is higher, or this is no full evaluation.
+        changed: float32 [P], share of the elements with a gradient that the last sampled step changed; NaN where it is
+            unknown, and for tensors that are not stored in half precision.
+        loss_scale: float32 [], scale of the gradient scaler; NaN without one.
+        carried: float32 [], 1 if the gradient of the step before was still there when this one's was added to it, 0 if
+            not; NaN if that was not observed.
+        noise: How many times larger than usual the noise of this step's gradient is, since its batch is smaller: the
+            square root of how many times smaller; at least 1.
         low_precision: Whether gradients are computed, or scaled, in half precision.
     """
 
@@ -80,10 +89,15 @@ class GradStats:
     recurrent: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
+    changed: Tensor
+    loss_scale: Tensor
+    carried: Tensor
     sampled_steps: int = 0
     elapsed: int = 1
     passed: int = 0
     resting: bool = False
+    rest: float = 0.0
+    noise: float = 1.0
     low_precision: bool = False
     _trends: Trends | None = field(default=None, repr=False)
 
@@ -186,6 +200,7 @@ def stats_of(
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
     unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
+    unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
     return GradStats(

@@ -12,6 +12,7 @@ from lightning_gradguard.diagnosis.causes import data, model, numerics, optimize
 from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
+from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.results import Fault
 
 #: When each cause is named: its function yields the evidence for it. Ties go to the earlier one.
@@ -27,6 +28,7 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
     Cause.LEARNING_RATE_TOO_HIGH: optimizer.learning_rate_too_high,
     Cause.LEARNING_RATE_TOO_LOW: optimizer.learning_rate_too_low,
     Cause.OPTIMIZER_EPSILON: optimizer.optimizer_epsilon,
+    Cause.GRADIENT_SCALING: optimizer.gradient_scaling,
     Cause.MOMENTUM: optimizer.momentum,
     Cause.WEIGHT_DECAY: optimizer.weight_decay,
     Cause.BAD_DATA: data.bad_data,
@@ -57,7 +59,9 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         evidence = max(rule(context), key=lambda evidence: evidence.weight, default=None)
         if evidence is not None:
             strongest[cause] = evidence
-    for problem in context.problems if context.fault not in _OTHER_FAULTS else ():
+    for problem in context.problems:
+        if context.fault in _OTHER_FAULTS and problem.kind != Problem.STALE_GRADIENTS:
+            continue
         strongest[PROBLEMS[problem.kind][0]] = Evidence(CERTAIN, problem.text)
     least = max(_LEAST_WEIGHT, _LEAST_FRACTION * max((e.weight for e in strongest.values()), default=0.0))
     ranked = sorted(strongest.items(), key=lambda item: -item[1].weight)
