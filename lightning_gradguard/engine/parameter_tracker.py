@@ -43,13 +43,13 @@ class RateHistory(NamedTuple):
 
     Attributes:
         peak: Highest rate so far.
-        total: Sum of the rates over all steps.
+        summed: Sum of the rates over all steps.
         rested: Steps in a row with a rate below a tenth of the peak.
         fell_at: Steps before the first of them.
     """
 
     peak: float = 0.0
-    total: float = 0.0
+    summed: float = 0.0
     rested: int = 0
     fell_at: int = 0
 
@@ -65,7 +65,7 @@ class RateHistory(NamedTuple):
         low = rate < RESTING * peak
         fell_at = self.fell_at if self.rested else steps
         return RateHistory(
-            peak, self.total + rate * elapsed, self.rested + elapsed if low else 0, fell_at if low else 0
+            peak, self.summed + rate * elapsed, self.rested + elapsed if low else 0, fell_at if low else 0
         )
 
     @property
@@ -74,7 +74,7 @@ class RateHistory(NamedTuple):
 
         The latter is the number of steps at the peak rate that would have trained as much as all so far.
         """
-        return self.rested * self.peak / self.total if self.total > 0 else 0.0
+        return self.rested * self.peak / self.summed if self.summed > 0 else 0.0
 
 
 class StateError(ValueError):
