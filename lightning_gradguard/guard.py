@@ -254,6 +254,7 @@ class Guard:
                 self.tracker.schedule.commit(taken=True)
                 self._probe_sequence_if_stuck()
                 return accepted
+        stats = stats.replace(noise=self.tracker.noise_of(graph))
         return self._evaluate(stats, number, scaler, context)
 
     def flush(self) -> None:

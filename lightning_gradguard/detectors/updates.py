@@ -60,6 +60,9 @@ class UpdateRatio:
     many. Large updates are remembered for 100 steps, since the weights that they made do not recover. A layer that has
     stopped moving is not raised.
 
+    While the loss falls, no step counts as one without progress. A layer with a normalization right behind it is raised
+    only while its updates are large: only its direction matters, and that recovers.
+
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.
         steps: Steps for which the ratio has to exceed it.
@@ -99,9 +102,10 @@ class UpdateRatio:
         no_loss = trends.loss.isnan()
         # This loss has to be high too: the running mean may still hold what the first steps did.
         is_high = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        is_idle = (trends.no_progress & is_high) | trends.relapsed
+        is_idle = (trends.no_progress & is_high & ~trends.falling) | trends.relapsed
         idle = state.idle + torch.where(is_idle, 1.0, -1.0) * stats.elapsed
-        remembered = (since <= _MEMORY) | (state.idle > _WAIT)
+        recovers = stats.normalised & (count < self.steps)
+        remembered = ((since <= _MEMORY) | (state.idle > _WAIT)) & ~recovers
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)
         found = moving & ((idle > _WAIT) | no_loss)

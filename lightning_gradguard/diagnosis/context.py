@@ -361,6 +361,21 @@ class DiagnosticContext:
         return finite_median(self.update_ratios[i] for i in self.layers)
 
     @property
+    def median_loss(self) -> float:
+        """Median of the newest losses, or NaN."""
+        return finite_median(self.recent_losses)
+
+    @property
+    def outlier_losses(self) -> float:
+        """Largest of the newest losses over both of its neighbours.
+
+        A loss that grows from step to step has none above 1. 0 if it is unknown.
+        """
+        losses = self.recent_losses
+        triples = zip(losses, losses[1:], losses[2:], strict=False)
+        return max((b / max(a, c) for a, b, c in triples if 0 < max(a, c) < b < math.inf), default=0.0)
+
+    @property
     def schedule_ended(self) -> bool:
         """True if a schedule has lowered the learning rate for good.
 

@@ -6,7 +6,7 @@ Gather the facts, name the causes, try fixes. This happens once in a run, so it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.diagnosis.causes import find_causes
+from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
+from lightning_gradguard.diagnosis.first_pass import measure_first_pass
 from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
@@ -30,6 +32,7 @@ from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
 from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report
 from lightning_gradguard.stats.grad_stats import GradStats
@@ -90,6 +93,8 @@ def diagnose(
     """
     # This comes first: sharded ranks take part in it together, and what follows may fail on one of them.
     known = replace(build_context(facts, finding, context.batch), origin=origin)
+    if context.sandboxed_step is not None and any(inputs_out_of_scale(known)):
+        known = replace(known, **_as_given(context.sandboxed_step))
     diagnosis = diagnose_context(known)
     if context.run_trials and context.sandboxed_step is not None:
         diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
@@ -98,6 +103,19 @@ def diagnose(
         course=timeline_of(facts.history, facts.stats.layout, finding),
         signs=(*diagnosis.signs, *context.notes),
     )
+
+
+def _as_given(build_step: Callable[[], SandboxedStep]) -> dict[str, float | None]:
+    """Return the RMS of what the first layer is given, and of the loss's targets.
+
+    A module may scale its batch before. Nothing is returned that cannot be measured.
+    """
+    try:
+        measured = measure_first_pass(build_step())
+    except Exception:  # the training step does more than compute a loss
+        return {}
+    sizes = {"input_rms": measured.input_rms, "target_rms": measured.target_rms}
+    return {name: size for name, size in sizes.items() if math.isfinite(size)}
 
 
 def diagnose_context(context: DiagnosticContext) -> Diagnosis:

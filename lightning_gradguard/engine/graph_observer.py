@@ -33,6 +33,7 @@ class PathMarks(NamedTuple):
     unused: Tensor
     ran: Tensor
     recurrent: Tensor
+    normalised: Tensor
 
 
 class GraphObserver:
@@ -68,7 +69,7 @@ class GraphObserver:
         self.embeddings = frozenset()
         self._patterns.clear()
         nowhere = torch.zeros_like(layout.is_layer)
-        self.marks = PathMarks(nowhere, nowhere, nowhere, nowhere)
+        self.marks = PathMarks(nowhere, nowhere, nowhere, nowhere, nowhere)
         if layout.shards is not None and self._unsharded_probe is None:
             self._unsharded_probe, self._waited = UnshardedParameterProbe(idle=self._compiled), 0
 
@@ -146,14 +147,21 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     if world_size() == 1:
         return summary, ran
     names = layout.names
-    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent)
+    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, summary.normalised)
     order = summary.order if torch.distributed.get_rank() == 0 else [0] * len(names)
     table = [order, ran, *([name in group for name in names] for group in groups)]
     device = layout.numel.device if layout.shards is None else layout.shards.device
     order, seen, *flags = largest_over_ranks(table, device)
-    found, embeddings, recurrent = (frozenset(compress(names, row)) for row in flags)
+    found, embeddings, recurrent, normalised = (frozenset(compress(names, row)) for row in flags)
     missing = frozenset(names) - found
-    agreed = replace(summary, order=tuple(order), missing=missing, embeddings=embeddings, recurrent=recurrent)
+    agreed = replace(
+        summary,
+        order=tuple(order),
+        missing=missing,
+        embeddings=embeddings,
+        recurrent=recurrent,
+        normalised=normalised,
+    )
     return agreed, [bool(flag) for flag in seen]
 
 
@@ -170,4 +178,5 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout) -> PathMarks:
         unused=mark([a and not b for a, b in zip(lost, ran, strict=True)]),
         ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
         recurrent=mark([name in summary.recurrent for name, _ in pairs]),
+        normalised=mark([name in summary.normalised for name, _ in pairs]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from lightning_gradguard.engine.carried_gradients import CarriedGradients
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import EAGER, SamplingSchedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.loss_terms import count_terms
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
@@ -23,6 +25,8 @@ from lightning_gradguard.stats.samples import SAMPLES, changed_shares, median_up
 
 #: Share of its peak below which a learning rate is so low that small updates are intended.
 RESTING = 0.1
+#: Weight of a step in the running mean of the logarithm of the batch size.
+_TERMS_GAIN = 0.1
 
 #: Tensors that are refreshed now and then: key in the saved state, attribute.
 _SAVED_TENSORS = {
@@ -115,6 +119,7 @@ class ParameterTracker:
     ) -> None:
         self.optimizer, self._always = optimizer, always
         self.rates = RateHistory()
+        self._usual_terms = 0.0
         self._carried = CarriedGradients()
         self._named = as_pairs(named_parameters)
         self._observer = GraphObserver(self._named, usage)
@@ -219,6 +224,20 @@ class ParameterTracker:
         self._moved: Tensor = stats.present
         return stats
 
+    def noise_of(self, graph: Tensor | None) -> float:
+        """Return `GradStats.noise` of this step.
+
+        Args:
+            graph: Its loss, or None.
+        """
+        terms = 0 if graph is None else count_terms(graph)
+        if not terms:
+            return 1.0
+        self._usual_terms += (
+            _TERMS_GAIN * (math.log(terms) - self._usual_terms) if self._usual_terms else math.log(terms)
+        )
+        return max(1.0, math.sqrt(math.exp(self._usual_terms) / terms))
+
     def observe_zeroing(self) -> None:
         """Observe, after a step, whether its gradients are zeroed."""
         if self.schedule.good <= EAGER:
@@ -273,6 +292,7 @@ class ParameterTracker:
             "asked": sorted(self._observer.probed),
             "schedule": self.schedule.state_dict(),
             "rates": list(self.rates),
+            "terms": self._usual_terms,
             "carried": self._carried.state_dict(),
             **{key: getattr(self, attribute).clone() for key, attribute in _SAVED_TENSORS.items()},
         }
@@ -300,7 +320,7 @@ class ParameterTracker:
         self.schedule.load_state_dict(state["schedule"])
         self._observer.take_time_tilt()
         self._observer.probe_sequence(self.layout, frozenset(state.get("asked", ())))
-        self.rates = RateHistory(*state["rates"])
+        self.rates, self._usual_terms = RateHistory(*state["rates"]), state["terms"]
         self._carried.load_state_dict(state["carried"])
         for key, attribute in _SAVED_TENSORS.items():
             setattr(self, attribute, state[key].to(device))

@@ -49,6 +49,7 @@ class GraphSummary:
         dtypes: Names of the dtypes to which something is converted, such as "float16" under autocast.
         nodes: Number of nodes in the graph; 0 without one.
         problems: Mistakes that the graph shows.
+        normalised: Parameters whose scale a normalization right behind them removes.
     """
 
     names: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ class GraphSummary:
     dtypes: frozenset[str] = frozenset()
     nodes: int = 0
     problems: tuple[GraphProblem, ...] = ()
+    normalised: frozenset[str] = frozenset()
 
 
 def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSummary:
@@ -111,6 +113,7 @@ def summarize_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> GraphSumm
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
         dtypes=frozenset(graph.dtypes),
         nodes=len(graph.ops),
+        normalised=frozenset(n for n, nodes in uses.items() if nodes and graph.is_normalised(nodes)),
     )
 
 
@@ -166,6 +169,32 @@ class Graph:
                     seen.add(parent)
                     (pending if self.ops[parent] in VIEWS else found).append(parent)
         return found
+
+    def is_normalised(self, nodes: list[int], reach: int = 64) -> bool:
+        """Return True if every path from these nodes meets a normalization.
+
+        Only operations come before it that keep a change of scale: views, sums with what is no other layer's output,
+        ReLU, pooling.
+
+        Args:
+            nodes: Products with one parameter.
+            reach: Nodes to visit.
+        """
+        pending, seen = [*nodes], {*nodes}
+        while pending:
+            node = pending.pop()
+            if not self.parents[node] or len(seen) > reach:
+                return False
+            for parent in self.parents[node]:
+                if parent in seen or self.node_kinds[parent] == "normalisation":
+                    continue
+                op = self.ops[parent]
+                inputs = sum(self.ops[child] != "AccumulateGrad" for child, _ in self.edges[parent])
+                if not (op in VIEWS or _keeps_scale(op) or (op == "Add" and inputs == 1)):
+                    return False
+                seen.add(parent)
+                pending.append(parent)
+        return True
 
     def loss_ops(self) -> Counter[str]:
         """Count the operations after the last product.
@@ -269,6 +298,11 @@ def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, .
     for i in reversed(range(len(keys) - 1)):
         keys[i] = keys[i + 1] if keys[i] is None else keys[i]
     return tuple(sorted(range(len(names)), key=lambda i: keys[i] or 0))
+
+
+def _keeps_scale(operation: str) -> bool:
+    """Return True for operations f with f(c x) = c f(x) for c > 0."""
+    return operation in ("Relu", "LeakyRelu", "NativeDropout") or "Pool" in operation
 
 
 def _is_table(operations: list[str]) -> bool:

@@ -50,6 +50,7 @@ class GradStats:
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
+        normalised: Bool [P], tensors whose scale a normalization right behind them removes.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
         update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
@@ -87,6 +88,7 @@ class GradStats:
     unused: Tensor
     ran: Tensor
     recurrent: Tensor
+    normalised: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
     changed: Tensor
@@ -199,7 +201,7 @@ def stats_of(
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
-    unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
+    unseen |= {"recurrent": nowhere, "normalised": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
