@@ -21,6 +21,8 @@ _WAIT = 17
 _MEMORY = 4 * WARM_UP
 #: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
+#: Multiple of the limit for a layer with a normalization right behind it.
+_TURN = 3.0
 #: Longest healthy stretch of low learning rates, over the training before it at the peak rate. Cosine and linear
 #: schedules rest for a fifth or less; halving the rate every tenth of a training, for 3.
 _LONGEST_REST = 2.0
@@ -61,7 +63,8 @@ class UpdateRatio:
     stopped moving is not raised.
 
     While the loss falls, no step counts as one without progress. A layer with a normalization right behind it is raised
-    only while its updates are large: only its direction matters, and that recovers.
+    only above three times ``limit``, and only while its updates are large: its direction alone matters, which recovers,
+    and under weight decay its size settles where an update turns it by √(2 · learning rate · decay).
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.
@@ -94,7 +97,8 @@ class UpdateRatio:
         """Evaluate one step."""
         trends = stats.trends
         has_size = state.solid | (trends.steps > 2 * WARM_UP)
-        large = (stats.updates > self.limit) & stats.layout.is_layer & has_size
+        limits = torch.where(stats.normalised, _TURN * self.limit, self.limit)
+        large = (stats.updates > limits) & stats.layout.is_layer & has_size
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
         # One step that replaces nearly the whole weight is enough, except at the start.
         replaced = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)

@@ -224,10 +224,10 @@ class Trends:
     def falling(self) -> Tensor:
         """True if the loss is below its start and falls, bool [].
 
-        Its mean is then below its start and its slower mean by more than two mean absolute deviations.
+        Its mean is then below its start and its slower mean by more than its mean absolute deviation.
         """
         start, loss = torch.minimum(self.loss_start, self.first_loss), self.state.loss
-        distance = 2 * self.state.loss_spread
+        distance = self.state.loss_spread
         return (loss < start - distance) & (loss < self.state.slow_loss - distance)
 
     @cached_property
