@@ -218,7 +218,6 @@ class ParameterTracker:
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
             changed=self._changed,
-            resting=rest > 0,
             rest=rest,
         )
         self._moved: Tensor = stats.present

@@ -57,10 +57,9 @@ class GradStats:
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.
         elapsed: Good steps that this full evaluation stands for, at most 8; 0 if this is none.
         passed: Steps that the fast path accepted since detectors were last evaluated.
-        resting: Whether the learning rate is below a tenth of its peak, so that small updates are intended; False if
+        rest: Steps in a row with a learning rate below a tenth of its peak, so that small updates are intended, over
+            the steps at the peak rate that would train as much as all steps so far did; 0 if the rate is higher, or
             this is no full evaluation.
-        rest: Steps in a row with such a rate, over the steps at the peak rate that would train as much as all steps
-            so far did; 0 if the rate is higher, or this is no full evaluation.
         changed: float32 [P], share of the elements with a gradient that the last sampled step changed; NaN where it is
             unknown, and for tensors that are not stored in half precision.
         loss_scale: float32 [], scale of the gradient scaler; NaN without one.
@@ -97,7 +96,6 @@ class GradStats:
     sampled_steps: int = 0
     elapsed: int = 1
     passed: int = 0
-    resting: bool = False
     rest: float = 0.0
     noise: float = 1.0
     low_precision: bool = False
