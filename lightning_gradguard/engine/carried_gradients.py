@@ -92,7 +92,7 @@ class CarriedGradients:
         if self._carried < _CERTAIN:
             return ()
         text = (
-            "the gradients are never zeroed: each backward pass adds to the gradient of the step before, so that every "
+            "The gradients are never zeroed: each backward pass adds to the gradient of the step before, so that every "
             "step repeats all earlier ones."
         )
         return (GraphProblem(Problem.STALE_GRADIENTS, text),)
