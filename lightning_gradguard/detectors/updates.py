@@ -148,7 +148,7 @@ class Stalled:
       Suspended while the learning rate is below a tenth of its peak, unless it has been for twice as long as the
       training before: a schedule ends with low rates, and no schedule begins with them. After eight times as long, a
       loss that stands still above half of its start is enough.
-    - Fewer than ``changed`` of the elements change at a step, in the median layer. This is for weights in half
+    - Fewer than ``changed`` of the elements change at a step, in the median layer, and the rate is not low. This is for weights in half
       precision, which lose an update of less than half the distance to the next number, while the few elements that
       move make the ratio look healthy. Elements without a gradient do not count.
     - With a gradient scaler, the norm times the scale is one and the same short decimal number, such as 1.0, and the
@@ -208,7 +208,7 @@ class Stalled:
         stands = trends.plateau if stats.rest > _PLATEAU_REST else trends.no_progress
         may_rest = 0 < stats.rest <= _LONGEST_REST
         stalled = (held >= self.steps) & (trends.no_progress | stands) & (not may_rest)
-        lost = (rounded >= self.steps) & trends.no_progress
+        lost = (rounded >= self.steps) & trends.no_progress & (not may_rest)
         shrunk = (scaled >= self.steps) & trends.no_progress
         raised = (stalled | lost | shrunk) & (trends.steps >= WARM_UP + 5)
         value = torch.where(shrunk, scaled, torch.where(lost, share, median))

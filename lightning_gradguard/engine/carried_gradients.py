@@ -57,7 +57,7 @@ class CarriedGradients:
         """
         if self._windows >= _MOST or self._carried >= _CERTAIN:
             return
-        chosen = next((parameters[i] for i in reversed(order) if _is_plain(parameters[i].grad)), None)
+        chosen = next((parameters[i] for i in reversed(order) if _is_plain(parameters[i])), None)
         if chosen is None or chosen.grad is None:
             self._gradient = None
             return
@@ -114,5 +114,9 @@ class CarriedGradients:
         return self.__dict__ | {"_gradient": None, "_handle": None, "_found": []}
 
 
-def _is_plain(gradient: Tensor | None) -> bool:
-    return gradient is not None and type(gradient) is Tensor and gradient.layout == torch.strided
+def _is_plain(parameter: Tensor) -> bool:
+    """Return True for a trainable parameter with a dense gradient."""
+    held = parameter.grad
+    return (
+        held is not None and parameter.requires_grad and type(held) is Tensor and held.layout == torch.strided
+    )

@@ -97,6 +97,10 @@ class TestUpdatesLostToRounding:
     def test_larger_steps_are_quiet(self, draw, optimizer):
         assert train(half(), draw, optimizer).said == ""
 
+    def test_a_schedule_that_ends_is_quiet(self):
+        plan = {"schedule": lambda o: lr_scheduler.CosineAnnealingLR(o, 120)}
+        assert train(half(), random_labels, adam(1e-3), **plan).said == ""
+
     def test_inputs_that_are_always_zero_do_not_count(self):
         def border(step, x, y):
             return torch.cat([x[:, :3], torch.zeros_like(x[:, 3:])], 1), y
