@@ -148,9 +148,9 @@ class Stalled:
       Suspended while the learning rate is below a tenth of its peak, unless it has been for twice as long as the
       training before: a schedule ends with low rates, and no schedule begins with them. After eight times as long, a
       loss that stands still above half of its start is enough.
-    - Fewer than ``changed`` of the elements change at a step, in the median layer, and the rate is not low. This is for weights in half
-      precision, which lose an update of less than half the distance to the next number, while the few elements that
-      move make the ratio look healthy. Elements without a gradient do not count.
+    - Fewer than ``changed`` of the elements change at a step, in the median layer, and the rate is not low. This is
+      for weights in half precision, which lose an update of less than half the distance to the next number, while the
+      few elements that move make the ratio look healthy. Elements without a gradient do not count.
     - With a gradient scaler, the norm times the scale is one and the same short decimal number, such as 1.0, and the
       norm is none: gradients were clipped to it before they were unscaled.
 
