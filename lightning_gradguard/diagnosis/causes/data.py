@@ -15,10 +15,11 @@ from lightning_gradguard.results import Fault
 _NOTABLE_SCALE = 0.7
 #: Largest first loss of a classification, in nats, that usual outputs give; ten thousand classes give 9.
 _USUAL_LOSS = 20.0
-#: Multiple of the median loss from which a batch is an outlier.
-_OUTLIER = 100.0
+#: Multiple of the losses before and after it from which a batch is an outlier. A training that comes apart at a
+#: learning rate far too high reaches hundreds.
+_OUTLIER = 1e4
 #: Faults that outliers alone can cause.
-_FROM_OUTLIERS = (Fault.EXPLODING, Fault.OVERSIZED_UPDATE, Fault.STALLED)
+_FROM_OUTLIERS = (Fault.EXPLODING, Fault.STALLED)
 _SQUARED = ("MseLoss", "SmoothL1Loss", "HuberLoss", "Pow")
 _CLASSIFYING = ("NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits")
 
