@@ -24,8 +24,8 @@ _LARGE_UPDATE = 0.1
 _TILT_FROM_STEP = 15
 #: Growth of the baseline norm in decades that no healthy training shows while its loss diverges.
 _DIVERGING_GROWTH = 3.0
-#: Steps that could change the loss by as much as its start, from which on a loss that rises is blamed on them. Healthy
-#: trainings whose loss rises above its start have none.
+#: Steps that could change the loss by as much as it is, from which on a loss that rises is blamed on them. Healthy
+#: trainings whose loss rises above its start reach 0.7 of it, those that come apart 30.
 _DRIVEN = 4.0
 #: Factors by which one of the first steps exceeds all before it, in norm and loss, and all after it, in both,
 #: to be an outlier. Healthy trainings reach 6 and 4, and 15.
@@ -210,7 +210,7 @@ class ExplodingState(NamedTuple):
 
     Attributes:
         steps: float32 [], leaky count of steps with a spike of the norm.
-        driven: float32 [], leaky count of steps that could change the loss by as much as its start.
+        driven: float32 [], leaky count of steps that could change the loss by as much as it is.
         raised, over: Bool [], what tilt and loss showed at the last full evaluation: an explosion, or its end.
         value, limit, measure: float32 [], the reading of that evaluation.
     """
@@ -239,8 +239,8 @@ class Exploding:
       decades counts as well as a large update. A loss that falls as far below zero counts too then, since it has no
       lower bound.
     - The loss had fallen by 30 %, and now it and its running mean are a tenth above its start: worse than untrained.
-      For at least four steps gradient times update was as large as the loss at the start, so that the steps themselves
-      may raise it; harder data, or an adversary, do not need that.
+      For at least four steps gradient times update was as large as the loss, so that the steps themselves may raise it;
+      harder data, or an adversary, do not need that.
 
     Tilt and loss are evaluated at full evaluations only.
 

@@ -241,13 +241,15 @@ class Trends:
 
     @cached_property
     def reach(self) -> Tensor:
-        """Change of the loss that a step may make, over its start, float32 [].
+        """Change of the loss that a step may make, float32 [].
 
-        The sum over the tensors of gradient times applied update, which is the largest change to first order.
+        Over the mean loss, or its start if that is larger. The sum over the tensors of gradient times applied update is
+        the largest change to first order.
         """
         stats = self.stats
         moved = torch.nan_to_num(stats.updates, nan=0.0) * stats.weights
-        return (stats.norms * moved).sum() / self.loss_start.abs()
+        size = torch.maximum(self.state.loss.abs(), self.loss_start.abs())
+        return (stats.norms * moved).sum() / size
 
     @cached_property
     def relapsed(self) -> Tensor:
