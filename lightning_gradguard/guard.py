@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 #: Findings that are kept.
 KEPT_FINDINGS = 1000
 #: Version of the saved state, raised when an older one can no longer be read.
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 class Guard:
@@ -247,8 +247,9 @@ class Guard:
             if message:
                 warn(message)
 
+        scale = None if scaler is None else scaler._scale
         stats = self.tracker.measure(
-            loss, graph, scaled=scaler is not None, comparison=context.comparison
+            loss, graph, scaled=scaler is not None, loss_scale=scale, comparison=context.comparison
         )
         if scaler is None and not self.lag:
             accepted = self.fast_path.accept(stats, number, self.flush)
@@ -259,6 +260,7 @@ class Guard:
                 self.tracker.schedule.commit(taken=True)
                 self._probe_sequence_if_stuck()
                 return accepted
+        stats = stats.replace(noise=self.tracker.noise_of(graph))
         return self._evaluate(stats, number, scaler, context)
 
     def flush(self) -> None:
@@ -412,6 +414,7 @@ class Guard:
             self.fast_path.open(record, stats, after.clipper, settled=settled)
             if evaluation.clip is not None and record.clipped:
                 apply_(stats.gradients, evaluation.clip.multipliers)
+            self.tracker.observe_zeroing()
         if any(f.fault == Fault.SPIKE for f in report.findings):
             self.tracker.sample_now()
         self.tracker.schedule.commit(taken=not report.skip)
@@ -452,6 +455,7 @@ class Guard:
             and self._conclude_late(*arrived).skip
         ):
             self.tracker.drop_gradients()
+        self.tracker.observe_zeroing()
         assert self.report is not None
         self._probe_sequence_if_stuck()
         return dataclasses.replace(self.report, skip=False)
@@ -493,6 +497,7 @@ class Guard:
         self.counts["clipped"] += record.clipped and not report.skip
         self.counts["skipped"] += report.skip
         self.counts["nonfinite"] += not record.finite
+        self.tracker.count_carried(record.carried)
         self.tracker.schedule.observe(record.loss_start, record.loss_mean, bool(self.fault_tracker.active))
         self._findings.extend(report.findings)
         self._warn_of_problems(record)
@@ -602,6 +607,7 @@ class Guard:
                 judged=self.counts["judged"],
                 clipper="" if self.clipper is None else repr(self.clipper),
                 policy=repr(self.policy),
+                rates=self.tracker.rates,
             )
             return diagnose(facts, finding, dataclasses.replace(context, run_trials=run_trials), origin)
         except Exception as error:

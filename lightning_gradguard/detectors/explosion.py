@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradguard.detectors.base import NoState, Reading, is_norm_spike, profile_score, reading
 from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.trends import ALARM_Z
+from lightning_gradguard.stats.trends import ALARM_Z, WARM_UP
 from lightning_gradguard.validation import check_above, check_number, check_positive
 
 #: Smallest `Spike.ratio` at which a norm below twice its baseline is certainly no spike: the baseline moves a little
@@ -24,6 +24,15 @@ _LARGE_UPDATE = 0.1
 _TILT_FROM_STEP = 15
 #: Growth of the baseline norm in decades that no healthy training shows while its loss diverges.
 _DIVERGING_GROWTH = 3.0
+#: Steps that could change the loss by as much as it is, from which on a loss that rises is blamed on them. Healthy
+#: trainings whose loss rises above its start reach 0.7 of it, those that come apart 30.
+_DRIVEN = 4.0
+#: Factors by which one of the first steps exceeds all before it, in norm and loss, and all after it, in both,
+#: to be an outlier. Healthy trainings reach 6 and 4, and 15.
+_RISE, _LOSS_RISE, _FALL = 300.0, 30.0, 1000.0
+#: Steps after an outlier until it is told from a loss that is learned, and the largest change of the loss that the
+#: outlier's own update may have made, as a part of its loss.
+_AFTER, _REACH = 4, 0.3
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,28 @@ class NonFinite:
         ), state
 
 
+class FirstNorms(NamedTuple):
+    """State of `Spike`: what the first steps showed, float32 [] each.
+
+    Attributes:
+        norm, loss: Largest global norm so far, and the absolute loss of that step.
+        highest: Largest absolute loss so far.
+        norm_after, loss_after: Largest of either since that step.
+        since: Steps since that step.
+        reach: Change of the loss that it may have made, over ``loss``.
+        told: 1 if that step was raised.
+    """
+
+    norm: Tensor
+    loss: Tensor
+    highest: Tensor
+    norm_after: Tensor
+    loss_after: Tensor
+    since: Tensor
+    reach: Tensor
+    told: Tensor
+
+
 @dataclass(frozen=True)
 class Spike:
     """Detect a global norm far above its baseline.
@@ -70,7 +101,12 @@ class Spike:
     It is a warning in three cases: the norm is ten times its baseline and the loss jumps too (by 20 mean deviations, at
     least halfway back to its start); the norm is a million times its baseline and ten times that of the first steps; or
     no loss is given. Otherwise it is INFO: the gradient of a healthy net may jump while its loss does not, and once a
-    net has converged.
+    net has converged. If the batch is smaller than usual, both have to jump by more, as its noise does.
+
+    In the first 25 steps there is no baseline yet, and a warning needs an outlier beyond doubt. Either the norm exceeds
+    all norms so far 300 times, and the loss all losses so far 30 times. Or one of the first steps exceeds the four
+    after it a thousand times in both, and its own update was too small to lower the loss that far. Healthy trainings
+    stay below 6 and 4, and below 16.
 
     Args:
         z: Alarm level of the z-score, dimensionless. Default 6.
@@ -85,7 +121,10 @@ class Spike:
     z: float = ALARM_Z
     ratio: float = 3.0
     fault: ClassVar[Fault] = Fault.SPIKE
-    measures: ClassVar[tuple[str, ...]] = ("global norm over its baseline",)
+    measures: ClassVar[tuple[str, ...]] = (
+        "global norm over its baseline",
+        "global norm over that of the other first steps",
+    )
     event: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -98,21 +137,72 @@ class Spike:
         return self.ratio >= _FAST_PATH_RATIO
 
     def init(self, stats: GradStats) -> Any:
-        """Return an empty state."""
-        return NoState()
+        """Return a state without a step so far."""
+        zero = torch.zeros_like(stats.total)
+        return FirstNorms(zero, zero, zero, zero, zero, zero, torch.full_like(zero, torch.nan), zero)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
         trends, number = stats.trends, stats.layout.constant
         start, jump = trends.loss_start, trends.jump
         loss_is_high = stats.loss > torch.sub(start, start.abs(), alpha=0.5)
-        loss_jumps = (trends.loss_jump > number(20)) & loss_is_high & (jump > number(10))
+        # The noise of a gradient grows as the square root of the number of samples falls.
+        loss_jumps = (trends.loss_jump > 20 * stats.noise) & loss_is_high & (jump > 10 * stats.noise)
         # Before there is an early norm, surge is NaN, which counts as large.
         huge = (jump > number(1e6)) & ~(jump.log10() + trends.surge < number(1))
         no_loss = trends.loss != trends.loss
         ceiling = loss_jumps | huge | no_loss
         raised = is_norm_spike(stats, self.z, self.ratio)
-        return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=ceiling), state
+        if not stats.elapsed:  # all of the first steps are evaluated in full
+            return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=ceiling), state
+        rises, outlier, factor, state = self._compare_first(stats, state)
+        early = rises | outlier
+        found = reading(
+            stats,
+            raised | early,
+            torch.where(early, factor, jump),
+            torch.where(rises, _RISE, torch.where(outlier, _FALL, self.ratio)),
+            score=stats.relative,
+            ceiling=ceiling | early,
+            measure=torch.where(early, 1.0, 0.0),
+        )
+        return found, state
+
+    def _compare_first(
+        self, stats: GradStats, state: FirstNorms
+    ) -> tuple[Tensor, Tensor, Tensor, FirstNorms]:
+        """Compare the first steps with each other.
+
+        Returns:
+            Whether this step is an outlier, whether an earlier one was, and by which factor; bool [], bool [], float32
+            []. Last the new state.
+        """
+        before = stats.trends.before.steps
+        is_first, loss = before < WARM_UP, stats.loss.abs()
+        unknown = loss.isnan()
+        rise = stats.total / state.norm
+        loss_rises = torch.where(unknown, rise > _RISE**2, loss > _LOSS_RISE * state.highest)
+        rises = is_first & (before >= 1) & (state.norm > 0) & (rise > _RISE) & loss_rises
+        largest = (stats.total >= state.norm) | ~is_first
+        since = torch.where(largest, 0.0, state.since + 1)
+        norm = torch.where(largest, stats.total, state.norm)
+        height = torch.where(largest, loss, state.loss)
+        moved = torch.linalg.vector_norm(torch.nan_to_num(stats.updates, nan=0.0) * stats.weights)
+        norm_after = torch.where(largest, 0.0, torch.maximum(state.norm_after, stats.total))
+        loss_after = torch.where(largest, 0.0, torch.maximum(state.loss_after, loss))
+        reach = torch.where(since == 1, norm * moved / height, state.reach)
+        told = torch.where(largest, rises.to(norm.dtype), state.told)
+        fall = norm / norm_after
+        falls = (fall > _FALL) & (height > _FALL * loss_after) & (reach < _REACH)
+        outlier = is_first & (since == _AFTER) & (before < _AFTER + 4) & falls & (told == 0)
+        factor = torch.where(rises, rise, fall)
+        highest = torch.maximum(state.highest, loss)
+        return (
+            rises,
+            outlier,
+            factor,
+            FirstNorms(norm, height, highest, norm_after, loss_after, since, reach, told),
+        )
 
 
 class ExplodingState(NamedTuple):
@@ -120,12 +210,14 @@ class ExplodingState(NamedTuple):
 
     Attributes:
         steps: float32 [], leaky count of steps with a spike of the norm.
+        driven: float32 [], leaky count of steps that could change the loss by as much as it is.
         raised, over: Bool [], what tilt and loss showed at the last full evaluation: an explosion, or its end.
         value, limit, measure: float32 [], the reading of that evaluation.
         time_tilt: float32 [], the newest that was measured, decades.
     """
 
     steps: Tensor
+    driven: Tensor
     raised: Tensor
     over: Tensor
     value: Tensor
@@ -138,7 +230,7 @@ class ExplodingState(NamedTuple):
 class Exploding:
     """Detect gradients that grow without bound.
 
-    They grow towards the input, towards the start of a sequence, or from step to step. Raised in one of four cases:
+    They grow towards the input, towards the start of a sequence, or from step to step. Raised in one of five cases:
 
     - The depth tilt (decades by which gradients fall from the last layer to the first) is at or below ``tilt``, so that
       they grow towards the input. Counts from step 15 on, and only while the loss makes no progress.
@@ -150,6 +242,9 @@ class Exploding:
       tenth of its weight: harder data, or an adversary, raise a loss without that. Growth of the baseline norm by three
       decades counts as well as a large update. A loss that falls as far below zero counts too then, since it has no
       lower bound.
+    - The loss had fallen by 30 %, and now it and its running mean are a tenth above its start: worse than untrained.
+      For at least four steps gradient times update was as large as the loss, so that the steps themselves may raise it;
+      harder data, or an adversary, do not need that.
 
     Tilts and loss are evaluated at full evaluations only.
 
@@ -175,8 +270,15 @@ class Exploding:
         "steps with a norm far above its baseline",
         "absolute running mean of the loss over its start",
         "decades from the last to the first steps of the sequence (negative: growing towards the start)",
+        "running mean of the loss, which had fallen, over its start",
     )
-    quantities: ClassVar[tuple[Quantity | None, ...]] = (Quantity.DEPTH_TILT, None, None, Quantity.TIME_TILT)
+    quantities: ClassVar[tuple[Quantity | None, ...]] = (
+        Quantity.DEPTH_TILT,
+        None,
+        None,
+        Quantity.TIME_TILT,
+        None,
+    )
     fast_path_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -188,15 +290,17 @@ class Exploding:
     def init(self, stats: GradStats) -> Any:
         """Return a state without a spike so far."""
         zero, unknown = torch.zeros_like(stats.total), torch.full_like(stats.total, torch.nan)
-        return ExplodingState(zero, zero > 0, zero == 0, unknown, unknown, zero, unknown)
+        return ExplodingState(zero, zero, zero > 0, zero == 0, unknown, unknown, zero, unknown)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
         number = stats.layout.constant
-        _, raised, over, value, limit, measure, time_tilt = state
+        _, driven, raised, over, value, limit, measure, time_tilt = state
         if stats.elapsed:
             time_tilt = torch.where(stats.time_tilt.isnan(), time_tilt, stats.time_tilt)
-            raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt)
+            change = torch.where(stats.trends.reach > 1, 1.0, -stats.elapsed / 16)
+            driven = torch.clamp(driven + change, 0.0, 2.0 * _DRIVEN)
+            raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt, driven)
         # Each step that the fast path accepted was no spike.
         steps = torch.clamp(state.steps - stats.passed, min=0.0) if stats.passed else state.steps
         change = torch.where(is_norm_spike(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
@@ -216,10 +320,10 @@ class Exploding:
             cleared=over & (count == number(0.0)),
             measure=torch.where(spiking, number(1.0), measure),
         )
-        return found, ExplodingState(count, raised, over, value, limit, measure, time_tilt)
+        return found, ExplodingState(count, driven, raised, over, value, limit, measure, time_tilt)
 
     def _evaluate_tilts_and_loss(
-        self, stats: GradStats, time_tilt: Tensor
+        self, stats: GradStats, time_tilt: Tensor, driven_steps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return raised, over, value, limit and measure, [] each."""
         trends = stats.trends
@@ -232,13 +336,20 @@ class Exploding:
         driven = (large.any() & (trends.steps >= 4)) | has_grown
         risen = is_positive & (ratio > self.loss_ratio) & (stats.loss > self.loss_ratio * start)
         diverges = (risen & driven) | bottomless
-        in_time = (time_tilt <= self.time_tilt) & trends.no_progress & ~diverges & ~tilted
-        raised = tilted | diverges | in_time
+        relapses = trends.fell_and_rose & (stats.loss > start) & (driven_steps >= _DRIVEN)
+        in_time = (time_tilt <= self.time_tilt) & trends.no_progress & ~diverges & ~tilted & ~relapses
+        raised = tilted | diverges | relapses | in_time
         near = (is_positive & (ratio > 0.8 * self.loss_ratio)) | (trends.tilt <= self.tilt + 0.5)
+        near |= trends.fell_and_rose
+        by_loss = diverges | relapses
         return (
             raised,
             ~(raised | near),
-            torch.where(diverges, ratio.abs(), torch.where(in_time, time_tilt, trends.tilt)),
-            torch.where(diverges, self.loss_ratio, torch.where(in_time, self.time_tilt, self.tilt)),
-            torch.where(diverges, 2.0, torch.where(in_time, 3.0, 0.0)),
+            torch.where(by_loss, ratio.abs(), torch.where(in_time, time_tilt, trends.tilt)),
+            torch.where(
+                diverges,
+                self.loss_ratio,
+                torch.where(relapses, 1.1, torch.where(in_time, self.time_tilt, self.tilt)),
+            ),
+            torch.where(diverges, 2.0, torch.where(relapses, 4.0, torch.where(in_time, 3.0, 0.0))),
         )

@@ -24,6 +24,15 @@ _MEMORY = 4 * WARM_UP
 _GUESSING, _GUESSING_STEP = 0.9, 1 / 3
 #: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
+#: Multiple of the limit for a layer with a normalization right behind it.
+_TURN = 3.0
+#: Longest healthy stretch of low learning rates, over the training before it at the peak rate. Cosine and linear
+#: schedules rest for a fifth or less; halving the rate every tenth of a training, for 3.
+_LONGEST_REST = 2.0
+#: The same for a loss that has made progress and stands still.
+_PLATEAU_REST = 8.0
+#: Relative deviation up to which two norms are the same. Clipping leaves 1e-6.
+_SAME = 1e-4
 
 
 class LargeUpdates(NamedTuple):
@@ -56,6 +65,10 @@ class UpdateRatio:
     steps may be large, and with normalization behind a layer even many. Large updates are remembered for 100 steps,
     since the weights that they made do not recover. A layer that has stopped moving is not raised.
 
+    While the loss falls, no step counts as one without progress. A layer with a normalization right behind it is raised
+    only above three times ``limit``, and only while its updates are large: its direction alone matters, which recovers,
+    and under weight decay its size settles where an update turns it by √(2 · learning rate · decay).
+
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.
         steps: Steps for which the ratio has to exceed it.
@@ -87,7 +100,8 @@ class UpdateRatio:
         """Evaluate one step."""
         trends = stats.trends
         has_size = state.solid | (trends.steps > 2 * WARM_UP)
-        large = (stats.updates > self.limit) & stats.layout.is_layer & has_size
+        limits = torch.where(stats.normalised, _TURN * self.limit, self.limit)
+        large = (stats.updates > limits) & stats.layout.is_layer & has_size
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
         # One step that replaces nearly the whole weight is enough, except at the start.
         replaced = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
@@ -95,12 +109,13 @@ class UpdateRatio:
         no_loss = trends.loss.isnan()
         # This loss has to be high too: the running mean may still hold what the first steps did.
         is_high = stats.loss > 0.9 * torch.minimum(trends.loss_start, trends.first_loss)
-        is_idle = (trends.no_progress & is_high) | trends.relapsed
+        is_idle = (trends.no_progress & is_high & ~trends.falling) | trends.relapsed
         # Whatever the loss has lost since the start, a model that does not beat a constant guess has learnt nothing. It
         # counts for less, since healthy language models learn the frequencies of the words first.
         guessing = torch.where(stats.excess > _GUESSING, _GUESSING_STEP, -1.0)
         idle = state.idle + torch.where(is_idle, 1.0, guessing) * stats.elapsed
-        remembered = (since <= _MEMORY) | (state.idle > _WAIT)
+        recovers = stats.normalised & (count < self.steps)
+        remembered = ((since <= _MEMORY) | (state.idle > _WAIT)) & ~recovers
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)
         found = moving & ((idle > _WAIT) | no_loss)
@@ -114,23 +129,44 @@ class UpdateRatio:
 
 
 class StillSteps(NamedTuple):
-    """State of `Stalled`: steps without movement, float32 []."""
+    """State of `Stalled`, float32 [] each.
+
+    Attributes:
+        steps: Steps without movement.
+        rounded: Steps whose updates were lost to rounding.
+        scaled: Steps with one and the same scaled norm.
+        norm: That norm; NaN at first.
+    """
 
     steps: Tensor
+    rounded: Tensor
+    scaled: Tensor
+    norm: Tensor
 
 
 @dataclass(frozen=True)
 class Stalled:
     """Detect weights that do not change.
 
-    Raised while the loss makes no progress, from step 30 on, when for ``steps`` steps the median update ratio ‖Δw‖/‖w‖
-    of the layers is below ``limit``, and no layer's above 100 times ``limit``. Suspended while the learning rate is
-    below a tenth of its peak. A depth tilt or dead units explain it better and take precedence.
+    Raised while the loss makes no progress, from step 30 on, when for ``steps`` steps one of these holds:
+
+    - The median update ratio ‖Δw‖/‖w‖ of the layers is below ``limit``, and no layer's above 100 times ``limit``.
+      Suspended while the learning rate is below a tenth of its peak, unless it has been for twice as long as the
+      training before: a schedule ends with low rates, and no schedule begins with them. After eight times as long, a
+      loss that stands still above half of its start is enough.
+    - Fewer than ``changed`` of the elements change at a step, in the median layer, and the rate is not low. This is
+      for weights in half precision, which lose an update of less than half the distance to the next number, while the
+      few elements that move make the ratio look healthy. Elements without a gradient do not count.
+    - With a gradient scaler, the norm times the scale is one and the same short decimal number, such as 1.0, and the
+      norm is none: gradients were clipped to it before they were unscaled.
+
+    A depth tilt or dead units explain it better and take precedence.
 
     Args:
         limit: Smallest update ratio that changes a weight, dimensionless.
         steps: Steps for which the condition has to hold. Default 24, three samples: the gradient of a converged net is
             large in one batch and nothing in the next.
+        changed: Smallest healthy share of elements that change, in the median layer.
 
     Raises:
         TypeError: If an argument is no number.
@@ -139,18 +175,25 @@ class Stalled:
 
     limit: float = 1e-6
     steps: int = 24
+    changed: float = 0.08
     fault: ClassVar[Fault] = Fault.STALLED
-    measures: ClassVar[tuple[str, ...]] = ("median applied update over weight",)
+    measures: ClassVar[tuple[str, ...]] = (
+        "median applied update over weight",
+        "median share of elements that a step changes",
+        "steps in a row with one and the same gradient norm before it is unscaled",
+    )
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("limit", self.limit)
         check_positive("steps", self.steps)
+        check_positive("changed", self.changed)
 
     def init(self, stats: GradStats) -> Any:
         """Return a state without a step so far."""
-        return StillSteps(torch.zeros_like(stats.total))
+        zero = torch.zeros_like(stats.total)
+        return StillSteps(zero, zero, zero, torch.full_like(zero, torch.nan))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
@@ -160,8 +203,34 @@ class Stalled:
         median = torch.nanmedian(ratios, 0).values
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
         is_still = (median < self.limit) & (fastest < 100 * self.limit)
+        shares = torch.where(live_layers, stats.changed, torch.nan)
+        share = torch.nanmedian(shares, 0).values
+        is_rounded = (share < self.changed) & (2 * (~shares.isnan()).sum() > live_layers.sum())
+        norm = stats.total * stats.loss_scale
+        is_same = ((norm - state.norm).abs() <= _SAME * norm) & _is_short(norm) & ~_is_short(stats.total)
         held = torch.where(is_still, state.steps + stats.elapsed, 0.0)
-        warm = trends.steps >= WARM_UP + 5
-        raised = (held >= self.steps) & trends.no_progress & warm & (not stats.resting)
-        score = torch.where(live_layers, -stats.updates, -torch.inf)
-        return reading(stats, raised, median, self.limit, score=score), StillSteps(held)
+        rounded = torch.where(is_rounded, state.rounded + stats.elapsed, 0.0)
+        scaled = torch.where(is_same, state.scaled + stats.elapsed, 0.0)
+        stands = trends.plateau if stats.rest > _PLATEAU_REST else trends.no_progress
+        may_rest = 0 < stats.rest <= _LONGEST_REST
+        stalled = (held >= self.steps) & (trends.no_progress | stands) & (not may_rest)
+        lost = (rounded >= self.steps) & trends.no_progress & (not may_rest)
+        shrunk = (scaled >= self.steps) & trends.no_progress
+        raised = (stalled | lost | shrunk) & (trends.steps >= WARM_UP + 5)
+        value = torch.where(shrunk, scaled, torch.where(lost, share, median))
+        number = stats.layout.constant
+        limit = torch.where(
+            shrunk, number(self.steps), torch.where(lost, number(self.changed), number(self.limit))
+        )
+        measure = torch.where(shrunk, number(2.0), torch.where(lost, number(1.0), number(0.0)))
+        still = torch.where(live_layers, -stats.updates, -torch.inf)
+        fewest = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), -torch.inf)
+        score = torch.where(lost & ~shrunk, fewest, still)
+        after = StillSteps(held, rounded, scaled, torch.where(is_same, state.norm, norm))
+        return reading(stats, raised, value, limit, score=score, measure=measure), after
+
+
+def _is_short(norm: Tensor) -> Tensor:
+    """Test for a decimal number of two digits, bool []."""
+    digits = norm / 10.0 ** (torch.floor(norm.log10()) - 1)
+    return (digits - digits.round()).abs() <= _SAME * digits

@@ -33,6 +33,8 @@ CERTAIN = 100.0
 _MANY_ROWS = 8
 #: Bound on the decades that one layer's weights are held responsible for: zero weights would give infinitely many.
 _MOST_DECADES_PER_LAYER = 3.0
+#: Newest steps over which a norm counts as constant, and its largest relative deviation.
+_CONSTANT_FOR, _SAME = 16, 1e-4
 #: Fraction of its initial size to which healthy training does not shrink the median layer.
 _SHRUNK = 1 / 3
 
@@ -72,6 +74,13 @@ class DiagnosticContext:
         weight_means: Mean of each tensor's elements; None if unknown.
         bad_rows: Rows of the batch with NaN or Inf: empty if there are none, None if the batch was not examined.
         origin: Source of the first NaN or Inf, found by replaying the step; None if it was not searched for.
+        changed_shares: Share of each tensor's elements that a step changes, newest sample; NaN if it is unknown, and
+            for tensors that are not in half precision.
+        peak_rate: Highest learning rate so far; 0 if unknown.
+        rate_fell_at: Step from which on the learning rate is below a tenth of its peak; None if it is not.
+        recent_norms: Global gradient norms of the newest finite steps, oldest first.
+        recent_losses: Their losses, NaN if unknown.
+        loss_scale: Scale of the gradient scaler; NaN without one.
     """
 
     finding: Finding
@@ -101,9 +110,16 @@ class DiagnosticContext:
     weight_means: tuple[float, ...] | None = None
     bad_rows: tuple[int, ...] | None = None
     origin: Origin | None = None
+    changed_shares: tuple[float, ...] | None = None
+    peak_rate: float = 0.0
+    rate_fell_at: int | None = None
+    recent_norms: tuple[float, ...] = ()
+    recent_losses: tuple[float, ...] = ()
+    loss_scale: float = math.nan
 
     def __post_init__(self) -> None:
         vectors = ("gradients_log10", "weight_norms", "update_ratios", "initial_weight_norms", "weight_means")
+        vectors += ("changed_shares",)
         for name in ("shapes", *vectors):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.names):
@@ -376,6 +392,57 @@ class DiagnosticContext:
         return finite_median(self.update_ratios[i] for i in self.layers)
 
     @property
+    def median_loss(self) -> float:
+        """Median of the newest losses, or NaN."""
+        return finite_median(self.recent_losses)
+
+    @property
+    def outlier_losses(self) -> float:
+        """Largest of the newest losses over both of its neighbours.
+
+        A loss that grows from step to step has none above 1. 0 if it is unknown.
+        """
+        losses = self.recent_losses
+        triples = zip(losses, losses[1:], losses[2:], strict=False)
+        return max((b / max(a, c) for a, b, c in triples if 0 < max(a, c) < b < math.inf), default=0.0)
+
+    @property
+    def schedule_ended(self) -> bool:
+        """True if a schedule has lowered the learning rate for good.
+
+        It has been below a tenth of its peak for longer than the training before.
+        """
+        fell = self.rate_fell_at
+        return fell is not None and self.peak_rate > 0 and self.steps > 2 * fell
+
+    @property
+    def typical_change(self) -> float:
+        """Median share of a layer's elements that a step changes.
+
+        NaN if it is unknown, and in full precision.
+        """
+        shares = self.changed_shares or ()
+        return finite_median(shares[i] for i in self.layers if shares)
+
+    @property
+    def clipped_scaled_norm(self) -> float:
+        """Norm to which gradients were clipped while they were scaled, or NaN.
+
+        The norm has then been one and the same number, which times the loss scale is a short decimal number such as 1.0
+        and without it is none. A scale that is not known is a power of two.
+        """
+        norms = self.recent_norms[-_CONSTANT_FOR:]
+        if len(norms) < _CONSTANT_FOR or not norms[-1] > 0 or _is_short(norms[-1]):
+            return math.nan
+        if max(norms) - min(norms) > _SAME * norms[-1]:
+            return math.nan
+        known = math.isfinite(self.loss_scale)
+        scales = [self.loss_scale] if known else [2.0**k for k in range(4, 25)]
+        # Of many powers of two one would fit by chance, so the number must be shorter.
+        digits = 2 if known else 1
+        return next((norms[-1] * s for s in scales if _is_short(norms[-1] * s, digits)), math.nan)
+
+    @property
     def largest_update(self) -> tuple[float, str]:
         """Largest applied update ratio, and that layer's name.
 
@@ -424,6 +491,12 @@ class Evidence(NamedTuple):
 
     weight: float
     text: str
+
+
+def _is_short(value: float, digits: int = 2) -> bool:
+    """Return True for a decimal number of so many digits."""
+    short = float(f"{value:.{digits - 1}e}")
+    return abs(value - short) <= _SAME * abs(value)
 
 
 def finite_median(values: Iterable[float]) -> float:

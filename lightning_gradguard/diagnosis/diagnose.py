@@ -6,8 +6,8 @@ Gather the facts, name the causes, try fixes. This happens once in a run, so it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,24 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.diagnosis.causes import find_causes
+from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
+from lightning_gradguard.diagnosis.first_pass import measure_first_pass
 from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
 from lightning_gradguard.diagnosis.wording import count, further_reading, headline
 from lightning_gradguard.engine.history import History
+from lightning_gradguard.engine.parameter_tracker import RateHistory
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
 from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report
 from lightning_gradguard.stats.grad_stats import GradStats
@@ -56,6 +60,7 @@ class GuardFacts:
         judged: Steps judged so far.
         clipper: The clipper in words; empty without one.
         policy: The policy in words.
+        rates: Course of the learning rate.
     """
 
     stats: GradStats
@@ -70,6 +75,7 @@ class GuardFacts:
     judged: int
     clipper: str
     policy: str
+    rates: RateHistory = field(default_factory=RateHistory)
 
 
 def diagnose(
@@ -87,6 +93,8 @@ def diagnose(
     """
     # This comes first: sharded ranks take part in it together, and what follows may fail on one of them.
     known = replace(build_context(facts, finding, context.batch), origin=origin)
+    if context.sandboxed_step is not None and any(inputs_out_of_scale(known)):
+        known = replace(known, **_as_given(context.sandboxed_step))
     diagnosis = diagnose_context(known)
     if context.run_trials and context.sandboxed_step is not None:
         diagnosis = runner.try_fixes(diagnosis, known, context.sandboxed_step)
@@ -95,6 +103,19 @@ def diagnose(
         course=timeline_of(facts.history, facts.stats.layout, finding),
         signs=(*diagnosis.signs, *context.notes),
     )
+
+
+def _as_given(build_step: Callable[[], SandboxedStep]) -> dict[str, float | None]:
+    """Return the RMS of what the first layer is given, and of the loss's targets.
+
+    A module may scale its batch before. Nothing is returned that cannot be measured.
+    """
+    try:
+        measured = measure_first_pass(build_step())
+    except Exception:  # the training step does more than compute a loss
+        return {}
+    sizes = {"input_rms": measured.input_rms, "target_rms": measured.target_rms}
+    return {name: size for name, size in sizes.items() if math.isfinite(size)}
 
 
 def diagnose_context(context: DiagnosticContext) -> Diagnosis:
@@ -269,6 +290,7 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
     means = weight_means(layout) if finding.fault == Fault.DEAD else None
     (input_rms, target_rms), bad_rows = _measure_batch(batch)
     settings = _settings(facts.optimizer)
+    norms, losses = _recent(facts.history)
     dtypes = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
     if facts.graph_summary is not None:  # those that autocast computes in
         dtypes |= facts.graph_summary.dtypes
@@ -302,6 +324,12 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
         target_rms=target_rms,
         weight_means=None if means is None else _in_order(means, order),
         bad_rows=bad_rows,
+        changed_shares=_in_order(stats.changed, order),
+        peak_rate=facts.rates.peak,
+        rate_fell_at=facts.rates.fell_at if facts.rates.rested else None,
+        recent_norms=norms,
+        recent_losses=losses,
+        loss_scale=record.loss_scale,
     )
 
 
@@ -317,6 +345,13 @@ def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tu
     rows = tuple(sorted({row for entry in find_nonfinite(batch) for row in entry.rows}))
     inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
     return (inputs, targets), rows
+
+
+def _recent(history: History) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return norms and losses of the newest finite steps."""
+    table = history.table()
+    finite = np.isfinite(table["total_norm"])
+    return tuple(table["total_norm"][finite].tolist()), tuple(table["loss"][finite].tolist())
 
 
 def _rms(x: Tensor | None) -> float | None:

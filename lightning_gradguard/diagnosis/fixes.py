@@ -133,6 +133,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.LEARNING_RATE_TOO_HIGH:
             return [lower_learning_rate(c), WARM_UP, clip_spikes(c)]
 
+        case Cause.LEARNING_RATE_TOO_LOW if c.fault == Fault.STALLED and c.schedule_ended:
+            return [STEP_PER_EPOCH, longer_schedule(c)]
         case Cause.LEARNING_RATE_TOO_LOW:
             return [raise_learning_rate(c)]
 
@@ -156,6 +158,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             located = c.origin is not None and c.origin.located
             return [*stable, None if located and stable else DETECT_ANOMALY]
 
+        case Cause.LOW_PRECISION if c.fault == Fault.STALLED:
+            return [MASTER_WEIGHTS, STOCHASTIC_ROUNDING, raise_learning_rate(c)]
         case Cause.LOW_PRECISION:
             return [BFLOAT16, SCALE_LOSS, FLOAT32_LOSS]
 
@@ -168,11 +172,12 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [NEW_OPTIMIZER, ADD_GROUP]
         case Cause.UNREGISTERED_MODULES:
             return [REGISTER_MODULES, REGISTER_TENSOR]
-
-        case Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
-            return []
         case Cause.NORMALIZATION:
             return [MORE_ELEMENTS]
+        case Cause.GRADIENT_SCALING:
+            return [UNSCALE_FIRST, CLIP_IN_TRAINER]
+        case Cause.STALE_GRADIENTS:
+            return [ZERO_GRAD]
 
         case Cause.WEIGHT_DECAY:
             return [lower_weight_decay(c), NO_DECAY_ON_NORMS]
@@ -416,6 +421,14 @@ BFLOAT16 = Remedy("bfloat16, which has the range of float32", 'trainer = Trainer
 SCALE_LOSS = Remedy(
     "Loss scaling, which Trainer does in this mode", 'trainer = Trainer(precision="16-mixed")'
 )
+MASTER_WEIGHTS = Remedy(
+    "Keep the weights in float32, and compute in half precision",
+    'trainer = Trainer(precision="bf16-mixed")  # float32 master weights; not "bf16-true"',
+)
+STOCHASTIC_ROUNDING = Remedy(
+    "Stochastic rounding of the updates",
+    "optimizer = torchao.optim.AdamW(model.parameters(), lr=lr, bf16_stochastic_round=True)",
+)
 FLOAT32_LOSS = Remedy("Compute the loss in float32", "loss = loss_fn(logits.float(), y)")
 
 _POSITIVE_LOG, _POSITIVE_ROOT = (
@@ -470,6 +483,26 @@ CLIP = Remedy("Clip gradient spikes", "trainer = Trainer(callbacks=[GradGuard(cl
 def clip_spikes(context: DiagnosticContext) -> Remedy | None:
     """Return adaptive clipping, unless a clipper is set."""
     return None if context.clipper else CLIP
+
+
+STEP_PER_EPOCH = Remedy(
+    "Step the schedule once per epoch, not per batch",
+    'return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}',
+)
+UNSCALE_FIRST = Remedy(
+    "Unscale the gradients before clipping them",
+    "scaler.unscale_(optimizer); torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)",
+)
+CLIP_IN_TRAINER = Remedy(
+    "Let the Trainer clip, which unscales first", "trainer = Trainer(gradient_clip_val=1.0)"
+)
+
+
+def longer_schedule(context: DiagnosticContext) -> Remedy:
+    """Return a schedule over the whole training."""
+    rate = number(context.peak_rate)
+    how = f"scheduler = CosineAnnealingLR(optimizer, T_max=trainer.estimated_stepping_batches)  # from lr = {rate}"
+    return Remedy("Spread the schedule over all steps", how, key="longer schedule")
 
 
 def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -> Remedy | None:
@@ -632,9 +665,14 @@ MORE_ELEMENTS = Remedy(
     "Normalize over more than one element",
     "norm = nn.GroupNorm(1, channels)  # or nn.BatchNorm2d(channels), or no normalization at that place",
 )
+ZERO_GRAD = Remedy(
+    "Zero the gradients before each step's backward pass",
+    "optimizer.zero_grad()  # before loss.backward(), or right after optimizer.step()",
+)
 #: Cause and fix of each mistake.
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.ONE_ELEMENT_NORMALIZATION: (Cause.NORMALIZATION, MORE_ELEMENTS),
+    Problem.STALE_GRADIENTS: (Cause.STALE_GRADIENTS, ZERO_GRAD),
     Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
     Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),

@@ -43,6 +43,7 @@ class PathMarks(NamedTuple):
     offered: Tensor
     constant: Tensor
     hollow: Tensor
+    normalised: Tensor
 
 
 class GraphObserver:
@@ -282,7 +283,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         return summary, ran
     names = layout.names
     live = frozenset(names) - summary.constant
-    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live)
+    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live, summary.normalised)
     is_first = torch.distributed.get_rank() == 0
     order = summary.order if is_first else [0] * len(names)
     # Place of each tensor in each column, from 1; 0 where it is in none.
@@ -299,7 +300,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     *rows, somewhere = largest_over_ranks(padded, device)
     common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
-    found, embeddings, recurrent, live = (frozenset(compress(names, row)) for row in flags[: len(groups)])
+    found, embeddings, recurrent, live, normalised = (frozenset(compress(names, row)) for row in flags[: len(groups)])
     columns = [
         sorted((place, i) for i, place in enumerate(row) if place) for row in flags[len(groups) :] if any(row)
     ]
@@ -312,6 +313,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         embeddings=embeddings,
         recurrent=recurrent,
         constant=constant,
+        normalised=normalised,
         problems=tuple(
             p for p in summary.problems if p.kind not in OWNERSHIP or (p.kind, p.certain) in common
         ),
@@ -348,4 +350,5 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tenso
         offered=mark([a and name in summary.offered for a, (name, _) in zip(lost, pairs, strict=True)]),
         constant=mark([name in summary.constant for name, _ in pairs]),
         hollow=hollow,
+        normalised=mark([name in summary.normalised for name, _ in pairs]),
     )

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_gradguard.engine.carried_gradients import CarriedGradients
 from lightning_gradguard.engine.graph_observer import GraphObserver
-from lightning_gradguard.engine.sampling_schedule import SamplingSchedule
+from lightning_gradguard.engine.sampling_schedule import EAGER, SamplingSchedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.loss_comparison import LossComparison
+from lightning_gradguard.introspection.loss_terms import count_terms
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
 from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.parameters import are_same, as_pairs, members, select
-from lightning_gradguard.stats.samples import SAMPLES, median_update, update_ratios
+from lightning_gradguard.stats.samples import SAMPLES, changed_shares, median_update, update_ratios
 
 #: Share of its peak below which a learning rate is so low that small updates are intended.
 RESTING = 0.1
+#: Weight of a step in the running mean of the logarithm of the batch size.
+_TERMS_GAIN = 0.1
 
 #: Tensors that are refreshed now and then: key in the saved state, attribute.
 _SAVED_TENSORS = {
@@ -34,7 +40,48 @@ _SAVED_TENSORS = {
     "lost": "_lost",
     "excess": "_excess",
     "reach": "_reach",
+    "fed": "_fed",
+    "changed": "_changed",
 }
+
+
+class RateHistory(NamedTuple):
+    """Course of the largest learning rate.
+
+    Attributes:
+        peak: Highest rate so far.
+        summed: Sum of the rates over all steps.
+        rested: Steps in a row with a rate below a tenth of the peak.
+        fell_at: Steps before the first of them.
+    """
+
+    peak: float = 0.0
+    summed: float = 0.0
+    rested: int = 0
+    fell_at: int = 0
+
+    def after(self, rate: float, steps: int, elapsed: int) -> RateHistory:
+        """Return the history after further steps.
+
+        Args:
+            rate: Their learning rate.
+            steps: Steps before them.
+            elapsed: Number of these steps.
+        """
+        peak = max(self.peak, rate)
+        low = rate < RESTING * peak
+        fell_at = self.fell_at if self.rested else steps
+        return RateHistory(
+            peak, self.summed + rate * elapsed, self.rested + elapsed if low else 0, fell_at if low else 0
+        )
+
+    @property
+    def rest(self) -> float:
+        """Steps with a low rate, over what all steps trained.
+
+        The latter is the number of steps at the peak rate that would have trained as much as all so far.
+        """
+        return self.rested * self.peak / self.summed if self.summed > 0 else 0.0
 
 
 class StateError(ValueError):
@@ -60,6 +107,7 @@ class ParameterTracker:
         initial_weights: float32 [P], weight norms at the start.
         updates: float32 [P], ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
         schedule: When samples are due.
+        rates: Course of the learning rate.
 
     Raises:
         ValueError: If there is no parameter.
@@ -73,7 +121,9 @@ class ParameterTracker:
         always: bool = False,
     ) -> None:
         self.optimizer, self._always = optimizer, always
-        self._peak_rate = 0.0
+        self.rates = RateHistory()
+        self._usual_terms = 0.0
+        self._carried = CarriedGradients()
         self._named = as_pairs(named_parameters)
         self._observer = GraphObserver(self._named, usage)
         self._groups = members(self.optimizer)
@@ -91,8 +141,14 @@ class ParameterTracker:
 
     @property
     def graph_summary(self) -> GraphSummary | None:
-        """Summary of the newest autograd graph, or None."""
-        return self._observer.graph_summary
+        """Summary of the newest autograd graph, or None.
+
+        With the mistakes that were found since.
+        """
+        summary, more = self._observer.graph_summary, self._carried.problems()
+        if summary is None or not more:
+            return summary
+        return replace(summary, problems=(*summary.problems, *more))
 
     @property
     def is_up_to_date(self) -> bool:
@@ -118,6 +174,7 @@ class ParameterTracker:
         graph: Tensor | None,
         scaled: bool = False,
         comparison: LossComparison | None = None,
+        loss_scale: Tensor | None = None,
     ) -> GradStats:
         """Measure this step, and refresh what is due.
 
@@ -125,10 +182,12 @@ class ParameterTracker:
             loss: Scalar loss, or None.
             graph: Tensor whose autograd graph shows the order of the layers, or None.
             scaled: True if a gradient scaler is in use.
+            loss_scale: Its scale, or None.
             comparison: Comparison of the loss with a constant guess, if it is known at this step.
         """
         if comparison is not None and self.layout.shards is None:  # ranks would see different ones
             self._excess, self._reach = (value.to(self.weights) for value in comparison)
+        carried = self._carried.take()
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
         self.layout = self._observer.update_order(
@@ -145,12 +204,20 @@ class ParameterTracker:
             # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.
             self.updates = torch.where(self._moved, ratios, self.updates)
             self._update_ratio = median_update(self.updates, self.layout)
+            shares = changed_shares(self._before, _taken(found.sample), self._fed)
+            self._changed = torch.where(self._moved, shares, self._changed)
         if due.fresh:
             self.weights, self._before = _taken(found.weights), _taken(found.sample)
             self._set_sizes()
             self._dead, self._lost = _taken(found.dead), _taken(found.lost)
+            self._fed = torch.zeros_like(self._fed) if found.fed is None else found.fed
             self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
+        if carried is not None:
+            known["carried"] = carried.to(self.weights.device, torch.float32)
+        if loss_scale is not None:
+            known["loss_scale"] = loss_scale.detach().to(self.weights.device, torch.float32).reshape(())
+        rest = self._follow_rate(due.elapsed) if due.elapsed else 0.0
         stats = stats_of(
             self.layout,
             gradients,
@@ -170,10 +237,34 @@ class ParameterTracker:
             low_precision=scaled or self._low_precision,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
-            resting=due.elapsed > 0 and self._is_resting(),
+            changed=self._changed,
+            rest=rest,
         )
         self._moved: Tensor = stats.present
         return stats
+
+    def noise_of(self, graph: Tensor | None) -> float:
+        """Return `GradStats.noise` of this step.
+
+        Args:
+            graph: Its loss, or None.
+        """
+        terms = 0 if graph is None else count_terms(graph)
+        if not terms:
+            return 1.0
+        self._usual_terms += (
+            _TERMS_GAIN * (math.log(terms) - self._usual_terms) if self._usual_terms else math.log(terms)
+        )
+        return max(1.0, math.sqrt(math.exp(self._usual_terms) / terms))
+
+    def observe_zeroing(self) -> None:
+        """Observe, after a step, whether its gradients are zeroed."""
+        if self.schedule.good <= EAGER:
+            self._carried.observe(self.layout.parameters, self.layout.order)
+
+    def count_carried(self, carried: float) -> None:
+        """Count a step whose gradients were carried over; see `StepRecord`."""
+        self._carried.count(carried)
 
     def probe_sequence(self) -> None:
         """Probe gradients over time in the next pass."""
@@ -206,6 +297,7 @@ class ParameterTracker:
     def close(self) -> None:
         """Remove all hooks from the model."""
         self._observer.close()
+        self._carried.close()
 
     def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
         """Unscale gradients that are still scaled.
@@ -242,7 +334,9 @@ class ParameterTracker:
             "columns": [list(column) for column in self._observer.columns],
             "asked": sorted(self._observer.probed),
             "schedule": self.schedule.state_dict(),
-            "peak_rate": self._peak_rate,
+            "rates": list(self.rates),
+            "terms": self._usual_terms,
+            "carried": self._carried.state_dict(),
             **{key: getattr(self, attribute).clone() for key, attribute in _SAVED_TENSORS.items()},
         }
 
@@ -280,7 +374,8 @@ class ParameterTracker:
         self.schedule.load_state_dict(state["schedule"])
         self._observer.take_time_tilt()
         self._observer.probe_sequence(self.layout, frozenset(state.get("asked", ())))
-        self._peak_rate = state["peak_rate"]
+        self.rates, self._usual_terms = RateHistory(*state["rates"]), state["terms"]
+        self._carried.load_state_dict(state["carried"])
         for key, attribute in _SAVED_TENSORS.items():
             if key in state:  # not in those of earlier versions
                 setattr(self, attribute, state[key].to(device))
@@ -302,6 +397,9 @@ class ParameterTracker:
         self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._excess = self._reach = self.layout.constant(torch.nan)
+        self._fed, self._changed = self._before != self._before, torch.full_like(self.weights, torch.nan)
+        self._carried.close()
+        self._carried = CarriedGradients()
         self._moved = self.weights < 0
 
     def _set_sizes(self) -> None:
@@ -309,16 +407,17 @@ class ParameterTracker:
         self._sizes = torch.maximum(self.weights, self.layout.floors)
         self._log_sizes = self._sizes.log()
 
-    def _is_resting(self) -> bool:
-        """Return True if the learning rate is far below its peak.
+    def _follow_rate(self, elapsed: int) -> float:
+        """Return `RateHistory.rest` after these steps.
 
         A rate on the device is not read.
         """
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         rates = [group["lr"] for group in groups if isinstance(group.get("lr"), (int, float))]
-        rate = max(rates, default=0.0)
-        self._peak_rate = max(self._peak_rate, rate)
-        return bool(rates) and rate < RESTING * self._peak_rate
+        if not rates:
+            return 0.0
+        self.rates = self.rates.after(max(rates), self.schedule.good, elapsed)
+        return self.rates.rest
 
 
 def unscale(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

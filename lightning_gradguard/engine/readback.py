@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NAMED = 8
 
 # Numbers in the packed vector: of the step, and of each detector that was asked.
-_STEP_NUMBERS, _STEP_FLAGS = 11, 2
+_STEP_NUMBERS, _STEP_FLAGS = 12, 2
 _RESULT_NUMBERS, _RESULT_FLAGS = 4, 2
 #: Numbers of a detector that was never asked: neither raised nor cleared.
 _NEVER_ASKED = [0.0, 0.0, 0.0, math.nan, math.nan, 0.0]
@@ -147,6 +147,7 @@ def pack(
         trends.tilt,
         stats.update_ratio,
         trends.baseline.exp(),
+        stats.carried,
     ]
     for r in asked:
         flags += [r.raised, r.cleared]
@@ -195,7 +196,9 @@ def unpack(
         own_numbers = head[_STEP_NUMBERS + _RESULT_NUMBERS * at :][:_RESULT_NUMBERS]
         results.append(_result(detector, traits, own_flags + own_numbers, names))
         at += 1
-    total, after, threshold, loss, start, mean, first, scale, tilt, ratio, baseline = head[:_STEP_NUMBERS]
+    total, after, threshold, loss, start, mean, first, scale, tilt, ratio, baseline, carried = head[
+        :_STEP_NUMBERS
+    ]
     present = dict(zip(layout.ordered_names, map(norms.__getitem__, layout.order), strict=True))
     for name in compress(layout.names, map(is_, gradients, repeat(None))):
         del present[name]
@@ -213,6 +216,7 @@ def unpack(
         tilt=tilt,
         update_ratio=ratio,
         baseline_norm=baseline,
+        carried=carried,
         norms=present,
         results=results,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ class StepRecord:
         baseline_norm: Usual global norm; 0 before there is one.
         norms: Gradient norm before clipping by tensor name, from input to output.
         results: One result for each detector.
+        carried: 1 if the gradient of the step before was still there when this one's was added, 0 if not.
     """
 
     total_norm: float
@@ -107,3 +109,4 @@ class StepRecord:
     baseline_norm: float
     norms: dict[str, float]
     results: list[DetectorResult]
+    carried: float = math.nan

@@ -73,6 +73,7 @@ class GraphSummary:
         constant: Tensors whose gradient is zero by design: each path to them goes through a softmax over one element.
         above: For each reached parameter the operations on its shortest path between it and the next layer towards the
             loss, the nearest to the loss first.
+        normalised: Parameters whose scale a normalization right behind them removes.
     """
 
     names: tuple[str, ...] = ()
@@ -100,6 +101,7 @@ class GraphSummary:
     offered: frozenset[str] = frozenset()
     constant: frozenset[str] = frozenset()
     above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    normalised: frozenset[str] = frozenset()
 
 
 class Leaf(NamedTuple):
@@ -188,6 +190,7 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         summed=summed_rows(end),
         constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
         above={name: graph.above(leaf) for name, leaf in leaves.items()},
+        normalised=frozenset(n for n, nodes in uses.items() if nodes and graph.is_normalised(nodes)),
     )
     return summary, [] if summary.opaque else graph.other_leaves(set(leaves.values()))
 
@@ -341,6 +344,31 @@ class Graph:
                 if not waiting[child]:
                     order.append(child)
         return order
+    def is_normalised(self, nodes: list[int], reach: int = 64) -> bool:
+        """Return True if every path from these nodes meets a normalization.
+
+        Only operations come before it that keep a change of scale: views, sums with what is no other layer's output,
+        ReLU, pooling.
+
+        Args:
+            nodes: Products with one parameter.
+            reach: Nodes to visit.
+        """
+        pending, seen = [*nodes], {*nodes}
+        while pending:
+            node = pending.pop()
+            if not self.parents[node] or len(seen) > reach:
+                return False
+            for parent in self.parents[node]:
+                if parent in seen or self.node_kinds[parent] == "normalisation":
+                    continue
+                op = self.ops[parent]
+                inputs = sum(self.ops[child] != "AccumulateGrad" for child, _ in self.edges[parent])
+                if not (op in VIEWS or _keeps_scale(op) or (op == "Add" and inputs == 1)):
+                    return False
+                seen.add(parent)
+                pending.append(parent)
+        return True
 
     def loss_ops(self) -> Counter[str]:
         """Count the operations after the last product.
@@ -489,6 +517,11 @@ def _order(names: tuple[str, ...], first_use: Mapping[str, int]) -> tuple[int, .
     for i in reversed(range(len(keys) - 1)):
         keys[i] = keys[i + 1] if keys[i] is None else keys[i]
     return tuple(sorted(range(len(names)), key=lambda i: keys[i] or 0))
+
+
+def _keeps_scale(operation: str) -> bool:
+    """Return True for operations f with f(c x) = c f(x) for c > 0."""
+    return operation in ("Relu", "LeakyRelu", "NativeDropout") or "Pool" in operation
 
 
 #: Operations that normalize over a dimension, so that a single element there is 1 whatever it was.

@@ -65,6 +65,7 @@ class Problem(str, Enum):
     STALE_OPTIMIZER = "stale_optimizer"
     UNREGISTERED_MODULES = "unregistered_modules"
     ONE_ELEMENT_NORMALIZATION = "one_element_normalization"
+    STALE_GRADIENTS = "stale_gradients"
 
     def __str__(self) -> str:
         return self.value

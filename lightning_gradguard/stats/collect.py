@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.layout import LOW_PRECISION, Layout
 from lightning_gradguard.stats.norms import local_norms, weight_norms
 from lightning_gradguard.stats.samples import (
     dead_shares,
     dead_shares_from_rows,
+    fed_elements,
+    local_fed_elements,
     local_live_rows,
     local_lost_shares,
     local_sample,
@@ -37,6 +39,7 @@ class Collected(NamedTuple):
         sample: float32 [P, SAMPLES], elements of each parameter, as `samples.sample` takes them.
         dead: float32 [P], as `samples.dead_shares`.
         lost: float32 [P], as `samples.lost_shares`.
+        fed: Bool [P, SAMPLES], as `samples.fed_elements`; None also without a parameter in half precision.
     """
 
     norms: Tensor
@@ -46,6 +49,7 @@ class Collected(NamedTuple):
     sample: Tensor | None
     dead: Tensor | None
     lost: Tensor | None
+    fed: Tensor | None
 
 
 def collect(
@@ -85,6 +89,7 @@ def collect(
         sample=sample(layout) if sample_due else None,
         dead=dead_shares(gradients, layout) if refresh_due else None,
         lost=lost_shares(gradients, layout) if refresh_due else None,
+        fed=fed_elements(gradients, layout) if refresh_due and _is_half(layout) else None,
     )
 
 
@@ -141,6 +146,8 @@ def _collect_sharded(
         parts["weights"] = shards.squares(local_norms(layout.parameters, layout))
         parts["live"] = local_live_rows(gradients, layout, shards)
         parts["lost"] = local_lost_shares(gradients, layout, shards)
+        if _is_half(layout):
+            parts["fed"] = local_fed_elements(gradients, layout, shards)
     if sample_due:
         parts["sample"] = local_sample(layout, shards)
     total = dict(zip(parts, shards.sum_over_ranks(list(parts.values())), strict=True))
@@ -153,4 +160,9 @@ def _collect_sharded(
         sample=total["sample"].to(torch.float32) if sample_due else None,
         dead=dead_shares_from_rows(total["live"], gradients, layout, shards) if refresh_due else None,
         lost=total["lost"].to(torch.float32) if refresh_due else None,
+        fed=total["fed"] > 0 if "fed" in total else None,
     )
+
+
+def _is_half(layout: Layout) -> bool:
+    return any(p.dtype in LOW_PRECISION for p in layout.parameters)

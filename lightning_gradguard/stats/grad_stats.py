@@ -54,6 +54,7 @@ class GradStats:
         constant: Bool [P], tensors whose gradient is zero by design: they choose among one.
         hollow: Bool [P], layers whose input was exactly zero when it was looked at.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
+        normalised: Bool [P], tensors whose scale a normalization right behind them removes.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
         excess: float32 [], loss over that of the best constant guess, at the newest sampled step at which the caller
@@ -63,8 +64,16 @@ class GradStats:
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.
         elapsed: Good steps that this full evaluation stands for, at most 8; 0 if this is none.
         passed: Steps that the fast path accepted since detectors were last evaluated.
-        resting: Whether the learning rate is below a tenth of its peak, so that small updates are intended; False if
+        rest: Steps in a row with a learning rate below a tenth of its peak, so that small updates are intended, over
+            the steps at the peak rate that would train as much as all steps so far did; 0 if the rate is higher, or
             this is no full evaluation.
+        changed: float32 [P], share of the elements with a gradient that the last sampled step changed; NaN where it is
+            unknown, and for tensors that are not stored in half precision.
+        loss_scale: float32 [], scale of the gradient scaler; NaN without one.
+        carried: float32 [], 1 if the gradient of the step before was still there when this one's was added to it, 0 if
+            not; NaN if that was not observed.
+        noise: How many times larger than usual the noise of this step's gradient is, since its batch is smaller: the
+            square root of how many times smaller; at least 1.
         low_precision: Whether gradients are computed, or scaled, in half precision.
     """
 
@@ -89,14 +98,19 @@ class GradStats:
     constant: Tensor
     hollow: Tensor
     recurrent: Tensor
+    normalised: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
     excess: Tensor
     reach: Tensor
+    changed: Tensor
+    loss_scale: Tensor
+    carried: Tensor
     sampled_steps: int = 0
     elapsed: int = 1
     passed: int = 0
-    resting: bool = False
+    rest: float = 0.0
+    noise: float = 1.0
     low_precision: bool = False
     _trends: Trends | None = field(default=None, repr=False)
 
@@ -208,8 +222,9 @@ def stats_of(
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
     unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
-    unseen |= {"recurrent": nowhere, "time_tilt": unknown, "update_ratio": unknown}
+    unseen |= {"recurrent": nowhere, "normalised": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     unseen |= {"excess": unknown, "reach": unknown}
+    unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
     return GradStats(

@@ -60,6 +60,7 @@ class Layout:
         floors: float32 [P], lower bound of a weight norm: a tenth of what a common initialization gives, so that
             a zero-initialized tensor has a finite gradient-to-weight ratio.
         zeros: float32 [P], zeros; read-only.
+        unknowns: float32 [P], NaN; read-only.
         nowhere, everywhere: Bool [P], False and True; read-only.
         is_one_kind: True if one foreach call takes all of them: real, of one dtype up to float32, on one device.
         shards: How the tensors are sharded over ranks; None if each rank holds all of them.
@@ -87,6 +88,7 @@ class Layout:
     bias_indices: tuple[int, ...]
     floors: Tensor
     zeros: Tensor
+    unknowns: Tensor
     nowhere: Tensor
     everywhere: Tensor
     is_one_kind: bool
@@ -154,6 +156,7 @@ class Layout:
             bias_indices=biases,
             floors=torch.tensor(floors, device=device, dtype=torch.float32),
             zeros=zeros,
+            unknowns=torch.full_like(zeros, torch.nan),
             nowhere=zeros > 0,
             everywhere=zeros == 0,
             is_one_kind=len({(p.dtype, p.device) for p in tensors}) == 1 and tensors[0].dtype in _NARROW,

@@ -20,6 +20,8 @@ from lightning_gradguard.stats.sharding import Shards, local
 
 #: Elements of each tensor, and output rows of each weight, that represent it.
 SAMPLES = 64
+#: Fewest elements with a gradient of which a share means anything.
+FEWEST_FED = 16
 #: Elements that are compared with zero at once, few enough to stay in a CPU's cache.
 _TOGETHER = 2**16
 
@@ -68,6 +70,54 @@ def update_ratios(before: Tensor, after: Tensor) -> Tensor:
     base = torch.maximum(torch.linalg.vector_norm(before, dim=1), torch.linalg.vector_norm(after, dim=1))
     moved: Tensor = torch.linalg.vector_norm(after - before, dim=1)
     return moved / torch.clamp(base, min=torch.finfo(torch.float32).tiny)
+
+
+def fed_elements(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
+    """Return sampled elements with a gradient, bool [P, SAMPLES].
+
+    Those of `sample` that are stored in half precision, where a small update is rounded away, and whose gradient is not
+    zero: inputs that are always zero, rows that were not looked up and pruned weights get none.
+    """
+    rows, where = [], []
+    for index, (parameter, gradient) in enumerate(zip(layout.parameters, gradients, strict=True)):
+        if parameter.dtype not in LOW_PRECISION or gradient is None or not parameter.numel():
+            continue
+        if gradient.layout == torch.strided and gradient.stride() == parameter.stride():
+            fed = _strided(gradient) != 0
+            rows.append(torch.nn.functional.pad(fed, (0, SAMPLES - fed.numel())))
+            where.append(index)
+    none = layout.nowhere[:, None].expand(-1, SAMPLES)
+    if not rows:
+        return none
+    fed = torch.stack([row.to(none.device) for row in rows])
+    return none.index_copy(0, layout.indices(tuple(where)), fed)
+
+
+def local_fed_elements(gradients: Sequence[Tensor | None], layout: Layout, shards: Shards) -> Tensor:
+    """Return this rank's `fed_elements`, float64 [P, SAMPLES]."""
+    rows = [shards.shares.new_zeros(SAMPLES) for _ in gradients]
+    for index, (parameter, gradient) in enumerate(zip(layout.parameters, gradients, strict=True)):
+        if gradient is None or parameter.dtype not in LOW_PRECISION or gradient.layout != torch.strided:
+            continue
+        part = local(gradient)
+        numbers, places = _local_elements(shards, index, part)
+        rows[index] = _at(numbers, part.reshape(-1)[places] != 0, shards)
+    return torch.stack(rows) * shards.shares[:, None]
+
+
+def changed_shares(before: Tensor, after: Tensor, fed: Tensor) -> Tensor:
+    """Return the share of fed elements that a step changed, float32 [P].
+
+    NaN where too few elements are fed.
+
+    Args:
+        before: `sample` before the step.
+        after: `sample` after it.
+        fed: `fed_elements` at the step.
+    """
+    count = fed.sum(1, dtype=torch.float32)
+    changed = ((before != after) & fed).sum(1, dtype=torch.float32)
+    return torch.where(count >= FEWEST_FED, changed / count, torch.nan)
 
 
 def median_update(updates: Tensor, layout: Layout) -> Tensor:

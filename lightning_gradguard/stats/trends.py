@@ -48,6 +48,9 @@ _NORM_GAIN, _PROFILE_GAIN, _LOSS_GAIN, _SLOW_LOSS_GAIN = 0.03, 0.1, 0.05, 0.01
 _EARLY = 9
 #: Losses whose median is the start.
 _FIRST_LOSSES = 5
+#: Multiple of the median of the first losses, or of their median deviation from it, beyond which one is an outlier.
+#: The losses of healthy trainings fall tenfold in them.
+_OUTLIER = 30.0
 #: Steps with a loss before there can be a plateau.
 _PLATEAU_FROM = 60
 
@@ -232,6 +235,37 @@ class Trends:
         start = torch.minimum(self.loss_start, self.first_loss)
         flat = (loss > slow - 0.03 * slow.abs()) & (self.state.loss_steps >= _PLATEAU_FROM)
         return flat & (loss > start - 0.5 * start.abs())
+
+    @cached_property
+    def falling(self) -> Tensor:
+        """True if the loss is below its start and falls, bool [].
+
+        Its mean is then below its start and its slower mean by more than its mean absolute deviation.
+        """
+        start, loss = torch.minimum(self.loss_start, self.first_loss), self.state.loss
+        distance = self.state.loss_spread
+        return (loss < start - distance) & (loss < self.state.slow_loss - distance)
+
+    @cached_property
+    def fell_and_rose(self) -> Tensor:
+        """True if the loss had fallen and is above its start again, bool [].
+
+        It had fallen by 30 %, and its mean is now 10 % above its start, which is positive.
+        """
+        start, best = self.loss_start, self.before.best_loss
+        return (start > 0) & (best < 0.7 * start) & (self.state.loss > 1.1 * start)
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """Change of the loss that a step may make, float32 [].
+
+        Over the mean loss, or its start if that is larger. The sum over the tensors of gradient times applied update is
+        the largest change to first order.
+        """
+        stats = self.stats
+        moved = torch.nan_to_num(stats.updates, nan=0.0) * stats.weights
+        size = torch.maximum(self.state.loss.abs(), self.loss_start.abs())
+        return (stats.norms * moved).sum() / size
 
     @cached_property
     def relapsed(self) -> Tensor:
@@ -485,12 +519,23 @@ def _next_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
     loss = torch.addcmul(state.loss, gain, winsorised)
     # The first offset is the loss itself, and no deviation.
     spread = state.loss_spread.lerp(winsorised.abs(), gain) * (before > number(0.0))
+    slow_loss = state.slow_loss.lerp(loss, torch.maximum(share, number(_SLOW_LOSS_GAIN)))
+    if stats.elapsed:
+        # The first losses were not limited, so an outlier among them would last for hundreds of steps.
+        first, start = known["first_losses"], known["loss_start"]
+        reach = _OUTLIER * torch.maximum((first - start).abs().nanmedian(0).values, start.abs())
+        limited = torch.clamp(first, start - reach, start + reach)
+        restarts = (before == number(_FIRST_LOSSES - 1.0)) & (limited != first).any()
+        middle = limited.mean()
+        loss = torch.where(restarts, middle, loss)
+        spread = torch.where(restarts, (limited - middle).abs().mean(), spread)
+        slow_loss = torch.where(restarts, middle, slow_loss)
     has_start = count >= number(_FIRST_LOSSES)
     return {
         **known,
         "loss": loss,
         "loss_spread": spread,
-        "slow_loss": state.slow_loss.lerp(loss, torch.maximum(share, number(_SLOW_LOSS_GAIN))),
+        "slow_loss": slow_loss,
         "best_loss": torch.where(has_start, torch.minimum(state.best_loss, loss), state.best_loss),
         "loss_steps": count,
     }

@@ -578,7 +578,8 @@ def test_stalled_unless_the_learning_rate_is_low():
     still = torch.full((6,), 1e-9)
     raised = [bool(stream.feed([1.0] * 6, updates=still)[0].raised) for _ in range(60)]
     assert raised.index(True) == 29
-    assert not stream.feed([1.0] * 6, updates=still, resting=True)[0].raised
+    assert not stream.feed([1.0] * 6, updates=still, rest=1.0)[0].raised
+    assert stream.feed([1.0] * 6, updates=still, rest=3.0)[0].raised  # a schedule that has ended
     assert not stream.feed([1.0] * 6, updates=still * 1e4)[0].raised
 
 

@@ -12,7 +12,7 @@ from lightning_gradguard.diagnosis.causes import data, model, numerics, optimize
 from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
-from lightning_gradguard.introspection.graph_problems import UNBOUNDED
+from lightning_gradguard.introspection.graph_problems import UNBOUNDED, Problem
 from lightning_gradguard.results import Fault
 
 #: When each cause is named: its function yields the evidence for it. Ties go to the earlier one.
@@ -29,6 +29,7 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
     Cause.LEARNING_RATE_TOO_HIGH: optimizer.learning_rate_too_high,
     Cause.LEARNING_RATE_TOO_LOW: optimizer.learning_rate_too_low,
     Cause.OPTIMIZER_EPSILON: optimizer.optimizer_epsilon,
+    Cause.GRADIENT_SCALING: optimizer.gradient_scaling,
     Cause.MOMENTUM: optimizer.momentum,
     Cause.WEIGHT_DECAY: optimizer.weight_decay,
     Cause.BAD_DATA: data.bad_data,
@@ -60,7 +61,8 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         if evidence is not None:
             strongest[cause] = evidence
     for problem in context.problems:
-        if context.fault in _OTHER_FAULTS and not (context.too_large and problem.kind in UNBOUNDED):
+        explains = problem.kind == Problem.STALE_GRADIENTS or (context.too_large and problem.kind in UNBOUNDED)
+        if context.fault in _OTHER_FAULTS and not explains:
             continue
         strongest[PROBLEMS[problem.kind][0]] = Evidence(CERTAIN, problem.text)
     least = max(_LEAST_WEIGHT, _LEAST_FRACTION * max((e.weight for e in strongest.values()), default=0.0))

@@ -15,6 +15,11 @@ from lightning_gradguard.results import Fault
 _NOTABLE_SCALE = 0.7
 #: Largest first loss of a classification, in nats, that usual outputs give; ten thousand classes give 9.
 _USUAL_LOSS = 20.0
+#: Multiple of the losses before and after it from which a batch is an outlier. A training that comes apart at a
+#: learning rate far too high reaches hundreds.
+_OUTLIER = 1e4
+#: Faults that outliers alone can cause.
+_FROM_OUTLIERS = (Fault.EXPLODING, Fault.STALLED)
 _SQUARED = ("MseLoss", "SmoothL1Loss", "HuberLoss", "Pow")
 _CLASSIFYING = ("NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits")
 
@@ -136,6 +141,12 @@ def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
                 f"{context.optimizer} divides by the root of the sum of all squared gradients, which never shrinks."
             )
             yield Evidence(5.0, text)
+    if context.fault in _FROM_OUTLIERS and context.outlier_losses > _OUTLIER:
+        text = (
+            f"Single batches have a loss {number(context.outlier_losses)} times that of the batches before and after "
+            f"them. The median loss is {number(context.median_loss)}, and the first was {number(context.loss_start)}."
+        )
+        yield Evidence(1 + math.log10(context.outlier_losses), text)
     if context.fault == Fault.SPIKE and context.finding.value > 0:
         size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
         text = f"Only the gradient of this step is so large ({size})."

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
-from lightning_gradguard.diagnosis.wording import number, quote
+from lightning_gradguard.diagnosis.wording import fraction, number, quote
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault
 
@@ -18,6 +18,8 @@ _FADING_LOSSES = ("Softplus", "LogSigmoid", "Log", "Log1P", "Sigmoid", "Exp", "T
 _FLAT = 1e-3
 #: Multiple of its size at the start by which a loss has to fall below zero to count as unbounded.
 _UNBOUNDED = 100.0
+#: Share of changed elements below which most updates are lost to rounding.
+_FEW_CHANGE = 0.1
 _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -111,6 +113,12 @@ def low_precision(context: DiagnosticContext) -> Iterator[Evidence]:
         dtype = low[0] if low else next(iter(context.dtypes), "this dtype")
         text = f"{100 * context.finding.value:.0f}% of the gradient's elements are too small for {dtype}."
         yield Evidence(10.0, text)
+    elif context.fault == Fault.STALLED and context.typical_change < _FEW_CHANGE:
+        text = (
+            f"A step changes {fraction(context.typical_change)} of the median layer's elements, although they get a "
+            f"gradient: the updates of the others are too small for {_stored(context)} and are lost to rounding."
+        )
+        yield Evidence(20.0, text)
     elif low and context.fault == Fault.DEAD and all(g == -math.inf for g in context.gradients_log10):
         text = f"All gradients are exactly zero, even in the last layer. They pass through {_range(low[0])}."
         yield Evidence(6.0, text)
@@ -121,6 +129,11 @@ def low_precision(context: DiagnosticContext) -> Iterator[Evidence]:
             return
         text = f"Gradients pass through {_range(low[0])}."
         yield Evidence(4.0 if context.fault == Fault.NONFINITE else 1.0, text)
+
+
+def _stored(context: DiagnosticContext) -> str:
+    half = [dtype for dtype in context.dtypes if dtype in ("float16", "bfloat16")]
+    return half[0] if half else "half precision"
 
 
 def _range(dtype: str) -> str:

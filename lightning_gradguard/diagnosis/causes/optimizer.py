@@ -57,6 +57,15 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
     if context.fault not in (Fault.STALLED, Fault.VANISHING) or not context.learning_rates:
         return
     rate, update = context.learning_rate, context.typical_update
+    if context.schedule_ended and context.fault == Fault.STALLED:
+        steps, peak = context.rate_fell_at, context.peak_rate
+        first = "first step" if steps == 1 else f"first {steps} steps"
+        text = (
+            f"The schedule lowered the learning rate from {number(peak)} to {number(rate)}: it has been below a tenth "
+            f"of its peak after the {first} of {context.steps}."
+        )
+        yield Evidence(CERTAIN, text)
+        return
     if rate == 0:
         yield Evidence(CERTAIN, "The learning rate is 0.")
         return
@@ -71,6 +80,19 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
         typical = number(100 * TYPICAL_UPDATE)
         text += f", and a step changes the median layer by {fraction(update)}, where {typical}% is typical"
     yield Evidence(below, text + ".")
+
+
+def gradient_scaling(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame clipping of gradients that are still scaled."""
+    norm = context.clipped_scaled_norm
+    if context.fault not in (Fault.STALLED, Fault.VANISHING, Fault.UNDERFLOW) or math.isnan(norm):
+        return
+    now = context.recent_norms[-1]
+    text = (
+        f"The gradient norm is {number(now)} at every step, which times a loss scale of {number(norm / now)} is "
+        f"{number(norm)}: the gradients were clipped to {number(norm)} while they were still scaled."
+    )
+    yield Evidence(CERTAIN, text)
 
 
 def optimizer_epsilon(context: DiagnosticContext) -> Iterator[Evidence]:

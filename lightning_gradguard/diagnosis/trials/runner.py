@@ -43,7 +43,10 @@ _CAUSES = frozenset(
     }
 )
 #: Causes that no fix which can be tried concerns, whatever the fault.
-_UNTRIED = frozenset({Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA})
+_UNTRIED = frozenset({
+    Cause.DETACHED_GRAPH, Cause.LOW_PRECISION, Cause.BAD_DATA, Cause.OUTLIER_BATCH, Cause.GRADIENT_SCALING,
+    Cause.STALE_GRADIENTS,
+})  # fmt: skip
 
 
 class Trial(NamedTuple):

@@ -1,0 +1,153 @@
+"""Steps that are too small or too large, on small trainings, each with healthy ones that look alike."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+from tests.detectors.small_trainings import (
+    adam,
+    mlp,
+    random_labels,
+    regression,
+    scaler,
+    sgd,
+    templates,
+    train,
+)
+
+
+def clip_scaled(norm):
+    return lambda model, optimizer, scaling: nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+
+def clip_unscaled(norm):
+    def clip(model, optimizer, scaling):
+        scaling.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+    return clip
+
+
+def normalise(model, optimizer, scaling):
+    scaling.unscale_(optimizer)
+    total = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    for p in model.parameters():
+        p.grad.div_(total)
+
+
+def half(**options):
+    return mlp(**options).to(torch.bfloat16)
+
+
+class TestASchedulePerBatch:
+    @pytest.mark.parametrize(
+        ("optimizer", "schedule"),
+        [
+            (adam(1e-3), lambda o: lr_scheduler.ExponentialLR(o, 0.8)),
+            (sgd(0.02), lambda o: lr_scheduler.LambdaLR(o, lambda e: max(0, 1 - e / 20))),
+            (adam(3e-4), lambda o: lr_scheduler.MultiStepLR(o, [15, 20, 25, 30, 35], 0.1)),
+            (adam(1e-3), lambda o: lr_scheduler.StepLR(o, 10, 0.1)),
+        ],
+    )
+    def test_is_found_and_named(self, optimizer, schedule):
+        out = train(mlp(), templates(), optimizer, schedule=schedule)
+        assert out.found[0] == "stalled"
+        assert out.cause == "learning_rate_too_low"
+        assert "epoch" in out.fix
+
+    @pytest.mark.parametrize(
+        ("draw", "schedule"),
+        [
+            (random_labels, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 25)),
+            (random_labels, lambda o: lr_scheduler.LambdaLR(o, lambda e: max(0.0, 1 - e / 150))),
+            (templates(), lambda o: lr_scheduler.CosineAnnealingLR(o, 150)),
+            (templates(noise=0.3), lambda o: lr_scheduler.StepLR(o, 50, 0.01)),
+        ],
+    )
+    def test_healthy_schedules_are_quiet(self, draw, schedule):
+        assert train(mlp(), draw, adam(1e-3), schedule=schedule, steps=150).said == ""
+
+
+class TestUpdatesLostToRounding:
+    @pytest.mark.parametrize(
+        ("options", "optimizer"),
+        [
+            ({}, adam(1e-5)),
+            ({}, sgd(5e-4)),
+            ({"norm": nn.LayerNorm}, adam(3e-6)),
+            ({"width": 256}, sgd(3e-4, momentum=0.9)),
+        ],
+    )
+    def test_are_found_and_named(self, options, optimizer):
+        out = train(half(**options), templates(), optimizer, steps=60)
+        assert out.found[0] == "stalled"
+        assert out.cause == "low_precision"
+        assert "float32" in out.fix
+
+    def test_the_same_training_in_float32_has_no_rounding(self):
+        out = train(mlp(width=256), templates(), sgd(3e-4, momentum=0.9), steps=60)
+        assert out.said == ""
+
+    @pytest.mark.parametrize(
+        ("draw", "optimizer"),
+        [(templates(), adam(1e-3)), (templates(), sgd(0.1)), (random_labels, adam(1e-3))],
+    )
+    def test_larger_steps_are_quiet(self, draw, optimizer):
+        assert train(half(), draw, optimizer).said == ""
+
+    def test_a_schedule_that_ends_is_quiet(self):
+        plan = {"schedule": lambda o: lr_scheduler.CosineAnnealingLR(o, 120)}
+        assert train(half(), random_labels, adam(1e-3), **plan).said == ""
+
+    def test_inputs_that_are_always_zero_do_not_count(self):
+        def border(step, x, y):
+            return torch.cat([x[:, :3], torch.zeros_like(x[:, 3:])], 1), y
+
+        assert train(half(), templates(), adam(2e-3), spoil=border).said == ""
+
+    def test_a_net_that_has_learned_everything_is_quiet(self):
+        assert train(half(), templates(noise=0.1), sgd(0.2), steps=200).said == ""
+
+
+class TestClippingBeforeUnscaling:
+    @pytest.mark.parametrize(
+        ("scale", "norm", "momentum"), [(65536.0, 1.0, 0.0), (1024.0, 0.5, 0.9), (2.0**20, 5.0, 0.9)]
+    )
+    def test_is_found_and_named(self, scale, norm, momentum):
+        optimizer = sgd(0.1, momentum=momentum)
+        out = train(mlp(), templates(), optimizer, scaling=scaler(scale), clip=clip_scaled(norm), steps=60)
+        assert out.found[0] == "stalled"
+        assert out.cause == "gradient_scaling"
+        assert "unscale_" in out.fix
+
+    @pytest.mark.parametrize(
+        ("draw", "clip"),
+        [(templates(), clip_unscaled(0.1)), (random_labels, normalise), (random_labels, clip_unscaled(1e-2))],
+    )
+    def test_clipping_to_a_constant_norm_is_quiet(self, draw, clip):
+        assert train(mlp(), draw, sgd(0.05), scaling=scaler(), clip=clip).said == ""
+
+
+class TestUpdatesBeforeANormalization:
+    @pytest.mark.parametrize(("norm", "deviation"), [(nn.LayerNorm, 1e-3), (nn.BatchNorm1d, 2e-3)])
+    def test_small_weights_may_change_at_once(self, norm, deviation):
+        model = mlp(norm=norm)
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=deviation)
+        assert train(model, templates(noise=3.0), adam(1e-3), steps=150).said == ""
+
+    def test_an_equilibrium_with_weight_decay_is_quiet(self):
+        out = train(mlp(norm=nn.BatchNorm1d), templates(), sgd(1.0, weight_decay=1e-2), steps=150)
+        assert out.losses[-1] < out.losses[0]
+        assert out.said == ""
+
+
+def test_a_batch_of_one_sample_is_no_spike():
+    def size(step):
+        return 1 if step % 9 == 8 else 64
+
+    draw, options = regression(noise=1.0), {"loss": F.mse_loss, "size": size, "steps": 200}
+    assert train(mlp(16, 1), draw, adam(1e-3), **options).said == ""
