@@ -39,7 +39,7 @@ def spoiled(*rows, length=10, value=math.nan):
         ((torch.ones(3), spoiled(2)), "batch[1]"),
         ({"image": [torch.ones(3), spoiled(2)]}, "batch['image'][1]"),
         (UserDict(image=spoiled(2)), "batch['image']"),
-        (Pair(torch.ones(2), spoiled(2)), "batch[1]"),
+        (Pair(torch.ones(2), spoiled(2)), "batch.y"),
         ([Sample(spoiled(2))], "batch[0].image"),
     ],
 )
