@@ -6,15 +6,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +16,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.introspection.batch import is_finite, map_tensors, nonfinite_kind, tensors_of
-from lightning_gradguard.introspection.operations import kind_of, operation_of
+from lightning_gradguard.introspection.operation_facts import (
+    HELD,
+    WEIGHTED_LOSSES,
+    Call,
+    Condition,
+    OperationFacts,
+    bound,
+    canonical,
+    facts_of,
+)
+from lightning_gradguard.introspection.operations import VIEWS, kind_of, operation_of
+from lightning_gradguard.introspection.user_lines import (
+    current_distribution,
+    current_line,
+    current_site,
+    line_of,
+    variable_name,
+)
 
 #: Functions that return uninitialized memory, to be filled by what comes next.
 _UNINITIALIZED = frozenset(
@@ -41,10 +52,12 @@ _SIGNS = {
 _ARITHMETIC = frozenset(
     {"Mul", "Add", "Sub", "Neg", "Sum", "Expand", "Repeat", "ToCopy", "Cat", "Index", "Gather"}
 )
-#: Packages whose lines are skipped.
-_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard")
-_FRAME = re.compile(r'File "(.+?)", line (\d+)')
-_CONTEXTLIB = importlib.util.find_spec("contextlib").origin  # type: ignore[union-attr]
+#: Operations that leave out elements, by the name of their function.
+_CHOOSERS = {"Where": "where", "MaskedFill": "masked_fill", "MaskedScatter": "masked_scatter", "MaskedSelect": "masked_select"}
+#: Operations from element to element, through which an operation may reach one of these.
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Rsub", "Pow", "Sqrt", "Log", "Exp", "Abs", *VIEWS})
+#: Steps that are searched for them.
+_REACH = 24
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,13 @@ class NonFiniteSource:
         given: The operation was given infinities that were intended, and made NaN of them.
         outside: It was not computed in this pass: a tensor from elsewhere held it already.
         path: Place of that tensor in the batch; empty if it is none of the batch's.
+        tensor: Place of that tensor in the module, such as ``loss.weight``, or the user's variable that holds it; empty if
+            it is not known.
+        role: Name of the argument that it was given as.
         dtype: The result's, such as "float16".
         overflow: Largest magnitude of the exact result, where that is merely too large for the dtype; else 0.
+        saturated: True if the operation was given the largest number of a dtype.
+        facts: What the operation was given; None where the call was not seen.
     """
 
     operation: str
@@ -76,8 +94,12 @@ class NonFiniteSource:
     given: bool = False
     outside: bool = False
     path: str = ""
+    tensor: str = ""
+    role: str = ""
     dtype: str = ""
     overflow: float = 0.0
+    saturated: bool = False
+    facts: OperationFacts | None = None
 
 
 class ForwardTrace(TorchFunctionMode):
@@ -94,6 +116,8 @@ class ForwardTrace(TorchFunctionMode):
 
     Attributes:
         owners: Node of the autograd graph to name and class of the module that made it.
+        calls: Node to the call that made it; None for a node that no call was seen to make.
+        names: Names of the module's tensors.
         first_use: Call in which a parameter was used first; -1 if none was.
         last_use: Call in which a parameter was used last; -1 if none was.
         last_sequence: Sequence number of the node which that call made.
@@ -102,10 +126,15 @@ class ForwardTrace(TorchFunctionMode):
     def __init__(self, module: nn.Module, batch: Any) -> None:
         super().__init__()
         self.owners: dict[Any, tuple[str, str]] = {}
+        self.calls: dict[Any, Call | None] = {}
         self.first_use = self.last_use = self.last_sequence = -1
         self._calls, self._in_hook = 0, False
         self._parameters = {id(p) for p in module.parameters()}
         self._running = [("", type(module).__name__)]
+        # Those of the module and of the batch, by storage.
+        own = _names_of(module)
+        self.names = frozenset(own.values())
+        self._names = {_storage(t): path for path, t in tensors_of(batch)} | own
         # By storage, so that views are the same; the tensor is held so that its storage is not reused.
         self._known: dict[int, tuple[Tensor, NonFiniteSource]] = {}
         for path, tensor in tensors_of(batch):
@@ -150,48 +179,88 @@ class ForwardTrace(TorchFunctionMode):
             numbers = [t.grad_fn._sequence_nr() for t in outputs if t.grad_fn is not None]
             self.last_sequence = max([self.last_sequence, *numbers])
         bad = [t for t in outputs if not is_finite(t)]
+        given = [t for t in inputs if t is not changed]
+        call = self._record(func, args, kwargs, given, outputs)
         if bad:
             with torch.no_grad():
-                earlier = self._sources([t for t in inputs if t is not changed], changed, name)
-                source = self._source(func, args, kwargs, bad, earlier)
+                earlier = self._sources(call, given, changed)
+                source = self._source(call._replace(args=args, kwargs=kwargs), bad, earlier)
             for tensor in bad:
                 self._remember(tensor, source)
         return result
 
-    def _sources(self, inputs: list[Tensor], changed: Tensor | None, name: str) -> list[NonFiniteSource]:
+    def provenance(self, tensor: Tensor) -> tuple[str, tuple[str, ...], str]:
+        """Return a tensor's name, the parameters that alone made it, and the function that made it."""
+        name = self._names.get(_storage(tensor), "")
+        if id(tensor) in self._parameters:
+            return name, (name,), ""
+        call = None if tensor.grad_fn is None else self.calls.get(tensor.grad_fn)
+        return (name, (), "") if call is None else ("", call.parameters, call.function)
+
+    def _record(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], outputs: list[Tensor]
+    ) -> Call:
+        """Record the nodes that a call has made."""
+        name = getattr(func, "__name__", "")
+        sources = [self.provenance(t)[1] for t in given]
+        parameters = tuple(dict.fromkeys(n for names in sources for n in names)) if all(sources) else ()
+        held = (args, kwargs) if canonical(name) in HELD else ((), {})
+        call = Call(func, name, *held, current_site(), current_distribution(), self._running[-1], parameters)
+        for tensor in given:
+            if tensor.grad_fn is not None:
+                self.calls.setdefault(tensor.grad_fn, None)
+        pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node not in self.calls:
+                self.calls[node] = call
+                pending += [c for c, _ in node.next_functions if c is not None and c.next_functions]
+        return call
+
+    def _sources(self, call: Call, given: list[Tensor], changed: Tensor | None) -> list[NonFiniteSource]:
         """Return the sources of non-finite inputs."""
         sources = []
-        for tensor in inputs:
+        for tensor in given:
             if not is_finite(tensor):
                 if _storage(tensor) not in self._known:
-                    values = nonfinite_kind(tensor)
-                    # An infinity that nothing computed is a constant, and intended.
-                    source = replace(self._here(name, [tensor]), outside=True, intended=values == "Inf")
-                    self._remember(tensor, source)
+                    self._remember(tensor, self._outside(call, tensor))
                 sources.append(self._known[_storage(tensor)][1])
         if changed is not None and _storage(changed) in self._known:
             sources.append(self._known[_storage(changed)][1])
         return sources
 
-    def _source(
-        self,
-        func: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        bad: list[Tensor],
-        earlier: list[NonFiniteSource],
-    ) -> NonFiniteSource:
+    def _outside(self, call: Call, tensor: Tensor) -> NonFiniteSource:
+        """Return the source of a tensor that nothing in this pass computed."""
+        given = bound(call.func, call.name, call.args, call.kwargs)
+        role = next((r for r, value in given.items() if value is tensor), "")
+        name = self._names.get(_storage(tensor), "") or variable_name(tensor)
+        # An infinity that nothing computed is a constant, and intended.
+        intended = nonfinite_kind(tensor) == "Inf"
+        here = self._here(call.name, [tensor])
+        return replace(here, outside=True, intended=intended, tensor=name, role=role)
+
+    def _source(self, call: Call, bad: list[Tensor], earlier: list[NonFiniteSource]) -> NonFiniteSource:
         """Return an input's source, or this call."""
-        name = getattr(func, "__name__", "")
         genuine = [source for source in earlier if not source.intended]
         if genuine:
             return min(genuine, key=lambda source: source.call)
-        asked = [n for n in _numbers([args, kwargs]) if not math.isfinite(n)]
-        here = self._here(name, bad)
+        weights = [source for source in earlier if source.outside and source.role in ("weight", "pos_weight")]
+        if weights and call.function in WEIGHTED_LOSSES:
+            return replace(weights[0], intended=False)
+        asked = [n for n in _numbers([call.args, call.kwargs]) if not math.isfinite(n)]
+        here = self._here(call.name, bad)
         if not earlier and not asked:
-            return replace(here, overflow=exact_size(func, args, kwargs, bad))
+            overflow = exact_size(call.func, call.args, call.kwargs, bad)
+            tensors = [t for _, t in tensors_of([call.args, call.kwargs]) if t.is_floating_point() and t.numel()]
+            saturated = any(float(t.abs().max()) == torch.finfo(t.dtype).max for t in tensors)
+            facts = facts_of(call, self.provenance, bad[0])
+            return replace(here, overflow=overflow, saturated=saturated, facts=facts)
         if "NaN" in here.values and not any(math.isnan(n) for n in asked):
-            return replace(here, given=True)
+            return replace(here, given=True, facts=facts_of(call, self.provenance, bad[0]))
+        if call.function in WEIGHTED_LOSSES:
+            facts = facts_of(call, self.provenance, bad[0])
+            if Condition.HIDDEN_TARGET in facts.conditions:
+                return replace(here, given=True, facts=facts)
         # A NaN is never intended: no later operation can make it disappear on purpose.
         return earlier[0] if earlier else replace(here, intended="NaN" not in here.values)
 
@@ -242,12 +311,11 @@ class BackwardTrace:
 
     Args:
         loss: The tensor that will be differentiated, once.
-        owners: Node to name and class of the module that made it; see `ForwardTrace`.
-        last_sequence: Sequence number of the newest node that uses a parameter; newer ones belong to the loss.
+        forward: The trace of its forward pass.
     """
 
-    def __init__(self, loss: Tensor, owners: dict[Any, tuple[str, str]], last_sequence: int) -> None:
-        self._owners, self._last = owners, last_sequence
+    def __init__(self, loss: Tensor, forward: ForwardTrace) -> None:
+        self._forward = forward
         self._nodes: list[Any] = [loss.grad_fn]
         self._parents: dict[Any, list[tuple[int, int]]] = {}
         self._bad: dict[int, tuple[bool, ...]] = {}
@@ -284,7 +352,7 @@ class BackwardTrace:
         first = next((index for index in self._sources if index in reached), None)
         if first is None:
             return None
-        return self._sources[first], self._nodes[first]._sequence_nr() > self._last
+        return self._sources[first], self._nodes[first]._sequence_nr() > self._forward.last_sequence
 
     def _inspect(self, index: int) -> Callable[..., None]:
         def hook(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
@@ -294,21 +362,61 @@ class BackwardTrace:
             self._bad[index] = bad
             if all(g is None or is_finite(g) for g in incoming):
                 worst = [g for g, is_bad in zip(produced, bad, strict=True) if is_bad and g is not None]
-                self._sources[index] = self._describe(self._nodes[index], worst)
+                self._sources[index] = self._describe(index, worst, _is_unselected(produced, incoming))
 
         return hook
 
-    def _describe(self, node: Any, worst: list[Tensor]) -> NonFiniteSource:
+    def _describe(self, index: int, worst: list[Tensor], unselected: bool) -> NonFiniteSource:
+        node = self._nodes[index]
         name, operation = node.name().rsplit("::", 1)[-1], operation_of(node.name())
-        module, layer = self._owners.get(node, ("", ""))
+        call = self._forward.calls.get(node)
+        module, layer = self._forward.owners.get(node, ("", ""))
         values = nonfinite_kind(*worst)
         is_sum = operation in _ARITHMETIC or kind_of(operation) == "product"
         line = line_of(node.metadata.get("traceback_", ()))
         dtype = str(worst[0].dtype).removeprefix("torch.")
         overflow = math.inf if is_sum and values == "Inf" else 0.0
+        facts = OperationFacts("") if call is None else facts_of(call, self._forward.provenance)
+        own = getattr(type(node), "_forward_cls", None)
+        if own is not None and own.__module__.partition(".")[0] != "torch":
+            facts = OperationFacts("", custom=own.__name__)
+        facts = replace(facts, unselected=unselected, chooser=self._chooser(index))
         return NonFiniteSource(
-            name, module, layer, line, values, len(self._sources), dtype=dtype, overflow=overflow
+            name, module, layer, line, values, len(self._sources), dtype=dtype, overflow=overflow, facts=facts
         )
+
+    def _chooser(self, index: int) -> str:
+        """Return the operation that leaves out elements of a node's result; empty without one."""
+        pending, seen = [index], {index}
+        while pending and len(seen) < _REACH:
+            for parent, _ in self._parents.get(self._nodes[pending.pop(0)], ()):
+                operation = operation_of(self._nodes[parent].name())
+                if operation in _CHOOSERS:
+                    return _CHOOSERS[operation]
+                if parent not in seen and operation in _ELEMENTWISE:
+                    seen.add(parent)
+                    pending.append(parent)
+        return ""
+
+
+def _is_unselected(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> bool:
+    """Return True if gradients are NaN or Inf only where the incoming one is zero."""
+    came = next((g for g in incoming if g is not None), None)
+    bad = [g for g in produced if g is not None and not is_finite(g)]
+    if came is None or any(g.shape != came.shape for g in bad):
+        return False
+    return all(bool((came[~g.isfinite()] == 0).all()) for g in bad)
+
+
+def _names_of(module: nn.Module) -> dict[int, str]:
+    """Return the names of a module's tensors, by storage: parameters, buffers, plain attributes."""
+    names = {}
+    for prefix, part in module.named_modules():
+        own = {**vars(part), **part._buffers, **part._parameters}
+        for name, value in own.items():
+            if isinstance(value, Tensor):
+                names.setdefault(_storage(value), f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tensor]) -> float:
@@ -366,39 +474,3 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, (list, tuple, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(part)
-
-
-def current_line() -> str:
-    """Return the user's innermost line, such as ``model.py:42``."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_users(frame.f_code.co_filename):
-            return _shown(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def line_of(traceback: Iterable[str]) -> str:
-    """Return the user's innermost line in a traceback."""
-    for entry in reversed(list(traceback)):
-        match = _FRAME.search(entry)
-        if match and _is_users(match[1]):
-            return _shown(match[1], int(match[2]))
-    return ""
-
-
-def _is_users(file: str) -> bool:
-    return not (file.startswith(_folders()) or file.startswith("<frozen") or file == _CONTEXTLIB)
-
-
-def _shown(file: str, line: int) -> str:
-    inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
-    name = os.path.relpath(file) if inside else Path(file).name
-    return f"{name}:{line}"
-
-
-@cache
-def _folders() -> tuple[str, ...]:
-    specs = [importlib.util.find_spec(name) for name in _FRAMEWORKS]
-    places = [place for spec in specs if spec is not None for place in spec.submodule_search_locations or ()]
-    return tuple(place + os.sep for place in places)

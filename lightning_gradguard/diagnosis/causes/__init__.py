@@ -12,6 +12,7 @@ from lightning_gradguard.diagnosis.causes import data, model, numerics, optimize
 from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
+from lightning_gradguard.diagnosis.nan_origin import Place
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.results import Fault
 
@@ -33,6 +34,7 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
     Cause.LOW_PRECISION: numerics.low_precision,
     Cause.OUTLIER_BATCH: data.outlier_batch,
     Cause.LOSS_FUNCTION: numerics.loss_function,
+    Cause.NORMALIZATION: numerics.normalization,
 }
 
 #: A named cause accounts for at least so many decades, and for at least this fraction of the most likely one's.
@@ -71,4 +73,6 @@ def _unknown(context: DiagnosticContext) -> str:
     if context.decayed:
         decay, size = number(context.setting("weight_decay")), number(100 * context.remaining_size)
         return f"The weights have shrunk to {size}% of their initial size: a weight decay of {decay} is too strong."
+    if context.origin is not None and context.origin.place == Place.NOWHERE:
+        return f"{context.origin} In `gradguard replay` this is called TRANSIENT."
     return "No cause that is known here fits what was measured."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.nan_origin import Place
+from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
 from lightning_gradguard.diagnosis.wording import count, number, power
 from lightning_gradguard.results import Fault
 
@@ -102,8 +102,12 @@ def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
     if context.fault != Fault.NONFINITE:
         return
     origin, rows = context.origin, context.bad_rows
-    if origin is not None and (origin.place in (Place.BATCH, Place.OUTSIDE) or origin.in_data):
-        yield Evidence(CERTAIN if origin.place == Place.BATCH else 8.0, str(origin))
+    if origin is not None and origin.place == Place.BATCH:
+        yield Evidence(CERTAIN, str(origin))
+    elif origin is not None and origin.place == Place.OUTSIDE and not blames_tensor(origin):
+        yield Evidence(8.0, str(origin))
+    elif origin is not None and origin.in_data and not blames_operation(origin):
+        yield Evidence(8.0, str(origin))
     elif rows:
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         listed = ", ".join(str(row) for row in rows[:8]) + more
@@ -131,7 +135,10 @@ def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
         size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
         text = f"Only the gradient of this step is so large ({size})."
         yield Evidence(1 + math.log10(context.finding.value), text)
-    if context.fault == Fault.NONFINITE and _was_healthy(context) and not context.bad_rows:
+    # A replay that named the place, or that was clean, tells that the batch is no outlier.
+    origin = context.origin
+    replayed = origin is not None and (origin.place != Place.UNKNOWN and not origin.overflow)
+    if context.fault == Fault.NONFINITE and _was_healthy(context) and not context.bad_rows and not replayed:
         yield Evidence(2.0, f"No fault was found before step {step}.")
 
 

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import torch
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
+from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
+from lightning_gradguard.diagnosis.operation_fixes import is_initial
 from lightning_gradguard.diagnosis.wording import number, quote
+from lightning_gradguard.introspection.operation_facts import Condition
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault
 
@@ -34,12 +37,21 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     It is finite for other inputs, and most often in the loss.
     """
     origin = context.origin
-    if context.fault != Fault.NONFINITE or (origin is not None and origin.in_data):
+    if context.fault != Fault.NONFINITE:
+        return
+    if origin is not None and origin.place == Place.OUTSIDE and blames_tensor(origin):
+        yield Evidence(9.0, str(origin))
         return
     if origin is not None and origin.located:
-        # What overflows in the loss was most often too large before it.
-        if origin.in_loss or not origin.overflow:
+        if origin.in_data and not blames_operation(origin):
+            yield Evidence(4.0, str(origin))
+        elif is_initial(origin.facts):
+            yield Evidence(5.0, str(origin))
+        elif origin.in_loss or not origin.overflow:
+            # What overflows in the loss was most often too large before it.
             yield Evidence(3.0 if origin.overflow else 9.0, str(origin))
+        return
+    if origin is not None and origin.place in (Place.BATCH, Place.PARAMETERS, Place.OUTSIDE):
         return
     risky = [op for op in RISKY if op in context.loss_operations]
     if context.bad_rows or not risky:
@@ -53,6 +65,15 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     reasons = "; ".join(RISKY[op] for op in risky[:2])
     weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
     yield Evidence(weight, f"{what}. Operations after the last layer can cause this: {reasons}.")
+
+
+def normalization(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame a normalization of what is zero."""
+    origin = context.origin
+    if context.fault != Fault.NONFINITE or origin is None or not origin.located or origin.facts is None:
+        return
+    if Condition.ZERO_VECTOR in origin.facts.conditions:
+        yield Evidence(7.0, str(origin))
 
 
 def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:
