@@ -138,11 +138,19 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
 
         case Cause.OUTLIER_BATCH if c.fault == Fault.NONFINITE:
             named = origin is not None and origin.located
-            return [LOOK_AT_BATCH, None if named else DETECT_ANOMALY]  # clipping cannot help where the gradient is not finite
+            return [
+                LOOK_AT_BATCH,
+                None if named else DETECT_ANOMALY,
+            ]  # clipping cannot help where the gradient is not finite
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
-        case Cause.STALE_OPTIMIZER | Cause.UNREGISTERED_MODULES | Cause.GRADIENT_SCALING | Cause.STALE_GRADIENTS:
+        case (
+            Cause.STALE_OPTIMIZER
+            | Cause.UNREGISTERED_MODULES
+            | Cause.GRADIENT_SCALING
+            | Cause.STALE_GRADIENTS
+        ):
             return []
         case Cause.NORMALIZATION | Cause.WEIGHT_DECAY:
             return []

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.diagnosis.operation_fixes import explain
+from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.operation_fixes import explain, is_initial
 from lightning_gradguard.diagnosis.wording import listing, number, quote
 from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
 from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
@@ -95,16 +96,14 @@ class Origin:
             return f"{batch} contains bad data: {'; '.join(str(e) for e in self.entries[:3])}{more}."
         if self.place == Place.PARAMETERS:
             return f"The parameters held NaN or Inf before the step: {listing(self.names)}."
-        if self.place == Place.OUTSIDE and self.tensor:
-            kind = "the module's tensor" if self.in_module else "the variable"
-            what = f"neither the batch nor this step made it, {kind} {quote(self.tensor)} holds {self.values}"
-            return f"{where[:1].upper()}{where[1:]} received {self.values}: {what}."
         if self.place == Place.OUTSIDE:
             where = where[:1].upper() + where[1:]
             what = "that is not in the batch and was not computed in this step"
-            return f"{where} received a tensor with {self.values} {what}."
+            kind = "of the module" if self.in_module else "of the variable"
+            name = f": that {kind} {quote(self.tensor)}" if self.tensor else ""
+            return f"{where} received a tensor with {self.values} {what}{name}."
         if self.place == Place.FORWARD and self.given and self.facts and self.facts.conditions:
-            return f"The first {self.values} of the forward pass comes from {where}: {explain(self.facts)}."
+            return f"The first {self.values} of the forward pass comes from {where}{self._why()}."
         if self.place == Place.FORWARD and self.given:
             return (
                 f"The first NaN of the forward pass comes from {where}: its inputs were infinities set on purpose, "
@@ -135,10 +134,10 @@ class Origin:
         return place + (f" at {self.line}" if self.line else "")
 
     def _why(self) -> str:
-        """Return what was special about the operation, after a colon; empty if nothing is known."""
+        """Return what was special about the operation; empty if nothing is known."""
         if not self.overflow:
             why = "" if self.facts is None else explain(self.facts)
-            return f": {why}" if why else ""
+            return f". {why[:1].upper()}{why[1:]}" if why else ""
         largest = number(torch.finfo(getattr(torch, self.dtype)).max)
         size = f" of {number(self.overflow)}" if math.isfinite(self.overflow) else ""
         return f": a result{size} is too large for {self.dtype}, whose largest number is {largest}"
@@ -147,6 +146,18 @@ class Origin:
 def blames_tensor(origin: Origin) -> bool:
     """Return True if a tensor is at fault that belongs to the model or its loss, not to the data."""
     return origin.in_module or origin.role in ("weight", "pos_weight")
+
+
+def cause_of(origin: Origin) -> Cause:
+    """Return the most likely cause of what was found before the first step."""
+    if origin.place == Place.PARAMETERS or (origin.located and is_initial(origin.facts)):
+        return Cause.BAD_INITIALIZATION
+    if origin.overflow and origin.located:
+        return Cause.LOW_PRECISION if "16" in origin.dtype else Cause.BAD_INITIALIZATION
+    is_outside = origin.place == Place.OUTSIDE and not blames_tensor(origin)
+    is_prepared = origin.located and origin.in_data and not blames_operation(origin)
+    is_data = origin.place == Place.BATCH or is_outside or is_prepared
+    return Cause.BAD_DATA if is_data else Cause.LOSS_FUNCTION
 
 
 def blames_operation(origin: Origin) -> bool:
@@ -230,7 +241,19 @@ def _replay(step: SandboxedStep, batch: Any, scale: float, found: Origin) -> Ori
 
 
 def _at(source: NonFiniteSource, found: Origin, place: Place, *, in_loss: bool) -> Origin:
-    names = ("operation", "module", "layer", "line", "values", "dtype", "overflow", "given", "tensor", "role", "facts")
+    names = (
+        "operation",
+        "module",
+        "layer",
+        "line",
+        "values",
+        "dtype",
+        "overflow",
+        "given",
+        "tensor",
+        "role",
+        "facts",
+    )
     return replace(found, place=place, in_loss=in_loss, **{name: getattr(source, name) for name in names})
 
 

@@ -65,22 +65,34 @@ _DOMAINS = {
     "acosh": Domain("0", 1.0, None, 2.0, "above 1", "the argument of `acosh`", "torch.acosh({})"),
     "lgamma": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of `lgamma`", "torch.lgamma({})"),
     "digamma": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of `digamma`", "torch.digamma({})"),
-    "polygamma": Domain("1", 0.0, None, 1.0, _POSITIVE, "the argument of `polygamma`", "torch.polygamma(n, {})"),
+    "polygamma": Domain(
+        "1", 0.0, None, 1.0, _POSITIVE, "the argument of `polygamma`", "torch.polygamma(n, {})"
+    ),
     "exp": Domain("0", None, 30.0, 0.0, "below 30", "the argument of `exp`", "torch.exp({})"),
     "exp2": Domain("0", None, 40.0, 0.0, "below 40", "the argument of `exp2`", "torch.exp2({})"),
     "expm1": Domain("0", None, 30.0, 0.0, "below 30", "the argument of `expm1`", "torch.expm1({})"),
     "sinh": Domain("0", -30.0, 30.0, 0.0, "between -30 and 30", "the argument of `sinh`", "torch.sinh({})"),
     "cosh": Domain("0", -30.0, 30.0, 0.0, "between -30 and 30", "the argument of `cosh`", "torch.cosh({})"),
-    "square": Domain("0", -1e4, 1e4, 0.0, "between -1e4 and 1e4", "the argument of `square`", "torch.square({})"),
+    "square": Domain(
+        "0", -1e4, 1e4, 0.0, "between -1e4 and 1e4", "the argument of `square`", "torch.square({})"
+    ),
     "poisson_nll_loss": Domain(
-        "input", 0.0, None, 1.0, _POSITIVE, "the rate of the Poisson loss", "F.poisson_nll_loss({}, y, log_input=False)"
+        "input",
+        0.0,
+        None,
+        1.0,
+        _POSITIVE,
+        "the rate of the Poisson loss",
+        "F.poisson_nll_loss({}, y, log_input=False)",
     ),
 }
 #: Domains whose ends are safe themselves.
 _CLOSED = frozenset({"exp", "exp2", "expm1", "sinh", "cosh", "square"})
 #: Distributions of torch to the parameter that has to stay above zero.
 _SCALES = {
-    **dict.fromkeys(("Normal", "LogNormal", "Laplace", "Cauchy", "StudentT", "Gumbel", "HalfNormal"), "scale"),
+    **dict.fromkeys(
+        ("Normal", "LogNormal", "Laplace", "Cauchy", "StudentT", "Gumbel", "HalfNormal"), "scale"
+    ),
     **dict.fromkeys(("Poisson", "Exponential", "Gamma"), "rate"),
     **dict.fromkeys(("Categorical", "Bernoulli", "Multinomial", "Binomial", "Geometric"), "probs"),
     **{"NegativeBinomial": "total_count", "Beta": "concentration1", "Dirichlet": "concentration"},
@@ -116,13 +128,17 @@ def explain(facts: OperationFacts) -> str:
             return "the mean over no element is 0 / 0"
         case Condition.ALL_IGNORED:
             index = facts.setting("ignore_index") or "-100"
-            return f"all {count(n, 'label')} are ignored (ignore_index={index}), and the mean over none is 0 / 0"
+            return (
+                f"all {count(n, 'label')} are ignored (ignore_index={index}), and the mean over none is 0 / 0"
+            )
         case Condition.ZERO_WEIGHT:
             return f"the class weights of {count(n, 'label')} sum to 0, and the loss is divided by this sum"
         case Condition.HIDDEN_TARGET:
             return f"a mask of -Inf hides the class that is the target, in {count(n, 'row')}"
         case Condition.TOO_LONG:
-            return f"{count(n, 'target is', 'targets are')} longer than the input, so no alignment is possible"
+            return (
+                f"{count(n, 'target is', 'targets are')} longer than the input, so no alignment is possible"
+            )
         case Condition.HIDDEN_ROW:
             return f"a mask hides every entry of {count(n, 'row')}"
         case Condition.ZERO_VECTOR:
@@ -138,8 +154,7 @@ def explain(facts: OperationFacts) -> str:
 
 def _explain_values(facts: OperationFacts) -> str:
     if facts.unselected and facts.chooser:
-        other = "uses another value there"
-        return f"`{facts.chooser}` {other}, but its slope of 0 times the infinite slope of the value left out is NaN"
+        return f"its slope is infinite only where `torch.{facts.chooser}` leaves the result out, but 0 * Inf is NaN"
     argument = _critical(facts)
     if argument is None:
         return ""
@@ -156,7 +171,13 @@ def _critical(facts: OperationFacts) -> ArgumentFacts | None:
     """Return the argument on which it depends that the result is finite."""
     if facts.function in _CLOSED or not facts.arguments:
         return None
-    role = "1" if facts.function == "div" else _DOMAINS[facts.function].argument if facts.function in _DOMAINS else "0"
+    role = (
+        "1"
+        if facts.function == "div"
+        else _DOMAINS[facts.function].argument
+        if facts.function in _DOMAINS
+        else "0"
+    )
     return next((argument for argument in facts.arguments if argument.role == role), None)
 
 
@@ -182,13 +203,18 @@ def _of_tensors(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         return
     if argument.parameters:
         name = argument.parameters[-1] if function == "norm" else argument.parameters[0]
-        module = name.partition(".parametrizations.")[0].rpartition(".")[0] if "_v" in name else ""
-        layer = name.partition(".parametrizations.")[0] or module or "layer"
-        how = f"nn.init.normal_({layer}.weight, std=1e-3)  # before weight_norm, not nn.init.zeros_"
-        if Condition.ZERO_VECTOR not in facts.conditions:
-            how = f"nn.init.normal_({name}, mean=1.0, std=0.01)  # not zeros"
-        patch = OperationPatch("draw" if Condition.ZERO_VECTOR in facts.conditions else "bound", tensor=name, low=1e-3)
-        yield _fix(f"Initialize `{name}` so that it is not zero", how, patch)
+        plain = re.sub(
+            r"\.parametrizations\.(\w+)\.\w+$|(?<=weight)_v$", lambda m: f".{m[1]}" if m[1] else "", name
+        )
+        if Condition.ZERO_VECTOR in facts.conditions:
+            how = (
+                f"nn.init.normal_(layer.weight, std=1e-3)  # {plain}, before weight_norm; not nn.init.zeros_"
+            )
+            patch = OperationPatch("draw", tensor=name)
+        else:
+            how = f"nn.init.constant_({plain}, 1.0)  # not zeros; to keep it above 0: F.softplus(raw) + 1e-6"
+            patch = OperationPatch("bound", tensor=name, low=1e-3)
+        yield _fix(f"Initialize `{plain}` so that it is not zero", how, patch)
     elif argument.name and not argument.name.startswith("batch") and argument.zeros:
         patch = OperationPatch("bound", tensor=argument.name, low=1e-8)
         code = f"self.{argument.name} = {argument.name.rpartition('.')[2]}.clamp(min=1e-8)"
@@ -212,7 +238,9 @@ def tensor_fixes(name: str, role: str, *, module: bool) -> list[Remedy]:
         return []
     how = f"assert torch.isfinite({'model.' if module else ''}{name}).all()  # where it is computed; clamp counts and spreads"
     patch = OperationPatch("bound", tensor=name, fill=0.0) if module else None
-    return [_fix(f"Correct the {'buffer' if module else 'tensor'}{named}, which holds NaN or Inf", how, patch)]
+    return [
+        _fix(f"Correct the {'buffer' if module else 'tensor'}{named}, which holds NaN or Inf", how, patch)
+    ]
 
 
 def parameter_fixes(names: tuple[str, ...]) -> list[Remedy]:
@@ -257,13 +285,19 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 def _ends(domain: Domain, function: str, argument: ArgumentFacts | None) -> tuple[float | None, float | None]:
     """Return ends of the domain that are safe in the dtype."""
-    info = torch.finfo(getattr(torch, argument.dtype if argument and "float" in argument.dtype else "float32"))
+    info = torch.finfo(
+        getattr(torch, argument.dtype if argument and "float" in argument.dtype else "float32")
+    )
     if function in _CLOSED:
         small = 10.0 if info.max < 1e5 else None
         return domain.low, small if small and domain.high and domain.high < 100 else domain.high
     margin = 1e-4 if info.max < 1e5 else 1e-8
     near = max(1e-6, 2 * info.eps)  # beside 1, smaller margins round away
-    low = None if domain.low is None else domain.low + (margin if domain.low == 0 and domain.high is None else near)
+    low = (
+        None
+        if domain.low is None
+        else domain.low + (margin if domain.low == 0 and domain.high is None else near)
+    )
     return low, None if domain.high is None else domain.high - near
 
 
@@ -281,7 +315,9 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         return
     if below is None and facts.setting("1") in ("0", "0.0"):
         patch = _patch(facts, "set", settings=(("1", 1),))
-        yield _fix("Clamp the count, by which the sum is divided, at 1", "mean = total / max(count, 1)", patch)
+        yield _fix(
+            "Clamp the count, by which the sum is divided, at 1", "mean = total / max(count, 1)", patch
+        )
         return
     low = 1e-4 if below is not None and below.dtype == "float16" else 1e-8
     if facts.chooser:
@@ -291,7 +327,11 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     named = f" `{below.name}`" if below is not None and below.name else ""
     if below is not None and below.made_by in ("norm", "linalg_vector_norm"):
         how = "unit = F.normalize(x, dim=-1)  # x / x.norm(dim=-1, keepdim=True).clamp(min=1e-8)"
-        yield _fix("Clamp the norm, which is 0 for a zero vector", how, _patch(facts, "clamp", argument=role, low=low))
+        yield _fix(
+            "Clamp the norm, which is 0 for a zero vector",
+            how,
+            _patch(facts, "clamp", argument=role, low=low),
+        )
     elif below is not None and below.made_by in ("std", "var"):
         how = "z = (x - x.mean()) / x.std().clamp(min=1e-6)  # the spread of equal elements is 0"
         patch = _patch(facts, "clamp", argument=role, low=max(low, 1e-6))
@@ -301,7 +341,9 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         yield _fix(f"Clamp the count{named} at 1", how, _patch(facts, "clamp", argument=role, low=1.0))
     elif below is not None and not below.negatives:
         how = f"ratio = x / {_name(below)}.clamp(min={low:g})"
-        yield _fix(f"Clamp the denominator{named} above 0", how, _patch(facts, "clamp", argument=role, low=low))
+        yield _fix(
+            f"Clamp the denominator{named} above 0", how, _patch(facts, "clamp", argument=role, low=low)
+        )
     else:
         how = f"ratio = x / torch.where(y.abs() < {low:g}, {low:g}, y)"
         name = "Keep the denominator away from 0, where it is 0"
@@ -352,7 +394,9 @@ def _of_labels(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     patch = _patch(facts, "over counted")
     if Condition.ALL_IGNORED in facts.conditions:
         how = f'loss = {name}(logits, y, reduction="sum") / (y != {index}).sum().clamp(min=1)'
-        fix = f"Divide the sum by the number of labels that are not ignored (ignore_index={index}), at least 1"
+        fix = (
+            f"Divide the sum by the number of labels that are not ignored (ignore_index={index}), at least 1"
+        )
         yield _fix(fix, how, patch)
         how = f"keep = (y != {index}).flatten(1).any(1)  # in the dataset: drop rows of which every label is {index}"
         yield _fix("Leave out samples whose labels are all ignored", how, None)
@@ -407,7 +451,9 @@ def _of_normalization(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 def _of_decomposition(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     values = "singular values" if function == "svd" else "eigenvalues"
-    how = "A = A + torch.diag(torch.linspace(1.2, 0.8, n))  # distinct jitter; or start the layer's bias there"
+    how = (
+        "A = A + torch.diag(torch.linspace(1.2, 0.8, n))  # distinct jitter; or start the layer's bias there"
+    )
     name = f"Keep the {values} distinct: full rank, none repeated"
     yield _fix(name, how, _patch(facts, "distinct"))
     how = f"x = x + 1e-3 * torch.randn_like(x)  # or use the gradient of the {values} alone"
@@ -416,12 +462,18 @@ def _of_decomposition(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 def _of_matrix(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     how = f"A = A + 1e-3 * torch.eye(n)  # before {function}: a singular matrix has none"
-    yield _fix(f"Add jitter to the diagonal before `{function}`: full rank", how, _patch(facts, "ridge", low=1e-3))
+    yield _fix(
+        f"Add jitter to the diagonal before `{function}`: full rank", how, _patch(facts, "ridge", low=1e-3)
+    )
 
 
 def _of_corner(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     how = f"y = torch.{function}(x + 1e-8, y)  # where both are 0 it has no slope"
-    yield _fix(f"Keep `{function}` away from the corner where both arguments are 0", how, _patch(facts, "away", low=1e-8))
+    yield _fix(
+        f"Keep `{function}` away from the corner where both arguments are 0",
+        how,
+        _patch(facts, "away", low=1e-8),
+    )
 
 
 # What is left.
@@ -431,7 +483,11 @@ def _of_infinities(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     """Yield fixes of an operation that was given infinities, such as those of a mask."""
     if function in ("mul", "div"):
         how = 'scores = scores.masked_fill(mask == 0, float("-inf"))  # not scores + (1 - mask) * -inf'
-        yield _fix("Use masked_fill in place of a product with infinity: 0 * Inf is NaN", how, _patch(facts, "finite"))
+        yield _fix(
+            "Use masked_fill in place of a product with infinity: 0 * Inf is NaN",
+            how,
+            _patch(facts, "finite"),
+        )
     else:
         how = "scores = scores.masked_fill(mask, -1e9)  # in place of -inf"
         yield _fix("Mask with a large finite number in place of infinity", how, _patch(facts, "finite"))
@@ -459,7 +515,9 @@ _TABLE: dict[str, Callable[[OperationFacts, str], Iterator[Remedy]]] = {
     **dict.fromkeys(("scaled_dot_product_attention", "multi_head_attention_forward"), _of_attention),
     **dict.fromkeys(("mean", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _of_mean),
     **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits"), _of_mean),
-    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm"), _of_normalization),
+    **dict.fromkeys(
+        ("layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm"), _of_normalization
+    ),
     **dict.fromkeys(("normalize", "cosine_similarity"), _of_normalization),
     **dict.fromkeys(("svd", "eigh", "eig"), _of_decomposition),
     **dict.fromkeys(("qr", "cholesky", "inverse", "solve", "logdet", "slogdet"), _of_matrix),

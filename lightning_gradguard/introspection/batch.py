@@ -72,7 +72,9 @@ def _walk(batch: Any, path: str, above: frozenset[int]) -> Iterator[tuple[str, T
         for name, part in _parts(batch).items():
             is_attribute = isinstance(name, str) and name.isidentifier()
             is_attribute = is_attribute and getattr(batch, name, None) is part
-            yield from _walk(part, f"{path}.{name}" if is_attribute else f"{path}[{name!r}]", above | {id(batch)})
+            yield from _walk(
+                part, f"{path}.{name}" if is_attribute else f"{path}[{name!r}]", above | {id(batch)}
+            )
 
 
 def _map(batch: Any, function: Callable[[Tensor], Any], above: dict[int, Any]) -> Any:

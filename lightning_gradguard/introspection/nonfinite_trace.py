@@ -53,9 +53,16 @@ _ARITHMETIC = frozenset(
     {"Mul", "Add", "Sub", "Neg", "Sum", "Expand", "Repeat", "ToCopy", "Cat", "Index", "Gather"}
 )
 #: Operations that leave out elements, by the name of their function.
-_CHOOSERS = {"Where": "where", "MaskedFill": "masked_fill", "MaskedScatter": "masked_scatter", "MaskedSelect": "masked_select"}
+_CHOOSERS = {
+    "Where": "where",
+    "MaskedFill": "masked_fill",
+    "MaskedScatter": "masked_scatter",
+    "MaskedSelect": "masked_select",
+}
 #: Operations from element to element, through which an operation may reach one of these.
-_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Rsub", "Pow", "Sqrt", "Log", "Exp", "Abs", *VIEWS})
+_ELEMENTWISE = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Neg", "Rsub", "Pow", "Sqrt", "Log", "Exp", "Abs", *VIEWS}
+)
 #: Steps that are searched for them.
 _REACH = 24
 
@@ -251,7 +258,9 @@ class ForwardTrace(TorchFunctionMode):
         here = self._here(call.name, bad)
         if not earlier and not asked:
             overflow = exact_size(call.func, call.args, call.kwargs, bad)
-            tensors = [t for _, t in tensors_of([call.args, call.kwargs]) if t.is_floating_point() and t.numel()]
+            tensors = [
+                t for _, t in tensors_of([call.args, call.kwargs]) if t.is_floating_point() and t.numel()
+            ]
             saturated = any(float(t.abs().max()) == torch.finfo(t.dtype).max for t in tensors)
             facts = facts_of(call, self.provenance, bad[0])
             return replace(here, overflow=overflow, saturated=saturated, facts=facts)
@@ -319,6 +328,9 @@ class BackwardTrace:
         self._nodes: list[Any] = [loss.grad_fn]
         self._parents: dict[Any, list[tuple[int, int]]] = {}
         self._bad: dict[int, tuple[bool, ...]] = {}
+        self._arrived: dict[
+            int, Tensor
+        ] = {}  # at operations that leave out elements: where a gradient arrives
         self._sources: dict[int, NonFiniteSource] = {}  # in the order of the backward pass
         for index, node in enumerate(self._nodes):  # grows during the loop
             for slot, (child, _) in enumerate(node.next_functions):
@@ -356,17 +368,23 @@ class BackwardTrace:
 
     def _inspect(self, index: int) -> Callable[..., None]:
         def hook(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
+            if operation_of(self._nodes[index].name()) in _CHOOSERS and incoming[0] is not None:
+                self._arrived[index] = incoming[0] != 0
             bad = tuple(g is not None and not is_finite(g) for g in produced)
             if not any(bad):
                 return
             self._bad[index] = bad
             if all(g is None or is_finite(g) for g in incoming):
                 worst = [g for g, is_bad in zip(produced, bad, strict=True) if is_bad and g is not None]
-                self._sources[index] = self._describe(index, worst, _is_unselected(produced, incoming))
+                unselected = _is_unselected(produced, incoming)
+                chooser = self._chooser(index, worst) if unselected else ""
+                self._sources[index] = self._describe(index, worst, unselected=unselected, chooser=chooser)
 
         return hook
 
-    def _describe(self, index: int, worst: list[Tensor], unselected: bool) -> NonFiniteSource:
+    def _describe(
+        self, index: int, worst: list[Tensor], *, unselected: bool, chooser: str
+    ) -> NonFiniteSource:
         node = self._nodes[index]
         name, operation = node.name().rsplit("::", 1)[-1], operation_of(node.name())
         call = self._forward.calls.get(node)
@@ -380,19 +398,23 @@ class BackwardTrace:
         own = getattr(type(node), "_forward_cls", None)
         if own is not None and own.__module__.partition(".")[0] != "torch":
             facts = OperationFacts("", custom=own.__name__)
-        facts = replace(facts, unselected=unselected, chooser=self._chooser(index))
+        facts = replace(facts, unselected=unselected, chooser=chooser)
         return NonFiniteSource(
             name, module, layer, line, values, len(self._sources), dtype=dtype, overflow=overflow, facts=facts
         )
 
-    def _chooser(self, index: int) -> str:
-        """Return the operation that leaves out elements of a node's result; empty without one."""
+    def _chooser(self, index: int, worst: list[Tensor]) -> str:
+        """Return the operation that leaves out the elements without a finite gradient; empty without one."""
         pending, seen = [index], {index}
         while pending and len(seen) < _REACH:
             for parent, _ in self._parents.get(self._nodes[pending.pop(0)], ()):
                 operation = operation_of(self._nodes[parent].name())
                 if operation in _CHOOSERS:
-                    return _CHOOSERS[operation]
+                    arrived = self._arrived.get(parent)
+                    bad = ~worst[0].isfinite()
+                    # A gradient that is zero before it gets there is left out by something else.
+                    known = arrived is not None and arrived.shape == bad.shape
+                    return _CHOOSERS[operation] if not known or bool(arrived[bad].any()) else ""
                 if parent not in seen and operation in _ELEMENTWISE:
                     seen.add(parent)
                     pending.append(parent)

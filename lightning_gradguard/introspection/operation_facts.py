@@ -204,7 +204,9 @@ def facts_of(call: Call, provenance: Provenance, result: Tensor | None = None) -
     )
 
 
-def bound(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bound(
+    func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return a call's arguments by name.
 
     Functions written in C have no names for them, so there they are "0", "1", and so on; those of swapped operands are
@@ -265,11 +267,15 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
     )
 
 
-def _condition(function: str, given: Mapping[str, Any], result: Tensor | None) -> tuple[Condition | None, int]:
+def _condition(
+    function: str, given: Mapping[str, Any], result: Tensor | None
+) -> tuple[Condition | None, int]:
     """Return what is special about a call, and how many elements it is about."""
     x = first_tensor(given)
     if function in ("std", "var", "std_mean", "var_mean", "cov", "corrcoef") and result is not None:
-        count = x.shape[-1] if function in ("cov", "corrcoef") and x.ndim else x.numel() // max(result.numel(), 1)
+        count = (
+            x.shape[-1] if function in ("cov", "corrcoef") and x.ndim else x.numel() // max(result.numel(), 1)
+        )
         return (Condition.ONE_ELEMENT if count == 1 else Condition.EMPTY if not count else None), count
     if function in ("cross_entropy", "nll_loss"):
         return _labels(given)

@@ -34,7 +34,6 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
     Cause.LOW_PRECISION: numerics.low_precision,
     Cause.OUTLIER_BATCH: data.outlier_batch,
     Cause.LOSS_FUNCTION: numerics.loss_function,
-    Cause.NORMALIZATION: numerics.normalization,
 }
 
 #: A named cause accounts for at least so many decades, and for at least this fraction of the most likely one's.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
+from lightning_gradguard.diagnosis.nan_origin import Place, cause_of
 from lightning_gradguard.diagnosis.wording import count, number, power
 from lightning_gradguard.results import Fault
 
@@ -104,9 +104,11 @@ def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
     origin, rows = context.origin, context.bad_rows
     if origin is not None and origin.place == Place.BATCH:
         yield Evidence(CERTAIN, str(origin))
-    elif origin is not None and origin.place == Place.OUTSIDE and not blames_tensor(origin):
-        yield Evidence(8.0, str(origin))
-    elif origin is not None and origin.in_data and not blames_operation(origin):
+    elif (
+        origin is not None
+        and (origin.place == Place.OUTSIDE or origin.located)
+        and cause_of(origin) == Cause.BAD_DATA
+    ):
         yield Evidence(8.0, str(origin))
     elif rows:
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from lightning_gradguard.diagnosis.causes.data import outputs_too_large
+from lightning_gradguard.diagnosis.causes.numerics import FROM_THE_START
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.operation_fixes import is_initial
@@ -64,9 +65,14 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
 def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame initial weights that shrink or enlarge signals, or that make NaN."""
     origin = context.origin
-    if context.fault == Fault.NONFINITE and origin is not None and origin.located and is_initial(origin.facts):
+    if (
+        context.fault == Fault.NONFINITE
+        and origin is not None
+        and origin.located
+        and is_initial(origin.facts)
+    ):
         # Later on the parameter was brought to zero by the training.
-        yield Evidence(9.0 if context.steps <= 1 else 3.0, str(origin))
+        yield Evidence(9.0 if context.steps <= FROM_THE_START else 3.0, str(origin))
     yield from _lost_between_layers(context)
     yield from _one_signed_weights(context)
     yield from weights_out_of_scale(context)

@@ -11,7 +11,6 @@ from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
 from lightning_gradguard.diagnosis.operation_fixes import is_initial
 from lightning_gradguard.diagnosis.wording import number, quote
-from lightning_gradguard.introspection.operation_facts import Condition
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault
 
@@ -21,6 +20,8 @@ _FADING_LOSSES = ("Softplus", "LogSigmoid", "Log", "Log1P", "Sigmoid", "Exp", "T
 _FLAT = 1e-3
 #: Multiple of its size at the start by which a loss has to fall below zero to count as unbounded.
 _UNBOUNDED = 100.0
+#: Steps up to which a parameter counts as never changed: those that were not finite were skipped.
+FROM_THE_START = 10
 _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -45,8 +46,8 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     if origin is not None and origin.located:
         if origin.in_data and not blames_operation(origin):
             yield Evidence(4.0, str(origin))
-        elif is_initial(origin.facts):
-            yield Evidence(5.0, str(origin))
+        elif is_initial(origin.facts) and context.steps <= FROM_THE_START:
+            return
         elif origin.in_loss or not origin.overflow:
             # What overflows in the loss was most often too large before it.
             yield Evidence(3.0 if origin.overflow else 9.0, str(origin))
@@ -65,15 +66,6 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     reasons = "; ".join(RISKY[op] for op in risky[:2])
     weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
     yield Evidence(weight, f"{what}. Operations after the last layer can cause this: {reasons}.")
-
-
-def normalization(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a normalization of what is zero."""
-    origin = context.origin
-    if context.fault != Fault.NONFINITE or origin is None or not origin.located or origin.facts is None:
-        return
-    if Condition.ZERO_VECTOR in origin.facts.conditions:
-        yield Evidence(7.0, str(origin))
 
 
 def unbounded_loss(context: DiagnosticContext) -> Iterator[Evidence]:

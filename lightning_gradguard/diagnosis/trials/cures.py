@@ -152,13 +152,17 @@ def _try(fix: Remedy, step: SandboxedStep, budget: int) -> tuple[Remedy, int]:
             made = dataclasses.replace(fix, name=" + ".join(names), how="\n".join(hows), tried=True)
             return dataclasses.replace(made, loss=result.loss, note=note), passes
         if not result.used:
-            return dataclasses.replace(fix, note="could not be tried: the operation did not run again"), passes
+            return dataclasses.replace(
+                fix, note="could not be tried: the operation did not run again"
+            ), passes
         # What is left may be another operation, with a fix of its own.
         following = _following(step, changes) if budget - passes > 2 * (_STEPS + 2) else None
         passes += following is not None
         if following is None or following[1] is None or len(changes) >= _TOGETHER:
             where = f": then {following[0]}" if following is not None else ""
-            return dataclasses.replace(fix, tried=True, loss=math.inf, note=f"NaN or Inf stays{where}"), passes
+            return dataclasses.replace(
+                fix, tried=True, loss=math.inf, note=f"NaN or Inf stays{where}"
+            ), passes
         further = following[1]
         assert further.change is not None
         changes = (*changes, further.change)
@@ -210,7 +214,11 @@ def _batch(batch: Any, changes: tuple[Change, ...]) -> Any:
         rows = {len(t) for _, t in tensors_of(batch) if t.ndim}
         if len(rows) != 1:
             raise ValueError("the tensors of the batch differ in length, so no rows can be left out")
-        bad = [~t.isfinite().reshape(len(t), -1).all(1) for _, t in tensors_of(batch) if t.ndim and not is_finite(t)]
+        bad = [
+            ~t.isfinite().reshape(len(t), -1).all(1)
+            for _, t in tensors_of(batch)
+            if t.ndim and not is_finite(t)
+        ]
         keep = ~torch.stack(bad).any(0) if bad else slice(None)
         if bad and not bool(keep.any()):  # type: ignore[union-attr]
             raise ValueError("every row of the batch holds NaN or Inf")

@@ -115,7 +115,11 @@ def change_tensor_(module: nn.Module, patch: OperationPatch) -> None:
 
 
 def _in_place(
-    patch: OperationPatch, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    patch: OperationPatch,
+    func: Callable[..., Any],
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Any:
     """Replace a call, also one that writes into its first argument."""
     way = WAYS.get(patch.way, WAYS["keep"])
@@ -132,7 +136,11 @@ def _in_place(
 
 
 def _replaced(
-    func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+    func: Callable[..., Any],
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    changes: Mapping[str, Any],
 ) -> Any:
     """Call a function with some arguments changed; see `operation_facts.bound` for their names."""
     if all(role.isdigit() for role in changes):
@@ -199,7 +207,9 @@ def _distinct(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: An
     given = bound(func, name, args, kwargs)
     role = next(role for role, value in given.items() if isinstance(value, Tensor))
     x = given[role]
-    return _replaced(func, name, args, kwargs, {role: x + _diagonal(x, torch.linspace(1.2, 0.8, min(x.shape[-2:])))})
+    return _replaced(
+        func, name, args, kwargs, {role: x + _diagonal(x, torch.linspace(1.2, 0.8, min(x.shape[-2:])))}
+    )
 
 
 def _ridge(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -300,4 +310,3 @@ TENSOR_WAYS: dict[str, Callable[[Tensor, OperationPatch], Tensor]] = {
     "ones": lambda tensor, patch: torch.ones_like(tensor),
     "bound": _bounded,
 }
-
