@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.operation_fixes import explain, is_initial
+from lightning_gradguard.diagnosis.operation_fixes import explain, is_initial, is_opaque
 from lightning_gradguard.diagnosis.wording import listing, number, quote
 from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
 from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
@@ -106,7 +106,7 @@ class Origin:
             return f"The first {self.values} of the forward pass comes from {where}{self._why()}."
         if self.place == Place.FORWARD and self.given:
             return (
-                f"The first NaN of the forward pass comes from {where}: its inputs were infinities set on purpose, "
+                f"The first {self.values} of the forward pass comes from {where}: its inputs were infinities set on purpose, "
                 f"such as those of a mask that hides every entry."
             )
         if self.place == Place.FORWARD:
@@ -131,7 +131,9 @@ class Origin:
     def _where(self) -> str:
         module = f"{quote(self.module)} ({self.layer})" if self.module else "the training step"
         place = f"{quote(self.operation)} in {module}" if self.operation else module
-        return place + (f" at {self.line}" if self.line else "")
+        place += f" at {self.line}" if self.line else ""
+        unseen = self.located and (not self.operation or is_opaque(self.operation))
+        return place + (", whose graph cannot be read: what runs in it was not seen" if unseen else "")
 
     def _why(self) -> str:
         """Return what was special about the operation; empty if nothing is known."""
@@ -218,16 +220,7 @@ def _replay(step: SandboxedStep, batch: Any, scale: float, found: Origin) -> Ori
             return replace(
                 found, note="the loss is NaN or Inf, but was computed where torch cannot be observed"
             )
-        if source.path:
-            entries = tuple(entry for entry in found.entries if entry.path == source.path)
-            return replace(found, place=Place.BATCH, entries=entries or found.entries)
-        if source.overflow and source.saturated and found.entries:
-            # An infinity that was replaced by the largest number on the way is an infinity of the batch.
-            return replace(found, place=Place.BATCH)
-        place = Place.OUTSIDE if source.outside else Place.FORWARD
-        found = replace(found, in_data=not source.outside and source.call < forward.first_use)
-        found = replace(found, in_module=source.tensor in forward.names)
-        return _at(source, found, place, in_loss=source.call > forward.last_use)
+        return _in_forward(source, found, forward)
     if loss.grad_fn is None:
         return replace(found, place=Place.NOWHERE)
     forward.finish(loss)
@@ -235,9 +228,25 @@ def _replay(step: SandboxedStep, batch: Any, scale: float, found: Origin) -> Ori
     backward = BackwardTrace(scaled, forward)
     scaled.backward()  # type: ignore[no-untyped-call]
     first = backward.first_source()
+    if first is not None and first[2]:
+        return _in_forward(first[0], found, forward)
     if first is not None:
         return _at(first[0], found, Place.BACKWARD, in_loss=first[1])
     return replace(found, place=_place_of_gradients(step.module))
+
+
+def _in_forward(source: NonFiniteSource, found: Origin, forward: ForwardTrace) -> Origin:
+    """Return the origin for a source in the forward pass."""
+    if source.path:
+        entries = tuple(entry for entry in found.entries if entry.path == source.path)
+        return replace(found, place=Place.BATCH, entries=entries or found.entries)
+    if source.overflow and source.saturated and found.entries:
+        # An infinity that was replaced by the largest number on the way is an infinity of the batch.
+        return replace(found, place=Place.BATCH)
+    place = Place.OUTSIDE if source.outside else Place.FORWARD
+    in_data = not source.outside and source.call < forward.first_use
+    found = replace(found, in_data=in_data, in_module=source.tensor in forward.names)
+    return _at(source, found, place, in_loss=source.call > forward.last_use)
 
 
 def _at(source: NonFiniteSource, found: Origin, place: Place, *, in_loss: bool) -> Origin:

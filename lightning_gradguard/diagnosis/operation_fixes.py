@@ -109,6 +109,8 @@ def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool =
     """
     if facts.custom:
         return [_custom(facts)]
+    if is_opaque(node):
+        return []
     function = facts.function or canonical(_snake(operation_of(node)))
     found = list(_of_tensors(facts, function))
     found += _TABLE.get(function, _of_domain)(facts, function)
@@ -116,6 +118,11 @@ def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool =
         found += _of_infinities(facts, function)
     found = found or list(_of_unknown(facts, function))
     return list({fix.key: fix for fix in found}.values())
+
+
+def is_opaque(node: str) -> bool:
+    """Return True for a node that hides the operations that it runs."""
+    return node.startswith(("CompiledFunction", "CheckpointFunction"))
 
 
 def explain(facts: OperationFacts) -> str:
@@ -259,7 +266,7 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     argument = next((a for a in facts.arguments if a.role == domain.argument), None)
     low, high = _ends(domain, function, argument)
     bounds = ", ".join(f"{side}={end:g}" for side, end in (("min", low), ("max", high)) if end is not None)
-    clamped = domain.call.format(f"x.clamp({bounds})")
+    clamped = how = domain.call.format(f"x.clamp({bounds})")
     clamp = _patch(facts, "clamp", argument=domain.argument, low=low, high=high)
     if facts.distribution:
         parameter = _SCALES.get(facts.distribution, "parameters")
@@ -267,17 +274,17 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         yield _fix(f"Keep {parameter} of the {facts.distribution} distribution inside its domain", how, clamp)
         return
     if function == "log" and argument is not None and argument.made_by == "softmax":
-        how = "log_p = torch.log_softmax(logits, dim=-1)  # in place of log(softmax(logits)); or F.cross_entropy(logits, y)"
-        yield _fix("Log-softmax or cross-entropy of the logits", how, _patch(facts, "logits"))
+        code = "log_p = torch.log_softmax(logits, dim=-1)  # in place of log(softmax(logits)); or F.cross_entropy(logits, y)"
+        yield _fix("Log-softmax or cross-entropy of the logits", code, _patch(facts, "logits"))
     if function == "log" and argument is not None and argument.made_by == "sigmoid":
-        how = "loss = F.binary_cross_entropy_with_logits(logits, y)  # in place of log(sigmoid(logits))"
-        yield _fix("Cross-entropy of the logits", how, None)
+        how += "  # or F.binary_cross_entropy_with_logits(logits, y), in place of log(sigmoid(logits))"
+    elif function == "log" and argument is not None and argument.made_by in ("sum", "mean", "exp", "prod"):
+        how += "  # or stay in logarithms: torch.logsumexp(log_p, dim=-1)"
     if facts.chooser:
         masked = domain.call.format(f"torch.where(mask, x, {domain.fill:g})")
-        how = f"y = torch.where(mask, {masked}, other)  # or {clamped}"
+        code = f"y = torch.where(mask, {masked}, other)  # or {clamped}"
         patch = _patch(facts, "mask", argument=domain.argument, low=low, high=high, fill=domain.fill)
-        yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`, not its result", how, patch)
-    how = clamped
+        yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`, not its result", code, patch)
     if function == "sqrt":
         how += "  # not x + 1e-12, which rounds away; and at 0 the slope is infinite"
     yield _fix(f"Clamp {domain.what} to stay {domain.words}", how, clamp)
@@ -424,11 +431,19 @@ def _of_attention(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 
 def _of_divergence(facts: OperationFacts, function: str) -> Iterator[Remedy]:
-    how = "loss = F.kl_div(log_q, p.clamp(min=1e-8), reduction='batchmean')"
-    yield _fix("Clamp the target of kl_div above 0", how, _patch(facts, "clamp", argument="target", low=1e-8))
+    target = next((a for a in facts.arguments if a.role == "target"), None)
     how = "loss = F.kl_div(log_q.clamp(min=-1e4), p, reduction='batchmean')"
     name = "Clamp the logarithms that kl_div is given: 0 * Inf is NaN"
-    yield _fix(name, how, _patch(facts, "clamp", argument="input", low=-1e4))
+    if any(a.role == "input" and a.values for a in facts.arguments):
+        yield _fix(name, how, _patch(facts, "clamp", argument="input", low=-1e4))
+    elif target is not None and target.values:  # logarithms of the target, with log_target=True
+        how = "loss = F.kl_div(log_q, log_p.clamp(min=-1e4), log_target=True, reduction='batchmean')"
+        yield _fix(name, how, _patch(facts, "clamp", argument="target", low=-1e4))
+    else:
+        how = "loss = F.kl_div(log_q, p.clamp(min=1e-8), reduction='batchmean')"
+        yield _fix(
+            "Clamp the target of kl_div above 0", how, _patch(facts, "clamp", argument="target", low=1e-8)
+        )
 
 
 def _of_mean(facts: OperationFacts, function: str) -> Iterator[Remedy]:
@@ -522,6 +537,9 @@ _TABLE: dict[str, Callable[[OperationFacts, str], Iterator[Remedy]]] = {
     **dict.fromkeys(("svd", "eigh", "eig"), _of_decomposition),
     **dict.fromkeys(("qr", "cholesky", "inverse", "solve", "logdet", "slogdet"), _of_matrix),
     **dict.fromkeys(("hypot", "atan2"), _of_corner),
+    **dict.fromkeys(
+        ("masked_fill", "where", "fill", "full", "full_like", "new_full", "setitem"), _of_infinities
+    ),
 }
 
 

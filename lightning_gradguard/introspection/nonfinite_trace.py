@@ -20,7 +20,6 @@ from lightning_gradguard.introspection.operation_facts import (
     HELD,
     WEIGHTED_LOSSES,
     Call,
-    Condition,
     OperationFacts,
     bound,
     canonical,
@@ -59,6 +58,8 @@ _CHOOSERS = {
     "MaskedScatter": "masked_scatter",
     "MaskedSelect": "masked_select",
 }
+#: Functions whose results are known by them also where no gradient is computed.
+_REMEMBERED = frozenset({"std", "var", "norm"})
 #: Operations from element to element, through which an operation may reach one of these.
 _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Neg", "Rsub", "Pow", "Sqrt", "Log", "Exp", "Abs", *VIEWS}
@@ -136,6 +137,7 @@ class ForwardTrace(TorchFunctionMode):
         self.calls: dict[Any, Call | None] = {}
         self.first_use = self.last_use = self.last_sequence = -1
         self._calls, self._in_hook = 0, False
+        self._made: dict[int, tuple[Tensor, str]] = {}
         self._parameters = {id(p) for p in module.parameters()}
         self._running = [("", type(module).__name__)]
         # Those of the module and of the batch, by storage.
@@ -202,7 +204,9 @@ class ForwardTrace(TorchFunctionMode):
         if id(tensor) in self._parameters:
             return name, (name,), ""
         call = None if tensor.grad_fn is None else self.calls.get(tensor.grad_fn)
-        return (name, (), "") if call is None else ("", call.parameters, call.function)
+        if call is not None:
+            return "", call.parameters, call.function
+        return name, (), self._made.get(_storage(tensor), (tensor, ""))[1]
 
     def _record(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], outputs: list[Tensor]
@@ -212,7 +216,11 @@ class ForwardTrace(TorchFunctionMode):
         sources = [self.provenance(t)[1] for t in given]
         parameters = tuple(dict.fromkeys(n for names in sources for n in names)) if all(sources) else ()
         held = (args, kwargs) if canonical(name) in HELD else ((), {})
-        call = Call(func, name, *held, current_site(), current_distribution(), self._running[-1], parameters)
+        known = tuple(self._known[_storage(t)][1] for t in given if _storage(t) in self._known)
+        where = (current_site(), current_distribution(), self._running[-1])
+        call = Call(func, name, *held, *where, parameters, known)
+        if call.function in _REMEMBERED:
+            self._made.update({_storage(t): (t, call.function) for t in outputs if t.grad_fn is None})
         for tensor in given:
             if tensor.grad_fn is not None:
                 self.calls.setdefault(tensor.grad_fn, None)
@@ -266,12 +274,11 @@ class ForwardTrace(TorchFunctionMode):
             return replace(here, overflow=overflow, saturated=saturated, facts=facts)
         if "NaN" in here.values and not any(math.isnan(n) for n in asked):
             return replace(here, given=True, facts=facts_of(call, self.provenance, bad[0]))
-        if call.function in WEIGHTED_LOSSES:
-            facts = facts_of(call, self.provenance, bad[0])
-            if Condition.HIDDEN_TARGET in facts.conditions:
-                return replace(here, given=True, facts=facts)
+        facts = facts_of(call, self.provenance, bad[0]) if asked or _is_loss(call.function) else None
+        if facts is not None and _is_loss(call.function):
+            return replace(here, given=True, facts=facts)
         # A NaN is never intended: no later operation can make it disappear on purpose.
-        return earlier[0] if earlier else replace(here, intended="NaN" not in here.values)
+        return earlier[0] if earlier else replace(here, intended="NaN" not in here.values, facts=facts)
 
     def _here(self, name: str, tensors: list[Tensor]) -> NonFiniteSource:
         module, layer = self._running[-1]
@@ -342,10 +349,11 @@ class BackwardTrace:
             if node.next_functions:
                 node.register_hook(self._inspect(index))
 
-    def first_source(self) -> tuple[NonFiniteSource, bool] | None:
+    def first_source(self) -> tuple[NonFiniteSource, bool, bool] | None:
         """Return the first source that reaches a gradient.
 
-        The flag is True if it lies in the loss. None without a source.
+        The first flag is True if it lies in the loss, the second if it lies in the forward pass: a node that was given NaN
+        or Inf there. None without a source.
         """
         leaves = [n for n in self._nodes if not n.next_functions]
         gradients = [(n, getattr(getattr(n, "variable", None), "grad", None)) for n in leaves]
@@ -364,7 +372,16 @@ class BackwardTrace:
         first = next((index for index in self._sources if index in reached), None)
         if first is None:
             return None
-        return self._sources[first], self._nodes[first]._sequence_nr() > self._forward.last_sequence
+        call = self._forward.calls.get(self._nodes[first])
+        earlier = [source for source in (() if call is None else call.given) if not source.intended]
+        if earlier:
+            source, node = min(earlier, key=lambda source: source.call), self._sources[first]
+            if source.facts is not None and node.facts is not None:
+                facts = replace(source.facts, unselected=node.facts.unselected, chooser=node.facts.chooser)
+                source = replace(source, facts=facts)
+            return source, source.call > self._forward.last_use, True
+        in_loss = self._nodes[first]._sequence_nr() > self._forward.last_sequence
+        return self._sources[first], in_loss, False
 
     def _inspect(self, index: int) -> Callable[..., None]:
         def hook(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
@@ -394,7 +411,12 @@ class BackwardTrace:
         line = line_of(node.metadata.get("traceback_", ()))
         dtype = str(worst[0].dtype).removeprefix("torch.")
         overflow = math.inf if is_sum and values == "Inf" else 0.0
-        facts = OperationFacts("") if call is None else facts_of(call, self._forward.provenance)
+        # The nodes of a gradient that is differentiated again are those of other functions.
+        facts = (
+            OperationFacts("")
+            if call is None or call.function == "grad"
+            else facts_of(call, self._forward.provenance)
+        )
         own = getattr(type(node), "_forward_cls", None)
         if own is not None and own.__module__.partition(".")[0] != "torch":
             facts = OperationFacts("", custom=own.__name__)
@@ -419,6 +441,10 @@ class BackwardTrace:
                     seen.add(parent)
                     pending.append(parent)
         return ""
+
+
+def _is_loss(function: str) -> bool:
+    return function in ("cross_entropy", "kl_div") or function.endswith("_loss")
 
 
 def _is_unselected(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> bool:

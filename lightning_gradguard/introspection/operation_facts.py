@@ -149,6 +149,7 @@ class Call(NamedTuple):
         distribution: Class of the distribution that called it.
         module: Name and class of the module that ran it.
         parameters: Parameters from which alone its result comes; empty if anything else is in it.
+        given: Sources of infinities and NaN that it was given.
     """
 
     func: Callable[..., Any]
@@ -159,6 +160,7 @@ class Call(NamedTuple):
     distribution: str
     module: tuple[str, str]
     parameters: tuple[str, ...]
+    given: tuple[Any, ...] = ()
 
     @property
     def function(self) -> str:

@@ -82,6 +82,7 @@ def try_cures(
         tried, taken = _try(fix, step, MAX_PASSES - passes)
         passes += taken
         (failed if not tried.tried else cured if math.isfinite(tried.loss or 0.0) else failed).append(tried)
+    cured.sort(key=lambda fix: len(fix.how.splitlines()))  # one operation before several
     sentences = [
         f"{count(len(cured) + sum(f.tried for f in failed), 'fix was', 'fixes were')} tried on copies of the weights and "
         f"the batch, in {count(passes, 'pass', 'passes')}; the training itself is unchanged.",
@@ -190,9 +191,15 @@ def _following(step: SandboxedStep, changes: tuple[Change, ...]) -> tuple[str, R
     if not origin.located or origin.facts is None:
         return ("" if origin.place == Place.NOWHERE else str(origin).rstrip(".")), None
     node = origin.operation if origin.place == Place.BACKWARD else ""
-    known = {change.operation for change in changes}
+    # Another fix of the same operation stands for itself.
+    known = {
+        (change.operation.function, change.operation.site)
+        for change in changes
+        if change.operation is not None
+    }
     fixes = find_operation_fixes(origin.facts, node, given=origin.given)
-    further = [fix for fix in fixes if fix.change is not None and fix.change.operation not in known]
+    own = [(fix, fix.change.operation) for fix in fixes if fix.change is not None]
+    further = [fix for fix, patch in own if patch is not None and (patch.function, patch.site) not in known]
     where = f"from `{origin.operation}`" + (f" at {origin.line}" if origin.line else "")
     return where, next(iter(further), None)
 

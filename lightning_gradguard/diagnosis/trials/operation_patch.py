@@ -301,7 +301,8 @@ def _drawn(tensor: Tensor, patch: OperationPatch) -> Tensor:
 
 
 def _bounded(tensor: Tensor, patch: OperationPatch) -> Tensor:
-    return tensor.nan_to_num(patch.fill, patch.fill, patch.fill).clamp(patch.low, patch.high)
+    finite = tensor.nan_to_num(patch.fill, patch.fill, patch.fill)
+    return finite if patch.low is None else finite.clamp(min=patch.low)
 
 
 #: Name of each change of a module's tensor to the function that makes it.
