@@ -352,14 +352,14 @@ def normalize_inputs(context: DiagnosticContext) -> Remedy:
 def drop_rows(paths: Sequence[str]) -> Remedy:
     """Return code that leaves out the rows with NaN or Inf."""
     how = f"keep = torch.isfinite({paths[0] if paths else 'x'}).flatten(1).all(1); x, y = x[keep], y[keep]"
-    return Remedy("Drop these rows", how, change=Change(batch="drop"))
+    return Remedy("Drop these rows", how, change=Change(batch="drop") if paths else None)
 
 
 def fill_in(paths: Sequence[str]) -> Remedy:
     """Return code that replaces NaN and Inf by zero."""
     x = paths[0] if paths else "x"
     how = f"{x} = torch.nan_to_num({x}, nan=0.0, posinf=0.0, neginf=0.0)"
-    return Remedy("Replace NaN and Inf by 0", how, change=Change(batch="fill"))
+    return Remedy("Replace NaN and Inf by 0", how, change=Change(batch="fill") if paths else None)
 
 
 def look_at_bad_rows(context: DiagnosticContext, paths: Sequence[str] = ()) -> Remedy:

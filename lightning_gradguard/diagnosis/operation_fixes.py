@@ -219,8 +219,10 @@ def _of_tensors(facts: OperationFacts, function: str) -> Iterator[Remedy]:
             )
             patch = OperationPatch("draw", tensor=name)
         else:
-            how = f"nn.init.constant_({plain}, 1.0)  # not zeros; to keep it above 0: F.softplus(raw) + 1e-6"
-            patch = OperationPatch("bound", tensor=name, low=1e-3)
+            by_norm = argument.made_by == "norm"
+            call = f"nn.init.normal_({plain}, std=0.02)" if by_norm else f"nn.init.constant_({plain}, 1.0)"
+            how = call + ("" if by_norm else "  # not zeros; to keep it above 0: F.softplus(raw) + 1e-6")
+            patch = OperationPatch("draw" if by_norm else "bound", tensor=name, low=1e-3)
         yield _fix(f"Initialize `{plain}` so that it is not zero", how, patch)
     elif argument.name and not argument.name.startswith("batch") and argument.zeros:
         patch = OperationPatch("bound", tensor=argument.name, low=1e-8)
@@ -242,7 +244,8 @@ def tensor_fixes(name: str, role: str, *, module: bool) -> list[Remedy]:
         patch = OperationPatch("ones", tensor=name) if module else None
         return [_fix(f"Correct the class weight{'' if name else 's'}{named}", how, patch)]
     if not name:
-        return []
+        how = "assert torch.isfinite(values).all()  # of all that the step reads besides its batch"
+        return [_fix("Check what the step reads besides its batch", how, None)]
     how = f"assert torch.isfinite({'model.' if module else ''}{name}).all()  # where it is computed; clamp counts and spreads"
     patch = OperationPatch("bound", tensor=name, fill=0.0) if module else None
     return [
@@ -253,7 +256,7 @@ def tensor_fixes(name: str, role: str, *, module: bool) -> list[Remedy]:
 def parameter_fixes(names: tuple[str, ...]) -> list[Remedy]:
     """Return the fixes of parameters that held NaN or Inf from the start."""
     how = f"nn.init.normal_({names[0]}, std=0.02)  # torch.empty holds whatever was in memory"
-    return [_fix(f"Initialize `{names[0]}`", how, None)]
+    return [_fix(f"Initialize `{names[0]}`", how, OperationPatch("draw", tensor=names[0]) if len(names) == 1 else None)]
 
 
 # Operations with a domain.
@@ -269,9 +272,9 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     clamped = how = domain.call.format(f"x.clamp({bounds})")
     clamp = _patch(facts, "clamp", argument=domain.argument, low=low, high=high)
     if facts.distribution:
-        parameter = _SCALES.get(facts.distribution, "parameters")
-        how = f"{parameter} = {parameter}.clamp(min=1e-6)  # or softplus(raw) + 1e-6, before {facts.distribution}(...)"
-        yield _fix(f"Keep {parameter} of the {facts.distribution} distribution inside its domain", how, clamp)
+        least = 1e-4 if _SCALES.get(facts.distribution) == "scale" else low
+        patch = _patch(facts, "clamp", argument=domain.argument, low=least, high=high)
+        yield _of_distribution(facts, patch)
         return
     if function == "log" and argument is not None and argument.made_by == "softmax":
         code = "log_p = torch.log_softmax(logits, dim=-1)  # in place of log(softmax(logits)); or F.cross_entropy(logits, y)"
@@ -288,6 +291,13 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     if function == "sqrt":
         how += "  # not x + 1e-12, which rounds away; and at 0 the slope is infinite"
     yield _fix(f"Clamp {domain.what} to stay {domain.words}", how, clamp)
+
+
+def _of_distribution(facts: OperationFacts, patch: OperationPatch | None) -> Remedy:
+    parameter = _SCALES.get(facts.distribution, "parameters")
+    low = "1e-4" if parameter == "scale" else "1e-6"
+    how = f"{parameter} = {parameter}.clamp(min={low})  # or softplus(raw) + {low}, before {facts.distribution}(...)"
+    return _fix(f"Keep {parameter} of the {facts.distribution} distribution above 0", how, patch)
 
 
 def _ends(domain: Domain, function: str, argument: ArgumentFacts | None) -> tuple[float | None, float | None]:
@@ -315,10 +325,7 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     role = "0" if function == "reciprocal" else "1"
     below = next((a for a in facts.arguments if a.role == role), None)
     if facts.distribution:
-        parameter = _SCALES.get(facts.distribution, "parameters")
-        how = f"{parameter} = {parameter}.clamp(min=1e-4)  # or softplus(raw) + 1e-4, before {facts.distribution}(...)"
-        name = f"Keep {parameter} of the {facts.distribution} distribution above 0"
-        yield _fix(name, how, _patch(facts, "away", argument=role, low=1e-8))
+        yield _of_distribution(facts, _patch(facts, "away", argument=role, low=1e-8))
         return
     if below is None and facts.setting("1") in ("0", "0.0"):
         patch = _patch(facts, "set", settings=(("1", 1),))

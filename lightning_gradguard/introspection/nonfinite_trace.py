@@ -58,6 +58,8 @@ _CHOOSERS = {
     "MaskedScatter": "masked_scatter",
     "MaskedSelect": "masked_select",
 }
+#: Functions that make a tensor of numbers which torch has not computed.
+_FROM_OUTSIDE = frozenset({"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"})
 #: Functions whose results are known by them also where no gradient is computed.
 _REMEMBERED = frozenset({"std", "var", "norm"})
 #: Operations from element to element, through which an operation may reach one of these.
@@ -264,6 +266,8 @@ class ForwardTrace(TorchFunctionMode):
             return replace(weights[0], intended=False)
         asked = [n for n in _numbers([call.args, call.kwargs]) if not math.isfinite(n)]
         here = self._here(call.name, bad)
+        if call.name in _FROM_OUTSIDE:
+            return replace(here, outside=True, intended=here.values == "Inf")
         if not earlier and not asked:
             overflow = exact_size(call.func, call.args, call.kwargs, bad)
             tensors = [
@@ -274,7 +278,8 @@ class ForwardTrace(TorchFunctionMode):
             return replace(here, overflow=overflow, saturated=saturated, facts=facts)
         if "NaN" in here.values and not any(math.isnan(n) for n in asked):
             return replace(here, given=True, facts=facts_of(call, self.provenance, bad[0]))
-        facts = facts_of(call, self.provenance, bad[0]) if asked or _is_loss(call.function) else None
+        is_masked = bool(asked) and not any(math.isnan(n) for n in asked)
+        facts = facts_of(call, self.provenance, bad[0]) if is_masked or _is_loss(call.function) else None
         if facts is not None and _is_loss(call.function):
             return replace(here, given=True, facts=facts)
         # A NaN is never intended: no later operation can make it disappear on purpose.

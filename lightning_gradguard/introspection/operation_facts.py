@@ -84,7 +84,7 @@ class ArgumentFacts(NamedTuple):
         values: "NaN", "Inf", "NaN and Inf", or empty if all are finite.
         low: Smallest finite element; NaN without one.
         high: Largest finite element; NaN without one.
-        whole: True if all are whole numbers, at least one of them, and none below zero: a count.
+        whole: True if all are whole numbers, none below zero, and no gradient passes through them: a count.
         parameters: Parameters that it was computed from, if from nothing else.
         made_by: Function that computed it; empty if unknown.
         dtype: Its dtype, such as "float16".
@@ -262,7 +262,7 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
         "" if finite else nonfinite_kind(x),
         float(real.min()) if numbers else math.nan,
         float(real.max()) if numbers else math.nan,
-        whole and bool((real >= 0).all()) and finite,
+        whole and bool((real >= 0).all()) and finite and not tensor.requires_grad,
         parameters,
         made_by,
         str(x.dtype).removeprefix("torch."),

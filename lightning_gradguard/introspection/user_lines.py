@@ -61,12 +61,14 @@ def current_line() -> str:
 def current_distribution() -> str:
     """Return the distribution that runs, such as "Normal"; empty without one."""
     frame: FrameType | None = sys._getframe(1)
-    found = ""
     while frame is not None and not _is_users(frame.f_code.co_filename):
-        if _DISTRIBUTIONS in frame.f_code.co_filename and "self" in frame.f_locals:
-            found = type(frame.f_locals["self"]).__name__
+        if _DISTRIBUTIONS in frame.f_code.co_filename:
+            variables = frame.f_locals
+            own = variables.get("self", variables.get("p"))  # p is the first of a divergence
+            if own is not None:
+                return type(own).__name__
         frame = frame.f_back
-    return found
+    return ""
 
 
 def variable_name(value: object) -> str:

@@ -58,12 +58,15 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
     if not context.too_large:
         return
     if any(op in context.loss_operations for op in _CLASSIFYING):
-        usual, decades = _USUAL_LOSS, math.log10(max(first, 1.0) / 3)
+        usual, decades = _USUAL_LOSS, min(math.log10(max(first, 1.0) / 3), 38.0)
     elif _is_squared(context) and context.target_rms is not None:
-        usual, decades = 100 * max(context.target_rms**2, 1.0), math.log10(max(first, 1.0)) / 2
+        usual, decades = 100 * max(context.target_rms**2, 1.0), min(math.log10(max(first, 1.0)), 38.0) / 2
     else:
         return
-    if not first > usual:
+    # An operation that has no finite result tells nothing about the size of what it was given.
+    origin = context.origin
+    is_overflow = first == math.inf and (origin is None or not origin.located or origin.overflow > 0)
+    if not first > usual or (first == math.inf and not is_overflow):
         return
     began = f"The first loss was {number(first)}, which only far too large outputs can give"
     layers = len(context.layers)
@@ -84,7 +87,7 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
 
 def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame large targets under a squared loss."""
-    if not context.too_large or not _is_squared(context) or not context.loss_start > 100:
+    if not context.too_large or not _is_squared(context) or not 100 < context.loss_start < math.inf:
         return
     if context.target_rms is not None and context.target_rms**2 < 0.01 * context.loss_start:
         return  # the outputs are large, not the targets

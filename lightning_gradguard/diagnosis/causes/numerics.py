@@ -57,6 +57,9 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     risky = [op for op in RISKY if op in context.loss_operations]
     if context.bad_rows or not risky:
         return
+    unreproduced = origin is not None and origin.place == Place.NOWHERE
+    if unreproduced and COMMON.issuperset(risky):
+        return
     examined = context.bad_rows is not None
     if context.nonfinite_loss:
         what = "The loss is NaN or Inf" + (" although the batch is finite" if examined else "")
@@ -64,7 +67,7 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
         finite = "the loss and the batch are" if examined else "the loss is"
         what = f"The gradient is NaN or Inf although {finite} finite"
     reasons = "; ".join(RISKY[op] for op in risky[:2])
-    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
+    weight = 2.0 if unreproduced else 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
     yield Evidence(weight, f"{what}. Operations after the last layer can cause this: {reasons}.")
 
 

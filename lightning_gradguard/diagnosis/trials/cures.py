@@ -150,7 +150,8 @@ def _try(fix: Remedy, step: SandboxedStep, budget: int) -> tuple[Remedy, int]:
         passes += result.passes
         if result.cured:
             note = f"forward and backward pass are finite over {_STEPS} trial steps"
-            made = dataclasses.replace(fix, name=" + ".join(names), how="\n".join(hows), tried=True)
+            name, how = " + ".join(dict.fromkeys(names)), "\n".join(dict.fromkeys(hows))
+            made = dataclasses.replace(fix, name=name, how=how, tried=True)
             return dataclasses.replace(made, loss=result.loss, note=note), passes
         if not result.used:
             return dataclasses.replace(
@@ -160,7 +161,7 @@ def _try(fix: Remedy, step: SandboxedStep, budget: int) -> tuple[Remedy, int]:
         following = _following(step, changes) if budget - passes > 2 * (_STEPS + 2) else None
         passes += following is not None
         if following is None or following[1] is None or len(changes) >= _TOGETHER:
-            where = f": then {following[0]}" if following is not None else ""
+            where = f"; the next comes {following[0]}" if following is not None and following[0] else ""
             return dataclasses.replace(
                 fix, tried=True, loss=math.inf, note=f"NaN or Inf stays{where}"
             ), passes
@@ -189,7 +190,7 @@ def _following(step: SandboxedStep, changes: tuple[Change, ...]) -> tuple[str, R
     except Exception:
         return None
     if not origin.located or origin.facts is None:
-        return ("" if origin.place == Place.NOWHERE else str(origin).rstrip(".")), None
+        return (f"from {origin.place}" if origin.place in (Place.BATCH, Place.OUTSIDE) else ""), None
     node = origin.operation if origin.place == Place.BACKWARD else ""
     # Another fix of the same operation stands for itself.
     known = {
