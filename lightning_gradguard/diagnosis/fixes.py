@@ -19,7 +19,13 @@ from lightning_gradguard.diagnosis.context import (
 )
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
 from lightning_gradguard.diagnosis.nan_origin import Place
-from lightning_gradguard.diagnosis.operation_fixes import find_operation_fixes, parameter_fixes, tensor_fixes
+from lightning_gradguard.diagnosis.operation_fixes import (
+    SHOW_OPERATIONS,
+    find_operation_fixes,
+    is_opaque,
+    parameter_fixes,
+    tensor_fixes,
+)
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.graph_problems import Problem
@@ -176,6 +182,10 @@ def _fixes_of_origin(cause: Cause, context: DiagnosticContext) -> list[Remedy | 
     if origin.place == Place.BATCH and cause == Cause.BAD_DATA:
         paths = [entry.path for entry in origin.entries]
         return [look_at_bad_rows(context, paths), drop_rows(paths), fill_in(paths)]
+    if origin.located and not origin.operation:
+        return [SHOW_OPERATIONS, *stable_forms(context)[:2]]
+    if origin.located and is_opaque(origin.operation):
+        return [SHOW_OPERATIONS]
     if not origin.located or origin.facts is None or (origin.overflow and cause != Cause.LOSS_FUNCTION):
         return []
     node = origin.operation if origin.place == Place.BACKWARD else ""
@@ -406,8 +416,8 @@ _STABLE = {
     "Log": Remedy(_POSITIVE_LOG, "log_p = torch.log(p.clamp_min(1e-8))"),
     "Xlogy": Remedy(_POSITIVE_LOG, "entropy = torch.xlogy(p, p.clamp_min(1e-8))"),
     "Logit": Remedy("Keep the argument of logit between 0 and 1", "logit = torch.logit(p, eps=1e-6)"),
-    "Sqrt": Remedy(_POSITIVE_ROOT, "root = torch.sqrt(x + 1e-12)"),
-    "Rsqrt": Remedy(_POSITIVE_ROOT, "root = torch.rsqrt(x + 1e-12)"),
+    "Sqrt": Remedy(_POSITIVE_ROOT, "root = torch.sqrt(x.clamp_min(1e-8))"),
+    "Rsqrt": Remedy(_POSITIVE_ROOT, "root = torch.rsqrt(x.clamp_min(1e-8))"),
     "Div": Remedy(_NONZERO, "ratio = x / (y + 1e-8)"),
     "Reciprocal": Remedy(_NONZERO, "ratio = 1 / (y + 1e-8)"),
     "Exp": Remedy("Bound the argument of exp", "e = torch.exp(x.clamp_max(30))"),

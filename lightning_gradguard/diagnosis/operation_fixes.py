@@ -110,7 +110,7 @@ def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool =
     if facts.custom:
         return [_custom(facts)]
     if is_opaque(node):
-        return []
+        return [SHOW_OPERATIONS]
     function = facts.function or canonical(_snake(operation_of(node)))
     found = list(_of_tensors(facts, function))
     found += _TABLE.get(function, _of_domain)(facts, function)
@@ -120,9 +120,15 @@ def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool =
     return list({fix.key: fix for fix in found}.values())
 
 
+SHOW_OPERATIONS = Remedy(
+    "Run this part eagerly, so that its operations are seen",
+    'torch.compiler.set_stance("force_eager")  # checkpoint(..., use_reentrant=False); no torch.jit',
+)
+
+
 def is_opaque(node: str) -> bool:
     """Return True for a node that hides the operations that it runs."""
-    return node.startswith(("CompiledFunction", "CheckpointFunction"))
+    return node.startswith(("CompiledFunction", "CheckpointFunction", "DifferentiableGraph"))
 
 
 def explain(facts: OperationFacts) -> str:
@@ -214,9 +220,7 @@ def _of_tensors(facts: OperationFacts, function: str) -> Iterator[Remedy]:
             r"\.parametrizations\.(\w+)\.\w+$|(?<=weight)_v$", lambda m: f".{m[1]}" if m[1] else "", name
         )
         if Condition.ZERO_VECTOR in facts.conditions:
-            how = (
-                f"nn.init.normal_(layer.weight, std=1e-3)  # {plain}, before weight_norm; not nn.init.zeros_"
-            )
+            how = f"nn.init.normal_(layer.weight, std=1e-3)  # {plain}, before weight_norm"
             patch = OperationPatch("draw", tensor=name)
         else:
             by_norm = argument.made_by == "norm"
@@ -246,7 +250,7 @@ def tensor_fixes(name: str, role: str, *, module: bool) -> list[Remedy]:
     if not name:
         how = "assert torch.isfinite(values).all()  # of all that the step reads besides its batch"
         return [_fix("Check what the step reads besides its batch", how, None)]
-    how = f"assert torch.isfinite({'model.' if module else ''}{name}).all()  # where it is computed; clamp counts and spreads"
+    how = f"assert torch.isfinite({'model.' if module else ''}{name}).all()  # clamp counts and spreads"
     patch = OperationPatch("bound", tensor=name, fill=0.0) if module else None
     return [
         _fix(f"Correct the {'buffer' if module else 'tensor'}{named}, which holds NaN or Inf", how, patch)
@@ -256,7 +260,13 @@ def tensor_fixes(name: str, role: str, *, module: bool) -> list[Remedy]:
 def parameter_fixes(names: tuple[str, ...]) -> list[Remedy]:
     """Return the fixes of parameters that held NaN or Inf from the start."""
     how = f"nn.init.normal_({names[0]}, std=0.02)  # torch.empty holds whatever was in memory"
-    return [_fix(f"Initialize `{names[0]}`", how, OperationPatch("draw", tensor=names[0]) if len(names) == 1 else None)]
+    return [
+        _fix(
+            f"Initialize `{names[0]}`",
+            how,
+            OperationPatch("draw", tensor=names[0]) if len(names) == 1 else None,
+        )
+    ]
 
 
 # Operations with a domain.
@@ -268,8 +278,11 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         return
     argument = next((a for a in facts.arguments if a.role == domain.argument), None)
     low, high = _ends(domain, function, argument)
-    bounds = ", ".join(f"{side}={end:g}" for side, end in (("min", low), ("max", high)) if end is not None)
-    clamped = how = domain.call.format(f"x.clamp({bounds})")
+    bounds = ", ".join(
+        f"{side}={_number(end)}" for side, end in (("min", low), ("max", high)) if end is not None
+    )
+    clamped = domain.call.format(f"x.clamp({bounds})")
+    how = f"y = {clamped}"
     clamp = _patch(facts, "clamp", argument=domain.argument, low=low, high=high)
     if facts.distribution:
         least = 1e-4 if _SCALES.get(facts.distribution) == "scale" else low
@@ -277,26 +290,26 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         yield _of_distribution(facts, patch)
         return
     if function == "log" and argument is not None and argument.made_by == "softmax":
-        code = "log_p = torch.log_softmax(logits, dim=-1)  # in place of log(softmax(logits)); or F.cross_entropy(logits, y)"
+        code = "log_p = torch.log_softmax(logits, dim=-1)  # not log(softmax); or F.cross_entropy"
         yield _fix("Log-softmax or cross-entropy of the logits", code, _patch(facts, "logits"))
     if function == "log" and argument is not None and argument.made_by == "sigmoid":
-        how += "  # or F.binary_cross_entropy_with_logits(logits, y), in place of log(sigmoid(logits))"
+        how += "  # or F.binary_cross_entropy_with_logits"
     elif function == "log" and argument is not None and argument.made_by in ("sum", "mean", "exp", "prod"):
         how += "  # or stay in logarithms: torch.logsumexp(log_p, dim=-1)"
     if facts.chooser:
         masked = domain.call.format(f"torch.where(mask, x, {domain.fill:g})")
-        code = f"y = torch.where(mask, {masked}, other)  # or {clamped}"
+        code = f"y = torch.where(mask, {masked}, other)"
         patch = _patch(facts, "mask", argument=domain.argument, low=low, high=high, fill=domain.fill)
-        yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`, not its result", code, patch)
+        yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`", code, patch)
     if function == "sqrt":
-        how += "  # not x + 1e-12, which rounds away; and at 0 the slope is infinite"
+        how += "  # not x + 1e-12, which rounds away"
     yield _fix(f"Clamp {domain.what} to stay {domain.words}", how, clamp)
 
 
 def _of_distribution(facts: OperationFacts, patch: OperationPatch | None) -> Remedy:
     parameter = _SCALES.get(facts.distribution, "parameters")
     low = "1e-4" if parameter == "scale" else "1e-6"
-    how = f"{parameter} = {parameter}.clamp(min={low})  # or softplus(raw) + {low}, before {facts.distribution}(...)"
+    how = f"{parameter} = {parameter}.clamp(min={low})  # or softplus(raw) + {low}"
     return _fix(f"Keep {parameter} of the {facts.distribution} distribution above 0", how, patch)
 
 
@@ -337,7 +350,7 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     if facts.chooser:
         how = f"y = torch.where(mask, x / torch.where(mask, {_name(below)}, 1.0), other)"
         patch = _patch(facts, "away", argument=role, low=low)
-        yield _fix(f"Mask the denominator before `torch.{facts.chooser}`, not the result", how, patch)
+        yield _fix(f"Mask the denominator before `torch.{facts.chooser}`", how, patch)
     named = f" `{below.name}`" if below is not None and below.name else ""
     if below is not None and below.made_by in ("norm", "linalg_vector_norm"):
         how = "unit = F.normalize(x, dim=-1)  # x / x.norm(dim=-1, keepdim=True).clamp(min=1e-8)"
@@ -354,12 +367,12 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = f"mean = total / {_name(below, 'count')}.clamp(min=1)"
         yield _fix(f"Clamp the count{named} at 1", how, _patch(facts, "clamp", argument=role, low=1.0))
     elif below is not None and not below.negatives:
-        how = f"ratio = x / {_name(below)}.clamp(min={low:g})"
+        how = f"ratio = x / {_name(below)}.clamp(min={_number(low)})"
         yield _fix(
             f"Clamp the denominator{named} above 0", how, _patch(facts, "clamp", argument=role, low=low)
         )
     else:
-        how = f"ratio = x / torch.where(y.abs() < {low:g}, {low:g}, y)"
+        how = f"ratio = x / torch.where(y.abs() < {_number(low)}, {_number(low)}, y)"
         name = "Keep the denominator away from 0, where it is 0"
         yield _fix(name, how, _patch(facts, "away", argument=role, low=low) if below is not None else None)
 
@@ -374,7 +387,7 @@ def _of_power(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     if facts.chooser:
         how = "y = torch.where(mask, torch.where(mask, x, 1.0) ** p, other)"
         patch = _patch(facts, "mask", low=1e-8, fill=1.0)
-        yield _fix(f"Mask the base of the power before `torch.{facts.chooser}`, not its result", how, patch)
+        yield _fix(f"Mask the base of the power before `torch.{facts.chooser}`", how, patch)
     if base.whole and base.zeros and exponent.startswith("-"):
         how = f"norm = {_name(base, 'degree')}.clamp(min=1) ** {exponent}"
         patch = _patch(facts, "clamp", low=1.0)
@@ -393,8 +406,8 @@ def _of_power(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 def _of_spread(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     name = {"std_mean": "std", "var_mean": "var"}.get(function, function)
     if Condition.ONE_ELEMENT in facts.conditions:
-        how = f"spread = x.{name}(correction=0)  # unbiased=False; of one element it is 0, so divide by spread + 1e-8"
-        fix = f"Use the biased `{name}`, since the unbiased one of one element is NaN (unbiased=False)"
+        how = f"spread = x.{name}(correction=0)  # unbiased=False; divide by spread + 1e-8"
+        fix = f"Use the biased `{name}` for one element: unbiased=False"
         yield _fix(fix, how, _patch(facts, "no spread"))
         how = "loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)"
         yield _fix("More than one sample in each batch", how, None)
@@ -408,11 +421,9 @@ def _of_labels(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     patch = _patch(facts, "over counted")
     if Condition.ALL_IGNORED in facts.conditions:
         how = f'loss = {name}(logits, y, reduction="sum") / (y != {index}).sum().clamp(min=1)'
-        fix = (
-            f"Divide the sum by the number of labels that are not ignored (ignore_index={index}), at least 1"
-        )
+        fix = f"Divide the sum by the labels not ignored (ignore_index={index})"
         yield _fix(fix, how, patch)
-        how = f"keep = (y != {index}).flatten(1).any(1)  # in the dataset: drop rows of which every label is {index}"
+        how = f"keep = (y != {index}).flatten(1).any(1)  # drop rows whose labels are all {index}"
         yield _fix("Leave out samples whose labels are all ignored", how, None)
     elif Condition.ZERO_WEIGHT in facts.conditions:
         how = f'loss = {name}(logits, y, weight=w, reduction="sum") / w[y].sum().clamp(min=1e-8)'
@@ -426,8 +437,8 @@ def _of_labels(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 
 def _of_ctc(facts: OperationFacts, function: str) -> Iterator[Remedy]:
-    how = "loss = nn.CTCLoss(zero_infinity=True)  # and keep only rows with target_lengths <= input_lengths"
-    name = "Set zero_infinity=True, and drop targets that are longer than their input"
+    how = "loss = nn.CTCLoss(zero_infinity=True)  # and target_lengths <= input_lengths"
+    name = "Set zero_infinity=True, and drop targets longer than their input"
     yield _fix(name, how, _patch(facts, "set", settings=(("zero_infinity", True),)))
 
 
@@ -473,9 +484,7 @@ def _of_normalization(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 def _of_decomposition(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     values = "singular values" if function == "svd" else "eigenvalues"
-    how = (
-        "A = A + torch.diag(torch.linspace(1.2, 0.8, n))  # distinct jitter; or start the layer's bias there"
-    )
+    how = "A = A + torch.diag(torch.linspace(1.2, 0.8, n))  # distinct jitter; or in the layer's bias"
     name = f"Keep the {values} distinct: full rank, none repeated"
     yield _fix(name, how, _patch(facts, "distinct"))
     how = f"x = x + 1e-3 * torch.randn_like(x)  # or use the gradient of the {values} alone"
@@ -518,11 +527,11 @@ def _of_infinities(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 def _of_unknown(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     how = f"x = torch.where(x.abs() < 1e-8, 1e-8, x)  # what `{function}` is given"
     patch = _patch(facts, "away", argument="", low=1e-8) if facts.function else None
-    yield _fix(f"Keep what `{function}` is given where it and its slope are finite", how, patch)
+    yield _fix(f"Keep what `{function}` is given inside its domain", how, patch)
 
 
 def _custom(facts: OperationFacts) -> Remedy:
-    how = f"print(grad.isfinite().all())  # in {facts.custom}.backward: keep denominators, roots and logarithms above 0"
+    how = f"print(grad.isfinite().all())  # in {facts.custom}.backward: what is 0 or Inf there?"
     return _fix(f"Correct the backward pass of `{facts.custom}`", how, None)
 
 
@@ -563,6 +572,10 @@ def _patch(facts: OperationFacts, way: str, **options: object) -> OperationPatch
 
 def _name(argument: ArgumentFacts | None, other: str = "y") -> str:
     return argument.name if argument is not None and argument.name else other
+
+
+def _number(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-")
 
 
 def _snake(operation: str) -> str:

@@ -153,7 +153,7 @@ class ForwardTrace(TorchFunctionMode):
                 source = NonFiniteSource("", "", "", "", nonfinite_kind(tensor), 0, outside=True, path=path)
                 self._remember(tensor, source)
         for name, part in module.named_modules():
-            if part is not module:
+            if part is not module and not isinstance(part, torch.jit.RecursiveScriptModule):
                 part.register_forward_pre_hook(self._enter(name), with_kwargs=True)
                 part.register_forward_hook(self._leave, always_call=True)
 
@@ -251,6 +251,11 @@ class ForwardTrace(TorchFunctionMode):
         given = bound(call.func, call.name, call.args, call.kwargs)
         role = next((r for r, value in given.items() if value is tensor), "")
         name = self._names.get(_storage(tensor), "") or variable_name(tensor)
+        if tensor.grad_fn is not None:  # it was computed where torch cannot be observed
+            (module, layer), own = self._running[-1], _own_class(tensor.grad_fn)
+            facts = OperationFacts("", custom=own) if own else None
+            values, operation = nonfinite_kind(tensor), tensor.grad_fn.name().rsplit("::", 1)[-1]
+            return NonFiniteSource(operation, module, layer, current_line(), values, self._calls, facts=facts)
         # An infinity that nothing computed is a constant, and intended.
         intended = nonfinite_kind(tensor) == "Inf"
         here = self._here(call.name, [tensor])
@@ -422,9 +427,8 @@ class BackwardTrace:
             if call is None or call.function == "grad"
             else facts_of(call, self._forward.provenance)
         )
-        own = getattr(type(node), "_forward_cls", None)
-        if own is not None and own.__module__.partition(".")[0] != "torch":
-            facts = OperationFacts("", custom=own.__name__)
+        if own := _own_class(node):
+            facts = OperationFacts("", custom=own)
         facts = replace(facts, unselected=unselected, chooser=chooser)
         return NonFiniteSource(
             name, module, layer, line, values, len(self._sources), dtype=dtype, overflow=overflow, facts=facts
@@ -446,6 +450,12 @@ class BackwardTrace:
                     seen.add(parent)
                     pending.append(parent)
         return ""
+
+
+def _own_class(node: Any) -> str:
+    """Return the class of a function with its own backward pass; empty for those of torch."""
+    own = getattr(type(node), "_forward_cls", None)
+    return "" if own is None or own.__module__.partition(".")[0] == "torch" else own.__name__
 
 
 def _is_loss(function: str) -> bool:

@@ -1,5 +1,6 @@
 """The first fix of a NaN belongs to the operation that made it, in the way it was used, was tried, and cures."""
 
+import ast
 import math
 import warnings
 
@@ -390,6 +391,10 @@ def test_the_first_fix_belongs_to_the_operation_was_tried_and_cures(
     assert words in f"{first.name} {first.how}", str(diagnosis)
     assert (first.tried, math.isfinite(first.loss)) == (True, True), str(diagnosis)
     assert not any("Find the operation" in fix.name for fix in diagnosis.remedies)
+    for fix in diagnosis.remedies:
+        ast.parse(fix.how)
+        assert max(map(len, fix.how.splitlines())) <= 98, fix.how
+        assert max(map(len, fix.name.split(" + "))) <= 70, fix.name
     cured = Net(loss, cured=True, build=build)
     optimizer = torch.optim.Adam(cured.parameters(), lr=1e-3)
     for _ in range(30):

@@ -121,12 +121,12 @@ def run_cure(step: SandboxedStep, changes: tuple[Change, ...], steps: int = _STE
             optimizer.zero_grad()
             with _patched(changes) as modes:
                 loss = step.loss_of(_batch(copy(step.batch), changes))
-                taken += 1
-            used = all(mode.used for mode in modes)
-            now = float(loss.detach())
-            if not (used and math.isfinite(now)):
-                break
-            loss.backward()  # type: ignore[no-untyped-call]
+                taken, now = taken + 1, float(loss.detach())
+                used = all(mode.used for mode in modes)
+                if not (used and math.isfinite(now)):
+                    break
+                # With the change too, where activations are recomputed. `Tensor.backward` would leave the mode.
+                torch.autograd.backward(loss)
             gradients = [p.grad for p in parameters.values() if p.grad is not None]
             if not all(is_finite(gradient) for gradient in gradients):
                 now = math.nan
