@@ -19,10 +19,10 @@ from lightning_gradguard.diagnosis.context import (
 )
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
 from lightning_gradguard.diagnosis.nan_origin import Place
+from lightning_gradguard.diagnosis.operation_evidence import is_opaque
 from lightning_gradguard.diagnosis.operation_fixes import (
     SHOW_OPERATIONS,
     find_operation_fixes,
-    is_opaque,
     parameter_fixes,
     tensor_fixes,
 )

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.operation_fixes import explain, is_initial, is_opaque
+from lightning_gradguard.diagnosis.operation_evidence import explain, is_initial, is_opaque
 from lightning_gradguard.diagnosis.wording import listing, number, quote
+from lightning_gradguard.introspection.backward_trace import BackwardTrace
 from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
-from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
+from lightning_gradguard.introspection.nonfinite_trace import ForwardTrace, NonFiniteSource
 from lightning_gradguard.introspection.operation_facts import OperationFacts
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 
@@ -53,8 +54,8 @@ class Origin:
         in_data: True if no parameter is used before it, so that it belongs to what prepares the batch.
         given: True if the operation was given infinities that were intended, such as a mask's, and made NaN of them.
         names: Parameters that hold NaN or Inf themselves.
-        tensor: Tensor that held NaN or Inf, and that is not in the batch and was not computed: its place in the module, such
-            as ``loss.weight``, or the user's variable; empty if it is not known.
+        tensor: Tensor that held NaN or Inf, and that is not in the batch and was not computed: its place in the module,
+            such as ``loss.weight``, or the user's variable; empty if it is not known.
         role: Name of the argument that it was given as, such as ``weight``.
         in_module: True if ``tensor`` is a place in the module.
         facts: What the operation was given; None if it was not seen.

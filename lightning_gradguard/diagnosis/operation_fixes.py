@@ -1,6 +1,6 @@
 """Fixes of one operation that made NaN or Inf, by how it was used.
 
-To add one: add the operation to `_DOMAINS`, or a function to `_TABLE`. Each fix has a `OperationPatch` by which it can be
+To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. Each fix has a `OperationPatch` by which it can be
 tried, unless only the user can make it.
 """
 
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
-
-import torch
 
 from lightning_gradguard.diagnosis.diagnosis import Remedy
+from lightning_gradguard.diagnosis.operation_domains import DOMAINS, ends_of
+from lightning_gradguard.diagnosis.operation_evidence import critical_argument, is_opaque
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.operation_patch import OperationPatch
-from lightning_gradguard.diagnosis.wording import count, quote
 from lightning_gradguard.introspection.operation_facts import (
     ArgumentFacts,
     Condition,
@@ -24,70 +22,6 @@ from lightning_gradguard.introspection.operation_facts import (
 )
 from lightning_gradguard.introspection.operations import operation_of
 
-
-class Domain(NamedTuple):
-    """Arguments for which a function and its slope are finite.
-
-    Attributes:
-        argument: Place of the argument.
-        low: End of the domain below; None without one.
-        high: End of the domain above; None without one.
-        fill: A value well inside.
-        words: The domain in words.
-        what: The argument in words.
-        call: Code of the call, with ``{}`` for the argument.
-    """
-
-    argument: str
-    low: float | None
-    high: float | None
-    fill: float
-    words: str
-    what: str
-    call: str
-
-
-_POSITIVE, _INSIDE = "above 0", "between -1 and 1"
-_DOMAINS = {
-    "log": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of the logarithm", "torch.log({})"),
-    "log2": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of `log2`", "torch.log2({})"),
-    "log10": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of `log10`", "torch.log10({})"),
-    "log1p": Domain("0", -1.0, None, 0.0, "above -1", "the argument of `log1p`", "torch.log1p({})"),
-    "xlogy": Domain("1", 0.0, None, 1.0, _POSITIVE, "the argument of the logarithm", "torch.xlogy(p, {})"),
-    "entr": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of the entropy", "torch.special.entr({})"),
-    "logit": Domain("0", 0.0, 1.0, 0.5, "between 0 and 1", "the argument of `logit`", "torch.logit({})"),
-    "sqrt": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of the square root", "torch.sqrt({})"),
-    "rsqrt": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of the square root", "torch.rsqrt({})"),
-    "acos": Domain("0", -1.0, 1.0, 0.0, _INSIDE, "the argument of `acos`", "torch.acos({})"),
-    "asin": Domain("0", -1.0, 1.0, 0.0, _INSIDE, "the argument of `asin`", "torch.asin({})"),
-    "atanh": Domain("0", -1.0, 1.0, 0.0, _INSIDE, "the argument of `atanh`", "torch.atanh({})"),
-    "erfinv": Domain("0", -1.0, 1.0, 0.0, _INSIDE, "the argument of `erfinv`", "torch.erfinv({})"),
-    "acosh": Domain("0", 1.0, None, 2.0, "above 1", "the argument of `acosh`", "torch.acosh({})"),
-    "lgamma": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of `lgamma`", "torch.lgamma({})"),
-    "digamma": Domain("0", 0.0, None, 1.0, _POSITIVE, "the argument of `digamma`", "torch.digamma({})"),
-    "polygamma": Domain(
-        "1", 0.0, None, 1.0, _POSITIVE, "the argument of `polygamma`", "torch.polygamma(n, {})"
-    ),
-    "exp": Domain("0", None, 30.0, 0.0, "below 30", "the argument of `exp`", "torch.exp({})"),
-    "exp2": Domain("0", None, 40.0, 0.0, "below 40", "the argument of `exp2`", "torch.exp2({})"),
-    "expm1": Domain("0", None, 30.0, 0.0, "below 30", "the argument of `expm1`", "torch.expm1({})"),
-    "sinh": Domain("0", -30.0, 30.0, 0.0, "between -30 and 30", "the argument of `sinh`", "torch.sinh({})"),
-    "cosh": Domain("0", -30.0, 30.0, 0.0, "between -30 and 30", "the argument of `cosh`", "torch.cosh({})"),
-    "square": Domain(
-        "0", -1e4, 1e4, 0.0, "between -1e4 and 1e4", "the argument of `square`", "torch.square({})"
-    ),
-    "poisson_nll_loss": Domain(
-        "input",
-        0.0,
-        None,
-        1.0,
-        _POSITIVE,
-        "the rate of the Poisson loss",
-        "F.poisson_nll_loss({}, y, log_input=False)",
-    ),
-}
-#: Domains whose ends are safe themselves.
-_CLOSED = frozenset({"exp", "exp2", "expm1", "sinh", "cosh", "square"})
 #: Distributions of torch to the parameter that has to stay above zero.
 _SCALES = {
     **dict.fromkeys(
@@ -97,6 +31,10 @@ _SCALES = {
     **dict.fromkeys(("Categorical", "Bernoulli", "Multinomial", "Binomial", "Geometric"), "probs"),
     **{"NegativeBinomial": "total_count", "Beta": "concentration1", "Dirichlet": "concentration"},
 }
+SHOW_OPERATIONS = Remedy(
+    "Run this part eagerly, so that its operations are seen",
+    'torch.compiler.set_stance("force_eager")  # checkpoint(..., use_reentrant=False); no torch.jit',
+)
 
 
 def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool = False) -> list[Remedy]:
@@ -120,96 +58,12 @@ def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool =
     return list({fix.key: fix for fix in found}.values())
 
 
-SHOW_OPERATIONS = Remedy(
-    "Run this part eagerly, so that its operations are seen",
-    'torch.compiler.set_stance("force_eager")  # checkpoint(..., use_reentrant=False); no torch.jit',
-)
-
-
-def is_opaque(node: str) -> bool:
-    """Return True for a node that hides the operations that it runs."""
-    return node.startswith(("CompiledFunction", "CheckpointFunction", "DifferentiableGraph"))
-
-
-def explain(facts: OperationFacts) -> str:
-    """Return what was special about an operation's arguments, in one clause; empty if nothing was."""
-    n, condition = facts.count, next(iter(facts.conditions), None)
-    match condition:
-        case Condition.ONE_ELEMENT:
-            return "the unbiased spread of a single element is 0 / 0"
-        case Condition.EMPTY:
-            return "the mean over no element is 0 / 0"
-        case Condition.ALL_IGNORED:
-            index = facts.setting("ignore_index") or "-100"
-            return (
-                f"all {count(n, 'label')} are ignored (ignore_index={index}), and the mean over none is 0 / 0"
-            )
-        case Condition.ZERO_WEIGHT:
-            return f"the class weights of {count(n, 'label')} sum to 0, and the loss is divided by this sum"
-        case Condition.HIDDEN_TARGET:
-            return f"a mask of -Inf hides the class that is the target, in {count(n, 'row')}"
-        case Condition.TOO_LONG:
-            return (
-                f"{count(n, 'target is', 'targets are')} longer than the input, so no alignment is possible"
-            )
-        case Condition.HIDDEN_ROW:
-            return f"a mask hides every entry of {count(n, 'row')}"
-        case Condition.ZERO_VECTOR:
-            names = facts.arguments[0].parameters if facts.arguments else ()
-            what = f" of {quote(names[0])}" if names else ""
-            return f"the norm{what} is 0 in {count(n, 'row')}, and 0 over its norm is 0 / 0"
-        case Condition.REPEATED_VALUES:
-            values = "singular values" if facts.function == "svd" else "eigenvalues"
-            matrices = count(n, "matrix has", "matrices have")
-            return f"{matrices} repeated {values}, and the slope contains 1 over their difference"
-    return _explain_values(facts)
-
-
-def _explain_values(facts: OperationFacts) -> str:
-    if facts.unselected and facts.chooser:
-        return f"its slope is infinite only where `torch.{facts.chooser}` leaves the result out, but 0 * Inf is NaN"
-    argument = _critical(facts)
-    if argument is None:
-        return ""
-    name = argument.name or next(iter(argument.parameters), "")
-    whose = f" of {quote(name)}" if name else " of its argument"
-    if argument.zeros:
-        return f"{count(argument.zeros, 'element')}{whose} {'is' if argument.zeros == 1 else 'are'} 0"
-    if argument.negatives and facts.function not in ("acos", "asin", "atanh", "erfinv"):
-        return f"{count(argument.negatives, 'element')}{whose} {'is' if argument.negatives == 1 else 'are'} below 0"
-    return ""
-
-
-def _critical(facts: OperationFacts) -> ArgumentFacts | None:
-    """Return the argument on which it depends that the result is finite."""
-    if facts.function in _CLOSED or not facts.arguments:
-        return None
-    role = (
-        "1"
-        if facts.function == "div"
-        else _DOMAINS[facts.function].argument
-        if facts.function in _DOMAINS
-        else "0"
-    )
-    return next((argument for argument in facts.arguments if argument.role == role), None)
-
-
 # A tensor of the module is at fault.
-
-
-def is_initial(facts: OperationFacts | None) -> bool:
-    """Return True if a parameter by itself makes the argument zero, so that its first value is wrong."""
-    if facts is None:
-        return False
-    if Condition.ZERO_VECTOR in facts.conditions:
-        return True
-    argument = _critical(facts)
-    return argument is not None and bool(argument.parameters) and bool(argument.zeros or argument.negatives)
 
 
 def _of_tensors(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     """Yield the fix of a parameter or buffer of which an operation made NaN."""
-    argument = _critical(facts)
+    argument = critical_argument(facts)
     if Condition.ZERO_VECTOR in facts.conditions:
         argument = facts.arguments[0]
     if argument is None or not (argument.zeros or argument.negatives):
@@ -273,11 +127,11 @@ def parameter_fixes(names: tuple[str, ...]) -> list[Remedy]:
 
 
 def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
-    domain = _DOMAINS.get(function)
+    domain = DOMAINS.get(function)
     if domain is None:
         return
     argument = next((a for a in facts.arguments if a.role == domain.argument), None)
-    low, high = _ends(domain, function, argument)
+    low, high = ends_of(domain, function, argument)
     bounds = ", ".join(
         f"{side}={_number(end)}" for side, end in (("min", low), ("max", high)) if end is not None
     )
@@ -311,24 +165,6 @@ def _of_distribution(facts: OperationFacts, patch: OperationPatch | None) -> Rem
     low = "1e-4" if parameter == "scale" else "1e-6"
     how = f"{parameter} = {parameter}.clamp(min={low})  # or softplus(raw) + {low}"
     return _fix(f"Keep {parameter} of the {facts.distribution} distribution above 0", how, patch)
-
-
-def _ends(domain: Domain, function: str, argument: ArgumentFacts | None) -> tuple[float | None, float | None]:
-    """Return ends of the domain that are safe in the dtype."""
-    info = torch.finfo(
-        getattr(torch, argument.dtype if argument and "float" in argument.dtype else "float32")
-    )
-    if function in _CLOSED:
-        small = 10.0 if info.max < 1e5 else None
-        return domain.low, small if small and domain.high and domain.high < 100 else domain.high
-    margin = 1e-4 if info.max < 1e5 else 1e-8
-    near = max(1e-6, 2 * info.eps)  # beside 1, smaller margins round away
-    low = (
-        None
-        if domain.low is None
-        else domain.low + (margin if domain.low == 0 and domain.high is None else near)
-    )
-    return low, None if domain.high is None else domain.high - near
 
 
 # Divisions and powers.

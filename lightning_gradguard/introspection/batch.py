@@ -21,7 +21,8 @@ _TARGET_ENDS = tuple(end for name in _TARGETS for end in (f"[{name!r}]", f".{nam
 _DEEPEST = 5
 #: Packages whose objects hold no tensors of a batch, or hold those of the training.
 _NOT_BATCHES = frozenset({
-    "builtins", "torch", "numpy", "pandas", "polars", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard",
+    "builtins", "torch", "numpy", "pandas", "polars",
+    "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard",
 })  # fmt: skip
 
 

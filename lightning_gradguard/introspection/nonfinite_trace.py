@@ -1,6 +1,6 @@
 """Trace the operation that made the first NaN.
 
-`ForwardTrace` observes every function of torch in a forward pass, `BackwardTrace` every node of an autograd graph.
+`ForwardTrace` observes every function of torch in a forward pass; `backward_trace` does so for the backward pass.
 `exact_size` tells a number that is merely too large for its dtype from one that has no finite value.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,12 +26,10 @@ from lightning_gradguard.introspection.operation_facts import (
     canonical,
     facts_of,
 )
-from lightning_gradguard.introspection.operations import VIEWS, kind_of, operation_of
 from lightning_gradguard.introspection.user_lines import (
     current_distribution,
     current_line,
     current_site,
-    line_of,
     variable_name,
 )
 
@@ -47,27 +46,10 @@ _SIGNS = {
     **dict.fromkeys(("sub", "rsub"), "-"),
     **{"matmul": "@", "setitem": "[...] =", "getitem": "[...]"},
 }
-#: Operations whose gradient is a sum, product or copy of what they are given, so that an Inf out of it is an overflow.
-_ARITHMETIC = frozenset(
-    {"Mul", "Add", "Sub", "Neg", "Sum", "Expand", "Repeat", "ToCopy", "Cat", "Index", "Gather"}
-)
-#: Operations that leave out elements, by the name of their function.
-_CHOOSERS = {
-    "Where": "where",
-    "MaskedFill": "masked_fill",
-    "MaskedScatter": "masked_scatter",
-    "MaskedSelect": "masked_select",
-}
 #: Functions that make a tensor of numbers which torch has not computed.
 _FROM_OUTSIDE = frozenset({"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"})
 #: Functions whose results are known by them also where no gradient is computed.
 _REMEMBERED = frozenset({"std", "var", "norm"})
-#: Operations from element to element, through which an operation may reach one of these.
-_ELEMENTWISE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Neg", "Rsub", "Pow", "Sqrt", "Log", "Exp", "Abs", *VIEWS}
-)
-#: Steps that are searched for them.
-_REACH = 24
 
 
 @dataclass(frozen=True)
@@ -85,8 +67,8 @@ class NonFiniteSource:
         given: The operation was given infinities that were intended, and made NaN of them.
         outside: It was not computed in this pass: a tensor from elsewhere held it already.
         path: Place of that tensor in the batch; empty if it is none of the batch's.
-        tensor: Place of that tensor in the module, such as ``loss.weight``, or the user's variable that holds it; empty if
-            it is not known.
+        tensor: Place of that tensor in the module, such as ``loss.weight``, or the user's variable that holds it; empty
+            if it is not known.
         role: Name of the argument that it was given as.
         dtype: The result's, such as "float16".
         overflow: Largest magnitude of the exact result, where that is merely too large for the dtype; else 0.
@@ -153,9 +135,10 @@ class ForwardTrace(TorchFunctionMode):
                 source = NonFiniteSource("", "", "", "", nonfinite_kind(tensor), 0, outside=True, path=path)
                 self._remember(tensor, source)
         for name, part in module.named_modules():
-            if part is not module and not isinstance(part, torch.jit.RecursiveScriptModule):
-                part.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                part.register_forward_hook(self._leave, always_call=True)
+            if part is not module:
+                with suppress(RuntimeError):  # a scripted module takes no hooks
+                    part.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                    part.register_forward_hook(self._leave, always_call=True)
 
     def source_of(self, tensor: Tensor) -> NonFiniteSource | None:
         """Return a non-finite tensor's source, or None."""
@@ -217,10 +200,10 @@ class ForwardTrace(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         sources = [self.provenance(t)[1] for t in given]
         parameters = tuple(dict.fromkeys(n for names in sources for n in names)) if all(sources) else ()
-        held = (args, kwargs) if canonical(name) in HELD else ((), {})
+        own_args, own_kwargs = (args, kwargs) if canonical(name) in HELD else ((), {})
         known = tuple(self._known[_storage(t)][1] for t in given if _storage(t) in self._known)
-        where = (current_site(), current_distribution(), self._running[-1])
-        call = Call(func, name, *held, *where, parameters, known)
+        site, distribution, module = current_site(), current_distribution(), self._running[-1]
+        call = Call(func, name, own_args, own_kwargs, site, distribution, module, parameters, known)
         if call.function in _REMEMBERED:
             self._made.update({_storage(t): (t, call.function) for t in outputs if t.grad_fn is None})
         for tensor in given:
@@ -252,7 +235,7 @@ class ForwardTrace(TorchFunctionMode):
         role = next((r for r, value in given.items() if value is tensor), "")
         name = self._names.get(_storage(tensor), "") or variable_name(tensor)
         if tensor.grad_fn is not None:  # it was computed where torch cannot be observed
-            (module, layer), own = self._running[-1], _own_class(tensor.grad_fn)
+            (module, layer), own = self._running[-1], own_class(tensor.grad_fn)
             facts = OperationFacts("", custom=own) if own else None
             values, operation = nonfinite_kind(tensor), tensor.grad_fn.name().rsplit("::", 1)[-1]
             return NonFiniteSource(operation, module, layer, current_line(), values, self._calls, facts=facts)
@@ -284,11 +267,12 @@ class ForwardTrace(TorchFunctionMode):
         if "NaN" in here.values and not any(math.isnan(n) for n in asked):
             return replace(here, given=True, facts=facts_of(call, self.provenance, bad[0]))
         is_masked = bool(asked) and not any(math.isnan(n) for n in asked)
-        facts = facts_of(call, self.provenance, bad[0]) if is_masked or _is_loss(call.function) else None
-        if facts is not None and _is_loss(call.function):
-            return replace(here, given=True, facts=facts)
+        has_facts = is_masked or _is_loss(call.function)
+        masked = facts_of(call, self.provenance, bad[0]) if has_facts else None
+        if masked is not None and _is_loss(call.function):
+            return replace(here, given=True, facts=masked)
         # A NaN is never intended: no later operation can make it disappear on purpose.
-        return earlier[0] if earlier else replace(here, intended="NaN" not in here.values, facts=facts)
+        return earlier[0] if earlier else replace(here, intended="NaN" not in here.values, facts=masked)
 
     def _here(self, name: str, tensors: list[Tensor]) -> NonFiniteSource:
         module, layer = self._running[-1]
@@ -332,127 +316,7 @@ class ForwardTrace(TorchFunctionMode):
                 pending += [child for child, _ in node.next_functions if child is not None]
 
 
-class BackwardTrace:
-    """Hooks that observe one backward pass.
-
-    Args:
-        loss: The tensor that will be differentiated, once.
-        forward: The trace of its forward pass.
-    """
-
-    def __init__(self, loss: Tensor, forward: ForwardTrace) -> None:
-        self._forward = forward
-        self._nodes: list[Any] = [loss.grad_fn]
-        self._parents: dict[Any, list[tuple[int, int]]] = {}
-        self._bad: dict[int, tuple[bool, ...]] = {}
-        self._arrived: dict[
-            int, Tensor
-        ] = {}  # at operations that leave out elements: where a gradient arrives
-        self._sources: dict[int, NonFiniteSource] = {}  # in the order of the backward pass
-        for index, node in enumerate(self._nodes):  # grows during the loop
-            for slot, (child, _) in enumerate(node.next_functions):
-                if child is not None:
-                    if child not in self._parents:
-                        self._parents[child] = []
-                        self._nodes.append(child)
-                    self._parents[child].append((index, slot))
-            if node.next_functions:
-                node.register_hook(self._inspect(index))
-
-    def first_source(self) -> tuple[NonFiniteSource, bool, bool] | None:
-        """Return the first source that reaches a gradient.
-
-        The first flag is True if it lies in the loss, the second if it lies in the forward pass: a node that was given NaN
-        or Inf there. None without a source.
-        """
-        leaves = [n for n in self._nodes if not n.next_functions]
-        gradients = [(n, getattr(getattr(n, "variable", None), "grad", None)) for n in leaves]
-        pending = [n for n, gradient in gradients if gradient is not None and not is_finite(gradient)]
-        seen, reached = set(pending), set()
-        while pending:
-            for index, slot in self._parents.get(pending.pop(), ()):
-                node = self._nodes[index]
-                if self._bad.get(index, ())[slot : slot + 1] != (True,):
-                    continue
-                if index in self._sources:
-                    reached.add(index)
-                elif node not in seen:
-                    seen.add(node)
-                    pending.append(node)
-        first = next((index for index in self._sources if index in reached), None)
-        if first is None:
-            return None
-        call = self._forward.calls.get(self._nodes[first])
-        earlier = [source for source in (() if call is None else call.given) if not source.intended]
-        if earlier:
-            source, node = min(earlier, key=lambda source: source.call), self._sources[first]
-            if source.facts is not None and node.facts is not None:
-                facts = replace(source.facts, unselected=node.facts.unselected, chooser=node.facts.chooser)
-                source = replace(source, facts=facts)
-            return source, source.call > self._forward.last_use, True
-        in_loss = self._nodes[first]._sequence_nr() > self._forward.last_sequence
-        return self._sources[first], in_loss, False
-
-    def _inspect(self, index: int) -> Callable[..., None]:
-        def hook(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
-            if operation_of(self._nodes[index].name()) in _CHOOSERS and incoming[0] is not None:
-                self._arrived[index] = incoming[0] != 0
-            bad = tuple(g is not None and not is_finite(g) for g in produced)
-            if not any(bad):
-                return
-            self._bad[index] = bad
-            if all(g is None or is_finite(g) for g in incoming):
-                worst = [g for g, is_bad in zip(produced, bad, strict=True) if is_bad and g is not None]
-                unselected = _is_unselected(produced, incoming)
-                chooser = self._chooser(index, worst) if unselected else ""
-                self._sources[index] = self._describe(index, worst, unselected=unselected, chooser=chooser)
-
-        return hook
-
-    def _describe(
-        self, index: int, worst: list[Tensor], *, unselected: bool, chooser: str
-    ) -> NonFiniteSource:
-        node = self._nodes[index]
-        name, operation = node.name().rsplit("::", 1)[-1], operation_of(node.name())
-        call = self._forward.calls.get(node)
-        module, layer = self._forward.owners.get(node, ("", ""))
-        values = nonfinite_kind(*worst)
-        is_sum = operation in _ARITHMETIC or kind_of(operation) == "product"
-        line = line_of(node.metadata.get("traceback_", ()))
-        dtype = str(worst[0].dtype).removeprefix("torch.")
-        overflow = math.inf if is_sum and values == "Inf" else 0.0
-        # The nodes of a gradient that is differentiated again are those of other functions.
-        facts = (
-            OperationFacts("")
-            if call is None or call.function == "grad"
-            else facts_of(call, self._forward.provenance)
-        )
-        if own := _own_class(node):
-            facts = OperationFacts("", custom=own)
-        facts = replace(facts, unselected=unselected, chooser=chooser)
-        return NonFiniteSource(
-            name, module, layer, line, values, len(self._sources), dtype=dtype, overflow=overflow, facts=facts
-        )
-
-    def _chooser(self, index: int, worst: list[Tensor]) -> str:
-        """Return the operation that leaves out the elements without a finite gradient; empty without one."""
-        pending, seen = [index], {index}
-        while pending and len(seen) < _REACH:
-            for parent, _ in self._parents.get(self._nodes[pending.pop(0)], ()):
-                operation = operation_of(self._nodes[parent].name())
-                if operation in _CHOOSERS:
-                    arrived = self._arrived.get(parent)
-                    bad = ~worst[0].isfinite()
-                    # A gradient that is zero before it gets there is left out by something else.
-                    known = arrived is not None and arrived.shape == bad.shape
-                    return _CHOOSERS[operation] if not known or bool(arrived[bad].any()) else ""
-                if parent not in seen and operation in _ELEMENTWISE:
-                    seen.add(parent)
-                    pending.append(parent)
-        return ""
-
-
-def _own_class(node: Any) -> str:
+def own_class(node: Any) -> str:
     """Return the class of a function with its own backward pass; empty for those of torch."""
     own = getattr(type(node), "_forward_cls", None)
     return "" if own is None or own.__module__.partition(".")[0] == "torch" else own.__name__
@@ -462,18 +326,9 @@ def _is_loss(function: str) -> bool:
     return function in ("cross_entropy", "kl_div") or function.endswith("_loss")
 
 
-def _is_unselected(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> bool:
-    """Return True if gradients are NaN or Inf only where the incoming one is zero."""
-    came = next((g for g in incoming if g is not None), None)
-    bad = [g for g in produced if g is not None and not is_finite(g)]
-    if came is None or any(g.shape != came.shape for g in bad):
-        return False
-    return all(bool((came[~g.isfinite()] == 0).all()) for g in bad)
-
-
 def _names_of(module: nn.Module) -> dict[int, str]:
     """Return the names of a module's tensors, by storage: parameters, buffers, plain attributes."""
-    names = {}
+    names: dict[int, str] = {}
     for prefix, part in module.named_modules():
         own = {**vars(part), **part._buffers, **part._parameters}
         for name, value in own.items():

@@ -37,14 +37,16 @@ WEIGHTED_LOSSES = frozenset({
 })  # fmt: skip
 #: Functions whose arguments are held until the backward pass is over.
 HELD = frozenset({
-    "log", "log2", "log10", "log1p", "xlogy", "entr", "logit", "sqrt", "rsqrt", "div", "reciprocal", "pow", "exp", "exp2",
-    "expm1", "sinh", "cosh", "square", "acos", "asin", "atanh", "acosh", "erfinv", "hypot", "atan2", "lgamma", "digamma",
-    "polygamma", "svd", "eigh", "eig", "qr", "cholesky", "inverse", "solve", "logdet", "slogdet", "std", "var", "std_mean",
-    "var_mean", "cov", "corrcoef", "mean", "softmax", "log_softmax", "logsumexp", "logaddexp", "logcumsumexp", "norm",
-    "scaled_dot_product_attention", "multi_head_attention_forward", "cross_entropy", "nll_loss", "ctc_loss", "kl_div",
-    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
-    "layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm", "normalize", "cosine_similarity",
-    "pairwise_distance", "cdist", "weight_norm", "weight_norm_interface", "poisson_nll_loss", "gaussian_nll_loss", "mul",
+    "log", "log2", "log10", "log1p", "xlogy", "entr", "logit", "sqrt", "rsqrt", "div", "reciprocal",
+    "pow", "exp", "exp2", "expm1", "sinh", "cosh", "square", "acos", "asin", "atanh", "acosh", "erfinv",
+    "hypot", "atan2", "lgamma", "digamma", "polygamma", "svd", "eigh", "eig", "qr", "cholesky",
+    "inverse", "solve", "logdet", "slogdet", "std", "var", "std_mean", "var_mean", "cov", "corrcoef",
+    "mean", "softmax", "log_softmax", "logsumexp", "logaddexp", "logcumsumexp", "norm",
+    "scaled_dot_product_attention", "multi_head_attention_forward", "cross_entropy", "nll_loss",
+    "ctc_loss", "kl_div", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "layer_norm", "group_norm", "rms_norm", "instance_norm",
+    "batch_norm", "normalize", "cosine_similarity", "pairwise_distance", "cdist", "weight_norm",
+    "weight_norm_interface", "poisson_nll_loss", "gaussian_nll_loss", "mul",
 })  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from lightning_gradguard.diagnosis.causes.data import outputs_too_large
 from lightning_gradguard.diagnosis.causes.numerics import FROM_THE_START
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.operation_fixes import is_initial
+from lightning_gradguard.diagnosis.operation_evidence import is_initial
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
 from lightning_gradguard.results import Fault
 

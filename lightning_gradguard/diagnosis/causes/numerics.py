@@ -9,7 +9,7 @@ import torch
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
-from lightning_gradguard.diagnosis.operation_fixes import is_initial
+from lightning_gradguard.diagnosis.operation_evidence import is_initial
 from lightning_gradguard.diagnosis.wording import number, quote
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -60,9 +60,9 @@ def try_cures(
 ) -> Diagnosis:
     """Return the diagnosis with the fixes that cure first.
 
-    The operation that made the first NaN or Inf is replaced in the sandbox, as the fix says. A fix cures if the loss and
-    all gradients are finite then, and stay finite over some virtual steps. Where the replay of the fixed step finds
-    another operation, both are fixed together. All trials together take at most `MAX_PASSES` passes.
+    The operation that made the first NaN or Inf is replaced in the sandbox, as the fix says. A fix cures if the loss
+    and all gradients are finite then, and stay finite over some virtual steps. Where the replay of the fixed step
+    finds another operation, both are fixed together. All trials together take at most `MAX_PASSES` passes.
 
     Args:
         diagnosis: The diagnosis, with the fixes that its evidence suggests.
@@ -74,21 +74,29 @@ def try_cures(
         step = sandboxed_step_of()
     except ValueError as error:
         return dataclasses.replace(diagnosis, trials=(f"No fix was tried: {str(error).rstrip('.')}.",))
-    passes, cured, untried, failed = 0, [], [], []
+    cured: list[Remedy] = []
+    untried: list[Remedy] = []
+    failed: list[Remedy] = []
+    passes = 0
     for fix in diagnosis.remedies:
         if not is_cure(fix) or passes + _STEPS + 1 > MAX_PASSES:
             untried.append(dataclasses.replace(fix, note=fix.note or _UNTRIED))
             continue
         tried, taken = _try(fix, step, MAX_PASSES - passes)
         passes += taken
-        (failed if not tried.tried else cured if math.isfinite(tried.loss or 0.0) else failed).append(tried)
+        is_finite_loss = tried.loss is not None and math.isfinite(tried.loss)
+        (untried if not tried.tried else cured if is_finite_loss else failed).append(tried)
     cured.sort(key=lambda fix: len(fix.how.splitlines()))  # one operation before several
-    sentences = [
-        f"{count(len(cured) + sum(f.tried for f in failed), 'fix was', 'fixes were')} tried on copies of the weights and "
-        f"the batch, in {count(passes, 'pass', 'passes')}; the training itself is unchanged.",
-        f"A fix cures if loss and gradients are finite with it, and stay finite over {_STEPS} trial steps.",
-    ]
-    if not cured:
+    number = len(cured) + len(failed)
+    if not number:
+        sentences = ["No fix was tried: none of them can be made on a copy of the model."]
+    else:
+        sentences = [
+            f"{count(number, 'fix was', 'fixes were')} tried on copies of the weights and the batch, in "
+            f"{count(passes, 'pass', 'passes')}; the training itself is unchanged.",
+            f"A fix cures if loss and gradients are finite with it, and stay finite over {_STEPS} trial steps.",
+        ]
+    if failed and not cured:
         sentences.insert(0, "None of the fixes that were tried cures this step by itself.")
     return dataclasses.replace(diagnosis, remedies=(*cured, *untried, *failed), trials=tuple(sentences))
 
@@ -139,7 +147,8 @@ def run_cure(step: SandboxedStep, changes: tuple[Change, ...], steps: int = _STE
 def _try(fix: Remedy, step: SandboxedStep, budget: int) -> tuple[Remedy, int]:
     """Return the fix with what a trial of it showed, and the passes that it took."""
     assert fix.change is not None
-    changes, names, hows, passes = (fix.change,), [fix.name], [fix.how], 0
+    changes: tuple[Change, ...] = (fix.change,)
+    names, hows, passes = [fix.name], [fix.how], 0
     while True:
         try:
             result = run_cure(step, changes)
@@ -210,8 +219,9 @@ def _patched(changes: tuple[Change, ...]) -> Iterator[list[PatchedOperation]]:
     """Replace the operations of the changes."""
     patches = [change.operation for change in changes if change.operation is not None]
     modes = [PatchedOperation(patch) for patch in patches if patch.site is not None]
-    first, second, third = [*modes, *[nullcontext()] * _TOGETHER][:_TOGETHER]
-    with first, second, third:
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
         yield modes
 
 
