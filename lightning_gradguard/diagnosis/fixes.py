@@ -182,6 +182,8 @@ def _fixes_of_origin(cause: Cause, context: DiagnosticContext) -> list[Remedy | 
     if origin.place == Place.BATCH and cause == Cause.BAD_DATA:
         paths = [entry.path for entry in origin.entries]
         return [look_at_bad_rows(context, paths), drop_rows(paths), fill_in(paths)]
+    if origin.fills_in:
+        return [fill_in_before(origin.tensor), drop_rows([origin.tensor])]
     if origin.located and not origin.operation:
         return [SHOW_OPERATIONS, *stable_forms(context)[:2]]
     if origin.located and is_opaque(origin.operation):
@@ -370,6 +372,14 @@ def fill_in(paths: Sequence[str]) -> Remedy:
     x = paths[0] if paths else "x"
     how = f"{x} = torch.nan_to_num({x}, nan=0.0, posinf=0.0, neginf=0.0)"
     return Remedy("Replace NaN and Inf by 0", how, change=Change(batch="fill") if paths else None)
+
+
+def fill_in_before(path: str) -> Remedy:
+    """Return code that masks values of the batch before they are used."""
+    how = f"y = torch.where({path}.isfinite(), {path}, 0.0)  # before the loss; mask its result as well"
+    return Remedy(
+        "Mask NaN and Inf before they are used, not only the result", how, change=Change(batch="fill")
+    )
 
 
 def look_at_bad_rows(context: DiagnosticContext, paths: Sequence[str] = ()) -> Remedy:

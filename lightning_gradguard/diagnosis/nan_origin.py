@@ -89,6 +89,11 @@ class Origin:
         """True if a named operation or module computed it."""
         return self.place in (Place.FORWARD, Place.BACKWARD) and bool(self.operation or self.module)
 
+    @property
+    def fills_in(self) -> bool:
+        """True if values of the batch made it that the step leaves out on purpose, but too late."""
+        return self.place == Place.BACKWARD and bool(self.tensor)
+
     def __str__(self) -> str:
         where = self._where()
         if self.place == Place.BATCH:
@@ -107,8 +112,8 @@ class Origin:
             return f"The first {self.values} of the forward pass comes from {where}{self._why()}."
         if self.place == Place.FORWARD and self.given:
             return (
-                f"The first {self.values} of the forward pass comes from {where}: its inputs were infinities set on purpose, "
-                f"such as those of a mask that hides every entry."
+                f"The first {self.values} of the forward pass comes from {where}: its inputs were infinities set on "
+                f"purpose, such as those of a mask that hides every entry."
             )
         if self.place == Place.FORWARD:
             return f"The first {self.values} of the forward pass comes from {where}{self._why()}."
@@ -123,9 +128,9 @@ class Origin:
             return "Every gradient is finite, but their norm overflows float32."
         if self.place == Place.NOWHERE:
             return (
-                "When the batch was replayed, the loss and all gradients were finite: it was not reproduced. Either random "
-                "numbers such as dropout were different, or an earlier micro-batch or another process made the NaN or Inf, "
-                "or the hardware did."
+                "When the batch was replayed, the loss and all gradients were finite: it was not reproduced. Either "
+                "random numbers such as dropout were different, or an earlier micro-batch or another process made the "
+                "NaN or Inf, or the hardware did."
             )
         return f"It is unknown where the NaN or Inf came from: {self.note}."
 
@@ -138,6 +143,10 @@ class Origin:
 
     def _why(self) -> str:
         """Return what was special about the operation; empty if nothing is known."""
+        if self.fills_in:
+            chooser = "" if self.facts is None else self.facts.chooser
+            left_out = f"{quote(self.tensor)} holds NaN or Inf where `torch.{chooser}` leaves the result out"
+            return f". There {left_out}, but its gradient is 0 * NaN"
         if not self.overflow:
             why = "" if self.facts is None else explain(self.facts)
             return f". {why[:1].upper()}{why[1:]}" if why else ""

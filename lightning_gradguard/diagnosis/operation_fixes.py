@@ -1,7 +1,7 @@
 """Fixes of one operation that made NaN or Inf, by how it was used.
 
-To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. Each fix has a `OperationPatch` by which it can be
-tried, unless only the user can make it.
+To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. Each fix has an `OperationPatch`
+by which it can be tried, unless only the user can make it.
 """
 
 from __future__ import annotations

@@ -88,6 +88,10 @@ class BackwardTrace:
         earlier = [source for source in (() if call is None else call.given) if not source.intended]
         if earlier:
             source, node = min(earlier, key=lambda source: source.call), self._sources[first]
+            if source.path and node.facts is not None and node.facts.chooser:
+                # Values of the batch that are left out on purpose: it is the gradient that still sees them.
+                in_loss = self._nodes[first]._sequence_nr() > self._forward.last_sequence
+                return replace(node, tensor=source.path), in_loss, False
             if source.facts is not None and node.facts is not None:
                 facts = replace(source.facts, unselected=node.facts.unselected, chooser=node.facts.chooser)
                 source = replace(source, facts=facts)

@@ -296,8 +296,8 @@ def _condition(
         hidden = (x == -math.inf).all(-1 if dim is None else dim)
         return (Condition.HIDDEN_ROW, int(hidden.sum())) if bool(hidden.any()) else (None, 0)
     if function in ("scaled_dot_product_attention", "multi_head_attention_forward"):
-        hidden_rows = sum(int(_hides_all(given[role]).sum()) for role in MASKS if given.get(role) is not None)
-        return (Condition.HIDDEN_ROW, hidden_rows) if hidden_rows else (None, 0)
+        rows = int(hidden_rows(function, given).sum())
+        return (Condition.HIDDEN_ROW, rows) if rows else (None, 0)
     if function in ("weight_norm", "weight_norm_interface"):
         dim = int(given.get("2", given.get("dim", 0)))
         norms = x.transpose(0, dim).flatten(1).norm(dim=1) if dim >= 0 else x.norm().reshape(1)
@@ -310,9 +310,30 @@ def _condition(
 MASKS = ("attn_mask", "key_padding_mask")
 
 
-def _hides_all(mask: Tensor) -> Tensor:
-    """Return the rows of a mask that hide all entries."""
-    return mask.all(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
+def hidden_rows(function: str, given: Mapping[str, Any]) -> Tensor:
+    """Return which rows of attention have every entry hidden, by all masks together.
+
+    Args:
+        function: Name of the attention.
+        given: Its arguments, by name.
+    """
+    # A boolean mask is True for what is hidden in a module, and for what is seen in the function itself.
+    seen = function == "scaled_dot_product_attention"
+    hidden = {role: _hidden(given[role], seen=seen) for role in MASKS if given.get(role) is not None}
+    if not hidden:
+        return torch.zeros(1, dtype=torch.bool)
+    pairs, keys = hidden.get("attn_mask"), hidden.get("key_padding_mask")
+    if pairs is None or keys is None:
+        return next(iter(hidden.values())).all(-1)
+    if pairs.ndim == 3 and keys.ndim == 2:  # [batch * heads, rows, columns]
+        keys = keys.repeat_interleave(len(pairs) // len(keys), 0)
+    return (pairs | keys.unsqueeze(-2)).all(-1)
+
+
+def _hidden(mask: Tensor, *, seen: bool) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask == -math.inf
+    return ~mask if seen else mask
 
 
 def _labels(given: Mapping[str, Any]) -> tuple[Condition | None, int]:

@@ -499,6 +499,34 @@ def test_a_batch_that_is_an_object_is_named_with_its_row(lab, value):
     assert not origin.overflow
 
 
+def test_missing_targets_that_are_left_out_too_late_are_masked_before(lab):
+    def loss(net, batch):
+        x, y = batch
+        return torch.where(y.isnan(), torch.zeros(()), (net(x) - y).square()).mean()
+
+    y = torch.zeros(8, 4)
+    y[2, :2] = math.nan
+    origin, diagnosis = diagnosed(lab, Net(loss), (X, y))
+    assert (origin.place, origin.tensor) == (Place.BACKWARD, "batch[1]")
+    assert "`batch[1]` holds NaN or Inf where `torch.where` leaves the result out" in str(origin)
+    assert diagnosis.causes[0] == LOSS
+    assert diagnosis.remedies[0].name.startswith("Mask NaN and Inf before")
+    assert diagnosis.remedies[0].tried
+
+
+def test_masks_that_hide_a_row_only_together(lab):
+    def causal_and_padded(net, x):
+        h, hidden = net(x)[None], torch.zeros(1, 8, dtype=torch.bool)
+        hidden[0, 0] = True  # padded on the left
+        causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        return net.attention(h, h, h, key_padding_mask=hidden, attn_mask=causal)[0].square().mean()
+
+    origin, diagnosis = diagnosed(lab, Net(causal_and_padded, build=with_attention))
+    assert "A mask hides every entry of 1 row." in str(origin)
+    assert "row of the mask" in diagnosis.remedies[0].name
+    assert diagnosis.remedies[0].tried
+
+
 def test_an_infinity_that_became_the_largest_number_is_the_batch_s():
     y = torch.zeros(8, 4)
     y[3, 1] = math.inf

@@ -262,17 +262,18 @@ def _show_rows(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: A
     if masks:
         # A boolean mask is True for what is hidden in a module, and for what is seen in the function itself.
         seen = canonical(name) == "scaled_dot_product_attention"
-        return _replaced(func, name, args, kwargs, {r: _shown(m, seen=seen) for r, m in masks.items()})
+        return _replaced(func, name, args, kwargs, {r: _finite_mask(m, seen=seen) for r, m in masks.items()})
     x, dim = first_tensor(given), given.get("dim", given.get("1", -1))
     hidden = (x == -math.inf).all(-1 if dim is None else dim, keepdim=True)
     role = next(role for role, value in given.items() if value is x)
     return _replaced(func, name, args, kwargs, {role: x.masked_fill(hidden, 0.0)})
 
 
-def _shown(mask: Tensor, *, seen: bool) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.masked_fill((mask == -math.inf).all(-1, keepdim=True), 0.0)
-    return mask | ~mask.any(-1, keepdim=True) if seen else mask & ~mask.all(-1, keepdim=True)
+def _finite_mask(mask: Tensor, *, seen: bool) -> Tensor:
+    """Return a mask whose rows keep some weight, also where several masks hide all of a row."""
+    hidden = mask == -math.inf if mask.dtype != torch.bool else ~mask if seen else mask
+    values = torch.zeros(mask.shape, device=mask.device) if mask.dtype == torch.bool else mask
+    return values.masked_fill(hidden, -1e4)
 
 
 def _keep(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
