@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_gradguard.diagnosis.operation_domains import CLOSED, DOMAINS
-from lightning_gradguard.diagnosis.wording import count, quote
+from lightning_gradguard.diagnosis.wording import count, number, quote
 from lightning_gradguard.introspection.operation_facts import ArgumentFacts, Condition, OperationFacts
 
 
@@ -54,9 +54,11 @@ def _explain_values(facts: OperationFacts) -> str:
         return ""
     name = argument.name or next(iter(argument.parameters), "")
     whose = f" of {quote(name)}" if name else " of its argument"
+    if facts.function in DOMAINS and DOMAINS[facts.function].high is not None:
+        return f"its argument goes from {number(argument.low)} to {number(argument.high)}"
     if argument.zeros:
         return f"{count(argument.zeros, 'element')}{whose} {'is' if argument.zeros == 1 else 'are'} 0"
-    if argument.negatives and facts.function not in ("acos", "asin", "atanh", "erfinv"):
+    if argument.negatives:
         return f"{count(argument.negatives, 'element')}{whose} {'is' if argument.negatives == 1 else 'are'} below 0"
     return ""
 

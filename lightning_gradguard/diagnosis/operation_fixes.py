@@ -155,6 +155,8 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         code = f"y = torch.where(mask, {masked}, other)"
         patch = _patch(facts, "mask", argument=domain.argument, low=low, high=high, fill=domain.fill)
         yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`", code, patch)
+    if function == "exp":
+        how += "  # in a softmax: subtract the maximum before, or torch.logsumexp"
     if function == "sqrt":
         how += "  # not x + 1e-12, which rounds away"
     yield _fix(f"Clamp {domain.what} to stay {domain.words}", how, clamp)
@@ -199,7 +201,7 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = "z = (x - x.mean()) / x.std().clamp(min=1e-6)  # the spread of equal elements is 0"
         patch = _patch(facts, "clamp", argument=role, low=max(low, 1e-6))
         yield _fix("Clamp the standard deviation, which is 0 for equal elements", how, patch)
-    elif below is not None and below.whole:
+    elif below is not None and below.whole and _is_count(below):
         how = f"mean = total / {_name(below, 'count')}.clamp(min=1)"
         yield _fix(f"Clamp the count{named} at 1", how, _patch(facts, "clamp", argument=role, low=1.0))
     elif below is not None and not below.negatives:
@@ -211,6 +213,12 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = f"ratio = x / torch.where(y.abs() < {_number(low)}, {_number(low)}, y)"
         name = "Keep the denominator away from 0, where it is 0"
         yield _fix(name, how, _patch(facts, "away", argument=role, low=low) if below is not None else None)
+
+
+def _is_count(argument: ArgumentFacts) -> bool:
+    """Return True for whole numbers, unless their name says something else."""
+    name = argument.name.lower()
+    return not name or any(part in name for part in ("count", "deg", "num", "len", "size", "n_"))
 
 
 def _of_power(facts: OperationFacts, function: str) -> Iterator[Remedy]:
@@ -262,6 +270,9 @@ def _of_labels(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = f"keep = (y != {index}).flatten(1).any(1)  # drop rows whose labels are all {index}"
         yield _fix("Leave out samples whose labels are all ignored", how, None)
     elif Condition.ZERO_WEIGHT in facts.conditions:
+        weight = next((a for a in facts.arguments if a.role == "weight"), None)
+        if weight is not None and weight.name and weight.low == weight.high == 0:
+            yield from tensor_fixes(weight.name, "weight", module=not weight.name.startswith("batch"))
         how = f'loss = {name}(logits, y, weight=w, reduction="sum") / w[y].sum().clamp(min=1e-8)'
         yield _fix("Divide by the total class weight, clamped above 0", how, patch)
     elif Condition.EMPTY in facts.conditions:

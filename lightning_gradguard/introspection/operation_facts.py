@@ -84,8 +84,8 @@ class ArgumentFacts(NamedTuple):
         zeros: Number of elements that are zero.
         negatives: Number of elements below zero.
         values: "NaN", "Inf", "NaN and Inf", or empty if all are finite.
-        low: Smallest finite element; NaN without one.
-        high: Largest finite element; NaN without one.
+        low: Smallest finite element; 0 without one.
+        high: Largest finite element; 0 without one.
         whole: True if all are whole numbers, none below zero, and no gradient passes through them: a count.
         parameters: Parameters that it was computed from, if from nothing else.
         made_by: Function that computed it; empty if unknown.
@@ -262,8 +262,8 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
         int((real == 0).sum()),
         int((real < 0).sum()) if real.dtype != torch.bool else 0,
         "" if finite else nonfinite_kind(x),
-        float(real.min()) if numbers else math.nan,
-        float(real.max()) if numbers else math.nan,
+        float(real.min()) if numbers else 0.0,
+        float(real.max()) if numbers else 0.0,
         whole and bool((real >= 0).all()) and finite and not tensor.requires_grad,
         parameters,
         made_by,

@@ -78,7 +78,7 @@ def variable_name(value: object) -> str:
         return ""
     for variables in (frame.f_locals, frame.f_globals):
         for name, held in list(variables.items()):
-            if held is value:
+            if held is value and name.isidentifier():
                 return name
     return ""
 

@@ -82,8 +82,10 @@ class PatchedOperation(TorchFunctionMode):
         if function == self._patch.function and current_site() == self._patch.site:
             self.used += 1
             if self._patch.way == "logits" and id(args[0]) in self._softmaxes:
-                _, _, own, options = self._softmaxes[id(args[0])]
-                return torch.log_softmax(*own, **options)
+                _, inner, own, options = self._softmaxes[id(args[0])]
+                given = bound(inner, "softmax", own, options)
+                dim = given.get("dim", given.get("1"))
+                return torch.log_softmax(first_tensor(given), -1 if dim is None else dim)
             return _in_place(self._patch, func, name, args, kwargs)
         result = func(*args, **kwargs)
         if function == "softmax" and self._patch.way == "logits" and isinstance(result, Tensor):
