@@ -19,6 +19,8 @@ _TARGETS = ("y", "label", "labels", "target", "targets")
 _TARGET_ENDS = tuple(end for name in _TARGETS for end in (f"[{name!r}]", f".{name}"))
 #: Objects inside objects that are looked into, at most: a batch is flat, and anything deeper is no batch.
 _DEEPEST = 5
+#: Entries of a container in an object above which it is not looked into.
+_LARGEST = 10_000
 #: Packages whose objects hold no tensors of a batch, or hold those of the training.
 _NOT_BATCHES = frozenset({
     "builtins", "torch", "numpy", "pandas", "polars",
@@ -71,11 +73,8 @@ def _walk(batch: Any, path: str, above: frozenset[int]) -> Iterator[tuple[str, T
             yield from _walk(getattr(batch, field.name, None), f"{path}.{field.name}", above)
     elif _is_record(batch) and id(batch) not in above and len(above) < _DEEPEST:
         for name, part in _parts(batch).items():
-            is_attribute = isinstance(name, str) and name.isidentifier()
-            is_attribute = is_attribute and getattr(batch, name, None) is part
-            yield from _walk(
-                part, f"{path}.{name}" if is_attribute else f"{path}[{name!r}]", above | {id(batch)}
-            )
+            place = f"{path}.{name}" if _is_attribute(batch, name, part) else f"{path}[{name!r}]"
+            yield from _walk(part, place, above | {id(batch)})
 
 
 def _map(batch: Any, function: Callable[[Tensor], Any], above: dict[int, Any]) -> Any:
@@ -147,8 +146,20 @@ def _parts(record: Any) -> dict[Any, Any]:
             return dict(told)
     except Exception:  # it means something else by these names
         pass
-    own = dict(getattr(record, "__dict__", {}))
+    own = {k: v for k, v in getattr(record, "__dict__", {}).items() if not _is_large(v)}
     return own | {name: getattr(record, name) for name in _slots(record) if hasattr(record, name)}
+
+
+def _is_large(value: Any) -> bool:
+    """Return True for a container that is no part of a batch, such as the samples of a whole data set."""
+    return isinstance(value, (Mapping, list, tuple)) and len(value) > _LARGEST
+
+
+def _is_attribute(record: Any, name: Any, value: Any) -> bool:
+    try:
+        return isinstance(name, str) and name.isidentifier() and getattr(record, name, None) is value
+    except Exception:  # a property that raises
+        return False
 
 
 def _slots(record: Any) -> set[str]:
