@@ -1,7 +1,7 @@
 """Fixes of one operation that made NaN or Inf, by how it was used.
 
-To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. Each fix has an `OperationPatch`
-by which it can be tried, unless only the user can make it.
+To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. A fix has an `OperationPatch` by
+which it can be tried, unless only the user can make it.
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         )
         return
     low = 1e-4 if below is not None and below.dtype == "float16" else 1e-8
+    # A tenth of the smallest one that occurs: no other is changed, and what is clamped does not dominate.
+    low = low if below is None else max(low, float(f"{0.1 * min(below.least, 10.0):.0e}"))
     if facts.chooser:
         how = f"y = torch.where(mask, x / torch.where(mask, {_name(below)}, 1.0), other)"
         patch = _patch(facts, "away", argument=role, low=low)

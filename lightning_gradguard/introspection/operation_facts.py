@@ -86,6 +86,7 @@ class ArgumentFacts(NamedTuple):
         values: "NaN", "Inf", "NaN and Inf", or empty if all are finite.
         low: Smallest finite element; 0 without one.
         high: Largest finite element; 0 without one.
+        least: Smallest magnitude of a finite element that is not zero; 0 without one.
         whole: True if all are whole numbers, none below zero, and no gradient passes through them: a count.
         parameters: Parameters that it was computed from, if from nothing else.
         made_by: Function that computed it; empty if unknown.
@@ -100,6 +101,7 @@ class ArgumentFacts(NamedTuple):
     values: str
     low: float
     high: float
+    least: float
     whole: bool
     parameters: tuple[str, ...] = ()
     made_by: str = ""
@@ -253,7 +255,8 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
     finite = is_finite(x)
     real = x[x.isfinite()] if not finite else x
     real = real.abs() if real.is_complex() else real
-    numbers = real.numel() > 0
+    numbers, nonzero = real.numel() > 0, real[real != 0]
+    nonzero = nonzero if nonzero.dtype == torch.bool else nonzero.abs()
     whole = numbers and bool((real == real.round()).all() if real.is_floating_point() else True)
     return ArgumentFacts(
         role,
@@ -264,6 +267,7 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
         "" if finite else nonfinite_kind(x),
         float(real.min()) if numbers else 0.0,
         float(real.max()) if numbers else 0.0,
+        float(nonzero.min()) if nonzero.numel() else 0.0,
         whole and bool((real >= 0).all()) and finite and not tensor.requires_grad,
         parameters,
         made_by,

@@ -17,6 +17,8 @@ _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "l
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 _CONTEXTLIB = importlib.util.find_spec("contextlib").origin  # type: ignore[union-attr]
 _DISTRIBUTIONS = os.sep + os.path.join("torch", "distributions") + os.sep
+#: Distributions that hold another one.
+_WRAPPERS = ("Independent", "TransformedDistribution", "MixtureSameFamily")
 
 
 class Site(NamedTuple):
@@ -59,16 +61,20 @@ def current_line() -> str:
 
 
 def current_distribution() -> str:
-    """Return the distribution that runs, such as "Normal"; empty without one."""
+    """Return the distribution that runs, such as "Normal"; empty without one.
+
+    One that only wraps another is left out.
+    """
     frame: FrameType | None = sys._getframe(1)
+    found = ""
     while frame is not None and not _is_users(frame.f_code.co_filename):
         if _DISTRIBUTIONS in frame.f_code.co_filename:
             variables = frame.f_locals
             own = variables.get("self", variables.get("p"))  # p is the first of a divergence
-            if own is not None:
-                return type(own).__name__
+            name = "" if own is None else type(own).__name__
+            found = found if name in ("", *_WRAPPERS) or name.endswith("Transform") else name
         frame = frame.f_back
-    return ""
+    return found
 
 
 def variable_name(value: object) -> str:

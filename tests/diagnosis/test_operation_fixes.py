@@ -443,6 +443,21 @@ def test_a_function_with_its_own_backward_is_named(lab):
     assert "No fix was tried" in str(diagnosis) or "not tried" in str(diagnosis)
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (
+            lambda h: torch.distributions.Independent(torch.distributions.Normal(h, h, False), 1, False),
+            "Normal",
+        ),
+        (lambda h: torch.distributions.Beta(h, h, False), "Beta"),
+    ],
+)
+def test_the_distribution_is_named_and_not_the_one_that_wraps_it(make, name):
+    net = Net(lambda net, x: -make(net(x) * 0).log_prob(torch.full((8, 4), 0.5)).mean())
+    assert find_origin(SandboxedStep(net, net.loss_of, X)).facts.distribution == name
+
+
 def test_two_operations_are_fixed_together(lab):
     def twice(net, x):
         h = net(x) * 0

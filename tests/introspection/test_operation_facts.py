@@ -50,6 +50,7 @@ def test_numbers_of_an_argument():
     x = torch.tensor([0.0, -1.0, 2.0, math.inf])
     (found,) = facts(torch.log, x).arguments
     assert (found.zeros, found.negatives, found.values, found.low, found.high) == (1, 1, "Inf", -1.0, 2.0)
+    assert found.least == 1.0
     assert not found.whole
     counts = torch.tensor([0, 3])
     assert facts(torch.reciprocal, counts).arguments[0].whole
