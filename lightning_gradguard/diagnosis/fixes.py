@@ -19,6 +19,7 @@ from lightning_gradguard.diagnosis.context import (
 )
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
 from lightning_gradguard.diagnosis.nan_origin import Place
+from lightning_gradguard.diagnosis.operation_domains import CLOSED
 from lightning_gradguard.diagnosis.operation_evidence import is_opaque
 from lightning_gradguard.diagnosis.operation_fixes import (
     SHOW_OPERATIONS,
@@ -190,6 +191,8 @@ def _fixes_of_origin(cause: Cause, context: DiagnosticContext) -> list[Remedy | 
         return [SHOW_OPERATIONS]
     if not origin.located or origin.facts is None or (origin.overflow and cause != Cause.LOSS_FUNCTION):
         return []
+    if origin.overflow and origin.facts.function not in (*CLOSED, "pow"):
+        return []  # a sum or product is too large because of what comes before it
     node = origin.operation if origin.place == Place.BACKWARD else ""
     fixes: list[Remedy | None] = [*find_operation_fixes(origin.facts, node, given=origin.given)]
     if cause == Cause.BAD_DATA:

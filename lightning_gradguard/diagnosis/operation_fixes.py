@@ -1,7 +1,7 @@
 """Fixes of one operation that made NaN or Inf, by how it was used.
 
-To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. A fix has an `OperationPatch` by
-which it can be tried, unless only the user can make it.
+To add one: add the operation to `operation_domains.DOMAINS`, or a function to `_TABLE`. A fix has an `OperationPatch`
+by which it can be tried, unless only the user can make it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _of_tensors(facts: OperationFacts, function: str) -> Iterator[Remedy]:
             how = f"nn.init.normal_(layer.weight, std=1e-3)  # {plain}, before weight_norm"
             patch = OperationPatch("draw", tensor=name)
         else:
-            by_norm = argument.made_by == "norm"
+            by_norm = argument.made_by == "norm" or len(argument.shape) > 1
             call = f"nn.init.normal_({plain}, std=0.02)" if by_norm else f"nn.init.constant_({plain}, 1.0)"
             how = call + ("" if by_norm else "  # not zeros; to keep it above 0: F.softplus(raw) + 1e-6")
             patch = OperationPatch("draw" if by_norm else "bound", tensor=name, low=1e-3)

@@ -193,12 +193,17 @@ class ForwardTrace(TorchFunctionMode):
             return "", call.parameters, call.function
         return name, (), self._made.get(_storage(tensor), (tensor, ""))[1]
 
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        is_own = self._names.get(_storage(tensor)) in self.names
+        return is_own and tensor.grad_fn is None and id(tensor) not in self._parameters
+
     def _record(
         self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], outputs: list[Tensor]
     ) -> Call:
         """Record the nodes that a call has made."""
         name = getattr(func, "__name__", "")
-        sources = [self.provenance(t)[1] for t in given]
+        # Buffers of the module change nothing about where a result comes from.
+        sources = [self.provenance(t)[1] for t in given if not self._is_buffer(t)]
         parameters = tuple(dict.fromkeys(n for names in sources for n in names)) if all(sources) else ()
         own_args, own_kwargs = (args, kwargs) if canonical(name) in HELD else ((), {})
         known = tuple(self._known[_storage(t)][1] for t in given if _storage(t) in self._known)
@@ -332,9 +337,15 @@ def _names_of(module: nn.Module) -> dict[int, str]:
     for prefix, part in module.named_modules():
         own = {**vars(part), **part._buffers, **part._parameters}
         for name, value in own.items():
-            if isinstance(value, Tensor):
-                names.setdefault(_storage(value), f"{prefix}.{name}" if prefix else name)
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(value, (Tensor, list, tuple, dict)) and not name.startswith("_"):
+                for place, tensor in tensors_of(value, path) if _is_short(value) else ():
+                    names.setdefault(_storage(tensor), place)
     return names
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, Tensor) or len(value) <= 100
 
 
 def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tensor]) -> float:

@@ -458,6 +458,27 @@ def test_the_distribution_is_named_and_not_the_one_that_wraps_it(make, name):
     assert find_origin(SandboxedStep(net, net.loss_of, X)).facts.distribution == name
 
 
+def test_a_rate_far_too_high_keeps_its_own_fixes(lab):
+    """A sum that overflows has no fix of its own: what comes before it is too large."""
+
+    def overflow(net, x):
+        return F.mse_loss(net(x) * 1e25, X)
+
+    origin, diagnosis = diagnosed(lab, Net(overflow))
+    assert origin.overflow
+    assert not any(fix.change is not None and fix.change.operation for fix in diagnosis.remedies)
+
+
+def test_a_tensor_in_a_list_of_the_module_is_named(lab):
+    def build(net):
+        net.statistics = [torch.zeros(4), torch.full((4,), math.nan)]
+
+    net = Net(lambda net, x: net(x - net.statistics[1]).square().mean(), build=build)
+    origin, diagnosis = diagnosed(lab, net)
+    assert (origin.place, origin.tensor) == (Place.OUTSIDE, "statistics[1]")
+    assert diagnosis.causes[0] == LOSS
+
+
 def test_two_operations_are_fixed_together(lab):
     def twice(net, x):
         h = net(x) * 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.nan_origin import Place, cause_of
+from lightning_gradguard.diagnosis.nan_origin import Origin, Place, cause_of
 from lightning_gradguard.diagnosis.wording import count, number, power
 from lightning_gradguard.results import Fault
 
@@ -65,7 +65,9 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
         return
     # An operation that has no finite result tells nothing about the size of what it was given.
     origin = context.origin
-    is_overflow = first == math.inf and (origin is None or not origin.located or origin.overflow > 0)
+    is_overflow = first == math.inf and (
+        origin is None or not origin.located or _overflows_with_outputs(origin)
+    )
     if not first > usual or (first == math.inf and not is_overflow):
         return
     began = f"The first loss was {number(first)}, which only far too large outputs can give"
@@ -83,6 +85,12 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
         text = f"{began}: the model enlarges what passes through it."
     if cause == explanation:
         yield Evidence(decades, text)
+
+
+def _overflows_with_outputs(origin: Origin) -> bool:
+    """Return True for an overflow that the outputs take part in, and not parameters of the loss alone."""
+    given = () if origin.facts is None else origin.facts.arguments
+    return origin.overflow > 0 and not any(argument.parameters for argument in given)
 
 
 def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:

@@ -9,6 +9,7 @@ import torch
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
+from lightning_gradguard.diagnosis.operation_domains import CLOSED
 from lightning_gradguard.diagnosis.operation_evidence import is_initial
 from lightning_gradguard.diagnosis.wording import number, quote
 from lightning_gradguard.introspection.operations import COMMON, RISKY
@@ -51,6 +52,8 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
         elif origin.in_loss or not origin.overflow:
             # What overflows in the loss was most often too large before it.
             yield Evidence(3.0 if origin.overflow else 9.0, str(origin))
+        elif origin.facts is not None and origin.facts.function in CLOSED:
+            yield Evidence(2.0, str(origin))
         return
     if origin is not None and origin.place in (Place.BATCH, Place.PARAMETERS, Place.OUTSIDE):
         return

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
+from lightning_gradguard.diagnosis.fixes import find_fixes
 from lightning_gradguard.diagnosis.trials.candidates import combine, find_candidates, is_bottomless
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.trials.cures import is_cure, try_cures
@@ -70,7 +71,7 @@ def try_fixes(
             cannot be run by itself.
     """
     cause = diagnosis.causes[0]
-    if diagnosis.fault == Fault.NONFINITE and any(is_cure(fix) for fix in diagnosis.remedies):
+    if diagnosis.fault == Fault.NONFINITE and any(map(is_cure, find_fixes(context, [cause]))):
         return try_cures(diagnosis, context, sandboxed_step_of)
     if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or context.decayed):
         reason = "No fix was tried: none for this cause can be tried on a copy of the model."
