@@ -17,7 +17,7 @@ from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.first_pass import FirstPass, ignores_parameters, measure_first_pass
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
-from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin
+from lightning_gradguard.diagnosis.nan_origin import Origin, Place, cause_of, find_origin
 from lightning_gradguard.diagnosis.wording import count, listing, number
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.operations import kind_of
@@ -228,15 +228,7 @@ def _loss_of_training_step(module: nn.Module) -> Callable[[Any], Tensor]:
 
 
 def _check_origin(origin: Origin) -> Check:
-    causes = {
-        Place.BATCH: Cause.BAD_DATA,
-        Place.OUTSIDE: Cause.BAD_DATA,
-        Place.PARAMETERS: Cause.BAD_INITIALIZATION,
-    }
-    cause = causes.get(origin.place, Cause.LOSS_FUNCTION)
-    if origin.overflow and origin.located:
-        cause = Cause.LOW_PRECISION if "16" in origin.dtype else Cause.BAD_INITIALIZATION
-    return Check("loss and gradient", str(origin).removesuffix("."), "finite", cause)
+    return Check("loss and gradient", str(origin).removesuffix("."), "finite", cause_of(origin))
 
 
 def _check_loss_function(seen: FirstPass) -> Iterator[Check]:

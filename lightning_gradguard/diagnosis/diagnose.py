@@ -180,7 +180,7 @@ def describe_problem(problem: GraphProblem) -> str:
         problem: The mistake.
     """
     cause, fix = PROBLEMS[problem.kind]
-    return f"GradGuard: {problem.text}\n  Cause: {cause}. Fix: {fix.name}: {fix.how}"
+    return f"{problem.text}\n  Cause: {cause}. Fix: {fix.name}: {fix.how}"
 
 
 def describe(

@@ -56,7 +56,7 @@ class Remedy:
             or from the last to the first step of a sequence. None if it was not tried or could not be measured.
         after: Tilt with the fix.
         loss: Loss on the batch of the trial after a few trial steps with the fix; None if none were taken.
-        note: Why it could not be tried; empty otherwise.
+        note: What a trial of it showed, or why it could not be tried; empty otherwise.
         change: What a trial of it changes; None if it cannot be tried.
         profile: log10(‖g‖/‖w‖) of each of `Diagnosis.layers` with the fix; -inf without a gradient, inf if it is NaN or
             Inf, NaN if the layer no longer exists. Empty if it was not tried.

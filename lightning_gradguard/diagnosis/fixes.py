@@ -18,6 +18,15 @@ from lightning_gradguard.diagnosis.context import (
     DiagnosticContext,
 )
 from lightning_gradguard.diagnosis.diagnosis import Cause, Remedy
+from lightning_gradguard.diagnosis.nan_origin import Place
+from lightning_gradguard.diagnosis.operation_domains import CLOSED
+from lightning_gradguard.diagnosis.operation_evidence import is_opaque
+from lightning_gradguard.diagnosis.operation_fixes import (
+    SHOW_OPERATIONS,
+    find_operation_fixes,
+    parameter_fixes,
+    tensor_fixes,
+)
 from lightning_gradguard.diagnosis.trials.change import Change
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.graph_problems import Problem
@@ -76,8 +85,13 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         cause: The cause.
         context: The facts at the step of the finding.
     """
-    c = context
+    c, origin = context, context.origin
     match cause:
+        case Cause.LOSS_FUNCTION | Cause.NORMALIZATION | Cause.BAD_INITIALIZATION | Cause.BAD_DATA if (
+            c.fault == Fault.NONFINITE and (own := _fixes_of_origin(cause, c))
+        ):
+            return own
+
         case Cause.SATURATING_ACTIVATION:
             # In the order of what they did to 12 sigmoid layers of width 64 on scikit-learn's digits. Validation
             # accuracy in % after 10 epochs, mean of three seeds, at the worst and the best of five settings of SGD and
@@ -145,7 +159,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [lower_momentum(c), lower_learning_rate(c), WARM_UP, clip_spikes(c)]
 
         case Cause.BAD_DATA:
-            return [look_at_bad_rows(c), DROP_BAD_ROWS, FILL_IN]
+            return [look_at_bad_rows(c), drop_rows(()), fill_in(())]
 
         case Cause.LOSS_FUNCTION if c.summed_rows and not c.normalizes_gradient:
             return [mean_loss(c), lower_learning_rate(c)]
@@ -154,9 +168,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.LOSS_FUNCTION if c.too_small:
             return [STEEP_LOSS]
         case Cause.LOSS_FUNCTION:
-            stable = stable_forms(c)[:3]
-            located = c.origin is not None and c.origin.located
-            return [*stable, None if located and stable else DETECT_ANOMALY]
+            return [*stable_forms(c)[:3], None if origin is not None and origin.located else DETECT_ANOMALY]
 
         case Cause.LOW_PRECISION if c.fault == Fault.STALLED:
             return [MASTER_WEIGHTS, STOCHASTIC_ROUNDING, raise_learning_rate(c)]
@@ -164,7 +176,11 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [BFLOAT16, SCALE_LOSS, FLOAT32_LOSS]
 
         case Cause.OUTLIER_BATCH if c.fault == Fault.NONFINITE:
-            return [LOOK_AT_BATCH, DETECT_ANOMALY]  # clipping cannot help where the gradient is not finite
+            named = origin is not None and origin.located
+            return [
+                LOOK_AT_BATCH,
+                None if named else DETECT_ANOMALY,
+            ]  # clipping cannot help where the gradient is not finite
         case Cause.OUTLIER_BATCH:
             return [clip_spikes(c), LOOK_AT_BATCH, HUBER]
 
@@ -185,7 +201,37 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.UNKNOWN if c.fault.is_custom:
             return [change_response(c.fault)]
         case Cause.UNKNOWN:
-            return [DETECT_ANOMALY if c.fault == Fault.NONFINITE else None, ONE_BATCH]
+            is_unknown = c.fault == Fault.NONFINITE and not (origin is not None and origin.located)
+            return [DETECT_ANOMALY if is_unknown else None, ONE_BATCH]
+
+
+def _fixes_of_origin(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
+    """Return the fixes of what was found to make the first NaN; empty where the usual ones of the cause apply."""
+    origin = context.origin
+    if origin is None:
+        return []
+    if origin.place == Place.OUTSIDE:
+        return [*tensor_fixes(origin.tensor, origin.role, module=origin.in_module)]
+    if origin.place == Place.PARAMETERS and cause == Cause.BAD_INITIALIZATION:
+        return [*parameter_fixes(origin.names)]
+    if origin.place == Place.BATCH and cause == Cause.BAD_DATA:
+        paths = [entry.path for entry in origin.entries]
+        return [look_at_bad_rows(context, paths), drop_rows(paths), fill_in(paths)]
+    if origin.fills_in:
+        return [fill_in_before(origin.tensor), drop_rows([origin.tensor])]
+    if origin.located and not origin.operation:
+        return [SHOW_OPERATIONS, *stable_forms(context)[:2]]
+    if origin.located and is_opaque(origin.operation):
+        return [SHOW_OPERATIONS]
+    if not origin.located or origin.facts is None or (origin.overflow and cause != Cause.LOSS_FUNCTION):
+        return []
+    if origin.overflow and origin.facts.function not in (*CLOSED, "pow"):
+        return []  # a sum or product is too large because of what comes before it
+    node = origin.operation if origin.place == Place.BACKWARD else ""
+    fixes: list[Remedy | None] = [*find_operation_fixes(origin.facts, node, given=origin.given)]
+    if cause == Cause.BAD_DATA:
+        return [*fixes[:2], look_at_bad_rows(context)]
+    return fixes
 
 
 # Activations and initial weights.
@@ -369,10 +415,6 @@ STANDARD_TARGET = Remedy(
     "y = (y - mean) / std  # and prediction * std + mean afterwards",
     change=Change(target=True),
 )
-DROP_BAD_ROWS = Remedy(
-    "Drop these rows", "keep = torch.isfinite(x).flatten(1).all(1); x, y = x[keep], y[keep]"
-)
-FILL_IN = Remedy("Replace NaN and Inf by 0", "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)")
 LOOK_AT_BATCH = Remedy("Inspect the batch", "print(x.aminmax(), y.aminmax())")
 ONE_BATCH = Remedy("Check that the model can learn a single batch", "trainer = Trainer(overfit_batches=1)")
 
@@ -383,9 +425,32 @@ def normalize_inputs(context: DiagnosticContext) -> Remedy:
     return Remedy("Normalize the inputs in the model", f"model = nn.Sequential({norm}, model)")
 
 
-def look_at_bad_rows(context: DiagnosticContext) -> Remedy:
+def drop_rows(paths: Sequence[str]) -> Remedy:
+    """Return code that leaves out the rows with NaN or Inf."""
+    how = f"keep = torch.isfinite({paths[0] if paths else 'x'}).flatten(1).all(1); x, y = x[keep], y[keep]"
+    return Remedy("Drop these rows", how, change=Change(batch="drop") if paths else None)
+
+
+def fill_in(paths: Sequence[str]) -> Remedy:
+    """Return code that replaces NaN and Inf by zero."""
+    x = paths[0] if paths else "x"
+    how = f"{x} = torch.nan_to_num({x}, nan=0.0, posinf=0.0, neginf=0.0)"
+    return Remedy("Replace NaN and Inf by 0", how, change=Change(batch="fill") if paths else None)
+
+
+def fill_in_before(path: str) -> Remedy:
+    """Return code that masks values of the batch before they are used."""
+    how = f"y = torch.where({path}.isfinite(), {path}, 0.0)  # before the loss; mask its result as well"
+    return Remedy(
+        "Mask NaN and Inf before they are used, not only the result", how, change=Change(batch="fill")
+    )
+
+
+def look_at_bad_rows(context: DiagnosticContext, paths: Sequence[str] = ()) -> Remedy:
     """Return code that prints or finds bad rows."""
     rows = list(context.bad_rows or ())[:8]
+    if paths and rows:
+        return Remedy("Inspect the rows with NaN or Inf", f"print({paths[0]}[{rows}])")
     how = f"print(x[{rows}], y[{rows}])" if rows else "print((~x.isfinite()).flatten(1).any(1).nonzero())"
     return Remedy("Inspect the rows with NaN or Inf", how)
 
@@ -441,8 +506,8 @@ _STABLE = {
     "Log": Remedy(_POSITIVE_LOG, "log_p = torch.log(p.clamp_min(1e-8))"),
     "Xlogy": Remedy(_POSITIVE_LOG, "entropy = torch.xlogy(p, p.clamp_min(1e-8))"),
     "Logit": Remedy("Keep the argument of logit between 0 and 1", "logit = torch.logit(p, eps=1e-6)"),
-    "Sqrt": Remedy(_POSITIVE_ROOT, "root = torch.sqrt(x + 1e-12)"),
-    "Rsqrt": Remedy(_POSITIVE_ROOT, "root = torch.rsqrt(x + 1e-12)"),
+    "Sqrt": Remedy(_POSITIVE_ROOT, "root = torch.sqrt(x.clamp_min(1e-8))"),
+    "Rsqrt": Remedy(_POSITIVE_ROOT, "root = torch.rsqrt(x.clamp_min(1e-8))"),
     "Div": Remedy(_NONZERO, "ratio = x / (y + 1e-8)"),
     "Reciprocal": Remedy(_NONZERO, "ratio = 1 / (y + 1e-8)"),
     "Exp": Remedy("Bound the argument of exp", "e = torch.exp(x.clamp_max(30))"),

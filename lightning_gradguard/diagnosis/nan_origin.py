@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.operation_evidence import explain, is_initial, is_opaque
 from lightning_gradguard.diagnosis.wording import listing, number, quote
+from lightning_gradguard.introspection.backward_trace import BackwardTrace
 from lightning_gradguard.introspection.batch import BadEntry, find_nonfinite, is_finite
-from lightning_gradguard.introspection.nonfinite_trace import BackwardTrace, ForwardTrace, NonFiniteSource
+from lightning_gradguard.introspection.nonfinite_trace import ForwardTrace, NonFiniteSource
+from lightning_gradguard.introspection.operation_facts import OperationFacts
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 
 
@@ -50,6 +54,11 @@ class Origin:
         in_data: True if no parameter is used before it, so that it belongs to what prepares the batch.
         given: True if the operation was given infinities that were intended, such as a mask's, and made NaN of them.
         names: Parameters that hold NaN or Inf themselves.
+        tensor: Tensor that held NaN or Inf, and that is not in the batch and was not computed: its place in the module,
+            such as ``loss.weight``, or the user's variable; empty if it is not known.
+        role: Name of the argument that it was given as, such as ``weight``.
+        in_module: True if ``tensor`` is a place in the module.
+        facts: What the operation was given; None if it was not seen.
         entries: Tensors of the batch that hold NaN or Inf, whether or not they caused it.
         number: Index of the batch, if known.
         note: Reason why nothing more is known.
@@ -67,6 +76,10 @@ class Origin:
     in_data: bool = False
     given: bool = False
     names: tuple[str, ...] = ()
+    tensor: str = ""
+    role: str = ""
+    in_module: bool = False
+    facts: OperationFacts | None = None
     entries: tuple[BadEntry, ...] = ()
     number: int | None = None
     note: str = ""
@@ -75,6 +88,11 @@ class Origin:
     def located(self) -> bool:
         """True if a named operation or module computed it."""
         return self.place in (Place.FORWARD, Place.BACKWARD) and bool(self.operation or self.module)
+
+    @property
+    def fills_in(self) -> bool:
+        """True if values of the batch made it that the step leaves out on purpose, but too late."""
+        return self.place == Place.BACKWARD and bool(self.tensor)
 
     def __str__(self) -> str:
         where = self._where()
@@ -87,41 +105,83 @@ class Origin:
         if self.place == Place.OUTSIDE:
             where = where[:1].upper() + where[1:]
             what = "that is not in the batch and was not computed in this step"
-            return f"{where} received a tensor with {self.values} {what}."
+            kind = "of the module" if self.in_module else "of the variable"
+            name = f": that {kind} {quote(self.tensor)}" if self.tensor else ""
+            return f"{where} received a tensor with {self.values} {what}{name}."
+        if self.place == Place.FORWARD and self.given and self.facts and self.facts.conditions:
+            return f"The first {self.values} of the forward pass comes from {where}{self._why()}."
         if self.place == Place.FORWARD and self.given:
             return (
-                f"The first NaN of the forward pass comes from {where}: its inputs were infinities set on purpose, "
-                f"such as those of a mask that hides every entry."
+                f"The first {self.values} of the forward pass comes from {where}: its inputs were infinities set on "
+                f"purpose, such as those of a mask that hides every entry."
             )
         if self.place == Place.FORWARD:
-            return f"The first {self.values} of the forward pass comes from {where}{self._overflow()}."
+            return f"The first {self.values} of the forward pass comes from {where}{self._why()}."
         if self.place == Place.BACKWARD and not self.operation:
             return "The loss is finite, but its gradient is not, and no single operation made it so."
         if self.place == Place.BACKWARD:
             return (
                 f"The loss is finite, but its gradient is not: "
-                f"the first {self.values} of the backward pass comes from {where}{self._overflow()}."
+                f"the first {self.values} of the backward pass comes from {where}{self._why()}."
             )
         if self.place == Place.NORM:
             return "Every gradient is finite, but their norm overflows float32."
         if self.place == Place.NOWHERE:
             return (
-                "When the batch was replayed, the loss and all gradients were finite. Either random numbers such as "
-                "dropout were different, or an earlier micro-batch or another process made the NaN or Inf."
+                "When the batch was replayed, the loss and all gradients were finite: it was not reproduced. Either "
+                "random numbers such as dropout were different, or an earlier micro-batch or another process made the "
+                "NaN or Inf, or the hardware did."
             )
         return f"It is unknown where the NaN or Inf came from: {self.note}."
 
     def _where(self) -> str:
         module = f"{quote(self.module)} ({self.layer})" if self.module else "the training step"
         place = f"{quote(self.operation)} in {module}" if self.operation else module
-        return place + (f" at {self.line}" if self.line else "")
+        place += f" at {self.line}" if self.line else ""
+        unseen = self.located and (not self.operation or is_opaque(self.operation))
+        return place + (", whose graph cannot be read: what runs in it was not seen" if unseen else "")
 
-    def _overflow(self) -> str:
+    def _why(self) -> str:
+        """Return what was special about the operation; empty if nothing is known."""
+        if self.fills_in:
+            chooser = "" if self.facts is None else self.facts.chooser
+            left_out = f"{quote(self.tensor)} holds NaN or Inf where `torch.{chooser}` leaves the result out"
+            return f". There {left_out}, but its gradient is 0 * NaN"
         if not self.overflow:
-            return ""
+            why = "" if self.facts is None else explain(self.facts)
+            return f". {why[:1].upper()}{why[1:]}" if why else ""
         largest = number(torch.finfo(getattr(torch, self.dtype)).max)
         size = f" of {number(self.overflow)}" if math.isfinite(self.overflow) else ""
         return f": a result{size} is too large for {self.dtype}, whose largest number is {largest}"
+
+
+def blames_tensor(origin: Origin) -> bool:
+    """Return True if a tensor is at fault that belongs to the model or its loss, not to the data."""
+    return origin.in_module or origin.role in ("weight", "pos_weight")
+
+
+def cause_of(origin: Origin) -> Cause:
+    """Return the most likely cause of what was found before the first step."""
+    if origin.place == Place.PARAMETERS or (origin.located and is_initial(origin.facts)):
+        return Cause.BAD_INITIALIZATION
+    if origin.overflow and origin.located:
+        return Cause.LOW_PRECISION if "16" in origin.dtype else Cause.BAD_INITIALIZATION
+    is_outside = origin.place == Place.OUTSIDE and not blames_tensor(origin)
+    is_prepared = origin.located and origin.in_data and not blames_operation(origin)
+    is_data = origin.place == Place.BATCH or is_outside or is_prepared
+    return Cause.BAD_DATA if is_data else Cause.LOSS_FUNCTION
+
+
+def blames_operation(origin: Origin) -> bool:
+    """Return True if an operation before the first layer is itself at fault, and not the data that it prepares.
+
+    That is so if it divides by a count, which no data can keep from zero, or by a tensor of the module.
+    """
+    if origin.facts is None:
+        return False
+    own = [a for a in origin.facts.arguments if a.name and not a.name.startswith("batch")]
+    counts = [a for a in origin.facts.arguments if a.whole and a.zeros and a.role in ("0", "1")]
+    return bool(origin.facts.conditions) or bool(counts) or any(a.zeros for a in own)
 
 
 def find_origin(step: SandboxedStep, *, scale: float = 1.0, replay: bool = True) -> Origin:
@@ -170,26 +230,49 @@ def _replay(step: SandboxedStep, batch: Any, scale: float, found: Origin) -> Ori
             return replace(
                 found, note="the loss is NaN or Inf, but was computed where torch cannot be observed"
             )
-        if source.path:
-            entries = tuple(entry for entry in found.entries if entry.path == source.path)
-            return replace(found, place=Place.BATCH, entries=entries or found.entries)
-        place = Place.OUTSIDE if source.outside else Place.FORWARD
-        found = replace(found, in_data=not source.outside and source.call < forward.first_use)
-        return _at(source, found, place, in_loss=source.call > forward.last_use)
+        return _in_forward(source, found, forward)
     if loss.grad_fn is None:
         return replace(found, place=Place.NOWHERE)
     forward.finish(loss)
     scaled = loss * scale if math.isfinite(scale) and scale != 1 else loss
-    backward = BackwardTrace(scaled, forward.owners, forward.last_sequence)
+    backward = BackwardTrace(scaled, forward)
     scaled.backward()  # type: ignore[no-untyped-call]
     first = backward.first_source()
+    if first is not None and first[2]:
+        return _in_forward(first[0], found, forward)
     if first is not None:
         return _at(first[0], found, Place.BACKWARD, in_loss=first[1])
     return replace(found, place=_place_of_gradients(step.module))
 
 
+def _in_forward(source: NonFiniteSource, found: Origin, forward: ForwardTrace) -> Origin:
+    """Return the origin for a source in the forward pass."""
+    if source.path:
+        entries = tuple(entry for entry in found.entries if entry.path == source.path)
+        return replace(found, place=Place.BATCH, entries=entries or found.entries)
+    if source.overflow and source.saturated and found.entries:
+        # An infinity that was replaced by the largest number on the way is an infinity of the batch.
+        return replace(found, place=Place.BATCH)
+    place = Place.OUTSIDE if source.outside else Place.FORWARD
+    in_data = not source.outside and source.call < forward.first_use
+    found = replace(found, in_data=in_data, in_module=source.tensor in forward.names)
+    return _at(source, found, place, in_loss=source.call > forward.last_use)
+
+
 def _at(source: NonFiniteSource, found: Origin, place: Place, *, in_loss: bool) -> Origin:
-    names = ("operation", "module", "layer", "line", "values", "dtype", "overflow", "given")
+    names = (
+        "operation",
+        "module",
+        "layer",
+        "line",
+        "values",
+        "dtype",
+        "overflow",
+        "given",
+        "tensor",
+        "role",
+        "facts",
+    )
     return replace(found, place=place, in_loss=in_loss, **{name: getattr(source, name) for name in names})
 
 

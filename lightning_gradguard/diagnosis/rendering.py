@@ -182,10 +182,12 @@ def _trial(remedy: Remedy) -> str:
 
     Empty if neither is known.
     """
-    if remedy.note:
+    if remedy.note and not remedy.tried:
         return f"({remedy.note})"
     if not remedy.tried:
         return ""
+    if remedy.note:
+        return f"Tried: {remedy.note}{'' if remedy.loss is None else f', loss {number(remedy.loss)}'}."
     before, after, loss = _numbers(remedy)
     tilt = f"tilt {before or 'not measurable'} -> {after}" if after else "tilt not measurable"
     return f"Tried: {tilt}{f', loss {loss}' if loss else ''}."

@@ -1,20 +1,15 @@
 """Trace the operation that made the first NaN.
 
-`ForwardTrace` observes every function of torch in a forward pass, `BackwardTrace` every node of an autograd graph.
+`ForwardTrace` observes every function of torch in a forward pass; `backward_trace` does so for the backward pass.
 `exact_size` tells a number that is merely too large for its dtype from one that has no finite value.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +17,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.introspection.batch import is_finite, map_tensors, nonfinite_kind, tensors_of
-from lightning_gradguard.introspection.operations import kind_of, operation_of
+from lightning_gradguard.introspection.operation_facts import (
+    HELD,
+    WEIGHTED_LOSSES,
+    Call,
+    OperationFacts,
+    bound,
+    canonical,
+    facts_of,
+)
+from lightning_gradguard.introspection.user_lines import (
+    current_distribution,
+    current_line,
+    current_site,
+    variable_name,
+)
 
 #: Functions that return uninitialized memory, to be filled by what comes next.
 _UNINITIALIZED = frozenset(
@@ -37,14 +46,10 @@ _SIGNS = {
     **dict.fromkeys(("sub", "rsub"), "-"),
     **{"matmul": "@", "setitem": "[...] =", "getitem": "[...]"},
 }
-#: Operations whose gradient is a sum, product or copy of what they are given, so that an Inf out of it is an overflow.
-_ARITHMETIC = frozenset(
-    {"Mul", "Add", "Sub", "Neg", "Sum", "Expand", "Repeat", "ToCopy", "Cat", "Index", "Gather"}
-)
-#: Packages whose lines are skipped.
-_FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard")
-_FRAME = re.compile(r'File "(.+?)", line (\d+)')
-_CONTEXTLIB = importlib.util.find_spec("contextlib").origin  # type: ignore[union-attr]
+#: Functions that make a tensor of numbers which torch has not computed.
+_FROM_OUTSIDE = frozenset({"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"})
+#: Functions whose results are known by them also where no gradient is computed.
+_REMEMBERED = frozenset({"std", "var", "norm"})
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,13 @@ class NonFiniteSource:
         given: The operation was given infinities that were intended, and made NaN of them.
         outside: It was not computed in this pass: a tensor from elsewhere held it already.
         path: Place of that tensor in the batch; empty if it is none of the batch's.
+        tensor: Place of that tensor in the module, such as ``loss.weight``, or the user's variable that holds it; empty
+            if it is not known.
+        role: Name of the argument that it was given as.
         dtype: The result's, such as "float16".
         overflow: Largest magnitude of the exact result, where that is merely too large for the dtype; else 0.
+        saturated: True if the operation was given the largest number of a dtype.
+        facts: What the operation was given; None where the call was not seen.
     """
 
     operation: str
@@ -76,8 +86,12 @@ class NonFiniteSource:
     given: bool = False
     outside: bool = False
     path: str = ""
+    tensor: str = ""
+    role: str = ""
     dtype: str = ""
     overflow: float = 0.0
+    saturated: bool = False
+    facts: OperationFacts | None = None
 
 
 class ForwardTrace(TorchFunctionMode):
@@ -94,6 +108,8 @@ class ForwardTrace(TorchFunctionMode):
 
     Attributes:
         owners: Node of the autograd graph to name and class of the module that made it.
+        calls: Node to the call that made it; None for a node that no call was seen to make.
+        names: Names of the module's tensors.
         first_use: Call in which a parameter was used first; -1 if none was.
         last_use: Call in which a parameter was used last; -1 if none was.
         last_sequence: Sequence number of the node which that call made.
@@ -102,10 +118,16 @@ class ForwardTrace(TorchFunctionMode):
     def __init__(self, module: nn.Module, batch: Any) -> None:
         super().__init__()
         self.owners: dict[Any, tuple[str, str]] = {}
+        self.calls: dict[Any, Call | None] = {}
         self.first_use = self.last_use = self.last_sequence = -1
         self._calls, self._in_hook = 0, False
+        self._made: dict[int, tuple[Tensor, str]] = {}
         self._parameters = {id(p) for p in module.parameters()}
         self._running = [("", type(module).__name__)]
+        # Those of the module and of the batch, by storage.
+        own = _names_of(module)
+        self.names = frozenset(own.values())
+        self._names = {_storage(t): path for path, t in tensors_of(batch)} | own
         # By storage, so that views are the same; the tensor is held so that its storage is not reused.
         self._known: dict[int, tuple[Tensor, NonFiniteSource]] = {}
         for path, tensor in tensors_of(batch):
@@ -114,8 +136,9 @@ class ForwardTrace(TorchFunctionMode):
                 self._remember(tensor, source)
         for name, part in module.named_modules():
             if part is not module:
-                part.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                part.register_forward_hook(self._leave, always_call=True)
+                with suppress(RuntimeError):  # a scripted module takes no hooks
+                    part.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                    part.register_forward_hook(self._leave, always_call=True)
 
     def source_of(self, tensor: Tensor) -> NonFiniteSource | None:
         """Return a non-finite tensor's source, or None."""
@@ -150,50 +173,111 @@ class ForwardTrace(TorchFunctionMode):
             numbers = [t.grad_fn._sequence_nr() for t in outputs if t.grad_fn is not None]
             self.last_sequence = max([self.last_sequence, *numbers])
         bad = [t for t in outputs if not is_finite(t)]
+        given = [t for t in inputs if t is not changed]
+        call = self._record(func, args, kwargs, given, outputs)
         if bad:
             with torch.no_grad():
-                earlier = self._sources([t for t in inputs if t is not changed], changed, name)
-                source = self._source(func, args, kwargs, bad, earlier)
+                earlier = self._sources(call, given, changed)
+                source = self._source(call._replace(args=args, kwargs=kwargs), bad, earlier)
             for tensor in bad:
                 self._remember(tensor, source)
         return result
 
-    def _sources(self, inputs: list[Tensor], changed: Tensor | None, name: str) -> list[NonFiniteSource]:
+    def provenance(self, tensor: Tensor) -> tuple[str, tuple[str, ...], str]:
+        """Return a tensor's name, the parameters that alone made it, and the function that made it."""
+        name = self._names.get(_storage(tensor), "")
+        if id(tensor) in self._parameters:
+            return name, (name,), ""
+        call = None if tensor.grad_fn is None else self.calls.get(tensor.grad_fn)
+        if call is not None:
+            return "", call.parameters, call.function
+        return name, (), self._made.get(_storage(tensor), (tensor, ""))[1]
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        is_own = self._names.get(_storage(tensor)) in self.names
+        return is_own and tensor.grad_fn is None and id(tensor) not in self._parameters
+
+    def _record(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], outputs: list[Tensor]
+    ) -> Call:
+        """Record the nodes that a call has made."""
+        name = getattr(func, "__name__", "")
+        # Buffers of the module change nothing about where a result comes from.
+        sources = [self.provenance(t)[1] for t in given if not self._is_buffer(t)]
+        parameters = tuple(dict.fromkeys(n for names in sources for n in names)) if all(sources) else ()
+        own_args, own_kwargs = (args, kwargs) if canonical(name) in HELD else ((), {})
+        known = tuple(self._known[_storage(t)][1] for t in given if _storage(t) in self._known)
+        site, distribution, module = current_site(), current_distribution(), self._running[-1]
+        call = Call(func, name, own_args, own_kwargs, site, distribution, module, parameters, known)
+        if call.function in _REMEMBERED:
+            self._made.update({_storage(t): (t, call.function) for t in outputs if t.grad_fn is None})
+        for tensor in given:
+            if tensor.grad_fn is not None:
+                self.calls.setdefault(tensor.grad_fn, None)
+        pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node not in self.calls:
+                self.calls[node] = call
+                pending += [c for c, _ in node.next_functions if c is not None and c.next_functions]
+        return call
+
+    def _sources(self, call: Call, given: list[Tensor], changed: Tensor | None) -> list[NonFiniteSource]:
         """Return the sources of non-finite inputs."""
         sources = []
-        for tensor in inputs:
+        for tensor in given:
             if not is_finite(tensor):
                 if _storage(tensor) not in self._known:
-                    values = nonfinite_kind(tensor)
-                    # An infinity that nothing computed is a constant, and intended.
-                    source = replace(self._here(name, [tensor]), outside=True, intended=values == "Inf")
-                    self._remember(tensor, source)
+                    self._remember(tensor, self._outside(call, tensor))
                 sources.append(self._known[_storage(tensor)][1])
         if changed is not None and _storage(changed) in self._known:
             sources.append(self._known[_storage(changed)][1])
         return sources
 
-    def _source(
-        self,
-        func: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        bad: list[Tensor],
-        earlier: list[NonFiniteSource],
-    ) -> NonFiniteSource:
+    def _outside(self, call: Call, tensor: Tensor) -> NonFiniteSource:
+        """Return the source of a tensor that nothing in this pass computed."""
+        given = bound(call.func, call.name, call.args, call.kwargs)
+        role = next((r for r, value in given.items() if value is tensor), "")
+        name = self._names.get(_storage(tensor), "") or variable_name(tensor)
+        if tensor.grad_fn is not None:  # it was computed where torch cannot be observed
+            (module, layer), own = self._running[-1], own_class(tensor.grad_fn)
+            facts = OperationFacts("", custom=own) if own else None
+            values, operation = nonfinite_kind(tensor), tensor.grad_fn.name().rsplit("::", 1)[-1]
+            return NonFiniteSource(operation, module, layer, current_line(), values, self._calls, facts=facts)
+        # An infinity that nothing computed is a constant, and intended.
+        intended = nonfinite_kind(tensor) == "Inf"
+        here = self._here(call.name, [tensor])
+        return replace(here, outside=True, intended=intended, tensor=name, role=role)
+
+    def _source(self, call: Call, bad: list[Tensor], earlier: list[NonFiniteSource]) -> NonFiniteSource:
         """Return an input's source, or this call."""
-        name = getattr(func, "__name__", "")
         genuine = [source for source in earlier if not source.intended]
         if genuine:
             return min(genuine, key=lambda source: source.call)
-        asked = [n for n in _numbers([args, kwargs]) if not math.isfinite(n)]
-        here = self._here(name, bad)
+        weights = [source for source in earlier if source.outside and source.role in ("weight", "pos_weight")]
+        if weights and call.function in WEIGHTED_LOSSES:
+            return replace(weights[0], intended=False)
+        asked = [n for n in _numbers([call.args, call.kwargs]) if not math.isfinite(n)]
+        here = self._here(call.name, bad)
+        if call.name in _FROM_OUTSIDE:
+            return replace(here, outside=True, intended=here.values == "Inf")
         if not earlier and not asked:
-            return replace(here, overflow=exact_size(func, args, kwargs, bad))
+            overflow = exact_size(call.func, call.args, call.kwargs, bad)
+            tensors = [
+                t for _, t in tensors_of([call.args, call.kwargs]) if t.is_floating_point() and t.numel()
+            ]
+            saturated = any(float(t.abs().max()) == torch.finfo(t.dtype).max for t in tensors)
+            facts = facts_of(call, self.provenance, bad[0])
+            return replace(here, overflow=overflow, saturated=saturated, facts=facts)
         if "NaN" in here.values and not any(math.isnan(n) for n in asked):
-            return replace(here, given=True)
+            return replace(here, given=True, facts=facts_of(call, self.provenance, bad[0]))
+        is_masked = bool(asked) and not any(math.isnan(n) for n in asked)
+        has_facts = is_masked or _is_loss(call.function)
+        masked = facts_of(call, self.provenance, bad[0]) if has_facts else None
+        if masked is not None and _is_loss(call.function):
+            return replace(here, given=True, facts=masked)
         # A NaN is never intended: no later operation can make it disappear on purpose.
-        return earlier[0] if earlier else replace(here, intended="NaN" not in here.values)
+        return earlier[0] if earlier else replace(here, intended="NaN" not in here.values, facts=masked)
 
     def _here(self, name: str, tensors: list[Tensor]) -> NonFiniteSource:
         module, layer = self._running[-1]
@@ -237,78 +321,31 @@ class ForwardTrace(TorchFunctionMode):
                 pending += [child for child, _ in node.next_functions if child is not None]
 
 
-class BackwardTrace:
-    """Hooks that observe one backward pass.
+def own_class(node: Any) -> str:
+    """Return the class of a function with its own backward pass; empty for those of torch."""
+    own = getattr(type(node), "_forward_cls", None)
+    return "" if own is None or own.__module__.partition(".")[0] == "torch" else own.__name__
 
-    Args:
-        loss: The tensor that will be differentiated, once.
-        owners: Node to name and class of the module that made it; see `ForwardTrace`.
-        last_sequence: Sequence number of the newest node that uses a parameter; newer ones belong to the loss.
-    """
 
-    def __init__(self, loss: Tensor, owners: dict[Any, tuple[str, str]], last_sequence: int) -> None:
-        self._owners, self._last = owners, last_sequence
-        self._nodes: list[Any] = [loss.grad_fn]
-        self._parents: dict[Any, list[tuple[int, int]]] = {}
-        self._bad: dict[int, tuple[bool, ...]] = {}
-        self._sources: dict[int, NonFiniteSource] = {}  # in the order of the backward pass
-        for index, node in enumerate(self._nodes):  # grows during the loop
-            for slot, (child, _) in enumerate(node.next_functions):
-                if child is not None:
-                    if child not in self._parents:
-                        self._parents[child] = []
-                        self._nodes.append(child)
-                    self._parents[child].append((index, slot))
-            if node.next_functions:
-                node.register_hook(self._inspect(index))
+def _is_loss(function: str) -> bool:
+    return function in ("cross_entropy", "kl_div") or function.endswith("_loss")
 
-    def first_source(self) -> tuple[NonFiniteSource, bool] | None:
-        """Return the first source that reaches a gradient.
 
-        The flag is True if it lies in the loss. None without a source.
-        """
-        leaves = [n for n in self._nodes if not n.next_functions]
-        gradients = [(n, getattr(getattr(n, "variable", None), "grad", None)) for n in leaves]
-        pending = [n for n, gradient in gradients if gradient is not None and not is_finite(gradient)]
-        seen, reached = set(pending), set()
-        while pending:
-            for index, slot in self._parents.get(pending.pop(), ()):
-                node = self._nodes[index]
-                if self._bad.get(index, ())[slot : slot + 1] != (True,):
-                    continue
-                if index in self._sources:
-                    reached.add(index)
-                elif node not in seen:
-                    seen.add(node)
-                    pending.append(node)
-        first = next((index for index in self._sources if index in reached), None)
-        if first is None:
-            return None
-        return self._sources[first], self._nodes[first]._sequence_nr() > self._last
+def _names_of(module: nn.Module) -> dict[int, str]:
+    """Return the names of a module's tensors, by storage: parameters, buffers, plain attributes."""
+    names: dict[int, str] = {}
+    for prefix, part in module.named_modules():
+        own = {**vars(part), **part._buffers, **part._parameters}
+        for name, value in own.items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(value, (Tensor, list, tuple, dict)) and not name.startswith("_"):
+                for place, tensor in tensors_of(value, path) if _is_short(value) else ():
+                    names.setdefault(_storage(tensor), place)
+    return names
 
-    def _inspect(self, index: int) -> Callable[..., None]:
-        def hook(produced: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
-            bad = tuple(g is not None and not is_finite(g) for g in produced)
-            if not any(bad):
-                return
-            self._bad[index] = bad
-            if all(g is None or is_finite(g) for g in incoming):
-                worst = [g for g, is_bad in zip(produced, bad, strict=True) if is_bad and g is not None]
-                self._sources[index] = self._describe(self._nodes[index], worst)
 
-        return hook
-
-    def _describe(self, node: Any, worst: list[Tensor]) -> NonFiniteSource:
-        name, operation = node.name().rsplit("::", 1)[-1], operation_of(node.name())
-        module, layer = self._owners.get(node, ("", ""))
-        values = nonfinite_kind(*worst)
-        is_sum = operation in _ARITHMETIC or kind_of(operation) == "product"
-        line = line_of(node.metadata.get("traceback_", ()))
-        dtype = str(worst[0].dtype).removeprefix("torch.")
-        overflow = math.inf if is_sum and values == "Inf" else 0.0
-        return NonFiniteSource(
-            name, module, layer, line, values, len(self._sources), dtype=dtype, overflow=overflow
-        )
+def _is_short(value: Any) -> bool:
+    return isinstance(value, Tensor) or len(value) <= 100
 
 
 def exact_size(func: Callable[..., Any], args: Any, kwargs: Any, bad: list[Tensor]) -> float:
@@ -366,39 +403,3 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, (list, tuple, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(part)
-
-
-def current_line() -> str:
-    """Return the user's innermost line, such as ``model.py:42``."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_users(frame.f_code.co_filename):
-            return _shown(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def line_of(traceback: Iterable[str]) -> str:
-    """Return the user's innermost line in a traceback."""
-    for entry in reversed(list(traceback)):
-        match = _FRAME.search(entry)
-        if match and _is_users(match[1]):
-            return _shown(match[1], int(match[2]))
-    return ""
-
-
-def _is_users(file: str) -> bool:
-    return not (file.startswith(_folders()) or file.startswith("<frozen") or file == _CONTEXTLIB)
-
-
-def _shown(file: str, line: int) -> str:
-    inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
-    name = os.path.relpath(file) if inside else Path(file).name
-    return f"{name}:{line}"
-
-
-@cache
-def _folders() -> tuple[str, ...]:
-    specs = [importlib.util.find_spec(name) for name in _FRAMEWORKS]
-    places = [place for spec in specs if spec is not None for place in spec.submodule_search_locations or ()]
-    return tuple(place + os.sep for place in places)

@@ -141,7 +141,7 @@ def test_infinities_of_a_mask_are_intended_until_every_entry_is_hidden():
     assert (healed.operation, healed.given) == ("log", False)
     found = origin(net, loss_of(all_of_them, lambda x: x))
     assert (found.operation, found.values, found.given) == ("softmax", "NaN", True)
-    assert "a mask that hides every entry" in str(found)
+    assert "A mask hides every entry of 6 rows." in str(found)
 
 
 def test_a_nan_gradient_that_is_left_out_is_not_the_origin():

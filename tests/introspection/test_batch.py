@@ -39,7 +39,7 @@ def spoiled(*rows, length=10, value=math.nan):
         ((torch.ones(3), spoiled(2)), "batch[1]"),
         ({"image": [torch.ones(3), spoiled(2)]}, "batch['image'][1]"),
         (UserDict(image=spoiled(2)), "batch['image']"),
-        (Pair(torch.ones(2), spoiled(2)), "batch[1]"),
+        (Pair(torch.ones(2), spoiled(2)), "batch.y"),
         ([Sample(spoiled(2))], "batch[0].image"),
     ],
 )
@@ -107,3 +107,97 @@ def test_targets_of_a_mapping_are_known_by_their_name(key):
     inputs, targets = inputs_and_targets({"image": x, "nested": {key: y}})
     assert (inputs is x, targets is y) == (True, True)
     assert inputs_and_targets({"image": x, f"my_{key}": y}) == (None, None)
+
+
+class Graph:
+    """Batch that keeps its attributes in a store of its own, as graph libraries do."""
+
+    def __init__(self, **store):
+        self.__dict__["_store"] = store
+
+    def __getattr__(self, name):
+        try:
+            return self.__dict__["_store"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name, value):
+        self._store[name] = value
+
+    def __copy__(self):
+        return type(self)(**self._store)
+
+    def keys(self):
+        return list(self._store)
+
+    def __getitem__(self, key):
+        return self._store[key]
+
+
+class TypedGraph(Graph):
+    """Batch that tells its entries as nested dicts."""
+
+    def to_dict(self):
+        return {"paper": {"x": self.x}, "y": self.y}
+
+
+class Slotted:
+    __slots__ = ("other", "x")
+
+    def __init__(self, x):
+        self.x, self.other = x, self
+
+
+class Plain:
+    def __init__(self, x):
+        self.x, self.net, self.me, self.name = x, torch.nn.Linear(2, 2), self, "plain"
+        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.1)
+
+    @property
+    def fails(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("batch", "path"),
+    [
+        (Graph(x=spoiled(2), y=torch.ones(3)), "batch.x"),
+        ([Graph(x=torch.ones(2)), {"g": Graph(edge=spoiled(2))}], "batch[1]['g'].edge"),
+        (TypedGraph(x=spoiled(2), y=torch.ones(3)), "batch['paper']['x']"),
+        (Slotted(spoiled(2)), "batch.x"),
+        (Plain(spoiled(2)), "batch.x"),
+    ],
+)
+def test_nan_is_found_in_objects(batch, path):
+    assert [(e.path, e.rows, e.values) for e in find_nonfinite(batch)] == [(path, (2,), "NaN")]
+
+
+@pytest.mark.parametrize("kind", [lambda x: Graph(x=x), Slotted, Plain])
+def test_objects_are_copied_with_other_tensors(kind):
+    batch = kind(torch.ones(3))
+    made = map_tensors(batch, lambda tensor: tensor * 2)
+    assert type(made) is type(batch)
+    assert (float(made.x.sum()), float(batch.x.sum())) == (6.0, 3.0)
+
+
+def test_objects_without_tensors_are_shared():
+    class Empty:
+        pass
+
+    batch = [Empty(), torch.nn.Linear(1, 1), torch.device("cpu"), print]
+    made = map_tensors(batch, lambda tensor: tensor + 1)
+    assert all(new is old for new, old in zip(made, batch, strict=True))
+    assert list(tensors_of(batch)) == []
+
+
+def test_a_whole_data_set_in_an_object_is_not_looked_into():
+    batch = Plain(torch.ones(2))
+    batch.samples = [torch.ones(1)] * 20_000
+    assert [path for path, _ in tensors_of(batch)] == ["batch.x"]
+
+
+def test_inputs_and_targets_of_an_object_are_known_by_name():
+    x, y = torch.ones(3, 2), torch.zeros(3)
+    assert inputs_and_targets(Graph(x=x, edge_index=torch.ones(2, 3, dtype=torch.long), y=y)) == (x, y)
+    assert inputs_and_targets(Graph(x=x, weight=y)) == (None, None)
+    assert inputs_and_targets(Pair(x, y)) == (x, y)

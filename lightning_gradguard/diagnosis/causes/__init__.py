@@ -12,6 +12,7 @@ from lightning_gradguard.diagnosis.causes import data, model, numerics, optimize
 from lightning_gradguard.diagnosis.context import CERTAIN, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
+from lightning_gradguard.diagnosis.nan_origin import Place
 from lightning_gradguard.introspection.graph_problems import UNBOUNDED, Problem
 from lightning_gradguard.results import Fault
 
@@ -74,4 +75,6 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
 def _unknown(context: DiagnosticContext) -> str:
     if context.fault.is_custom:
         return "The rules for causes know the built-in faults only; this one comes from a custom detector."
+    if context.origin is not None and context.origin.place == Place.NOWHERE:
+        return f"{context.origin} In `gradguard replay` this is called TRANSIENT."
     return "No cause that is known here fits what was measured."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.nan_origin import Place
+from lightning_gradguard.diagnosis.nan_origin import Origin, Place, cause_of
 from lightning_gradguard.diagnosis.wording import count, number, power
 from lightning_gradguard.results import Fault
 
@@ -63,12 +63,17 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
     if not context.too_large:
         return
     if any(op in context.loss_operations for op in _CLASSIFYING):
-        usual, decades = _USUAL_LOSS, math.log10(max(first, 1.0) / 3)
+        usual, decades = _USUAL_LOSS, min(math.log10(max(first, 1.0) / 3), 38.0)
     elif _is_squared(context) and context.target_rms is not None:
-        usual, decades = 100 * max(context.target_rms**2, 1.0), math.log10(max(first, 1.0)) / 2
+        usual, decades = 100 * max(context.target_rms**2, 1.0), min(math.log10(max(first, 1.0)), 38.0) / 2
     else:
         return
-    if not first > usual:
+    # An operation that has no finite result tells nothing about the size of what it was given.
+    origin = context.origin
+    is_overflow = first == math.inf and (
+        origin is None or not origin.located or _overflows_with_outputs(origin)
+    )
+    if not first > usual or (first == math.inf and not is_overflow):
         return
     began = f"The first loss was {number(first)}, which only far too large outputs can give"
     layers = len(context.layers)
@@ -87,6 +92,12 @@ def outputs_too_large(context: DiagnosticContext, cause: Cause) -> Iterator[Evid
         yield Evidence(decades, text)
 
 
+def _overflows_with_outputs(origin: Origin) -> bool:
+    """Return True for an overflow that the outputs take part in, and not parameters of the loss alone."""
+    given = () if origin.facts is None else origin.facts.arguments
+    return origin.overflow > 0 and not any(argument.parameters for argument in given)
+
+
 def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame large targets under a squared loss."""
     if context.fault == Fault.STALLED and context.finding.detector == "TargetScale":
@@ -98,7 +109,7 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
         )
         yield Evidence(-math.log10(max(context.finding.value, 1e-12)) + 1, text)
         return
-    if not context.too_large or not _is_squared(context) or not context.loss_start > 100:
+    if not context.too_large or not _is_squared(context) or not 100 < context.loss_start < math.inf:
         return
     if context.target_rms is not None and context.target_rms**2 < 0.01 * context.loss_start:
         return  # the outputs are large, not the targets
@@ -116,8 +127,14 @@ def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
     if context.fault != Fault.NONFINITE:
         return
     origin, rows = context.origin, context.bad_rows
-    if origin is not None and (origin.place in (Place.BATCH, Place.OUTSIDE) or origin.in_data):
-        yield Evidence(CERTAIN if origin.place == Place.BATCH else 8.0, str(origin))
+    if origin is not None and origin.place == Place.BATCH:
+        yield Evidence(CERTAIN, str(origin))
+    elif (
+        origin is not None
+        and (origin.place == Place.OUTSIDE or origin.located)
+        and cause_of(origin) == Cause.BAD_DATA
+    ):
+        yield Evidence(8.0, str(origin))
     elif rows:
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         listed = ", ".join(str(row) for row in rows[:8]) + more
@@ -151,7 +168,10 @@ def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
         size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
         text = f"Only the gradient of this step is so large ({size})."
         yield Evidence(1 + math.log10(context.finding.value), text)
-    if context.fault == Fault.NONFINITE and _was_healthy(context) and not context.bad_rows:
+    # A replay that named the place, or that was clean, tells that the batch is no outlier.
+    origin = context.origin
+    replayed = origin is not None and (origin.place != Place.UNKNOWN and not origin.overflow)
+    if context.fault == Fault.NONFINITE and _was_healthy(context) and not context.bad_rows and not replayed:
         yield Evidence(2.0, f"No fault was found before step {step}.")
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from lightning_gradguard.diagnosis.causes.data import outputs_too_large
+from lightning_gradguard.diagnosis.causes.numerics import FROM_THE_START
 from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
+from lightning_gradguard.diagnosis.operation_evidence import is_initial
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
 from lightning_gradguard.introspection.graph_problems import Problem
 from lightning_gradguard.introspection.operations import SATURATING, kind_of
@@ -72,7 +74,16 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame initial weights that shrink or enlarge signals."""
+    """Blame initial weights that shrink or enlarge signals, or that make NaN."""
+    origin = context.origin
+    if (
+        context.fault == Fault.NONFINITE
+        and origin is not None
+        and origin.located
+        and is_initial(origin.facts)
+    ):
+        # Later on the parameter was brought to zero by the training.
+        yield Evidence(9.0 if context.steps <= FROM_THE_START else 3.0, str(origin))
     yield from _lost_between_layers(context)
     yield from _one_signed_weights(context)
     yield from weights_out_of_scale(context)

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext, Evidence
+from lightning_gradguard.diagnosis.nan_origin import Place, blames_operation, blames_tensor
+from lightning_gradguard.diagnosis.operation_domains import CLOSED
+from lightning_gradguard.diagnosis.operation_evidence import is_initial
 from lightning_gradguard.diagnosis.wording import fraction, number, quote
 from lightning_gradguard.introspection.operations import COMMON, RISKY
 from lightning_gradguard.results import Fault
@@ -20,6 +23,8 @@ _FLAT = 1e-3
 _UNBOUNDED = 100.0
 #: Share of changed elements below which most updates are lost to rounding.
 _FEW_CHANGE = 0.1
+#: Steps up to which a parameter counts as never changed: those that were not finite were skipped.
+FROM_THE_START = 10
 _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -37,15 +42,29 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
     It is finite for other inputs, and most often in the loss.
     """
     origin = context.origin
-    if context.fault != Fault.NONFINITE or (origin is not None and origin.in_data):
+    if context.fault != Fault.NONFINITE:
+        return
+    if origin is not None and origin.place == Place.OUTSIDE and blames_tensor(origin):
+        yield Evidence(9.0, str(origin))
         return
     if origin is not None and origin.located:
-        # What overflows in the loss was most often too large before it.
-        if origin.in_loss or not origin.overflow:
+        if origin.in_data and not blames_operation(origin):
+            yield Evidence(4.0, str(origin))
+        elif is_initial(origin.facts) and context.steps <= FROM_THE_START:
+            return
+        elif origin.in_loss or not origin.overflow:
+            # What overflows in the loss was most often too large before it.
             yield Evidence(3.0 if origin.overflow else 9.0, str(origin))
+        elif origin.facts is not None and origin.facts.function in CLOSED:
+            yield Evidence(2.0, str(origin))
+        return
+    if origin is not None and origin.place in (Place.BATCH, Place.PARAMETERS, Place.OUTSIDE):
         return
     risky = [op for op in RISKY if op in context.loss_operations]
     if context.bad_rows or not risky:
+        return
+    unreproduced = origin is not None and origin.place == Place.NOWHERE
+    if unreproduced and COMMON.issuperset(risky):
         return
     examined = context.bad_rows is not None
     if context.nonfinite_loss:
@@ -54,7 +73,7 @@ def _unstable_operation(context: DiagnosticContext) -> Iterator[Evidence]:
         finite = "the loss and the batch are" if examined else "the loss is"
         what = f"The gradient is NaN or Inf although {finite} finite"
     reasons = "; ".join(RISKY[op] for op in risky[:2])
-    weight = 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
+    weight = 2.0 if unreproduced else 6.0 if not COMMON.issuperset(risky) else 3.0 if examined else 1.0
     yield Evidence(weight, f"{what}. Operations after the last layer can cause this: {reasons}.")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gradguard.diagnosis.trials.operation_patch import OperationPatch
 from lightning_gradguard.introspection.batch import inputs_and_targets, map_tensors, tensors_of
 from lightning_gradguard.introspection.layer_calls import Function, LayerCall, LayerMode, LayerStructure
 
@@ -37,6 +38,8 @@ class Change:
         rate: Factor of the learning rate.
         decay: Factor of the weight decay.
         momentum: Momentum in place of the optimizer's own.
+        operation: Replacement of one operation, or of a tensor of the module.
+        batch: "fill" replaces NaN and Inf in the batch by 0; "drop" leaves out rows that hold them.
     """
 
     activation: str | None = None
@@ -52,6 +55,8 @@ class Change:
     rate: float = 1.0
     decay: float = 1.0
     momentum: float | None = None
+    operation: OperationPatch | None = None
+    batch: str | None = None
 
     @property
     def fields(self) -> frozenset[str]:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
-from lightning_gradguard.diagnosis.fixes import fixes_of_problems
+from lightning_gradguard.diagnosis.fixes import find_fixes, fixes_of_problems
 from lightning_gradguard.diagnosis.trials.candidates import combine, find_candidates, is_bottomless
 from lightning_gradguard.diagnosis.trials.change import Change
+from lightning_gradguard.diagnosis.trials.cures import is_cure, try_cures
 from lightning_gradguard.diagnosis.trials.trial import TrialResult, run_trial
 from lightning_gradguard.diagnosis.wording import count, number
 from lightning_gradguard.introspection.sandbox import SandboxedStep
@@ -73,6 +74,8 @@ def try_fixes(
             cannot be run by itself.
     """
     cause = diagnosis.causes[0]
+    if diagnosis.fault == Fault.NONFINITE and any(map(is_cure, find_fixes(context, [cause]))):
+        return try_cures(diagnosis, context, sandboxed_step_of)
     if cause in _UNTRIED or not (diagnosis.fault in _FAULTS or cause in _CAUSES or context.decayed):
         reason = "No fix was tried: none for this cause can be tried on a copy of the model."
         return dataclasses.replace(diagnosis, trials=(reason,))

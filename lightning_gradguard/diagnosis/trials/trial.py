@@ -96,7 +96,7 @@ def run_trial(
         recorder = StructureRecorder(module)
         mode = SwappedForward(module, change, structure) if change.changes_forward else recorder
         parameters = dict(module.named_parameters())
-        optimizer = _virtual_optimizer(step.optimizer, names, parameters, change)
+        optimizer = virtual_optimizer(step.optimizer, names, parameters, change)
         sequence = SandboxedSequenceProbe(module)
 
         def backward(batch: Any) -> float:
@@ -167,7 +167,7 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     return False
 
 
-def _virtual_optimizer(
+def virtual_optimizer(
     optimizer: torch.optim.Optimizer,
     names: Mapping[int, str],
     parameters: Mapping[str, Tensor],
