@@ -1,0 +1,18 @@
+"""Ordinary trainings of models that others wrote and maintain, and a few of them broken.
+
+The packages are optional: ``requirements.txt`` beside this file lists them with versions.
+"""
+
+from benchmarks.real import generative, graphs, language, perception
+from benchmarks.real.case import Model, select
+
+HEALTHY: tuple[Model, ...] = (
+    *language.HEALTHY,
+    *graphs.HEALTHY,
+    *generative.HEALTHY,
+    *perception.HEALTHY,
+)
+BROKEN: tuple[Model, ...] = ()
+CASES = (*HEALTHY, *BROKEN)
+
+__all__ = ["BROKEN", "CASES", "HEALTHY", "Model", "select"]
