@@ -3,7 +3,7 @@
 The packages are optional: ``requirements.txt`` beside this file lists them with versions.
 """
 
-from benchmarks.real import generative, graphs, language, perception
+from benchmarks.real import cells, forecasting, generative, graphs, language, perception, rewards, tabular
 from benchmarks.real.case import Model, select
 
 HEALTHY: tuple[Model, ...] = (
@@ -11,6 +11,10 @@ HEALTHY: tuple[Model, ...] = (
     *graphs.HEALTHY,
     *generative.HEALTHY,
     *perception.HEALTHY,
+    *forecasting.HEALTHY,
+    *cells.HEALTHY,
+    *rewards.HEALTHY,
+    *tabular.HEALTHY,
 )
 BROKEN: tuple[Model, ...] = ()
 CASES = (*HEALTHY, *BROKEN)
