@@ -3,7 +3,7 @@
 The packages are optional: ``requirements.txt`` beside this file lists them with versions.
 """
 
-from benchmarks.real import cells, forecasting, generative, graphs, language, perception, rewards, tabular
+from benchmarks.real import broken, cells, forecasting, generative, graphs, language, perception, rewards, tabular
 from benchmarks.real.case import Model, select
 
 HEALTHY: tuple[Model, ...] = (
@@ -16,7 +16,7 @@ HEALTHY: tuple[Model, ...] = (
     *rewards.HEALTHY,
     *tabular.HEALTHY,
 )
-BROKEN: tuple[Model, ...] = ()
+BROKEN: tuple[Model, ...] = broken.BROKEN
 CASES = (*HEALTHY, *BROKEN)
 
 __all__ = ["BROKEN", "CASES", "HEALTHY", "Model", "select"]

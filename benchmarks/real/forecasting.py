@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.real.case import Falls, Model, Run
+from benchmarks.real.case import Falls, FallsBy, Model, Run
 from benchmarks.real.plain import SILENT, train
 
 SERIES, POINTS, PAST, AHEAD = 12, 120, 24, 6
@@ -56,12 +56,13 @@ def _dataset(table: Any, **arguments: Any) -> Any:
     )
 
 
-def temporal_fusion(covariates: bool, steps: int = 200) -> Callable[[int], Run]:
+def temporal_fusion(covariates: bool, steps: int = 200, scale: float | None = None) -> Callable[[int], Run]:
     """Return a builder of pytorch-forecasting's temporal fusion transformer.
 
     Args:
         covariates: Give it a region, a week and a price, too; else only the series itself.
         steps: Optimizer steps.
+        scale: Factor on the series, which are not normalized then.
     """
 
     def build(seed: int) -> Run:
@@ -76,7 +77,11 @@ def temporal_fusion(covariates: bool, steps: int = 200) -> Callable[[int], Run]:
                 "add_relative_time_idx": True,
                 "add_target_scales": True,
             }
-        data = _dataset(waves(seed), **more)
+        if scale is not None:
+            from pytorch_forecasting.data import EncoderNormalizer
+
+            more["target_normalizer"] = EncoderNormalizer(method="identity")
+        data = _dataset(waves(seed, scale=1.0 if scale is None else scale), **more)
         net = TemporalFusionTransformer.from_dataset(
             data,
             learning_rate=0.01,
@@ -107,7 +112,7 @@ def deepar(seed: int, steps: int = 200) -> Run:
     return train(net, data.to_dataloader(train=True, batch_size=64, num_workers=0), steps)
 
 
-def nbeats(seed: int, steps: int = 200) -> Run:
+def nbeats(seed: int, steps: int = 400) -> Run:
     """Return pytorch-forecasting's N-BEATS."""
     from pytorch_forecasting import NBeats
 
@@ -116,6 +121,19 @@ def nbeats(seed: int, steps: int = 200) -> Run:
         data, learning_rate=3e-3, widths=[32, 128], num_blocks=[2, 2], num_block_layers=[2, 2], optimizer="adam",
         log_interval=-1, log_val_interval=-1,
     )  # fmt: skip
+    return train(net, data.to_dataloader(train=True, batch_size=64, num_workers=0), steps)
+
+
+def nhits(seed: int, steps: int = 200) -> Run:
+    """Return pytorch-forecasting's N-HiTS."""
+    from pytorch_forecasting import NHiTS
+    from pytorch_forecasting.metrics import MAE
+
+    data = _dataset(
+        waves(seed), min_encoder_length=PAST, min_prediction_length=AHEAD, time_varying_known_reals=["price"],
+        static_categoricals=["region"],
+    )  # fmt: skip
+    net = NHiTS.from_dataset(data, learning_rate=3e-3, hidden_size=48, loss=MAE(), optimizer="adam", log_interval=-1)
     return train(net, data.to_dataloader(train=True, batch_size=64, num_workers=0), steps)
 
 
@@ -187,7 +205,10 @@ HEALTHY = (
     Model("tft", "Temporal fusion transformer, with covariates", "pytorch-forecasting", "forecasting", temporal_fusion(True), Falls(0.5), ("*lstm_encoder.weight_ih_l0", "*output_layer.weight")),
     Model("tft-alone", "Temporal fusion transformer, the series alone", "pytorch-forecasting", "forecasting", temporal_fusion(False), Falls(0.5), ("*lstm_encoder.weight_ih_l0", "*output_layer.weight")),
     Model("deepar", "DeepAR, likelihood of a normal distribution", "pytorch-forecasting", "forecasting", deepar, Falls(0.75), ("*rnn.weight_ih_l0", "*distribution_projector.weight")),
-    Model("nbeats", "N-BEATS", "pytorch-forecasting", "forecasting", nbeats, Falls(0.5), ()),
+    Model("nbeats", "N-BEATS", "pytorch-forecasting", "forecasting", nbeats, Falls(0.7), (), 400),
+    Model("pf-nhits", "N-HiTS with covariates", "pytorch-forecasting", "forecasting", nhits, Falls(0.5), ()),
+    Model("nf-lstm", "Recurrent net", "neuralforecast", "forecasting", of_nixtla("LSTM", encoder_hidden_size=24, decoder_hidden_size=24), Falls(0.7), ()),
+    Model("nf-deepar", "DeepAR, Student's t", "neuralforecast", "forecasting", of_nixtla("DeepAR", lstm_hidden_size=24, lstm_n_layers=1), FallsBy(0.3), ()),
     Model("nf-tft", "Temporal fusion transformer, the series alone", "neuralforecast", "forecasting", of_nixtla("TFT", hidden_size=16, n_head=2), Falls(0.6), ()),
     Model("nf-tft-known", "Temporal fusion transformer, with a known price", "neuralforecast", "forecasting", of_nixtla("TFT", covariates=True, hidden_size=16, n_head=2), Falls(0.6), ()),
     Model("nhits", "N-HiTS", "neuralforecast", "forecasting", of_nixtla("NHITS", mlp_units=[[64, 64]] * 3), Falls(0.6), ()),

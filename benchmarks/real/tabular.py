@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ def rows(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor, Tensor
     return x, c, y / 1.5
 
 
-def _train(net: Any, seed: int, steps: int, optimizer: Any, encode: bool) -> Run:
+def _train(net: Any, seed: int, steps: int, optimizer: Any, encode: bool, scale: float = 1.0) -> Run:
+    def batches(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, c, y = rows(seeded(seed, number), 128)
+        x[:, :3] *= scale
+        return x, c, y
+
     def loss(net: Any, batch: Any) -> Tensor:
         x, c, y = batch
         if encode:
@@ -30,28 +36,36 @@ def _train(net: Any, seed: int, steps: int, optimizer: Any, encode: bool) -> Run
             return F.mse_loss(net(torch.cat([x, *one], 1)).squeeze(1), y)
         return F.mse_loss(net(x, c).squeeze(1), y)
 
-    return train(Plain(net, loss, optimizer), Numbered(lambda number: rows(seeded(seed, number), 128)), steps)
+    return train(Plain(net, loss, optimizer), Numbered(batches), steps)
 
 
-def ft_transformer(seed: int, steps: int = 300) -> Run:
-    """Return the feature tokenizer and transformer."""
+def ft_transformer(seed: int, steps: int = 300, scale: float = 1.0) -> Run:
+    """Return the feature tokenizer and transformer.
+
+    Args:
+        seed: Seed of weights and data.
+        steps: Optimizer steps.
+        scale: Factor on the first three columns.
+    """
     from rtdl_revisiting_models import FTTransformer
 
     net = FTTransformer(
         n_cont_features=NUMBERS, cat_cardinalities=CHOICES, d_out=1, n_blocks=2, d_block=32, attention_n_heads=4,
         attention_dropout=0.1, ffn_d_hidden=None, ffn_d_hidden_multiplier=4 / 3, ffn_dropout=0.1, residual_dropout=0.0,
     )  # fmt: skip
-    return _train(net, seed, steps, adamw(2e-3), encode=False)
+    return _train(net, seed, steps, adamw(2e-3), encode=False, scale=scale)
 
 
-def resnet(seed: int, steps: int = 300) -> Run:
-    """Return the residual net for tables."""
+def resnet(seed: int, steps: int = 300, change: Callable[[Any], None] | None = None) -> Run:
+    """Return the residual net for tables; ``change`` spoils it."""
     from rtdl_revisiting_models import ResNet
 
     net = ResNet(
         d_in=NUMBERS + sum(CHOICES), d_out=1, n_blocks=3, d_block=48, d_hidden=None, d_hidden_multiplier=2.0,
         dropout1=0.1, dropout2=0.0,
     )  # fmt: skip
+    if change is not None:
+        change(net)
     return _train(net, seed, steps, adamw(2e-3), encode=True)
 
 
