@@ -3,7 +3,17 @@
 The packages are optional: ``requirements.txt`` beside this file lists them with versions.
 """
 
-from benchmarks.real import broken, cells, forecasting, generative, graphs, language, perception, rewards, tabular
+from benchmarks.real import (
+    broken,
+    cells,
+    forecasting,
+    generative,
+    graphs,
+    language,
+    perception,
+    rewards,
+    tabular,
+)
 from benchmarks.real.case import Model, select
 
 HEALTHY: tuple[Model, ...] = (

@@ -67,6 +67,19 @@ class FallsBy:
 
 
 @dataclass(frozen=True)
+class EndsBelow:
+    """Criterion of learning: the loss begins above this level and ends at or below it."""
+
+    level: float
+
+    def __call__(self, before: float, after: float) -> bool:
+        return after <= self.level < before
+
+    def __str__(self) -> str:
+        return f"ends below {self.level:g}"
+
+
+@dataclass(frozen=True)
 class Reaches:
     """Criterion of learning: a score, such as an accuracy, begins below this level and ends at or above it."""
 

@@ -72,9 +72,15 @@ def of_scvi(
         def fit(callbacks: Sequence[Any]) -> None:
             silent = {key: value for key, value in SILENT.items() if key != "num_sanity_val_steps"}
             model.train(
-                max_epochs=epochs, batch_size=100, train_size=train_size, callbacks=[*callbacks],
-                early_stopping=False, plan_kwargs={"n_epochs_kl_warmup": 20, **(plan or {})}, **silent, **arguments,
-            )  # fmt: skip
+                max_epochs=epochs,
+                batch_size=100,
+                train_size=train_size,
+                callbacks=[*callbacks],
+                early_stopping=False,
+                plan_kwargs={"n_epochs_kl_warmup": 20, **(plan or {})},
+                **silent,
+                **arguments,
+            )
 
         return Run(fit)
 
@@ -84,10 +90,84 @@ def of_scvi(
 SMALL = {"n_hidden": 48, "n_latent": 8}
 
 HEALTHY = (
-    Model("scvi", "scVI, zero-inflated counts", "scvi-tools", "single cell", of_scvi("SCVI", layers=SMALL), Falls(0.9), ("*z_encoder.encoder.*.0.weight", "*z_encoder.mean_encoder.weight", "*decoder.px_decoder.*.0.weight", "*decoder.px_scale_decoder.0.weight"), 160),
-    Model("scvi-nb", "scVI, two layers, negative binomial counts", "scvi-tools", "single cell", of_scvi("SCVI", layers=SMALL | {"n_layers": 2, "gene_likelihood": "nb", "dispersion": "gene-cell"}), Falls(0.9), ("*z_encoder.encoder.*.0.weight", "*z_encoder.mean_encoder.weight", "*decoder.px_scale_decoder.0.weight"), 160),
-    Model("linear-scvi", "scVI with a linear decoder", "scvi-tools", "single cell", of_scvi("LinearSCVI", layers=SMALL), Falls(0.9), ("*z_encoder.mean_encoder.weight", "*factor_regressor*weight"), 160),
-    Model("scanvi", "scANVI, some labels known", "scvi-tools", "single cell", of_scvi("SCANVI", setup={"batch_key": "batch", "labels_key": "kind", "unlabeled_category": "unknown"}, layers=SMALL), Falls(0.9), (), 160),
-    Model("totalvi", "totalVI, genes and proteins, with an adversary", "scvi-tools", "single cell", of_scvi("TOTALVI", setup={"batch_key": "batch", "protein_expression_obsm_key": "proteins"}, layers={"latent_distribution": "normal"}, train_size=0.9, reduce_lr_on_plateau=False, adversarial_classifier=True), Falls(0.9), (), 160),
-    Model("peakvi", "PeakVI, open chromatin", "scvi-tools", "single cell", of_scvi("PEAKVI", layers=SMALL), Falls(0.9), (), 160),
+    Model(
+        "scvi",
+        "scVI, zero-inflated counts",
+        "scvi-tools",
+        "single cell",
+        of_scvi("SCVI", layers=SMALL),
+        Falls(0.9),
+        (
+            "*z_encoder.encoder.*.0.weight",
+            "*z_encoder.mean_encoder.weight",
+            "*decoder.px_decoder.*.0.weight",
+            "*decoder.px_scale_decoder.0.weight",
+        ),
+        160,
+    ),
+    Model(
+        "scvi-nb",
+        "scVI, two layers, negative binomial counts",
+        "scvi-tools",
+        "single cell",
+        of_scvi("SCVI", layers=SMALL | {"n_layers": 2, "gene_likelihood": "nb", "dispersion": "gene-cell"}),
+        Falls(0.9),
+        (
+            "*z_encoder.encoder.*.0.weight",
+            "*z_encoder.mean_encoder.weight",
+            "*decoder.px_scale_decoder.0.weight",
+        ),
+        160,
+    ),
+    Model(
+        "linear-scvi",
+        "scVI with a linear decoder",
+        "scvi-tools",
+        "single cell",
+        of_scvi("LinearSCVI", layers=SMALL),
+        Falls(0.9),
+        ("*z_encoder.mean_encoder.weight", "*factor_regressor*weight"),
+        160,
+    ),
+    Model(
+        "scanvi",
+        "scANVI, some labels known",
+        "scvi-tools",
+        "single cell",
+        of_scvi(
+            "SCANVI",
+            setup={"batch_key": "batch", "labels_key": "kind", "unlabeled_category": "unknown"},
+            layers=SMALL,
+        ),
+        Falls(0.9),
+        (),
+        160,
+    ),
+    Model(
+        "totalvi",
+        "totalVI, genes and proteins, with an adversary",
+        "scvi-tools",
+        "single cell",
+        of_scvi(
+            "TOTALVI",
+            setup={"batch_key": "batch", "protein_expression_obsm_key": "proteins"},
+            layers={"latent_distribution": "normal"},
+            train_size=0.9,
+            reduce_lr_on_plateau=False,
+            adversarial_classifier=True,
+        ),
+        Falls(0.9),
+        (),
+        160,
+    ),
+    Model(
+        "peakvi",
+        "PeakVI, open chromatin",
+        "scvi-tools",
+        "single cell",
+        of_scvi("PEAKVI", layers=SMALL),
+        Falls(0.9),
+        (),
+        160,
+    ),
 )

@@ -106,9 +106,15 @@ def deepar(seed: int, steps: int = 200) -> Run:
 
     data = _dataset(waves(seed), static_categoricals=["region"])
     net = DeepAR.from_dataset(
-        data, learning_rate=0.01, hidden_size=24, rnn_layers=2, dropout=0.1, loss=NormalDistributionLoss(),
-        optimizer="adam", log_interval=-1,
-    )  # fmt: skip
+        data,
+        learning_rate=0.01,
+        hidden_size=24,
+        rnn_layers=2,
+        dropout=0.1,
+        loss=NormalDistributionLoss(),
+        optimizer="adam",
+        log_interval=-1,
+    )
     return train(net, data.to_dataloader(train=True, batch_size=64, num_workers=0), steps)
 
 
@@ -116,11 +122,19 @@ def nbeats(seed: int, steps: int = 400) -> Run:
     """Return pytorch-forecasting's N-BEATS."""
     from pytorch_forecasting import NBeats
 
-    data = _dataset(waves(seed), min_encoder_length=PAST, min_prediction_length=AHEAD, add_relative_time_idx=False)
+    data = _dataset(
+        waves(seed), min_encoder_length=PAST, min_prediction_length=AHEAD, add_relative_time_idx=False
+    )
     net = NBeats.from_dataset(
-        data, learning_rate=3e-3, widths=[32, 128], num_blocks=[2, 2], num_block_layers=[2, 2], optimizer="adam",
-        log_interval=-1, log_val_interval=-1,
-    )  # fmt: skip
+        data,
+        learning_rate=3e-3,
+        widths=[32, 128],
+        num_blocks=[2, 2],
+        num_block_layers=[2, 2],
+        optimizer="adam",
+        log_interval=-1,
+        log_val_interval=-1,
+    )
     return train(net, data.to_dataloader(train=True, batch_size=64, num_workers=0), steps)
 
 
@@ -130,14 +144,21 @@ def nhits(seed: int, steps: int = 200) -> Run:
     from pytorch_forecasting.metrics import MAE
 
     data = _dataset(
-        waves(seed), min_encoder_length=PAST, min_prediction_length=AHEAD, time_varying_known_reals=["price"],
+        waves(seed),
+        min_encoder_length=PAST,
+        min_prediction_length=AHEAD,
+        time_varying_known_reals=["price"],
         static_categoricals=["region"],
-    )  # fmt: skip
-    net = NHiTS.from_dataset(data, learning_rate=3e-3, hidden_size=48, loss=MAE(), optimizer="adam", log_interval=-1)
+    )
+    net = NHiTS.from_dataset(
+        data, learning_rate=3e-3, hidden_size=48, loss=MAE(), optimizer="adam", log_interval=-1
+    )
     return train(net, data.to_dataloader(train=True, batch_size=64, num_workers=0), steps)
 
 
-def of_nixtla(name: str, steps: int = 200, covariates: bool = False, **arguments: Any) -> Callable[[int], Run]:
+def of_nixtla(
+    name: str, steps: int = 200, covariates: bool = False, **arguments: Any
+) -> Callable[[int], Run]:
     """Return a builder of a model of neuralforecast, by the name of its class."""
 
     def build(seed: int) -> Run:
@@ -202,19 +223,115 @@ def of_darts(name: str, epochs: int = 12, **arguments: Any) -> Callable[[int], R
 
 
 HEALTHY = (
-    Model("tft", "Temporal fusion transformer, with covariates", "pytorch-forecasting", "forecasting", temporal_fusion(True), Falls(0.5), ("*lstm_encoder.weight_ih_l0", "*output_layer.weight")),
-    Model("tft-alone", "Temporal fusion transformer, the series alone", "pytorch-forecasting", "forecasting", temporal_fusion(False), Falls(0.5), ("*lstm_encoder.weight_ih_l0", "*output_layer.weight")),
-    Model("deepar", "DeepAR, likelihood of a normal distribution", "pytorch-forecasting", "forecasting", deepar, Falls(0.75), ("*rnn.weight_ih_l0", "*distribution_projector.weight")),
+    Model(
+        "tft",
+        "Temporal fusion transformer, with covariates",
+        "pytorch-forecasting",
+        "forecasting",
+        temporal_fusion(True),
+        Falls(0.5),
+        ("*lstm_encoder.weight_ih_l0", "*output_layer.weight"),
+    ),
+    Model(
+        "tft-alone",
+        "Temporal fusion transformer, the series alone",
+        "pytorch-forecasting",
+        "forecasting",
+        temporal_fusion(False),
+        Falls(0.5),
+        ("*lstm_encoder.weight_ih_l0", "*output_layer.weight"),
+    ),
+    Model(
+        "deepar",
+        "DeepAR, likelihood of a normal distribution",
+        "pytorch-forecasting",
+        "forecasting",
+        deepar,
+        Falls(0.75),
+        ("*rnn.weight_ih_l0", "*distribution_projector.weight"),
+    ),
     Model("nbeats", "N-BEATS", "pytorch-forecasting", "forecasting", nbeats, Falls(0.7), (), 400),
     Model("pf-nhits", "N-HiTS with covariates", "pytorch-forecasting", "forecasting", nhits, Falls(0.5), ()),
-    Model("nf-lstm", "Recurrent net", "neuralforecast", "forecasting", of_nixtla("LSTM", encoder_hidden_size=24, decoder_hidden_size=24), Falls(0.7), ()),
-    Model("nf-deepar", "DeepAR, Student's t", "neuralforecast", "forecasting", of_nixtla("DeepAR", lstm_hidden_size=24, lstm_n_layers=1), FallsBy(0.3), ()),
-    Model("nf-tft", "Temporal fusion transformer, the series alone", "neuralforecast", "forecasting", of_nixtla("TFT", hidden_size=16, n_head=2), Falls(0.6), ()),
-    Model("nf-tft-known", "Temporal fusion transformer, with a known price", "neuralforecast", "forecasting", of_nixtla("TFT", covariates=True, hidden_size=16, n_head=2), Falls(0.6), ()),
-    Model("nhits", "N-HiTS", "neuralforecast", "forecasting", of_nixtla("NHITS", mlp_units=[[64, 64]] * 3), Falls(0.6), ()),
-    Model("patchtst", "PatchTST", "neuralforecast", "forecasting", of_nixtla("PatchTST", hidden_size=32, n_heads=4, encoder_layers=2, patch_len=6, stride=3), Falls(0.6), ()),
-    Model("darts-tft", "Temporal fusion transformer", "darts", "forecasting", of_darts("TFTModel", 12, hidden_size=16, num_attention_heads=2, add_relative_index=True), Falls(0.6), ()),
-    Model("tcn", "Temporal convolutions", "darts", "forecasting", of_darts("TCNModel", 12, num_filters=8, num_layers=3), Falls(0.6), ()),
+    Model(
+        "nf-lstm",
+        "Recurrent net",
+        "neuralforecast",
+        "forecasting",
+        of_nixtla("LSTM", encoder_hidden_size=24, decoder_hidden_size=24),
+        Falls(0.7),
+        (),
+    ),
+    Model(
+        "nf-deepar",
+        "DeepAR, Student's t",
+        "neuralforecast",
+        "forecasting",
+        of_nixtla("DeepAR", lstm_hidden_size=24, lstm_n_layers=1),
+        FallsBy(0.3),
+        (),
+    ),
+    Model(
+        "nf-tft",
+        "Temporal fusion transformer, the series alone",
+        "neuralforecast",
+        "forecasting",
+        of_nixtla("TFT", hidden_size=16, n_head=2),
+        Falls(0.6),
+        (),
+    ),
+    Model(
+        "nf-tft-known",
+        "Temporal fusion transformer, with a known price",
+        "neuralforecast",
+        "forecasting",
+        of_nixtla("TFT", covariates=True, hidden_size=16, n_head=2),
+        Falls(0.6),
+        (),
+    ),
+    Model(
+        "nhits",
+        "N-HiTS",
+        "neuralforecast",
+        "forecasting",
+        of_nixtla("NHITS", mlp_units=[[64, 64]] * 3),
+        Falls(0.6),
+        (),
+    ),
+    Model(
+        "patchtst",
+        "PatchTST",
+        "neuralforecast",
+        "forecasting",
+        of_nixtla("PatchTST", hidden_size=32, n_heads=4, encoder_layers=2, patch_len=6, stride=3),
+        Falls(0.6),
+        (),
+    ),
+    Model(
+        "darts-tft",
+        "Temporal fusion transformer",
+        "darts",
+        "forecasting",
+        of_darts("TFTModel", 12, hidden_size=16, num_attention_heads=2, add_relative_index=True),
+        Falls(0.6),
+        (),
+    ),
+    Model(
+        "tcn",
+        "Temporal convolutions",
+        "darts",
+        "forecasting",
+        of_darts("TCNModel", 12, num_filters=8, num_layers=3),
+        Falls(0.6),
+        (),
+    ),
     Model("tide", "TiDE", "darts", "forecasting", of_darts("TiDEModel", 12, hidden_size=32), Falls(0.6), ()),
-    Model("rnn", "Recurrent net", "darts", "forecasting", of_darts("RNNModel", 12, model="LSTM", training_length=36), Falls(0.6), ()),
+    Model(
+        "rnn",
+        "Recurrent net",
+        "darts",
+        "forecasting",
+        of_darts("RNNModel", 12, model="LSTM", training_length=36),
+        Falls(0.6),
+        (),
+    ),
 )

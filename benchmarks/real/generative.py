@@ -32,7 +32,11 @@ def _denoise(net: Any, steps: int, seed: int, optimizer: Any, rows: int, **argum
     def batches(number: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = seeded(seed, number)
         clean = pictures(generator, rows)
-        return clean, torch.randn(clean.shape, generator=generator), torch.randint(200, (rows,), generator=generator)
+        return (
+            clean,
+            torch.randn(clean.shape, generator=generator),
+            torch.randint(200, (rows,), generator=generator),
+        )
 
     def loss(net: Any, batch: Any) -> Tensor:
         clean, noise, time = batch
@@ -75,7 +79,9 @@ def dit(seed: int, steps: int = 200) -> Run:
         patch_size=4,
         num_embeds_ada_norm=200,
     )
-    return _denoise(net, steps, seed, adamw(1e-3), 16, class_labels=lambda rows: torch.zeros(rows, dtype=torch.long))
+    return _denoise(
+        net, steps, seed, adamw(1e-3), 16, class_labels=lambda rows: torch.zeros(rows, dtype=torch.long)
+    )
 
 
 def kl(seed: int, steps: int = 200) -> Run:
@@ -114,7 +120,11 @@ class Quantized(nn.Module):
         )
         self.codes = VectorQuantize(dim=16, codebook_size=64, accept_image_fmap=True, kmeans_init=True)
         self.decoder = nn.Sequential(
-            nn.Conv2d(16, 32, 1), nn.GELU(), nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.GELU(), nn.ConvTranspose2d(16, 1, 4, 2, 1)
+            nn.Conv2d(16, 32, 1),
+            nn.GELU(),
+            nn.ConvTranspose2d(32, 16, 4, 2, 1),
+            nn.GELU(),
+            nn.ConvTranspose2d(16, 1, 4, 2, 1),
         )
 
     def forward(self, clean: Tensor) -> Tensor:
@@ -144,7 +154,9 @@ def moons(generator: torch.Generator, rows: int) -> Tensor:
 def _flow(make: Any, negative: Any, optimizer: Any, steps: int) -> Any:
     def build(seed: int) -> Run:
         return train(
-            Plain(make(), negative, optimizer), Numbered(lambda number: moons(seeded(seed, number), 128)), steps
+            Plain(make(), negative, optimizer),
+            Numbered(lambda number: moons(seeded(seed, number), 128)),
+            steps,
         )
 
     return build
@@ -167,15 +179,85 @@ def maf() -> Any:
 
     parts: list[Any] = []
     for _ in range(4):
-        parts += [ReversePermutation(features=4), MaskedAffineAutoregressiveTransform(features=4, hidden_features=32)]
+        parts += [
+            ReversePermutation(features=4),
+            MaskedAffineAutoregressiveTransform(features=4, hidden_features=32),
+        ]
     return Flow(CompositeTransform(parts), StandardNormal(shape=[4]))
 
 
 HEALTHY = (
-    Model("unet", "U-Net, diffusion of pictures", "diffusers", "diffusion", unet, Falls(0.5), ("*net.conv_in.weight", "*down_blocks.0.resnets.0.conv1.weight", "*mid_block.resnets.0.conv1.weight", "*up_blocks.1.resnets.1.conv2.weight", "*net.conv_out.weight"), 150),
-    Model("dit", "Diffusion transformer, zero-initialised modulation", "diffusers", "diffusion", dit, Falls(0.7), ("*pos_embed.proj.weight", "*transformer_blocks.0.attn1.to_q.weight", "*transformer_blocks.2.attn1.to_q.weight", "*proj_out_2.weight")),
-    Model("kl", "Variational autoencoder of pictures", "diffusers", "variational", kl, Falls(0.5), ("*encoder.conv_in.weight", "*encoder.conv_out.weight", "*decoder.conv_in.weight", "*decoder.conv_out.weight")),
-    Model("vq", "Autoencoder with a codebook", "vector-quantize-pytorch", "variational", vq, Falls(0.5), ("*encoder.0.weight", "*encoder.4.weight", "*decoder.0.weight", "*decoder.4.weight"), 300),
-    Model("nsf", "Neural spline flow", "zuko", "flow", _flow(nsf, lambda net, x: -net().log_prob(x).mean(), adam(3e-3), 200), FallsBy(0.8), ()),
-    Model("maf", "Masked autoregressive flow", "nflows", "flow", _flow(maf, lambda net, x: -net.log_prob(x).mean(), adam(3e-3), 250), FallsBy(0.4), (), 250),
+    Model(
+        "unet",
+        "U-Net, diffusion of pictures",
+        "diffusers",
+        "diffusion",
+        unet,
+        Falls(0.5),
+        (
+            "*net.conv_in.weight",
+            "*down_blocks.0.resnets.0.conv1.weight",
+            "*mid_block.resnets.0.conv1.weight",
+            "*up_blocks.1.resnets.1.conv2.weight",
+            "*net.conv_out.weight",
+        ),
+        150,
+    ),
+    Model(
+        "dit",
+        "Diffusion transformer, zero-initialised modulation",
+        "diffusers",
+        "diffusion",
+        dit,
+        Falls(0.7),
+        (
+            "*pos_embed.proj.weight",
+            "*transformer_blocks.0.attn1.to_q.weight",
+            "*transformer_blocks.2.attn1.to_q.weight",
+            "*proj_out_2.weight",
+        ),
+    ),
+    Model(
+        "kl",
+        "Variational autoencoder of pictures",
+        "diffusers",
+        "variational",
+        kl,
+        Falls(0.5),
+        (
+            "*encoder.conv_in.weight",
+            "*encoder.conv_out.weight",
+            "*decoder.conv_in.weight",
+            "*decoder.conv_out.weight",
+        ),
+    ),
+    Model(
+        "vq",
+        "Autoencoder with a codebook",
+        "vector-quantize-pytorch",
+        "variational",
+        vq,
+        Falls(0.5),
+        ("*encoder.0.weight", "*encoder.4.weight", "*decoder.0.weight", "*decoder.4.weight"),
+        300,
+    ),
+    Model(
+        "nsf",
+        "Neural spline flow",
+        "zuko",
+        "flow",
+        _flow(nsf, lambda net, x: -net().log_prob(x).mean(), adam(3e-3), 200),
+        FallsBy(0.8),
+        (),
+    ),
+    Model(
+        "maf",
+        "Masked autoregressive flow",
+        "nflows",
+        "flow",
+        _flow(maf, lambda net, x: -net.log_prob(x).mean(), adam(3e-3), 250),
+        FallsBy(0.4),
+        (),
+        250,
+    ),
 )

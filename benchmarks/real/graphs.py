@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -36,7 +37,9 @@ def _nodes(make: Any, optimizer: Any, steps: int) -> Any:
         graph = communities(seed)
 
         def loss(net: Any, batch: Any) -> Tensor:
-            return F.cross_entropy(net(batch.x, batch.edge_index)[batch.train_mask], batch.y[batch.train_mask])
+            return F.cross_entropy(
+                net(batch.x, batch.edge_index)[batch.train_mask], batch.y[batch.train_mask]
+            )
 
         def exam(module: Any) -> float:
             guess = module.net(graph.x, graph.edge_index).argmax(1)
@@ -97,11 +100,20 @@ class Pooled(nn.Module):
         return self.head(global_add_pool(self.body(batch.x, batch.edge_index), batch.batch))
 
 
-def gin(seed: int, steps: int = 400) -> Run:
-    """Return a classification of graphs; a batch is an object."""
+def gin(seed: int, steps: int = 400, spoil: Callable[[list[Any]], None] | None = None) -> Run:
+    """Return a classification of graphs; a batch is an object.
+
+    Args:
+        seed: Seed of weights and data.
+        steps: Optimizer steps.
+        spoil: Changes the graphs.
+    """
     from torch_geometric.loader import DataLoader
 
-    loader = DataLoader(_rings(seed), batch_size=32, shuffle=True)
+    graphs = _rings(seed)
+    if spoil is not None:
+        spoil(graphs)
+    loader = DataLoader(graphs, batch_size=32, shuffle=True)
 
     def loss(net: Any, batch: Any) -> Tensor:
         return F.cross_entropy(net(batch), batch.y)
@@ -163,7 +175,7 @@ def argva(seed: int, steps: int = 300) -> Run:
 
 def vgae(seed: int, steps: int = 300) -> Run:
     """Return a variational autoencoder of links."""
-    from torch_geometric.nn import GCNConv, VGAE
+    from torch_geometric.nn import VGAE, GCNConv
     from torch_geometric.utils import negative_sampling
 
     graph = communities(seed)
@@ -196,7 +208,9 @@ def light(seed: int, steps: int = 300) -> Run:
     people, things = 120, 80
     taste = torch.randint(4, (people,), generator=generator)
     kind = torch.randint(4, (things,), generator=generator)
-    likes = torch.rand(people, things, generator=generator) < torch.where(taste[:, None] == kind[None], 0.3, 0.02)
+    likes = torch.rand(people, things, generator=generator) < torch.where(
+        taste[:, None] == kind[None], 0.3, 0.02
+    )
     edges = likes.nonzero().T
     edges = torch.stack([edges[0], edges[1] + people])
     both = torch.cat([edges, edges.flip(0)], 1)
@@ -214,10 +228,58 @@ def light(seed: int, steps: int = 300) -> Run:
 
 
 HEALTHY = (
-    Model("gcn", "GCN, kinds of nodes", "torch-geometric", "graph", _nodes(gcn, adam(0.01), 200), Reaches(0.75), ("*convs.0*weight", "*convs.1*weight", "*convs.2*weight")),
-    Model("gat", "Graph attention, kinds of nodes", "torch-geometric", "graph", _nodes(gat, adamw(5e-3), 200), Reaches(0.75), ("*convs.0.lin.weight", "*convs.1.lin.weight")),
-    Model("gin", "GIN, kinds of graphs, batches that are objects", "torch-geometric", "graph", gin, Falls(0.6), ("*convs.0.nn.lins.0.weight", "*convs.1.nn.lins.0.weight", "*convs.2.nn.lins.1.weight", "*head.weight"), 400),
-    Model("vgae", "VGAE, graph autoencoder", "torch-geometric", "variational", vgae, Reaches(0.85), ("*encoder.first.lin.weight", "*encoder.mean.lin.weight"), 300),
+    Model(
+        "gcn",
+        "GCN, kinds of nodes",
+        "torch-geometric",
+        "graph",
+        _nodes(gcn, adam(0.01), 200),
+        Reaches(0.75),
+        ("*convs.0*weight", "*convs.1*weight", "*convs.2*weight"),
+    ),
+    Model(
+        "gat",
+        "Graph attention, kinds of nodes",
+        "torch-geometric",
+        "graph",
+        _nodes(gat, adamw(5e-3), 200),
+        Reaches(0.75),
+        ("*convs.0.lin.weight", "*convs.1.lin.weight"),
+    ),
+    Model(
+        "gin",
+        "GIN, kinds of graphs, batches that are objects",
+        "torch-geometric",
+        "graph",
+        gin,
+        Falls(0.6),
+        (
+            "*convs.0.nn.lins.0.weight",
+            "*convs.1.nn.lins.0.weight",
+            "*convs.2.nn.lins.1.weight",
+            "*head.weight",
+        ),
+        400,
+    ),
+    Model(
+        "vgae",
+        "VGAE, graph autoencoder",
+        "torch-geometric",
+        "variational",
+        vgae,
+        Reaches(0.85),
+        ("*encoder.first.lin.weight", "*encoder.mean.lin.weight"),
+        300,
+    ),
     Model("lightgcn", "LightGCN, embeddings alone", "torch-geometric", "graph", light, Falls(0.7), (), 300),
-    Model("argva", "ARGVA, graph autoencoder with a critic", "torch-geometric", "adversarial", argva, Reaches(0.85), (), 600),
+    Model(
+        "argva",
+        "ARGVA, graph autoencoder with a critic",
+        "torch-geometric",
+        "adversarial",
+        argva,
+        Reaches(0.85),
+        (),
+        600,
+    ),
 )

@@ -124,7 +124,9 @@ def x_transformer() -> Any:
     from x_transformers import Decoder, TransformerWrapper
 
     return TransformerWrapper(
-        num_tokens=VOCABULARY, max_seq_len=LENGTH, attn_layers=Decoder(dim=64, depth=3, heads=4, attn_dim_head=16)
+        num_tokens=VOCABULARY,
+        max_seq_len=LENGTH,
+        attn_layers=Decoder(dim=64, depth=3, heads=4, attn_dim_head=16),
     )
 
 
@@ -303,7 +305,11 @@ def lora(seed: int, steps: int = 150) -> Run:
         optimizer.step()
     new.next = new.next.roll(1, 0)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True
+        task_type=TaskType.CAUSAL_LM,
+        r=8,
+        lora_alpha=16,
+        target_modules=["c_attn", "c_fc", "c_proj"],
+        fan_in_fan_out=True,
     )
     net.zero_grad()
     adapted = get_peft_model(net, config)
@@ -323,7 +329,13 @@ HEALTHY = (
         "language",
         causal(gpt2, 400, adamw(3e-3)),
         Falls(0.5),
-        ("*h.0.attn.c_attn.weight", "*h.0.mlp.c_fc.weight", "*h.1.attn.c_attn.weight", "*h.2.mlp.c_proj.weight", "*ln_f.weight"),
+        (
+            "*h.0.attn.c_attn.weight",
+            "*h.0.mlp.c_fc.weight",
+            "*h.1.attn.c_attn.weight",
+            "*h.2.mlp.c_proj.weight",
+            "*ln_f.weight",
+        ),
         400,
     ),
     Model(
@@ -333,7 +345,12 @@ HEALTHY = (
         "language",
         causal(llama, 400, adamw(3e-3, 400, 40, 0.1)),
         Falls(0.5),
-        ("*layers.0.self_attn.q_proj.weight", "*layers.0.mlp.down_proj.weight", "*layers.3.mlp.down_proj.weight", "*lm_head.weight"),
+        (
+            "*layers.0.self_attn.q_proj.weight",
+            "*layers.0.mlp.down_proj.weight",
+            "*layers.3.mlp.down_proj.weight",
+            "*lm_head.weight",
+        ),
         400,
     ),
     Model(
@@ -353,7 +370,12 @@ HEALTHY = (
         "state space",
         causal(mamba, 300, adamw(3e-3), 8),
         Falls(0.5),
-        ("*layers.0.mixer.in_proj.weight", "*layers.0.mixer.out_proj.weight", "*layers.1.mixer.in_proj.weight", "*layers.1.mixer.out_proj.weight"),
+        (
+            "*layers.0.mixer.in_proj.weight",
+            "*layers.0.mixer.out_proj.weight",
+            "*layers.1.mixer.in_proj.weight",
+            "*layers.1.mixer.out_proj.weight",
+        ),
         300,
     ),
     Model(
@@ -363,13 +385,86 @@ HEALTHY = (
         "language",
         causal(x_transformer, 400, adamw(2e-3), loss=_x_loss),
         Falls(0.5),
-        ("*layers.0.1.to_q.weight", "*layers.1.1.ff.0.0.weight", "*layers.4.1.to_q.weight", "*to_logits.weight"),
+        (
+            "*layers.0.1.to_q.weight",
+            "*layers.1.1.ff.0.0.weight",
+            "*layers.4.1.to_q.weight",
+            "*to_logits.weight",
+        ),
         400,
     ),
-    Model("tagger", "BERT under a linear head, its pooler unused", "transformers", "encoder", tagger, Falls(0.5), ("*layer.0.*.query.weight", "*layer.1.output.dense.weight", "*net.head.weight"), 300),
-    Model("prompts", "Learned prompts before a frozen GPT-2", "peft", "fine-tuning", prompts, Falls(0.85), (), 200, needs=("transformers",)),
-    Model("bert", "BERT, masked words", "transformers", "encoder", bert, Falls(0.75), ("*layer.0.*.query.weight", "*layer.2.output.dense.weight", "*cls.predictions.transform.dense.weight"), 500),
-    Model("distilbert", "DistilBERT, sentences by keyword, padded", "transformers", "encoder", distilbert, Reaches(0.9), ("*layer.0.attention.q_lin.weight", "*layer.1.ffn.lin2.weight", "*pre_classifier.weight", "*net.classifier.weight")),
-    Model("t5", "T5, encoder and decoder, digits", "transformers", "encoder", t5, Falls(0.4), ("*encoder.block.0.*.q.weight", "*encoder.block.1.*.wo.weight", "*decoder.block.1.layer.1.EncDecAttention.q.weight"), 400),
-    Model("lora", "LoRA adapters on a frozen GPT-2", "peft", "fine-tuning", lora, Falls(0.6), ("*h.0.attn.c_attn.lora_B*", "*h.1.attn.c_attn.lora_B*", "*h.2.mlp.c_proj.lora_B*"), 150, needs=("transformers",)),
+    Model(
+        "tagger",
+        "BERT under a linear head, its pooler unused",
+        "transformers",
+        "encoder",
+        tagger,
+        Falls(0.5),
+        ("*layer.0.*.query.weight", "*layer.1.output.dense.weight", "*net.head.weight"),
+        300,
+    ),
+    Model(
+        "prompts",
+        "Learned prompts before a frozen GPT-2",
+        "peft",
+        "fine-tuning",
+        prompts,
+        Falls(0.85),
+        (),
+        200,
+        needs=("transformers",),
+    ),
+    Model(
+        "bert",
+        "BERT, masked words",
+        "transformers",
+        "encoder",
+        bert,
+        Falls(0.75),
+        (
+            "*layer.0.*.query.weight",
+            "*layer.2.output.dense.weight",
+            "*cls.predictions.transform.dense.weight",
+        ),
+        500,
+    ),
+    Model(
+        "distilbert",
+        "DistilBERT, sentences by keyword, padded",
+        "transformers",
+        "encoder",
+        distilbert,
+        Reaches(0.9),
+        (
+            "*layer.0.attention.q_lin.weight",
+            "*layer.1.ffn.lin2.weight",
+            "*pre_classifier.weight",
+            "*net.classifier.weight",
+        ),
+    ),
+    Model(
+        "t5",
+        "T5, encoder and decoder, digits",
+        "transformers",
+        "encoder",
+        t5,
+        Falls(0.4),
+        (
+            "*encoder.block.0.*.q.weight",
+            "*encoder.block.1.*.wo.weight",
+            "*decoder.block.1.layer.1.EncDecAttention.q.weight",
+        ),
+        400,
+    ),
+    Model(
+        "lora",
+        "LoRA adapters on a frozen GPT-2",
+        "peft",
+        "fine-tuning",
+        lora,
+        Falls(0.6),
+        ("*h.0.attn.c_attn.lora_B*", "*h.1.attn.c_attn.lora_B*", "*h.2.mlp.c_proj.lora_B*"),
+        150,
+        needs=("transformers",),
+    ),
 )

@@ -33,9 +33,7 @@ class Plain(L.LightningModule):
         optimizer: Function from parameters to what ``configure_optimizers`` returns.
     """
 
-    def __init__(
-        self, net: nn.Module, loss: Callable[[Any, Any], Tensor], optimizer: MakeOptimizer
-    ) -> None:
+    def __init__(self, net: nn.Module, loss: Callable[[Any, Any], Tensor], optimizer: MakeOptimizer) -> None:
         super().__init__()
         self.net, self.loss, self.make_optimizer = net, loss, optimizer
 

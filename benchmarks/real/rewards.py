@@ -32,7 +32,9 @@ class PolicyGradient(L.LightningModule):
         self.clip, self.passes, self.rows = clip, passes, rows
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions.long().flatten())
+        values, log_prob, entropy = self.policy.evaluate_actions(
+            batch.observations, batch.actions.long().flatten()
+        )
         advantages = batch.advantages
         if self.algorithm.normalize_advantage:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -40,9 +42,13 @@ class PolicyGradient(L.LightningModule):
             gain = (advantages * log_prob).mean()
         else:
             ratio = (log_prob - batch.old_log_prob).exp()
-            gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - self.clip, 1 + self.clip)).mean()
+            gain = torch.min(
+                advantages * ratio, advantages * ratio.clamp(1 - self.clip, 1 + self.clip)
+            ).mean()
         own = self.algorithm
-        return own.vf_coef * F.mse_loss(batch.returns, values.flatten()) - gain - own.ent_coef * entropy.mean()
+        return (
+            own.vf_coef * F.mse_loss(batch.returns, values.flatten()) - gain - own.ent_coef * entropy.mean()
+        )
 
     def configure_optimizers(self) -> Any:
         return self.policy.optimizer
@@ -98,7 +104,14 @@ def ppo(seed: int, steps: int = 1200, **arguments: Any) -> Run:
     from stable_baselines3.common.env_util import make_vec_env
 
     environment = make_vec_env("CartPole-v1", n_envs=8, seed=seed)
-    settings = {"n_steps": 32, "batch_size": 64, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 4, "learning_rate": 1e-3}
+    settings = {
+        "n_steps": 32,
+        "batch_size": 64,
+        "gae_lambda": 0.8,
+        "gamma": 0.98,
+        "n_epochs": 4,
+        "learning_rate": 1e-3,
+    }
     algorithm = PPO("MlpPolicy", environment, seed=seed, device="cpu", **(settings | arguments))
     return _train(algorithm, steps, clip=0.2, passes=algorithm.n_epochs, rows=algorithm.batch_size)
 
@@ -141,9 +154,13 @@ class Transitions:
         own = self.algorithm
         while True:
             own.collect_rollouts(
-                own.env, train_freq=own.train_freq, callback=self.callback, action_noise=None,
-                learning_starts=own.learning_starts, replay_buffer=own.replay_buffer,
-            )  # fmt: skip
+                own.env,
+                train_freq=own.train_freq,
+                callback=self.callback,
+                action_noise=None,
+                learning_starts=own.learning_starts,
+                replay_buffer=own.replay_buffer,
+            )
             if own.num_timesteps > own.learning_starts:
                 own._on_step()
                 own.exploration_rate = max(0.05, 1 - own.num_timesteps / 4000)
@@ -158,14 +175,56 @@ def dqn(seed: int, steps: int = 2500) -> Run:
 
     environment = make_vec_env("CartPole-v1", n_envs=1, seed=seed)
     algorithm = DQN(
-        "MlpPolicy", environment, seed=seed, device="cpu", learning_rate=1e-3, buffer_size=10_000, learning_starts=500,
-        train_freq=8, gamma=0.98,
-    )  # fmt: skip
+        "MlpPolicy",
+        environment,
+        seed=seed,
+        device="cpu",
+        learning_rate=1e-3,
+        buffer_size=10_000,
+        learning_starts=500,
+        train_freq=8,
+        gamma=0.98,
+    )
     return train(Values(algorithm), Transitions(algorithm), steps, _play)
 
 
 HEALTHY = (
-    Model("a2c", "A2C, actor and critic under one optimizer", "stable-baselines3", "reinforcement", a2c, Reaches(60.0), ("policy.mlp_extractor.policy_net.0.weight", "policy.mlp_extractor.policy_net.2.weight", "policy.action_net.weight"), 1500),
-    Model("ppo", "PPO, actor and critic under one optimizer", "stable-baselines3", "reinforcement", ppo, Reaches(60.0), ("policy.mlp_extractor.value_net.0.weight", "policy.mlp_extractor.value_net.2.weight", "policy.value_net.weight"), 1200),
-    Model("dqn", "Deep Q-learning with a target network", "stable-baselines3", "reinforcement", dqn, Reaches(60.0), ("q.q_net.0.weight", "q.q_net.2.weight", "q.q_net.4.weight"), 2500),
+    Model(
+        "a2c",
+        "A2C, actor and critic under one optimizer",
+        "stable-baselines3",
+        "reinforcement",
+        a2c,
+        Reaches(60.0),
+        (
+            "policy.mlp_extractor.policy_net.0.weight",
+            "policy.mlp_extractor.policy_net.2.weight",
+            "policy.action_net.weight",
+        ),
+        1500,
+    ),
+    Model(
+        "ppo",
+        "PPO, actor and critic under one optimizer",
+        "stable-baselines3",
+        "reinforcement",
+        ppo,
+        Reaches(60.0),
+        (
+            "policy.mlp_extractor.value_net.0.weight",
+            "policy.mlp_extractor.value_net.2.weight",
+            "policy.value_net.weight",
+        ),
+        1200,
+    ),
+    Model(
+        "dqn",
+        "Deep Q-learning with a target network",
+        "stable-baselines3",
+        "reinforcement",
+        dqn,
+        Reaches(60.0),
+        ("q.q_net.0.weight", "q.q_net.2.weight", "q.q_net.4.weight"),
+        2500,
+    ),
 )

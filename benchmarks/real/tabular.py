@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.real.case import Falls, Model, Run
+from benchmarks.real.case import EndsBelow, Model, Run
 from benchmarks.real.plain import Numbered, Plain, adamw, seeded, train
 
 NUMBERS, CHOICES = 6, [4, 3]
@@ -50,9 +50,18 @@ def ft_transformer(seed: int, steps: int = 300, scale: float = 1.0) -> Run:
     from rtdl_revisiting_models import FTTransformer
 
     net = FTTransformer(
-        n_cont_features=NUMBERS, cat_cardinalities=CHOICES, d_out=1, n_blocks=2, d_block=32, attention_n_heads=4,
-        attention_dropout=0.1, ffn_d_hidden=None, ffn_d_hidden_multiplier=4 / 3, ffn_dropout=0.1, residual_dropout=0.0,
-    )  # fmt: skip
+        n_cont_features=NUMBERS,
+        cat_cardinalities=CHOICES,
+        d_out=1,
+        n_blocks=2,
+        d_block=32,
+        attention_n_heads=4,
+        attention_dropout=0.1,
+        ffn_d_hidden=None,
+        ffn_d_hidden_multiplier=4 / 3,
+        ffn_dropout=0.1,
+        residual_dropout=0.0,
+    )
     return _train(net, seed, steps, adamw(2e-3), encode=False, scale=scale)
 
 
@@ -61,15 +70,44 @@ def resnet(seed: int, steps: int = 300, change: Callable[[Any], None] | None = N
     from rtdl_revisiting_models import ResNet
 
     net = ResNet(
-        d_in=NUMBERS + sum(CHOICES), d_out=1, n_blocks=3, d_block=48, d_hidden=None, d_hidden_multiplier=2.0,
-        dropout1=0.1, dropout2=0.0,
-    )  # fmt: skip
+        d_in=NUMBERS + sum(CHOICES),
+        d_out=1,
+        n_blocks=3,
+        d_block=48,
+        d_hidden=None,
+        d_hidden_multiplier=2.0,
+        dropout1=0.1,
+        dropout2=0.0,
+    )
     if change is not None:
         change(net)
     return _train(net, seed, steps, adamw(2e-3), encode=True)
 
 
 HEALTHY = (
-    Model("ft-transformer", "Feature tokenizer and transformer", "rtdl-revisiting-models", "tabular", ft_transformer, Falls(0.4), ("*cont_embeddings.weight", "*blocks.0.attention.W_q.weight", "*blocks.1.ffn.linear2.weight", "*output.linear.weight"), 300),
-    Model("tabular-resnet", "Residual net for tables", "rtdl-revisiting-models", "tabular", resnet, Falls(0.4), (), 300),
+    Model(
+        "ft-transformer",
+        "Feature tokenizer and transformer",
+        "rtdl-revisiting-models",
+        "tabular",
+        ft_transformer,
+        EndsBelow(0.3),
+        (
+            "*cont_embeddings.weight",
+            "*blocks.0.attention.W_q.weight",
+            "*blocks.1.ffn.linear2.weight",
+            "*output.linear.weight",
+        ),
+        300,
+    ),
+    Model(
+        "tabular-resnet",
+        "Residual net for tables",
+        "rtdl-revisiting-models",
+        "tabular",
+        resnet,
+        EndsBelow(0.3),
+        (),
+        300,
+    ),
 )

@@ -70,9 +70,7 @@ class Course(L.Callback):
                         "start": _plain(record.loss_start),
                         "tilt": _plain(record.tilt),
                         "update_ratio": _plain(record.update_ratio),
-                        "results": {
-                            f"{r.detector}: {r.measure}": _plain(r.value) for r in record.results
-                        },
+                        "results": {f"{r.detector}: {r.measure}": _plain(r.value) for r in record.results},
                     }
                 )
 
@@ -133,7 +131,7 @@ def watch(case: Model, seed: int, *, strict: bool = True) -> dict[str, Any]:
         "steps": len(course.losses),
         "from": _plain(course.start),
         "to": _plain(course.after),
-        "learned": bool(case.learned(course.start, course.after)),
+        "learned": math.isfinite(course.after) and bool(case.learned(course.start, course.after)),
         "losses": course.losses,
         "halted": halted,
         "error": error,
@@ -185,7 +183,11 @@ def seed_all(seed: int) -> None:
 def quiet() -> Iterator[None]:
     """Silence logs and whatever a package prints."""
     logging.disable(logging.WARNING)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         try:
             yield
         finally:
@@ -198,3 +200,8 @@ def _plain(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.4g}")
+
+
+def one_thread() -> None:
+    """Limit torch to one thread: the initializer of pool processes."""
+    torch.set_num_threads(1)
