@@ -122,12 +122,13 @@ def _healthy_table(
             )
             continue
         halts = [run["halted"] for run in runs if run["halted"]]
-        course = f"{_number(first['from'])} to {_number(first['to'])}"
+        course = f"{_number(first['from'])} to {_number(first['to'])}{'' if _learned(runs) else ' **no**'}"
+        package = f"{case.package} {first['version']}"
+        halted = f"{halts[0]['fault']} at {halts[0]['step']}" if halts else "no"
         lines.append(
-            f"| {case.id} | {case.title} | {case.package} {first['version']} | {first['parameters']:,} | {first['steps']} "
-            f"| {course}{'' if _learned(runs) else ' **no**'} | {sum(map(alarms, runs)) or '0'} "
-            f"| {halts[0]['fault'] + ' at ' + str(halts[0]['step']) if halts else 'no'} "
-            f"| {_word([run['ordered'] for run in runs])} | {_word([_same(first, bare.get(case.id))])} |"
+            f"| {case.id} | {case.title} | {package} | {first['parameters']:,} | {first['steps']} | {course} "
+            f"| {sum(map(alarms, runs))} | {halted} | {_word([run['ordered'] for run in runs])} "
+            f"| {_word([_same(first, bare.get(case.id))])} |"
         )
     return "\n".join(lines) + "\n"
 

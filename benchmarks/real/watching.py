@@ -119,7 +119,7 @@ def watch(case: Model, seed: int, *, strict: bool = True) -> dict[str, Any]:
         except Exception:
             error = traceback.format_exc()[-3000:]
             if "course" not in locals():
-                return {"case": case.id, "seed": seed, "error": error}
+                return {"case": case.id, "seed": seed, "strict": strict, "error": error}
         course.finish()
         said = [str(w.message) for w in seen if w.category.__name__ == "GradientWarning"]
     result: dict[str, Any] = {
