@@ -140,7 +140,11 @@ HEALTHY = (
             layers=SMALL,
         ),
         Falls(0.9),
-        (),
+        (
+            "*module.z_encoder.encoder.*.0.weight",
+            "*module.z_encoder.mean_encoder.weight",
+            "*encoder_z2_z1.mean_encoder.weight",
+        ),
         160,
     ),
     Model(
@@ -157,7 +161,13 @@ HEALTHY = (
             adversarial_classifier=True,
         ),
         Falls(0.9),
-        (),
+        (
+            "module.encoder.encoder.fc_layers.Layer 0.0.weight",
+            "module.encoder.encoder.fc_layers.Layer 1.0.weight",
+            "module.encoder.z_mean_encoder.weight",
+            "module.decoder.px_decoder.fc_layers.Layer 0.0.weight",
+            "module.decoder.px_scale_decoder.*weight",
+        ),
         160,
     ),
     Model(
@@ -167,7 +177,12 @@ HEALTHY = (
         "single cell",
         of_scvi("PEAKVI", layers=SMALL),
         Falls(0.9),
-        (),
+        (
+            "module.z_encoder.encoder.fc_layers.Layer 0.0.weight",
+            "module.z_encoder.mean_encoder.weight",
+            "module.z_decoder.px_decoder.fc_layers.Layer 0.0.weight",
+            "module.z_decoder.output.0.weight",
+        ),
         160,
     ),
 )

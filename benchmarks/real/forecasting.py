@@ -250,8 +250,35 @@ HEALTHY = (
         Falls(0.75),
         ("*rnn.weight_ih_l0", "*distribution_projector.weight"),
     ),
-    Model("nbeats", "N-BEATS", "pytorch-forecasting", "forecasting", nbeats, Falls(0.7), (), 400),
-    Model("pf-nhits", "N-HiTS with covariates", "pytorch-forecasting", "forecasting", nhits, Falls(0.5), ()),
+    Model(
+        "nbeats",
+        "N-BEATS",
+        "pytorch-forecasting",
+        "forecasting",
+        nbeats,
+        Falls(0.7),
+        (
+            "net_blocks.0.fc.0.weight",
+            "net_blocks.0.theta_f_fc.weight",
+            "net_blocks.1.fc.0.weight",
+            "net_blocks.3.theta_f_fc.weight",
+        ),
+        400,
+    ),
+    Model(
+        "pf-nhits",
+        "N-HiTS with covariates",
+        "pytorch-forecasting",
+        "forecasting",
+        nhits,
+        Falls(0.5),
+        (
+            "model.blocks.0.layers.layers.0.weight",
+            "model.blocks.0.layers.layers.4.weight",
+            "model.blocks.1.layers.layers.0.weight",
+            "model.blocks.2.layers.layers.4.weight",
+        ),
+    ),
     Model(
         "nf-lstm",
         "Recurrent net",
@@ -259,7 +286,12 @@ HEALTHY = (
         "forecasting",
         of_nixtla("LSTM", encoder_hidden_size=24, decoder_hidden_size=24),
         Falls(0.7),
-        (),
+        (
+            "hist_encoder.weight_ih_l0",
+            "hist_encoder.weight_ih_l1",
+            "mlp_decoder.layers.0.weight",
+            "mlp_decoder.layers.3.weight",
+        ),
     ),
     Model(
         "nf-deepar",
@@ -268,7 +300,10 @@ HEALTHY = (
         "forecasting",
         of_nixtla("DeepAR", lstm_hidden_size=24, lstm_n_layers=1),
         FallsBy(0.3),
-        (),
+        (
+            "hist_encoder.weight_ih_l0",
+            "decoder.layers.0.weight",
+        ),
     ),
     Model(
         "nf-tft",
@@ -277,7 +312,13 @@ HEALTHY = (
         "forecasting",
         of_nixtla("TFT", hidden_size=16, n_head=2),
         Falls(0.6),
-        (),
+        (
+            "*history_vsn.var_grns.0.lin_a.weight",
+            "*history_encoder.weight_ih_l0",
+            "*attention.qkv_linears.weight",
+            "*positionwise_grn.lin_a.weight",
+            "output_adapter.weight",
+        ),
     ),
     Model(
         "nf-tft-known",
@@ -286,7 +327,13 @@ HEALTHY = (
         "forecasting",
         of_nixtla("TFT", covariates=True, hidden_size=16, n_head=2),
         Falls(0.6),
-        (),
+        (
+            "*history_vsn.var_grns.0.lin_a.weight",
+            "*history_encoder.weight_ih_l0",
+            "*attention.qkv_linears.weight",
+            "*positionwise_grn.lin_a.weight",
+            "output_adapter.weight",
+        ),
     ),
     Model(
         "nhits",
@@ -295,7 +342,12 @@ HEALTHY = (
         "forecasting",
         of_nixtla("NHITS", mlp_units=[[64, 64]] * 3),
         Falls(0.6),
-        (),
+        (
+            "blocks.0.layers.0.weight",
+            "blocks.0.layers.7.weight",
+            "blocks.1.layers.0.weight",
+            "blocks.2.layers.7.weight",
+        ),
     ),
     Model(
         "patchtst",
@@ -304,7 +356,13 @@ HEALTHY = (
         "forecasting",
         of_nixtla("PatchTST", hidden_size=32, n_heads=4, encoder_layers=2, patch_len=6, stride=3),
         Falls(0.6),
-        (),
+        (
+            "*W_P.weight",
+            "*layers.0.self_attn.W_Q.weight",
+            "*layers.0.ff.3.weight",
+            "*layers.1.self_attn.W_Q.weight",
+            "*head.linear.weight",
+        ),
     ),
     Model(
         "darts-tft",
@@ -313,7 +371,12 @@ HEALTHY = (
         "forecasting",
         of_darts("TFTModel", 12, hidden_size=16, num_attention_heads=2, add_relative_index=True),
         Falls(0.6),
-        (),
+        (
+            "encoder_vsn.single_variable_grns.target_0.fc1.weight",
+            "lstm_encoder.weight_ih_l0",
+            "static_enrichment_grn.fc1.weight",
+            "output_layer.weight",
+        ),
     ),
     Model(
         "tcn",
@@ -322,9 +385,26 @@ HEALTHY = (
         "forecasting",
         of_darts("TCNModel", 12, num_filters=8, num_layers=3),
         Falls(0.6),
-        (),
+        (
+            "res_blocks.0.conv1.weight",
+            "res_blocks.0.conv2.weight",
+            "res_blocks.1.conv1.weight",
+            "res_blocks.2.conv2.weight",
+        ),
     ),
-    Model("tide", "TiDE", "darts", "forecasting", of_darts("TiDEModel", 12, hidden_size=32), Falls(0.6), ()),
+    Model(
+        "tide",
+        "TiDE",
+        "darts",
+        "forecasting",
+        of_darts("TiDEModel", 12, hidden_size=32),
+        Falls(0.6),
+        (
+            "encoders.0.dense.0.weight",
+            "decoders.0.dense.0.weight",
+            "temporal_decoder.dense.0.weight",
+        ),
+    ),
     Model(
         "rnn",
         "Recurrent net",
@@ -332,6 +412,9 @@ HEALTHY = (
         "forecasting",
         of_darts("RNNModel", 12, model="LSTM", training_length=36),
         Falls(0.6),
-        (),
+        (
+            "rnn.weight_ih_l0",
+            "V.weight",
+        ),
     ),
 )

@@ -248,7 +248,12 @@ HEALTHY = (
         "flow",
         _flow(nsf, lambda net, x: -net().log_prob(x).mean(), adam(3e-3), 200),
         FallsBy(0.8),
-        (),
+        (
+            "*transforms.0.hyper.0.weight",
+            "*transforms.0.hyper.4.weight",
+            "*transforms.1.hyper.0.weight",
+            "*transforms.2.hyper.4.weight",
+        ),
     ),
     Model(
         "maf",
@@ -257,7 +262,12 @@ HEALTHY = (
         "flow",
         _flow(maf, lambda net, x: -net.log_prob(x).mean(), adam(3e-3), 250),
         FallsBy(0.4),
-        (),
+        (
+            "*transforms.1.*initial_layer.weight",
+            "*transforms.1.*final_layer.weight",
+            "*transforms.3.*initial_layer.weight",
+            "*transforms.7.*final_layer.weight",
+        ),
         250,
     ),
 )

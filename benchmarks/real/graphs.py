@@ -279,7 +279,10 @@ HEALTHY = (
         "adversarial",
         argva,
         Reaches(0.85),
-        (),
+        (
+            "net.encoder.first.lin.weight",
+            "net.encoder.mean.lin.weight",
+        ),
         600,
     ),
 )

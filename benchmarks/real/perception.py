@@ -422,7 +422,12 @@ HEALTHY = (
         "vision",
         segformer,
         Falls(0.5),
-        (),
+        (
+            "*stages.0.patch_embeddings.proj.weight",
+            "*stages.0.blocks.0.mlp.fc2.weight",
+            "*stages.1.blocks.0.attention.q_proj.weight",
+            "*decode_head.classifier.weight",
+        ),
         200,
     ),
     Model(

@@ -107,7 +107,12 @@ HEALTHY = (
         "tabular",
         resnet,
         EndsBelow(0.3),
-        (),
+        (
+            "net.input_projection.weight",
+            "net.blocks.0.linear1.weight",
+            "net.blocks.2.linear2.weight",
+            "net.output.linear.weight",
+        ),
         300,
     ),
 )

@@ -56,10 +56,7 @@ class Course(L.Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.guard is None:
             return
-        guards = self.guard._registry.guards
-        if guards and not self.order:
-            self.order = tuple(n for own in guards.values() for n in own.tracker.layout.ordered_names)
-        for index, own in guards.items():
+        for index, own in self.guard._registry.guards.items():
             record = own.record
             if record is not None and record.finite and trainer.global_step % EVERY == 0:
                 self.trace.append(
@@ -75,7 +72,10 @@ class Course(L.Callback):
                 )
 
     def finish(self) -> None:
-        """Take the exam at the end, also of a run that was halted."""
+        """Take the exam at the end, also of a run that was halted, and keep the order of layers."""
+        if self.guard is not None:
+            guards = self.guard._registry.guards.values()
+            self.order = tuple(name for own in guards for name in own.tracker.layout.ordered_names)
         if self._module is not None:
             self.after = self._examine()
 
