@@ -104,7 +104,6 @@ class Model:
         build: Function from seed to the training; needs the package.
         learned: Criterion on the exam, or on the losses.
         order: Patterns of parameter names, input first: the order in which an expert lists these layers.
-        steps: Optimizer steps, as far as they are known beforehand; for the table only.
         faults: For a broken training: faults that may be warned of first.
         causes: For a broken training: causes that may stand first.
         said: For a broken training: words, one of which the warnings or the check-up hold, where no fault fits.
@@ -119,7 +118,6 @@ class Model:
     build: Callable[[int], Run]
     learned: Callable[[float, float], bool]
     order: tuple[str, ...] = ()
-    steps: int = 200
     faults: tuple[Fault, ...] = ()
     causes: tuple[Cause, ...] = ()
     said: tuple[str, ...] = ()

@@ -103,7 +103,6 @@ HEALTHY = (
             "*decoder.px_decoder.*.0.weight",
             "*decoder.px_scale_decoder.0.weight",
         ),
-        160,
     ),
     Model(
         "scvi-nb",
@@ -117,7 +116,6 @@ HEALTHY = (
             "*z_encoder.mean_encoder.weight",
             "*decoder.px_scale_decoder.0.weight",
         ),
-        160,
     ),
     Model(
         "linear-scvi",
@@ -127,7 +125,6 @@ HEALTHY = (
         of_scvi("LinearSCVI", layers=SMALL),
         Falls(0.9),
         ("*z_encoder.mean_encoder.weight", "*factor_regressor*weight"),
-        160,
     ),
     Model(
         "scanvi",
@@ -145,7 +142,6 @@ HEALTHY = (
             "*module.z_encoder.mean_encoder.weight",
             "*encoder_z2_z1.mean_encoder.weight",
         ),
-        160,
     ),
     Model(
         "totalvi",
@@ -168,7 +164,6 @@ HEALTHY = (
             "module.decoder.px_decoder.fc_layers.Layer 0.0.weight",
             "module.decoder.px_scale_decoder.*weight",
         ),
-        160,
     ),
     Model(
         "peakvi",
@@ -183,6 +178,5 @@ HEALTHY = (
             "module.z_decoder.px_decoder.fc_layers.Layer 0.0.weight",
             "module.z_decoder.output.0.weight",
         ),
-        160,
     ),
 )

@@ -56,7 +56,7 @@ def _dataset(table: Any, **arguments: Any) -> Any:
     )
 
 
-def temporal_fusion(covariates: bool, steps: int = 200, scale: float | None = None) -> Callable[[int], Run]:
+def temporal_fusion(covariates: bool, steps: int = 150, scale: float | None = None) -> Callable[[int], Run]:
     """Return a builder of pytorch-forecasting's temporal fusion transformer.
 
     Args:
@@ -263,7 +263,6 @@ HEALTHY = (
             "net_blocks.1.fc.0.weight",
             "net_blocks.3.theta_f_fc.weight",
         ),
-        400,
     ),
     Model(
         "pf-nhits",

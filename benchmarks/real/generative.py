@@ -201,7 +201,6 @@ HEALTHY = (
             "*up_blocks.1.resnets.1.conv2.weight",
             "*net.conv_out.weight",
         ),
-        150,
     ),
     Model(
         "dit",
@@ -239,7 +238,6 @@ HEALTHY = (
         vq,
         Falls(0.5),
         ("*encoder.0.weight", "*encoder.4.weight", "*decoder.0.weight", "*decoder.4.weight"),
-        300,
     ),
     Model(
         "nsf",
@@ -268,6 +266,5 @@ HEALTHY = (
             "*transforms.3.*initial_layer.weight",
             "*transforms.7.*final_layer.weight",
         ),
-        250,
     ),
 )

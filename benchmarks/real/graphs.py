@@ -259,7 +259,6 @@ HEALTHY = (
             "*convs.2.nn.lins.1.weight",
             "*head.weight",
         ),
-        400,
     ),
     Model(
         "vgae",
@@ -269,9 +268,8 @@ HEALTHY = (
         vgae,
         Reaches(0.85),
         ("*encoder.first.lin.weight", "*encoder.mean.lin.weight"),
-        300,
     ),
-    Model("lightgcn", "LightGCN, embeddings alone", "torch-geometric", "graph", light, Falls(0.7), (), 300),
+    Model("lightgcn", "LightGCN, embeddings alone", "torch-geometric", "graph", light, Falls(0.7), ()),
     Model(
         "argva",
         "ARGVA, graph autoencoder with a critic",
@@ -283,6 +281,5 @@ HEALTHY = (
             "net.encoder.first.lin.weight",
             "net.encoder.mean.lin.weight",
         ),
-        600,
     ),
 )

@@ -135,7 +135,7 @@ def _x_loss(net: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def bert(seed: int, steps: int = 500) -> Run:
+def bert(seed: int, steps: int = 400) -> Run:
     """Return masked language modelling: 15 % of the tokens are hidden."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -186,7 +186,7 @@ class Tagger(nn.Module):
         return self.head(self.body(input_ids=tokens).last_hidden_state)
 
 
-def tagger(seed: int, steps: int = 300, make: Callable[[], Any] = Tagger) -> Run:
+def tagger(seed: int, steps: int = 400, make: Callable[[], Any] = Tagger) -> Run:
     """Return a tagging of tokens: larger than the one before it, smaller, or the first."""
 
     def batches(number: int) -> tuple[Tensor, Tensor]:
@@ -327,7 +327,7 @@ HEALTHY = (
         "GPT-2, 3 layers, text",
         "transformers",
         "language",
-        causal(gpt2, 400, adamw(3e-3)),
+        causal(gpt2, 300, adamw(3e-3)),
         Falls(0.5),
         (
             "*h.0.attn.c_attn.weight",
@@ -336,14 +336,13 @@ HEALTHY = (
             "*h.2.mlp.c_proj.weight",
             "*ln_f.weight",
         ),
-        400,
     ),
     Model(
         "llama",
         "Llama, 4 layers, warm-up and decay, text",
         "transformers",
         "language",
-        causal(llama, 400, adamw(3e-3, 400, 40, 0.1)),
+        causal(llama, 300, adamw(3e-3, 300, 40, 0.1)),
         Falls(0.5),
         (
             "*layers.0.self_attn.q_proj.weight",
@@ -351,17 +350,15 @@ HEALTHY = (
             "*layers.3.mlp.down_proj.weight",
             "*lm_head.weight",
         ),
-        400,
     ),
     Model(
         "mixtral",
         "Mixtral, mixture of four experts, text",
         "transformers",
         "language",
-        causal(mixtral, 400, adamw(3e-3, 400, 20)),
+        causal(mixtral, 300, adamw(3e-3, 300, 20)),
         Falls(0.6),
         ("*layers.0.self_attn.q_proj.weight", "*layers.1.self_attn.q_proj.weight", "*lm_head.weight"),
-        400,
     ),
     Model(
         "mamba",
@@ -376,14 +373,13 @@ HEALTHY = (
             "*layers.1.mixer.in_proj.weight",
             "*layers.1.mixer.out_proj.weight",
         ),
-        300,
     ),
     Model(
         "x-decoder",
         "Decoder of x-transformers, text",
         "x-transformers",
         "language",
-        causal(x_transformer, 400, adamw(2e-3), loss=_x_loss),
+        causal(x_transformer, 300, adamw(2e-3), loss=_x_loss),
         Falls(0.5),
         (
             "*layers.0.1.to_q.weight",
@@ -391,7 +387,6 @@ HEALTHY = (
             "*layers.4.1.to_q.weight",
             "*to_logits.weight",
         ),
-        400,
     ),
     Model(
         "tagger",
@@ -401,7 +396,6 @@ HEALTHY = (
         tagger,
         Falls(0.5),
         ("*layer.0.*.query.weight", "*layer.1.output.dense.weight", "*net.head.weight"),
-        300,
     ),
     Model(
         "prompts",
@@ -411,7 +405,6 @@ HEALTHY = (
         prompts,
         Falls(0.85),
         (),
-        200,
         needs=("transformers",),
     ),
     Model(
@@ -426,7 +419,6 @@ HEALTHY = (
             "*layer.2.output.dense.weight",
             "*cls.predictions.transform.dense.weight",
         ),
-        500,
     ),
     Model(
         "distilbert",
@@ -454,7 +446,6 @@ HEALTHY = (
             "*encoder.block.1.*.wo.weight",
             "*decoder.block.1.layer.1.EncDecAttention.q.weight",
         ),
-        400,
     ),
     Model(
         "lora",
@@ -464,7 +455,6 @@ HEALTHY = (
         lora,
         Falls(0.6),
         ("*h.0.attn.c_attn.lora_B*", "*h.1.attn.c_attn.lora_B*", "*h.2.mlp.c_proj.lora_B*"),
-        150,
         needs=("transformers",),
     ),
 )

@@ -197,7 +197,7 @@ def wav2vec(seed: int, steps: int = 300, **settings: Any) -> Run:
     )
 
 
-def whisper(seed: int, steps: int = 500) -> Run:
+def whisper(seed: int, steps: int = 300) -> Run:
     """Return speech recognition with encoder and decoder."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -343,7 +343,6 @@ HEALTHY = (
         classify(vit, adamw(1e-3), 300),
         Reaches(0.8),
         ("*patch_embeddings.projection.weight", "*net.classifier.weight"),
-        300,
     ),
     Model(
         "resnet",
@@ -358,27 +357,24 @@ HEALTHY = (
             "*stages.2.*convolution.weight",
             "*net.classifier.1.weight",
         ),
-        150,
     ),
     Model(
         "convnext",
         "ConvNeXt, blocks scaled by 1e-6",
         "transformers",
         "vision",
-        classify(convnext, adamw(2e-3), 500),
+        classify(convnext, adamw(2e-3), 400),
         Reaches(0.8),
         ("*embeddings.patch_embeddings.weight", "*net.classifier.weight"),
-        500,
     ),
     Model(
         "swin",
         "Swin transformer",
         "transformers",
         "vision",
-        classify(swin, adamw(1e-3), 500),
+        classify(swin, adamw(1e-3), 350),
         Reaches(0.8),
         ("*patch_embeddings.projection.weight", "*net.classifier.weight"),
-        500,
     ),
     Model(
         "clip",
@@ -403,7 +399,6 @@ HEALTHY = (
             "*layers.1.*output_dense.weight",
             "*lm_head.weight",
         ),
-        300,
     ),
     Model(
         "wav2vec2-drop",
@@ -413,7 +408,6 @@ HEALTHY = (
         lambda seed: wav2vec(seed, 400, layerdrop=0.2, mask_time_prob=0.1, mask_time_length=2),
         Falls(0.5),
         ("*conv_layers.0.conv.weight", "*lm_head.weight"),
-        400,
     ),
     Model(
         "segformer",
@@ -428,7 +422,6 @@ HEALTHY = (
             "*stages.1.blocks.0.attention.q_proj.weight",
             "*decode_head.classifier.weight",
         ),
-        200,
     ),
     Model(
         "whisper",
@@ -443,7 +436,6 @@ HEALTHY = (
             "*encoder.layers.0.self_attn.q_proj.weight",
             "*decoder.layers.1.fc2.weight",
         ),
-        500,
     ),
     Model(
         "triplet",
@@ -453,7 +445,6 @@ HEALTHY = (
         _embed(triplet, semihard, adam(1e-3)),
         Reaches(0.85),
         ("*body.0.weight", "*body.3.weight", "*body.6.weight", "*body.10.weight"),
-        250,
     ),
     Model(
         "arcface",
@@ -463,7 +454,6 @@ HEALTHY = (
         _embed(arcface, lambda: None, adam(1e-3)),
         Reaches(0.85),
         ("*body.0.weight", "*body.10.weight", "*criterion.W"),
-        250,
     ),
     Model(
         "multisimilarity",
@@ -473,6 +463,5 @@ HEALTHY = (
         _embed(multisimilarity, lambda: None, adam(1e-3)),
         Reaches(0.85),
         ("*body.0.weight", "*body.10.weight"),
-        250,
     ),
 )

@@ -98,7 +98,6 @@ HEALTHY = (
             "*blocks.1.ffn.linear2.weight",
             "*output.linear.weight",
         ),
-        300,
     ),
     Model(
         "tabular-resnet",
@@ -113,6 +112,5 @@ HEALTHY = (
             "net.blocks.2.linear2.weight",
             "net.output.linear.weight",
         ),
-        300,
     ),
 )

@@ -33,7 +33,7 @@ def build(seed):
     return train(Plain(net, loss, adam(0.01)), Numbered(batches), 60)
 
 
-SMALL = Model("small", "Two layers", "torch", "toy", build, Falls(0.5), ("net.0.weight", "net.2.weight"), 60)
+SMALL = Model("small", "Two layers", "torch", "toy", build, Falls(0.5), ("net.0.weight", "net.2.weight"))
 
 
 def test_ids_are_unique_and_kinds_are_covered():
