@@ -38,8 +38,6 @@ def of_scvi(
     epochs: int = 40,
     setup: dict[str, Any] | None = None,
     layers: dict[str, Any] | None = None,
-    spoil: Callable[[Any], None] | None = None,
-    plan: dict[str, Any] | None = None,
     train_size: float = 1.0,
     **arguments: Any,
 ) -> Callable[[int], Run]:
@@ -50,8 +48,6 @@ def of_scvi(
         epochs: Epochs of four steps.
         setup: Arguments of ``setup_anndata``.
         layers: Arguments of the model.
-        spoil: Changes the cells.
-        plan: Arguments of the training plan.
         train_size: Share of the cells to train on.
         **arguments: Further arguments of ``train``.
     """
@@ -63,8 +59,6 @@ def of_scvi(
         cells = counts(seed)
         if name == "PEAKVI":
             cells.X = (cells.X > 2).astype(np.float32)
-        if spoil is not None:
-            spoil(cells)
         kind = getattr(scvi.model, name)
         kind.setup_anndata(cells, **(setup or {"batch_key": "batch"}))
         model = kind(cells, **(layers or {}))
@@ -77,7 +71,7 @@ def of_scvi(
                 train_size=train_size,
                 callbacks=[*callbacks],
                 early_stopping=False,
-                plan_kwargs={"n_epochs_kl_warmup": 20, **(plan or {})},
+                plan_kwargs={"n_epochs_kl_warmup": 20},
                 **silent,
                 **arguments,
             )
@@ -96,8 +90,8 @@ HEALTHY = (
         "scvi-tools",
         "single cell",
         of_scvi("SCVI", layers=SMALL),
-        Falls(0.9),
-        (
+        learned=Falls(0.9),
+        order=(
             "*z_encoder.encoder.*.0.weight",
             "*z_encoder.mean_encoder.weight",
             "*decoder.px_decoder.*.0.weight",
@@ -110,8 +104,8 @@ HEALTHY = (
         "scvi-tools",
         "single cell",
         of_scvi("SCVI", layers=SMALL | {"n_layers": 2, "gene_likelihood": "nb", "dispersion": "gene-cell"}),
-        Falls(0.9),
-        (
+        learned=Falls(0.9),
+        order=(
             "*z_encoder.encoder.*.0.weight",
             "*z_encoder.mean_encoder.weight",
             "*decoder.px_scale_decoder.0.weight",
@@ -123,8 +117,8 @@ HEALTHY = (
         "scvi-tools",
         "single cell",
         of_scvi("LinearSCVI", layers=SMALL),
-        Falls(0.9),
-        ("*z_encoder.mean_encoder.weight", "*factor_regressor*weight"),
+        learned=Falls(0.9),
+        order=("*z_encoder.mean_encoder.weight", "*factor_regressor*weight"),
     ),
     Model(
         "scanvi",
@@ -136,8 +130,8 @@ HEALTHY = (
             setup={"batch_key": "batch", "labels_key": "kind", "unlabeled_category": "unknown"},
             layers=SMALL,
         ),
-        Falls(0.9),
-        (
+        learned=Falls(0.9),
+        order=(
             "*module.z_encoder.encoder.*.0.weight",
             "*module.z_encoder.mean_encoder.weight",
             "*encoder_z2_z1.mean_encoder.weight",
@@ -156,8 +150,8 @@ HEALTHY = (
             reduce_lr_on_plateau=False,
             adversarial_classifier=True,
         ),
-        Falls(0.9),
-        (
+        learned=Falls(0.9),
+        order=(
             "module.encoder.encoder.fc_layers.Layer 0.0.weight",
             "module.encoder.encoder.fc_layers.Layer 1.0.weight",
             "module.encoder.z_mean_encoder.weight",
@@ -171,8 +165,8 @@ HEALTHY = (
         "scvi-tools",
         "single cell",
         of_scvi("PEAKVI", layers=SMALL),
-        Falls(0.9),
-        (
+        learned=Falls(0.9),
+        order=(
             "module.z_encoder.encoder.fc_layers.Layer 0.0.weight",
             "module.z_encoder.mean_encoder.weight",
             "module.z_decoder.px_decoder.fc_layers.Layer 0.0.weight",

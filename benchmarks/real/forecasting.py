@@ -229,8 +229,8 @@ HEALTHY = (
         "pytorch-forecasting",
         "forecasting",
         temporal_fusion(True),
-        Falls(0.5),
-        ("*lstm_encoder.weight_ih_l0", "*output_layer.weight"),
+        learned=Falls(0.5),
+        order=("*lstm_encoder.weight_ih_l0", "*output_layer.weight"),
     ),
     Model(
         "tft-alone",
@@ -238,8 +238,8 @@ HEALTHY = (
         "pytorch-forecasting",
         "forecasting",
         temporal_fusion(False),
-        Falls(0.5),
-        ("*lstm_encoder.weight_ih_l0", "*output_layer.weight"),
+        learned=Falls(0.5),
+        order=("*lstm_encoder.weight_ih_l0", "*output_layer.weight"),
     ),
     Model(
         "deepar",
@@ -247,8 +247,8 @@ HEALTHY = (
         "pytorch-forecasting",
         "forecasting",
         deepar,
-        Falls(0.75),
-        ("*rnn.weight_ih_l0", "*distribution_projector.weight"),
+        learned=Falls(0.75),
+        order=("*rnn.weight_ih_l0", "*distribution_projector.weight"),
     ),
     Model(
         "nbeats",
@@ -256,8 +256,8 @@ HEALTHY = (
         "pytorch-forecasting",
         "forecasting",
         nbeats,
-        Falls(0.7),
-        (
+        learned=Falls(0.7),
+        order=(
             "net_blocks.0.fc.0.weight",
             "net_blocks.0.theta_f_fc.weight",
             "net_blocks.1.fc.0.weight",
@@ -270,8 +270,8 @@ HEALTHY = (
         "pytorch-forecasting",
         "forecasting",
         nhits,
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "model.blocks.0.layers.layers.0.weight",
             "model.blocks.0.layers.layers.4.weight",
             "model.blocks.1.layers.layers.0.weight",
@@ -284,8 +284,8 @@ HEALTHY = (
         "neuralforecast",
         "forecasting",
         of_nixtla("LSTM", encoder_hidden_size=24, decoder_hidden_size=24),
-        Falls(0.7),
-        (
+        learned=Falls(0.7),
+        order=(
             "hist_encoder.weight_ih_l0",
             "hist_encoder.weight_ih_l1",
             "mlp_decoder.layers.0.weight",
@@ -298,8 +298,8 @@ HEALTHY = (
         "neuralforecast",
         "forecasting",
         of_nixtla("DeepAR", lstm_hidden_size=24, lstm_n_layers=1),
-        FallsBy(0.3),
-        (
+        learned=FallsBy(0.3),
+        order=(
             "hist_encoder.weight_ih_l0",
             "decoder.layers.0.weight",
         ),
@@ -310,8 +310,8 @@ HEALTHY = (
         "neuralforecast",
         "forecasting",
         of_nixtla("TFT", hidden_size=16, n_head=2),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "*history_vsn.var_grns.0.lin_a.weight",
             "*history_encoder.weight_ih_l0",
             "*attention.qkv_linears.weight",
@@ -325,8 +325,8 @@ HEALTHY = (
         "neuralforecast",
         "forecasting",
         of_nixtla("TFT", covariates=True, hidden_size=16, n_head=2),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "*history_vsn.var_grns.0.lin_a.weight",
             "*history_encoder.weight_ih_l0",
             "*attention.qkv_linears.weight",
@@ -340,8 +340,8 @@ HEALTHY = (
         "neuralforecast",
         "forecasting",
         of_nixtla("NHITS", mlp_units=[[64, 64]] * 3),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "blocks.0.layers.0.weight",
             "blocks.0.layers.7.weight",
             "blocks.1.layers.0.weight",
@@ -354,8 +354,8 @@ HEALTHY = (
         "neuralforecast",
         "forecasting",
         of_nixtla("PatchTST", hidden_size=32, n_heads=4, encoder_layers=2, patch_len=6, stride=3),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "*W_P.weight",
             "*layers.0.self_attn.W_Q.weight",
             "*layers.0.ff.3.weight",
@@ -369,8 +369,8 @@ HEALTHY = (
         "darts",
         "forecasting",
         of_darts("TFTModel", 12, hidden_size=16, num_attention_heads=2, add_relative_index=True),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "encoder_vsn.single_variable_grns.target_0.fc1.weight",
             "lstm_encoder.weight_ih_l0",
             "static_enrichment_grn.fc1.weight",
@@ -383,8 +383,8 @@ HEALTHY = (
         "darts",
         "forecasting",
         of_darts("TCNModel", 12, num_filters=8, num_layers=3),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "res_blocks.0.conv1.weight",
             "res_blocks.0.conv2.weight",
             "res_blocks.1.conv1.weight",
@@ -397,8 +397,8 @@ HEALTHY = (
         "darts",
         "forecasting",
         of_darts("TiDEModel", 12, hidden_size=32),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "encoders.0.dense.0.weight",
             "decoders.0.dense.0.weight",
             "temporal_decoder.dense.0.weight",
@@ -410,8 +410,8 @@ HEALTHY = (
         "darts",
         "forecasting",
         of_darts("RNNModel", 12, model="LSTM", training_length=36),
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "rnn.weight_ih_l0",
             "V.weight",
         ),

@@ -193,8 +193,8 @@ HEALTHY = (
         "diffusers",
         "diffusion",
         unet,
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*net.conv_in.weight",
             "*down_blocks.0.resnets.0.conv1.weight",
             "*mid_block.resnets.0.conv1.weight",
@@ -208,8 +208,8 @@ HEALTHY = (
         "diffusers",
         "diffusion",
         dit,
-        Falls(0.7),
-        (
+        learned=Falls(0.7),
+        order=(
             "*pos_embed.proj.weight",
             "*transformer_blocks.0.attn1.to_q.weight",
             "*transformer_blocks.2.attn1.to_q.weight",
@@ -222,8 +222,8 @@ HEALTHY = (
         "diffusers",
         "variational",
         kl,
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*encoder.conv_in.weight",
             "*encoder.conv_out.weight",
             "*decoder.conv_in.weight",
@@ -236,8 +236,8 @@ HEALTHY = (
         "vector-quantize-pytorch",
         "variational",
         vq,
-        Falls(0.5),
-        ("*encoder.0.weight", "*encoder.4.weight", "*decoder.0.weight", "*decoder.4.weight"),
+        learned=Falls(0.5),
+        order=("*encoder.0.weight", "*encoder.4.weight", "*decoder.0.weight", "*decoder.4.weight"),
     ),
     Model(
         "nsf",
@@ -245,8 +245,8 @@ HEALTHY = (
         "zuko",
         "flow",
         _flow(nsf, lambda net, x: -net().log_prob(x).mean(), adam(3e-3), 200),
-        FallsBy(0.8),
-        (
+        learned=FallsBy(0.8),
+        order=(
             "*transforms.0.hyper.0.weight",
             "*transforms.0.hyper.4.weight",
             "*transforms.1.hyper.0.weight",
@@ -259,8 +259,8 @@ HEALTHY = (
         "nflows",
         "flow",
         _flow(maf, lambda net, x: -net.log_prob(x).mean(), adam(3e-3), 250),
-        FallsBy(0.4),
-        (
+        learned=FallsBy(0.4),
+        order=(
             "*transforms.1.*initial_layer.weight",
             "*transforms.1.*final_layer.weight",
             "*transforms.3.*initial_layer.weight",

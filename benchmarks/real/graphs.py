@@ -234,8 +234,8 @@ HEALTHY = (
         "torch-geometric",
         "graph",
         _nodes(gcn, adam(0.01), 200),
-        Reaches(0.75),
-        ("*convs.0*weight", "*convs.1*weight", "*convs.2*weight"),
+        learned=Reaches(0.75),
+        order=("*convs.0*weight", "*convs.1*weight", "*convs.2*weight"),
     ),
     Model(
         "gat",
@@ -243,8 +243,8 @@ HEALTHY = (
         "torch-geometric",
         "graph",
         _nodes(gat, adamw(5e-3), 200),
-        Reaches(0.75),
-        ("*convs.0.lin.weight", "*convs.1.lin.weight"),
+        learned=Reaches(0.75),
+        order=("*convs.0.lin.weight", "*convs.1.lin.weight"),
     ),
     Model(
         "gin",
@@ -252,8 +252,8 @@ HEALTHY = (
         "torch-geometric",
         "graph",
         gin,
-        Falls(0.6),
-        (
+        learned=Falls(0.6),
+        order=(
             "*convs.0.nn.lins.0.weight",
             "*convs.1.nn.lins.0.weight",
             "*convs.2.nn.lins.1.weight",
@@ -266,18 +266,18 @@ HEALTHY = (
         "torch-geometric",
         "variational",
         vgae,
-        Reaches(0.85),
-        ("*encoder.first.lin.weight", "*encoder.mean.lin.weight"),
+        learned=Reaches(0.85),
+        order=("*encoder.first.lin.weight", "*encoder.mean.lin.weight"),
     ),
-    Model("lightgcn", "LightGCN, embeddings alone", "torch-geometric", "graph", light, Falls(0.7), ()),
+    Model("lightgcn", "LightGCN, embeddings alone", "torch-geometric", "graph", light, learned=Falls(0.7)),
     Model(
         "argva",
         "ARGVA, graph autoencoder with a critic",
         "torch-geometric",
         "adversarial",
         argva,
-        Reaches(0.85),
-        (
+        learned=Reaches(0.85),
+        order=(
             "net.encoder.first.lin.weight",
             "net.encoder.mean.lin.weight",
         ),

@@ -328,8 +328,8 @@ HEALTHY = (
         "transformers",
         "language",
         causal(gpt2, 300, adamw(3e-3)),
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*h.0.attn.c_attn.weight",
             "*h.0.mlp.c_fc.weight",
             "*h.1.attn.c_attn.weight",
@@ -343,8 +343,8 @@ HEALTHY = (
         "transformers",
         "language",
         causal(llama, 300, adamw(3e-3, 300, 40, 0.1)),
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*layers.0.self_attn.q_proj.weight",
             "*layers.0.mlp.down_proj.weight",
             "*layers.3.mlp.down_proj.weight",
@@ -357,8 +357,8 @@ HEALTHY = (
         "transformers",
         "language",
         causal(mixtral, 300, adamw(3e-3, 300, 20)),
-        Falls(0.6),
-        ("*layers.0.self_attn.q_proj.weight", "*layers.1.self_attn.q_proj.weight", "*lm_head.weight"),
+        learned=Falls(0.6),
+        order=("*layers.0.self_attn.q_proj.weight", "*layers.1.self_attn.q_proj.weight", "*lm_head.weight"),
     ),
     Model(
         "mamba",
@@ -366,8 +366,8 @@ HEALTHY = (
         "transformers",
         "state space",
         causal(mamba, 300, adamw(3e-3), 8),
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*layers.0.mixer.in_proj.weight",
             "*layers.0.mixer.out_proj.weight",
             "*layers.1.mixer.in_proj.weight",
@@ -380,8 +380,8 @@ HEALTHY = (
         "x-transformers",
         "language",
         causal(x_transformer, 300, adamw(2e-3), loss=_x_loss),
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*layers.0.1.to_q.weight",
             "*layers.1.1.ff.0.0.weight",
             "*layers.4.1.to_q.weight",
@@ -394,8 +394,8 @@ HEALTHY = (
         "transformers",
         "encoder",
         tagger,
-        Falls(0.5),
-        ("*layer.0.*.query.weight", "*layer.1.output.dense.weight", "*net.head.weight"),
+        learned=Falls(0.5),
+        order=("*layer.0.*.query.weight", "*layer.1.output.dense.weight", "*net.head.weight"),
     ),
     Model(
         "prompts",
@@ -403,8 +403,7 @@ HEALTHY = (
         "peft",
         "fine-tuning",
         prompts,
-        Falls(0.85),
-        (),
+        learned=Falls(0.85),
         needs=("transformers",),
     ),
     Model(
@@ -413,8 +412,8 @@ HEALTHY = (
         "transformers",
         "encoder",
         bert,
-        Falls(0.75),
-        (
+        learned=Falls(0.75),
+        order=(
             "*layer.0.*.query.weight",
             "*layer.2.output.dense.weight",
             "*cls.predictions.transform.dense.weight",
@@ -426,8 +425,8 @@ HEALTHY = (
         "transformers",
         "encoder",
         distilbert,
-        Reaches(0.9),
-        (
+        learned=Reaches(0.9),
+        order=(
             "*layer.0.attention.q_lin.weight",
             "*layer.1.ffn.lin2.weight",
             "*pre_classifier.weight",
@@ -440,8 +439,8 @@ HEALTHY = (
         "transformers",
         "encoder",
         t5,
-        Falls(0.4),
-        (
+        learned=Falls(0.4),
+        order=(
             "*encoder.block.0.*.q.weight",
             "*encoder.block.1.*.wo.weight",
             "*decoder.block.1.layer.1.EncDecAttention.q.weight",
@@ -453,8 +452,8 @@ HEALTHY = (
         "peft",
         "fine-tuning",
         lora,
-        Falls(0.6),
-        ("*h.0.attn.c_attn.lora_B*", "*h.1.attn.c_attn.lora_B*", "*h.2.mlp.c_proj.lora_B*"),
+        learned=Falls(0.6),
+        order=("*h.0.attn.c_attn.lora_B*", "*h.1.attn.c_attn.lora_B*", "*h.2.mlp.c_proj.lora_B*"),
         needs=("transformers",),
     ),
 )

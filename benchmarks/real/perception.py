@@ -341,8 +341,8 @@ HEALTHY = (
         "transformers",
         "vision",
         classify(vit, adamw(1e-3), 300),
-        Reaches(0.8),
-        ("*patch_embeddings.projection.weight", "*net.classifier.weight"),
+        learned=Reaches(0.8),
+        order=("*patch_embeddings.projection.weight", "*net.classifier.weight"),
     ),
     Model(
         "resnet",
@@ -350,8 +350,8 @@ HEALTHY = (
         "transformers",
         "vision",
         classify(resnet, adamw(2e-3), 150),
-        Reaches(0.85),
-        (
+        learned=Reaches(0.85),
+        order=(
             "*embedder.embedder.convolution.weight",
             "*stages.0.*convolution.weight",
             "*stages.2.*convolution.weight",
@@ -364,8 +364,8 @@ HEALTHY = (
         "transformers",
         "vision",
         classify(convnext, adamw(2e-3), 400),
-        Reaches(0.8),
-        ("*embeddings.patch_embeddings.weight", "*net.classifier.weight"),
+        learned=Reaches(0.8),
+        order=("*embeddings.patch_embeddings.weight", "*net.classifier.weight"),
     ),
     Model(
         "swin",
@@ -373,8 +373,8 @@ HEALTHY = (
         "transformers",
         "vision",
         classify(swin, adamw(1e-3), 350),
-        Reaches(0.8),
-        ("*patch_embeddings.projection.weight", "*net.classifier.weight"),
+        learned=Reaches(0.8),
+        order=("*patch_embeddings.projection.weight", "*net.classifier.weight"),
     ),
     Model(
         "clip",
@@ -382,8 +382,8 @@ HEALTHY = (
         "transformers",
         "contrastive",
         clip,
-        Falls(0.8),
-        ("*patch_embedding.weight", "*visual_projection.weight"),
+        learned=Falls(0.8),
+        order=("*patch_embedding.weight", "*visual_projection.weight"),
     ),
     Model(
         "wav2vec2",
@@ -391,8 +391,8 @@ HEALTHY = (
         "transformers",
         "speech",
         wav2vec,
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*conv_layers.0.conv.weight",
             "*conv_layers.2.conv.weight",
             "*feature_projection.projection.weight",
@@ -406,8 +406,8 @@ HEALTHY = (
         "transformers",
         "speech",
         lambda seed: wav2vec(seed, 400, layerdrop=0.2, mask_time_prob=0.1, mask_time_length=2),
-        Falls(0.5),
-        ("*conv_layers.0.conv.weight", "*lm_head.weight"),
+        learned=Falls(0.5),
+        order=("*conv_layers.0.conv.weight", "*lm_head.weight"),
     ),
     Model(
         "segformer",
@@ -415,8 +415,8 @@ HEALTHY = (
         "transformers",
         "vision",
         segformer,
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*stages.0.patch_embeddings.proj.weight",
             "*stages.0.blocks.0.mlp.fc2.weight",
             "*stages.1.blocks.0.attention.q_proj.weight",
@@ -429,8 +429,8 @@ HEALTHY = (
         "transformers",
         "speech",
         whisper,
-        Falls(0.5),
-        (
+        learned=Falls(0.5),
+        order=(
             "*encoder.conv1.weight",
             "*encoder.conv2.weight",
             "*encoder.layers.0.self_attn.q_proj.weight",
@@ -443,8 +443,8 @@ HEALTHY = (
         "pytorch-metric-learning",
         "metric learning",
         _embed(triplet, semihard, adam(1e-3)),
-        Reaches(0.85),
-        ("*body.0.weight", "*body.3.weight", "*body.6.weight", "*body.10.weight"),
+        learned=Reaches(0.85),
+        order=("*body.0.weight", "*body.3.weight", "*body.6.weight", "*body.10.weight"),
     ),
     Model(
         "arcface",
@@ -452,8 +452,8 @@ HEALTHY = (
         "pytorch-metric-learning",
         "metric learning",
         _embed(arcface, lambda: None, adam(1e-3)),
-        Reaches(0.85),
-        ("*body.0.weight", "*body.10.weight", "*criterion.W"),
+        learned=Reaches(0.85),
+        order=("*body.0.weight", "*body.10.weight", "*criterion.W"),
     ),
     Model(
         "multisimilarity",
@@ -461,7 +461,7 @@ HEALTHY = (
         "pytorch-metric-learning",
         "metric learning",
         _embed(multisimilarity, lambda: None, adam(1e-3)),
-        Reaches(0.85),
-        ("*body.0.weight", "*body.10.weight"),
+        learned=Reaches(0.85),
+        order=("*body.0.weight", "*body.10.weight"),
     ),
 )

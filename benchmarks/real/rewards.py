@@ -195,8 +195,8 @@ HEALTHY = (
         "stable-baselines3",
         "reinforcement",
         a2c,
-        Reaches(50.0),
-        (
+        learned=Reaches(50.0),
+        order=(
             "policy.mlp_extractor.policy_net.0.weight",
             "policy.mlp_extractor.policy_net.2.weight",
             "policy.action_net.weight",
@@ -208,8 +208,8 @@ HEALTHY = (
         "stable-baselines3",
         "reinforcement",
         ppo,
-        Reaches(50.0),
-        (
+        learned=Reaches(50.0),
+        order=(
             "policy.mlp_extractor.value_net.0.weight",
             "policy.mlp_extractor.value_net.2.weight",
             "policy.value_net.weight",
@@ -221,7 +221,7 @@ HEALTHY = (
         "stable-baselines3",
         "reinforcement",
         dqn,
-        Reaches(50.0),
-        ("q.q_net.0.weight", "q.q_net.2.weight", "q.q_net.4.weight"),
+        learned=Reaches(50.0),
+        order=("q.q_net.0.weight", "q.q_net.2.weight", "q.q_net.4.weight"),
     ),
 )

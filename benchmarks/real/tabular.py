@@ -91,8 +91,8 @@ HEALTHY = (
         "rtdl-revisiting-models",
         "tabular",
         ft_transformer,
-        EndsBelow(0.3),
-        (
+        learned=EndsBelow(0.3),
+        order=(
             "*cont_embeddings.weight",
             "*blocks.0.attention.W_q.weight",
             "*blocks.1.ffn.linear2.weight",
@@ -105,8 +105,8 @@ HEALTHY = (
         "rtdl-revisiting-models",
         "tabular",
         resnet,
-        EndsBelow(0.3),
-        (
+        learned=EndsBelow(0.3),
+        order=(
             "net.input_projection.weight",
             "net.blocks.0.linear1.weight",
             "net.blocks.2.linear2.weight",
