@@ -55,7 +55,7 @@ def stale(seed: int) -> Run:
 
 
 def long_labels(seed: int) -> Run:
-    """Return speech recognition in which some labels are longer than the sound has frames."""
+    """Return speech recognition in which labels are longer than the sound has frames."""
     return perception.wav2vec(seed, 300, conv_stride=(10, 8, 4))
 
 
