@@ -49,7 +49,7 @@ from lightning_gradguard.engine.readback import (
     save_under_way,
     unpack,
 )
-from lightning_gradguard.engine.state_form import check_names, check_state, short
+from lightning_gradguard.engine.state_form import check_names, check_state, short, upgrade
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
@@ -327,6 +327,8 @@ class Guard:
         """
         if not isinstance(state, Mapping):
             raise StateError(f"state must be what Guard.state_dict gave, got a {type(state).__name__}")
+        if state.get("version") == 5 and type(state["version"]) is int:
+            state = upgrade(state, self.state_dict(), self._kinds())
         version, kinds = state.get("version"), state.get("kinds")
         if not isinstance(version, int) or version != STATE_VERSION:
             raise StateError(

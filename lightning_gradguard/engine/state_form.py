@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
 
+#: Detectors that version 5 did not have.
+_NEW_DETECTORS = frozenset({"TargetScale"})
 #: Parts that older versions did not save.
 _OPTIONAL = ("under_way", "asked")
 
@@ -59,11 +61,59 @@ def check_state(saved: object, own: Mapping[str, Any]) -> None:
     order, names = saved["watch"]["order"], saved["watch"]["names"]  # type: ignore[index]
     if sorted(order) != list(range(len(names))):
         raise _error("the state['watch']['order']", order, "each index of the parameters once")
+    for column in saved["watch"]["columns"]:  # type: ignore[index]
+        if not set(column) <= set(order):
+            raise _error("the state['watch']['columns']", column, "indices of parameters")
+
+
+def upgrade(saved: Mapping[str, Any], own: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """Return a state of version 5 in the form of today.
+
+    What that version did not save begins as in a new guard. A step that was under way is dropped.
+
+    Args:
+        saved: The state.
+        own: State of the guard that is to be restored.
+        kinds: Class names of its detectors and clipper.
+
+    Raises:
+        StateError: If the state is damaged, or of other detectors or another clipper.
+    """
+    try:
+        watch, states = saved["watch"], saved["states"]
+        if [kind for kind in kinds if kind in saved["kinds"]] != list(saved["kinds"]):
+            raise ValueError(f"it is of {saved['kinds']}, the guard has {list(kinds)}")
+        if set(kinds) - set(saved["kinds"]) - _NEW_DETECTORS:
+            raise ValueError(f"it is of {saved['kinds']}, the guard has {list(kinds)}")
+        if states is not None:
+            parts = dict(zip(("", *saved["kinds"]), states, strict=True))
+            states = [parts.get(kind, {}) for kind in ("", *kinds)]
+        peak, steps = float(watch["peak_rate"]), int(watch["schedule"]["good"])
+        return {
+            **saved,
+            "version": own["version"],
+            "kinds": list(kinds),
+            "watch": {
+                **own["watch"],
+                **watch,
+                "rates": [peak, peak * steps, 0, 0],
+                "schedule": {**watch["schedule"], "was_good": False},
+            },
+            "quiet": {**own["quiet"], **saved["quiet"], "_is_open": False},
+            # Without results the next step is evaluated in full, since the last one counts as not taken.
+            "sights": [],
+            "states": states,
+            "under_way": [],
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise StateError(f"state of version 5 cannot be read: {problem}; start the guard afresh") from error
 
 
 def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
     form = {**_form_like(own), "kinds": [str], "states": Maybe([Each(Tensor)])}
-    form["watch"] |= {"names": [str], "order": [int], "embeddings": [str], "asked": [str]}
+    form["watch"] |= {"names": [str], "order": [int], "embeddings": [str], "asked": [str], "columns": [[int]]}
+    form["watch"] |= {"rates": (float, float, int, int)}
     form["judge"] |= {"episodes": Each((int, int, int)), "said": Each(int)}
     form["sights"] = [(str, str, bool, bool, bool, bool, int, float, float, str, [str])]
     form["quiet"] |= {"_pattern": [bool], "_names": [str], "_live": [bool], "_bounds": Maybe(Each(Tensor))}

@@ -15,7 +15,9 @@ def raised(detector, steps=120, **facts):
         stream.updates = facts.pop("updates")
     found = []
     for step in range(steps):
-        known = {name: value(step) if callable(value) else torch.tensor(value) for name, value in facts.items()}
+        known = {
+            name: value(step) if callable(value) else torch.tensor(value) for name, value in facts.items()
+        }
         loss = known.pop("loss", torch.tensor(1.0))
         if step < 8 and "first" in known:
             stream.updates = torch.full((6,), 0.4)
@@ -58,7 +60,10 @@ def test_large_first_steps_after_which_a_guess_is_not_beaten():
 
 
 def test_a_guess_that_is_beaten_soon_or_small_steps_are_healthy():
-    assert raised(UpdateRatio(), first=1.0, loss=falling, excess=lambda s: torch.tensor(1.0 if s < 30 else 0.8)) == []
+    assert (
+        raised(UpdateRatio(), first=1.0, loss=falling, excess=lambda s: torch.tensor(1.0 if s < 30 else 0.8))
+        == []
+    )
     assert raised(UpdateRatio(), loss=falling, excess=1.0) == []
 
 
