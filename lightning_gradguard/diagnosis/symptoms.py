@@ -26,7 +26,7 @@ def find_symptoms(context: DiagnosticContext) -> tuple[str, ...]:
     Args:
         context: The facts at the step of the finding.
     """
-    rules = (_finding, _loss, _nonfinite, _depth, _zero_gradients, _weights, _other_faults)
+    rules = (_finding, _loss, _nonfinite, _depth, _zero_gradients, _weights, _other_faults, _unseen_graph)
     return tuple(sentence for rule in rules for sentence in rule(context))
 
 
@@ -107,6 +107,16 @@ def _weights(context: DiagnosticContext) -> Iterator[str]:
     bad = [n for n, norm in zip(context.names, context.weight_norms, strict=True) if not math.isfinite(norm)]
     if bad:
         yield f"The weights of {listing(bad)} are NaN or Inf."
+
+
+def _unseen_graph(context: DiagnosticContext) -> Iterator[str]:
+    """Say that the graph was not seen, or not all of it."""
+    graph = context.graph_summary
+    if graph is None or not graph.nodes:
+        yield "The autograd graph was not seen, so the causes rest on the statistics of the gradients alone."
+    elif graph.opaque or graph.hidden:
+        what = f" ({listing(graph.hidden)})" if graph.hidden else ""
+        yield f"Parts of the autograd graph could not be read{what}; of these, only statistics are known."
 
 
 def _other_faults(context: DiagnosticContext) -> Iterator[str]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
+from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.results import Fault, Finding, Severity
 
 
@@ -119,7 +120,7 @@ def test_weights_that_do_not_change_or_change_too_much():
 def test_other_faults_are_named_once():
     others = tuple(Finding(Fault.SPIKE, Severity.INFO, step, (), 7.0, 6.0, "Spike") for step in (12, 14))
     case = case_with(findings=others)
-    assert find_symptoms(case)[-1] == "Also found: spike (since step 12)."
+    assert "Also found: spike (since step 12)." in find_symptoms(case)
     assert not any(
         "Also" in sign for sign in find_symptoms(dataclasses.replace(case, findings=(case.finding,)))
     )
@@ -131,7 +132,23 @@ def test_nonfinite_gradients_need_no_value_and_limit():
     case = case_with(finding=finding, gradients_log10=(math.nan, math.inf, -1.0))
     assert not any("limit" in symptom for symptom in find_symptoms(case))
     unknown = DiagnosticContext(finding, has_loss=False)
-    assert find_symptoms(unknown) == ("Bad tensors: 2 (limit 0).",)
+    assert find_symptoms(unknown)[0] == "Bad tensors: 2 (limit 0)."
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        (None, "graph was not seen"),
+        (GraphSummary(), "graph was not seen"),
+        (GraphSummary(nodes=9, opaque=True), "could not be read; of these"),
+        (GraphSummary(nodes=9, hidden=("MyFunction",)), "could not be read (`MyFunction`)"),
+        (GraphSummary(nodes=9), ""),
+    ],
+)
+def test_it_is_said_if_the_graph_was_not_seen(graph, words):
+    sentences = [s for s in find_symptoms(case_with(graph_summary=graph)) if "autograd graph" in s]
+    assert len(sentences) == bool(words)
+    assert all(words in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize(
