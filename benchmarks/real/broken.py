@@ -113,7 +113,7 @@ BROKEN = (
         stale,
         learned=Reaches(0.85),
         causes=(Cause.STALE_OPTIMIZER,),
-        said=("optimizer",),
+        said=("stale optimizer",),
         broken="net replaced after its optimizer was made",
     ),
     Model(
@@ -148,7 +148,7 @@ BROKEN = (
         learned=Falls(0.5),
         faults=(Fault.STALLED, Fault.EXPLODING, Fault.VANISHING, Fault.OVERSIZED_UPDATE),
         causes=(Cause.TARGET_SCALE,),
-        said=("target",),
+        said=("target scale",),
         broken="targets times 10,000, not normalized",
     ),
     Model(
@@ -160,7 +160,7 @@ BROKEN = (
         learned=EndsBelow(0.3),
         faults=(Fault.EXPLODING, Fault.VANISHING, Fault.OVERSIZED_UPDATE, Fault.STALLED),
         causes=(Cause.UNNORMALIZED_INPUT,),
-        said=("input",),
+        said=("unnormalized input",),
         broken="three columns times 100,000",
     ),
     Model(

@@ -159,7 +159,8 @@ def _broken_table(
     for case in ran:
         runs = guarded[case.id]
         first = runs[0]
-        alone = bare.get(case.id, first)
+        alone = bare.get(case.id)
+        course = f"{_number(alone['from'])} to {_number(alone['to'])}" if alone else "-"
         warned = [f for f in first["findings"] if f["severity"] >= WARNING]
         said = (
             f"{warned[0]['fault']} at {warned[0]['step']}"
@@ -170,7 +171,7 @@ def _broken_table(
         )
         cause = first["causes"][0].replace("_", " ") if first["causes"] else ""
         lines.append(
-            f"| {case.id} | {case.title} | {case.broken} | {_number(alone['from'])} to {_number(alone['to'])} | {said} "
+            f"| {case.id} | {case.title} | {case.broken} | {course} | {said} "
             f"| {cause} | {first['fix']} | {_word([right_fault(case, r) for r in runs])} "
             f"| {_word([right_cause(case, r) for r in runs])} |"
         )
