@@ -28,7 +28,8 @@ class DepthTilt:
     loss. Raised in one of four cases:
 
     - The tilt is at or above ``limit`` while the loss makes no progress, from step 30 on.
-    - The tilt is at or above 1.5 times ``limit``, even while the loss falls: other layers learn in place of these.
+    - The tilt is at or above 1.5 times ``limit``, even while the loss falls, and at least half of the layers lie on that
+      path: other layers learn in place of these.
     - All layers up to some depth lie ``limit`` decades below all layers after it
       (`lightning_gradguard.stats.trends.find_cliff`), as behind a normalization over a single element, and the loss
       makes no progress, from step 30 on.
@@ -78,7 +79,10 @@ class DepthTilt:
         trends, none = stats.trends, stats.layout.constant(-torch.inf)
         offset = profile_score(stats, worst_low=True)
         no_progress, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
-        steep = trends.tilt >= 1.5 * self.limit
+        # What others learn in place of these: a side branch that is starved, such as a gate, hinders none.
+        layers = stats.layout.is_layer
+        is_main = (trends.in_worst & layers).sum() >= 0.5 * layers.sum()
+        steep = (trends.tilt >= 1.5 * self.limit) & is_main
         tilted = (trends.tilt >= self.limit) & (no_progress | steep) & warm
         cliff = trends.cliff
         cut = (cliff.height >= self.limit) & no_progress & warm & ~tilted
