@@ -20,6 +20,7 @@ from lightning_gradguard import (
     Policy,
     Severity,
     SpikeClip,
+    ZClip,
 )
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import NonFinite
@@ -751,3 +752,42 @@ def test_repr_shows_non_default_arguments():
         "Guard(optimizer='SGD', detectors=[DepthTilt(limit=4.0), NonFinite()], clipper=SpikeClip(z_threshold=7.0), "
         "policy=Policy(respond={'exploding': 'halt'}), index=1)"
     )
+
+
+@pytest.mark.parametrize(
+    "clipper", [None, SpikeClip(), AGC(), AutoClip(), ZClip(), AdaGC(), NormClip(1.0)], ids=repr
+)
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("meta", torch.float16)]
+)
+@ignore_warnings
+def test_default_device_and_dtype_change_nothing(clipper, device, dtype):
+    """Another model may be laid out on another device meanwhile."""
+
+    def reports(device, dtype):
+        model = network(depth=5)
+        batches = [batch(step) for step in range(45)]
+        losses = []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                guard = Guard(model.named_parameters(), optimizer=optimizer, clipper=clipper)
+                for step, (x, y) in enumerate(batches):
+                    loss = nn.functional.cross_entropy(model(x), y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    if step == 35:
+                        poison(model)
+                    if step == 40:
+                        next(model.parameters()).grad.mul_(1e4)
+                    if not guard.step(loss=float(loss) if step % 2 else loss).skip:
+                        optimizer.step()
+                    losses.append((guard.report.total_norm, guard.report.scale, guard.report.findings))
+                guard.load_state_dict(guard.state_dict())
+        finally:
+            torch.set_default_dtype(before)
+        return repr(losses)
+
+    assert reports(device, dtype) == reports("cpu", torch.float32)

@@ -3,7 +3,9 @@
 It writes what is promised, and does not change the training.
 """
 
+import os
 import re
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -344,3 +346,51 @@ def test_the_recorder_must_be_a_recorder():
 
 def test_the_recorder_does_not_change_the_state_key():
     assert GradGuard(recorder=Recorder()).state_key == GradGuard().state_key
+
+
+class Lazy(pl.LightningModule):
+    """Net whose statistics are made in its first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(8, 2))
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0] * (torch.nan if batch_idx == 5 else 1.0)
+        return nn.functional.cross_entropy(self.net(x), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:A layer with UninitializedParameter:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*UninitializedParameter.*")
+def test_a_lazy_module_has_a_record(fit):
+    guard, halted = halt(fit, Lazy(), batches=8)
+    assert halted.step == 5
+    assert load(guard)["step"] == 5
+
+
+@pytest.mark.parametrize("gone", ["working folder", "log folder", "both"])
+def test_a_halt_stays_a_halt_if_folders_are_gone(fit, tmp_path, monkeypatch, gone):
+    scratch, logs = tmp_path / "scratch", tmp_path / "logs"
+    scratch.mkdir()
+    home = Path.cwd()
+    monkeypatch.chdir(scratch)
+
+    class Remove(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 3 and gone != "log folder":
+                scratch.rmdir()
+            if batch_idx == 3 and gone != "working folder":
+                shutil.rmtree(logs)
+
+    guard = GradGuard(policy=Policy.strict(), recorder=Recorder(folder=tmp_path / "records"))
+    logger = TensorBoardLogger(logs)
+    try:
+        _, halted = halt(fit, Net(bad={5}), Remove(), guard=guard, logger=logger, log_every_n_steps=1)
+    finally:
+        os.chdir(home)
+    assert halted.step == 5
+    assert guard.bundle.exists()
+    assert guard.bundle.name in str(halted)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import subprocess
 import sys
 
@@ -546,3 +547,15 @@ def test_lightnings_clipping_survives_skipped_steps(fit, classifier, arguments, 
     assert guard.summary["skipped"] == 2
     assert len(calls) == (0 if hook == "inherited" else 8)
     assert ("configure_gradient_clipping" in vars(module)) == (hook != "inherited")
+
+
+def test_a_log_folder_that_vanishes_ends_no_training(fit, classifier, tmp_path):
+    class Remove(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 8:
+                shutil.rmtree(trainer.logger.root_dir)
+
+    guard, logger = GradGuard(), TensorBoardLogger(tmp_path / "logs")
+    with pytest.warns(GradientWarning, match="TensorBoard output failed"):
+        trainer = fit(classifier(), guard, Remove(), batches=20, logger=logger, log_every_n_steps=1)
+    assert guard.summary["judged"] == trainer.global_step == 20

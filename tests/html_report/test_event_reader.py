@@ -1,15 +1,21 @@
 import math
 import struct
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.html_report.event_reader import ReportError, parse_old_text, read_runs
+from lightning_gradguard.html_report.render import render
 from lightning_gradguard.html_report.summary import sheets_of
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
@@ -254,3 +260,64 @@ def test_an_old_event_file_is_reported(tmp_path):
 @pytest.mark.parametrize("text", ["", "words", "* step x: **spike** (info), a 1, limit 2", "---\n\n* step"])
 def test_other_text_is_no_finding(text):
     assert parse_old_text(text) == FoundRecord()
+
+
+#: Tag, and what someone else has written there.
+FOREIGN = [
+    ("gradguard/diagnosis", np.float32(1.0)),
+    ("gradguard/findings", np.float32(1.0)),
+    ("gradguard/layer_rms_log10", np.float32(1.0)),
+    ("gradguard/layer_rms_log10", np.zeros((2, 3), np.float32)),
+    ("gradguard_hist_log10/000_a", np.float32(1.0)),
+    ("gradguard_hist_log10/000_a", np.full((4, 3), np.nan, np.float32)),
+    ("gradguard_hist_log10/000_a", np.array([[1e9, 1e10, 3.0]], np.float32)),
+    ("gradguard_exponents/a", np.float32(1.0)),
+    ("gradguard/total_norm_log10", np.zeros(7, np.float32)),
+]
+
+
+@pytest.mark.parametrize(("tag", "value"), FOREIGN)
+def test_a_foreign_record_is_left_out_and_said(tmp_path, tag, value):
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("gradguard/total_norm_log10", 1.0, 0)
+        writer.add_scalar("gradguard/total_norm_log10", 2.0, 2)
+        tensor = make_tensor_proto(value)
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, tensor=tensor)]), 1)
+    run = read(tmp_path)
+    (sheet,) = sheets_of(run)
+    assert render([sheet])
+    assert run.tracks["gradguard"].scalars["total_norm_log10"] == {0: 1.0, 2: 2.0}
+    is_ignored = tag == "gradguard/total_norm_log10"  # as any other tensor under a tag that holds numbers
+    assert dict(run.unreadable) == ({} if is_ignored else {tag: 1})
+    assert any("is left out" in notice and tag in notice for notice in sheet.notices) != is_ignored
+
+
+@given(st.data())
+def test_no_record_under_our_tags_raises(data):
+    names = ("findings", "diagnosis", "layer_rms_log10", "clip_scale", "clipped_total", "depth_tilt_decades")
+    tags = [
+        *(f"gradguard/{name}" for name in names),
+        *("gradguard_1/clip_scale", "gradguard_hist_log10/000_a", "gradguard_exponents/a"),
+    ]
+    records = ['{"findings": 1}', '{"findings": [{}], "diagnoses": []}', "null", "\u20ac"]
+    texts = st.sampled_from(["", "[]", "{}", *records])
+    numbers = st.lists(st.floats(width=32), max_size=6).map(lambda x: np.array(x, np.float32))
+    shapes = st.sampled_from([(-1,), (-1, 1), (1, -1)])
+    values = texts | st.builds(lambda x, shape: x.reshape(shape), numbers.filter(len), shapes)
+    columns = data.draw(st.sampled_from([b"", b"[]", b'["a", "b"]', b"{}", b"x", b"[1, 2]"]))
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            writer.add_scalar("gradguard/total_norm_log10", 1.0, 0)
+            for step in range(3):
+                value = Summary.Value(tag=data.draw(st.sampled_from(tags)))
+                drawn = data.draw(values)
+                tensor = (
+                    make_tensor_proto(drawn)
+                    if not isinstance(drawn, str)
+                    else make_tensor_proto([drawn.encode()])
+                )
+                value.tensor.CopyFrom(tensor)
+                value.metadata.plugin_data.content = columns
+                writer._get_file_writer().add_summary(Summary(value=[value]), step)
+        (run,) = read_runs([Path(folder)])
+        assert render(sheets_of(run))
