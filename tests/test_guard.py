@@ -12,6 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
     Fault,
     GradientHalt,
     GradientWarning,
@@ -782,7 +785,7 @@ def test_default_device_and_dtype_change_nothing(clipper, device, dtype):
                         poison(model)
                     if step == 40:
                         next(model.parameters()).grad.mul_(1e4)
-                    if not guard.step(loss=float(loss) if step % 2 else loss).skip:
+                    if not guard.step(loss=loss.item() if step % 2 else loss).skip:
                         optimizer.step()
                     losses.append((guard.report.total_norm, guard.report.scale, guard.report.findings))
                 guard.load_state_dict(guard.state_dict())

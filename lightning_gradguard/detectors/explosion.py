@@ -298,7 +298,7 @@ class Exploding:
         _, driven, raised, over, value, limit, measure, time_tilt = state
         if stats.elapsed:
             time_tilt = torch.where(stats.time_tilt.isnan(), time_tilt, stats.time_tilt)
-            change = torch.where(stats.trends.reach > 1, 1.0, -stats.elapsed / 16)
+            change = torch.where(stats.trends.reach > 1, number(1.0), number(-stats.elapsed / 16))
             driven = torch.clamp(driven + change, 0.0, 2.0 * _DRIVEN)
             raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt, driven)
         # Each step that the fast path accepted was no spike.
@@ -326,7 +326,7 @@ class Exploding:
         self, stats: GradStats, time_tilt: Tensor, driven_steps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return raised, over, value, limit and measure, [] each."""
-        trends = stats.trends
+        trends, number = stats.trends, stats.layout.constant
         no_progress = trends.no_progress | trends.plateau
         tilted = (trends.tilt <= self.tilt) & no_progress & (trends.steps >= _TILT_FROM_STEP)
         start, has_grown = trends.loss_start, trends.surge > _DIVERGING_GROWTH
@@ -342,14 +342,15 @@ class Exploding:
         near = (is_positive & (ratio > 0.8 * self.loss_ratio)) | (trends.tilt <= self.tilt + 0.5)
         near |= trends.fell_and_rose
         by_loss = diverges | relapses
+
+        def choose(if_diverges: Tensor, if_relapses: Tensor, if_in_time: Tensor, otherwise: Tensor) -> Tensor:
+            others = torch.where(relapses, if_relapses, torch.where(in_time, if_in_time, otherwise))
+            return torch.where(diverges, if_diverges, others)
+
         return (
             raised,
             ~(raised | near),
             torch.where(by_loss, ratio.abs(), torch.where(in_time, time_tilt, trends.tilt)),
-            torch.where(
-                diverges,
-                self.loss_ratio,
-                torch.where(relapses, 1.1, torch.where(in_time, self.time_tilt, self.tilt)),
-            ),
-            torch.where(diverges, 2.0, torch.where(relapses, 4.0, torch.where(in_time, 3.0, 0.0))),
+            choose(number(self.loss_ratio), number(1.1), number(self.time_tilt), number(self.tilt)),
+            choose(number(2.0), number(4.0), number(3.0), number(0.0)),
         )
