@@ -28,8 +28,8 @@ class DepthTilt:
     loss. Raised in one of four cases:
 
     - The tilt is at or above ``limit`` while the loss makes no progress, from step 30 on.
-    - The tilt is at or above 1.5 times ``limit``, even while the loss falls, and at least half of the layers lie on that
-      path: other layers learn in place of these.
+    - The tilt is at or above 1.5 times ``limit``, even while the loss falls, and at least half of the layers lie on
+      that path: other layers learn in place of these.
     - All layers up to some depth lie ``limit`` decades below all layers after it
       (`lightning_gradguard.stats.trends.find_cliff`), as behind a normalization over a single element, and the loss
       makes no progress, from step 30 on.
