@@ -133,7 +133,7 @@ class GradGuard(Callback):
         self._clipping, self._exact_skip = OmittedClipping(), ExactSkip()
         self._batch: tuple[Any, int] = (None, 0)  # the newest batch and its index, until it is done
         self._batches = 0
-        self._ended_gracefully = False
+        self._ended_gracefully = self._is_loaded = False
 
     def __repr__(self) -> str:
         return short_repr(
@@ -218,7 +218,9 @@ class GradGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin afresh, or with the state of a checkpoint."""
-        self._registry = GuardRegistry(self._judging, self._registry.restored)
+        # A state that was loaded for an earlier fit, which took no step, belongs to that one.
+        restored = self._registry.restored if self._is_loaded else {}
+        self._registry, self._is_loaded = GuardRegistry(self._judging, restored), False
         self._results, self._summary = _Results(), RunSummary()
         self._losses, self._metric = StepLosses(), MonitoredMetric(self.monitor)
         self._batch, self._batches, self._ended_gracefully = (None, 0), 0, False
@@ -381,14 +383,13 @@ class GradGuard(Callback):
         self._results.bundle = bundle or self._results.bundle
         self._finish(trainer)
         self._log_summary(trainer)
-        self._registry.restored = {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the summary, or drop unused state."""
         if stage == "fit":
             self._log_summary(trainer)
-        # What was not used belongs to this run, such as one resumed at its end.
-        self._registry.restored = {}
+        else:
+            self._registry.restored = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain types and tensors.
@@ -406,7 +407,7 @@ class GradGuard(Callback):
         self._rollback.load_state_dict(restored.pop("recovery", {}))
         display = restored.pop("display", {})
         self._logging.load_state_dict(display if isinstance(display, dict) else {})
-        self._registry.restored = restored
+        self._registry.restored, self._is_loaded = restored, True
 
     def _finish(self, trainer: Trainer) -> None:
         """Release everything; write the last heat maps."""
