@@ -162,7 +162,7 @@ class Spike:
         no_loss = trends.loss != trends.loss
         ceiling = loss_jumps | huge | no_loss
         raised = is_norm_spike(stats, self.z, self.ratio)
-        if not stats.elapsed:  # all of the first steps are evaluated in full
+        if stats.elapsed != 1:  # each of the first steps is evaluated in full, and stands for itself
             return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=ceiling), state
         rises, outlier, factor, state = self._compare_first(stats, state)
         early = rises | outlier
@@ -307,7 +307,7 @@ class Exploding:
         _, driven, raised, over, value, limit, measure, time_tilt = state
         if stats.elapsed:
             time_tilt = torch.where(stats.time_tilt.isnan(), time_tilt, stats.time_tilt)
-            change = torch.where(stats.trends.reach > 1, 1.0, -stats.elapsed / 16)
+            change = torch.where(stats.trends.reach > number(1.0), number(1.0), number(-stats.elapsed / 16))
             driven = torch.clamp(driven + change, 0.0, 2.0 * _DRIVEN)
             raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt, driven)
         # Each step that the fast path accepted was no spike.
@@ -335,7 +335,7 @@ class Exploding:
         self, stats: GradStats, time_tilt: Tensor, driven_steps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return raised, over, value, limit and measure, [] each."""
-        trends = stats.trends
+        trends, number = stats.trends, stats.layout.constant
         no_progress = trends.no_progress | trends.plateau
         tilted = (trends.tilt <= self.tilt) & no_progress & (trends.steps >= _TILT_FROM_STEP)
         start, has_grown = trends.loss_start, trends.surge > _DIVERGING_GROWTH
@@ -357,8 +357,14 @@ class Exploding:
             torch.where(by_loss, ratio.abs(), torch.where(in_time, time_tilt, trends.tilt)),
             torch.where(
                 diverges,
-                self.loss_ratio,
-                torch.where(relapses, 1.1, torch.where(in_time, self.time_tilt, self.tilt)),
+                number(self.loss_ratio),
+                torch.where(
+                    relapses, number(1.1), torch.where(in_time, number(self.time_tilt), number(self.tilt))
+                ),
             ),
-            torch.where(diverges, 2.0, torch.where(relapses, 4.0, torch.where(in_time, 3.0, 0.0))),
+            torch.where(
+                diverges,
+                number(2.0),
+                torch.where(relapses, number(4.0), torch.where(in_time, number(3.0), number(0.0))),
+            ),
         )

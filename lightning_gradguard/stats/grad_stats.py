@@ -228,7 +228,9 @@ def stats_of(
     unseen = dict.fromkeys(_MARKS, nowhere) | dict.fromkeys(_UNKNOWN, unknown)
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
-    made = object.__new__(GradStats)  # as `replace`: half the cost of a frozen class's `__init__`, at every step
+    made = object.__new__(
+        GradStats
+    )  # as `replace`: half the cost of a frozen class's `__init__`, at every step
     vars(made).update(
         unseen,
         dead=zeros,

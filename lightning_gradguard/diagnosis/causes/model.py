@@ -30,13 +30,13 @@ _ONE_SIGNED = 0.5
 _LOST_BETWEEN_LAYERS = 3.0
 #: Activations whose slope is zero only by rounding, far out.
 _ROUND = ("sigmoid", "tanh", "softsign", "erf", "atan")
-#: Smooth operations whose slope is zero by rounding on one side, far out, where a ReLU's is zero at once.
-_ROUND_ON_ONE_SIDE = ("Gelu", "Silu", "Elu", "Celu", "Mish", "Softplus", "Hardswish", "Softmax")
 #: Weight of a factor of zero: more than dead units, which look alike.
 _BY_ZERO = 4.0
 #: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
 #: or two decades by chance.
 _DECADES_PER_LAYER = 0.05
+#: Smooth operations whose slope is zero by rounding on one side, far out, where a ReLU's is zero at once.
+_ROUND_ON_ONE_SIDE = ("Gelu", "Silu", "Elu", "Celu", "Mish", "Softplus", "Hardswish", "Softmax")
 
 
 def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -318,7 +318,9 @@ def operations_above(context: DiagnosticContext) -> tuple[str, tuple[str, ...]]:
 def _flat(operations: Sequence[str]) -> list[str]:
     """Return the operations that have a slope of zero somewhere."""
     kinds = ("relu", "hardtanh", "step", *SATURATING)
-    return [op for op in operations if kind_of(op) in kinds or op in ("Where", "MaskedFill", *_ROUND_ON_ONE_SIDE)]
+    return [
+        op for op in operations if kind_of(op) in kinds or op in ("Where", "MaskedFill", *_ROUND_ON_ONE_SIDE)
+    ]
 
 
 def _has_softmax_units(context: DiagnosticContext) -> bool:
