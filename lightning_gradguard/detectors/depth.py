@@ -76,7 +76,7 @@ class DepthTilt:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
-        trends, none = stats.trends, stats.layout.constant(-torch.inf)
+        trends, number = stats.trends, stats.layout.constant
         offset = profile_score(stats, worst_low=True)
         no_progress, warm = trends.no_progress | trends.plateau, trends.steps >= WARM_UP + 5
         # What others learn in place of these: a side branch that is starved, such as a gate, hinders none.
@@ -86,14 +86,16 @@ class DepthTilt:
         tilted = (trends.tilt >= self.limit) & (no_progress | steep) & warm
         cliff = trends.cliff
         cut = (cliff.height >= self.limit) & no_progress & warm & ~tilted
-        score = torch.where(cut, cliff.below, torch.where(tilted & ~trends.in_worst, none, offset))
+        score = torch.where(
+            cut, cliff.below, torch.where(tilted & ~trends.in_worst, number(-torch.inf), offset)
+        )
         # Where gradients grow towards the input, the last layers lie below the middle one; that is no gap.
-        gap = torch.where(trends.tilt <= _EXPLODING_TILT, 0.0, offset.max())
+        gap = torch.where(trends.tilt <= _EXPLODING_TILT, number(0.0), offset.max())
         over = ~(trends.tilt >= self.clear) & ~(gap >= self.clear) & ~(cliff.height >= self.clear)
         # By gather: indexing with a tensor would read the index on the host.
         worst_update = stats.updates.gather(0, torch.argmax(score).reshape(1)).reshape(())
         live_layers = stats.layout.is_layer & trends.live
-        median_update = torch.nanmedian(torch.where(live_layers, stats.updates, torch.nan), 0).values
+        median_update = torch.nanmedian(torch.where(live_layers, stats.updates, number(torch.nan)), 0).values
         left_behind = (trends.steps >= 4 * WARM_UP) & ~(worst_update > 0.1 * median_update)
         starved = (gap >= self.limit) & no_progress & left_behind & ~tilted & ~cut
         value = torch.where(cut, cliff.height, torch.where(starved, gap, trends.tilt))
@@ -106,8 +108,8 @@ class DepthTilt:
                 self.limit,
                 score=score,
                 cleared=over | ~(no_progress | steep),
-                ceiling=torch.where(may_recover | ~no_progress, 1.0, 2.0),
-                measure=torch.where(cut, 2.0, torch.where(starved, 1.0, 0.0)),
+                ceiling=torch.where(may_recover | ~no_progress, number(1.0), number(2.0)),
+                measure=torch.where(cut, number(2.0), torch.where(starved, number(1.0), number(0.0))),
             ),
             state,
         )

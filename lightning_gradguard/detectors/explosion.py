@@ -69,8 +69,8 @@ class NonFinite:
         ), state
 
 
-class FirstNorms(NamedTuple):
-    """State of `Spike`: what the first steps showed, float32 [] each.
+class SpikeState(NamedTuple):
+    """State of `Spike`: what the first steps showed, and the step before; float32 [] each.
 
     Attributes:
         norm, loss: Largest global norm so far, and the absolute loss of that step.
@@ -79,6 +79,7 @@ class FirstNorms(NamedTuple):
         since: Steps since that step.
         reach: Change of the loss that it may have made, over ``loss``.
         told: 1 if that step was raised.
+        rose: 1 if norm and loss jumped at the newest step that was evaluated.
     """
 
     norm: Tensor
@@ -89,6 +90,7 @@ class FirstNorms(NamedTuple):
     since: Tensor
     reach: Tensor
     told: Tensor
+    rose: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ class Spike:
     geometric mean. An event: it is counted, and clipped where a clipper is set, but never halts.
 
     It is a warning in three cases: the norm is ten times its baseline and the loss jumps too (by 20 mean deviations, at
-    least halfway back to its start); the norm is a million times its baseline and ten times that of the first steps; or
-    no loss is given. Otherwise it is INFO: the gradient of a healthy net may jump while its loss does not, and once a
-    net has converged. If the batch is smaller than usual, both have to jump by more, as its noise does.
+    least halfway back to its start), and they did not at the step before; the norm is a million times its baseline
+    and ten times that of the first steps; or no loss is given. Otherwise it is INFO: the gradient of a healthy net may
+    jump while its loss does not, and once a net has converged. If the batch is smaller than usual, both have to jump by
+    more, as its noise does.
 
     In the first 25 steps there is no baseline yet, and a warning needs an outlier beyond doubt. Either the norm exceeds
     all norms so far 300 times, and the loss all losses so far 30 times. Or one of the first steps exceeds the four
@@ -139,7 +142,7 @@ class Spike:
     def init(self, stats: GradStats) -> Any:
         """Return a state without a step so far."""
         zero = torch.zeros_like(stats.total)
-        return FirstNorms(zero, zero, zero, zero, zero, zero, torch.full_like(zero, torch.nan), zero)
+        return SpikeState(zero, zero, zero, zero, zero, zero, torch.full_like(zero, torch.nan), zero, zero)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
@@ -147,13 +150,19 @@ class Spike:
         start, jump = trends.loss_start, trends.jump
         loss_is_high = stats.loss > torch.sub(start, start.abs(), alpha=0.5)
         # The noise of a gradient grows as the square root of the number of samples falls.
-        loss_jumps = (trends.loss_jump > 20 * stats.noise) & loss_is_high & (jump > 10 * stats.noise)
+        rose = (trends.loss_jump > 20 * stats.noise) & (jump > 10 * stats.noise)
+        # A batch that is an outlier comes without notice. If loss and norm had jumped at the step before, the training
+        # itself left its valley, as a recurrent net that has converged may; the fast path accepts no such step.
+        loss_jumps = rose & loss_is_high
+        if not stats.passed:
+            loss_jumps = loss_jumps & (state.rose == 0)
+        state = state._replace(rose=rose.to(state.rose.dtype))
         # Before there is an early norm, surge is NaN, which counts as large.
         huge = (jump > number(1e6)) & ~(jump.log10() + trends.surge < number(1))
         no_loss = trends.loss != trends.loss
         ceiling = loss_jumps | huge | no_loss
         raised = is_norm_spike(stats, self.z, self.ratio)
-        if not stats.elapsed:  # all of the first steps are evaluated in full
+        if stats.elapsed != 1:  # each of the first steps is evaluated in full, and stands for itself
             return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=ceiling), state
         rises, outlier, factor, state = self._compare_first(stats, state)
         early = rises | outlier
@@ -169,8 +178,8 @@ class Spike:
         return found, state
 
     def _compare_first(
-        self, stats: GradStats, state: FirstNorms
-    ) -> tuple[Tensor, Tensor, Tensor, FirstNorms]:
+        self, stats: GradStats, state: SpikeState
+    ) -> tuple[Tensor, Tensor, Tensor, SpikeState]:
         """Compare the first steps with each other.
 
         Returns:
@@ -201,7 +210,7 @@ class Spike:
             rises,
             outlier,
             factor,
-            FirstNorms(norm, height, highest, norm_after, loss_after, since, reach, told),
+            SpikeState(norm, height, highest, norm_after, loss_after, since, reach, told, state.rose),
         )
 
 
@@ -298,7 +307,7 @@ class Exploding:
         _, driven, raised, over, value, limit, measure, time_tilt = state
         if stats.elapsed:
             time_tilt = torch.where(stats.time_tilt.isnan(), time_tilt, stats.time_tilt)
-            change = torch.where(stats.trends.reach > 1, number(1.0), number(-stats.elapsed / 16))
+            change = torch.where(stats.trends.reach > number(1.0), number(1.0), number(-stats.elapsed / 16))
             driven = torch.clamp(driven + change, 0.0, 2.0 * _DRIVEN)
             raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt, driven)
         # Each step that the fast path accepted was no spike.

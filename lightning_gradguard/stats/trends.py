@@ -380,16 +380,22 @@ def offsets_and_tilt(profile: Tensor, live: Tensor, layout: Layout) -> tuple[Ten
         Of layers that belong to several columns, the worst column counts. Gradients that grow towards the input do so
         on each way from the loss: of columns that begin with the same layer, the one where they grow least counts.
     """
-    layered = torch.where(live & layout.in_column, profile, torch.nan)
+    layered = torch.where(live & layout.in_column, profile, layout.constant(torch.nan))
     offsets = layered - torch.nanmedian(layered, 1, keepdim=True).values
     tilts = column_tilts(profile, live, layout)
     if len(layout.columns) == 1:
         return offsets[0], tilts[0], layout.in_column[0].float()
     known = ~tilts.isnan()
-    growing = torch.where(known, torch.where(layout.same_start & known, tilts, -torch.inf).amax(1), torch.nan)
+    growing = torch.where(
+        known,
+        torch.where(layout.same_start & known, tilts, layout.constant(-torch.inf)).amax(1),
+        layout.constant(torch.nan),
+    )
     low, high = HEALTHY_DEPTH_TILT
     badness = torch.where(known, torch.maximum(tilts / high, growing / low), -1.0)
-    nearest = torch.where(layout.in_column, badness[:, None], -torch.inf).argmax(0, keepdim=True)
+    nearest = torch.where(layout.in_column, badness[:, None], layout.constant(-torch.inf)).argmax(
+        0, keepdim=True
+    )
     worst = badness.argmax(0, keepdim=True)
     tilts = torch.where(tilts / high >= growing / low, tilts, growing)
     return (
@@ -433,9 +439,13 @@ def column_tilts(profile: Tensor, live: Tensor, layout: Layout) -> Tensor:
     first, second = layout.pairs.long()
     rise = values.gather(1, second) - values.gather(1, first)
     both = counts.gather(1, first) & counts.gather(1, second) & (second > first)
-    slopes = torch.where(both, rise / (depth.gather(1, second) - depth.gather(1, first)), torch.nan)
+    slopes = torch.where(
+        both, rise / (depth.gather(1, second) - depth.gather(1, first)), layout.constant(torch.nan)
+    )
     total = counts.sum(1)
-    return torch.where(total >= MIN_LAYERS, torch.nanmedian(slopes, 1).values * (total - 1), torch.nan)
+    return torch.where(
+        total >= MIN_LAYERS, torch.nanmedian(slopes, 1).values * (total - 1), layout.constant(torch.nan)
+    )
 
 
 class Cliff(NamedTuple):
@@ -477,14 +487,14 @@ def find_cliff(profile: Tensor, live: Tensor, layout: Layout, tiny: Tensor) -> C
     before, own, after = values[:, :-2], values[:, 1:-1], values[:, 2:]
     middle = torch.maximum(torch.minimum(before, own), torch.minimum(torch.maximum(before, own), after))
     smooth[:, 1:-1] = torch.where(filled[:, 2:], middle, own)
-    highest = torch.where(filled, smooth, -torch.inf).cummax(1).values
-    lowest = torch.where(filled, smooth, torch.inf).flip(1).cummin(1).values.flip(1)
+    highest = torch.where(filled, smooth, layout.constant(-torch.inf)).cummax(1).values
+    lowest = torch.where(filled, smooth, layout.constant(torch.inf)).flip(1).cummin(1).values.flip(1)
     counted = filled[:, 2:] & ~tiny[sorted_places[:, 2:]]
-    heights = torch.where(counted, lowest[:, 2:] - highest[:, 1:-1], -torch.inf)
+    heights = torch.where(counted, lowest[:, 2:] - highest[:, 1:-1], layout.constant(-torch.inf))
     height, place = heights.flatten().max(0)
     level = lowest[:, 2:].flatten().gather(0, place.reshape(1))
     column = layout.in_column.index_select(0, place.reshape(1) // heights.shape[1])[0]
-    return Cliff(height, torch.where(column & live, level - profile, -torch.inf))
+    return Cliff(height, torch.where(column & live, level - profile, layout.constant(-torch.inf)))
 
 
 _LOSS_FIELDS = (

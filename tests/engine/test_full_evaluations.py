@@ -23,10 +23,11 @@ WATCH = Policy(respond={fault.value: "warn" for fault in Fault}, patience=10**6)
 
 
 class Weights(nn.Module):
-    """Weights that take part in a pass; all but the first so many are used."""
+    """Weights that the loss is computed with; the first so many are detached."""
 
     def forward(self, cut):
-        return sum((weight * 0).sum() for weight in list(self.parameters())[cut:]) + 1.0
+        weights = [w.detach() if i < cut else w for i, w in enumerate(self.parameters())]
+        return sum((weight * 0).sum() for weight in weights) + 1.0
 
 
 class Hand:

@@ -35,6 +35,8 @@ _BY_ZERO = 4.0
 #: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
 #: or two decades by chance.
 _DECADES_PER_LAYER = 0.05
+#: Smooth operations whose slope is zero by rounding on one side, far out, where a ReLU's is zero at once.
+_ROUND_ON_ONE_SIDE = ("Gelu", "Silu", "Elu", "Celu", "Mish", "Softplus", "Hardswish", "Softmax")
 
 
 def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -58,6 +60,13 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
             text = (
                 f"Gradients shrink by a factor of 10^{rest:.1f} that the weights do not explain. The median bias "
                 f"has an RMS of {number(biases)}, which moves {activations} on the path to where they are flat."
+            )
+            yield Evidence(rest, text)
+        if rest >= _LOST_BETWEEN_LAYERS and _has_softmax_units(context):
+            softmax = count(context.path["attention"], "softmax", "softmax activations")
+            text = (
+                f"Gradients shrink by a factor of 10^{rest:.1f} that the weights do not explain. The path from the loss "
+                f"to the first layer has {softmax}, whose slope is at most 0.25, and less the more units share it."
             )
             yield Evidence(rest, text)
         return
@@ -130,7 +139,8 @@ def _lost_between_layers(context: DiagnosticContext) -> Iterator[Evidence]:
         or context.recurrent
     ):
         return
-    if context.saturating or (context.path.get("soft relu") and _median_bias_rms(context) > _NOTABLE_BIAS):
+    soft = context.path.get("soft relu") and _median_bias_rms(context) > _NOTABLE_BIAS
+    if context.saturating or soft or _has_softmax_units(context):
         return  # see saturating_activation
     text = (
         f"Gradients shrink by a factor of 10^{rest:.1f} that neither weights nor activations explain: something "
@@ -308,7 +318,14 @@ def operations_above(context: DiagnosticContext) -> tuple[str, tuple[str, ...]]:
 def _flat(operations: Sequence[str]) -> list[str]:
     """Return the operations that have a slope of zero somewhere."""
     kinds = ("relu", "hardtanh", "step", *SATURATING)
-    return [op for op in operations if kind_of(op) in kinds or op in ("Where", "MaskedFill")]
+    return [
+        op for op in operations if kind_of(op) in kinds or op in ("Where", "MaskedFill", *_ROUND_ON_ONE_SIDE)
+    ]
+
+
+def _has_softmax_units(context: DiagnosticContext) -> bool:
+    """Return True if softmax is the activation of hidden layers; attention has several layers for each."""
+    return 2 * context.path.get("attention", 0) >= max(context.bare_layers, 1)
 
 
 def _median_bias_rms(context: DiagnosticContext) -> float:
