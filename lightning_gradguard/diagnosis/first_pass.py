@@ -166,7 +166,7 @@ def _find_idle(step: SandboxedStep, names: Sequence[str]) -> frozenset[str]:
             usage.begin()
             usage.end(step.loss_of(copy(step.batch)))
         finally:
-            idle, _ = usage.close()
+            idle = usage.close()
     return idle
 
 

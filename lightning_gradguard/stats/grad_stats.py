@@ -50,7 +50,6 @@ class GradStats:
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
         idle: Bool [P], tensors that took part in it, and whose result the loss does not use.
-        offered: Bool [P], those of them whose result is handed to whoever computes the loss.
         constant: Bool [P], tensors whose gradient is zero by design: they choose among one.
         hollow: Bool [P], layers whose input was exactly zero when it was looked at.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
@@ -94,7 +93,6 @@ class GradStats:
     unused: Tensor
     ran: Tensor
     idle: Tensor
-    offered: Tensor
     constant: Tensor
     hollow: Tensor
     recurrent: Tensor
@@ -221,7 +219,7 @@ def stats_of(
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
-    unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
+    unseen |= {"idle": nowhere, "hollow": nowhere, "constant": nowhere}
     unseen |= {"recurrent": nowhere, "normalised": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     unseen |= {"excess": unknown, "reach": unknown}
     unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}

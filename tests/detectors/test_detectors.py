@@ -478,13 +478,6 @@ def test_a_result_that_the_loss_does_not_use_is_info():
     assert Disconnected.measures[int(seen.measure)] == "tensors whose result the loss does not use"
 
 
-def test_a_result_that_is_handed_to_the_loss_and_not_used_is_a_warning_at_most():
-    stream = Stream(Disconnected())
-    facts = {"cut": mask(3, 4, 5), "idle": mask(3, 4, 5), "offered": mask(5)}
-    seen = [stream.feed([1.0] * 3 + [None] * 3, **facts)[0] for _ in range(50)][-1]
-    assert (seen.raised, seen.ceiling, seen.value) == (True, 1, 1)
-
-
 def test_a_cut_outweighs_what_is_not_used():
     stream = Stream(Disconnected())
     facts = {"cut": mask(0, 5), "idle": mask(5), "unused": mask(4)}
