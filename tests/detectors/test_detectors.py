@@ -613,3 +613,24 @@ def test_time_tilt_keeps_the_newest_measurement():
     assert seen.score.argmax() == 2
     assert stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
     assert not stream.feed([1.0] * 6, time_tilt=torch.tensor(3.0))[0].raised
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "ratio", "found"),
+    [
+        (0.02, 0.4, 0.15, False),  # 3 % of a usual weight
+        (0.0, 0.1, 0.9, False),
+        (0.02, 0.4, 0.6, True),
+        (0.02, 4.0, 0.15, True),
+        (0.4, 0.4, 0.15, True),
+    ],
+)
+def test_a_weight_that_began_small_counts_as_a_usual_one(start, now, ratio, found):
+    stream = Stream(UpdateRatio())
+    updates = torch.tensor([1e-3] * 5 + [ratio])
+    first = stream.layout.zeros + 4
+    for step in range(150):
+        weights = first.clone()
+        weights[5] = start if step == 0 else now  # a usual 4 x 4 weight has a norm of 2
+        seen = stream.feed([1.0] * 6, updates=updates, weights=weights, sampled_steps=1)[0]
+    assert bool(seen.raised) == found
