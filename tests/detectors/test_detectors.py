@@ -634,3 +634,30 @@ def test_a_weight_that_began_small_counts_as_a_usual_one(start, now, ratio, foun
         weights[5] = start if step == 0 else now  # a usual 4 x 4 weight has a norm of 2
         seen = stream.feed([1.0] * 6, updates=updates, weights=weights, sampled_steps=1)[0]
     assert bool(seen.raised) == found
+
+
+FALLING = [53.0, 49, 45, 42, 36, 30, 25, 21, 17, 14]
+
+
+@pytest.mark.parametrize(
+    ("jump", "loss", "found"),
+    [
+        (FALLING, 0.05, False),
+        (FALLING[:4] + [1.0] * 20 + FALLING, 0.3, False),
+        ([5e3 * 0.8**i for i in range(14)], 0.1, False),
+        (FALLING, 0.9, True),
+        (FALLING, None, True),
+        (FALLING[::-1], 0.05, True),
+        ([50.0, 55] * 10, 0.05, True),
+    ],
+)
+def test_a_jump_that_falls_while_the_loss_is_low_is_no_explosion(jump, loss, found):
+    rng, stream = np.random.default_rng(0), Stream(Exploding())
+    for step in range(100):
+        low = None if loss is None else max(0.97**step, loss)
+        stream.feed(healthy(rng), low)
+    raised = []
+    for j in jump:
+        now = None if loss is None else loss * (1 if j == 1 else 1 + j / 10)
+        raised.append(bool(stream.feed([j] * 6, now)[0].raised))
+    assert any(raised) == found

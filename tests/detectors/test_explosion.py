@@ -100,3 +100,16 @@ class TestALossThatHadFallen:
     def test_cyclic_rates_are_quiet(self):
         options = {"schedule": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=40), "steps": 200}
         assert train(mlp(), templates(), sgd(1e-3, momentum=0.9), **options).said == ""
+
+
+class TestATargetThatIsCopiedNowAndThen:
+    @pytest.mark.parametrize(("every", "rate"), [(50, 1e-3), (80, 2e-3), (100, 1e-3)])
+    def test_is_quiet(self, every, rate):
+        def copied(step, x, y):
+            return x, 0.01 * y + (step // every) * 0.1 + 0.5
+
+        out = train(
+            mlp(16, 1), regression(), adam(rate), loss=F.mse_loss, spoil=copied, steps=400, batch=128
+        )
+        assert out.losses[-1] < 0.1 * out.losses[0]
+        assert out.said == ""
