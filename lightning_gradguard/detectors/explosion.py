@@ -191,12 +191,14 @@ class Spike:
         unknown = loss.isnan()
         rise = stats.total / state.norm
         loss_rises = torch.where(unknown, rise > _RISE**2, loss > _LOSS_RISE * state.highest)
-        rises = is_first & (before >= 1) & (state.norm > 0) & (rise > _RISE) & loss_rises
+        moved = torch.linalg.vector_norm(torch.nan_to_num(stats.updates, nan=0.0) * stats.weights)
+        # A step that could change the loss by as much as it was explains what comes after it.
+        is_own = state.norm * moved / state.loss >= _REACH
+        rises = is_first & (before >= 1) & (state.norm > 0) & (rise > _RISE) & loss_rises & ~is_own
         largest = (stats.total >= state.norm) | ~is_first
         since = torch.where(largest, 0.0, state.since + 1)
         norm = torch.where(largest, stats.total, state.norm)
         height = torch.where(largest, loss, state.loss)
-        moved = torch.linalg.vector_norm(torch.nan_to_num(stats.updates, nan=0.0) * stats.weights)
         norm_after = torch.where(largest, 0.0, torch.maximum(state.norm_after, stats.total))
         loss_after = torch.where(largest, 0.0, torch.maximum(state.loss_after, loss))
         reach = torch.where(since == 1, norm * moved / height, state.reach)
@@ -219,6 +221,7 @@ class ExplodingState(NamedTuple):
 
     Attributes:
         steps: float32 [], leaky count of steps with a spike of the norm.
+        hot, hot_loss: float32 [], norm and loss of the step before if it was a spike, else 0.
         driven: float32 [], leaky count of steps that could change the loss by as much as it is.
         raised, over: Bool [], what tilt and loss showed at the last full evaluation: an explosion, or its end.
         value, limit, measure: float32 [], the reading of that evaluation.
@@ -226,6 +229,8 @@ class ExplodingState(NamedTuple):
     """
 
     steps: Tensor
+    hot: Tensor
+    hot_loss: Tensor
     driven: Tensor
     raised: Tensor
     over: Tensor
@@ -246,7 +251,9 @@ class Exploding:
     - The time tilt (decades by which gradients fall from the last to the first tenth of a sequence) is at or below
       ``time_tilt``, and the loss makes no progress: a recurrence enlarges them at each step. Measured as by `TimeTilt`.
     - The leaky count of spikes of the norm reaches ``hot_steps``: +1 for a step that `Spike` would raise, -1 for any
-      other.
+      other. A spike does not count if norm and loss are smaller than at the spike of the step before, and the mean
+      loss is below half of its start: a task that changed at once, such as a target network that is copied now and
+      then, is being learned.
     - The loss and its running mean exceed ``loss_ratio`` times the starting loss, and a layer's update is more than a
       tenth of its weight: harder data, or an adversary, raise a loss without that. Growth of the baseline norm by three
       decades counts as well as a large update. A loss that falls as far below zero counts too then, since it has no
@@ -299,12 +306,12 @@ class Exploding:
     def init(self, stats: GradStats) -> Any:
         """Return a state without a spike so far."""
         zero, unknown = torch.zeros_like(stats.total), torch.full_like(stats.total, torch.nan)
-        return ExplodingState(zero, zero, zero > 0, zero == 0, unknown, unknown, zero, unknown)
+        return ExplodingState(zero, zero, zero, zero, zero > 0, zero == 0, unknown, unknown, zero, unknown)
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
         number = stats.layout.constant
-        _, driven, raised, over, value, limit, measure, time_tilt = state
+        _, hot, hot_loss, driven, raised, over, value, limit, measure, time_tilt = state
         if stats.elapsed:
             time_tilt = torch.where(stats.time_tilt.isnan(), time_tilt, stats.time_tilt)
             change = torch.where(stats.trends.reach > number(1.0), number(1.0), number(-stats.elapsed / 16))
@@ -312,7 +319,13 @@ class Exploding:
             raised, over, value, limit, measure = self._evaluate_tilts_and_loss(stats, time_tilt, driven)
         # Each step that the fast path accepted was no spike.
         steps = torch.clamp(state.steps - stats.passed, min=0.0) if stats.passed else state.steps
-        change = torch.where(is_norm_spike(stats, ALARM_Z, 3.0), number(1.0), number(-1.0))
+        hot = number(0.0) if stats.passed else hot
+        spike, start = is_norm_spike(stats, ALARM_Z, 3.0), stats.trends.loss_start
+        is_low = stats.trends.loss < torch.sub(start, start.abs(), alpha=0.5)
+        settles = (stats.total < hot) & (stats.loss < hot_loss) & is_low
+        change = torch.where(spike, torch.where(settles, number(0.0), number(1.0)), number(-1.0))
+        hot = torch.where(spike, stats.total, number(0.0))
+        hot_loss = torch.where(spike, stats.loss, number(0.0))
         count = torch.clamp(steps + change, 0.0, 2.0 * self.hot_steps)
         spiking = count >= number(self.hot_steps)
         # If the tilt raised, the profile says which layers; otherwise the largest gradients do.
@@ -329,7 +342,7 @@ class Exploding:
             cleared=over & (count == number(0.0)),
             measure=torch.where(spiking, number(1.0), measure),
         )
-        return found, ExplodingState(count, driven, raised, over, value, limit, measure, time_tilt)
+        return found, ExplodingState(count, hot, hot_loss, driven, raised, over, value, limit, measure, time_tilt)
 
     def _evaluate_tilts_and_loss(
         self, stats: GradStats, time_tilt: Tensor, driven_steps: Tensor

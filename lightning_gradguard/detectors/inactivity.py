@@ -36,9 +36,8 @@ class Disconnected:
 
     INFO is what gets nothing and is no mistake in the graph: trainable tensors that take no part in the forward pass;
     tensors whose result the loss does not use, such as a head that this loss does not need; layers whose input is
-    exactly zero; and biases alone, since the bias of an energy has no gradient by design. A result that the model
-    hands to the code of the loss in a plain tuple, and that is not used there, may have been forgotten: a WARNING,
-    which never becomes critical.
+    exactly zero; and biases alone, since the bias of an energy has no gradient by design. Nothing in the graph tells a
+    head that is not needed from one whose loss was forgotten.
 
     Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 
@@ -88,7 +87,6 @@ class Disconnected:
         grave = torch.where(stats.present.any(), found & (cut | zero), found)
         is_grave = (grave & stats.layout.is_layer).any()
         grave = grave & is_grave
-        offered = (found & stats.offered).any()
         # What is no mistake in the graph, kind by kind; the first that there is is named.
         kinds = [(4.0, stats.starved), (3.0, stats.idle), (1.0, stats.unused), (5.0, constant)]
         named, measure = found, stats.layout.constant(0.0)
@@ -96,7 +94,7 @@ class Disconnected:
             own = found & kind
             named = torch.where(own.any(), own, named)
             measure = torch.where(own.any(), number, measure)
-        named = torch.where(is_grave, grave, torch.where(offered, found & stats.offered, named))
+        named = torch.where(is_grave, grave, named)
         # The cut itself lies behind the last tensor that gets nothing, so that one comes first.
         score = torch.where(named, stats.layout.depth, -torch.inf)
         result = reading(
@@ -105,7 +103,7 @@ class Disconnected:
             named.sum(),
             1.0,
             score=score,
-            ceiling=torch.where(is_grave, 2.0, torch.where(offered, 1.0, 0.0)),
+            ceiling=torch.where(is_grave, 2.0, 0.0),
             measure=torch.where(is_grave, torch.where((grave & stats.cut).any(), 0.0, 2.0), measure),
         )
         return result, Unreached(held, seen)

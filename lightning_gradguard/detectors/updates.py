@@ -24,6 +24,8 @@ _MEMORY = 4 * WARM_UP
 _GUESSING, _GUESSING_STEP = 0.9, 1 / 3
 #: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
+#: `Layout.floors` is this part of what a common initialization gives.
+_FLOOR = 0.1
 #: Multiple of the limit for a layer with a normalization right behind it.
 _TURN = 3.0
 #: Longest healthy stretch of low learning rates, over the training before it at the peak rate. Cosine and linear
@@ -42,7 +44,7 @@ class LargeUpdates(NamedTuple):
         large: float32 [P], steps in a row with a large update.
         since: float32 [P], steps since there were enough of them.
         idle: float32 [P], steps without progress since then.
-        solid: Bool [P], whether the weight was more than nothing at the start.
+        solid: Bool [P], whether the weight was more than a tenth of a common initialization at the start.
         largest: float32 [P], largest update that is remembered; 0 without.
     """
 
@@ -64,6 +66,9 @@ class UpdateRatio:
     progress in 17 more steps than it has, or, where that is known, has not beaten a constant guess in 51: the first
     steps may be large, and with normalization behind a layer even many. Large updates are remembered for 100 steps,
     since the weights that they made do not recover. A layer that has stopped moving is not raised.
+
+    A weight that began below a tenth of a common initialization, such as the last layer of a policy, is not judged in
+    the first 50 steps, and counts as large as that initialization afterwards: it has to grow.
 
     While the loss falls, no step counts as one without progress. A layer with a normalization right behind it is raised
     only above three times ``limit``, and only while its updates are large: its direction alone matters, which recovers,
@@ -101,10 +106,12 @@ class UpdateRatio:
         trends = stats.trends
         has_size = state.solid | (trends.steps > 2 * WARM_UP)
         limits = torch.where(stats.normalised, _TURN * self.limit, self.limit)
-        large = (stats.updates > limits) & stats.layout.is_layer & has_size
+        usual = torch.maximum(stats.weights, stats.layout.floors / _FLOOR)
+        ratios = torch.where(state.solid, stats.updates, stats.updates * stats.weights / usual)
+        large = (ratios > limits) & stats.layout.is_layer & has_size
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
         # One step that replaces nearly the whole weight is enough, except at the start.
-        replaced = large & (stats.updates > 0.9) & (trends.steps > 2 * WARM_UP)
+        replaced = large & (ratios > 0.9) & (trends.steps > 2 * WARM_UP)
         since = torch.where((count >= self.steps) | replaced, 0.0, state.since + stats.elapsed)
         no_loss = trends.loss.isnan()
         # This loss has to be high too: the running mean may still hold what the first steps did.
@@ -121,7 +128,7 @@ class UpdateRatio:
         found = moving & ((idle > _WAIT) | no_loss)
         over = ~(moving & ((idle > 0) | no_loss)).any()
         # The newest update may be small again, so the value is the largest that is remembered.
-        largest = torch.maximum(state.largest, torch.where(large, stats.updates, 0.0))
+        largest = torch.maximum(state.largest, torch.where(large, ratios, 0.0))
         largest = torch.where(remembered, largest, 0.0)
         score = torch.where(remembered, largest, -torch.inf)
         result = reading(stats, found.any(), largest.max(), self.limit, score=score, cleared=over)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.batch import tensors_of
-from lightning_gradguard.introspection.gradient_profile import dead_shares, depth_tilt, layer_profile
+from lightning_gradguard.introspection.gradient_profile import dead_shares, whole_profile
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
 from lightning_gradguard.introspection.operations import VIEWS, operation_of
@@ -22,6 +22,8 @@ from lightning_gradguard.introspection.ownership import find_loose
 from lightning_gradguard.introspection.probes import InputProbe
 from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.introspection.sandbox import SandboxedStep
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.trends import offsets_and_tilt
 
 #: Part of its range beyond which an activation is saturated: its slope is below a twenty-fifth of the steepest.
 _SATURATED = 0.99
@@ -61,7 +63,7 @@ class FirstPass:
         idle: Weights that are computed with, and whose result the loss does not use: not mistakes.
         loose: Weights that get gradients and that no module registers, such as those of layers in a plain list.
         holder: A clause on where they are kept; empty without any.
-        tilt: Depth tilt, decades; None with fewer than four layers.
+        tilt: Depth tilt of the worst column, decades; None if no column has four layers.
         names: Names of P parameters in depth order, input first.
         shapes: Shapes of the P parameters.
         gradients_log10: log10 of the L2 norms of their gradients, -inf for none.
@@ -145,7 +147,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             unreached=tuple(unreached),
             loose=loose,
             holder=holder,
-            tilt=depth_tilt(layer_profile(parameters, layers)),
+            tilt=_tilt(parameters, graph, frozenset(layers)),
             names=names,
             shapes=tuple(tuple(parameters[n].shape) for n in names),
             gradients_log10=tuple(_log10(parameters[n].grad) for n in names),
@@ -157,6 +159,25 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
     return replace(first, unreached=tuple(n for n in unreached if n not in idle), idle=tuple(sorted(idle)))
 
 
+def _tilt(parameters: Mapping[str, Tensor], graph: GraphSummary, layers: frozenset[str]) -> float | None:
+    """Return the depth tilt as it is judged in training: of the worst column."""
+    if not layers:
+        return None
+    layout = Layout.of(
+        {name: parameters[name] for name in graph.names},
+        order=graph.order,
+        embeddings=frozenset(graph.names) - layers,
+        columns=graph.columns,
+    )
+    known = {name: parameters[name] for name in layers if parameters[name].numel()}
+    profile = torch.tensor(
+        whole_profile(known, graph.names), device=layout.numel.device, dtype=torch.float32
+    )
+    live = profile.isfinite()
+    tilt = float(offsets_and_tilt(torch.where(live, profile, 0.0), live, layout)[1])
+    return None if math.isnan(tilt) else tilt
+
+
 def _find_idle(step: SandboxedStep, names: Sequence[str]) -> frozenset[str]:
     """Return the parameters whose result the loss does not use, from another forward pass."""
     with step.sandbox() as copy:
@@ -166,7 +187,7 @@ def _find_idle(step: SandboxedStep, names: Sequence[str]) -> frozenset[str]:
             usage.begin()
             usage.end(step.loss_of(copy(step.batch)))
         finally:
-            idle, _ = usage.close()
+            idle = usage.close()
     return idle
 
 

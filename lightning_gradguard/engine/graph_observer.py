@@ -40,7 +40,6 @@ class PathMarks(NamedTuple):
     ran: Tensor
     recurrent: Tensor
     idle: Tensor
-    offered: Tensor
     constant: Tensor
     hollow: Tensor
     normalised: Tensor
@@ -82,7 +81,6 @@ class GraphObserver:
         self._ran: list[bool] = []
         self._followed: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
-        self._offered: frozenset[str] = frozenset()
 
     def reset(self, layout: Layout) -> None:
         """Begin with tensors of which nothing is known yet."""
@@ -96,7 +94,7 @@ class GraphObserver:
             self._input_probe.close()
         self._input_probe, self._input_probed = None, set()
         self._result_usage, self._followed = None, frozenset()
-        self._idle = self._offered = frozenset()
+        self._idle = frozenset()
         nowhere = torch.zeros_like(layout.is_layer)
         self.marks = PathMarks(*[nowhere] * len(PathMarks._fields))
         if layout.shards is not None and self._unsharded_probe is None:
@@ -143,7 +141,7 @@ class GraphObserver:
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
             & summary.missing
         )
-        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered, unused=unused)
+        self.graph_summary = replace(summary, idle=self._idle, unused=unused)
         self._follow_results(layout)
         self.embeddings = self.graph_summary.embeddings
         self.columns = _with_earlier(self.graph_summary.columns, self.columns)
@@ -240,16 +238,14 @@ class GraphObserver:
         has_observed = usage.has_observed
         if not has_observed and self._result_wait < MAX_WAIT and world_size() == 1:
             return
-        idle, offered = usage.close()
+        idle = usage.close()
         self._result_usage = None
-        groups = [frozenset(layout.names) - idle if has_observed else frozenset(layout.names), offered]
+        used = frozenset(layout.names) - idle if has_observed else frozenset(layout.names)
         if world_size() > 1:
-            table = [[int(name in group) for name in layout.names] for group in groups]
-            rows = largest_over_ranks(table, layout.numel.device)
-            groups = [frozenset(compress(layout.names, row)) for row in rows]
-        self._idle |= self._followed - groups[0]
-        self._offered |= groups[1] & self._idle
-        self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
+            (row,) = largest_over_ranks([[int(name in used) for name in layout.names]], layout.numel.device)
+            used = frozenset(compress(layout.names, row))
+        self._idle |= self._followed - used
+        self.graph_summary = replace(summary, idle=self._idle)
         self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
 
     def _take_inputs(self, layout: Layout) -> None:
@@ -355,7 +351,6 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tenso
         ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
         recurrent=mark([name in summary.recurrent for name, _ in pairs]),
         idle=mark([a and name in summary.idle for a, (name, _) in zip(lost, pairs, strict=True)]),
-        offered=mark([a and name in summary.offered for a, (name, _) in zip(lost, pairs, strict=True)]),
         constant=mark([name in summary.constant for name, _ in pairs]),
         hollow=hollow,
         normalised=mark([name in summary.normalised for name, _ in pairs]),

@@ -69,7 +69,6 @@ class GraphSummary:
         unused: Trainable tensors that took no part in the forward pass. Found by observing it.
         idle: Tensors that are computed with, and whose result the loss does not use. Found by observing a pass, not
             from the graph.
-        offered: Those of them whose result is handed to whoever computes the loss.
         constant: Tensors whose gradient is zero by design: each path to them goes through a softmax over one element.
         above: For each reached parameter the operations on its shortest path between it and the next layer towards the
             loss, the nearest to the loss first.
@@ -98,7 +97,6 @@ class GraphSummary:
     summed: int = 0
     unused: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
-    offered: frozenset[str] = frozenset()
     constant: frozenset[str] = frozenset()
     above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     normalised: frozenset[str] = frozenset()

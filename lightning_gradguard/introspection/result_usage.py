@@ -6,6 +6,7 @@ NumPy, reduced to an index), and idle if nothing that the loss depends on was.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ _READS = frozenset({
 })  # fmt: skip
 #: Functions whose result tells only if the numbers are in order.
 _VALIDITY = frozenset({"isnan", "isinf", "isfinite", "isposinf", "isneginf"})
+#: Package whose branches on numbers only check its arguments.
+_CHECKING = "torch.distributions"
 
 
 class ResultUsage:
@@ -39,7 +42,7 @@ class ResultUsage:
         self._mode = _Follower({id(p): 1 << k for k, p in enumerate(parameters.values())})
         self._calls = 0
         self._entered = self._followed_to_loss = False
-        self._returned = self._listed = 0
+        self._returned = 0
         before = register_module_forward_pre_hook(_method(self, "_enter"))
         after = register_module_forward_hook(_method(self, "_leave"), always_call=True)
         self._remove = weakref.finalize(self, _remove_all, [before, after])
@@ -69,23 +72,17 @@ class ResultUsage:
             self._entered = False
         self._mode.active = False
 
-    def close(self) -> tuple[frozenset[str], frozenset[str]]:
+    def close(self) -> frozenset[str]:
         """Remove all hooks.
 
         Returns:
-            The parameters whose result was not used; and those of them whose result was returned by the outermost
-            module, in a plain tuple or list, of which each entry is there for the caller to use.
+            The parameters whose result was not used.
         """
         self.leave()
         self._remove()
         used = self._mode.used if self._followed_to_loss else self._mode.used | self._returned
-        idle = [not used >> k & 1 for k in range(len(self._names))]
-        offered = [own and bool(self._listed >> k & 1) for k, own in enumerate(idle)]
         self._mode.clear()
-        return (
-            frozenset(n for n, own in zip(self._names, idle, strict=True) if own),
-            frozenset(n for n, own in zip(self._names, offered, strict=True) if own),
-        )
+        return frozenset(name for k, name in enumerate(self._names) if not used >> k & 1)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -107,9 +104,6 @@ class ResultUsage:
         self._mode.calls += 1
         # What is alive now was returned, or is kept somewhere.
         self._returned |= self._mode.alive()
-        if type(output) in (tuple, list):
-            for entry in output:
-                self._listed |= self._mode.mask_of(entry) if isinstance(entry, Tensor) else 0
 
     def _is_innermost(self) -> bool:
         """Return True if no mode of the user's was entered since, so that this one may be left."""
@@ -167,7 +161,7 @@ class _Follower(TorchFunctionMode):
             is_hidden |= bool(own) and _address(tensor) is None
         if not mask or name in _VALIDITY:
             return
-        if name in _READS or is_hidden:
+        if (name in _READS and not (name == "__bool__" and _is_check())) or is_hidden:
             self.used |= mask
         made = list(_tensors(result))
         in_place = name.endswith("_") and not name.endswith("__")
@@ -184,6 +178,12 @@ class _Follower(TorchFunctionMode):
         address = _address(tensor)
         if address:
             self._storages[address] = tensor.untyped_storage(), mask
+
+
+def _is_check() -> bool:
+    """Return True if a function that is followed was called to check the arguments of a distribution."""
+    caller = sys._getframe(3)  # of `_follow`, of `__torch_function__`
+    return str(caller.f_globals.get("__name__", "")).startswith(_CHECKING)
 
 
 def _address(tensor: Tensor) -> int | None:

@@ -55,7 +55,6 @@ class GradStats:
         unused: Bool [P], trainable tensors that took no part in the forward pass.
         ran: Bool [P], trainable tensors that took part in it.
         idle: Bool [P], tensors that took part in it, and whose result the loss does not use.
-        offered: Bool [P], those of them whose result is handed to whoever computes the loss.
         constant: Bool [P], tensors whose gradient is zero by design: they choose among one.
         hollow: Bool [P], layers whose input was exactly zero when it was looked at.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
@@ -99,7 +98,6 @@ class GradStats:
     unused: Tensor
     ran: Tensor
     idle: Tensor
-    offered: Tensor
     constant: Tensor
     hollow: Tensor
     recurrent: Tensor

@@ -31,7 +31,7 @@ class Net(L.LightningModule):
         super().__init__()
         self.kind, self.lr, self.automatic_optimization = kind, lr, not manual
         self.encoder, self.middle, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-        if kind in ("dropped", "returned", "named", "index"):
+        if kind in ("dropped", "returned", "named", "index", "spread"):
             self.side = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
         if kind == "never run":
             self.spare = nn.Linear(4, 4)
@@ -67,6 +67,9 @@ class Net(L.LightningModule):
         h = self.middle(h.detach() if kind == "detached" else h).relu()
         if kind == "dropped":
             self.side(h)
+        if kind == "spread":  # it is bounded, checked and sampled from, and then nobody needs the sample
+            scale = self.side(h).clamp(-4, 4).exp() + 1e-4
+            return self.head(h), torch.distributions.Normal(scale.log(), scale).rsample().exp()
         if kind == "returned":
             return self.head(h), self.side(h)
         if kind == "named":
@@ -141,6 +144,8 @@ def test_mistakes(kind, cause, name, step):
         ("never run", "trainable tensors that are not used", "spare.bias"),
         ("dropped", "tensors whose result the loss does not use", "side.2.bias"),
         ("named", "tensors whose result the loss does not use", "side.2.bias"),
+        ("returned", "tensors whose result the loss does not use", "side.2.bias"),
+        ("spread", "tensors whose result the loss does not use", "side.2.bias"),
         ("context", "layers whose input is exactly zero", "context.weight"),
         ("context without bias", "layers whose input is exactly zero", "context.weight"),
         ("gate over one", "tensors behind a softmax over one element, which is constant", "gate.bias"),
@@ -166,11 +171,8 @@ def test_results_are_followed_with_manual_optimization_too():
     assert Severity.WARNING in [f.severity for f in fit(Net("detached", manual=True)).findings]
 
 
-def test_what_is_returned_and_forgotten_is_a_warning_that_never_halts():
-    guard = fit(Net("returned"), steps=120)
-    assert [f.severity for f in guard.findings] == [Severity.WARNING]
-    assert "loss" in guard.diagnosis.remedies[0].name
-    assert guard.stop_reason is None
+def test_a_spread_that_another_one_replaces_is_info_under_manual_optimization_too():
+    assert [f.severity for f in fit(Net("spread", manual=True)).findings] == [Severity.INFO]
 
 
 def test_heads_that_are_trained_alone_are_named_if_nothing_is_learnt():
@@ -190,6 +192,8 @@ def test_heads_that_are_trained_alone_are_named_if_nothing_is_learnt():
         ("replaced", "optimizer"),
         ("all replaced", "optimizer"),
         ("plain", None),
+        ("returned", None),
+        ("spread", None),
     ],
 )
 def test_the_checkup_says_it_before_the_first_step(kind, name):

@@ -478,13 +478,6 @@ def test_a_result_that_the_loss_does_not_use_is_info():
     assert Disconnected.measures[int(seen.measure)] == "tensors whose result the loss does not use"
 
 
-def test_a_result_that_is_handed_to_the_loss_and_not_used_is_a_warning_at_most():
-    stream = Stream(Disconnected())
-    facts = {"cut": mask(3, 4, 5), "idle": mask(3, 4, 5), "offered": mask(5)}
-    seen = [stream.feed([1.0] * 3 + [None] * 3, **facts)[0] for _ in range(50)][-1]
-    assert (seen.raised, seen.ceiling, seen.value) == (True, 1, 1)
-
-
 def test_a_cut_outweighs_what_is_not_used():
     stream = Stream(Disconnected())
     facts = {"cut": mask(0, 5), "idle": mask(5), "unused": mask(4)}
@@ -620,3 +613,51 @@ def test_time_tilt_keeps_the_newest_measurement():
     assert seen.score.argmax() == 2
     assert stream.feed([1.0] * 6, time_tilt=unknown)[0].raised
     assert not stream.feed([1.0] * 6, time_tilt=torch.tensor(3.0))[0].raised
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "ratio", "found"),
+    [
+        (0.02, 0.4, 0.15, False),  # 3 % of a usual weight
+        (0.0, 0.1, 0.9, False),
+        (0.02, 0.4, 0.6, True),
+        (0.02, 4.0, 0.15, True),
+        (0.4, 0.4, 0.15, True),
+    ],
+)
+def test_a_weight_that_began_small_counts_as_a_usual_one(start, now, ratio, found):
+    stream = Stream(UpdateRatio())
+    updates = torch.tensor([1e-3] * 5 + [ratio])
+    first = stream.layout.zeros + 4
+    for step in range(150):
+        weights = first.clone()
+        weights[5] = start if step == 0 else now  # a usual 4 x 4 weight has a norm of 2
+        seen = stream.feed([1.0] * 6, updates=updates, weights=weights, sampled_steps=1)[0]
+    assert bool(seen.raised) == found
+
+
+FALLING = [53.0, 49, 45, 42, 36, 30, 25, 21, 17, 14]
+
+
+@pytest.mark.parametrize(
+    ("jump", "loss", "found"),
+    [
+        (FALLING, 0.05, False),
+        (FALLING[:4] + [1.0] * 20 + FALLING, 0.3, False),
+        ([5e3 * 0.8**i for i in range(14)], 0.1, False),
+        (FALLING, 0.9, True),
+        (FALLING, None, True),
+        (FALLING[::-1], 0.05, True),
+        ([50.0, 55] * 10, 0.05, True),
+    ],
+)
+def test_a_jump_that_falls_while_the_loss_is_low_is_no_explosion(jump, loss, found):
+    rng, stream = np.random.default_rng(0), Stream(Exploding())
+    for step in range(100):
+        low = None if loss is None else max(0.97**step, loss)
+        stream.feed(healthy(rng), low)
+    raised = []
+    for j in jump:
+        now = None if loss is None else loss * (1 if j == 1 else 1 + j / 10)
+        raised.append(bool(stream.feed([j] * 6, now)[0].raised))
+    assert any(raised) == found

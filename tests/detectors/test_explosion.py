@@ -135,3 +135,16 @@ class TestAJumpOfALearnedLoss:
 
     def test_after_a_jump_of_the_norm_alone_is_a_warning(self):
         assert self.ceilings((200.0, 1e-3), (2e4, 0.9))[1] == 1
+
+
+class TestATargetThatIsCopiedNowAndThen:
+    @pytest.mark.parametrize(("every", "rate"), [(50, 1e-3), (80, 2e-3), (100, 1e-3)])
+    def test_is_quiet(self, every, rate):
+        def copied(step, x, y):
+            return x, 0.01 * y + (step // every) * 0.1 + 0.5
+
+        out = train(
+            mlp(16, 1), regression(), adam(rate), loss=F.mse_loss, spoil=copied, steps=400, batch=128
+        )
+        assert out.losses[-1] < 0.1 * out.losses[0]
+        assert out.said == ""

@@ -151,3 +151,34 @@ def test_a_batch_of_one_sample_is_no_spike():
 
     draw, options = regression(noise=1.0), {"loss": F.mse_loss, "size": size, "steps": 200}
     assert train(mlp(16, 1), draw, adam(1e-3), **options).said == ""
+
+
+def small_head(gain=0.01, **options):
+    model = mlp(**options)
+    with torch.no_grad():
+        model[-1].weight.mul_(gain)
+        model[-1].bias.zero_()
+    return model
+
+
+class TestAHeadThatBeginsSmall:
+    @pytest.mark.parametrize(
+        ("gain", "options", "optimizer"),
+        [
+            (0.01, {}, adam(3e-3)),
+            (0.0, {}, adam(3e-3)),
+            (0.003, {"outputs": 40}, adam(3e-3)),
+            (0.01, {"depth": 1}, adam(1e-2)),
+        ],
+    )
+    def test_may_grow_while_nothing_is_learnt(self, gain, options, optimizer):
+        out = train(small_head(gain, **options), random_labels, optimizer, steps=120)
+        assert "oversized_update" not in out.found
+
+    @pytest.mark.parametrize(
+        ("gain", "optimizer"), [(0.01, adam(0.5)), (0.0, adam(0.5)), (0.01, sgd(30.0, momentum=0.9))]
+    )
+    def test_steps_as_large_as_usual_weights_are_found(self, gain, optimizer):
+        out = train(small_head(gain), templates(), optimizer, steps=200)
+        assert out.found
+        assert out.cause == "learning_rate_too_high"

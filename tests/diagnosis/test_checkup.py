@@ -474,3 +474,42 @@ def test_virtual_steps_leave_no_trace(lab):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in net.parameters())
+
+
+class SideBySide(nn.Module):
+    """Actor and critic; the gradients of the actor are far smaller."""
+
+    def __init__(self, depth=1, gain=0.01, sizes=(4, 64)):
+        super().__init__()
+        inputs, width = sizes
+        hidden = [nn.Linear(width if i else inputs, width) for i in range(depth + 1)]
+        critic = [nn.Linear(width if i else inputs, width) for i in range(depth + 1)]
+        self.actor = nn.Sequential(*[m for h in hidden for m in (h, nn.Tanh())], nn.Linear(width, 2))
+        self.critic = nn.Sequential(*[m for h in critic for m in (h, nn.Tanh())], nn.Linear(width, 1))
+        with torch.no_grad():
+            self.actor[-1].weight.mul_(gain)
+
+
+def policy_loss(net, batch):
+    x, reward = batch
+    choice = torch.distributions.Categorical(logits=net.actor(x))
+    value = net.critic(x)[:, 0]
+    gain = (reward - value).detach()
+    return -(choice.log_prob((x[:, 0] > 0).long()) * gain / 3e4).mean() + (10 * reward - value).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("depth", "gain", "sizes"), [(1, 0.01, (4, 64)), (2, 0.001, (8, 32)), (3, 0.01, (4, 64)), (3, 0.0, (4, 16))]
+)
+def test_nets_side_by_side_are_compared_each_by_itself(depth, gain, sizes):
+    net = SideBySide(depth, gain, sizes)
+    batch = torch.randn(32, sizes[0]), torch.randn(32)
+    result = checkup(net, batch, loss_of=lambda batch: policy_loss(net, batch))
+    assert "gradients over depth" not in names(result)
+
+
+def test_a_vanishing_net_beside_a_healthy_one_is_found(lab):
+    net = nn.ModuleList([he(lab.mlp(8, activation=nn.Sigmoid)), he(lab.mlp(8))])
+    batch = batch_of()
+    result = checkup(net, batch, loss_of=lambda b: sum(F.cross_entropy(own(b[0]), b[1]) for own in net))
+    assert "gradients over depth" in names(result)
