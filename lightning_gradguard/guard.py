@@ -173,6 +173,11 @@ class Guard:
         return self.tracker.optimizer
 
     @property
+    def diagnosed_rank(self) -> int:
+        """Gravity of what `diagnosis` is of; 0 without one."""
+        return self._diagnosed
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """Findings so far, oldest first; the newest 1,000."""
         return tuple(self._findings)

@@ -19,7 +19,13 @@ from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
 from lightning_gradguard.diagnosis.context import DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
 from lightning_gradguard.diagnosis.first_pass import measure_first_pass
-from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
+from lightning_gradguard.diagnosis.fixes import (
+    BIASED_VARIANCE,
+    DROP_LAST,
+    FINITE_STATISTIC,
+    PROBLEMS,
+    find_fixes,
+)
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
@@ -152,6 +158,37 @@ def undiagnosed(finding: Finding, problem: str, notes: tuple[str, ...] = ()) -> 
         (Cause.UNKNOWN,),
         {Cause.UNKNOWN: problem},
     )
+
+
+def diagnose_ruined(finding: Finding, least_rows: float) -> tuple[Diagnosis, str]:
+    """Diagnose running statistics that became NaN or Inf while loss and gradients were finite.
+
+    Args:
+        finding: The finding, which names them.
+        least_rows: Samples in the smallest batch so far; infinite if it is not known.
+
+    Returns:
+        The diagnosis, and the text of a warning.
+    """
+    named = ", ".join(f"`{name}`" for name in finding.parameters[:3])
+    became = f"{named} became NaN or Inf in a step whose loss and gradients were finite."
+    seen = became + " The guard has restored it; without it, the NaN stays, and shows as soon as the statistic is used."
+    evidence = f"{became} A pass of the model writes to it, and no gradient depends on that."
+    fixes = [FINITE_STATISTIC]
+    if least_rows == 1:
+        evidence += " The smallest batch had one sample, and the unbiased variance of one sample is 0 / 0."
+        fixes = [DROP_LAST, BIASED_VARIANCE, FINITE_STATISTIC]
+    cause = Cause.NORMALIZATION
+    diagnosis = Diagnosis(
+        fault=finding.fault,
+        step=finding.step,
+        parameters=finding.parameters,
+        signs=(seen,),
+        causes=(cause,),
+        evidence={cause: evidence},
+        remedies=tuple(fixes),
+    )
+    return diagnosis, f"{evidence}\n  {seen.removeprefix(became).strip()} Fix to try first: {fixes[0].name}."
 
 
 def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = True) -> Origin | None:

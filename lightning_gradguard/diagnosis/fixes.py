@@ -371,6 +371,10 @@ NEW_OPTIMIZER = Remedy(
     "Make the optimizer after the last change of the model",
     "optimizer = torch.optim.Adam(model.parameters())  # once all layers are there",
 )
+MAKE_ONCE = Remedy(
+    "Make the layers once, in __init__, and not in the forward pass",
+    "self.head = nn.LazyLinear(outputs)  # in __init__; it takes its width from the first batch",
+)
 ADD_GROUP = Remedy(
     "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
 )
@@ -460,6 +464,18 @@ def change_response(fault: Fault) -> Remedy:
     how = f'guard = GradGuard(policy=Policy(respond={{"{fault.value}": "warn"}}))  # or "ignore"'
     return Remedy("Change the response to this fault", how)
 
+
+DROP_LAST = Remedy(
+    "Drop a last batch of one row",
+    "loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)",
+)
+BIASED_VARIANCE = Remedy(
+    "Use the biased variance for the running statistic", "variance = x.var(0, correction=0)  # unbiased=False"
+)
+FINITE_STATISTIC = Remedy(
+    "Leave a value that is not finite out of the running statistic",
+    "new = statistic(x); self.running.copy_(torch.where(new.isfinite(), new, self.running))",
+)
 
 # The loss and the number format.
 
@@ -738,6 +754,7 @@ ZERO_GRAD = Remedy(
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.ONE_ELEMENT_NORMALIZATION: (Cause.NORMALIZATION, MORE_ELEMENTS),
     Problem.STALE_GRADIENTS: (Cause.STALE_GRADIENTS, ZERO_GRAD),
+    Problem.REMADE_LAYERS: (Cause.STALE_OPTIMIZER, MAKE_ONCE),
     Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
     Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),

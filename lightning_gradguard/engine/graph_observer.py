@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.columns import MAX_COLUMNS
 from lightning_gradguard.introspection.graph_problems import OWNERSHIP
-from lightning_gradguard.introspection.ownership import find_ownership_problems
+from lightning_gradguard.introspection.ownership import UnownedWeights, find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
     InputProbe,
@@ -80,6 +80,7 @@ class GraphObserver:
         self._input_probe: InputProbe | None = None
         self._input_probed: set[str] = set()
         self._ran: list[bool] = []
+        self._unowned: UnownedWeights | None = None
         self._followed: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
         self._offered: frozenset[str] = frozenset()
@@ -95,6 +96,7 @@ class GraphObserver:
         if self._input_probe is not None:
             self._input_probe.close()
         self._input_probe, self._input_probed = None, set()
+        self._unowned = None
         self._result_usage, self._followed = None, frozenset()
         self._idle = self._offered = frozenset()
         nowhere = torch.zeros_like(layout.is_layer)
@@ -127,6 +129,8 @@ class GraphObserver:
             self._take_result_usage(layout)
         if self._input_probe is not None:
             self._take_inputs(layout)
+        if self._unowned is not None:
+            self._look_for_remade(self._unowned)
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
         if known or graph is None or graph.grad_fn is None or not self._knows_leaves():
             return layout
@@ -138,6 +142,7 @@ class GraphObserver:
             reached = frozenset(summary.shortest)
             problems = find_ownership_problems(parameters, reached, others, self._named)
             summary = replace(summary, problems=(*summary.problems, *problems))
+            self._unowned = UnownedWeights.of(problems, others)
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
@@ -251,6 +256,14 @@ class GraphObserver:
         self._offered |= groups[1] & self._idle
         self.graph_summary = replace(summary, idle=self._idle, offered=self._offered)
         self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
+
+    def _look_for_remade(self, unowned: UnownedWeights) -> None:
+        """Say at the second step if weights in no optimizer are gone, since the pass has made others."""
+        self._unowned = None
+        summary, problem = self.graph_summary, unowned.as_remade()
+        if summary is not None and problem is not None:
+            others = [p for p in summary.problems if p.kind not in OWNERSHIP or p.certain]
+            self.graph_summary = replace(summary, problems=(*others, problem))
 
     def _take_inputs(self, layout: Layout) -> None:
         """Mark layers whose input was exactly zero, without a read on the host."""

@@ -63,6 +63,7 @@ class Problem(str, Enum):
     DIVERGENCE = "divergence"
     OUT_OF_RANGE = "out_of_range"
     STALE_OPTIMIZER = "stale_optimizer"
+    REMADE_LAYERS = "remade_layers"
     UNREGISTERED_MODULES = "unregistered_modules"
     ONE_ELEMENT_NORMALIZATION = "one_element_normalization"
     STALE_GRADIENTS = "stale_gradients"
@@ -74,7 +75,7 @@ class Problem(str, Enum):
 #: Mistakes that leave a loss without a lower bound, so that the weights grow until they overflow.
 UNBOUNDED = frozenset({Problem.WRONG_SIGN, Problem.NO_LOGARITHM})
 #: Mistakes in what the optimizer steps.
-OWNERSHIP = (Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
+OWNERSHIP = (Problem.REMADE_LAYERS, Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
 
 
 class GraphProblem(NamedTuple):

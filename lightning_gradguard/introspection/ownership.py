@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -74,6 +75,48 @@ def find_ownership_problems(
         text = f"{_get(rest, places)} in no optimizer, so {kept}."
         problems.append(_problem(Problem.STALE_OPTIMIZER, text, rest, places, certain=False))
     return tuple(problems)
+
+
+class UnownedWeights(NamedTuple):
+    """Weights in no optimizer, watched from one step to the next without being kept alive.
+
+    Attributes:
+        weights: The weights.
+        names: Their names.
+        begin: Beginning of a sentence on them.
+    """
+
+    weights: tuple[weakref.ref[Tensor], ...]
+    names: tuple[str, ...]
+    begin: str
+
+    @classmethod
+    def of(cls, problems: Sequence[GraphProblem], leaves: Sequence[Leaf]) -> UnownedWeights | None:
+        """Watch the weights of a mistake that is not certain; None without one.
+
+        Args:
+            problems: Mistakes in what the optimizer steps.
+            leaves: Leaves of the graph that are not in the optimizer.
+        """
+        doubtful = next((p for p in problems if p.kind == Problem.STALE_OPTIMIZER and not p.certain), None)
+        weights = [leaf.tensor for leaf in leaves if isinstance(leaf.tensor, nn.Parameter)]
+        weights = [weight for weight in weights if weight.grad is not None]
+        if doubtful is None or not weights:
+            return None
+        begin = doubtful.text.partition(" in no optimizer")[0]
+        return cls(tuple(map(weakref.ref, weights)), doubtful.names, begin)
+
+    def as_remade(self) -> GraphProblem | None:
+        """Return the mistake of making layers in the forward pass, if no module has any of the weights any more."""
+        left = [weight for reference in self.weights if (weight := reference()) is not None]
+        owners = _Program.of().owners if left else {}
+        if any(id(weight) in owners for weight in left):
+            return None
+        text = (
+            f"{self.begin} in no optimizer: the forward pass makes them anew each time, so nothing that they learn "
+            "is kept."
+        )
+        return GraphProblem(Problem.REMADE_LAYERS, text, self.names)
 
 
 def find_loose(module: nn.Module, leaves: Sequence[Leaf]) -> tuple[tuple[str, ...], str]:
