@@ -71,8 +71,12 @@ def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str
         cause: The most likely cause; the fixes are for mistakes of this kind.
     """
     kinds = {problem.kind for problem in context.problems}
-    keys = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
+    keys: set[str] = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
     summed = cause == Cause.LOSS_FUNCTION and context.summed_rows and not context.normalizes_gradient
+    if cause == Cause.SATURATING_ACTIVATION and is_starved_by_softmax(context):
+        keys.add(SCALE_SCORES.key)
+    if cause == Cause.BAD_INITIALIZATION and context.too_small and context.zero_factors:
+        keys.add(RANDOM_FACTOR.key)
     return frozenset(keys | ({mean_loss(context).key} if summed else set()))
 
 
@@ -92,6 +96,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         ):
             return own
 
+        case Cause.SATURATING_ACTIVATION if is_starved_by_softmax(c):
+            return [SCALE_SCORES, normalization(c)]
         case Cause.SATURATING_ACTIVATION:
             # In the order of what they did to 12 sigmoid layers of width 64 on scikit-learn's digits. Validation
             # accuracy in % after 10 epochs, mean of three seeds, at the worst and the best of five settings of SGD and
@@ -99,6 +105,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             # to 97; ReLU with He initialization 27 to 96. ReLU alone: 8 to 87.
             return [residual_blocks(c), relu_and_normalization(c), normalization(c), RELU_AND_HE]
 
+        case Cause.BAD_INITIALIZATION if c.too_small and c.zero_factors:
+            return [RANDOM_FACTOR]
         case Cause.BAD_INITIALIZATION if c.preserving_gain > 1:
             # Twenty ReLU layers from N(0, 0.05), mean loss of two seeds at the worst of five settings of SGD and Adam,
             # from 2.3: residual blocks 0.02, BatchNorm 0.2, He initialization NaN. Eight layers: He 0.01, save for one
@@ -124,7 +132,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [ZERO_BIASES if large_bias else None, lower, LEAKY_RELU, HE, normalization(c)]
 
         case Cause.DETACHED_GRAPH if c.missing and c.missing.issuperset(c.names):
-            return [RIGHT_OPTIMIZER]
+            return [NO_DETACH, RIGHT_OPTIMIZER] if c.ran_uncut else [RIGHT_OPTIMIZER]
         case Cause.DETACHED_GRAPH if c.graph_summary and any(
             k.get("step") for k in c.graph_summary.kinds.values()
         ):
@@ -149,6 +157,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
 
         case Cause.LEARNING_RATE_TOO_LOW if c.fault == Fault.STALLED and c.schedule_ended:
             return [STEP_PER_EPOCH, longer_schedule(c)]
+        case Cause.LEARNING_RATE_TOO_LOW if c.climbs_slowly:
+            return [SHORTER_WARM_UP, raise_learning_rate(c)]
         case Cause.LEARNING_RATE_TOO_LOW:
             return [raise_learning_rate(c)]
 
@@ -158,6 +168,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.MOMENTUM:
             return [lower_momentum(c), lower_learning_rate(c), WARM_UP, clip_spikes(c)]
 
+        case Cause.BAD_DATA if c.too_small and c.input_rms == 0:
+            return [NONZERO_INPUT, LOOK_AT_BATCH]
         case Cause.BAD_DATA:
             return [look_at_bad_rows(c), drop_rows(()), fill_in(())]
 
@@ -259,6 +271,21 @@ RELU_AND_HE = Remedy(
     change=Change(activation="relu", initialise="he"),
 )
 ZERO_BIASES = Remedy("Zero biases", "nn.init.zeros_(layer.bias)")
+
+RANDOM_FACTOR = Remedy(
+    "Initialize one of two factors with random numbers, and only the other with zero",
+    "nn.init.normal_(down, std=rank**-0.5); nn.init.zeros_(up)",
+)
+SCALE_SCORES = Remedy(
+    "Divide the scores of the attention by the square root of the width",
+    "scores = query @ key.mT / key.shape[-1] ** 0.5",
+)
+
+
+def is_starved_by_softmax(context: DiagnosticContext) -> bool:
+    """Return True if layers behind a softmax get next to nothing."""
+    return context.starved_by_softmax[0] >= 3.0
+
 
 # Depth and normalization.
 
@@ -419,6 +446,10 @@ STANDARD_TARGET = Remedy(
     "y = (y - mean) / std  # and prediction * std + mean afterwards",
     change=Change(target=True),
 )
+NONZERO_INPUT = Remedy(
+    "Find out why the inputs are all zero",
+    "x = x.float() / 255  # not x // 255, which is 0 for whole numbers; print(x.aminmax())",
+)
 LOOK_AT_BATCH = Remedy("Inspect the batch", "print(x.aminmax(), y.aminmax())")
 ONE_BATCH = Remedy("Check that the model can learn a single batch", "trainer = Trainer(overfit_batches=1)")
 
@@ -569,6 +600,10 @@ def clip_spikes(context: DiagnosticContext) -> Remedy | None:
 STEP_PER_EPOCH = Remedy(
     "Step the schedule once per epoch, not per batch",
     'return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}',
+)
+SHORTER_WARM_UP = Remedy(
+    "A shorter warm-up, advanced at each step and not once an epoch",
+    'return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}',
 )
 UNSCALE_FIRST = Remedy(
     "Unscale the gradients before clipping them",

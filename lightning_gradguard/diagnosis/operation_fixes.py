@@ -161,6 +161,12 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         code = f"y = torch.where(mask, {masked}, other)"
         patch = _patch(facts, "mask", argument=domain.argument, low=low, high=high, fill=domain.fill)
         yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`", code, patch)
+    if function == "exp" and argument is not None and argument.learned:
+        # Beyond a clamp there is no slope, so that what has run off stays there.
+        soft = 0.5 * (high or 30.0)
+        code = f"y = torch.exp({soft:g} * torch.tanh(x / {soft:g}))  # keeps a slope, unlike x.clamp(max={soft:g})"
+        patch = _patch(facts, "soft", argument=domain.argument, high=soft)
+        yield _fix("Bound the argument of `exp` softly, with a tanh", code, patch)
     if function == "exp":
         how += "  # in a softmax: subtract the maximum before, or torch.logsumexp"
     if function == "sqrt":
@@ -311,7 +317,12 @@ def _of_ctc(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 
 def _of_attention(facts: OperationFacts, function: str) -> Iterator[Remedy]:
-    if Condition.HIDDEN_ROW in facts.conditions:
+    if Condition.HIDDEN_ROW in facts.conditions and function.startswith("log") and function != "log_softmax":
+        # Sums over ways that are all impossible are meant to be so; only their slope is 0 / 0.
+        how = "log_p = torch.full(shape, -1e9)  # in place of -inf, wherever the recursion starts or pads"
+        name = "A large finite number in place of -inf, which has no slope when every term is -inf"
+        yield _fix(name, how, _patch(facts, "finite"))
+    elif Condition.HIDDEN_ROW in facts.conditions:
         how = "mask = mask & ~mask.all(-1, keepdim=True)  # mask is True where an entry is hidden"
         yield _fix("Leave each row of the mask at least one entry", how, _patch(facts, "show rows"))
 

@@ -148,10 +148,12 @@ class _Place(NamedTuple):
     Attributes:
         name: Its name.
         holder: A clause on the container or object that holds it and that no module registers; empty if a module does.
+        several: True if the container holds more than one module.
     """
 
     name: str
     holder: str = ""
+    several: bool = False
 
 
 class _Program(NamedTuple):
@@ -234,7 +236,8 @@ def _is_loose_layer(leaf: Leaf, place: _Place, program: _Program) -> bool:
     the output and to the target, or it is in evaluation mode; and no layer that is trained follows it. A tensor of no
     module may be an input that is optimized by hand.
     """
-    in_model = leaf.feeds or (leaf.is_fed and leaf.uses == 1)
+    # What is applied to the input alone, beside the model, may be one teacher; several are layers.
+    in_model = leaf.feeds or (leaf.uses == 1 and (leaf.is_fed or place.several))
     is_layer = leaf.multiplies or id(leaf.tensor) in program.owners
     return bool(place.holder) and in_model and is_layer and program.is_in_training(leaf.tensor)
 
@@ -268,11 +271,14 @@ def _search(root: nn.Module, wanted: set[int]) -> dict[int, _Place]:
     """Search the attributes of all modules that they do not register."""
     found: dict[int, _Place] = {}
     pending: deque[tuple[str, Any, str, int]] = deque()
+    several: dict[str, bool] = {}
     for prefix, module in root.named_modules():
         for name, value in list(vars(module).items()):
             if name not in _OWN_ATTRIBUTES:
                 path = f"{prefix}.{name}" if prefix else name
-                pending.append((path, value, _describe(path, value), 0))
+                holder = _describe(path, value)
+                several[holder] = _holds_several(value)
+                pending.append((path, value, holder, 0))
     seen: set[int] = set()
     while pending and len(seen) < _MOST_OBJECTS and len(found) < len(wanted):
         path, value, holder, depth = pending.popleft()
@@ -281,14 +287,20 @@ def _search(root: nn.Module, wanted: set[int]) -> dict[int, _Place]:
         seen.add(id(value))
         if isinstance(value, Tensor):
             if id(value) in wanted:
-                found[id(value)] = _Place(path, holder)
+                found[id(value)] = _Place(path, holder, several[holder])
         elif isinstance(value, nn.Module):
             for name, p in value.named_parameters():
                 if id(p) in wanted:
-                    found.setdefault(id(p), _Place(f"{path}.{name}", holder))
+                    found.setdefault(id(p), _Place(f"{path}.{name}", holder, several[holder]))
         elif depth < _DEEPEST:
             pending.extend((f"{path}.{key}", part, holder, depth + 1) for key, part in _parts(value))
     return found
+
+
+def _holds_several(value: Any) -> bool:
+    """Return True for a list, tuple or dict of more than one module."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(isinstance(part, nn.Module) for part in parts) > 1
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

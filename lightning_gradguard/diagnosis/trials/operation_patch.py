@@ -184,6 +184,12 @@ def _away(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -
     return _replaced(func, name, args, kwargs, new)
 
 
+def _soft(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Bound an argument with a tanh."""
+    x, high = bound(func, name, args, kwargs)[patch.argument], patch.high or 1.0
+    return _replaced(func, name, args, kwargs, {patch.argument: high * torch.tanh(x / high)})
+
+
 def _size(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Take the absolute value of an argument, clamped above zero."""
     x = bound(func, name, args, kwargs)[patch.argument]
@@ -302,6 +308,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "mask": _mask,
     "away": _away,
     "size": _size,
+    "soft": _soft,
     "unit": _unit,
     "set": _set,
     "finite": _finite,
