@@ -757,6 +757,10 @@ OTHER_SIGN = Remedy(
     "Change the sign of the loss, so that it is minimized",
     "loss = loss_fn(output, y)  # not -loss_fn(output, y): the optimizer minimizes",
 )
+ENTROPY_BONUS = Remedy(
+    "Change the sign of the entropy: subtract it from the loss",
+    "loss = policy_loss - 0.01 * policy.entropy().mean()",
+)
 SAME_SHAPE = Remedy(
     "Give outputs and targets the same shape",
     "loss = nn.functional.mse_loss(output, y.view_as(output))  # or output.squeeze(1) for targets of shape [N]",
@@ -799,6 +803,7 @@ PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.ONE_CLASS: (Cause.LOSS_FUNCTION, MORE_LOGITS),
     Problem.WRONG_DIMENSION: (Cause.LOSS_FUNCTION, CLASS_DIMENSION),
     Problem.WRONG_SIGN: (Cause.LOSS_FUNCTION, OTHER_SIGN),
+    Problem.ENTROPY_SIGN: (Cause.LOSS_FUNCTION, ENTROPY_BONUS),
     Problem.BROADCAST: (Cause.LOSS_FUNCTION, SAME_SHAPE),
     Problem.CONSTANT_LOSS: (Cause.LOSS_FUNCTION, DEPENDENT_LOSS),
     Problem.PROBABILITIES: (Cause.LOSS_FUNCTION, NO_PROBABILITIES),

@@ -180,7 +180,9 @@ def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
             f"Few rows of the batch are far larger than the others: the RMS of all is {number(context.outlying_rows)} "
             "times that of the median row."
         )
-        yield Evidence(1.5 + math.log10(context.outlying_rows) / 2, text)
+        # An operation that was named comes first: it has to bear such rows.
+        named = context.fault == Fault.NONFINITE and context.origin is not None and context.origin.located
+        yield Evidence(min(1.5 + math.log10(context.outlying_rows) / 2, 1.9 if named else math.inf), text)
     if context.fault == Fault.SPIKE and context.finding.value > 0:
         size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
         text = f"Only the gradient of this step is so large ({size})."
