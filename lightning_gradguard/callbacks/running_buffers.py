@@ -165,7 +165,7 @@ class RunningBuffers:
         groups, self._ruined = self._ruined, {}
         if not groups:
             return []
-        own = {place.key: place for place in [*sum(self._small, []), *self._others]}
+        own = {place.key: place for group in [*self._small, self._others] for place in group}
         names: list[str] = []
         for keys, flags in groups.items():
             places = [own[key] for key in keys if key in own]

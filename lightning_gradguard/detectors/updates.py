@@ -37,6 +37,8 @@ _STAIR, _STAIRS = 16, 20.0
 #: Share of elements that change below which a model that is no better than a constant guess loses most updates to
 #: rounding.
 _FEW = 0.2
+#: Leaky count of steps in which every gradient is exactly zero, and what other steps take off it.
+_EMPTY, _EMPTY_LEAK = 4.0, 0.1
 #: Relative deviation up to which two norms are the same. Clipping leaves 1e-6.
 _SAME = 1e-4
 
@@ -141,6 +143,7 @@ class StillSteps(NamedTuple):
         steps: Steps without movement.
         rounded: Steps whose updates were lost to rounding.
         few: Steps of which most updates were lost.
+        empty: Leaky count of steps in which every gradient is exactly zero.
         scaled: Steps with one and the same scaled norm.
         norm: That norm; NaN at first.
     """
@@ -148,6 +151,7 @@ class StillSteps(NamedTuple):
     steps: Tensor
     rounded: Tensor
     few: Tensor
+    empty: Tensor
     scaled: Tensor
     norm: Tensor
 
@@ -170,6 +174,10 @@ class Stalled:
     - With a gradient scaler, the norm times the scale is one and the same short decimal number, such as 1.0, and the
       norm is none: gradients were clipped to it before they were unscaled.
 
+    Also raised when every gradient is exactly zero in one of ten steps, for a leaky count of four, while the loss is
+    above half of its start: of a loss that is not near zero no batch has nothing to teach, unless the output is
+    saturated.
+
     A depth tilt or dead units explain it better and take precedence.
 
     Args:
@@ -191,6 +199,7 @@ class Stalled:
         "median applied update over weight",
         "median share of elements that a step changes",
         "steps in a row with one and the same gradient norm before it is unscaled",
+        "steps in which every gradient is exactly zero",
     )
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
@@ -203,7 +212,7 @@ class Stalled:
     def init(self, stats: GradStats) -> Any:
         """Return a state without a step so far."""
         zero = torch.zeros_like(stats.total)
-        return StillSteps(zero, zero, zero, zero, torch.full_like(zero, torch.nan))
+        return StillSteps(zero, zero, zero, zero, zero, torch.full_like(zero, torch.nan))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
@@ -234,16 +243,22 @@ class Stalled:
         lost = lost | guesses
         shrunk = (scaled >= self.steps) & trends.no_progress
         fewest_share = torch.where(guesses, number(_FEW), number(self.changed))
-        raised = (stalled | lost | shrunk) & (trends.steps >= WARM_UP + 5)
+        is_empty = stats.present.any() & (stats.total == 0)
+        empty = torch.clamp(state.empty + torch.where(is_empty, 1.0, -_EMPTY_LEAK), 0.0, 2.0 * _EMPTY)
+        start = torch.minimum(trends.loss_start, trends.first_loss)
+        vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start)
+        raised = (stalled | lost | shrunk | vacant) & (trends.steps >= WARM_UP + 5)
         value = torch.where(shrunk, scaled, torch.where(lost, share, median))
-        limit = torch.where(
-            shrunk, number(self.steps), torch.where(lost, fewest_share, number(slowest))
-        )
+        by_none = vacant & ~(stalled | lost | shrunk)
+        value = torch.where(by_none, empty, value)
+        limit = torch.where(shrunk, number(self.steps), torch.where(lost, fewest_share, number(slowest)))
+        limit = torch.where(by_none, number(_EMPTY), limit)
         measure = torch.where(shrunk, number(2.0), torch.where(lost, number(1.0), number(0.0)))
+        measure = torch.where(by_none, number(3.0), measure)
         still = torch.where(live_layers, -stats.updates, -torch.inf)
         fewest = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), -torch.inf)
         score = torch.where(lost & ~shrunk, fewest, still)
-        after = StillSteps(held, rounded, few, scaled, torch.where(is_same, state.norm, norm))
+        after = StillSteps(held, rounded, few, empty, scaled, torch.where(is_same, state.norm, norm))
         return reading(stats, raised, value, limit, score=score, measure=measure), after
 
 

@@ -415,7 +415,13 @@ class DiagnosticContext:
         The loss may then have been computed with what they gave, and the graph is cut.
         """
         graph = self.graph_summary
-        return graph is not None and bool(graph.missing) and not (graph.unused | graph.idle) & set(self.names)
+        is_cut = self.finding.measure == "tensors without a path from the loss"
+        return (
+            is_cut
+            and graph is not None
+            and bool(graph.missing)
+            and not (graph.unused | graph.idle) & set(self.names)
+        )
 
     @property
     def climbs_slowly(self) -> bool:
@@ -464,7 +470,9 @@ class DiagnosticContext:
         linear = any(op in self.loss_operations for op in ("Abs", "L1Loss", "SmoothL1Loss", "HuberLoss"))
         squared = any(op in self.loss_operations for op in ("MseLoss", "Pow"))
         low, high = _OF_NOTHING
-        is_it = (linear and low * rms < loss < high * rms) or (squared and low * rms**2 < loss < high * rms**2)
+        is_it = (linear and low * rms < loss < high * rms) or (
+            squared and low * rms**2 < loss < high * rms**2
+        )
         return rms if rms > _LARGE_TARGETS and is_it else 0.0
 
     @property

@@ -174,7 +174,10 @@ def diagnose_ruined(finding: Finding, least_rows: float) -> tuple[Diagnosis, str
     """
     named = ", ".join(f"`{name}`" for name in finding.parameters[:3])
     became = f"{named} became NaN or Inf in a step whose loss and gradients were finite."
-    seen = became + " The guard has restored it; without it, the NaN stays, and shows as soon as the statistic is used."
+    seen = (
+        became
+        + " The guard has restored it; without it, the NaN stays, and shows as soon as the statistic is used."
+    )
     evidence = f"{became} A pass of the model writes to it, and no gradient depends on that."
     fixes = [FINITE_STATISTIC]
     if least_rows == 1:

@@ -475,7 +475,9 @@ def _is_policy_gradient(loss: LossGraph, index: int) -> bool:
             inputs = loss.inputs(index)
             return bool(inputs) and _is_log_probability(loss, loss.skip(inputs[0]))
         inputs = loss.inputs(index)
-        if len(inputs) != 1 or not (loss.ops[index] in VIEWS or loss.ops[index] in ("Exp", "Sub", "Neg", "Clamp")):
+        if len(inputs) != 1 or not (
+            loss.ops[index] in VIEWS or loss.ops[index] in ("Exp", "Sub", "Neg", "Clamp")
+        ):
             return False
         index = inputs[0]
     return False

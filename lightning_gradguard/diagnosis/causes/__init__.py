@@ -64,7 +64,9 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         if evidence is not None:
             strongest[cause] = evidence
     for problem in context.problems:
-        explains = problem.kind == Problem.STALE_GRADIENTS or (context.too_large and problem.kind in UNBOUNDED)
+        explains = problem.kind == Problem.STALE_GRADIENTS or (
+            context.too_large and problem.kind in UNBOUNDED
+        )
         if context.fault in _OTHER_FAULTS and not explains:
             continue
         cause, weight = PROBLEMS[problem.kind][0], CERTAIN if problem.certain else _DOUBTFUL

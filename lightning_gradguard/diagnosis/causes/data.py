@@ -134,7 +134,9 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
 def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame NaN or Inf in the batch, or inputs that are all zero."""
     if context.too_small and context.input_rms == 0:
-        yield Evidence(CERTAIN, "All inputs of the batch are exactly zero, so nothing can be learnt from them.")
+        yield Evidence(
+            CERTAIN, "All inputs of the batch are exactly zero, so nothing can be learnt from them."
+        )
     if context.fault != Fault.NONFINITE:
         return
     origin, rows = context.origin, context.bad_rows

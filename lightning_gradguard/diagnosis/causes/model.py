@@ -279,7 +279,9 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
     after = next((n for n in context.names[context.names.index(cut[-1]) :] if n not in missing), None)
     if len(cut) == len(context.names):
         text += ", nor to any other tensor of this optimizer"
-        text += ": the graph is cut behind them" if context.ran_uncut else ": the loss comes from another model"
+        text += (
+            ": the graph is cut behind them" if context.ran_uncut else ": the loss comes from another model"
+        )
     elif after is not None:
         text += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
     yield Evidence(CERTAIN, text + ".")
