@@ -287,7 +287,8 @@ SCALE_SCORES = Remedy(
 
 def has_zero_factors(context: DiagnosticContext) -> bool:
     """Return True if some layers, and not all, began at zero and multiply each other."""
-    return context.too_small and 0 < len(context.zero_factors) < len(context.layers)
+    others = any(context.starting_norms[i] > 0 for i in context.layers)
+    return context.too_small and bool(context.zero_factors) and others
 
 
 def is_starved_by_softmax(context: DiagnosticContext) -> bool:
