@@ -173,6 +173,11 @@ class Guard:
         return self.tracker.optimizer
 
     @property
+    def diagnosed_rank(self) -> int:
+        """Gravity of what `diagnosis` is of; 0 without one."""
+        return self._diagnosed
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """Findings so far, oldest first; the newest 1,000."""
         return tuple(self._findings)
@@ -563,10 +568,18 @@ class Guard:
     def _keep(self, diagnosis: Diagnosis, finding: Finding) -> None:
         """Keep a diagnosis, unless one of something graver is there.
 
-        A spike is over with its step, so any other fault is graver.
+        A spike is over with its step, so any other fault is graver. Of two warnings the fault that explains the other
+        one away is kept.
         """
         rank = 2 * finding.severity - (finding.fault == Fault.SPIKE)
-        if rank >= self._diagnosed:
+        kept = self.diagnosis
+        explained = (
+            kept is not None
+            and finding.severity == Severity.WARNING
+            and rank == self._diagnosed
+            and kept.fault.precedence < finding.fault.precedence
+        )
+        if rank >= self._diagnosed and not explained:
             self.diagnosis, self._diagnosed = diagnosis, rank
 
     def _trace(self, record: StepRecord, context: StepContext, *, replay: bool) -> Origin | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.guard import KEPT_FINDINGS
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Finding, GradientHalt, Report
+from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -64,6 +65,7 @@ class _Results:
     findings: deque[Finding] = field(default_factory=lambda: deque(maxlen=KEPT_FINDINGS))
     report: Report | None = None
     diagnosis: Diagnosis | None = None
+    diagnosed_rank: int = 0
     stop_reason: str | None = None
     bundle: Path | None = None
 
@@ -133,6 +135,7 @@ class GradGuard(Callback):
         self._clipping, self._exact_skip = OmittedClipping(), ExactSkip()
         self._batch: tuple[Any, int] = (None, 0)  # the newest batch and its index, until it is done
         self._batches = 0
+        self._least_rows = math.inf
         self._ended_gracefully = self._is_loaded = False
 
     def __repr__(self) -> str:
@@ -224,6 +227,7 @@ class GradGuard(Callback):
         self._results, self._summary = _Results(), RunSummary()
         self._losses, self._metric = StepLosses(), MonitoredMetric(self.monitor)
         self._batch, self._batches, self._ended_gracefully = (None, 0), 0, False
+        self._least_rows = math.inf
         self._logging.start(trainer)
         self._recording.start(trainer)
 
@@ -239,6 +243,7 @@ class GradGuard(Callback):
         """Copy the state that a bad batch could ruin."""
         self._losses.start_batch()
         self._batch, self._batches = (batch, batch_idx), self._batches + 1
+        self._least_rows = min(self._least_rows, _rows(batch))
         if self._batches == 1:  # by now every callback may have unfrozen something
             warn_if_nothing_trains(trainer, pl_module)
         if self.trials and self._batches == 1:
@@ -337,7 +342,8 @@ class GradGuard(Callback):
                 results.report = guard.report
                 results.findings.extend(guard.report.findings)
                 news = guard.diagnosis if guard.diagnosis is not diagnosis else None
-                results.diagnosis = news or results.diagnosis
+                if news is not None and guard.diagnosed_rank >= results.diagnosed_rank:
+                    results.diagnosis, results.diagnosed_rank = news, guard.diagnosed_rank
                 if guard.report.skip:
                     self._buffers.restore_nonfinite(skipped=True)
                 self._summary.add(guard.report)
@@ -350,6 +356,10 @@ class GradGuard(Callback):
         self._batch, self._losses.graph = (None, 0), None
         self._buffers.end_batch()
         self._recording.end_batch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which running statistics became NaN or Inf while every step was finite."""
+        self._report_ruined(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the monitored metric."""
@@ -366,6 +376,7 @@ class GradGuard(Callback):
                 self._judge(trainer, index, guard.close)
         finally:
             self._finish(trainer)
+        self._report_ruined(trainer)
         self._metric.end(trainer)
         if self._batches and not self._registry.guards:
             warn_if_no_step_was_seen(trainer, pl_module)
@@ -408,6 +419,31 @@ class GradGuard(Callback):
         display = restored.pop("display", {})
         self._logging.load_state_dict(display if isinstance(display, dict) else {})
         self._registry.restored, self._is_loaded = restored, True
+
+    def _report_ruined(self, trainer: Trainer) -> None:
+        """Warn once of tensors that a step made NaN or Inf, though its loss and gradients were finite.
+
+        They have been restored, so that nothing else would show it here; without the guard they stay.
+        """
+        names, results = self._buffers.take_ruined(), self._results
+        if not names or any(finding.fault == Fault.NONFINITE for finding in results.findings):
+            return
+        from lightning_gradguard.diagnosis.diagnose import diagnose_ruined
+
+        finding = Finding(
+            Fault.NONFINITE,
+            Severity.WARNING,
+            trainer.global_step,
+            tuple(names[:8]),
+            float(len(names)),
+            0.0,
+            "RunningBuffers",
+            measure="running statistics that became NaN or Inf, while loss and gradients were finite",
+        )
+        diagnosis, message = diagnose_ruined(finding, self._least_rows)
+        results.findings.append(finding)
+        results.diagnosis = results.diagnosis or diagnosis
+        warn(trainer, f"GradGuard: {message}")
 
     def _finish(self, trainer: Trainer) -> None:
         """Release everything; write the last heat maps."""
@@ -458,6 +494,12 @@ class AutoGuard(Callback):
         self.__class__ = GradGuard  # type: ignore[assignment]
         self.__dict__ = guard.__dict__
         guard.setup(trainer, pl_module, stage)
+
+
+def _rows(batch: object) -> float:
+    """Return the number of samples in a batch of a usual form; infinite for any other."""
+    first = next(iter(batch), None) if isinstance(batch, (list, tuple)) else batch
+    return len(first) if isinstance(first, Tensor) and first.ndim else math.inf
 
 
 def _validate_options(monitor: object, recorder: object, **switches: object) -> None:

@@ -51,6 +51,8 @@ class RunningBuffers:
     variance that overflows, even if the gradients are finite. Infinity that was there before the batch, as in a mask,
     stays.
 
+    Where elements of a step that was not skipped are restored, no one else would notice: `take_ruined` names them.
+
     Before each batch all buffers of up to `LARGEST_BUFFER` elements are copied. Before the first batch also larger
     buffers, and frozen parameters of up to that size; later only those of them that have been written to since. So the
     copies take the memory of these tensors, and a constant costs nothing after the first batch.
@@ -67,10 +69,13 @@ class RunningBuffers:
         self._is_first, self._was_first = True, False
         self._flat: list[tuple[list[torch.Size], Tensor] | None] = []
         self._seen: list[_Seen] = []
+        self._paths: dict[int, str] = {}
+        self._ruined: dict[tuple[tuple[int, str], ...], Tensor] = {}
 
     def start(self, module: nn.Module) -> None:
         """Begin to observe a module."""
         fresh = RunningBuffers()
+        fresh._paths = {id(part): name for name, part in module.named_modules()}
         fresh._modules = list(module.modules())
         self.__dict__.update(fresh.__dict__)
 
@@ -110,7 +115,12 @@ class RunningBuffers:
             own = _current(group)
             if saved is None or [b.shape for b in own] != saved[0]:
                 continue
-            values = torch.split(_mended(_flattened(own), saved[1]), [buffer.numel() for buffer in own])
+            flat = _flattened(own)
+            bad = _is_ruined(flat, saved[1])
+            sizes = [buffer.numel() for buffer in own]
+            values = torch.split(torch.where(bad, saved[1], flat), sizes)
+            if not skipped:
+                self._note(tuple(place.key for place in group if _is_current(place)), bad)
             # Through `data`, since a graph that has yet to run backward may have saved the buffer.
             torch._foreach_copy_(
                 [b.data for b in own], [v.view_as(b) for v, b in zip(values, own, strict=True)]
@@ -122,7 +132,10 @@ class RunningBuffers:
             if copy is None or now is None or (now.shape, now.dtype) != (copy.shape, copy.dtype):
                 continue
             if _is_writable(now):
-                now.data.copy_(_mended(now.detach(), copy))
+                bad = _is_ruined(now.detach(), copy)
+                now.data.copy_(torch.where(bad, copy, now.detach()))
+                if not skipped:
+                    self._note((place.key,), bad.reshape(-1))
             elif skipped and not _is_finite(now):
                 place.held[place.name] = _mended(now.detach(), copy)
         if skipped:
@@ -143,6 +156,35 @@ class RunningBuffers:
                 if copy is not None and now is not None and not _equal(now, copy):
                     self._moving.add(place.key)
         self.restore_nonfinite()
+
+    def take_ruined(self) -> list[str]:
+        """Return names of tensors that were restored since the last call, though their step was taken.
+
+        Reads the device once.
+        """
+        groups, self._ruined = self._ruined, {}
+        if not groups:
+            return []
+        own = {place.key: place for group in [*self._small, self._others] for place in group}
+        names: list[str] = []
+        for keys, flags in groups.items():
+            places = [own[key] for key in keys if key in own]
+            tensors = [place.tensor for place in places]
+            sizes = [0 if tensor is None else tensor.numel() for tensor in tensors]
+            if len(places) == len(keys) and sum(sizes) == len(flags) and bool(flags.any()):
+                parts = torch.split(flags.cpu(), sizes)
+                names += [self._name(place) for place, part in zip(places, parts, strict=True) if part.any()]
+        return names
+
+    def _note(self, keys: tuple[tuple[int, str], ...], bad: Tensor) -> None:
+        """Remember which elements were restored, without reading the device."""
+        before = self._ruined.get(keys)
+        fits = before is not None and before.shape == bad.shape
+        self._ruined[keys] = before.logical_or_(bad) if fits and before is not None else bad
+
+    def _name(self, place: _Place) -> str:
+        path = self._paths.get(id(place.module), "")
+        return f"{path}.{place.name}" if path else place.name
 
     def _find(self) -> None:
         """Find the tensors, and how each is to be copied."""
@@ -245,12 +287,21 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _is_ruined(now: Tensor, before: Tensor) -> Tensor:
+    return ~torch.isfinite(now) & torch.isfinite(before)
+
+
 def _mended(now: Tensor, before: Tensor) -> Tensor:
     return torch.where(torch.isfinite(now) | ~torch.isfinite(before), now, before)
 
 
+def _is_current(place: _Place) -> bool:
+    tensor = place.tensor
+    return tensor is not None and _is_small(tensor)
+
+
 def _current(group: list[_Place]) -> list[Tensor]:
-    return [tensor for place in group if (tensor := place.tensor) is not None and _is_small(tensor)]
+    return [tensor for place in group if _is_current(place) and (tensor := place.tensor) is not None]
 
 
 def _flattened(buffers: list[Tensor]) -> Tensor:

@@ -33,6 +33,14 @@ _TURN = 3.0
 _LONGEST_REST = 2.0
 #: The same for a loss that has made progress and stands still.
 _PLATEAU_REST = 8.0
+#: Steps with one and the same rate before it is raised which a warm-up by steps does not have, and the multiple of the
+#: smallest update that counts then.
+_STAIR, _STAIRS = 16, 20.0
+#: Share of elements that change below which a model that is no better than a constant guess loses most updates to
+#: rounding.
+_FEW = 0.2
+#: Leaky count of steps in which every gradient is exactly zero, and what other steps take off it.
+_EMPTY, _EMPTY_LEAK = 4.0, 0.1
 #: Relative deviation up to which two norms are the same. Clipping leaves 1e-6.
 _SAME = 1e-4
 
@@ -141,12 +149,16 @@ class StillSteps(NamedTuple):
     Attributes:
         steps: Steps without movement.
         rounded: Steps whose updates were lost to rounding.
+        few: Steps of which most updates were lost.
+        empty: Leaky count of steps in which every gradient is exactly zero.
         scaled: Steps with one and the same scaled norm.
         norm: That norm; NaN at first.
     """
 
     steps: Tensor
     rounded: Tensor
+    few: Tensor
+    empty: Tensor
     scaled: Tensor
     norm: Tensor
 
@@ -160,12 +172,18 @@ class Stalled:
     - The median update ratio ‖Δw‖/‖w‖ of the layers is below ``limit``, and no layer's above 100 times ``limit``.
       Suspended while the learning rate is below a tenth of its peak, unless it has been for twice as long as the
       training before: a schedule ends with low rates, and no schedule begins with them. After eight times as long, a
-      loss that stands still above half of its start is enough.
+      loss that stands still above half of its start is enough. A rate that is raised in stairs of 16 steps or more is
+      that of a warm-up which is advanced once an epoch: then 20 times ``limit`` count.
     - Fewer than ``changed`` of the elements change at a step, in the median layer, and the rate is not low. This is
       for weights in half precision, which lose an update of less than half the distance to the next number, while the
-      few elements that move make the ratio look healthy. Elements without a gradient do not count.
+      few elements that move make the ratio look healthy. Elements without a gradient do not count. While the loss is
+      no better than that of a constant guess, and the rate has been the same for long, a fifth is too few.
     - With a gradient scaler, the norm times the scale is one and the same short decimal number, such as 1.0, and the
       norm is none: gradients were clipped to it before they were unscaled.
+
+    Also raised when every gradient is exactly zero in one of ten steps, for a leaky count of four, while the loss is
+    above half of its start: of a loss that is not near zero no batch has nothing to teach, unless the output is
+    saturated.
 
     A depth tilt or dead units explain it better and take precedence.
 
@@ -188,6 +206,7 @@ class Stalled:
         "median applied update over weight",
         "median share of elements that a step changes",
         "steps in a row with one and the same gradient norm before it is unscaled",
+        "steps in which every gradient is exactly zero",
     )
     slow: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
@@ -200,7 +219,7 @@ class Stalled:
     def init(self, stats: GradStats) -> Any:
         """Return a state without a step so far."""
         zero = torch.zeros_like(stats.total)
-        return StillSteps(zero, zero, zero, torch.full_like(zero, torch.nan))
+        return StillSteps(zero, zero, zero, zero, zero, torch.full_like(zero, torch.nan))
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
@@ -209,12 +228,16 @@ class Stalled:
         ratios = torch.where(live_layers, stats.updates, torch.nan)
         median = torch.nanmedian(ratios, 0).values
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
-        is_still = (median < self.limit) & (fastest < 100 * self.limit)
+        number = stats.layout.constant
+        slowest = (_STAIRS if stats.stair >= _STAIR else 1.0) * self.limit
+        is_still = (median < slowest) & (fastest < 100 * slowest)
         shares = torch.where(live_layers, stats.changed, torch.nan)
         share = torch.nanmedian(shares, 0).values
         is_rounded = (share < self.changed) & (2 * (~shares.isnan()).sum() > live_layers.sum())
         norm = stats.total * stats.loss_scale
         is_same = ((norm - state.norm).abs() <= _SAME * norm) & _is_short(norm) & ~_is_short(stats.total)
+        is_few = (share < _FEW) & (2 * (~shares.isnan()).sum() > live_layers.sum())
+        few = torch.where(is_few, state.few + stats.elapsed, 0.0)
         held = torch.where(is_still, state.steps + stats.elapsed, 0.0)
         rounded = torch.where(is_rounded, state.rounded + stats.elapsed, 0.0)
         scaled = torch.where(is_same, state.scaled + stats.elapsed, 0.0)
@@ -222,18 +245,27 @@ class Stalled:
         may_rest = 0 < stats.rest <= _LONGEST_REST
         stalled = (held >= self.steps) & (trends.no_progress | stands) & (not may_rest)
         lost = (rounded >= self.steps) & trends.no_progress & (not may_rest)
+        # A rate that has not changed for long is no warm-up.
+        guesses = (few >= 2 * self.steps) & (stats.excess > _GUESSING) & (stats.steady >= 2 * self.steps)
+        lost = lost | guesses
         shrunk = (scaled >= self.steps) & trends.no_progress
-        raised = (stalled | lost | shrunk) & (trends.steps >= WARM_UP + 5)
+        fewest_share = torch.where(guesses, number(_FEW), number(self.changed))
+        is_empty = stats.present.any() & (stats.total == 0)
+        empty = torch.clamp(state.empty + torch.where(is_empty, 1.0, -_EMPTY_LEAK), 0.0, 2.0 * _EMPTY)
+        start = torch.minimum(trends.loss_start, trends.first_loss)
+        vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start)
+        raised = (stalled | lost | shrunk | vacant) & (trends.steps >= WARM_UP + 5)
         value = torch.where(shrunk, scaled, torch.where(lost, share, median))
-        number = stats.layout.constant
-        limit = torch.where(
-            shrunk, number(self.steps), torch.where(lost, number(self.changed), number(self.limit))
-        )
+        by_none = vacant & ~(stalled | lost | shrunk)
+        value = torch.where(by_none, empty, value)
+        limit = torch.where(shrunk, number(self.steps), torch.where(lost, fewest_share, number(slowest)))
+        limit = torch.where(by_none, number(_EMPTY), limit)
         measure = torch.where(shrunk, number(2.0), torch.where(lost, number(1.0), number(0.0)))
+        measure = torch.where(by_none, number(3.0), measure)
         still = torch.where(live_layers, -stats.updates, -torch.inf)
         fewest = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), -torch.inf)
         score = torch.where(lost & ~shrunk, fewest, still)
-        after = StillSteps(held, rounded, scaled, torch.where(is_same, state.norm, norm))
+        after = StillSteps(held, rounded, few, empty, scaled, torch.where(is_same, state.norm, norm))
         return reading(stats, raised, value, limit, score=score, measure=measure), after
 
 

@@ -26,6 +26,8 @@ TYPICAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
 TYPICAL_MOMENTUM = 0.9
 #: Layers in a row without a skip connection or normalization that count as deep.
 DEEP = 10
+#: RMS of all inputs over that of the median row from which few rows are far larger than the others.
+OUTLYING = 10.0
 #: Weight of evidence that is proof: more than any measurable number of decades.
 CERTAIN = 100.0
 
@@ -35,6 +37,11 @@ _MANY_ROWS = 8
 _MOST_DECADES_PER_LAYER = 3.0
 #: Newest steps over which a norm counts as constant, and its largest relative deviation.
 _CONSTANT_FOR, _SAME = 16, 1e-4
+#: Steps with one and the same rate that a warm-up by steps does not have, and update ratio that a warm-up reaches soon.
+_STAIR, _CLIMBING = 16, 1e-4
+#: RMS of targets from which they are called large; and loss, over that of an output of zero, which shows that the
+#: outputs are nothing beside them.
+_LARGE_TARGETS, _OF_NOTHING = 100.0, (0.4, 1.3)
 #: Fraction of its initial size to which healthy training does not shrink the median layer.
 _SHRUNK = 1 / 3
 
@@ -70,6 +77,8 @@ class DiagnosticContext:
         clipper: The clipper in force, as printed; empty if none.
         policy: The policy in force, as printed.
         input_rms: Root mean square of the newest batch's floating-point inputs; None if unknown.
+            If few rows are far larger than the others, that of the median row.
+        outlying_rows: RMS of all inputs over that of the median row; 0 if unknown.
         target_rms: Root mean square of its floating-point targets; None if unknown or there are none.
         weight_means: Mean of each tensor's elements; None if unknown.
         bad_rows: Rows of the batch with NaN or Inf: empty if there are none, None if the batch was not examined.
@@ -78,6 +87,7 @@ class DiagnosticContext:
             for tensors that are not in half precision.
         peak_rate: Highest learning rate so far; 0 if unknown.
         rate_fell_at: Step from which on the learning rate is below a tenth of its peak; None if it is not.
+        rate_stair: Most steps with one and the same learning rate before it was raised; 0 if it was not raised.
         recent_norms: Global gradient norms of the newest finite steps, oldest first.
         recent_losses: Their losses, NaN if unknown.
         loss_scale: Scale of the gradient scaler; NaN without one.
@@ -106,6 +116,7 @@ class DiagnosticContext:
     clipper: str = ""
     policy: str = ""
     input_rms: float | None = None
+    outlying_rows: float = 0.0
     target_rms: float | None = None
     weight_means: tuple[float, ...] | None = None
     bad_rows: tuple[int, ...] | None = None
@@ -113,6 +124,7 @@ class DiagnosticContext:
     changed_shares: tuple[float, ...] | None = None
     peak_rate: float = 0.0
     rate_fell_at: int | None = None
+    rate_stair: int = 0
     recent_norms: tuple[float, ...] = ()
     recent_losses: tuple[float, ...] = ()
     loss_scale: float = math.nan
@@ -395,6 +407,73 @@ class DiagnosticContext:
     def median_loss(self) -> float:
         """Median of the newest losses, or NaN."""
         return finite_median(self.recent_losses)
+
+    @property
+    def ran_uncut(self) -> bool:
+        """True if all tensors of the optimizer took part in the forward pass, and the loss reaches none.
+
+        The loss may then have been computed with what they gave, and the graph is cut.
+        """
+        graph = self.graph_summary
+        is_cut = self.finding.measure == "tensors without a path from the loss"
+        return (
+            is_cut
+            and graph is not None
+            and bool(graph.missing)
+            and not (graph.unused | graph.idle) & set(self.names)
+        )
+
+    @property
+    def climbs_slowly(self) -> bool:
+        """True if the rate is raised in stairs, and so low that the weights hardly change."""
+        return self.rate_stair >= _STAIR and self.typical_update < _CLIMBING
+
+    @property
+    def starved_by_softmax(self) -> tuple[float, tuple[str, ...]]:
+        """Decades by which layers behind a softmax inside the model lie below the others, and their names.
+
+        A softmax whose scores are far too large is sure of one place, and passes on nothing. 0 if there are none.
+        """
+        kinds = self.graph_summary.kinds if self.graph_summary else {}
+        below: dict[str, float] = {}
+        beside: list[float] = []
+        for i in self.layers:
+            known = math.isfinite(self.gradients_log10[i]) and self.weight_norms[i] > 0
+            if not known or self.names[i] not in kinds:
+                continue
+            level = self.gradients_log10[i] - math.log10(self.weight_norms[i])
+            if kinds[self.names[i]].get("attention"):
+                below[self.names[i]] = level
+            else:
+                beside.append(level)
+        if not below or not beside:
+            return 0.0, ()
+        return finite_median(beside) - max(below.values()), tuple(below)
+
+    @property
+    def zero_factors(self) -> tuple[str, ...]:
+        """Weights that were zero at the start, still are, and get a gradient of exactly zero; empty below two.
+
+        Each is multiplied with another, and the gradient of either is a product with the other.
+        """
+        found = tuple(
+            self.names[i]
+            for i in self.layers
+            if self.starting_norms[i] == 0 == self.weight_norms[i] and self.gradients_log10[i] == -math.inf
+        )
+        return found if len(found) > 1 else ()
+
+    @property
+    def dwarfing_targets(self) -> float:
+        """RMS of targets beside which the outputs are nothing, as the size of the loss shows, or 0."""
+        rms, loss = self.target_rms or 0.0, min(self.loss_start, self.loss_now)
+        linear = any(op in self.loss_operations for op in ("Abs", "L1Loss", "SmoothL1Loss", "HuberLoss"))
+        squared = any(op in self.loss_operations for op in ("MseLoss", "Pow"))
+        low, high = _OF_NOTHING
+        is_it = (linear and low * rms < loss < high * rms) or (
+            squared and low * rms**2 < loss < high * rms**2
+        )
+        return rms if rms > _LARGE_TARGETS and is_it else 0.0
 
     @property
     def outlier_losses(self) -> float:

@@ -16,10 +16,16 @@ from torch import Tensor
 
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import OUTLYING, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
 from lightning_gradguard.diagnosis.first_pass import measure_first_pass
-from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
+from lightning_gradguard.diagnosis.fixes import (
+    BIASED_VARIANCE,
+    DROP_LAST,
+    FINITE_STATISTIC,
+    PROBLEMS,
+    find_fixes,
+)
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
@@ -39,6 +45,8 @@ from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import weight_means, weight_norms
 
+#: Rows from which the median row tells what is usual.
+_FEW_ROWS = 8
 #: Newest steps that a diagnosis keeps for its picture.
 PICTURED = 128
 
@@ -152,6 +160,40 @@ def undiagnosed(finding: Finding, problem: str, notes: tuple[str, ...] = ()) -> 
         (Cause.UNKNOWN,),
         {Cause.UNKNOWN: problem},
     )
+
+
+def diagnose_ruined(finding: Finding, least_rows: float) -> tuple[Diagnosis, str]:
+    """Diagnose running statistics that became NaN or Inf while loss and gradients were finite.
+
+    Args:
+        finding: The finding, which names them.
+        least_rows: Samples in the smallest batch so far; infinite if it is not known.
+
+    Returns:
+        The diagnosis, and the text of a warning.
+    """
+    named = ", ".join(f"`{name}`" for name in finding.parameters[:3])
+    became = f"{named} became NaN or Inf in a step whose loss and gradients were finite."
+    seen = (
+        became
+        + " The guard has restored it; without it, the NaN stays, and shows as soon as the statistic is used."
+    )
+    evidence = f"{became} A pass of the model writes to it, and no gradient depends on that."
+    fixes = [FINITE_STATISTIC]
+    if least_rows == 1:
+        evidence += " The smallest batch had one sample, and the unbiased variance of one sample is 0 / 0."
+        fixes = [DROP_LAST, BIASED_VARIANCE, FINITE_STATISTIC]
+    cause = Cause.NORMALIZATION
+    diagnosis = Diagnosis(
+        fault=finding.fault,
+        step=finding.step,
+        parameters=finding.parameters,
+        signs=(seen,),
+        causes=(cause,),
+        evidence={cause: evidence},
+        remedies=tuple(fixes),
+    )
+    return diagnosis, f"{evidence}\n  {seen.removeprefix(became).strip()} Fix to try first: {fixes[0].name}."
 
 
 def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = True) -> Origin | None:
@@ -289,6 +331,7 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
     weights = weight_norms(layout)
     means = weight_means(layout) if finding.fault == Fault.DEAD else None
     (input_rms, target_rms), bad_rows = _measure_batch(batch)
+    outlying = _outlying_rows(batch) if input_rms else 0.0
     settings = _settings(facts.optimizer)
     norms, losses = _recent(facts.history)
     dtypes = {str(g.dtype).removeprefix("torch.") for g in stats.gradients if g is not None}
@@ -320,13 +363,15 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
         steps=facts.judged,
         clipper=facts.clipper,
         policy=facts.policy,
-        input_rms=input_rms,
+        input_rms=input_rms / outlying if input_rms and outlying > OUTLYING else input_rms,
+        outlying_rows=outlying,
         target_rms=target_rms,
         weight_means=None if means is None else _in_order(means, order),
         bad_rows=bad_rows,
         changed_shares=_in_order(stats.changed, order),
         peak_rate=facts.rates.peak,
         rate_fell_at=facts.rates.fell_at if facts.rates.rested else None,
+        rate_stair=facts.rates.stair,
         recent_norms=norms,
         recent_losses=losses,
         loss_scale=record.loss_scale,
@@ -345,6 +390,17 @@ def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tu
     rows = tuple(sorted({row for entry in find_nonfinite(batch) for row in entry.rows}))
     inputs, targets = (_rms(t) for t in inputs_and_targets(batch))
     return (inputs, targets), rows
+
+
+def _outlying_rows(batch: object) -> float:
+    """Return the RMS of the inputs over that of the median row; 0 if it is not known."""
+    inputs, _ = inputs_and_targets(batch)
+    if inputs is None or inputs.ndim < 2 or len(inputs) < _FEW_ROWS:
+        return 0.0
+    squares = inputs.detach().float().flatten(1).square().mean(1)
+    squares = torch.where(squares.isfinite(), squares, torch.nan)
+    mean, median = read(torch.stack([squares.nanmean(), squares.nanmedian(0).values]).sqrt())
+    return mean / median if median > 0 and math.isfinite(mean) else 0.0
 
 
 def _recent(history: History) -> tuple[tuple[float, ...], tuple[float, ...]]:

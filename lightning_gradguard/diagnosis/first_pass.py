@@ -15,7 +15,7 @@ from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, whole_profile
-from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem, find_problems_of_signs
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
 from lightning_gradguard.introspection.operations import VIEWS, operation_of
 from lightning_gradguard.introspection.ownership import find_loose
@@ -127,6 +127,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             raise ValueError(f"the loss must be a tensor with one element, got {got}")
         parameters = dict(step.module.named_parameters())
         graph, others = read_graph(loss, parameters)
+        signs = find_problems_of_signs(loss)
         loose, holder = find_loose(step.module, others)
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
@@ -153,7 +154,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             gradients_log10=tuple(_log10(parameters[n].grad) for n in names),
             weight_norms=tuple(float(parameters[n].detach().float().norm()) for n in names),
             graph_summary=graph,
-            problems=tuple({p.kind: p for p in (*observer.problems, *graph.problems)}.values()),
+            problems=tuple({p.kind: p for p in (*observer.problems, *graph.problems, *signs)}.values()),
         )
     idle = _find_idle(step, unreached) if unreached else frozenset()
     return replace(first, unreached=tuple(n for n in unreached if n not in idle), idle=tuple(sorted(idle)))
@@ -170,9 +171,7 @@ def _tilt(parameters: Mapping[str, Tensor], graph: GraphSummary, layers: frozens
         columns=graph.columns,
     )
     known = {name: parameters[name] for name in layers if parameters[name].numel()}
-    profile = torch.tensor(
-        whole_profile(known, graph.names), device=layout.numel.device, dtype=torch.float32
-    )
+    profile = torch.tensor(whole_profile(known, graph.names), device=layout.numel.device, dtype=torch.float32)
     live = profile.isfinite()
     tilt = float(offsets_and_tilt(torch.where(live, profile, 0.0), live, layout)[1])
     return None if math.isnan(tilt) else tilt

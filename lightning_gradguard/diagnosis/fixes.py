@@ -71,8 +71,12 @@ def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str
         cause: The most likely cause; the fixes are for mistakes of this kind.
     """
     kinds = {problem.kind for problem in context.problems}
-    keys = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
+    keys: set[str] = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
     summed = cause == Cause.LOSS_FUNCTION and context.summed_rows and not context.normalizes_gradient
+    if cause == Cause.SATURATING_ACTIVATION and is_starved_by_softmax(context):
+        keys.add(SCALE_SCORES.key)
+    if cause == Cause.BAD_INITIALIZATION and has_zero_factors(context):
+        keys.add(RANDOM_FACTOR.key)
     return frozenset(keys | ({mean_loss(context).key} if summed else set()))
 
 
@@ -92,13 +96,20 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         ):
             return own
 
+        case Cause.SATURATING_ACTIVATION if is_starved_by_softmax(c):
+            return [SCALE_SCORES, normalization(c)]
         case Cause.SATURATING_ACTIVATION:
             # In the order of what they did to 12 sigmoid layers of width 64 on scikit-learn's digits. Validation
             # accuracy in % after 10 epochs, mean of three seeds, at the worst and the best of five settings of SGD and
             # Adam: unchanged 8 to 11; residual blocks 96 to 98; ReLU and BatchNorm 96 to 97; sigmoid and BatchNorm 94
             # to 97; ReLU with He initialization 27 to 96. ReLU alone: 8 to 87.
+            # A net of fewer layers needs no residual blocks, which may be too much for its learning rate.
+            if c.bare_layers < DEEP:
+                return [relu_and_normalization(c), RELU_AND_HE, residual_blocks(c), normalization(c)]
             return [residual_blocks(c), relu_and_normalization(c), normalization(c), RELU_AND_HE]
 
+        case Cause.BAD_INITIALIZATION if has_zero_factors(c):
+            return [RANDOM_FACTOR]
         case Cause.BAD_INITIALIZATION if c.preserving_gain > 1:
             # Twenty ReLU layers from N(0, 0.05), mean loss of two seeds at the worst of five settings of SGD and Adam,
             # from 2.3: residual blocks 0.02, BatchNorm 0.2, He initialization NaN. Eight layers: He 0.01, save for one
@@ -124,7 +135,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [ZERO_BIASES if large_bias else None, lower, LEAKY_RELU, HE, normalization(c)]
 
         case Cause.DETACHED_GRAPH if c.missing and c.missing.issuperset(c.names):
-            return [RIGHT_OPTIMIZER]
+            return [NO_DETACH, RIGHT_OPTIMIZER] if c.ran_uncut else [RIGHT_OPTIMIZER]
         case Cause.DETACHED_GRAPH if c.graph_summary and any(
             k.get("step") for k in c.graph_summary.kinds.values()
         ):
@@ -149,6 +160,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
 
         case Cause.LEARNING_RATE_TOO_LOW if c.fault == Fault.STALLED and c.schedule_ended:
             return [STEP_PER_EPOCH, longer_schedule(c)]
+        case Cause.LEARNING_RATE_TOO_LOW if c.climbs_slowly:
+            return [SHORTER_WARM_UP, raise_learning_rate(c)]
         case Cause.LEARNING_RATE_TOO_LOW:
             return [raise_learning_rate(c)]
 
@@ -158,6 +171,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.MOMENTUM:
             return [lower_momentum(c), lower_learning_rate(c), WARM_UP, clip_spikes(c)]
 
+        case Cause.BAD_DATA if c.too_small and c.input_rms == 0:
+            return [NONZERO_INPUT, LOOK_AT_BATCH]
         case Cause.BAD_DATA:
             return [look_at_bad_rows(c), drop_rows(()), fill_in(())]
 
@@ -259,6 +274,27 @@ RELU_AND_HE = Remedy(
     change=Change(activation="relu", initialise="he"),
 )
 ZERO_BIASES = Remedy("Zero biases", "nn.init.zeros_(layer.bias)")
+
+RANDOM_FACTOR = Remedy(
+    "Initialize one of two factors with random numbers, and only the other with zero",
+    "nn.init.normal_(down, std=rank**-0.5); nn.init.zeros_(up)",
+)
+SCALE_SCORES = Remedy(
+    "Divide the scores of the attention by the square root of the width",
+    "scores = query @ key.mT / key.shape[-1] ** 0.5",
+)
+
+
+def has_zero_factors(context: DiagnosticContext) -> bool:
+    """Return True if some layers, and not all, began at zero and multiply each other."""
+    others = any(context.starting_norms[i] > 0 for i in context.layers)
+    return context.too_small and bool(context.zero_factors) and others
+
+
+def is_starved_by_softmax(context: DiagnosticContext) -> bool:
+    """Return True if layers behind a softmax get next to nothing."""
+    return context.starved_by_softmax[0] >= 3.0
+
 
 # Depth and normalization.
 
@@ -371,6 +407,10 @@ NEW_OPTIMIZER = Remedy(
     "Make the optimizer after the last change of the model",
     "optimizer = torch.optim.Adam(model.parameters())  # once all layers are there",
 )
+MAKE_ONCE = Remedy(
+    "Make the layers once, in __init__, and not in the forward pass",
+    "self.head = nn.LazyLinear(outputs)  # in __init__; it takes its width from the first batch",
+)
 ADD_GROUP = Remedy(
     "Add the tensors to the optimizer", 'optimizer.add_param_group({"params": list(layer.parameters())})'
 )
@@ -414,6 +454,10 @@ STANDARD_TARGET = Remedy(
     "Standardize the targets",
     "y = (y - mean) / std  # and prediction * std + mean afterwards",
     change=Change(target=True),
+)
+NONZERO_INPUT = Remedy(
+    "Find out why the inputs are all zero",
+    "x = x.float() / 255  # not x // 255, which is 0 for whole numbers; print(x.aminmax())",
 )
 LOOK_AT_BATCH = Remedy("Inspect the batch", "print(x.aminmax(), y.aminmax())")
 ONE_BATCH = Remedy("Check that the model can learn a single batch", "trainer = Trainer(overfit_batches=1)")
@@ -460,6 +504,18 @@ def change_response(fault: Fault) -> Remedy:
     how = f'guard = GradGuard(policy=Policy(respond={{"{fault.value}": "warn"}}))  # or "ignore"'
     return Remedy("Change the response to this fault", how)
 
+
+DROP_LAST = Remedy(
+    "Drop a last batch of one row",
+    "loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)",
+)
+BIASED_VARIANCE = Remedy(
+    "Use the biased variance for the running statistic", "variance = x.var(0, correction=0)  # unbiased=False"
+)
+FINITE_STATISTIC = Remedy(
+    "Leave a value that is not finite out of the running statistic",
+    "new = statistic(x); self.running.copy_(torch.where(new.isfinite(), new, self.running))",
+)
 
 # The loss and the number format.
 
@@ -553,6 +609,10 @@ def clip_spikes(context: DiagnosticContext) -> Remedy | None:
 STEP_PER_EPOCH = Remedy(
     "Step the schedule once per epoch, not per batch",
     'return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}',
+)
+SHORTER_WARM_UP = Remedy(
+    "A shorter warm-up, advanced at each step and not once an epoch",
+    'return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}',
 )
 UNSCALE_FIRST = Remedy(
     "Unscale the gradients before clipping them",
@@ -706,6 +766,10 @@ OTHER_SIGN = Remedy(
     "Change the sign of the loss, so that it is minimized",
     "loss = loss_fn(output, y)  # not -loss_fn(output, y): the optimizer minimizes",
 )
+ENTROPY_BONUS = Remedy(
+    "Change the sign of the entropy: subtract it from the loss",
+    "loss = policy_loss - 0.01 * policy.entropy().mean()",
+)
 SAME_SHAPE = Remedy(
     "Give outputs and targets the same shape",
     "loss = nn.functional.mse_loss(output, y.view_as(output))  # or output.squeeze(1) for targets of shape [N]",
@@ -738,6 +802,7 @@ ZERO_GRAD = Remedy(
 PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.ONE_ELEMENT_NORMALIZATION: (Cause.NORMALIZATION, MORE_ELEMENTS),
     Problem.STALE_GRADIENTS: (Cause.STALE_GRADIENTS, ZERO_GRAD),
+    Problem.REMADE_LAYERS: (Cause.STALE_OPTIMIZER, MAKE_ONCE),
     Problem.STALE_OPTIMIZER: (Cause.STALE_OPTIMIZER, NEW_OPTIMIZER),
     Problem.UNREGISTERED_MODULES: (Cause.UNREGISTERED_MODULES, REGISTER_MODULES),
     Problem.SOFTMAX_TWICE: (Cause.LOSS_FUNCTION, ONE_SOFTMAX),
@@ -747,6 +812,7 @@ PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.ONE_CLASS: (Cause.LOSS_FUNCTION, MORE_LOGITS),
     Problem.WRONG_DIMENSION: (Cause.LOSS_FUNCTION, CLASS_DIMENSION),
     Problem.WRONG_SIGN: (Cause.LOSS_FUNCTION, OTHER_SIGN),
+    Problem.ENTROPY_SIGN: (Cause.LOSS_FUNCTION, ENTROPY_BONUS),
     Problem.BROADCAST: (Cause.LOSS_FUNCTION, SAME_SHAPE),
     Problem.CONSTANT_LOSS: (Cause.LOSS_FUNCTION, DEPENDENT_LOSS),
     Problem.PROBABILITIES: (Cause.LOSS_FUNCTION, NO_PROBABILITIES),

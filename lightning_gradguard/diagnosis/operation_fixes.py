@@ -31,6 +31,8 @@ _SCALES = {
     **dict.fromkeys(("Categorical", "Bernoulli", "Multinomial", "Binomial", "Geometric"), "probs"),
     **{"NegativeBinomial": "total_count", "Beta": "concentration1", "Dirichlet": "concentration"},
 }
+#: Part of the largest element up to which a negative one counts as rounded below zero.
+_ROUNDING = 1e-5
 SHOW_OPERATIONS = Remedy(
     "Run this part eagerly, so that its operations are seen",
     'torch.compiler.set_stance("force_eager")  # checkpoint(..., use_reentrant=False); no torch.jit',
@@ -150,16 +152,31 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how += "  # or F.binary_cross_entropy_with_logits"
     elif function == "log" and argument is not None and argument.made_by in ("sum", "mean", "exp", "prod"):
         how += "  # or stay in logarithms: torch.logsumexp(log_p, dim=-1)"
+    if function in ("log", "log2", "log10") and argument is not None and _is_scaled_slope(argument):
+        code = "log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u) ** 2), before it is scaled"
+        fix = "Take the slope of the tanh itself, before its result is scaled"
+        yield _fix(fix, code, _patch(facts, "unit", argument=domain.argument, low=1e-6))
     if facts.chooser:
         masked = domain.call.format(f"torch.where(mask, x, {domain.fill:g})")
         code = f"y = torch.where(mask, {masked}, other)"
         patch = _patch(facts, "mask", argument=domain.argument, low=low, high=high, fill=domain.fill)
         yield _fix(f"Mask {domain.what} before `torch.{facts.chooser}`", code, patch)
+    if function == "exp" and argument is not None and argument.learned:
+        # Beyond a clamp there is no slope, so that what has run off stays there.
+        soft = 0.5 * (high or 30.0)
+        code = f"y = torch.exp({soft:g} * torch.tanh(x / {soft:g}))  # keeps a slope, unlike x.clamp(max={soft:g})"
+        patch = _patch(facts, "soft", argument=domain.argument, high=soft)
+        yield _fix("Bound the argument of `exp` softly, with a tanh", code, patch)
     if function == "exp":
         how += "  # in a softmax: subtract the maximum before, or torch.logsumexp"
     if function == "sqrt":
         how += "  # not x + 1e-12, which rounds away"
     yield _fix(f"Clamp {domain.what} to stay {domain.words}", how, clamp)
+
+
+def _is_scaled_slope(argument: ArgumentFacts) -> bool:
+    """Return True for 1 minus the square of a tanh that was multiplied by more than 1."""
+    return argument.made_by == "tanh" and argument.negatives > 0 and 0 < argument.high <= 1 + 1e-3
 
 
 def _of_distribution(facts: OperationFacts, patch: OperationPatch | None) -> Remedy:
@@ -238,6 +255,14 @@ def _of_power(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = f"norm = {_name(base, 'degree')}.clamp(min=1) ** {exponent}"
         patch = _patch(facts, "clamp", low=1.0)
         yield _fix("Clamp the count or degree at 1 before the negative power", how, patch)
+    elif base.negatives and exponent.startswith("-") and base.low < -_ROUNDING * max(base.high, 0.0):
+        # A root of what is clamped at nearly nothing would be huge.
+        low = max(1e-8, float(f"{0.1 * min(base.least, 10.0):.0e}"))
+        how = f"norm = {_name(base, 'x')}.abs().clamp(min={_number(low)}) ** {exponent}"
+        patch = _patch(facts, "size", low=low)
+        yield _fix("Take the absolute value of the base of the power, which is negative", how, patch)
+        how = f"y = x.clamp(min=1e-8) ** {exponent}"
+        yield _fix("Clamp the base of the power above 0", how, _patch(facts, "clamp", low=1e-8))
     elif base.zeros or base.negatives:
         how = f"y = x.clamp(min=1e-8) ** {exponent or 'p'}"
         yield _fix("Clamp the base of the power above 0", how, _patch(facts, "clamp", low=1e-8))
@@ -292,7 +317,12 @@ def _of_ctc(facts: OperationFacts, function: str) -> Iterator[Remedy]:
 
 
 def _of_attention(facts: OperationFacts, function: str) -> Iterator[Remedy]:
-    if Condition.HIDDEN_ROW in facts.conditions:
+    if Condition.HIDDEN_ROW in facts.conditions and function.startswith("log") and function != "log_softmax":
+        # Sums over ways that are all impossible are meant to be so; only their slope is 0 / 0.
+        how = "log_p = torch.full(shape, -1e9)  # in place of -inf, wherever the recursion starts or pads"
+        name = "A large finite number in place of -inf, which has no slope when every term is -inf"
+        yield _fix(name, how, _patch(facts, "finite"))
+    elif Condition.HIDDEN_ROW in facts.conditions:
         how = "mask = mask & ~mask.all(-1, keepdim=True)  # mask is True where an entry is hidden"
         yield _fix("Leave each row of the mask at least one entry", how, _patch(facts, "show rows"))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.columns import MAX_COLUMNS
-from lightning_gradguard.introspection.graph_problems import OWNERSHIP
-from lightning_gradguard.introspection.ownership import find_ownership_problems
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP, find_problems_of_signs
+from lightning_gradguard.introspection.ownership import UnownedWeights, find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
     InputProbe,
@@ -79,6 +79,8 @@ class GraphObserver:
         self._input_probe: InputProbe | None = None
         self._input_probed: set[str] = set()
         self._ran: list[bool] = []
+        self._signs_seen = False
+        self._unowned: UnownedWeights | None = None
         self._followed: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
 
@@ -93,6 +95,7 @@ class GraphObserver:
         if self._input_probe is not None:
             self._input_probe.close()
         self._input_probe, self._input_probed = None, set()
+        self._unowned = None
         self._result_usage, self._followed = None, frozenset()
         self._idle = frozenset()
         nowhere = torch.zeros_like(layout.is_layer)
@@ -125,6 +128,8 @@ class GraphObserver:
             self._take_result_usage(layout)
         if self._input_probe is not None:
             self._take_inputs(layout)
+        if self._unowned is not None:
+            self._look_for_remade(self._unowned)
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
         if known or graph is None or graph.grad_fn is None or not self._knows_leaves():
             return layout
@@ -136,6 +141,7 @@ class GraphObserver:
             reached = frozenset(summary.shortest)
             problems = find_ownership_problems(parameters, reached, others, self._named)
             summary = replace(summary, problems=(*summary.problems, *problems))
+            self._unowned = UnownedWeights.of(problems, others)
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
@@ -174,6 +180,10 @@ class GraphObserver:
         """Stop following results, at a loss."""
         if self._result_usage is not None:
             self._result_usage.end(loss)
+        if self.graph_summary is not None and not self._signs_seen:
+            self._signs_seen = True
+            problems = (*self.graph_summary.problems, *find_problems_of_signs(loss))
+            self.graph_summary = replace(self.graph_summary, problems=problems)
 
     def leave_pass(self) -> None:
         """Undo `begin_pass`."""
@@ -247,6 +257,14 @@ class GraphObserver:
         self._idle |= self._followed - used
         self.graph_summary = replace(summary, idle=self._idle)
         self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
+
+    def _look_for_remade(self, unowned: UnownedWeights) -> None:
+        """Say at the second step if weights in no optimizer are gone, since the pass has made others."""
+        self._unowned = None
+        summary, problem = self.graph_summary, unowned.as_remade()
+        if summary is not None and problem is not None:
+            others = [p for p in summary.problems if p.kind not in OWNERSHIP or p.certain]
+            self.graph_summary = replace(summary, problems=(*others, problem))
 
     def _take_inputs(self, layout: Layout) -> None:
         """Mark layers whose input was exactly zero, without a read on the host."""

@@ -53,12 +53,18 @@ class RateHistory(NamedTuple):
         summed: Sum of the rates over all steps.
         rested: Steps in a row with a rate below a tenth of the peak.
         fell_at: Steps before the first of them.
+        newest: Newest rate.
+        steady: Steps in a row with it.
+        stair: Most steps with one and the same rate before it was raised; 0 if it was not.
     """
 
     peak: float = 0.0
     summed: float = 0.0
     rested: int = 0
     fell_at: int = 0
+    newest: float = 0.0
+    steady: int = 0
+    stair: int = 0
 
     def after(self, rate: float, steps: int, elapsed: int) -> RateHistory:
         """Return the history after further steps.
@@ -71,8 +77,16 @@ class RateHistory(NamedTuple):
         peak = max(self.peak, rate)
         low = rate < RESTING * peak
         fell_at = self.fell_at if self.rested else steps
+        is_same = rate == self.newest
+        is_raised = self.steady > 0 and rate > self.newest
         return RateHistory(
-            peak, self.summed + rate * elapsed, self.rested + elapsed if low else 0, fell_at if low else 0
+            peak,
+            self.summed + rate * elapsed,
+            self.rested + elapsed if low else 0,
+            fell_at if low else 0,
+            rate,
+            self.steady + elapsed if is_same else elapsed,
+            max(self.stair, self.steady) if is_raised else self.stair,
         )
 
     @property
@@ -239,6 +253,8 @@ class ParameterTracker:
             elapsed=due.elapsed,
             changed=self._changed,
             rest=rest,
+            stair=self.rates.stair,
+            steady=self.rates.steady,
         )
         self._moved: Tensor = stats.present
         return stats

@@ -57,12 +57,14 @@ class Problem(str, Enum):
     ONE_CLASS = "one_class"
     WRONG_DIMENSION = "wrong_dimension"
     WRONG_SIGN = "wrong_sign"
+    ENTROPY_SIGN = "entropy_sign"
     BROADCAST = "broadcast"
     CONSTANT_LOSS = "constant_loss"
     PROBABILITIES = "probabilities"
     DIVERGENCE = "divergence"
     OUT_OF_RANGE = "out_of_range"
     STALE_OPTIMIZER = "stale_optimizer"
+    REMADE_LAYERS = "remade_layers"
     UNREGISTERED_MODULES = "unregistered_modules"
     ONE_ELEMENT_NORMALIZATION = "one_element_normalization"
     STALE_GRADIENTS = "stale_gradients"
@@ -74,7 +76,7 @@ class Problem(str, Enum):
 #: Mistakes that leave a loss without a lower bound, so that the weights grow until they overflow.
 UNBOUNDED = frozenset({Problem.WRONG_SIGN, Problem.NO_LOGARITHM})
 #: Mistakes in what the optimizer steps.
-OWNERSHIP = (Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
+OWNERSHIP = (Problem.REMADE_LAYERS, Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
 
 
 class GraphProblem(NamedTuple):
@@ -108,6 +110,15 @@ def find_problems(loss: LossGraph, shared: bool = False) -> tuple[GraphProblem, 
         for problem in finder(loss, shared):
             found.setdefault(problem.kind, problem)
     return tuple(found.values())
+
+
+def find_problems_of_signs(loss: Tensor) -> tuple[GraphProblem, ...]:
+    """Find mistakes that only the signs of constant factors show, which are known before the backward pass.
+
+    Args:
+        loss: The loss, before the backward pass.
+    """
+    return () if loss.grad_fn is None else tuple(_entropy_sign(LossGraph(loss.grad_fn)))
 
 
 def summed_rows(loss: LossGraph) -> int:
@@ -438,6 +449,59 @@ def _wrong_sign(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     )
     text = f"The loss is minus {what}: training makes the error larger, without bound."
     yield GraphProblem(Problem.WRONG_SIGN, text)
+
+
+def _entropy_sign(loss: LossGraph) -> Iterator[GraphProblem]:
+    """Find a policy gradient whose loss adds the policy's entropy, so that the policy becomes sure at once."""
+    if not any(_is_policy_gradient(loss, index) for index in loss.where({"Mul"})):
+        return
+    for index, sign, _ in _signed_terms(loss):
+        if sign < 0 and _is_negative_entropy(loss, index):
+            text = (
+                "The loss adds the entropy of the policy, beside a policy gradient: minimizing it makes the policy "
+                "sure of one action before it has seen rewards."
+            )
+            yield GraphProblem(Problem.ENTROPY_SIGN, text)
+
+
+def _is_policy_gradient(loss: LossGraph, index: int) -> bool:
+    """Return True for log-probabilities of actions, each times a number that has no gradient."""
+    edges = loss.edges[index]
+    if loss.size(index) < 2 or len(edges) != 2 or len(loss.inputs(index)) != 1:
+        return False
+    index = loss.inputs(index)[0]
+    for _ in range(_BUDGET):
+        if loss.ops[index] in ("Gather", "Index"):
+            inputs = loss.inputs(index)
+            return bool(inputs) and _is_log_probability(loss, loss.skip(inputs[0]))
+        inputs = loss.inputs(index)
+        if len(inputs) != 1 or not (
+            loss.ops[index] in VIEWS or loss.ops[index] in ("Exp", "Sub", "Neg", "Clamp")
+        ):
+            return False
+        index = inputs[0]
+    return False
+
+
+def _is_negative_entropy(loss: LossGraph, index: int) -> bool:
+    """Return True for probabilities times their logarithms."""
+    inputs = loss.inputs(index)
+    if loss.ops[index] != "Mul" or len(inputs) != 2 or loss.size(index) < 2:
+        return False
+    for p, log_p in (inputs, inputs[::-1]):
+        source = loss.skip(log_p)
+        if loss.ops[source].startswith("Clamp") and loss.inputs(source):
+            source = loss.skip(loss.inputs(source)[0])
+        if loss.ops[loss.skip(p)] in _SOFTMAX and _is_log_probability(loss, source):
+            return True
+    return False
+
+
+def _is_log_probability(loss: LossGraph, index: int) -> bool:
+    inputs = [loss.ops[loss.skip(child)] for child in loss.inputs(index)]
+    if loss.ops[index] == "Log":
+        return any(op in _SOFTMAX for op in inputs)
+    return loss.ops[index] == "LogSoftmax" or (loss.ops[index] == "Sub" and "Logsumexp" in inputs)
 
 
 def _broadcast(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:

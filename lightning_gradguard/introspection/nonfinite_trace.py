@@ -50,6 +50,8 @@ _SIGNS = {
 _FROM_OUTSIDE = frozenset({"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"})
 #: Functions whose results are known by them also where no gradient is computed.
 _REMEMBERED = frozenset({"std", "var", "norm"})
+#: Functions by which a value that comes from a tanh is still told as one.
+_ARITHMETIC = frozenset({"mul", "div", "add", "sub", "pow", "square", "neg"})
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class ForwardTrace(TorchFunctionMode):
         self.first_use = self.last_use = self.last_sequence = -1
         self._calls, self._in_hook = 0, False
         self._made: dict[int, tuple[Tensor, str]] = {}
+        self._squashed: dict[int, Tensor] = {}
         self._parameters = {id(p) for p in module.parameters()}
         self._running = [("", type(module).__name__)]
         # Those of the module and of the batch, by storage.
@@ -184,13 +187,19 @@ class ForwardTrace(TorchFunctionMode):
         return result
 
     def provenance(self, tensor: Tensor) -> tuple[str, tuple[str, ...], str]:
-        """Return a tensor's name, the parameters that alone made it, and the function that made it."""
+        """Return a tensor's name, the parameters that alone made it, and the function that made it.
+
+        The function is "tanh" too for what was computed from a tanh by arithmetic alone.
+        """
         name = self._names.get(_storage(tensor), "")
         if id(tensor) in self._parameters:
             return name, (name,), ""
         call = None if tensor.grad_fn is None else self.calls.get(tensor.grad_fn)
+        squashed = "tanh" if _storage(tensor) in self._squashed else ""
         if call is not None:
-            return "", call.parameters, call.function
+            return "", call.parameters, squashed or call.function
+        if squashed:
+            return name, (), squashed
         return name, (), self._made.get(_storage(tensor), (tensor, ""))[1]
 
     def _is_buffer(self, tensor: Tensor) -> bool:
@@ -211,6 +220,10 @@ class ForwardTrace(TorchFunctionMode):
         call = Call(func, name, own_args, own_kwargs, site, distribution, module, parameters, known)
         if call.function in _REMEMBERED:
             self._made.update({_storage(t): (t, call.function) for t in outputs if t.grad_fn is None})
+        if call.function == "tanh" or (
+            call.function in _ARITHMETIC and any(_storage(t) in self._squashed for t in given)
+        ):
+            self._squashed.update({_storage(t): t for t in outputs})
         for tensor in given:
             if tensor.grad_fn is not None:
                 self.calls.setdefault(tensor.grad_fn, None)

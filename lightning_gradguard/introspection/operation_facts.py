@@ -91,6 +91,7 @@ class ArgumentFacts(NamedTuple):
         parameters: Parameters that it was computed from, if from nothing else.
         made_by: Function that computed it; empty if unknown.
         dtype: Its dtype, such as "float16".
+        learned: True if a gradient passes through it.
     """
 
     role: str
@@ -106,6 +107,7 @@ class ArgumentFacts(NamedTuple):
     parameters: tuple[str, ...] = ()
     made_by: str = ""
     dtype: str = "float32"
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,7 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
         parameters,
         made_by,
         str(x.dtype).removeprefix("torch."),
+        tensor.requires_grad,
     )
 
 

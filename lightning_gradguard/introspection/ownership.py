@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -76,6 +77,48 @@ def find_ownership_problems(
     return tuple(problems)
 
 
+class UnownedWeights(NamedTuple):
+    """Weights in no optimizer, watched from one step to the next without being kept alive.
+
+    Attributes:
+        weights: The weights.
+        names: Their names.
+        begin: Beginning of a sentence on them.
+    """
+
+    weights: tuple[weakref.ref[Tensor], ...]
+    names: tuple[str, ...]
+    begin: str
+
+    @classmethod
+    def of(cls, problems: Sequence[GraphProblem], leaves: Sequence[Leaf]) -> UnownedWeights | None:
+        """Watch the weights of a mistake that is not certain; None without one.
+
+        Args:
+            problems: Mistakes in what the optimizer steps.
+            leaves: Leaves of the graph that are not in the optimizer.
+        """
+        doubtful = next((p for p in problems if p.kind == Problem.STALE_OPTIMIZER and not p.certain), None)
+        weights = [leaf.tensor for leaf in leaves if isinstance(leaf.tensor, nn.Parameter)]
+        weights = [weight for weight in weights if weight.grad is not None]
+        if doubtful is None or not weights:
+            return None
+        begin = doubtful.text.partition(" in no optimizer")[0]
+        return cls(tuple(map(weakref.ref, weights)), doubtful.names, begin)
+
+    def as_remade(self) -> GraphProblem | None:
+        """Return the mistake of making layers in the forward pass, if no module has any of the weights any more."""
+        left = [weight for reference in self.weights if (weight := reference()) is not None]
+        owners = _Program.of().owners if left else {}
+        if any(id(weight) in owners for weight in left):
+            return None
+        text = (
+            f"{self.begin} in no optimizer: the forward pass makes them anew each time, so nothing that they learn "
+            "is kept."
+        )
+        return GraphProblem(Problem.REMADE_LAYERS, text, self.names)
+
+
 def find_loose(module: nn.Module, leaves: Sequence[Leaf]) -> tuple[tuple[str, ...], str]:
     """Return leaves in attributes that a module does not register.
 
@@ -105,10 +148,12 @@ class _Place(NamedTuple):
     Attributes:
         name: Its name.
         holder: A clause on the container or object that holds it and that no module registers; empty if a module does.
+        several: True if the container holds more than one module.
     """
 
     name: str
     holder: str = ""
+    several: bool = False
 
 
 class _Program(NamedTuple):
@@ -191,7 +236,8 @@ def _is_loose_layer(leaf: Leaf, place: _Place, program: _Program) -> bool:
     the output and to the target, or it is in evaluation mode; and no layer that is trained follows it. A tensor of no
     module may be an input that is optimized by hand.
     """
-    in_model = leaf.feeds or (leaf.is_fed and leaf.uses == 1)
+    # What is applied to the input alone, beside the model, may be one teacher; several are layers.
+    in_model = leaf.feeds or (leaf.uses == 1 and (leaf.is_fed or place.several))
     is_layer = leaf.multiplies or id(leaf.tensor) in program.owners
     return bool(place.holder) and in_model and is_layer and program.is_in_training(leaf.tensor)
 
@@ -225,11 +271,14 @@ def _search(root: nn.Module, wanted: set[int]) -> dict[int, _Place]:
     """Search the attributes of all modules that they do not register."""
     found: dict[int, _Place] = {}
     pending: deque[tuple[str, Any, str, int]] = deque()
+    several: dict[str, bool] = {}
     for prefix, module in root.named_modules():
         for name, value in list(vars(module).items()):
             if name not in _OWN_ATTRIBUTES:
                 path = f"{prefix}.{name}" if prefix else name
-                pending.append((path, value, _describe(path, value), 0))
+                holder = _describe(path, value)
+                several[holder] = _holds_several(value)
+                pending.append((path, value, holder, 0))
     seen: set[int] = set()
     while pending and len(seen) < _MOST_OBJECTS and len(found) < len(wanted):
         path, value, holder, depth = pending.popleft()
@@ -238,14 +287,20 @@ def _search(root: nn.Module, wanted: set[int]) -> dict[int, _Place]:
         seen.add(id(value))
         if isinstance(value, Tensor):
             if id(value) in wanted:
-                found[id(value)] = _Place(path, holder)
+                found[id(value)] = _Place(path, holder, several[holder])
         elif isinstance(value, nn.Module):
             for name, p in value.named_parameters():
                 if id(p) in wanted:
-                    found.setdefault(id(p), _Place(f"{path}.{name}", holder))
+                    found.setdefault(id(p), _Place(f"{path}.{name}", holder, several[holder]))
         elif depth < _DEEPEST:
             pending.extend((f"{path}.{key}", part, holder, depth + 1) for key, part in _parts(value))
     return found
+
+
+def _holds_several(value: Any) -> bool:
+    """Return True for a list, tuple or dict of more than one module."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(isinstance(part, nn.Module) for part in parts) > 1
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

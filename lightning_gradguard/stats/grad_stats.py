@@ -25,7 +25,7 @@ LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 #: Fields that mark tensors, and single numbers that are not measured at every step.
-_MARKS = ("cut", "unused", "ran", "idle", "offered", "hollow", "constant", "recurrent", "normalised")
+_MARKS = ("cut", "unused", "ran", "idle", "hollow", "constant", "recurrent", "normalised")
 _UNKNOWN = ("time_tilt", "update_ratio", "excess", "reach", "loss_scale", "carried")
 
 
@@ -68,6 +68,8 @@ class GradStats:
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.
         elapsed: Good steps that this full evaluation stands for, at most 8; 0 if this is none.
         passed: Steps that the fast path accepted since detectors were last evaluated.
+        stair: Most steps with one and the same learning rate before it was raised; 0 if it was not raised.
+        steady: Steps in a row with the newest learning rate; 0 if it is not known.
         rest: Steps in a row with a learning rate below a tenth of its peak, so that small updates are intended, over
             the steps at the peak rate that would train as much as all steps so far did; 0 if the rate is higher, or
             this is no full evaluation.
@@ -113,6 +115,8 @@ class GradStats:
     elapsed: int = 1
     passed: int = 0
     rest: float = 0.0
+    stair: int = 0
+    steady: int = 0
     noise: float = 1.0
     low_precision: bool = False
     _trends: Trends | None = field(default=None, repr=False)

@@ -42,6 +42,8 @@ RULES: dict[Cause, Callable[[DiagnosticContext], Iterator[Evidence]]] = {
 #: A named cause accounts for at least so many decades, and for at least this fraction of the most likely one's.
 _LEAST_WEIGHT, _LEAST_FRACTION = 0.5, 0.2
 _MOST_CAUSES = 4
+#: Weight of a mistake that the graph shows and that may be meant: more than a symptom, less than proof.
+_DOUBTFUL = 3.0
 #: Faults that a mistake shown by the graph does not explain, unless it leaves the loss without a bound.
 _OTHER_FAULTS = frozenset({Fault.NONFINITE, Fault.UNDERFLOW, Fault.SPIKE})
 
@@ -67,7 +69,9 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         )
         if context.fault in _OTHER_FAULTS and not explains:
             continue
-        strongest[PROBLEMS[problem.kind][0]] = Evidence(CERTAIN, problem.text)
+        cause, weight = PROBLEMS[problem.kind][0], CERTAIN if problem.certain else _DOUBTFUL
+        if cause not in strongest or strongest[cause].weight <= weight:
+            strongest[cause] = Evidence(weight, problem.text)
     least = max(_LEAST_WEIGHT, _LEAST_FRACTION * max((e.weight for e in strongest.values()), default=0.0))
     ranked = sorted(strongest.items(), key=lambda item: -item[1].weight)
     named = [(cause, evidence.text) for cause, evidence in ranked if evidence.weight >= least]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
+from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, OUTLYING, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, cause_of
 from lightning_gradguard.diagnosis.wording import count, number, power
@@ -99,7 +99,16 @@ def _overflows_with_outputs(origin: Origin) -> bool:
 
 
 def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame large targets under a squared loss."""
+    """Blame large targets, beside which the outputs are nothing, or under a squared loss."""
+    dwarfing = context.dwarfing_targets
+    if dwarfing and context.fault not in (Fault.NONFINITE, Fault.DISCONNECTED, Fault.SPIKE):
+        text = (
+            f"The targets have an RMS of {number(dwarfing)}, and the loss, {number(context.loss_now)}, is that of "
+            "outputs which are nothing beside them."
+        )
+        # Whatever else is found concerns a slope that is the same for all samples.
+        yield Evidence(10 + math.log10(dwarfing), text)
+        return
     if context.fault == Fault.STALLED and context.finding.detector == "TargetScale":
         size = "" if context.target_rms is None else f", which have an RMS of {number(context.target_rms)}"
         text = (
@@ -123,7 +132,11 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame NaN or Inf in the batch."""
+    """Blame NaN or Inf in the batch, or inputs that are all zero."""
+    if context.too_small and context.input_rms == 0:
+        yield Evidence(
+            CERTAIN, "All inputs of the batch are exactly zero, so nothing can be learnt from them."
+        )
     if context.fault != Fault.NONFINITE:
         return
     origin, rows = context.origin, context.bad_rows
@@ -164,6 +177,14 @@ def outlier_batch(context: DiagnosticContext) -> Iterator[Evidence]:
             f"them. The median loss is {number(context.median_loss)}, and the first was {number(context.loss_start)}."
         )
         yield Evidence(1 + math.log10(context.outlier_losses), text)
+    if context.outlying_rows > OUTLYING and context.too_large:
+        text = (
+            f"Few rows of the batch are far larger than the others: the RMS of all is {number(context.outlying_rows)} "
+            "times that of the median row."
+        )
+        # An operation that was named comes first: it has to bear such rows.
+        named = context.fault == Fault.NONFINITE and context.origin is not None and context.origin.located
+        yield Evidence(min(1.5 + math.log10(context.outlying_rows) / 2, 1.9 if named else math.inf), text)
     if context.fault == Fault.SPIKE and context.finding.value > 0:
         size = f"{context.finding.measure or 'gradient'}: {number(context.finding.value)}"
         text = f"Only the gradient of this step is so large ({size})."

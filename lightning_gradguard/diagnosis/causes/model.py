@@ -30,6 +30,10 @@ _ONE_SIGNED = 0.5
 _LOST_BETWEEN_LAYERS = 3.0
 #: Activations whose slope is zero only by rounding, far out.
 _ROUND = ("sigmoid", "tanh", "softsign", "erf", "atan")
+#: Decades by which layers behind a softmax lie below the others before it is blamed, and the faults it explains. At the
+#: start of a healthy transformer, queries and keys lie 2.6 below.
+_STARVED = 3.0
+_OF_A_SOFTMAX = (Fault.VANISHING, Fault.STALLED, Fault.DEAD, Fault.OVERSIZED_UPDATE, Fault.EXPLODING)
 #: Weight of a factor of zero: more than dead units, which look alike.
 _BY_ZERO = 4.0
 #: Decades for which one layer of a deep network is responsible: He-initialized ReLU networks of 30 layers tilt by one
@@ -44,6 +48,13 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
 
     Their weight is what they lose even at their steepest, plus the decades that nothing else explains.
     """
+    decades, starved = context.starved_by_softmax
+    if decades >= _STARVED and context.fault in _OF_A_SOFTMAX:
+        text = (
+            f"{listing(starved)} get a gradient 10^{decades:.1f} times smaller than the layers beside them: the scores "
+            "of the softmax above them are so large that it is sure of one place, and its slope is near 0."
+        )
+        yield Evidence(decades, text)
     if not context.too_small:
         return
     name, operations = operations_above(context)
@@ -84,6 +95,12 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
 
 def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame initial weights that shrink or enlarge signals, or that make NaN."""
+    if context.too_small and context.zero_factors:
+        text = (
+            f"{listing(context.zero_factors)} are zero and stay so: the gradient of each is a product with another "
+            "one that is zero."
+        )
+        yield Evidence(CERTAIN, text)
     origin = context.origin
     if (
         context.fault == Fault.NONFINITE
@@ -271,7 +288,10 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
     text = f"No path leads from the loss to {listing(cut)}"
     after = next((n for n in context.names[context.names.index(cut[-1]) :] if n not in missing), None)
     if len(cut) == len(context.names):
-        text += ", nor to any other tensor of this optimizer: the loss comes from another model"
+        text += ", nor to any other tensor of this optimizer"
+        text += (
+            ": the graph is cut behind them" if context.ran_uncut else ": the loss comes from another model"
+        )
     elif after is not None:
         text += f": the graph is cut between {quote(cut[-1])} and {quote(after)}"
     yield Evidence(CERTAIN, text + ".")

@@ -22,7 +22,7 @@ _FLAT = 1e-3
 #: Multiple of its size at the start by which a loss has to fall below zero to count as unbounded.
 _UNBOUNDED = 100.0
 #: Share of changed elements below which most updates are lost to rounding.
-_FEW_CHANGE = 0.1
+_FEW_CHANGE = 0.2
 #: Steps up to which a parameter counts as never changed: those that were not finite were skipped.
 FROM_THE_START = 10
 _LOW_PRECISION = ("float16", "float8_e4m3fn", "float8_e5m2")

@@ -66,6 +66,14 @@ def learning_rate_too_low(context: DiagnosticContext) -> Iterator[Evidence]:
         )
         yield Evidence(CERTAIN, text)
         return
+    if context.climbs_slowly:
+        text = (
+            f"The schedule raises the learning rate only once in {context.rate_stair} steps, and after "
+            f"{context.steps} steps it is {number(rate)}: a step changes the median layer by {fraction(update)}. The "
+            "warm-up is advanced once an epoch, and counts steps."
+        )
+        yield Evidence(CERTAIN, text)
+        return
     if rate == 0:
         yield Evidence(CERTAIN, "The learning rate is 0.")
         return

@@ -184,6 +184,26 @@ def _away(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -
     return _replaced(func, name, args, kwargs, new)
 
 
+def _soft(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Bound an argument with a tanh."""
+    x, high = bound(func, name, args, kwargs)[patch.argument], patch.high or 1.0
+    return _replaced(func, name, args, kwargs, {patch.argument: high * torch.tanh(x / high)})
+
+
+def _size(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Take the absolute value of an argument, clamped above zero."""
+    x = bound(func, name, args, kwargs)[patch.argument]
+    return _replaced(func, name, args, kwargs, {patch.argument: x.abs().clamp(min=patch.low)})
+
+
+def _unit(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Scale the square in 1 minus a square down to at most 1."""
+    x = bound(func, name, args, kwargs)[patch.argument]
+    square = 1 - x
+    new = (1 - square / square.detach().amax().clamp(min=1)).clamp(min=patch.low)
+    return _replaced(func, name, args, kwargs, {patch.argument: new})
+
+
 def _set(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return _replaced(func, name, args, kwargs, dict(patch.settings))
 
@@ -287,6 +307,9 @@ WAYS: dict[str, Callable[..., Any]] = {
     "clamp": _clamp,
     "mask": _mask,
     "away": _away,
+    "size": _size,
+    "soft": _soft,
+    "unit": _unit,
     "set": _set,
     "finite": _finite,
     "distinct": _distinct,

@@ -177,7 +177,12 @@ class TrialRunner:
         full.sort(key=self._rank)
         # A fix that did no better than nothing must not stand before one that has not been seen to fail.
         worse = [trial for trial in full if self.is_worse(trial)]
-        healthy = [trial for trial in short if unhealthy_decades(trial.result) < _TOLERANCE]
+        # Where no tilt can be measured, a single pass shows nothing.
+        healthy = [
+            trial
+            for trial in short
+            if unhealthy_decades(trial.result) < _TOLERANCE and _has_tilt(trial.result)
+        ]
         others = [trial for trial in short if trial not in healthy]
         return [*full[: len(full) - len(worse)], *healthy, *worse, *others, *failed]
 
@@ -220,6 +225,10 @@ class TrialRunner:
         )
         self.passes += result.passes - passes
         return result
+
+
+def _has_tilt(result: TrialResult | None) -> bool:
+    return result is not None and (result.tilt is not None or result.time_tilt is not None)
 
 
 def unhealthy_decades(result: TrialResult | None) -> float:
