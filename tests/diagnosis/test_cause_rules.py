@@ -370,3 +370,22 @@ def test_causes_are_ranked_by_weight_and_few(data):
     ranks = [found[cause] for cause, _ in causes if cause != Cause.UNKNOWN]
     assert ranks == sorted(ranks, reverse=True)
     assert all(evidence.endswith(".") and "nan" not in evidence for _, evidence in causes)
+
+
+@pytest.mark.parametrize(
+    ("operation", "rms", "start", "now", "blamed"),
+    [
+        ("Maximum", 1e5, 1.1e5, 1.1e5, True),
+        ("Abs", 3e3, 2.5e3, 2.4e3, True),
+        ("MseLoss", 1e4, 1e8, 1e8, True),
+        ("SmoothL1Loss", 1e4, 8e3, 8e3, True),
+        ("Maximum", 1e5, 1.1e5, 5e4, False),  # it learns
+        ("MseLoss", 1e4, 3.0, 3.0, False),  # the loss is of targets that were scaled
+        ("Abs", 1.0, 0.8, 0.8, False),
+        ("Abs", None, 1e5, 1e5, False),
+    ],
+)
+def test_targets_out_of_reach_explain_gradients_that_vanish(operation, rms, start, now, blamed):
+    graph = {"loss_ops": {operation: 1}, "recurrent": frozenset(NAMES[:1])}
+    case = case_with(graph=graph, target_rms=rms, loss_start=start, loss_now=now, tilt=3.2)
+    assert (find_causes(case)[0][0] == Cause.TARGET_SCALE) == blamed
