@@ -331,7 +331,9 @@ class Exploding:
             cleared=over & (count == number(0.0)),
             measure=torch.where(spiking, number(1.0), measure),
         )
-        return found, ExplodingState(count, hot, hot_loss, driven, raised, over, value, limit, measure, time_tilt)
+        return found, ExplodingState(
+            count, hot, hot_loss, driven, raised, over, value, limit, measure, time_tilt
+        )
 
     def _evaluate_tilts_and_loss(
         self, stats: GradStats, time_tilt: Tensor, driven_steps: Tensor

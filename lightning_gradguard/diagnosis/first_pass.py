@@ -172,9 +172,7 @@ def _tilt(parameters: Mapping[str, Tensor], graph: GraphSummary, layers: frozens
         columns=graph.columns,
     )
     known = {name: parameters[name] for name in layers if parameters[name].numel()}
-    profile = torch.tensor(
-        whole_profile(known, graph.names), device=layout.numel.device, dtype=torch.float32
-    )
+    profile = torch.tensor(whole_profile(known, graph.names), device=layout.numel.device, dtype=torch.float32)
     live = profile.isfinite()
     tilt = float(offsets_and_tilt(torch.where(live, profile, 0.0), live, layout)[1])
     return None if math.isnan(tilt) else tilt

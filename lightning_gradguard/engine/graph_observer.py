@@ -279,7 +279,13 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         return summary, ran
     names = layout.names
     live = frozenset(names) - summary.constant
-    groups = (frozenset(names) - summary.missing, summary.embeddings, summary.recurrent, live, summary.normalised)
+    groups = (
+        frozenset(names) - summary.missing,
+        summary.embeddings,
+        summary.recurrent,
+        live,
+        summary.normalised,
+    )
     is_first = torch.distributed.get_rank() == 0
     order = summary.order if is_first else [0] * len(names)
     # Place of each tensor in each column, from 1; 0 where it is in none.
@@ -296,7 +302,9 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     *rows, somewhere = largest_over_ranks(padded, device)
     common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
-    found, embeddings, recurrent, live, normalised = (frozenset(compress(names, row)) for row in flags[: len(groups)])
+    found, embeddings, recurrent, live, normalised = (
+        frozenset(compress(names, row)) for row in flags[: len(groups)]
+    )
     columns = [
         sorted((place, i) for i, place in enumerate(row) if place) for row in flags[len(groups) :] if any(row)
     ]

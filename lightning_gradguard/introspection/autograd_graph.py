@@ -342,6 +342,7 @@ class Graph:
                 if not waiting[child]:
                     order.append(child)
         return order
+
     def is_normalised(self, nodes: list[int], reach: int = 64) -> bool:
         """Return True if every path from these nodes meets a normalization.
 

@@ -181,9 +181,9 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     [False, True]
     """
     named = [(path, t) for path, t in tensors_of(batch) if t.layout == torch.strided and t.ndim and t.numel()]
-    if type(batch) in (list, tuple) and len(batch) > 1 and not isinstance(batch[0], Tensor):
-        if not _are_samples(batch):
-            return _of_nested(batch)
+    has_parts = type(batch) in (list, tuple) and len(batch) > 1 and not isinstance(batch[0], Tensor)
+    if has_parts and not _are_samples(batch):
+        return _of_nested(batch)
     targets = [t for path, t in named if path.lower().endswith(_TARGET_ENDS)]
     is_sequence = isinstance(batch, (Tensor, list, tuple)) or dataclasses.is_dataclass(batch)
     by_name = not is_sequence or bool(targets and type(batch) not in (list, tuple))

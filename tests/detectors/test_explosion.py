@@ -108,8 +108,6 @@ class TestATargetThatIsCopiedNowAndThen:
         def copied(step, x, y):
             return x, 0.01 * y + (step // every) * 0.1 + 0.5
 
-        out = train(
-            mlp(16, 1), regression(), adam(rate), loss=F.mse_loss, spoil=copied, steps=400, batch=128
-        )
+        out = train(mlp(16, 1), regression(), adam(rate), loss=F.mse_loss, spoil=copied, steps=400, batch=128)
         assert out.losses[-1] < 0.1 * out.losses[0]
         assert out.said == ""

@@ -495,11 +495,14 @@ def policy_loss(net, batch):
     choice = torch.distributions.Categorical(logits=net.actor(x))
     value = net.critic(x)[:, 0]
     gain = (reward - value).detach()
-    return -(choice.log_prob((x[:, 0] > 0).long()) * gain / 3e4).mean() + (10 * reward - value).square().mean()
+    return (
+        -(choice.log_prob((x[:, 0] > 0).long()) * gain / 3e4).mean() + (10 * reward - value).square().mean()
+    )
 
 
 @pytest.mark.parametrize(
-    ("depth", "gain", "sizes"), [(1, 0.01, (4, 64)), (2, 0.001, (8, 32)), (3, 0.01, (4, 64)), (3, 0.0, (4, 16))]
+    ("depth", "gain", "sizes"),
+    [(1, 0.01, (4, 64)), (2, 0.001, (8, 32)), (3, 0.01, (4, 64)), (3, 0.0, (4, 16))],
 )
 def test_nets_side_by_side_are_compared_each_by_itself(depth, gain, sizes):
     net = SideBySide(depth, gain, sizes)
