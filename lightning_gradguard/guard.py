@@ -490,7 +490,7 @@ class Guard:
             scaled=pending.scaled,
             clipping=self.clipper is not None,
         )
-        decision = decision._replace(report=name_idle(decision.report, summary))
+        decision = decision._replace(report=name_idle(decision.report, summary, self.tracker.reached))
         report = self.report = decision.report
         self.tracker.probe_inputs(record.norms)
         self._halt = decision.halt

@@ -365,6 +365,7 @@ def _context(seen: FirstPass, fault: Fault) -> DiagnosticContext:
         tilt=seen.tilt,
         loss_start=seen.loss,
         input_rms=None if math.isnan(seen.input_rms) else seen.input_rms,
+        target_rms=None if math.isnan(seen.target_rms) else seen.target_rms,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,7 +54,8 @@ class FirstPass:
             cross-entropy, the mean square of the targets under a squared loss; NaN under any other.
         guessed: Value of that loss function.
         input_rms: Root mean square of the tensor that the first layer is given; NaN if it is not floating point.
-        target_rms: Root mean square of the targets of a squared loss; NaN under any other.
+        target_rms: Root mean square of the targets of a squared loss; NaN under any other, and where the targets are
+            results of the model, such as codes or the values of a target network.
         normalised: True if the first parameters that are used are those of a normalization.
         saturated: Share of saturated outputs of each sigmoid and tanh, in the order of the pass.
         dead: Share of a layer's output rows whose gradient is exactly zero, by the name of its weight. Without layers
@@ -264,6 +266,7 @@ class _PassObserver(TorchFunctionMode):
         self.chance = self.guessed = self.target_rms = math.nan
         self.problems: list[GraphProblem] = []
         self._names = {id(p): name for name, p in module.named_parameters()}
+        self._made: dict[int, weakref.ref[Tensor]] = {}  # what was computed with parameters
 
     def __torch_function__(
         self,
@@ -275,9 +278,13 @@ class _PassObserver(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "").rstrip("_")
-        if not isinstance(result, (Tensor, tuple)) or name.startswith("__get"):
+        if not isinstance(result, (Tensor, tuple)):
             return result
         tensors = [t for _, t in tensors_of([args, kwargs])]
+        if any(self._is_made(t) for t in tensors):
+            self._made |= {id(t): weakref.ref(t) for _, t in tensors_of([result])}
+        if name.startswith("__get"):
+            return result
         used = {self._names[id(t)] for t in tensors if id(t) in self._names}
         if used and not self.first:
             # What the first layer is given, not what the batch holds: it may be scaled on the way.
@@ -300,9 +307,16 @@ class _PassObserver(TorchFunctionMode):
                 given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
                 # The loss is symmetric, and either may be the output.
                 swapped = given["target"].requires_grad and not given["input"].requires_grad
-                self.target_rms = _rms(given["input" if swapped else "target"].detach().float())
-                self._compare(result, self.target_rms**2, kwargs)
+                target = given["input" if swapped else "target"]
+                if not self._is_made(target):
+                    self.target_rms = _rms(target.detach().float())
+                    self._compare(result, self.target_rms**2, kwargs)
         return result
+
+    def _is_made(self, tensor: Tensor) -> bool:
+        """Return True for a tensor that was computed with parameters."""
+        known = self._made.get(id(tensor))
+        return tensor.requires_grad or id(tensor) in self._names or (known is not None and known() is tensor)
 
     def _compare(self, result: Tensor, chance: float, kwargs: Mapping[str, Any]) -> None:
         """Record an unweighted mean loss and its chance."""

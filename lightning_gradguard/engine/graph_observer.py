@@ -58,6 +58,7 @@ class GraphObserver:
         columns: Paths of layers from an input to the loss, as indices of tensors; see `Layout`.
         probed: Names of the recurrent tensors that are probed in the next pass.
         marks: Paths of the tensors since the newest `reset`.
+        reached: Names of the tensors that have had a gradient since then.
     """
 
     def __init__(self, named: Sequence[tuple[str, Tensor]], usage: ForwardUsage | None) -> None:
@@ -89,6 +90,8 @@ class GraphObserver:
         if self.graph_summary is not None:  # what it says of the optimizer's tensors is of the former ones
             self.graph_summary = replace(self.graph_summary, problems=())
         self.embeddings, self.columns = frozenset(), ()
+        self.reached = frozenset()
+        self._pattern: tuple[bool, ...] = ()
         self._patterns.clear()
         if self._result_usage is not None:
             self._result_usage.close()
@@ -130,6 +133,9 @@ class GraphObserver:
             self._take_inputs(layout)
         if self._unowned is not None:
             self._look_for_remade(self._unowned)
+        if pattern != self._pattern:
+            self._pattern = pattern
+            self.reached |= frozenset(compress(layout.names, pattern))
         known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
         if known or graph is None or graph.grad_fn is None or not self._knows_leaves():
             return layout

@@ -44,7 +44,7 @@ def add_ownership(record: StepRecord, problems: Sequence[GraphProblem]) -> StepR
     return dataclasses.replace(record, results=results)
 
 
-def name_idle(report: Report, summary: GraphSummary | None) -> Report:
+def name_idle(report: Report, summary: GraphSummary | None, reached: frozenset[str] = frozenset()) -> Report:
     """Return a report with a finding for each kind of tensor that gets nothing and is no mistake.
 
     A detector names one kind at a time.
@@ -52,6 +52,7 @@ def name_idle(report: Report, summary: GraphSummary | None) -> Report:
     Args:
         report: Report of the step.
         summary: Summary of the newest autograd graph, or None.
+        reached: Names of tensors that have had a gradient, such as those of an expert that is used now and then.
     """
     found = next(
         (f for f in report.findings if f.fault == Fault.DISCONNECTED and f.severity == Severity.INFO), None
@@ -70,8 +71,8 @@ def name_idle(report: Report, summary: GraphSummary | None) -> Report:
             value=float(len(names)),
             measure=measure,
         )
-        for names, measure in kinds
-        if names and measure != found.measure
+        for every, measure in kinds
+        if (names := every - reached) and measure != found.measure
     )
     return dataclasses.replace(report, findings=(*report.findings, *others))
 

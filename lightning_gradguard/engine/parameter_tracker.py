@@ -169,6 +169,11 @@ class ParameterTracker:
         """True while the optimizer has the parameters that are measured."""
         return are_same(members(self.optimizer), self._groups)
 
+    @property
+    def reached(self) -> frozenset[str]:
+        """Names of the tensors that have had a gradient."""
+        return self._observer.reached
+
     def follow_groups(self) -> bool:
         """Reread the optimizer's groups; return True if tensors changed."""
         if self.is_up_to_date:
@@ -348,6 +353,7 @@ class ParameterTracker:
             "order": list(self.layout.order),
             "embeddings": sorted(self._observer.embeddings),
             "columns": [list(column) for column in self._observer.columns],
+            "reached": sorted(self._observer.reached),
             "asked": sorted(self._observer.probed),
             "schedule": self.schedule.state_dict(),
             "rates": list(self.rates),
@@ -381,6 +387,7 @@ class ParameterTracker:
         device = self.layout.numel.device
         self._observer.embeddings = frozenset(state["embeddings"])
         self._observer.columns = tuple(tuple(column) for column in state.get("columns", ()))
+        self._observer.reached = frozenset(state["reached"])
         self.layout = Layout.of(
             dict(zip(own, self.layout.parameters, strict=True)),
             order=state["order"],

@@ -96,7 +96,7 @@ def upgrade(saved: Mapping[str, Any], own: Mapping[str, Any], kinds: Sequence[st
             "watch": {
                 **own["watch"],
                 **watch,
-                "rates": [peak, peak * steps, 0, 0],
+                "rates": [peak, peak * steps, *own["watch"]["rates"][2:]],
                 "schedule": {**watch["schedule"], "was_good": False},
             },
             "quiet": {**own["quiet"], **saved["quiet"], "_is_open": False},
@@ -113,7 +113,7 @@ def upgrade(saved: Mapping[str, Any], own: Mapping[str, Any], kinds: Sequence[st
 def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
     form = {**_form_like(own), "kinds": [str], "states": Maybe([Each(Tensor)])}
     form["watch"] |= {"names": [str], "order": [int], "embeddings": [str], "asked": [str], "columns": [[int]]}
-    form["watch"] |= {"rates": (float, float, int, int)}
+    form["watch"] |= {"rates": [float], "reached": [str]}
     form["judge"] |= {"episodes": Each((int, int, int)), "said": Each(int)}
     form["sights"] = [(str, str, bool, bool, bool, bool, int, float, float, str, [str])]
     form["quiet"] |= {"_pattern": [bool], "_names": [str], "_live": [bool], "_bounds": Maybe(Each(Tensor))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -172,14 +172,18 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     """Return a batch's floating-point inputs and targets.
 
     Each is None where the form of the batch does not show it. In a sequence the first tensor is the input, and the next
-    one of floating point the target. Where entries have names, one called "y", "label" or "target" is the target, and
-    the only other one of floating point the input.
+    one of floating point the target; if the first entry holds several tensors, the only one of floating point among
+    them is the input, and the first one after that entry the target. Where entries have names, one called "y", "label"
+    or "target" is the target, and the only other one of floating point the input.
 
     >>> tokens, prices = torch.ones(2, dtype=torch.long), torch.ones(2)
     >>> [x is not None for x in inputs_and_targets((tokens, prices))]
     [False, True]
     """
     named = [(path, t) for path, t in tensors_of(batch) if t.layout == torch.strided and t.ndim and t.numel()]
+    has_parts = type(batch) in (list, tuple) and len(batch) > 1 and not isinstance(batch[0], Tensor)
+    if has_parts and not _are_samples(batch):
+        return _of_nested(batch)
     targets = [t for path, t in named if path.lower().endswith(_TARGET_ENDS)]
     is_sequence = isinstance(batch, (Tensor, list, tuple)) or dataclasses.is_dataclass(batch)
     by_name = not is_sequence or bool(targets and type(batch) not in (list, tuple))
@@ -191,6 +195,23 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     is_known = len(inputs) == 1 and (targets or not by_name)
     target = targets[0] if targets and targets[0].is_floating_point() else None
     return inputs[0] if is_known else None, target
+
+
+def _are_samples(batch: Sequence[Any]) -> bool:
+    """Return True for a sequence of samples with the same names each."""
+    return isinstance(batch[0], Mapping) and all(
+        isinstance(own, Mapping) and own.keys() == batch[0].keys() for own in batch
+    )
+
+
+def _of_nested(batch: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Return inputs and targets of a sequence whose first entry holds the inputs."""
+    parts = [
+        [t for _, t in tensors_of(part) if t.layout == torch.strided and t.ndim and t.numel()]
+        for part in (batch[0], batch[1:])
+    ]
+    inputs, targets = ([t for t in part if t.is_floating_point()] for part in parts)
+    return inputs[0] if len(inputs) == 1 else None, targets[0] if targets else None
 
 
 class BadEntry(NamedTuple):

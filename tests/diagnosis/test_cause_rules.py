@@ -393,3 +393,20 @@ def test_a_factor_is_zero_only_if_no_smooth_activation_may_be_flat(above, by_zer
         parameters=NAMES[4:5],
     )
     assert (Cause.DETACHED_GRAPH in weights(zero)) == by_zero
+@pytest.mark.parametrize(
+    ("operation", "rms", "start", "now", "blamed"),
+    [
+        ("Maximum", 1e5, 1.1e5, 1.1e5, True),
+        ("Abs", 3e3, 2.5e3, 2.4e3, True),
+        ("MseLoss", 1e4, 1e8, 1e8, True),
+        ("SmoothL1Loss", 1e4, 8e3, 8e3, True),
+        ("Maximum", 1e5, 1.1e5, 5e4, False),  # it learns
+        ("MseLoss", 1e4, 3.0, 3.0, False),  # the loss is of targets that were scaled
+        ("Abs", 1.0, 0.8, 0.8, False),
+        ("Abs", None, 1e5, 1e5, False),
+    ],
+)
+def test_targets_out_of_reach_explain_gradients_that_vanish(operation, rms, start, now, blamed):
+    graph = {"loss_ops": {operation: 1}, "recurrent": frozenset(NAMES[:1])}
+    case = case_with(graph=graph, target_rms=rms, loss_start=start, loss_now=now, tilt=3.2)
+    assert (find_causes(case)[0][0] == Cause.TARGET_SCALE) == blamed

@@ -516,3 +516,55 @@ def test_a_vanishing_net_beside_a_healthy_one_is_found(lab):
     batch = batch_of()
     result = checkup(net, batch, loss_of=lambda b: sum(F.cross_entropy(own(b[0]), b[1]) for own in net))
     assert "gradients over depth" in names(result)
+
+
+class Codes(nn.Module):
+    """Autoencoder with a codebook of small numbers, whose codes are drawn to what the encoder gives."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(32, 8), nn.Linear(8, 32)
+        self.codes = nn.Parameter(torch.randn(16, 8) / 100)
+        self.scale = scale
+
+    def forward(self, x):
+        z = self.encoder(x) / 30
+        codes = self.codes[torch.cdist(z, self.codes).argmin(1)]
+        out = self.decoder(z + (codes - z).detach())
+        loss = F.mse_loss(out, self.scale * x)
+        return loss + F.mse_loss(codes, z.detach()) + 0.25 * F.mse_loss(z, codes.data)
+
+
+class Values(nn.Module):
+    """Values of two networks, one of which gives the other its targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.target = nn.Linear(32, 3), nn.Linear(32, 3).requires_grad_(False)
+        with torch.no_grad():
+            self.target.weight.mul_(0.01)
+            self.target.bias.mul_(0.01)
+
+    def forward(self, x):
+        with torch.no_grad():
+            aim = 0.99 * self.target(x).amax(1)
+        return F.mse_loss(self.net(x)[:, 0], aim)
+
+
+@pytest.mark.parametrize("build", [Codes, Values])
+def test_what_the_model_gives_is_no_target_to_compare_with(build):
+    net = build()
+    assert checkup(net, torch.randn(64, 32), loss_of=net).ok
+
+
+def test_targets_of_a_large_scale_are_found_beside_codes():
+    net = Codes(scale=1e4)
+    assert checkup(net, torch.randn(64, 32), loss_of=net).causes == (Cause.TARGET_SCALE,)
+
+
+@pytest.mark.parametrize("factor", [100.0, 1e3])
+def test_outputs_that_are_too_large_are_blamed_on_the_weights(good, factor):
+    with torch.no_grad():
+        good[-1].weight.mul_(factor)
+    result = found(good, (batch_of()[0], torch.randn(64, 10)), loss=F.mse_loss)
+    assert set(result.causes) == {Cause.BAD_INITIALIZATION}

@@ -201,3 +201,12 @@ def test_inputs_and_targets_of_an_object_are_known_by_name():
     assert inputs_and_targets(Graph(x=x, edge_index=torch.ones(2, 3, dtype=torch.long), y=y)) == (x, y)
     assert inputs_and_targets(Graph(x=x, weight=y)) == (None, None)
     assert inputs_and_targets(Pair(x, y)) == (x, y)
+
+
+def test_the_target_comes_after_an_entry_that_holds_all_inputs():
+    known, tokens, y = torch.ones(3, 2), torch.ones(3, dtype=torch.long), torch.zeros(3)
+    assert inputs_and_targets(({"tokens": tokens, "known": known}, (y, None))) == (known, y)
+    assert inputs_and_targets([[known, known + 1], y]) == (None, y)
+    assert inputs_and_targets(([tokens], [y])) == (None, y)
+    assert inputs_and_targets(([known], tokens)) == (known, None)
+    assert inputs_and_targets([{"x": known, "y": y}, {"x": known, "y": y}])[1] is y

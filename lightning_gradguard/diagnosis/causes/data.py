@@ -18,6 +18,8 @@ _USUAL_LOSS = 20.0
 #: Multiple of the losses before and after it from which a batch is an outlier. A training that comes apart at a
 #: learning rate far too high reaches hundreds.
 _OUTLIER = 1e4
+#: RMS from which targets are large, and the factor between the loss and that of outputs of 0.
+_LARGE_TARGETS, _NEAR = 100.0, 10.0
 #: Faults that outliers alone can cause.
 _FROM_OUTLIERS = (Fault.EXPLODING, Fault.STALLED)
 _SQUARED = ("MseLoss", "SmoothL1Loss", "HuberLoss", "Pow")
@@ -118,6 +120,9 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
         )
         yield Evidence(-math.log10(max(context.finding.value, 1e-12)) + 1, text)
         return
+    if context.fault in (Fault.STALLED, Fault.VANISHING):
+        yield from _targets_out_of_reach(context)
+        return
     if not context.too_large or not _is_squared(context) or not 100 < context.loss_start < math.inf:
         return
     if context.target_rms is not None and context.target_rms**2 < 0.01 * context.loss_start:
@@ -129,6 +134,22 @@ def target_scale(context: DiagnosticContext) -> Iterator[Evidence]:
     else:
         text = f"The first loss was {first}: outputs and targets differ by about {power(decades)}."
     yield Evidence(decades, text)
+
+
+def _targets_out_of_reach(context: DiagnosticContext) -> Iterator[Evidence]:
+    """Blame large targets whose loss is that of outputs of nothing, and stays there."""
+    rms, start = context.target_rms, context.loss_start
+    if rms is None or not _LARGE_TARGETS < rms < math.inf:
+        return
+    # A Huber loss of large distances is linear.
+    sizes = (rms, rms**2) if _is_squared(context) else (rms,)
+    is_near = any(size / _NEAR < start < _NEAR * size for size in sizes)
+    if is_near and context.loss_now > 0.9 * start:
+        text = (
+            f"The targets have an RMS of {number(rms)}, and the loss is still {number(context.loss_now)}, about what "
+            "outputs of 0 give: the outputs take thousands of steps to get there."
+        )
+        yield Evidence(math.log10(rms), text)
 
 
 def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
