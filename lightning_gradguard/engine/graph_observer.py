@@ -147,7 +147,11 @@ class GraphObserver:
             reached = frozenset(summary.shortest)
             problems = find_ownership_problems(parameters, reached, others, self._named)
             summary = replace(summary, problems=(*summary.problems, *problems))
-            self._unowned = UnownedWeights.of(problems, others)
+            # Gradients without a path were put there by hand, such as those of a copy: the loop knows what it does.
+            by_hand = any(
+                has and name not in reached for name, has in zip(layout.names, pattern, strict=True)
+            )
+            self._unowned = None if by_hand else UnownedWeights.of(problems, others)
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)

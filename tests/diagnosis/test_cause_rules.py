@@ -393,6 +393,8 @@ def test_a_factor_is_zero_only_if_no_smooth_activation_may_be_flat(above, by_zer
         parameters=NAMES[4:5],
     )
     assert (Cause.DETACHED_GRAPH in weights(zero)) == by_zero
+
+
 @pytest.mark.parametrize(
     ("operation", "rms", "start", "now", "blamed"),
     [
