@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 #: Elements above which a tensor is most often a constant, and seldom a running statistic.
 LARGEST_BUFFER = 2**20
@@ -224,7 +224,7 @@ class RunningBuffers:
             if before is None:
                 place.held[place.name] = None
             elif hasattr(place.module, "reset_running_stats"):  # a lazy normalization
-                place.module.reset_running_stats()
+                place.module.reset_running_stats()  # type: ignore[operator]
             else:
                 tensor.data.nan_to_num_(0.0, 0.0, 0.0)
 
@@ -248,7 +248,7 @@ def copy_buffers(module: nn.Module, onto: dict[str, Tensor]) -> dict[str, Tensor
 
 def is_lazy(tensor: Tensor) -> bool:
     """Return True for a lazy module's tensor without data."""
-    return isinstance(tensor, UninitializedTensorMixin)
+    return isinstance(tensor, (UninitializedBuffer, UninitializedParameter))
 
 
 def _is_number(tensor: Tensor) -> bool:

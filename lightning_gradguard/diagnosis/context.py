@@ -131,8 +131,7 @@ class DiagnosticContext:
 
     def __post_init__(self) -> None:
         vectors = ("gradients_log10", "weight_norms", "update_ratios", "initial_weight_norms", "weight_means")
-        vectors += ("changed_shares",)
-        for name in ("shapes", *vectors):
+        for name in ("shapes", *vectors, "changed_shares"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.names):
                 raise ValueError(

@@ -113,7 +113,7 @@ def diagnose(
     )
 
 
-def _as_given(build_step: Callable[[], SandboxedStep]) -> dict[str, float | None]:
+def _as_given(build_step: Callable[[], SandboxedStep]) -> dict[str, Any]:
     """Return the RMS of what the first layer is given, and of the loss's targets.
 
     A module may scale its batch before. Nothing is returned that cannot be measured.

@@ -210,8 +210,10 @@ def ignores_parameters(step: SandboxedStep) -> bool:
 
 def _take_virtual_steps(step: SandboxedStep, copy: Callable[[Any], Any], scale: float, steps: int) -> None:
     trained = [p for p in step.module.parameters() if p.requires_grad] if steps else []
-    optimizer = torch.optim.Adam(trained, _VIRTUAL_RATE) if trained else None
-    for _ in range(steps if optimizer is not None else 0):
+    if not trained:
+        return
+    optimizer = torch.optim.Adam(trained, _VIRTUAL_RATE)
+    for _ in range(steps):
         loss = step.loss_of(copy(step.batch))
         if loss.grad_fn is None:
             return

@@ -90,7 +90,7 @@ class GraphObserver:
         if self.graph_summary is not None:  # what it says of the optimizer's tensors is of the former ones
             self.graph_summary = replace(self.graph_summary, problems=())
         self.embeddings, self.columns = frozenset(), ()
-        self.reached = frozenset()
+        self.reached: frozenset[str] = frozenset()
         self._pattern: tuple[bool, ...] = ()
         self._patterns.clear()
         if self._result_usage is not None:

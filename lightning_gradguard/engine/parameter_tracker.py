@@ -145,6 +145,8 @@ class ParameterTracker:
         self.weights: Tensor
         self.updates: Tensor
         self._before: Tensor
+        self._fed: Tensor
+        self._changed: Tensor
         self.schedule: SamplingSchedule
         self._start(select(self._named, self.optimizer))
 

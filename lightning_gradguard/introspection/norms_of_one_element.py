@@ -35,7 +35,7 @@ def averages_one_element(node: Any, op: str, shape: tuple[int, ...]) -> bool:
             elements = int(getattr(node, "_saved_C")) * int(getattr(node, "_saved_HxW"))  # noqa: B009
             return elements == int(getattr(node, "_saved_group"))  # noqa: B009
         if op in ("NativeLayerNorm", "FusedRmsNorm"):
-            return math.prod(getattr(node, "_saved_normalized_shape")) == 1  # noqa: B009
+            return bool(math.prod(getattr(node, "_saved_normalized_shape")) == 1)  # noqa: B009
         if op in _STATISTICS:
             made = getattr(node.next_functions[0][0], "_input_metadata")  # noqa: B009
             return bool(shape) and math.prod(made[0].shape) == math.prod(shape)

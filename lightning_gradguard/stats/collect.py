@@ -115,9 +115,8 @@ class _RankValues(NamedTuple):
         device = device if self.loss is None else self.loss.device
         numbers = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
         if self.tilt_due:
-            unknown = self.time_tilt is None
-            tilt = torch.tensor(torch.nan, device=device) if unknown else self.time_tilt
-            tilt = tilt.to(device, torch.float32)
+            unknown = torch.tensor(torch.nan, device=device)
+            tilt = (unknown if self.time_tilt is None else self.time_tilt).to(device, torch.float32)
             known = ~tilt.isnan()
             numbers += [torch.where(known, tilt, 0.0), known.to(torch.float32)]
         return torch.stack(numbers) if numbers else torch.zeros(0, device=device, dtype=torch.float32)
