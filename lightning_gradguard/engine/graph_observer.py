@@ -176,10 +176,12 @@ class GraphObserver:
             names: Names of weights whose gradient is exactly zero.
         """
         fresh = frozenset(names) - self._input_probed
-        if fresh and self._input_probe is None and not self._compiled and layout.shards is None:
+        if fresh and self._input_probe is None and not self._compiled:
             self._input_probed |= fresh
             own = {n: p for n, p in zip(layout.names, layout.parameters, strict=True) if n in fresh}
-            self._input_probe = InputProbe(own, layout.numel.device)
+            whole = {n: self._unsharded[id(p)] for n, p in own.items() if id(p) in self._unsharded}
+            device = layout.numel.device if layout.shards is None else layout.shards.device
+            self._input_probe = InputProbe(own, device, whole)
 
     def begin_pass(self) -> None:
         """Follow results in a pass that begins now, if they are in question."""
@@ -281,8 +283,9 @@ class GraphObserver:
         assert self._input_probe is not None
         fed, self._input_probe = self._input_probe.close(), None
         # A layer that was not called counts as fed.
-        rows = [fed[n].float() if n in fed else layout.constant(1.0) for n in layout.names]
-        live = mean_over_ranks(torch.stack(rows))
+        device = layout.numel.device if layout.shards is None else layout.shards.device
+        rows = [(fed[n].float() if n in fed else layout.constant(1.0)).to(device) for n in layout.names]
+        live = mean_over_ranks(torch.stack(rows)).to(layout.numel.device)
         self.marks = self.marks._replace(hollow=self.marks.hollow | (live == 0))
 
     def _knows_leaves(self) -> bool:

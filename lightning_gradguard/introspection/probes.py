@@ -102,10 +102,16 @@ class InputProbe:
     Args:
         parameters: Parameters of the layers by name.
         device: Device of the results.
+        whole: Their whole parameters by name, where they are sharded.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], device: torch.device) -> None:
-        self._names = {id(p): name for name, p in parameters.items()}
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        device: torch.device,
+        whole: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._names = {id(p): name for own in (parameters, whole or {}) for name, p in own.items()}
         self._device = device
         fed: dict[str, Tensor] = {}
         self._fed, names = fed, self._names
@@ -117,7 +123,8 @@ class InputProbe:
             inputs = [x for x in args if isinstance(x, Tensor) and x.numel()] if own else []
             for name in own:
                 for x in inputs:
-                    live = (x.detach() != 0).any().to(device)
+                    held = x.to_local() if hasattr(x, "to_local") else x
+                    live = (held.detach() != 0).any().to(device)
                     fed[name] = fed[name] | live if name in fed else live
 
         self._close = weakref.finalize(self, register_module_forward_pre_hook(record).remove)

@@ -74,12 +74,12 @@ class Recurrent(nn.Module):
 class Broken(nn.Module):
     """Net with a disconnected or a dead part."""
 
-    def __init__(self, cut):
+    def __init__(self, cut, bias=True):
         super().__init__()
         torch.manual_seed(0)
         self.head = nn.Linear(6, 1)
         self.table = nn.Embedding(7, 6)
-        self.body = nn.Sequential(nn.Linear(6, 15), nn.ReLU(), nn.Linear(15, 6))
+        self.body = nn.Sequential(nn.Linear(6, 15), nn.ReLU(), nn.Linear(15, 6, bias=bias))
         self.cut = cut
         if not cut:
             nn.init.constant_(self.body[0].bias, -9.0)
@@ -123,6 +123,7 @@ FAULTY = {
     "vanishing_in_time": (Recurrent, {"steps": 36}, False),
     "disconnected": (partial(Broken, cut=True), {"steps": 42}, False),
     "dead": (partial(Broken, cut=False), {"steps": 24}, False),
+    "dead, bare": (partial(Broken, cut=False, bias=False), {"steps": 26}, False),
 }
 
 
