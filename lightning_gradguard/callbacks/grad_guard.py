@@ -442,7 +442,8 @@ class GradGuard(Callback):
         )
         diagnosis, message = diagnose_ruined(finding, self._least_rows)
         results.findings.append(finding)
-        results.diagnosis = results.diagnosis or diagnosis
+        if results.diagnosis is None or results.diagnosis.fault == Fault.SPIKE:
+            results.diagnosis = diagnosis
         warn(trainer, f"GradGuard: {message}")
 
     def _finish(self, trainer: Trainer) -> None:

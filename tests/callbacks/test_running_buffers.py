@@ -245,3 +245,54 @@ def test_constants_are_copied_in_the_first_batch_only():
     buffers.restore_nonfinite()
     buffers.save()
     assert sum(seen.copy is not None for seen in buffers._seen) == 1
+
+
+class OwnNorm(nn.Module):
+    """Normalization whose running variance is the unbiased one."""
+
+    def __init__(self, correction=1):
+        super().__init__()
+        self.correction = correction
+        self.register_buffer("variance", torch.ones(8))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.variance.lerp_(x.var(0, correction=self.correction), 0.1)
+        return x / (x.var(0, correction=0) + 1e-5).sqrt()
+
+
+class OwnNet(pl.LightningModule):
+    def __init__(self, correction=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 8), OwnNorm(correction), nn.Linear(8, 1))
+
+    def training_step(self, batch, number):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[0][:, :1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:var")
+@pytest.mark.parametrize(("correction", "rows", "found"), [(1, 17, True), (0, 17, False), (1, 16, False)])
+def test_a_statistic_that_becomes_nan_in_a_finite_step_is_said_once(correction, rows, found):
+    guard = GradGuard()
+    module = OwnNet(correction)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[guard],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(rows, 8)), batch_size=4))
+    said = [f for f in guard.findings if f.fault == "nonfinite"]
+    assert len(said) == found
+    assert module.net[1].variance.isfinite().all()
+    if found:
+        assert said[0].parameters == ("net.1.variance",)
+        assert guard.diagnosis.causes[0] == "normalization"
+        assert "one row" in guard.diagnosis.remedies[0].name

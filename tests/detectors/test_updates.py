@@ -182,3 +182,50 @@ class TestAHeadThatBeginsSmall:
         out = train(small_head(gain), templates(), optimizer, steps=200)
         assert out.found
         assert out.cause == "learning_rate_too_high"
+
+
+class TestAWarmUpOnceAnEpoch:
+    @pytest.mark.parametrize(("length", "stair"), [(4000, 24), (20000, 30)])
+    def test_is_found_and_named(self, length, stair):
+        schedule = lambda o: lr_scheduler.LambdaLR(o, lambda n: (n // stair + 1) / length)  # noqa: E731
+        out = train(mlp(), templates(), adam(1e-3), schedule=schedule, steps=150)
+        assert out.found[0] == "stalled"
+        assert out.cause == "learning_rate_too_low"
+        assert "shorter warm-up" in out.fix.lower()
+
+    @pytest.mark.parametrize(
+        "schedule",
+        [
+            lambda n: (n + 1) / 4000,  # by steps
+            lambda n: min(1.0, (n // 24 + 1) / 5),
+            lambda n: 1e-2 if n < 30 else 1.0,
+        ],
+    )
+    def test_other_warm_ups_are_quiet(self, schedule):
+        out = train(mlp(), templates(), adam(1e-3), schedule=lambda o: lr_scheduler.LambdaLR(o, schedule))
+        assert not out.found
+
+
+class TestFewElementsChange:
+    def test_while_the_loss_is_that_of_a_guess(self):
+        net = mlp()
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.3)
+        out = train(net.to(torch.bfloat16), random_labels, adam(1e-4), steps=150)
+        assert not out.found or out.found[0] == "stalled"  # the comparison with a guess comes from a Trainer
+
+
+class TestStepsWithoutAnyGradient:
+    def saturated(self, every):
+        def reshape(step, loss, model):
+            return loss * 0 + 1.0 if step % every == 0 else loss
+
+        return reshape
+
+    def test_are_found_while_the_loss_is_high(self):
+        out = train(mlp(), random_labels, adam(1e-5), steps=200, reshape=self.saturated(3))
+        assert "stalled" in out.found
+
+    def test_are_quiet_where_they_are_rare(self):
+        out = train(mlp(), random_labels, adam(1e-3), steps=200, reshape=self.saturated(50))
+        assert "stalled" not in out.found

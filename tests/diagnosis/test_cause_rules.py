@@ -12,6 +12,7 @@ from lightning_gradguard.diagnosis.context import CERTAIN, TOO_LARGE, TOO_SMALL,
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.results import Fault, Finding, Severity
 
 NAMES = tuple(f"{i}.weight" for i in range(6))
@@ -412,3 +413,52 @@ def test_targets_out_of_reach_explain_gradients_that_vanish(operation, rms, star
     graph = {"loss_ops": {operation: 1}, "recurrent": frozenset(NAMES[:1])}
     case = case_with(graph=graph, target_rms=rms, loss_start=start, loss_now=now, tilt=3.2)
     assert (find_causes(case)[0][0] == Cause.TARGET_SCALE) == blamed
+
+
+def test_a_softmax_that_starves_layers():
+    kinds = {n: {"product": 3, **({"attention": 1} if i in (1, 2) else {})} for i, n in enumerate(NAMES)}
+    graph = GraphSummary(names=NAMES, order=tuple(range(6)), kinds=kinds, nodes=50)
+    for low, fault, named in ((-6.0, Fault.OVERSIZED_UPDATE, True), (-4.0, Fault.OVERSIZED_UPDATE, False)):
+        case = case_with(fault, graph_summary=graph, gradients_log10=(-2.0, low, low, -2.0, -2.0, -2.0))
+        causes = [cause for cause, _ in find_causes(case)]
+        assert (causes[0] == Cause.SATURATING_ACTIVATION) == named
+        assert ("0.5" in find_fixes(case, causes)[0].how) == named
+
+
+def test_zero_factors_beside_other_layers():
+    start = (4.0, 4.0, 0.0, 0.0, 4.0, 4.0)
+    logs = (-2.0, -2.0, -math.inf, -math.inf, -2.0, -2.0)
+    case = case_with(Fault.DEAD, weight_norms=start, initial_weight_norms=start, gradients_log10=logs)
+    causes = [cause for cause, _ in find_causes(case)]
+    assert causes[0] == Cause.BAD_INITIALIZATION
+    assert "two factors" in find_fixes(case, causes)[0].name
+    one = (4.0, 4.0, 0.0, 4.0, 4.0, 4.0)
+    case = case_with(Fault.DEAD, weight_norms=one, initial_weight_norms=one, gradients_log10=logs)
+    assert not case.zero_factors
+
+
+@pytest.mark.parametrize(
+    ("loss", "operation", "named"), [(9e3, "Abs", True), (9e7, "MseLoss", True), (10.0, "Abs", False)]
+)
+def test_targets_beside_which_the_outputs_are_nothing(loss, operation, named):
+    case = case_with(
+        Fault.VANISHING_IN_TIME,
+        target_rms=1e4,
+        loss_start=loss,
+        loss_now=loss,
+        graph={"loss_ops": {operation: 1}},
+    )
+    assert (find_causes(case)[0][0] == Cause.TARGET_SCALE) == named
+
+
+def test_inputs_of_zero_and_rows_far_larger_than_others():
+    assert find_causes(case_with(Fault.DEAD, input_rms=0.0))[0][0] == Cause.BAD_DATA
+    assert Cause.OUTLIER_BATCH in weights(case_with(Fault.EXPLODING, input_rms=1.0, outlying_rows=200.0))
+    assert Cause.OUTLIER_BATCH not in weights(case_with(Fault.EXPLODING, input_rms=1.0, outlying_rows=3.0))
+
+
+def test_a_doubtful_mistake_yields_to_stronger_evidence():
+    doubtful = GraphProblem(Problem.STALE_OPTIMIZER, "Some tensors are in no optimizer.", (), certain=False)
+    case = case_with(Fault.DEAD, input_rms=0.0, graph={"problems": (doubtful,)})
+    assert find_causes(case)[0][0] == Cause.BAD_DATA
+    assert find_causes(case_with(Fault.DEAD, graph={"problems": (doubtful,)}))[0][0] == Cause.STALE_OPTIMIZER

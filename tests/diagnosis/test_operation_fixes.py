@@ -13,6 +13,7 @@ from lightning_gradguard.diagnosis.checkup import checkup
 from lightning_gradguard.diagnosis.diagnose import diagnose_context
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.nan_origin import Place, find_origin
+from lightning_gradguard.diagnosis.operation_fixes import find_operation_fixes
 from lightning_gradguard.diagnosis.trials.runner import try_fixes
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
@@ -629,3 +630,49 @@ def test_a_scripted_operation_has_a_diagnosis_without_it(lab):
     assert origin.module == "log"
     assert diagnosis.causes[0] == LOSS
     assert diagnosis.trials
+
+
+def negative_root(net, x):
+    degree = net(x).sum(1) * 0 + torch.tensor([-3.0, 2, 4, -1, 5, 6, 7, 8])
+    return (net(x).sum(1) * (degree.abs() if net.cured else degree) ** -0.5).mean()
+
+
+def scaled_tanh(net, x):
+    u = net(x)
+    action = torch.tanh(u) if net.cured else 2 * torch.tanh(3 * u)
+    return torch.log(1 - action**2 + 1e-6).mean()
+
+
+def impossible_ways(net, x):
+    start = torch.full((8, 4), -1e9 if net.cured else -math.inf)
+    return torch.logsumexp(start + net(x), 1).clamp(min=-1e3).sum() - net(x).mean()
+
+
+def free_exp(net, x):
+    scale = net(x) * 1e4
+    return (10 * torch.tanh(scale / 10) if net.cured else scale).exp().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (negative_root, "absolute value"),
+        (scaled_tanh, "slope of the tanh"),
+        (free_exp, "tanh"),
+    ],
+)
+def test_the_first_fix_keeps_what_the_operation_is_for(loss, words):
+    net = Net(loss)
+    step = SandboxedStep(net, net.loss_of, X, torch.optim.SGD(net.parameters(), lr=1e-3))
+    origin = find_origin(step)
+    fixes = find_operation_fixes(origin.facts, "")
+    assert words in fixes[0].name
+    assert fixes[0].change is not None
+
+
+def test_ways_that_are_all_impossible():
+    net = Net(impossible_ways)
+    step = SandboxedStep(net, net.loss_of, X, torch.optim.SGD(net.parameters(), lr=1e-3))
+    origin = find_origin(step)
+    assert origin.facts.function == "logsumexp"
+    assert "finite number" in find_operation_fixes(origin.facts, origin.operation)[0].name

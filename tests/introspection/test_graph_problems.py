@@ -7,7 +7,7 @@ from torch.distributions import Categorical, Normal
 from torch.nn import functional as F
 
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
-from lightning_gradguard.introspection.graph_problems import Problem
+from lightning_gradguard.introspection.graph_problems import Problem, find_problems_of_signs
 
 N, C, T = 8, 5, 7
 
@@ -399,3 +399,39 @@ def test_evidence_holds_the_bound_of_the_loss():
 def test_sums_over_the_batch(loss_of, rows):
     model = net()
     assert summarize_graph(loss_of(model), dict(model.named_parameters())).summed == rows
+
+
+POLICY, VIEWS = torch.nn.Linear(4, 3), torch.randn(8, 4)
+GAINS = torch.randn(8)
+
+
+def policy_loss(weight, ways="categorical"):
+    logits = POLICY(VIEWS)
+    if ways == "categorical":
+        policy = torch.distributions.Categorical(logits=logits)
+        gained = policy.log_prob(policy.sample()) * GAINS
+        return -gained.mean() + weight * policy.entropy().mean()
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.softmax(-1) * log_p).sum(-1)
+    taken = log_p.gather(1, torch.zeros(8, 1, dtype=torch.long)).squeeze(1)
+    if ways == "ratio":
+        ratio = (taken - taken.detach()).exp()
+        return -torch.minimum(ratio * GAINS, ratio.clamp(0.8, 1.2) * GAINS).mean() + weight * entropy.mean()
+    if ways == "labels":  # sure predictions are meant
+        return (
+            torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.long))
+            + weight * entropy.mean()
+        )
+    return -(taken * GAINS).mean() + weight * entropy.mean()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.01])
+@pytest.mark.parametrize("ways", ["categorical", "softmax", "ratio"])
+def test_an_entropy_that_is_added_beside_a_policy_gradient(ways, weight):
+    (problem,) = find_problems_of_signs(policy_loss(weight, ways))
+    assert problem.kind == Problem.ENTROPY_SIGN
+    assert not find_problems_of_signs(policy_loss(-weight, ways))
+
+
+def test_an_entropy_that_is_minimized_on_purpose():
+    assert not find_problems_of_signs(policy_loss(0.1, "labels"))

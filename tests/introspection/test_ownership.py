@@ -1,0 +1,76 @@
+"""Layers that no optimizer steps: made anew in each pass, or kept in a dict."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradguard import Guard
+from lightning_gradguard.introspection.graph_problems import Problem
+
+X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+
+
+class HeadInForward(nn.Module):
+    """Net that makes its head in each pass, in the first one only, or when it is built."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.body = when, nn.Linear(6, 8)
+        self.head = nn.Linear(8, 1) if when == "never" else None
+
+    def forward(self, x):
+        if self.when == "always" or self.head is None:
+            self.head = nn.Linear(8, 1)
+        return self.head(self.body(x).tanh())
+
+
+class Sums(nn.Module):
+    """Sum of layers side by side, kept in a dict or registered."""
+
+    def __init__(self, keep, number):
+        super().__init__()
+        self.own = nn.Linear(6, 1)
+        self.layers = keep({str(k): nn.Linear(6, 1) for k in range(number)})
+
+    def forward(self, x):
+        return self.own(x) + sum(layer(x) for layer in self.layers.values())
+
+
+def problems_of(model, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(X).square().mean()
+            loss.backward()
+            guard.step(loss=loss)
+            optimizer.step()
+    return [(p.kind, p.certain) for p in guard.tracker.graph_summary.problems]
+
+
+@pytest.mark.parametrize(
+    ("when", "found"),
+    [
+        ("always", [(Problem.REMADE_LAYERS, True)]),
+        ("first", [(Problem.STALE_OPTIMIZER, False)]),
+        ("never", []),
+    ],
+)
+def test_layers_made_in_the_forward_pass(when, found):
+    assert problems_of(HeadInForward(when)) == found
+
+
+@pytest.mark.parametrize(
+    ("keep", "number", "found"),
+    [
+        (dict, 3, [(Problem.UNREGISTERED_MODULES, True)]),
+        (nn.ModuleDict, 3, []),
+        (dict, 1, [(Problem.STALE_OPTIMIZER, False)]),  # may be a teacher beside the model
+    ],
+)
+def test_layers_side_by_side_in_a_dict(keep, number, found):
+    assert problems_of(Sums(keep, number)) == found
