@@ -107,7 +107,7 @@ class TestALossThatHadFallen:
 
 
 class TestAJumpOfALearnedLoss:
-    """Norm and loss jump together: at once from an outlying batch, over two steps when the training leaves its valley."""
+    """It jumps at once from an outlying batch, and over two steps when the training leaves its valley."""
 
     @staticmethod
     def ceilings(*jumps):

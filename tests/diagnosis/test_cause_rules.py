@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_gradguard.diagnosis.causes import RULES, find_causes
 from lightning_gradguard.diagnosis.context import CERTAIN, TOO_LARGE, TOO_SMALL, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.fixes import find_fixes
+from lightning_gradguard.diagnosis.fixes import PROBLEMS, find_fixes
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.results import Fault, Finding, Severity
 
@@ -56,7 +56,8 @@ def weights(case):
 
 
 def test_each_cause_has_the_rule_of_its_name():
-    assert set(RULES) == set(Cause) - {Cause.UNKNOWN}
+    shown_by_the_graph = {cause for cause, _ in PROBLEMS.values()}
+    assert set(RULES) | shown_by_the_graph == set(Cause) - {Cause.UNKNOWN}
     assert all(rule.__name__ == cause.value for cause, rule in RULES.items())
 
 
