@@ -227,9 +227,8 @@ def stats_of(
     unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
-    made = object.__new__(
-        GradStats
-    )  # as `replace`: half the cost of a frozen class's `__init__`, at every step
+    # As in `replace`: the `__init__` of a frozen class costs twice as much, at every step.
+    made = object.__new__(GradStats)
     vars(made).update(
         unseen,
         layout=layout,
