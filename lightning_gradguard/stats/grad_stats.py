@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
-#: Fields that mark tensors, and single numbers that are not measured at every step.
-_MARKS = ("cut", "unused", "ran", "idle", "hollow", "constant", "recurrent", "normalised")
-_UNKNOWN = ("time_tilt", "update_ratio", "excess", "reach", "loss_scale", "carried")
-
-
 @dataclass(frozen=True)
 class GradStats:
     """One step's gradients of P tensors, as vectors.
@@ -227,17 +222,17 @@ def stats_of(
     unknown, zeros, nowhere = number(torch.nan), layout.zeros, layout.nowhere
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
-    unseen = dict.fromkeys(_MARKS, nowhere) | dict.fromkeys(_UNKNOWN, unknown)
+    unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
+    unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
+    unseen |= {"recurrent": nowhere, "normalised": nowhere, "time_tilt": unknown, "update_ratio": unknown}
+    unseen |= {"excess": unknown, "reach": unknown}
+    unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
-    made = object.__new__(
-        GradStats
-    )  # as `replace`: half the cost of a frozen class's `__init__`, at every step
+    # As in `replace`: the `__init__` of a frozen class costs twice as much, at every step.
+    made = object.__new__(GradStats)
     vars(made).update(
         unseen,
-        dead=zeros,
-        lost=zeros,
-        changed=layout.unknowns,
         layout=layout,
         gradients=gradients,
         pattern=pattern,

@@ -56,6 +56,37 @@ class TestOutliersAmongTheFirstSteps:
         assert train(model, templates(), sgd(0.1), **options).said == ""
 
 
+class TestAJumpOfALearnedLoss:
+    """It jumps at once from an outlying batch, and over two steps when the training leaves its valley."""
+
+    @staticmethod
+    def ceilings(*jumps):
+        """Return the ceiling of a spike at each of some steps after 200 quiet ones.
+
+        Args:
+            *jumps: Norm and loss of each step, as multiples of the usual norm and of the first loss.
+        """
+        stream = Stream(Spike())
+        for step in range(200):
+            wave = 1 + 0.1 * math.sin(step)
+            stream.feed([wave] * 6, loss=max(1e-3, 0.8**step) * wave)
+        readings = [stream.feed([norm] * 6, loss=loss)[0] for norm, loss in jumps]
+        return [int(r.ceiling) if r.raised else None for r in readings]
+
+    @pytest.mark.parametrize("height", [0.6, 1.0, 100.0])
+    def test_out_of_nothing_is_a_warning(self, height):
+        assert self.ceilings((1000.0, height)) == [1]
+
+    def test_that_began_at_the_step_before_is_none(self):
+        assert self.ceilings((200.0, 0.3), (2e4, 0.9))[1] == 0
+
+    def test_after_a_quiet_step_is_a_warning_again(self):
+        assert self.ceilings((200.0, 0.3), (1.0, 1e-3), (2e4, 0.9))[2] == 1
+
+    def test_after_a_jump_of_the_norm_alone_is_a_warning(self):
+        assert self.ceilings((200.0, 1e-3), (2e4, 0.9))[1] == 1
+
+
 class TestALossThatHadFallen:
     @pytest.mark.parametrize(
         ("optimizer", "growth", "steps"),
@@ -104,37 +135,6 @@ class TestALossThatHadFallen:
     def test_cyclic_rates_are_quiet(self):
         options = {"schedule": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=40), "steps": 200}
         assert train(mlp(), templates(), sgd(1e-3, momentum=0.9), **options).said == ""
-
-
-class TestAJumpOfALearnedLoss:
-    """Norm and loss jump together: at once from an outlying batch, over two steps when a training leaves its valley."""
-
-    @staticmethod
-    def ceilings(*jumps):
-        """Return the ceiling of a spike at each of some steps after 200 quiet ones.
-
-        Args:
-            *jumps: Norm and loss of each step, as multiples of the usual norm and of the first loss.
-        """
-        stream = Stream(Spike())
-        for step in range(200):
-            wave = 1 + 0.1 * math.sin(step)
-            stream.feed([wave] * 6, loss=max(1e-3, 0.8**step) * wave)
-        readings = [stream.feed([norm] * 6, loss=loss)[0] for norm, loss in jumps]
-        return [int(r.ceiling) if r.raised else None for r in readings]
-
-    @pytest.mark.parametrize("height", [0.6, 1.0, 100.0])
-    def test_out_of_nothing_is_a_warning(self, height):
-        assert self.ceilings((1000.0, height)) == [1]
-
-    def test_that_began_at_the_step_before_is_none(self):
-        assert self.ceilings((200.0, 0.3), (2e4, 0.9))[1] == 0
-
-    def test_after_a_quiet_step_is_a_warning_again(self):
-        assert self.ceilings((200.0, 0.3), (1.0, 1e-3), (2e4, 0.9))[2] == 1
-
-    def test_after_a_jump_of_the_norm_alone_is_a_warning(self):
-        assert self.ceilings((200.0, 1e-3), (2e4, 0.9))[1] == 1
 
 
 class TestATargetThatIsCopiedNowAndThen:

@@ -80,6 +80,28 @@ def test_sigmoids_weigh_what_their_slopes_cost(sigmoids, norms):
     assert weights(case)[Cause.SATURATING_ACTIVATION] == pytest.approx(expected)
 
 
+def test_softmax_units_are_flat_and_attention_is_not_blamed_for_them():
+    hidden = case_with(tilt=9.0, kinds={"product": 6, "attention": 5})
+    assert find_causes(hidden)[0][0] == Cause.SATURATING_ACTIVATION
+    assert Cause.BAD_INITIALIZATION not in weights(hidden)
+    in_blocks = case_with(tilt=9.0, kinds={"product": 12, "attention": 2})
+    assert Cause.SATURATING_ACTIVATION not in weights(in_blocks)
+
+
+@pytest.mark.parametrize(
+    ("above", "by_zero"), [(("Mul",), True), (("Mul", "Gelu"), False), (("Mul", "Softmax"), False)]
+)
+def test_a_factor_is_zero_only_if_no_smooth_activation_may_be_flat(above, by_zero):
+    zero = case_with(
+        Fault.DEAD,
+        value=1.0,
+        gradients_log10=(-math.inf,) * 5 + (-2.0,),
+        graph={"above": {NAMES[4]: above}},
+        parameters=NAMES[4:5],
+    )
+    assert (Cause.DETACHED_GRAPH in weights(zero)) == by_zero
+
+
 @given(tilt=st.floats(0, 40), gain=st.floats(0.01, 1))
 def test_flat_activations_weigh_what_the_weights_leave_unexplained(tilt, gain):
     case = case_with(tilt=tilt, gain=gain)
@@ -372,28 +394,6 @@ def test_causes_are_ranked_by_weight_and_few(data):
     ranks = [found[cause] for cause, _ in causes if cause != Cause.UNKNOWN]
     assert ranks == sorted(ranks, reverse=True)
     assert all(evidence.endswith(".") and "nan" not in evidence for _, evidence in causes)
-
-
-def test_softmax_units_are_flat_and_attention_is_not_blamed_for_them():
-    hidden = case_with(tilt=9.0, kinds={"product": 6, "attention": 5})
-    assert find_causes(hidden)[0][0] == Cause.SATURATING_ACTIVATION
-    assert Cause.BAD_INITIALIZATION not in weights(hidden)
-    in_blocks = case_with(tilt=9.0, kinds={"product": 12, "attention": 2})
-    assert Cause.SATURATING_ACTIVATION not in weights(in_blocks)
-
-
-@pytest.mark.parametrize(
-    ("above", "by_zero"), [(("Mul",), True), (("Mul", "Gelu"), False), (("Mul", "Softmax"), False)]
-)
-def test_a_factor_is_zero_only_if_no_smooth_activation_may_be_flat(above, by_zero):
-    zero = case_with(
-        Fault.DEAD,
-        value=1.0,
-        gradients_log10=(-math.inf,) * 5 + (-2.0,),
-        graph={"above": {NAMES[4]: above}},
-        parameters=NAMES[4:5],
-    )
-    assert (Cause.DETACHED_GRAPH in weights(zero)) == by_zero
 
 
 @pytest.mark.parametrize(

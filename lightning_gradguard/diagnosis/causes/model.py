@@ -76,8 +76,8 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         if rest >= _LOST_BETWEEN_LAYERS and _has_softmax_units(context):
             softmax = count(context.path["attention"], "softmax", "softmax activations")
             text = (
-                f"Gradients shrink by a factor of 10^{rest:.1f} that weights do not explain. The path from the loss "
-                f"to the first layer has {softmax}, whose slope is at most 0.25, and less the more units share it."
+                f"Gradients shrink by a factor of 10^{rest:.1f} that the weights do not explain. The path from the "
+                f"loss to the first layer has {softmax}, whose slope is at most 0.25, and less the more units share it."
             )
             yield Evidence(rest, text)
         return
