@@ -33,6 +33,8 @@ _RISE, _LOSS_RISE, _FALL = 300.0, 30.0, 1000.0
 #: Steps after an outlier until it is told from a loss that is learned, and the largest change of the loss that the
 #: outlier's own update may have made, as a part of its loss.
 _AFTER, _REACH = 4, 0.3
+#: Change of the loss, over its size, that a step may have made and that explains a rise after it.
+_OWN = 3.0
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ class Spike:
         rise = stats.total / state.norm
         loss_rises = torch.where(unknown, rise > _RISE**2, loss > _LOSS_RISE * state.highest)
         moved = torch.linalg.vector_norm(torch.nan_to_num(stats.updates, nan=0.0) * stats.weights)
-        # A step that could change the loss by as much as it was explains what comes after it.
-        is_own = state.norm * moved / state.loss >= _REACH
+        # A step that could change the loss by several times what it was explains what comes after it.
+        is_own = state.norm * moved / state.loss >= _OWN
         rises = is_first & (before >= 1) & (state.norm > 0) & (rise > _RISE) & loss_rises & ~is_own
         largest = (stats.total >= state.norm) | ~is_first
         since = torch.where(largest, 0.0, state.since + 1)

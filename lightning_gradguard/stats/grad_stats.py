@@ -223,7 +223,7 @@ def stats_of(
     value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
-    unseen |= {"idle": nowhere, "offered": nowhere, "hollow": nowhere, "constant": nowhere}
+    unseen |= {"idle": nowhere, "hollow": nowhere, "constant": nowhere}
     unseen |= {"recurrent": nowhere, "normalised": nowhere, "time_tilt": unknown, "update_ratio": unknown}
     unseen |= {"excess": unknown, "reach": unknown}
     unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
