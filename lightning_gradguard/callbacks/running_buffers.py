@@ -75,9 +75,9 @@ class RunningBuffers:
     def start(self, module: nn.Module) -> None:
         """Begin to observe a module."""
         fresh = RunningBuffers()
-        fresh._paths = {id(part): name for name, part in module.named_modules()}
         fresh._modules = list(module.modules())
         self.__dict__.update(fresh.__dict__)
+        self._paths = {id(part): name for name, part in module.named_modules()}
 
     @torch.no_grad()
     def save(self) -> None:

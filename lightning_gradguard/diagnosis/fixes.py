@@ -612,7 +612,8 @@ STEP_PER_EPOCH = Remedy(
 )
 SHORTER_WARM_UP = Remedy(
     "A shorter warm-up, advanced at each step and not once an epoch",
-    'return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}',
+    "warm_up = LinearLR(optimizer, 0.01, total_iters=100)  # "
+    'return [optimizer], [{"scheduler": warm_up, "interval": "step"}]',
 )
 UNSCALE_FIRST = Remedy(
     "Unscale the gradients before clipping them",
