@@ -260,7 +260,7 @@ class Exploding:
       tenth of its weight: harder data, or an adversary, raise a loss without that. Growth of the baseline norm by three
       decades counts as well as a large update. A loss that falls as far below zero counts too then, since it has no
       lower bound.
-    - The loss had fallen by 30 %, and now it and its running mean are a tenth above its start: worse than untrained.
+    - The loss had fallen by half, and now it and its running mean are a tenth above its start: worse than untrained.
       For at least four steps gradient times update was as large as the loss, so that the steps themselves may raise it;
       harder data, or an adversary, do not need that.
 

@@ -250,10 +250,10 @@ class Trends:
     def fell_and_rose(self) -> Tensor:
         """True if the loss had fallen and is above its start again, bool [].
 
-        It had fallen by 30 %, and its mean is now 10 % above its start, which is positive.
+        It had fallen by half, and its mean is now 10 % above its start, which is positive.
         """
         start, best = self.loss_start, self.before.best_loss
-        return (start > 0) & (best < 0.7 * start) & (self.state.loss > 1.1 * start)
+        return (start > 0) & (best < 0.5 * start) & (self.state.loss > 1.1 * start)
 
     @cached_property
     def reach(self) -> Tensor:
