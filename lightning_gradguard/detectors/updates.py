@@ -251,7 +251,9 @@ class Stalled:
         shrunk = (scaled >= self.steps) & trends.no_progress
         fewest_share = torch.where(guesses, number(_FEW), number(self.changed))
         is_empty = stats.present.any() & (stats.total == 0)
-        empty = torch.clamp(state.empty + torch.where(is_empty, 1.0, -_EMPTY_LEAK), 0.0, 2.0 * _EMPTY)
+        empty = torch.clamp(
+            state.empty + torch.where(is_empty, number(1.0), number(-_EMPTY_LEAK)), 0.0, 2.0 * _EMPTY
+        )
         start = torch.minimum(trends.loss_start, trends.first_loss)
         vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start)
         raised = (stalled | lost | shrunk | vacant) & (trends.steps >= WARM_UP + 5)
