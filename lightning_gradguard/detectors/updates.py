@@ -250,7 +250,8 @@ class Stalled:
         lost = lost | guesses
         shrunk = (scaled >= self.steps) & trends.no_progress
         fewest_share = torch.where(guesses, number(_FEW), number(self.changed))
-        is_empty = stats.present.any() & (stats.total == 0)
+        # Not the global norm: the squares of tiny norms are zero in float32.
+        is_empty = stats.present.any() & (stats.norms == 0).all()
         empty = torch.clamp(
             state.empty + torch.where(is_empty, number(1.0), number(-_EMPTY_LEAK)), 0.0, 2.0 * _EMPTY
         )

@@ -64,8 +64,15 @@ class TensorBoardSink:
         """Write pending drawings; leave the writer open."""
         self._write_pictures(wait=True)
         self._pictures.close()
-        if not self._output.run(self._flush):
+        is_flushed = self._output.run(self._flush)
+        # The writer's thread may fail a moment later.
+        if not is_flushed or not self._has_folder():
             self._shield_writer()
+
+    def _has_folder(self) -> bool:
+        """Return False if the writer's folder is gone."""
+        folder = str(getattr(self._writer, "log_dir", ""))
+        return not folder or "://" in folder or os.path.isdir(folder)
 
     def _flush(self) -> bool:
         self._writer.flush()
@@ -125,10 +132,9 @@ class TensorBoardSink:
         return value
 
     def _add(self, values: list[Summary.Value], step: int) -> None:
-        folder = str(getattr(self._writer, "log_dir", ""))
-        if folder and "://" not in folder and not os.path.isdir(folder):
+        if not self._has_folder():
             # Asked before writing, since the writer's thread would fail later, in another's call.
-            raise FileNotFoundError(f"the log folder {folder} is gone")
+            raise FileNotFoundError(f"the log folder {self._writer.log_dir} is gone")
         file = self._writer._get_file_writer()
         summary: Any = Summary(value=values)
         if type(file).__module__.startswith("tensorboardX"):  # it has its own classes for the same bytes
