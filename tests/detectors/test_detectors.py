@@ -96,10 +96,9 @@ class TestEveryDetector:
 
     @pytest.mark.parametrize("norms", [[0.0] * 6, [None, 1.0, None, 2.0, 1.0, 1.0], [1e-30] * 6, [1e18] * 6])
     def test_odd_gradients_raise_no_alarm(self, detector, norms):
-        if isinstance(detector, Stalled) and 0.0 in norms:
-            norms = norms[:-1] + [
-                1.0
-            ]  # without any gradient at all, while the loss is high, nothing is learnt
+        if isinstance(detector, Stalled) and norms[0] is not None and norms[0] < 1e-20:
+            # Without any gradient (norms whose squares are below float32 are none), and with a high loss, it is right.
+            norms = [*norms[:-1], 1.0]
         stream = Stream(detector)
         assert not any(stream.feed(norms)[0].raised for _ in range(60))
 
