@@ -142,10 +142,17 @@ class GraphObserver:
         self._patterns.add(pattern)
         pairs = list(zip(layout.names, layout.parameters, strict=True))
         parameters = {name: self._unsharded.get(id(p), p) for name, p in pairs}
-        summary, others = read_graph(graph, parameters)
+        try:
+            summary, others = read_graph(graph, parameters)
+        except Exception:  # an odd graph must not end a training: it counts as not seen
+            summary = GraphSummary(names=layout.names, order=tuple(range(len(layout.names))), opaque=True)
+            others = []
         if owned and layout.shards is None:
             reached = frozenset(summary.shortest)
-            problems = find_ownership_problems(parameters, reached, others, self._named)
+            try:
+                problems = find_ownership_problems(parameters, reached, others, self._named)
+            except Exception:  # the objects of other programs are looked through, which may do anything
+                problems = ()
             summary = replace(summary, problems=(*summary.problems, *problems))
             # Gradients without a path were put there by hand, such as those of a copy: the loop knows what it does.
             by_hand = any(

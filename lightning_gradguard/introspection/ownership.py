@@ -183,9 +183,11 @@ class _Program(NamedTuple):
             if kinds[kind] == "optimizer":
                 stepped.update(id(p) for group in _groups_of(thing) for p in group["params"])
             elif kinds[kind] == "module":
-                for parameter in vars(thing).get("_parameters", {}).values():
+                # A proxy may pass for a module and have no attributes of its own.
+                held = getattr(thing, "__dict__", {})
+                for parameter in held.get("_parameters", {}).values():
                     owners.setdefault(id(parameter), []).append(thing)
-                for child in vars(thing).get("_modules", {}).values():
+                for child in held.get("_modules", {}).values():
                     parents.setdefault(id(child), []).append(thing)
         return cls(frozenset(stepped), owners, parents)
 

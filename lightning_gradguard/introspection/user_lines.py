@@ -103,8 +103,11 @@ def _is_users(file: str) -> bool:
 
 
 def _shown(file: str, line: int) -> str:
-    inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
-    name = os.path.relpath(file) if inside else Path(file).name
+    try:
+        inside = os.path.abspath(file).startswith(os.getcwd() + os.sep)
+        name = os.path.relpath(file) if inside else Path(file).name
+    except OSError:  # the working folder is gone
+        name = Path(file).name
     return f"{name}:{line}"
 
 

@@ -371,6 +371,9 @@ def test_a_lazy_module_has_a_record(fit):
     assert load(guard)["step"] == 5
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # of TensorBoard's own thread
 @pytest.mark.parametrize("gone", ["working folder", "log folder", "both"])
 def test_a_halt_stays_a_halt_if_folders_are_gone(fit, tmp_path, monkeypatch, gone):
     scratch, logs = tmp_path / "scratch", tmp_path / "logs"

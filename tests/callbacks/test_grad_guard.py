@@ -549,6 +549,9 @@ def test_lightnings_clipping_survives_skipped_steps(fit, classifier, arguments, 
     assert ("configure_gradient_clipping" in vars(module)) == (hook != "inherited")
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # of TensorBoard's own thread
 def test_a_log_folder_that_vanishes_ends_no_training(fit, classifier, tmp_path):
     class Remove(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

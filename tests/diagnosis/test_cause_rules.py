@@ -452,13 +452,17 @@ def test_targets_beside_which_the_outputs_are_nothing(loss, operation, named):
 
 
 def test_inputs_of_zero_and_rows_far_larger_than_others():
-    assert find_causes(case_with(Fault.DEAD, input_rms=0.0))[0][0] == Cause.BAD_DATA
+    unfed = {"gradients_log10": (-math.inf, -2.0, -2.0, -2.0, -2.0, -2.0)}
+    assert find_causes(case_with(Fault.DEAD, input_rms=0.0, **unfed))[0][0] == Cause.BAD_DATA
+    # The batch is a placeholder: the first layer gets a gradient, so its input is something else.
+    assert Cause.BAD_DATA not in weights(case_with(Fault.DEAD, input_rms=0.0))
     assert Cause.OUTLIER_BATCH in weights(case_with(Fault.EXPLODING, input_rms=1.0, outlying_rows=200.0))
     assert Cause.OUTLIER_BATCH not in weights(case_with(Fault.EXPLODING, input_rms=1.0, outlying_rows=3.0))
 
 
 def test_a_doubtful_mistake_yields_to_stronger_evidence():
     doubtful = GraphProblem(Problem.STALE_OPTIMIZER, "Some tensors are in no optimizer.", (), certain=False)
-    case = case_with(Fault.DEAD, input_rms=0.0, graph={"problems": (doubtful,)})
+    logs = (-math.inf, -2.0, -2.0, -2.0, -2.0, -2.0)
+    case = case_with(Fault.DEAD, input_rms=0.0, gradients_log10=logs, graph={"problems": (doubtful,)})
     assert find_causes(case)[0][0] == Cause.BAD_DATA
     assert find_causes(case_with(Fault.DEAD, graph={"problems": (doubtful,)}))[0][0] == Cause.STALE_OPTIMIZER

@@ -154,7 +154,10 @@ def _targets_out_of_reach(context: DiagnosticContext) -> Iterator[Evidence]:
 
 def bad_data(context: DiagnosticContext) -> Iterator[Evidence]:
     """Blame NaN or Inf in the batch, or inputs that are all zero."""
-    if context.too_small and context.input_rms == 0:
+    # A batch may be a placeholder of zeros; inputs of zero leave the first layer's weight without a gradient.
+    first = context.layers[0] if context.layers else None
+    is_fed = first is not None and context.gradients_log10[first] != -math.inf
+    if context.too_small and context.input_rms == 0 and not is_fed:
         yield Evidence(
             CERTAIN, "All inputs of the batch are exactly zero, so nothing can be learnt from them."
         )
