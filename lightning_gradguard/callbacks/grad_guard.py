@@ -441,9 +441,10 @@ class GradGuard(Callback):
             measure="running statistics that became NaN or Inf, while loss and gradients were finite",
         )
         diagnosis, message = diagnose_ruined(finding, self._least_rows)
-        results.findings.append(finding)
-        if results.diagnosis is None or results.diagnosis.fault == Fault.SPIKE:
-            results.diagnosis = diagnosis
+        if trainer.world_size == 1:  # each process has statistics of its own, and findings must agree
+            results.findings.append(finding)
+            if results.diagnosis is None or results.diagnosis.fault == Fault.SPIKE:
+                results.diagnosis = diagnosis
         warn(trainer, f"GradGuard: {message}")
 
     def _finish(self, trainer: Trainer) -> None:
