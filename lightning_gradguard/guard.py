@@ -563,13 +563,13 @@ class Guard:
             if to_diagnose.fault == Fault.NONFINITE:
                 origin = self._trace(record, context, replay=True)
             diagnosis = self._diagnose(to_diagnose, record, pending, origin, run_trials=context.run_trials)
-            self._keep(diagnosis, to_diagnose)
+            self._keep(diagnosis, to_diagnose, halts=decision.halt is not None)
 
-    def _keep(self, diagnosis: Diagnosis, finding: Finding) -> None:
+    def _keep(self, diagnosis: Diagnosis, finding: Finding, *, halts: bool = False) -> None:
         """Keep a diagnosis, unless one of something graver is there.
 
         A spike is over with its step, so any other fault is graver. Of two warnings the fault that explains the other
-        one away is kept.
+        one away is kept. The diagnosis of a halt is always kept, since the halt carries it.
         """
         rank = 2 * finding.severity - (finding.fault == Fault.SPIKE)
         kept = self.diagnosis
@@ -579,7 +579,7 @@ class Guard:
             and rank == self._diagnosed
             and kept.fault.precedence < finding.fault.precedence
         )
-        if rank >= self._diagnosed and not explained:
+        if halts or (rank >= self._diagnosed and not explained):
             self.diagnosis, self._diagnosed = diagnosis, rank
 
     def _trace(self, record: StepRecord, context: StepContext, *, replay: bool) -> Origin | None:

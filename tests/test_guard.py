@@ -15,6 +15,7 @@ from lightning_gradguard import (
     AGC,
     AdaGC,
     AutoClip,
+    Cause,
     Fault,
     GradientHalt,
     GradientWarning,
@@ -794,3 +795,57 @@ def test_default_device_and_dtype_change_nothing(clipper, device, dtype):
         return repr(losses)
 
     assert reports(device, dtype) == reports("cpu", torch.float32)
+
+
+def sigmoid_chain():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.Sigmoid())]
+    return nn.Sequential(*layers, nn.Linear(8, 2))
+
+
+def test_a_warning_carries_its_cause_and_first_fix():
+    model = sigmoid_chain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    assert guard.diagnosis is None
+    with pytest.warns(GradientWarning) as caught:
+        for step in range(31):
+            guard.step(loss=backward(model, step))
+            optimizer.step()
+    assert guard.diagnosis.fault == Fault.VANISHING
+    assert guard.diagnosis.causes[0] == Cause.SATURATING_ACTIVATION
+    assert not any(remedy.tried for remedy in guard.diagnosis.remedies)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "Most likely cause: saturating activation." in message
+    assert f"Fix to try first: {guard.diagnosis.remedies[0].name}." in message
+
+
+@ignore_warnings
+def test_a_spike_does_not_replace_the_diagnosis_of_a_lasting_fault():
+    model = sigmoid_chain()
+    guard = Guard(model.named_parameters(), policy=Policy(patience=1000))
+    for step in range(60):
+        loss = backward(model, step)
+        if step == 50:
+            for parameter in model.parameters():
+                parameter.grad.mul_(1e4)
+        guard.step(loss=loss)
+    assert {f.fault for f in guard.findings} >= {Fault.VANISHING, Fault.SPIKE}
+    assert guard.diagnosis.fault == Fault.VANISHING
+
+
+@ignore_warnings
+def test_a_halt_carries_its_own_diagnosis_after_a_graver_one():
+    """Spikes that are skipped halt at last; a lasting fault that only warns was critical before."""
+    model = sigmoid_chain()
+    policy = Policy(respond={"spike": "skip", "vanishing": "warn"}, patience=0, max_consecutive_skips=2)
+    guard = Guard(model.named_parameters(), policy=policy)
+    with pytest.raises(GradientHalt) as caught:
+        for step in range(80):
+            loss = backward(model, step)
+            if step >= 50:
+                for parameter in model.parameters():
+                    parameter.grad.mul_(1e4)
+            guard.step(loss=loss)
+    assert any(f.fault == Fault.VANISHING and f.severity == Severity.CRITICAL for f in guard.findings)
+    assert caught.value.diagnosis.fault == Fault.SPIKE

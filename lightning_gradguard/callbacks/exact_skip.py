@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ExactSkip:
-    """Makes a skipped step exact for optimizers that do more than use gradients.
+    """Exact skips for optimizers that do more than use gradients.
 
     Those of torch leave a parameter without a gradient as it is, so a skip is exact at no cost. Others may count the
     step all the same, or move weights inside the closure and not find back (SAM, LBFGS). Before such an optimizer goes
