@@ -242,7 +242,7 @@ class Guard:
         self.steps += 1
         if graph is None and loss is not None and loss.grad_fn is not None:
             graph = loss
-        if graph is None and all(gradient is None for gradient in self.tracker.gradients()):
+        if graph is None and not self.tracker.has_gradient:
             return Report(number, None, 0.0, 0.0, None, 1.0, skip=False)
         self.tracker.unscale(scaler)
         if loss is None and not self._warned_of_no_loss:

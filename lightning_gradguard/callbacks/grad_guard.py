@@ -301,7 +301,7 @@ class GradGuard(Callback):
         except GradientHalt:
             self._exact_skip.undo(optimizer)
             raise
-        if all(gradient is None for gradient in guard.tracker.gradients()):
+        if not guard.tracker.has_gradient:
             self._clipping.omit(pl_module)
             self._exact_skip.skip(optimizer, renew=self._rollback.count > rollbacks)
 
@@ -326,7 +326,7 @@ class GradGuard(Callback):
         except GradientHalt as halt:
             if self._rollback.try_restore(trainer, guards, halt):
                 return
-            results.stop_reason = halt.diagnosis.fault.value
+            results.stop_reason, results.diagnosis = halt.diagnosis.fault.value, halt.diagnosis
             results.bundle = self._recording.record_halt(trainer, guards, halt, index)
             if self.policy is None or self.policy.stop != "graceful":
                 raise

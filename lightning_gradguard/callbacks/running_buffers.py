@@ -292,7 +292,7 @@ def _is_ruined(now: Tensor, before: Tensor) -> Tensor:
 
 
 def _mended(now: Tensor, before: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(now) | ~torch.isfinite(before), now, before)
+    return torch.where(_is_ruined(now, before), before, now)
 
 
 def _is_current(place: _Place) -> bool:

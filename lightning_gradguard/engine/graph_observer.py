@@ -280,7 +280,11 @@ class GraphObserver:
     def _look_for_remade(self, unowned: UnownedWeights) -> None:
         """Say at the second step if weights in no optimizer are gone, since the pass has made others."""
         self._unowned = None
-        summary, problem = self.graph_summary, unowned.as_remade()
+        summary = self.graph_summary
+        try:
+            problem = unowned.as_remade()
+        except Exception:  # the objects of other programs are looked through, which may do anything
+            problem = None
         if summary is not None and problem is not None:
             others = [p for p in summary.problems if p.kind not in OWNERSHIP or p.certain]
             self.graph_summary = replace(summary, problems=(*others, problem))

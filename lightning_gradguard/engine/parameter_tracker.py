@@ -184,9 +184,10 @@ class ParameterTracker:
         self._start(select(self._named, self.optimizer))
         return True
 
-    def gradients(self) -> list[Tensor | None]:
-        """Return the gradients that are on the parameters now."""
-        return [p.grad for p in self.layout.parameters]
+    @property
+    def has_gradient(self) -> bool:
+        """True if any parameter has a gradient now."""
+        return any(p.grad is not None for p in self.layout.parameters)
 
     @torch.no_grad()
     def measure(

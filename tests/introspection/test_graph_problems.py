@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.nn import functional as F
 
+from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
 from lightning_gradguard.introspection.graph_problems import Problem, find_problems_of_signs
 
@@ -435,3 +436,8 @@ def test_an_entropy_that_is_added_beside_a_policy_gradient(ways, weight):
 
 def test_an_entropy_that_is_minimized_on_purpose():
     assert not find_problems_of_signs(policy_loss(0.1, "labels"))
+
+
+def test_each_mistake_has_a_cause_and_a_fix():
+    assert set(PROBLEMS) == set(Problem)
+    assert all(fix.name and fix.how for _, fix in PROBLEMS.values())
