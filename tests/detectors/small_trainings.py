@@ -12,7 +12,7 @@ from lightning_gradguard import GradientHalt, Guard, Severity
 
 @dataclass
 class Outcome:
-    """What a training did, and what was found."""
+    """Course of a training, and the findings in it."""
 
     guard: Guard
     losses: list[float] = field(default_factory=list)

@@ -1,11 +1,14 @@
 """Steps that are too small or too large, on small trainings, each with healthy ones that look alike."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
+from lightning_gradguard.detectors.updates import Stalled
 from tests.detectors.small_trainings import (
     adam,
     mlp,
@@ -16,6 +19,7 @@ from tests.detectors.small_trainings import (
     templates,
     train,
 )
+from tests.detectors.test_detectors import Stream
 
 
 def clip_scaled(norm):
@@ -207,12 +211,26 @@ class TestAWarmUpOnceAnEpoch:
 
 
 class TestFewElementsChange:
-    def test_while_the_loss_is_that_of_a_guess(self):
-        net = mlp()
-        for p in net.parameters():
-            nn.init.normal_(p, std=0.3)
-        out = train(net.to(torch.bfloat16), random_labels, adam(1e-4), steps=150)
-        assert not out.found or out.found[0] == "stalled"  # the comparison with a guess comes from a Trainer
+    """Half-precision weights of which 15 % of the elements move in a step: few, but more than next to none."""
+
+    @staticmethod
+    def is_raised(share=0.15, excess=1.0, steady=1000, loss=1.0):
+        stream = Stream(Stalled())
+        facts = {"changed": torch.full((6,), share), "excess": torch.tensor(excess), "steady": steady}
+        readings = [stream.feed([1.0] * 6, loss=loss, **facts)[0] for _ in range(90)]
+        return bool(readings[-1].raised)
+
+    def test_while_the_loss_is_that_of_a_guess_is_found(self):
+        assert self.is_raised()
+
+    @pytest.mark.parametrize(
+        "facts", [{"excess": 0.5}, {"excess": math.nan}, {"share": 0.4}, {"share": math.nan}, {"steady": 10}]
+    )
+    def test_otherwise_is_quiet(self, facts):
+        assert not self.is_raised(**facts)
+
+    def test_next_to_none_needs_no_guess(self):
+        assert self.is_raised(share=0.05, excess=math.nan)
 
 
 class TestStepsWithoutAnyGradient:

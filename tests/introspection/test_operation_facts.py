@@ -1,4 +1,4 @@
-"""What an operation was given is measured in plain numbers."""
+"""Arguments of an operation are measured in plain numbers."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""What a pass does with some parameters' results: the loss was computed with them, or it was not."""
+"""Results of parameters are followed through a pass: the loss was computed with them, or it was not."""
 
 import gc
 import weakref

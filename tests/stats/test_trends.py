@@ -1,6 +1,7 @@
 """Running statistics on synthetic streams and against SciPy."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,3 +242,22 @@ def test_a_cliff_may_stand_in_any_column():
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_few_layers_have_no_cliff(layers):
     assert cliff_of([float(i) for i in range(layers)] + [0.0] * (not layers)).height.item() == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("start", "best", "now", "relapsed"),
+    [
+        (2.0, 0.8, 2.4, True),
+        (2.0, 0.8, 2.1, False),  # not above its start by a tenth
+        (2.0, 1.34, 2.4, False),  # it had not fallen by half, as in a net that wavers
+        (2.0, math.inf, 2.4, False),
+        (-2.0, -4.0, -1.0, False),
+    ],
+)
+def test_a_loss_that_had_fallen_by_half_and_rose(start, best, now, relapsed):
+    seen = SimpleNamespace(
+        loss_start=torch.tensor(start),
+        before=SimpleNamespace(best_loss=torch.tensor(best)),
+        state=SimpleNamespace(loss=torch.tensor(now)),
+    )
+    assert bool(trends.Trends.fell_and_rose.func(seen)) == relapsed
