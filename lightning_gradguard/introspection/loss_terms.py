@@ -22,7 +22,10 @@ def count_terms(loss: Tensor) -> int:
         if node is None:
             return 0
         made = getattr(node, "_input_metadata", ())
-        shape = tuple(made[0].shape) if made else ()
+        try:
+            shape = tuple(made[0].shape) if made else ()
+        except RuntimeError:  # a nested tensor has no shape
+            return 0
         if shape:
             return int(shape[0])
         node = next((child for child, _ in node.next_functions if child is not None), None)

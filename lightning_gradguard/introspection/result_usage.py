@@ -129,7 +129,10 @@ class _Follower(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self.active and not torch.compiler.is_compiling():
-            self._follow(getattr(func, "__name__", ""), args, kwargs, result)
+            try:
+                self._follow(getattr(func, "__name__", ""), args, kwargs, result)
+            except Exception:  # a tensor of a kind that has no address or mark: a probe never ends a training
+                self.active, self.used = False, -1  # every result counts as used, so that nothing is accused
         return result
 
     def mask_of(self, tensor: Tensor) -> int:

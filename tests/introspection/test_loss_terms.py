@@ -32,3 +32,19 @@ def test_is_one_for_one_sample():
 def test_is_unknown_without_a_graph():
     assert count_terms(torch.tensor(1.0)) == 0
     assert count_terms(nn.Parameter(torch.tensor(1.0)) * 2) == 0
+
+
+def test_a_tensor_without_a_shape_has_no_known_number_of_terms():
+    class Ragged:
+        @property
+        def shape(self):
+            raise RuntimeError("ragged")
+
+    class Node:
+        _input_metadata = (Ragged(),)
+        next_functions = ()
+
+    class Loss:
+        grad_fn = Node()
+
+    assert count_terms(Loss()) == 0

@@ -159,3 +159,15 @@ def test_results_are_not_kept_alive_and_neither_is_the_probe():
     gc.collect()
     assert held() is None
     net(X)
+
+
+def test_an_error_while_following_ends_no_training_and_accuses_nobody(monkeypatch):
+    layer, model = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+    usage = ResultUsage({"weight": layer.weight})
+
+    def fail(*args):
+        raise RuntimeError("a kind of tensor without an address")
+
+    monkeypatch.setattr(usage._mode, "_follow", fail)
+    model(torch.ones(1, 2))
+    assert usage.close() == frozenset()
