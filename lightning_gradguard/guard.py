@@ -53,7 +53,7 @@ from lightning_gradguard.engine.state_form import check_names, check_state, shor
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
-from lightning_gradguard.introspection.graph_problems import OWNERSHIP, Problem
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem, Problem
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
@@ -154,7 +154,7 @@ class Guard:
         self._origin: Origin | None = None
         self._diagnosed = 0
         self._warned_of_no_loss = False
-        self._warned_of: set[Problem] = set()
+        self._warned_of: dict[Problem, GraphProblem] = {}
 
     def __repr__(self) -> str:
         return short_repr(
@@ -507,12 +507,17 @@ class Guard:
         self.tracker.count_carried(record.carried)
         self.tracker.schedule.observe(record.loss_start, record.loss_mean, bool(self.fault_tracker.active))
         self._findings.extend(report.findings)
-        self._warn_of_problems(record)
+        self._warn_of_problems(record, pending.context)
         if report.findings:
             self._explain(decision, record, pending)
         return report
 
-    def _warn_of_problems(self, record: StepRecord) -> None:
+    @property
+    def problems(self) -> tuple[GraphProblem, ...]:
+        """Mistakes in the autograd graph that were warned of."""
+        return tuple(self._warned_of.values())
+
+    def _warn_of_problems(self, record: StepRecord, context: StepContext) -> None:
         """Warn once of each mistake that the autograd graph shows.
 
         A mistake that is not certain is reported only while the loss makes no progress.
@@ -531,8 +536,9 @@ class Guard:
             if problem.kind not in self._warned_of and (problem.certain or no_progress):
                 from lightning_gradguard.diagnosis.diagnose import describe_problem
 
-                self._warned_of.add(problem.kind)
-                warn(describe_problem(problem))
+                self._warned_of[problem.kind] = problem
+                if problem not in context.problems:
+                    warn(describe_problem(problem, context.batch))
 
     def _explain(self, decision: Decision, record: StepRecord, pending: PendingStep) -> None:
         """Warn of new findings, and diagnose the gravest."""
@@ -607,7 +613,9 @@ class Guard:
         """
         from lightning_gradguard.diagnosis.diagnose import GuardFacts, diagnose, undiagnosed
 
-        context = pending.context
+        context, graph = pending.context, self.tracker.graph_summary
+        if graph is not None and context.problems:
+            graph = dataclasses.replace(graph, problems=(*graph.problems, *context.problems))
         try:
             facts = GuardFacts(
                 stats=pending.evaluation.stats,
@@ -617,7 +625,7 @@ class Guard:
                 history=self.history,
                 layout=self.tracker.layout,
                 initial_weights=self.tracker.initial_weights,
-                graph_summary=self.tracker.graph_summary,
+                graph_summary=graph,
                 optimizer=self.tracker.optimizer,
                 judged=self.counts["judged"],
                 clipper="" if self.clipper is None else repr(self.clipper),

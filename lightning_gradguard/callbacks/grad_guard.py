@@ -40,6 +40,7 @@ from lightning_gradguard.callbacks.trainer_adapter import (
     scaler_of,
     stop_training,
     warn,
+    warn_of_problem,
 )
 from lightning_gradguard.clippers.base import Clipper
 from lightning_gradguard.detectors.base import Detector
@@ -254,7 +255,11 @@ class GradGuard(Callback):
         self._registry.begin_pass()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the loss for the judgement."""
+        """Keep the loss for the judgement; look for mistakes in the first one."""
+        if self._batches == 1:
+            for problem in self._registry.find_problems(loss):
+                if self.checkup is None:  # else it has said so
+                    warn_of_problem(trainer, problem, self._batch[0])
         due = any(guard.tracker.compares_loss for guard in self._registry.guards.values())
         self._losses.add(trainer, pl_module, loss, compare=due)
         self._registry.end_pass(loss, leave=pl_module.automatic_optimization)
@@ -288,6 +293,7 @@ class GradGuard(Callback):
             sandboxed_step=partial(sandboxed_step_of, trainer, pl_module, optimizer, batch, batch_idx),
             run_trials=self.trials,
             notes=self._metric.notes,
+            problems=self._registry.problems(but=guard),
             without_loss="" if pl_module.automatic_optimization else _WITHOUT_LOSS,
             comparison=self._losses.comparison,
         )

@@ -14,7 +14,9 @@ from lightning_gradguard.callbacks.trainer_adapter import warn
 from lightning_gradguard.clippers.base import Clipper, included_names
 from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
+from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.probes import ForwardUsage
+from lightning_gradguard.introspection.value_problems import find_large_start, find_problems_of_values
 from lightning_gradguard.stats.parameters import is_compiled, select
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class GuardRegistry:
         self.arguments, self.restored = arguments, {} if restored is None else restored
         self.guards: dict[int, Guard] = {}
         self._usage: ForwardUsage | None = None
+        self._shown: tuple[GraphProblem, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy observes no model.
@@ -98,6 +101,27 @@ class GuardRegistry:
         """Undo `begin_pass`, the newest first."""
         for guard in reversed(self.guards.values()):
             guard.tracker.leave_pass()
+
+    def find_problems(self, loss: Tensor) -> tuple[GraphProblem, ...]:
+        """Return the mistakes that the arguments of one of the first losses show, each kind once.
+
+        Args:
+            loss: The loss, before its backward pass.
+        """
+        found = (*find_problems_of_values(loss), *find_large_start(loss))
+        known = {problem.kind for problem in self._shown}
+        fresh = tuple(problem for problem in found if problem.kind not in known)
+        self._shown += fresh
+        return fresh
+
+    def problems(self, but: Guard | None = None) -> tuple[GraphProblem, ...]:
+        """Return the mistakes that were found so far.
+
+        Args:
+            but: A guard whose own mistakes are left out.
+        """
+        own = (guard.problems for guard in self.guards.values() if guard is not but)
+        return (*self._shown, *(problem for problems in own for problem in problems))
 
     @property
     def has_warned(self) -> bool:

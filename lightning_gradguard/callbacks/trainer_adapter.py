@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gradguard.diagnosis.checkup import Checkup
+    from lightning_gradguard.introspection.graph_problems import GraphProblem
 
 #: The two packages that Lightning is published in.
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -322,6 +323,13 @@ def _without_logging(trainer: Trainer, module: LightningModule) -> Iterator[None
         for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group.update(before)
+
+
+def warn_of_problem(trainer: Trainer, problem: GraphProblem, batch: Any) -> None:
+    """Warn of a mistake that the graph of a loss shows."""
+    from lightning_gradguard.diagnosis.diagnose import describe_problem  # imported only if there is one
+
+    warn(trainer, f"GradGuard: {describe_problem(problem, batch)}")
 
 
 def check_first_batch(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.diagnosis.causes import find_causes
-from lightning_gradguard.diagnosis.context import DiagnosticContext
+from lightning_gradguard.diagnosis.context import LARGE_INPUTS, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.first_pass import FirstPass, ignores_parameters, measure_first_pass
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
@@ -22,6 +22,7 @@ from lightning_gradguard.diagnosis.wording import count, listing, number
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.operations import kind_of
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
+from lightning_gradguard.introspection.value_problems import TIMES_CHANCE
 from lightning_gradguard.results import Fault, Finding, Severity
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ _GAIN, _GAIN_OF_A_LAYER = 5.0, 0.3
 _SATURATED_SHARE = 0.6
 #: Share of a layer's dead units, and layers in a row from the input on; healthy 0.
 _DEAD_SHARE, _DEAD_LAYERS = 0.9, 2
-#: Loss over that of a constant guess; healthy at most 3.9.
-_TIMES_CHANCE = 10.0
-#: Root mean square of inputs, healthy at most 1.9, and of targets, healthy at most 1.3.
-_INPUT_RMS, _TARGET_RMS = 10.0, 100.0
+#: Root mean square of targets; healthy at most 1.3.
+_TARGET_RMS = 100.0
 #: Virtual steps before layers without a gradient, or a tilt, count: weights that start at zero need one each, one
 #: behind the other.
 _VIRTUAL_STEPS = 3
@@ -260,7 +259,7 @@ def _has_no_gradient(seen: FirstPass) -> bool:
 
 def _check_data(seen: FirstPass) -> Iterator[Check]:
     if math.isfinite(seen.input_rms):
-        bad = seen.input_rms > _INPUT_RMS and not seen.normalised
+        bad = seen.input_rms > LARGE_INPUTS and not seen.normalised
         value = f"root mean square {number(seen.input_rms)}"
         yield Check("scale of the inputs", value, "about 1", Cause.UNNORMALIZED_INPUT if bad else None)
     if math.isfinite(seen.target_rms):
@@ -346,7 +345,7 @@ def _check_loss(seen: FirstPass) -> Iterator[Check]:
         yield Check("loss at the start", number(seen.loss), "finite")
         return
     times = seen.guessed / seen.chance
-    cause = find_causes(_context(seen, Fault.EXPLODING))[0][0] if times > _TIMES_CHANCE else None
+    cause = find_causes(_context(seen, Fault.EXPLODING))[0][0] if times > TIMES_CHANCE else None
     value = f"{number(seen.guessed)}, {number(times)} times the loss of a constant guess"
     yield Check("loss at the start", value, "about the loss of a constant guess", cause)
 

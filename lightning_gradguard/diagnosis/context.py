@@ -28,6 +28,8 @@ TYPICAL_MOMENTUM = 0.9
 DEEP = 10
 #: RMS of all inputs over that of the median row from which few rows are far larger than the others.
 OUTLYING = 10.0
+#: RMS of inputs from which they explain outputs that are too large; healthy at most 1.9.
+LARGE_INPUTS = 10.0
 #: Weight of evidence that is proof: more than any measurable number of decades.
 CERTAIN = 100.0
 

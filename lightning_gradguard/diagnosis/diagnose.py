@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
-from lightning_gradguard.diagnosis.context import OUTLYING, DiagnosticContext
+from lightning_gradguard.diagnosis.context import LARGE_INPUTS, OUTLYING, DiagnosticContext
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
 from lightning_gradguard.diagnosis.first_pass import measure_first_pass
 from lightning_gradguard.diagnosis.fixes import (
@@ -24,6 +24,7 @@ from lightning_gradguard.diagnosis.fixes import (
     DROP_LAST,
     FINITE_STATISTIC,
     PROBLEMS,
+    STANDARD_INPUT,
     find_fixes,
 )
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
@@ -37,7 +38,7 @@ from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
 from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_targets, tensors_of
-from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report
@@ -215,13 +216,18 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
-def describe_problem(problem: GraphProblem) -> str:
+def describe_problem(problem: GraphProblem, batch: object = None) -> str:
     """Return the warning for a mistake that the graph shows.
 
     Args:
         problem: The mistake.
+        batch: Input of the loss, if known.
     """
     cause, fix = PROBLEMS[problem.kind]
+    if problem.kind == Problem.LARGE_START:
+        (inputs, _), _ = _measure_batch(batch)
+        if inputs is not None and inputs > LARGE_INPUTS:
+            cause, fix = Cause.UNNORMALIZED_INPUT, STANDARD_INPUT
     return f"{problem.text}\n  Cause: {cause}. Fix: {fix.name}: {fix.how}"
 
 

@@ -16,13 +16,13 @@ from lightning_gradguard.diagnosis.wording import number
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.introspection.gradient_profile import dead_shares, whole_profile
-from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem, find_problems_of_signs
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.layer_calls import NORMALISATIONS
-from lightning_gradguard.introspection.operations import VIEWS, operation_of
 from lightning_gradguard.introspection.ownership import find_loose
 from lightning_gradguard.introspection.probes import InputProbe
 from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.introspection.sandbox import SandboxedStep
+from lightning_gradguard.introspection.value_problems import find_problems_of_values
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.trends import offsets_and_tilt
 
@@ -32,16 +32,6 @@ _SATURATED = 0.99
 _VIRTUAL_RATE = 1e-3
 #: Largest distance from 1 of what adds up to 1.
 _SUMS_TO_ONE = 1e-3
-#: Range of the outputs of activations that bound them.
-_RANGES = {
-    "Sigmoid": (0.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-    "Relu": (0.0, math.inf),
-}
-#: Part of the spread of the targets that outputs of a bounded range leave, from which the range is a mistake: a tanh
-#: and standard normal targets leave 0.15, a ReLU 0.5, a sigmoid 0.57.
-_OUT_OF_REACH = 0.25
 
 
 @dataclass(frozen=True)
@@ -129,7 +119,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             raise ValueError(f"the loss must be a tensor with one element, got {got}")
         parameters = dict(step.module.named_parameters())
         graph, others = read_graph(loss, parameters)
-        signs = find_problems_of_signs(loss)
+        shown = find_problems_of_values(loss)
         loose, holder = find_loose(step.module, others)
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
@@ -156,7 +146,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             gradients_log10=tuple(_log10(parameters[n].grad) for n in names),
             weight_norms=tuple(float(parameters[n].detach().float().norm()) for n in names),
             graph_summary=graph,
-            problems=tuple({p.kind: p for p in (*observer.problems, *graph.problems, *signs)}.values()),
+            problems=tuple({p.kind: p for p in (*observer.problems, *graph.problems, *shown)}.values()),
         )
     idle = _find_idle(step, unreached) if unreached else frozenset()
     return replace(first, unreached=tuple(n for n in unreached if n not in idle), idle=tuple(sorted(idle)))
@@ -363,33 +353,10 @@ def _judge_divergence(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
     yield GraphProblem(Problem.DIVERGENCE, text)
 
 
-def _judge_range(given: Mapping[str, Any]) -> Iterator[GraphProblem]:
-    """Find targets that an activation at the output cannot reach."""
-    node, target = given["input"].grad_fn, given["target"].detach().float()
-    while node is not None and operation_of(node.name()) in VIEWS:
-        node = node.next_functions[0][0]
-    op = "" if node is None else operation_of(node.name())
-    if op not in _RANGES or target.numel() < 2:
-        return
-    low, high = _RANGES[op]
-    beyond, spread = target - target.clamp(low, high), target - target.mean()
-    left = float(beyond.square().mean())
-    if left > _OUT_OF_REACH * float(spread.square().mean()) and left > 0:
-        share = float((beyond != 0).float().mean())
-        reach = "below 0" if high == math.inf else f"outside {low:g} to {high:g}"
-        text = (
-            f"The outputs come from a {op.lower()}, but {100 * share:.0f} % of the targets are "
-            f"{reach}, where it cannot "
-            "reach them."
-        )
-        yield GraphProblem(Problem.OUT_OF_RANGE, text)
-
-
 #: Functions that judge the arguments of a loss function.
 _LOSSES: dict[str, Callable[[Mapping[str, Any]], Iterator[GraphProblem]]] = {
     "cross_entropy": _judge_cross_entropy,
     "kl_div": _judge_divergence,
-    **dict.fromkeys(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"), _judge_range),
 }
 
 

@@ -791,6 +791,10 @@ REACHABLE_TARGETS = Remedy(
     "Remove the last activation, or bring the targets into its range",
     "output = head(h)  # without sigmoid, tanh, softmax or ReLU after it",
 )
+SMALL_OUTPUTS = Remedy(
+    "Initialize the output layer with small weights",
+    "nn.init.normal_(head.weight, std=0.02)  # or embedding.weight, if that is the output layer too",
+)
 MORE_ELEMENTS = Remedy(
     "Normalize over more than one element",
     "norm = nn.GroupNorm(1, channels)  # or nn.BatchNorm2d(channels), or no normalization at that place",
@@ -819,4 +823,5 @@ PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.PROBABILITIES: (Cause.LOSS_FUNCTION, NO_PROBABILITIES),
     Problem.DIVERGENCE: (Cause.LOSS_FUNCTION, LOG_PROBABILITIES),
     Problem.OUT_OF_RANGE: (Cause.LOSS_FUNCTION, REACHABLE_TARGETS),
+    Problem.LARGE_START: (Cause.BAD_INITIALIZATION, SMALL_OUTPUTS),
 }

@@ -6,6 +6,7 @@ by which it can be tried, unless only the user can make it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -33,6 +34,8 @@ _SCALES = {
 }
 #: Part of the largest element up to which a negative one counts as rounded below zero.
 _ROUNDING = 1e-5
+#: Share of data below zero from which it was shifted, and holds no mere outliers.
+_FEW_NEGATIVES = 0.05
 SHOW_OPERATIONS = Remedy(
     "Run this part eagerly, so that its operations are seen",
     'torch.compiler.set_stance("force_eager")  # checkpoint(..., use_reentrant=False); no torch.jit',
@@ -52,6 +55,8 @@ def find_operation_fixes(facts: OperationFacts, node: str = "", *, given: bool =
     if is_opaque(node):
         return [SHOW_OPERATIONS]
     function = facts.function or canonical(_snake(operation_of(node)))
+    if (values := _of_values(facts)) is not None:
+        return [values]
     found = list(_of_tensors(facts, function))
     found += _TABLE.get(function, _of_domain)(facts, function)
     if given:
@@ -143,8 +148,18 @@ def _of_domain(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     if facts.distribution:
         least = 1e-4 if _SCALES.get(facts.distribution) == "scale" else low
         patch = _patch(facts, "clamp", argument=domain.argument, low=least, high=high)
-        yield _of_distribution(facts, patch)
+        yield _of_distribution(facts, argument, patch)
         return
+    if (
+        low is not None
+        and high is None
+        and argument is not None
+        and argument.name.startswith("batch")
+        and _is_shifted(argument)
+    ):
+        code = f"y = {domain.call.format('x')}; y = (y - y.mean()) / y.std()  # in place of the reverse"
+        fix = f"Compute `{function}` of the data before it is standardized"
+        yield _fix(fix, code, _patch(facts, "shift", argument=domain.argument, low=1e-3 + low))
     if function == "log" and argument is not None and argument.made_by == "softmax":
         code = "log_p = torch.log_softmax(logits, dim=-1)  # not log(softmax); or F.cross_entropy"
         yield _fix("Log-softmax or cross-entropy of the logits", code, _patch(facts, "logits"))
@@ -179,11 +194,46 @@ def _is_scaled_slope(argument: ArgumentFacts) -> bool:
     return argument.made_by == "tanh" and argument.negatives > 0 and 0 < argument.high <= 1 + 1e-3
 
 
-def _of_distribution(facts: OperationFacts, patch: OperationPatch | None) -> Remedy:
-    parameter = _SCALES.get(facts.distribution, "parameters")
+def _is_shifted_data(argument: ArgumentFacts) -> bool:
+    """Return True for data of the batch of which a notable part is below zero, and not by rounding."""
+    return argument.name.startswith("batch") and not argument.learned and _is_shifted(argument)
+
+
+def _is_shifted(argument: ArgumentFacts) -> bool:
+    some = argument.negatives > _FEW_NEGATIVES * max(math.prod(argument.shape), 1)
+    return some and argument.low < -_ROUNDING * max(argument.high, 1.0)
+
+
+def _of_values(facts: OperationFacts) -> Remedy | None:
+    """Return the fix of values that a distribution cannot have; None if they can be had."""
+    name, value, critical = facts.distribution, facts.unsupported, critical_argument(facts)
+    role = "0" if critical is None else critical.role
+    if value is None:
+        return None
+    if facts.support[1] < math.inf:
+        how = "x = (x - low) / (high - low)  # and x.clamp(1e-4, 1 - 1e-4), where its ends occur"
+        patch = _patch(facts, "clamp", argument=role, low=1e-4)
+        return _fix(f"Scale the data of the {name} density into its range", how, patch)
+    if _is_shifted(value):
+        how = "x = x / x.std()  # not (x - x.mean()) / x.std(); or x - x.min() + 1e-3"
+        patch = _patch(facts, "shift", argument=role, low=1e-3)
+        return _fix(f"Scale the data of the {name} density: positive, not shifted", how, patch)
+    how = "x = x.clamp(min=1e-6)  # what is given to log_prob"
+    patch = _patch(facts, "clamp", argument=role, low=1e-6)
+    return _fix(f"Keep what is given to the {name} density above 0", how, patch)
+
+
+def _of_distribution(
+    facts: OperationFacts, argument: ArgumentFacts | None, patch: OperationPatch | None
+) -> Remedy:
+    name, part = facts.distribution, "" if argument is None else argument.part
+    if part == "value":
+        how = "x = x.clamp(min=1e-6)  # what is given to log_prob"
+        return _fix(f"Keep what is given to the {name} density above 0", how, patch)
+    parameter = part or _SCALES.get(name, "parameters")
     low = "1e-4" if parameter == "scale" else "1e-6"
     how = f"{parameter} = {parameter}.clamp(min={low})  # or softplus(raw) + {low}"
-    return _fix(f"Keep {parameter} of the {facts.distribution} distribution above 0", how, patch)
+    return _fix(f"Keep {parameter} of the {name} distribution above 0", how, patch)
 
 
 # Divisions and powers.
@@ -193,7 +243,7 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
     role = "0" if function == "reciprocal" else "1"
     below = next((a for a in facts.arguments if a.role == role), None)
     if facts.distribution:
-        yield _of_distribution(facts, _patch(facts, "away", argument=role, low=1e-8))
+        yield _of_distribution(facts, below, _patch(facts, "away", argument=role, low=1e-8))
         return
     if below is None and facts.setting("1") in ("0", "0.0"):
         patch = _patch(facts, "set", settings=(("1", 1),))
@@ -220,6 +270,12 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = "z = (x - x.mean()) / x.std().clamp(min=1e-6)  # the spread of equal elements is 0"
         patch = _patch(facts, "clamp", argument=role, low=max(low, 1e-6))
         yield _fix("Clamp the standard deviation, which is 0 for equal elements", how, patch)
+    elif below is not None and below.whole and _is_count(below) and _is_nonzero(facts, function):
+        # At a count of 0 there is nothing to weigh; a clamp would weigh it like a count of 1.
+        counted = _name(below, "count")
+        how = f"weight = torch.where({counted} > 0, 1 / {counted}.clamp(min=1), 0.0)"
+        patch = _patch(facts, "leave out", argument=role)
+        yield _fix(f"Use torch.where to give what has a count{named} of 0 a weight of 0", how, patch)
     elif below is not None and below.whole and _is_count(below):
         how = f"mean = total / {_name(below, 'count')}.clamp(min=1)"
         yield _fix(f"Clamp the count{named} at 1", how, _patch(facts, "clamp", argument=role, low=1.0))
@@ -232,6 +288,16 @@ def _of_division(facts: OperationFacts, function: str) -> Iterator[Remedy]:
         how = f"ratio = x / torch.where(y.abs() < {_number(low)}, {_number(low)}, y)"
         name = "Keep the denominator away from 0, where it is 0"
         yield _fix(name, how, _patch(facts, "away", argument=role, low=low) if below is not None else None)
+
+
+def _is_nonzero(facts: OperationFacts, function: str) -> bool:
+    """Return True for a quotient whose numerator is nowhere zero, so that it is infinite and not NaN."""
+    if function == "reciprocal":
+        return True
+    above = next((a for a in facts.arguments if a.role == "0"), None)
+    if above is None:
+        return facts.setting("0") not in ("", "0", "0.0")
+    return not (above.zeros or above.values)
 
 
 def _is_count(argument: ArgumentFacts) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.columns import MAX_COLUMNS
-from lightning_gradguard.introspection.graph_problems import OWNERSHIP, find_problems_of_signs
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP
 from lightning_gradguard.introspection.ownership import UnownedWeights, find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
@@ -80,7 +80,6 @@ class GraphObserver:
         self._input_probe: InputProbe | None = None
         self._input_probed: set[str] = set()
         self._ran: list[bool] = []
-        self._signs_seen = False
         self._unowned: UnownedWeights | None = None
         self._followed: frozenset[str] = frozenset()
         self._idle: frozenset[str] = frozenset()
@@ -199,10 +198,6 @@ class GraphObserver:
         """Stop following results, at a loss."""
         if self._result_usage is not None:
             self._result_usage.end(loss)
-        if self.graph_summary is not None and not self._signs_seen:
-            self._signs_seen = True
-            problems = (*self.graph_summary.problems, *find_problems_of_signs(loss))
-            self.graph_summary = replace(self.graph_summary, problems=problems)
 
     def leave_pass(self) -> None:
         """Undo `begin_pass`."""

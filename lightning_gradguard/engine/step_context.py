@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_gradguard.introspection.graph_problems import GraphProblem
     from lightning_gradguard.introspection.loss_comparison import LossComparison
     from lightning_gradguard.introspection.sandbox import SandboxedStep
 
@@ -24,6 +25,8 @@ class StepContext:
         run_trials: Try fixes on the live model when something critical is found.
         notes: Sentences to add to the symptoms, such as the course of a metric.
         without_loss: Warning, once, if no loss is given; empty for none, None for the one of `Guard.step`.
+        problems: Mistakes that were warned of at other optimizers of the same training. They are not said again, and
+            explain what is found at this one.
         comparison: Comparison of this step's loss with a constant guess, from before its backward pass.
     """
 
@@ -32,6 +35,7 @@ class StepContext:
     run_trials: bool = False
     notes: tuple[str, ...] = ()
     without_loss: str | None = None
+    problems: tuple[GraphProblem, ...] = ()
     comparison: LossComparison | None = None
 
     def __post_init__(self) -> None:

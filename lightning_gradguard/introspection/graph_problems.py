@@ -2,7 +2,7 @@
 
 Only the part after the last matrix product is searched: the loss, and what leads to it. Names of nodes, shapes and
 saved integers can be read after the backward pass too; saved tensors cannot, and only those of one element on the
-host, such as a constant factor, are read before it.
+host, such as a constant factor, are read before it. `value_problems` reads others.
 
 To add a mistake: add a member to `Problem`, a function that finds it to `_FINDERS`, and its fix to
 `lightning_gradguard.diagnosis.fixes.PROBLEMS`.
@@ -63,6 +63,7 @@ class Problem(str, Enum):
     PROBABILITIES = "probabilities"
     DIVERGENCE = "divergence"
     OUT_OF_RANGE = "out_of_range"
+    LARGE_START = "large_start"
     STALE_OPTIMIZER = "stale_optimizer"
     REMADE_LAYERS = "remade_layers"
     UNREGISTERED_MODULES = "unregistered_modules"

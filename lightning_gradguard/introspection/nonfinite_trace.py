@@ -25,11 +25,12 @@ from lightning_gradguard.introspection.operation_facts import (
     bound,
     canonical,
     facts_of,
+    storage_of,
 )
 from lightning_gradguard.introspection.user_lines import (
-    current_distribution,
     current_line,
     current_site,
+    running_distribution,
     variable_name,
 )
 
@@ -130,7 +131,7 @@ class ForwardTrace(TorchFunctionMode):
         # Those of the module and of the batch, by storage.
         own = _names_of(module)
         self.names = frozenset(own.values())
-        self._names = {_storage(t): path for path, t in tensors_of(batch)} | own
+        self._names = {storage_of(t): path for path, t in tensors_of(batch)} | own
         # By storage, so that views are the same; the tensor is held so that its storage is not reused.
         self._known: dict[int, tuple[Tensor, NonFiniteSource]] = {}
         for path, tensor in tensors_of(batch):
@@ -145,7 +146,7 @@ class ForwardTrace(TorchFunctionMode):
 
     def source_of(self, tensor: Tensor) -> NonFiniteSource | None:
         """Return a non-finite tensor's source, or None."""
-        known = self._known.get(_storage(tensor))
+        known = self._known.get(storage_of(tensor))
         return known[1] if known is not None and not is_finite(tensor) else None
 
     def finish(self, loss: Tensor) -> None:
@@ -191,19 +192,19 @@ class ForwardTrace(TorchFunctionMode):
 
         The function is "tanh" too for what was computed from a tanh by arithmetic alone.
         """
-        name = self._names.get(_storage(tensor), "")
+        name = self._names.get(storage_of(tensor), "")
         if id(tensor) in self._parameters:
             return name, (name,), ""
         call = None if tensor.grad_fn is None else self.calls.get(tensor.grad_fn)
-        squashed = "tanh" if _storage(tensor) in self._squashed else ""
+        squashed = "tanh" if storage_of(tensor) in self._squashed else ""
         if call is not None:
             return "", call.parameters, squashed or call.function
         if squashed:
             return name, (), squashed
-        return name, (), self._made.get(_storage(tensor), (tensor, ""))[1]
+        return name, (), self._made.get(storage_of(tensor), (tensor, ""))[1]
 
     def _is_buffer(self, tensor: Tensor) -> bool:
-        is_own = self._names.get(_storage(tensor)) in self.names
+        is_own = self._names.get(storage_of(tensor)) in self.names
         return is_own and tensor.grad_fn is None and id(tensor) not in self._parameters
 
     def _record(
@@ -215,15 +216,15 @@ class ForwardTrace(TorchFunctionMode):
         sources = [self.provenance(t)[1] for t in given if not self._is_buffer(t)]
         parameters = tuple(dict.fromkeys(n for names in sources for n in names)) if all(sources) else ()
         own_args, own_kwargs = (args, kwargs) if canonical(name) in HELD else ((), {})
-        known = tuple(self._known[_storage(t)][1] for t in given if _storage(t) in self._known)
-        site, distribution, module = current_site(), current_distribution(), self._running[-1]
+        known = tuple(self._known[storage_of(t)][1] for t in given if storage_of(t) in self._known)
+        site, distribution, module = current_site(), running_distribution(), self._running[-1]
         call = Call(func, name, own_args, own_kwargs, site, distribution, module, parameters, known)
         if call.function in _REMEMBERED:
-            self._made.update({_storage(t): (t, call.function) for t in outputs if t.grad_fn is None})
+            self._made.update({storage_of(t): (t, call.function) for t in outputs if t.grad_fn is None})
         if call.function == "tanh" or (
-            call.function in _ARITHMETIC and any(_storage(t) in self._squashed for t in given)
+            call.function in _ARITHMETIC and any(storage_of(t) in self._squashed for t in given)
         ):
-            self._squashed.update({_storage(t): t for t in outputs})
+            self._squashed.update({storage_of(t): t for t in outputs})
         for tensor in given:
             if tensor.grad_fn is not None:
                 self.calls.setdefault(tensor.grad_fn, None)
@@ -240,18 +241,18 @@ class ForwardTrace(TorchFunctionMode):
         sources = []
         for tensor in given:
             if not is_finite(tensor):
-                if _storage(tensor) not in self._known:
+                if storage_of(tensor) not in self._known:
                     self._remember(tensor, self._outside(call, tensor))
-                sources.append(self._known[_storage(tensor)][1])
-        if changed is not None and _storage(changed) in self._known:
-            sources.append(self._known[_storage(changed)][1])
+                sources.append(self._known[storage_of(tensor)][1])
+        if changed is not None and storage_of(changed) in self._known:
+            sources.append(self._known[storage_of(changed)][1])
         return sources
 
     def _outside(self, call: Call, tensor: Tensor) -> NonFiniteSource:
         """Return the source of a tensor that nothing in this pass computed."""
         given = bound(call.func, call.name, call.args, call.kwargs)
         role = next((r for r, value in given.items() if value is tensor), "")
-        name = self._names.get(_storage(tensor), "") or variable_name(tensor)
+        name = self._names.get(storage_of(tensor), "") or variable_name(tensor)
         if tensor.grad_fn is not None:  # it was computed where torch cannot be observed
             (module, layer), own = self._running[-1], own_class(tensor.grad_fn)
             facts = OperationFacts("", custom=own) if own else None
@@ -301,7 +302,7 @@ class ForwardTrace(TorchFunctionMode):
         )
 
     def _remember(self, tensor: Tensor, source: NonFiniteSource) -> None:
-        self._known[_storage(tensor)] = (tensor.detach(), source)
+        self._known[storage_of(tensor)] = (tensor.detach(), source)
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -318,7 +319,7 @@ class ForwardTrace(TorchFunctionMode):
         tensors = [t for _, t in tensors_of(output)]
         for tensor in tensors:
             # What runs outside of Python (a scripted module) is known by its module alone.
-            if not is_finite(tensor) and _storage(tensor) not in self._known:
+            if not is_finite(tensor) and storage_of(tensor) not in self._known:
                 source = NonFiniteSource("", name, layer, "", nonfinite_kind(tensor), self._calls)
                 self._remember(tensor, source)
         self._own(tensors, (name, layer))
@@ -353,7 +354,7 @@ def _names_of(module: nn.Module) -> dict[int, str]:
             path = f"{prefix}.{name}" if prefix else name
             if isinstance(value, (Tensor, list, tuple, dict)) and not name.startswith("_"):
                 for place, tensor in tensors_of(value, path) if _is_short(value) else ():
-                    names.setdefault(_storage(tensor), place)
+                    names.setdefault(storage_of(tensor), place)
     return names
 
 
@@ -401,13 +402,6 @@ def _is_in_place(name: str) -> bool:
             name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
         )
     return name.endswith("_")
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (RuntimeError, NotImplementedError):  # a subclass that has none
-        return id(tensor)
 
 
 def _numbers(value: Any) -> Iterator[float]:

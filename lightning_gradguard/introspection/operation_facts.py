@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.introspection.batch import is_finite, nonfinite_kind, tensors_of
-from lightning_gradguard.introspection.user_lines import Site
+from lightning_gradguard.introspection.user_lines import RunningDistribution, Site
 
 _SAME = {
     **dict.fromkeys(("true_divide", "divide", "truediv", "rdiv", "rtruediv", "idiv", "itruediv"), "div"),
@@ -92,6 +92,7 @@ class ArgumentFacts(NamedTuple):
         made_by: Function that computed it; empty if unknown.
         dtype: Its dtype, such as "float16".
         learned: True if a gradient passes through it.
+        part: What it is of the distribution that made the call: one of its parameters, or "value"; empty otherwise.
     """
 
     role: str
@@ -108,6 +109,7 @@ class ArgumentFacts(NamedTuple):
     made_by: str = ""
     dtype: str = "float32"
     learned: bool = False
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class OperationFacts:
         function: Name of the function, one for all spellings; empty if the call was not seen.
         site: Place of the call in the user's code; None if it was not seen.
         distribution: Class of the distribution of torch that called it; empty without one.
+        unsupported: The value whose probability it was asked for, if some of it is below or above what it can have.
+        support: Least and largest value that it can have.
         arguments: The tensors that it was given; empty where they could not be examined.
         settings: Other arguments, by name, as text.
         conditions: What is special about them.
@@ -130,6 +134,8 @@ class OperationFacts:
     function: str
     site: Site | None = None
     distribution: str = ""
+    unsupported: ArgumentFacts | None = None
+    support: tuple[float, float] = (-math.inf, math.inf)
     arguments: tuple[ArgumentFacts, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     conditions: frozenset[Condition] = frozenset()
@@ -152,7 +158,7 @@ class Call(NamedTuple):
         args: Positional arguments; empty if they are not held.
         kwargs: Keyword arguments.
         site: Place in the user's code.
-        distribution: Class of the distribution that called it.
+        distribution: The distribution that called it.
         module: Name and class of the module that ran it.
         parameters: Parameters from which alone its result comes; empty if anything else is in it.
         given: Sources of infinities and NaN that it was given.
@@ -163,7 +169,7 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     site: Site | None
-    distribution: str
+    distribution: RunningDistribution
     module: tuple[str, str]
     parameters: tuple[str, ...]
     given: tuple[Any, ...] = ()
@@ -188,12 +194,18 @@ def facts_of(call: Call, provenance: Provenance, result: Tensor | None = None) -
         provenance: What is known of a tensor.
         result: A result, if it is at hand.
     """
-    plain = OperationFacts(call.function, call.site, call.distribution)
+    asked = call.distribution
+    plain = OperationFacts(call.function, call.site, asked.name)
     try:
         with torch.no_grad():
             given = bound(call.func, call.name, call.args, call.kwargs)
+            parts = {storage_of(part): n for n, part in asked.parts.items() if isinstance(part, Tensor)}
+            value, unsupported = asked.parts.get("value"), None
+            support = _ends(asked.support)
+            if isinstance(value, Tensor) and bool(((value < support[0]) | (value > support[1])).any()):
+                unsupported = _argument("value", value, provenance(value), "value")
             arguments = tuple(
-                _argument(role, tensor, provenance(tensor))
+                _argument(role, tensor, provenance(tensor), parts.get(storage_of(tensor), ""))
                 for role, value in given.items()
                 for _, tensor in tensors_of(value)
             )
@@ -204,11 +216,22 @@ def facts_of(call: Call, provenance: Provenance, result: Tensor | None = None) -
     return OperationFacts(
         call.function,
         call.site,
-        call.distribution,
+        asked.name,
+        unsupported,
+        support,
         arguments,
         settings,
         frozenset() if condition is None else frozenset({condition}),
         count,
+    )
+
+
+def _ends(support: Any) -> tuple[float, float]:
+    """Return the least and the largest value that a constraint of torch allows, in any element."""
+    low, high = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    return (
+        -math.inf if low is None else float(torch.as_tensor(low).min()),
+        math.inf if high is None else float(torch.as_tensor(high).max()),
     )
 
 
@@ -251,7 +274,15 @@ def counted_labels(given: Mapping[str, Any]) -> Tensor:
     return given["target"] != given.get("ignore_index", -100)  # type: ignore[no-any-return]
 
 
-def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]) -> ArgumentFacts:
+def storage_of(tensor: Tensor) -> int:
+    """Return a number by which views of one tensor are told from other tensors, as long as it lives."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (RuntimeError, NotImplementedError):  # a subclass that has none
+        return id(tensor)
+
+
+def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str], part: str) -> ArgumentFacts:
     name, parameters, made_by = known
     x = tensor.detach()
     finite = is_finite(x)
@@ -275,6 +306,7 @@ def _argument(role: str, tensor: Tensor, known: tuple[str, tuple[str, ...], str]
         made_by,
         str(x.dtype).removeprefix("torch."),
         tensor.requires_grad,
+        part,
     )
 
 

@@ -6,11 +6,11 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple
 
 #: Packages whose lines are skipped.
 _FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradguard")
@@ -60,19 +60,34 @@ def current_line() -> str:
     return "" if site is None else str(site)
 
 
-def current_distribution() -> str:
-    """Return the distribution that runs, such as "Normal"; empty without one.
+class RunningDistribution(NamedTuple):
+    """Distribution of torch whose code runs.
 
-    One that only wraps another is left out.
+    Attributes:
+        name: Its class, such as "Normal"; empty if none runs.
+        parts: Its parameters by name, and the value whose probability is computed as "value".
+        support: Values that it can have, as torch describes them; None if it is not known.
     """
+
+    name: str = ""
+    parts: Mapping[str, object] = MappingProxyType({})
+    support: Any = None
+
+
+def running_distribution() -> RunningDistribution:
+    """Return the distribution that runs; one that only wraps another is left out."""
     frame: FrameType | None = sys._getframe(1)
-    found = ""
+    found = RunningDistribution()
     while frame is not None and not _is_users(frame.f_code.co_filename):
         if _DISTRIBUTIONS in frame.f_code.co_filename:
             variables = frame.f_locals
             own = variables.get("self", variables.get("p"))  # p is the first of a divergence
             name = "" if own is None else type(own).__name__
-            found = found if name in ("", *_WRAPPERS) or name.endswith("Transform") else name
+            if name not in ("", *_WRAPPERS) and not name.endswith("Transform"):
+                parts = {n: vars(own)[n] for n in getattr(own, "arg_constraints", {}) if n in vars(own)}
+                if frame.f_code.co_name == "log_prob" and "value" in variables:
+                    parts["value"] = variables["value"]
+                found = RunningDistribution(name, {**found.parts, **parts}, getattr(own, "support", None))
         frame = frame.f_back
     return found
 

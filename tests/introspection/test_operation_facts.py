@@ -15,10 +15,11 @@ from lightning_gradguard.introspection.operation_facts import (
     facts_of,
     hidden_rows,
 )
+from lightning_gradguard.introspection.user_lines import RunningDistribution
 
 
 def facts(func, *args, result=None, **kwargs):
-    call = Call(func, func.__name__, args, kwargs, None, "", ("", "Net"), ())
+    call = Call(func, func.__name__, args, kwargs, None, RunningDistribution(), ("", "Net"), ())
     return facts_of(call, lambda tensor: ("", (), ""), result)
 
 
@@ -129,3 +130,31 @@ def test_rows_that_masks_hide():
 def test_an_unusual_call_is_known_by_its_name_alone():
     found = facts(F.cross_entropy, "no tensor", None)
     assert (found.function, found.arguments) == ("cross_entropy", ())
+
+
+POSITIVE = torch.distributions.Gamma(torch.ones(2), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("support", "value", "expected"),
+    [
+        (POSITIVE.support, torch.tensor([-1.0, 2]), (0.0, math.inf)),
+        (
+            torch.distributions.Uniform(torch.ones(2), 3 * torch.ones(2)).support,
+            torch.tensor([2.0, 4]),
+            (1.0, 3.0),
+        ),
+        (POSITIVE.support, torch.tensor([0.0, 2]), None),
+        # Counts that are no whole numbers have a likelihood that is finite.
+        (torch.distributions.Poisson(torch.ones(2)).support, torch.tensor([0.5, 2]), None),
+        (None, torch.tensor([-1.0]), None),
+    ],
+)
+def test_a_value_that_a_distribution_cannot_have(support, value, expected):
+    running = RunningDistribution("Some", {"value": value, "rate": torch.ones(2)}, support)
+    call = Call(torch.log, "log", (value,), {}, None, running, ("", "Net"), ())
+    found = facts_of(call, lambda tensor: ("batch", (), ""))
+    assert found.distribution == "Some"
+    assert found.arguments[0].part == "value"
+    assert (found.unsupported is not None) == (expected is not None)
+    assert expected is None or (found.support == expected and found.unsupported.name == "batch")

@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from lightning_gradguard.introspection.user_lines import (
-    current_distribution,
+    RunningDistribution,
     current_line,
     current_site,
     line_of,
+    running_distribution,
     variable_name,
 )
 
@@ -48,4 +49,4 @@ def test_the_variable_that_holds_a_value():
 
 
 def test_no_distribution_runs_here():
-    assert current_distribution() == ""
+    assert running_distribution() == RunningDistribution()

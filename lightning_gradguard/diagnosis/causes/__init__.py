@@ -64,6 +64,8 @@ def find_causes(context: DiagnosticContext) -> list[tuple[Cause, str]]:
         if evidence is not None:
             strongest[cause] = evidence
     for problem in context.problems:
+        if problem.kind == Problem.LARGE_START:
+            continue  # a symptom; see data.outputs_too_large
         explains = problem.kind == Problem.STALE_GRADIENTS or (
             context.too_large and problem.kind in UNBOUNDED
         )

@@ -184,6 +184,19 @@ def _away(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -
     return _replaced(func, name, args, kwargs, new)
 
 
+def _leave_out(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Return 0 where an argument is zero."""
+    x = bound(func, name, args, kwargs)[patch.argument]
+    result = _replaced(func, name, args, kwargs, {patch.argument: x.masked_fill(x == 0, 1)})
+    return torch.where(x == 0, 0.0, result)
+
+
+def _shift(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Shift an argument so that all of it is positive."""
+    x = bound(func, name, args, kwargs)[patch.argument]
+    return _replaced(func, name, args, kwargs, {patch.argument: x - x.detach().amin() + (patch.low or 1e-3)})
+
+
 def _soft(patch: OperationPatch, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Bound an argument with a tanh."""
     x, high = bound(func, name, args, kwargs)[patch.argument], patch.high or 1.0
@@ -308,6 +321,8 @@ WAYS: dict[str, Callable[..., Any]] = {
     "mask": _mask,
     "away": _away,
     "size": _size,
+    "leave out": _leave_out,
+    "shift": _shift,
     "soft": _soft,
     "unit": _unit,
     "set": _set,

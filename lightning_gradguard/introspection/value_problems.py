@@ -1,0 +1,216 @@
+"""Mistakes that the arguments of a loss function show.
+
+Autograd keeps these arguments until the backward pass frees them. They are on the device, and are read from there, so
+this is done once in a training.
+
+To add a mistake: see `lightning_gradguard.introspection.graph_problems`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.introspection.graph_problems import (
+    GraphProblem,
+    LossGraph,
+    Problem,
+    find_problems_of_signs,
+)
+from lightning_gradguard.introspection.operations import VIEWS
+
+#: Range of the outputs of activations that bound them.
+_RANGES = {
+    "Sigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "SafeSoftmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+    "Relu": (0.0, math.inf),
+}
+#: Part of the spread of the targets that outputs of a bounded range leave, from which the range is a mistake: a tanh
+#: and standard normal targets leave 0.15, a ReLU 0.5, a sigmoid 0.57.
+_OUT_OF_REACH = 0.25
+#: Operations with constants, which move a range and stretch it.
+_SCALINGS = frozenset({"Mul", "Div", "Add", "Sub", "Rsub", "Neg"})
+#: Largest error of what is called a scaled copy, and the least spread from which the scale is taken.
+_SAME, _LEAST_SPREAD = 1e-3, 1e-3
+#: Losses that keep output and target, and operations of a loss that is written out and keep their difference.
+_FUNCTIONS, _WRITTEN_OUT = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"}), frozenset({"Pow", "Abs"})
+_NLL, _BCE = frozenset({"NllLoss", "NllLoss2D"}), frozenset({"BinaryCrossEntropyWithLogits"})
+#: Loss of the first batch over that of equal odds, from which the outputs are too large; healthy at most 3.9.
+TIMES_CHANCE = 10.0
+
+
+class Compared(NamedTuple):
+    """What a loss function compares.
+
+    Attributes:
+        child: Node of the output.
+        output: The output; None where the loss keeps only the difference.
+        target: The target; None if it is to be found from ``difference``.
+        difference: Output minus target, or None.
+    """
+
+    child: int
+    output: Tensor | None
+    target: Tensor | None
+    difference: Tensor | None = None
+
+
+@torch.no_grad()
+def find_problems_of_values(loss: Tensor) -> tuple[GraphProblem, ...]:
+    """Find mistakes that constants, outputs and targets show.
+
+    Reads from the device. Nothing is found in what cannot be read.
+
+    Args:
+        loss: The loss, before its backward pass.
+    """
+    try:
+        graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
+        return () if graph is None else (*find_problems_of_signs(loss), *_unreachable_targets(graph))
+    except Exception:  # freed, changed in place, or of another form
+        return ()
+
+
+@torch.no_grad()
+def find_large_start(loss: Tensor) -> tuple[GraphProblem, ...]:
+    """Find outputs that are far too large before anything was learned.
+
+    Reads from the device. Nothing is found in what cannot be read.
+
+    Args:
+        loss: Loss of the first batch, before its backward pass.
+    """
+    try:
+        graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
+        return () if graph is None else tuple(_large_start(graph))[:1]
+    except Exception:  # freed, changed in place, or of another form
+        return ()
+
+
+def _unreachable_targets(loss: LossGraph) -> Iterator[GraphProblem]:
+    """Find targets that an activation at the output cannot reach."""
+    for index in loss.where(_FUNCTIONS | _WRITTEN_OUT):
+        compared = _compared(loss, index)
+        found = None if compared is None else _range_of(loss, compared.child, compared.output)
+        if compared is None or found is None:
+            continue
+        (low, high), activation, values = found
+        target = compared.target
+        if target is None and values is not None and compared.difference is not None:
+            target = values.reshape(compared.difference.shape) - compared.difference
+        if target is None or target.numel() < 2 or not target.is_floating_point():
+            continue
+        target = target.float()
+        beyond, spread = target - target.clamp(low, high), target - target.mean()
+        left = float(beyond.square().mean())
+        if left > _OUT_OF_REACH * float(spread.square().mean()) and left > 0:
+            share = float((beyond != 0).float().mean())
+            reach = f"below {low:.3g}" if high == math.inf else f"outside {low:.3g} to {high:.3g}"
+            text = (
+                f"The outputs come from a {activation}, but {100 * share:.0f} % of the targets are {reach}, where it "
+                "cannot reach them."
+            )
+            yield GraphProblem(Problem.OUT_OF_RANGE, text)
+            return
+
+
+def _compared(loss: LossGraph, index: int) -> Compared | None:
+    """Return what a node compares; None if it is no comparison of an output with a target."""
+    if loss.ops[index] in _FUNCTIONS:
+        edges = loss.edges[index]
+        if len(edges) != 2 or (edges[0] is None) == (edges[1] is None):
+            return None
+        output, target = loss.saved(index, "self"), loss.saved(index, "target")
+        if edges[0] is None:  # the loss is symmetric, and the target came first
+            output, target = target, output
+        child = edges[1] if edges[0] is None else edges[0]
+        return None if child is None or output is None else Compared(child, output.detach(), target.detach())
+    inputs, difference = loss.inputs(index), loss.saved(index, "self")
+    minus = loss.skip(inputs[0]) if len(inputs) == 1 else index
+    edges = loss.edges[minus]
+    if loss.ops[minus] != "Sub" or len(edges) != 2 or (edges[0] is None) == (edges[1] is None):
+        return None
+    child = edges[1] if edges[0] is None else edges[0]
+    if difference is None or child is None or loss.size(child) != difference.numel():
+        return None
+    return Compared(child, None, None, difference.detach() if edges[1] is None else -difference.detach())
+
+
+def _range_of(
+    loss: LossGraph, index: int, output: Tensor | None
+) -> tuple[tuple[float, float], str, Tensor | None] | None:
+    """Return the range of an output, the activation that bounds it, and its result if that is the output itself."""
+    plain = True
+    while loss.ops[index] in VIEWS or loss.ops[index] in _SCALINGS:
+        inputs = loss.inputs(index)
+        if len(inputs) != 1 or loss.size(inputs[0]) != loss.size(index):
+            return None
+        plain &= loss.ops[index] in VIEWS
+        index = inputs[0]
+    if loss.ops[index] not in _RANGES:
+        return None
+    bounds, activation = _RANGES[loss.ops[index]], loss.ops[index].lower().replace("safe", "")
+    values = loss.saved(index, "result")
+    if plain:
+        return bounds, activation, None if values is None else values.detach()
+    if values is None or output is None:
+        return None
+    line = _line(values.detach().float(), output.float())
+    if line is None:
+        return None
+    scale, shift = line
+    shift = scale * round(shift / scale, 3)  # else an end at 0 would be a number by rounding
+    ends = sorted(scale * end + shift for end in bounds)
+    return (ends[0], ends[1]), activation, None
+
+
+def _line(x: Tensor, y: Tensor) -> tuple[float, float] | None:
+    """Return a and b of y = a x + b; None if y is no such copy of x.
+
+    The elements may stand in another order.
+    """
+    low, high, middle = (float(v) for v in (x.min(), x.max(), x.mean()))
+    y_low, y_high, y_middle = (float(v) for v in (y.min(), y.max(), y.mean()))
+    if not (high - low > _LEAST_SPREAD and math.isfinite(y_low) and math.isfinite(y_high)):
+        return None
+    scale = (y_high - y_low) / (high - low)
+    for a, b in ((scale, y_low - scale * low), (-scale, y_high + scale * low)):
+        if abs(a * middle + b - y_middle) <= _SAME * max(y_high - y_low, 1e-30):
+            return a, b
+    return None
+
+
+def _large_start(loss: LossGraph) -> Iterator[GraphProblem]:
+    """Find a first loss of labels far above that of equal odds."""
+    for index in loss.where(_NLL | _BCE):
+        output, target = loss.saved(index, "self"), loss.saved(index, "target")
+        if output is None or target is None or not output.numel():
+            continue
+        if loss.saved(index, "weight") is not None or loss.saved(index, "pos_weight") is not None:
+            continue
+        output = output.detach().float()
+        if loss.ops[index] in _BCE:
+            classes = 2
+            value = torch.nn.functional.binary_cross_entropy_with_logits(output, target.detach().float())
+        else:
+            source = loss.skip(loss.inputs(index)[0])
+            if loss.ops[source] != "LogSoftmax":
+                continue
+            dim = 1 if output.ndim > 1 else 0
+            classes = output.shape[dim]
+            ignored = loss.saved(index, "ignore_index")
+            ignored -= 2**64 if ignored >= 2**63 else 0
+            value = torch.nn.functional.nll_loss(output, target.detach(), ignore_index=ignored)
+        first, chance = float(value), math.log(max(classes, 2))
+        if TIMES_CHANCE * chance < first < math.inf:
+            text = (
+                f"The loss of the first batch is {first:.3g}, {first / chance:.3g} times that of equal odds for "
+                f"{classes} classes: the outputs are far too large before anything was learned."
+            )
+            yield GraphProblem(Problem.LARGE_START, text)
