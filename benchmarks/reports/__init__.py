@@ -4,7 +4,17 @@ Each module is a family. To add a report: write a `Case` in its family (see `cas
 ``public_reports.py --keep-first benchmarks/reports/first_sight.json`` before any rule is changed for it.
 """
 
-from benchmarks.reports import agents, divergent, further, generative, losses, nonfinite, plumbing, starved
+from benchmarks.reports import (
+    agents,
+    divergent,
+    further,
+    generative,
+    losses,
+    nonfinite,
+    plumbing,
+    second_blind,
+    starved,
+)
 from benchmarks.reports.case import Case
 
 #: All reports, by family.
@@ -17,4 +27,5 @@ CASES: tuple[Case, ...] = (
     *generative.CASES,
     *agents.CASES,
     *further.CASES,
+    *second_blind.CASES,
 )
