@@ -16,7 +16,11 @@ from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.probes import ForwardUsage
-from lightning_gradguard.introspection.value_problems import find_large_start, find_problems_of_values
+from lightning_gradguard.introspection.value_problems import (
+    find_large_start,
+    find_problems_of_values,
+    find_tiny_input,
+)
 from lightning_gradguard.stats.parameters import is_compiled, select
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ class GuardRegistry:
         self.guards: dict[int, Guard] = {}
         self._usage: ForwardUsage | None = None
         self._shown: tuple[GraphProblem, ...] = ()
+        self._tiny: GraphProblem | None = None
+        self._fed: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy observes no model.
@@ -69,6 +75,9 @@ class GuardRegistry:
         guard = self.guards[index] = Guard(
             named, optimizer=optimizer, index=index, usage=self._usage, **arguments
         )
+        if self._tiny is not None:
+            names = tuple(name for name, p in named if id(p) in self._fed)
+            guard.tracker.of_inputs = (self._tiny._replace(names=names),)
         state = self.restored.pop(str(index), None)
         if state is not None:
             try:
@@ -112,6 +121,9 @@ class GuardRegistry:
         known = {problem.kind for problem in self._shown}
         fresh = tuple(problem for problem in found if problem.kind not in known)
         self._shown += fresh
+        if self._tiny is None and self._usage is not None:
+            size, self._fed = self._usage.first_input
+            self._tiny = find_tiny_input(size)
         return fresh
 
     def problems(self, but: Guard | None = None) -> tuple[GraphProblem, ...]:

@@ -26,7 +26,7 @@ _GUESSING, _GUESSING_STEP = 0.9, 1 / 3
 _MOVING = 1e-6
 #: `Layout.floors` is this part of what a common initialization gives.
 _FLOOR = 0.1
-#: Multiple of the limit for a layer with a normalization right behind it.
+#: Multiple of the limit for a layer with a normalization right behind it, and under the loss of a policy gradient.
 _TURN = 3.0
 #: Longest healthy stretch of low learning rates, over the training before it at the peak rate. Cosine and linear
 #: schedules rest for a fifth or less; halving the rate every tenth of a training, for 3.
@@ -80,7 +80,8 @@ class UpdateRatio:
 
     While the loss falls, no step counts as one without progress. A layer with a normalization right behind it is raised
     only above three times ``limit``, and only while its updates are large: its direction alone matters, which recovers,
-    and under weight decay its size settles where an update turns it by √(2 · learning rate · decay).
+    and under weight decay its size settles where an update turns it by √(2 · learning rate · decay). The same holds for
+    all layers under the loss of a policy gradient, which rises and falls with the rewards.
 
     Args:
         limit: Largest healthy ratio, dimensionless. Default 0.1; 1e-3 is typical.
@@ -113,7 +114,8 @@ class UpdateRatio:
         """Evaluate one step."""
         trends = stats.trends
         has_size = state.solid | (trends.steps > 2 * WARM_UP)
-        limits = torch.where(stats.normalised, _TURN * self.limit, self.limit)
+        lenient = stats.normalised | stats.surrogate
+        limits = torch.where(lenient, _TURN * self.limit, self.limit)
         usual = torch.maximum(stats.weights, stats.layout.floors / _FLOOR)
         ratios = torch.where(state.solid, stats.updates, stats.updates * stats.weights / usual)
         large = (ratios > limits) & stats.layout.is_layer & has_size
@@ -129,7 +131,7 @@ class UpdateRatio:
         # counts for less, since healthy language models learn the frequencies of the words first.
         guessing = torch.where(stats.excess > _GUESSING, _GUESSING_STEP, -1.0)
         idle = state.idle + torch.where(is_idle, 1.0, guessing) * stats.elapsed
-        recovers = stats.normalised & (count < self.steps)
+        recovers = lenient & (count < self.steps)
         remembered = ((since <= _MEMORY) | (state.idle > _WAIT)) & ~recovers
         idle = torch.where(remembered, torch.clamp(idle, 0.0, 2.0 * _WAIT), 0.0)
         moving = remembered & ~(stats.updates <= _MOVING)

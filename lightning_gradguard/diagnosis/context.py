@@ -26,6 +26,9 @@ TYPICAL_UPDATE, LARGEST_UPDATE = 1e-3, 0.1
 TYPICAL_MOMENTUM = 0.9
 #: Layers in a row without a skip connection or normalization that count as deep.
 DEEP = 10
+#: Share of a sequence that is padding, from which the output at its end says little of what was before, and blocks that
+#: end in a normalization, from which they make a net hard to train.
+PADDED, _POST_NORMS = 0.3, 6
 #: RMS of all inputs over that of the median row from which few rows are far larger than the others.
 OUTLYING = 10.0
 #: RMS of inputs from which they explain outputs that are too large; healthy at most 1.9.
@@ -93,6 +96,9 @@ class DiagnosticContext:
         recent_norms: Global gradient norms of the newest finite steps, oldest first.
         recent_losses: Their losses, NaN if unknown.
         loss_scale: Scale of the gradient scaler; NaN without one.
+        lost_since_start: Decades by which the gradients of the concerned tensors have fallen since the first steps,
+            beside that of the last layer; 0 if they have not, or it is unknown.
+        padding: Share of a sequence's steps, at its end, that are all the same, in the median row; 0 if unknown.
     """
 
     finding: Finding
@@ -130,6 +136,8 @@ class DiagnosticContext:
     recent_norms: tuple[float, ...] = ()
     recent_losses: tuple[float, ...] = ()
     loss_scale: float = math.nan
+    lost_since_start: float = 0.0
+    padding: float = 0.0
 
     def __post_init__(self) -> None:
         vectors = ("gradients_log10", "weight_norms", "update_ratios", "initial_weight_norms", "weight_means")
@@ -232,6 +240,12 @@ class DiagnosticContext:
         """
         nodes = self.graph_summary.normalizations if self.graph_summary else 0
         return (self.attends and self.has_normalization) or (nodes > 0 and nodes >= 0.5 * len(self.layers))
+
+    @property
+    def is_post_norm(self) -> bool:
+        """True if many blocks end in a normalization of their sum, which most normalizations are then."""
+        graph = self.graph_summary
+        return graph is not None and graph.post_norms >= max(_POST_NORMS, 0.5 * graph.normalizations)
 
     @property
     def loss_operations(self) -> Mapping[str, int]:

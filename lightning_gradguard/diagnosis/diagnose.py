@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
-from lightning_gradguard.diagnosis.context import LARGE_INPUTS, OUTLYING, DiagnosticContext
+from lightning_gradguard.diagnosis.context import LARGE_INPUTS, OUTLYING, DiagnosticContext, finite_median
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
 from lightning_gradguard.diagnosis.first_pass import measure_first_pass
 from lightning_gradguard.diagnosis.fixes import (
@@ -48,6 +48,8 @@ from lightning_gradguard.stats.norms import weight_means, weight_norms
 
 #: Rows from which the median row tells what is usual.
 _FEW_ROWS = 8
+#: First and newest steps that are compared, and steps from which on a sequence is long enough to be padded.
+_COMPARED, _LONG = 3, 10
 #: Newest steps that a diagnosis keeps for its picture.
 PICTURED = 128
 
@@ -381,7 +383,42 @@ def build_context(facts: GuardFacts, finding: Finding, batch: object = None) -> 
         recent_norms=norms,
         recent_losses=losses,
         loss_scale=record.loss_scale,
+        lost_since_start=_lost_since_start(facts, finding),
+        padding=_padding(batch) if finding.fault == Fault.VANISHING_IN_TIME else 0.0,
     )
+
+
+def _lost_since_start(facts: GuardFacts, finding: Finding) -> float:
+    """Return the decades that the concerned tensors have lost since the first steps, beside the last layer."""
+    history, layout = facts.history, facts.layout
+    concerned = [i for i, name in enumerate(layout.names) if name in finding.parameters]
+    last = next((i for i in reversed(layout.order) if i in layout.layer_indices), None)
+    if facts.judged > history.steps or len(history) < 2 * _COMPARED or last is None or not concerned:
+        return 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.log10(history.table()["norms"])
+    levels[~np.isfinite(levels)] = np.nan
+    change = [
+        finite_median(levels[-_COMPARED:, i].tolist()) - finite_median(levels[:_COMPARED, i].tolist())
+        for i in (last, *concerned)
+    ]
+    lost = change[0] - finite_median(change[1:])
+    return max(lost, 0.0) if math.isfinite(lost) else 0.0
+
+
+def _padding(batch: object) -> float:
+    """Return the share of a sequence, at its end, that is padding: all the same, in the median row."""
+    shares = [0.0]
+    for _, tensor in tensors_of(batch):
+        is_sequence = tensor.ndim == 3 or (tensor.ndim == 2 and not tensor.is_floating_point())
+        if not is_sequence or tensor.layout != torch.strided or not tensor.numel():
+            continue
+        for rows in (tensor, tensor.transpose(0, 1)):  # the batch comes first, or the sequence
+            if rows.shape[1] >= _LONG:
+                same = (rows == rows[:, -1:]).reshape(*rows.shape[:2], -1).all(-1)
+                lengths = same.flip(1).long().cumprod(1).sum(1).float()
+                shares.append(read(lengths.median().reshape(1))[0] / rows.shape[1])
+    return max(shares)
 
 
 def _measure_batch(batch: object) -> tuple[tuple[float | None, float | None], tuple[int, ...] | None]:

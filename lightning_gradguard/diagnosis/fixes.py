@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from lightning_gradguard.diagnosis.context import (
     DEEP,
     LARGEST_UPDATE,
+    PADDED,
     TYPICAL_MOMENTUM,
     TYPICAL_UPDATE,
     DiagnosticContext,
@@ -75,6 +76,8 @@ def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str
     summed = cause == Cause.LOSS_FUNCTION and context.summed_rows and not context.normalizes_gradient
     if cause == Cause.SATURATING_ACTIVATION and is_starved_by_softmax(context):
         keys.add(SCALE_SCORES.key)
+    if cause == Cause.RECURRENCE and context.padding >= PADDED:
+        keys.add(BEFORE_PADDING.key)
     if cause == Cause.BAD_INITIALIZATION and has_zero_factors(context):
         keys.add(RANDOM_FACTOR.key)
     return frozenset(keys | ({mean_loss(context).key} if summed else set()))
@@ -127,7 +130,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
         case Cause.RECURRENCE:
             clip = clip_spikes(c) if c.fault == Fault.EXPLODING else None
             weights = [REMEMBERING_GATES] if is_gated(c) else [LSTM, ORTHOGONAL]
-            return [clip, *weights, TRUNCATED_BACKPROPAGATION]
+            unpadded = BEFORE_PADDING if c.padding >= PADDED else None
+            return [unpadded, clip, *weights, TRUNCATED_BACKPROPAGATION]
 
         case Cause.DEAD_ACTIVATION:
             large_bias = any(len(c.shapes[i]) == 1 and c.weight_rms(i) > 3 for i in range(len(c.names)))
@@ -203,6 +207,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             return [NEW_OPTIMIZER, ADD_GROUP]
         case Cause.UNREGISTERED_MODULES:
             return [REGISTER_MODULES, REGISTER_TENSOR]
+        case Cause.NORMALIZATION if c.is_post_norm and c.fault == Fault.VANISHING:
+            return [PRE_NORM, WARM_UP]
         case Cause.NORMALIZATION:
             return [MORE_ELEMENTS]
         case Cause.GRADIENT_SCALING:
@@ -656,11 +662,12 @@ def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -
 def lowered_rate(context: DiagnosticContext) -> float:
     """Return a learning rate for healthy updates.
 
-    It is divided by the factor by which updates are too large, or by ten.
+    It is divided by the factor by which updates are too large, and at least by ten: at the limit itself steps are a
+    hundred times as large as typical ones.
     """
     ratio = _largest_ratio(context)
     # Once the weights have run away the ratio is unbounded, and tells nothing about a rate that would have been safe.
-    factor = min(ratio / LARGEST_UPDATE, 1000.0) if ratio > LARGEST_UPDATE else 10.0
+    factor = max(min(ratio / LARGEST_UPDATE, 1000.0), 10.0)
     return round_down(context.learning_rate / factor)
 
 
@@ -791,9 +798,29 @@ REACHABLE_TARGETS = Remedy(
     "Remove the last activation, or bring the targets into its range",
     "output = head(h)  # without sigmoid, tanh, softmax or ReLU after it",
 )
+PRE_NORM = Remedy(
+    "Normalize before each branch, and not after the sum (pre-norm)",
+    "block = nn.TransformerEncoderLayer(width, heads, norm_first=True)  # h = h + branch(norm(h)), one norm at the end",
+)
+BEFORE_PADDING = Remedy(
+    "Read the output at the last step before the padding: pass the lengths",
+    "x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)",
+)
 SMALL_OUTPUTS = Remedy(
     "Initialize the output layer with small weights",
     "nn.init.normal_(head.weight, std=0.02)  # or embedding.weight, if that is the output layer too",
+)
+TARGETS_TO_DOMAIN = Remedy(
+    "Scale the targets to between 0 and 1",
+    "target = target / 255  # for masks of 0 and 255; (target + 1) / 2 for -1 and 1",
+)
+PLAIN_SCORES = Remedy(
+    "Remove the last activation: no ReLU before the softmax",
+    "scores = head(h)  # not head(h).relu()",
+)
+UNWRAPPED = Remedy(
+    "Pass the computed tensor on, without nn.Parameter around it",
+    'y = torch.func.functional_call(layer, {"weight": weight}, (x,))  # not layer.weight = nn.Parameter(weight)',
 )
 MORE_ELEMENTS = Remedy(
     "Normalize over more than one element",
@@ -824,4 +851,8 @@ PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.DIVERGENCE: (Cause.LOSS_FUNCTION, LOG_PROBABILITIES),
     Problem.OUT_OF_RANGE: (Cause.LOSS_FUNCTION, REACHABLE_TARGETS),
     Problem.LARGE_START: (Cause.BAD_INITIALIZATION, SMALL_OUTPUTS),
+    Problem.TINY_INPUT: (Cause.UNNORMALIZED_INPUT, STANDARD_INPUT),
+    Problem.TARGETS_OUT_OF_DOMAIN: (Cause.TARGET_SCALE, TARGETS_TO_DOMAIN),
+    Problem.RECTIFIED_LOGITS: (Cause.DEAD_ACTIVATION, PLAIN_SCORES),
+    Problem.WRAPPED_TENSOR: (Cause.DETACHED_GRAPH, UNWRAPPED),
 }

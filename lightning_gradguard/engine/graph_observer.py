@@ -276,8 +276,10 @@ class GraphObserver:
         """Say at the second step if weights in no optimizer are gone, since the pass has made others."""
         self._unowned = None
         summary = self.graph_summary
+        ran = () if summary is None else zip(summary.names, self._ran, strict=True)
+        cut = [name for name, took_part in ran if took_part and summary and name in summary.missing]
         try:
-            problem = unowned.as_remade()
+            problem = unowned.as_remade(cut)
         except Exception:  # the objects of other programs are looked through, which may do anything
             problem = None
         if summary is not None and problem is not None:
@@ -322,6 +324,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         summary.recurrent,
         live,
         summary.normalised,
+        frozenset(names) if summary.surrogate else frozenset(),
     )
     is_first = torch.distributed.get_rank() == 0
     order = summary.order if is_first else [0] * len(names)
@@ -339,7 +342,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     *rows, somewhere = largest_over_ranks(padded, device)
     common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
-    found, embeddings, recurrent, live, normalised = (
+    found, embeddings, recurrent, live, normalised, surrogate = (
         frozenset(compress(names, row)) for row in flags[: len(groups)]
     )
     columns = [
@@ -355,6 +358,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         recurrent=recurrent,
         constant=constant,
         normalised=normalised,
+        surrogate=bool(surrogate),
         problems=tuple(
             p for p in summary.problems if p.kind not in OWNERSHIP or (p.kind, p.certain) in common
         ),

@@ -14,6 +14,7 @@ from lightning_gradguard.engine.carried_gradients import CarriedGradients
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import EAGER, SamplingSchedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
+from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.loss_comparison import LossComparison
 from lightning_gradguard.introspection.loss_terms import count_terms
 from lightning_gradguard.introspection.probes import ForwardUsage
@@ -122,6 +123,7 @@ class ParameterTracker:
         updates: float32 [P], ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
         schedule: When samples are due.
         rates: Course of the learning rate.
+        of_inputs: Mistakes that the first layer's input shows.
 
     Raises:
         ValueError: If there is no parameter.
@@ -138,6 +140,7 @@ class ParameterTracker:
         self.rates = RateHistory()
         self._usual_terms = 0.0
         self._carried = CarriedGradients()
+        self.of_inputs: tuple[GraphProblem, ...] = ()
         self._named = as_pairs(named_parameters)
         self._observer = GraphObserver(self._named, usage)
         self._groups = members(self.optimizer)
@@ -162,7 +165,11 @@ class ParameterTracker:
         With the mistakes that were found since.
         """
         summary, more = self._observer.graph_summary, self._carried.problems()
-        if summary is None or not more:
+        if summary is None:
+            return None
+        # A normalization behind the first layer makes up for the size of its input.
+        more += tuple(p for p in self.of_inputs if summary.normalised.isdisjoint(p.names))
+        if not more:
             return summary
         return replace(summary, problems=(*summary.problems, *more))
 
@@ -257,6 +264,7 @@ class ParameterTracker:
             excess=self._excess,
             reach=self._reach,
             low_precision=scaled or self._low_precision,
+            surrogate=self._observer.graph_summary is not None and self._observer.graph_summary.surrogate,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
             changed=self._changed,

@@ -19,6 +19,7 @@ from lightning_gradguard.introspection.graph_problems import (
     GraphProblem,
     LossGraph,
     find_problems,
+    is_policy_gradient,
     summed_rows,
 )
 from lightning_gradguard.introspection.norms_of_one_element import (
@@ -58,6 +59,7 @@ class GraphSummary:
         recurrent: Parameters that are applied again and again along one path, or by a fused recurrent layer.
         recurrences: Number of times the most used of them is applied; 0 when a fused layer hides it.
         normalizations: Number of nodes that normalize.
+        post_norms: Number of normalizations of a sum that nothing else uses, as at the end of a post-norm block.
         skips: True if some value is added or concatenated to something computed from it.
         hidden: Operations that are not autograd's own, and hide what they compute: custom functions, compiled and
             scripted parts.
@@ -73,6 +75,7 @@ class GraphSummary:
         above: For each reached parameter the operations on its shortest path between it and the next layer towards the
             loss, the nearest to the loss first.
         normalised: Parameters whose scale a normalization right behind them removes.
+        surrogate: True for the loss of a policy gradient, whose value does not tell how well the policy does.
     """
 
     names: tuple[str, ...] = ()
@@ -88,6 +91,7 @@ class GraphSummary:
     recurrent: frozenset[str] = frozenset()
     recurrences: int = 0
     normalizations: int = 0
+    post_norms: int = 0
     skips: bool = False
     hidden: tuple[str, ...] = ()
     opaque: bool = False
@@ -100,6 +104,7 @@ class GraphSummary:
     constant: frozenset[str] = frozenset()
     above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     normalised: frozenset[str] = frozenset()
+    surrogate: bool = False
 
 
 class Leaf(NamedTuple):
@@ -179,6 +184,7 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         recurrent=recurrent,
         recurrences=recurrences,
         normalizations=graph.node_kinds.count("normalisation"),
+        post_norms=graph.count_post_norms(),
         skips=graph.has_skip(),
         hidden=tuple(sorted(graph.hidden)),
         opaque=graph.hides_leaves or any(op.startswith("CompiledFunction") for op in graph.ops),
@@ -189,6 +195,7 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
         above={name: graph.above(leaf) for name, leaf in leaves.items()},
         normalised=frozenset(n for n, nodes in uses.items() if nodes and graph.is_normalised(nodes)),
+        surrogate=is_policy_gradient(end),
     )
     return summary, [] if summary.opaque else graph.other_leaves(set(leaves.values()))
 
@@ -376,6 +383,22 @@ class Graph:
         """
         scaled = self.ops[0] == "Div" and len(self.edges[0]) == 1
         return Counter(op for i, op in enumerate(self.ops) if self.in_loss[i] and not (i == 0 and scaled))
+
+    def count_post_norms(self) -> int:
+        """Count the normalizations of a sum of two computed values that nothing else uses.
+
+        Where a block normalizes before its branch, the sum is also passed on as it is.
+        """
+        found = 0
+        for index, kind in enumerate(self.node_kinds):
+            if kind != "normalisation" or not self.edges[index]:
+                continue
+            below = self.edges[index][0][0]
+            while self.ops[below] in VIEWS and self.edges[below]:
+                below = self.edges[below][0][0]
+            terms = [child for child, _ in self.edges[below] if self.ops[child] != "AccumulateGrad"]
+            found += self.ops[below] == "Add" and len(terms) == 2 and len(set(self.parents[below])) == 1
+        return found
 
     def has_skip(self, budget: int = 20_000, reach: int = 400) -> bool:
         """Return True if there is a skip connection.

@@ -64,6 +64,10 @@ class Problem(str, Enum):
     DIVERGENCE = "divergence"
     OUT_OF_RANGE = "out_of_range"
     LARGE_START = "large_start"
+    TINY_INPUT = "tiny_input"
+    TARGETS_OUT_OF_DOMAIN = "targets_out_of_domain"
+    RECTIFIED_LOGITS = "rectified_logits"
+    WRAPPED_TENSOR = "wrapped_tensor"
     STALE_OPTIMIZER = "stale_optimizer"
     REMADE_LAYERS = "remade_layers"
     UNREGISTERED_MODULES = "unregistered_modules"
@@ -75,9 +79,14 @@ class Problem(str, Enum):
 
 
 #: Mistakes that leave a loss without a lower bound, so that the weights grow until they overflow.
-UNBOUNDED = frozenset({Problem.WRONG_SIGN, Problem.NO_LOGARITHM})
+UNBOUNDED = frozenset({Problem.WRONG_SIGN, Problem.NO_LOGARITHM, Problem.TARGETS_OUT_OF_DOMAIN})
 #: Mistakes in what the optimizer steps.
-OWNERSHIP = (Problem.REMADE_LAYERS, Problem.STALE_OPTIMIZER, Problem.UNREGISTERED_MODULES)
+OWNERSHIP = (
+    Problem.WRAPPED_TENSOR,
+    Problem.REMADE_LAYERS,
+    Problem.STALE_OPTIMIZER,
+    Problem.UNREGISTERED_MODULES,
+)
 
 
 class GraphProblem(NamedTuple):
@@ -318,6 +327,29 @@ def _bounded_logits(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             yield GraphProblem(Problem.BOUNDED_LOGITS, f"{text}.")
 
 
+def _rectified_logits(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
+    """Find a ReLU between the last layer and a softmax over classes or actions."""
+    for index in loss.where({"LogSoftmax", "Sub"}):
+        inputs = loss.inputs(index)
+        if loss.ops[index] == "Sub" and not (
+            len(inputs) == 2 and "Logsumexp" in [loss.ops[loss.skip(child)] for child in inputs]
+        ):
+            continue
+        for child in inputs[:1]:
+            source = loss.skip(child)
+            below = loss.inputs(source)
+            if (
+                kind_of(loss.ops[source]) == "relu"
+                and below
+                and kind_of(loss.ops[loss.skip(below[0])]) == "product"
+            ):
+                text = (
+                    "A ReLU stands between the last layer and the softmax: no score is below 0, and a class or action "
+                    "whose score is 0 gets no gradient, so that it may never be learned."
+                )
+                yield GraphProblem(Problem.RECTIFIED_LOGITS, text, certain=False)
+
+
 def _no_logarithm(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
     """Find a negative log-likelihood without a logarithm."""
     for index in loss.where(_NLL | _CTC):
@@ -454,7 +486,7 @@ def _wrong_sign(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
 
 def _entropy_sign(loss: LossGraph) -> Iterator[GraphProblem]:
     """Find a policy gradient whose loss adds the policy's entropy, so that the policy becomes sure at once."""
-    if not any(_is_policy_gradient(loss, index) for index in loss.where({"Mul"})):
+    if not is_policy_gradient(loss):
         return
     for index, sign, _ in _signed_terms(loss):
         if sign < 0 and _is_negative_entropy(loss, index):
@@ -463,6 +495,15 @@ def _entropy_sign(loss: LossGraph) -> Iterator[GraphProblem]:
                 "sure of one action before it has seen rewards."
             )
             yield GraphProblem(Problem.ENTROPY_SIGN, text)
+
+
+def is_policy_gradient(loss: LossGraph) -> bool:
+    """Return True for the loss of a policy gradient, whose value says nothing about how well the policy does.
+
+    Args:
+        loss: Graph of the loss.
+    """
+    return any(_is_policy_gradient(loss, index) for index in loss.where({"Mul"}))
 
 
 def _is_policy_gradient(loss: LossGraph, index: int) -> bool:
@@ -638,6 +679,6 @@ def _is_averaged(loss: LossGraph, index: int) -> bool:
 
 
 _FINDERS: tuple[Callable[[LossGraph, bool], Iterator[GraphProblem]], ...] = (
-    *(_softmax_twice, _sigmoid_twice, _bounded_logits, _no_logarithm),
+    *(_softmax_twice, _sigmoid_twice, _bounded_logits, _rectified_logits, _no_logarithm),
     *(_divergence, _one_class, _wrong_dimension, _wrong_sign, _broadcast),
 )

@@ -64,7 +64,9 @@ def find_ownership_problems(
     rest = [t for t in tensors if not any(t is other for other in loose)]
     model = program.ancestors([*fed, *rest])
     left = [p for p in unfed if isinstance(p, nn.Parameter) and not program.ancestors([p]) & model]
-    if rest and left:
+    # Parameters that no module has were made in the forward pass; the next step tells.
+    made = any(isinstance(t, nn.Parameter) and id(t) not in program.owners for t in rest)
+    if rest and left and not made:
         text = (
             f"The optimizer was made before the model was changed: {_get(rest, places)} in no optimizer, which holds "
             f"{len(left)} {'tensor' if len(left) == 1 else 'tensors'} of other layers instead."
@@ -106,12 +108,24 @@ class UnownedWeights(NamedTuple):
         begin = doubtful.text.partition(" in no optimizer")[0]
         return cls(tuple(map(weakref.ref, weights)), doubtful.names, begin)
 
-    def as_remade(self) -> GraphProblem | None:
-        """Return the mistake of making layers in the forward pass, if no module has any of the weights any more."""
+    def as_remade(self, cut: Sequence[str] = ()) -> GraphProblem | None:
+        """Return the mistake of making layers in the forward pass, if no module has any of the weights any more.
+
+        Args:
+            cut: Names of weights that were used and that the loss does not reach. A computed tensor that is wrapped in
+                a parameter cuts the graph.
+        """
         left = [weight for reference in self.weights if (weight := reference()) is not None]
         owners = _Program.of().owners if left else {}
         if any(id(weight) in owners for weight in left):
             return None
+        if cut:
+            more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+            text = (
+                "The forward pass makes new parameters each time, of tensors that it has computed: nn.Parameter cuts "
+                f"the graph, so `{cut[0]}`{more} get no gradient."
+            )
+            return GraphProblem(Problem.WRAPPED_TENSOR, text, tuple(cut))
         text = (
             f"{self.begin} in no optimizer: the forward pass makes them anew each time, so nothing that they learn "
             "is kept."

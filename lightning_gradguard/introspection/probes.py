@@ -20,7 +20,7 @@ MIN_TIMES = 10
 
 
 class ForwardUsage:
-    """Probe of the parameters used in forward passes.
+    """Probe of the parameters used in forward passes, and of the size of what the first of them is given.
 
     They are those of every module that is called. This distinguishes a module that the loss was cut off from, from one
     that is not used at all.
@@ -31,21 +31,46 @@ class ForwardUsage:
 
     def __init__(self, *, idle: bool = False) -> None:
         ids: set[int] = set()
-        self.ids = ids
+        inputs: list[tuple[Tensor | None, list[int]]] = []
+        self.ids, self._inputs = ids, inputs
 
-        def record(module: nn.Module, args: object) -> None:
-            if not torch.compiler.is_compiling():
-                ids.update(id(p) for p in module._parameters.values() if p is not None)
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            own = [id(p) for p in module._parameters.values() if p is not None]
+            if own and not inputs and torch.is_grad_enabled():
+                inputs.append((_size_of(args), own))
+            ids.update(own)
 
         # The hook holds the set and not the probe, so that the probe can be garbage-collected.
         self._close = weakref.finalize(
             self, _nothing if idle else register_module_forward_pre_hook(record).remove
         )
 
+    @property
+    def first_input(self) -> tuple[Tensor | None, frozenset[int]]:
+        """Root mean square of what the first layer was given, float32 [] or None, and ids of its parameters."""
+        size, own = self._inputs[0] if self._inputs else (None, [])
+        return size, frozenset(own)
+
     def close(self) -> frozenset[int]:
         """Remove the hook; return ids of used parameters."""
         self._close()
         return frozenset(self.ids)
+
+
+@torch.no_grad()
+def _size_of(args: tuple[Any, ...]) -> Tensor | None:
+    """Return the root mean square of the first tensor; None if that is of whole numbers, or of an unusual kind."""
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if (
+        first is None
+        or type(first) is not Tensor
+        or not first.is_floating_point()
+        or first.layout != torch.strided
+    ):
+        return None
+    return first.detach().float().square().mean().sqrt() if first.numel() else None
 
 
 class UnshardedParameterProbe:

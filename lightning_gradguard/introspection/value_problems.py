@@ -41,6 +41,11 @@ _SAME, _LEAST_SPREAD = 1e-3, 1e-3
 #: Losses that keep output and target, and operations of a loss that is written out and keep their difference.
 _FUNCTIONS, _WRITTEN_OUT = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"}), frozenset({"Pow", "Abs"})
 _NLL, _BCE = frozenset({"NllLoss", "NllLoss2D"}), frozenset({"BinaryCrossEntropyWithLogits"})
+#: How far targets may lie outside of 0 to 1, such as those of an image that was resized.
+_BEYOND = 0.05
+#: RMS of the first layer's input from which it hardly tells one sample from another, and from which no training
+#: changes that soon; healthy at least 0.16. Numbers up to 1 that were divided by 255 once too often have 0.003 at most.
+_TINY, _VANISHING = 0.02, 0.005
 #: Loss of the first batch over that of equal odds, from which the outputs are too large; healthy at most 3.9.
 TIMES_CHANCE = 10.0
 
@@ -72,7 +77,9 @@ def find_problems_of_values(loss: Tensor) -> tuple[GraphProblem, ...]:
     """
     try:
         graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
-        return () if graph is None else (*find_problems_of_signs(loss), *_unreachable_targets(graph))
+        if graph is None:
+            return ()
+        return (*find_problems_of_signs(loss), *_unreachable_targets(graph), *_targets_out_of_domain(graph))
     except Exception:  # freed, changed in place, or of another form
         return ()
 
@@ -91,6 +98,24 @@ def find_large_start(loss: Tensor) -> tuple[GraphProblem, ...]:
         return () if graph is None else tuple(_large_start(graph))[:1]
     except Exception:  # freed, changed in place, or of another form
         return ()
+
+
+def find_tiny_input(rms: Tensor | None) -> GraphProblem | None:
+    """Find inputs that the first layer's biases dwarf.
+
+    Reads from the device.
+
+    Args:
+        rms: float32 [], root mean square of what the first layer was given; None if it is not known.
+    """
+    size = math.nan if rms is None else float(rms)
+    if not 0 < size < _TINY:
+        return None
+    text = (
+        f"The first layer is given inputs with an RMS of {size:.2g}, where about 1 is typical: beside its biases, they "
+        "hardly differ from sample to sample."
+    )
+    return GraphProblem(Problem.TINY_INPUT, text, certain=size < _VANISHING)
 
 
 def _unreachable_targets(loss: LossGraph) -> Iterator[GraphProblem]:
@@ -117,6 +142,23 @@ def _unreachable_targets(loss: LossGraph) -> Iterator[GraphProblem]:
                 "cannot reach them."
             )
             yield GraphProblem(Problem.OUT_OF_RANGE, text)
+            return
+
+
+def _targets_out_of_domain(loss: LossGraph) -> Iterator[GraphProblem]:
+    """Find targets of a binary cross-entropy that are no probabilities, so that it has no lower bound."""
+    for index in loss.where({"BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}):
+        target = loss.saved(index, "target")
+        if target is None or not target.numel():
+            continue
+        low, high = (float(end) for end in target.detach().float().aminmax())
+        if low < -_BEYOND or high > 1 + _BEYOND:
+            name = "binary_cross_entropy" + ("_with_logits" if loss.ops[index].endswith("Logits") else "")
+            text = (
+                f"{name} gets targets from {low:.3g} to {high:.3g}, and takes 0 to 1: with others the loss falls below "
+                "0 without end."
+            )
+            yield GraphProblem(Problem.TARGETS_OUT_OF_DOMAIN, text)
             return
 
 

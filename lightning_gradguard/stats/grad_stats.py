@@ -76,6 +76,7 @@ class GradStats:
         noise: How many times larger than usual the noise of this step's gradient is, since its batch is smaller: the
             square root of how many times smaller; at least 1.
         low_precision: Whether gradients are computed, or scaled, in half precision.
+        surrogate: Whether the loss is that of a policy gradient, whose value does not tell how well the policy does.
     """
 
     layout: Layout
@@ -114,6 +115,7 @@ class GradStats:
     steady: int = 0
     noise: float = 1.0
     low_precision: bool = False
+    surrogate: bool = False
     _trends: Trends | None = field(default=None, repr=False)
 
     @property

@@ -8,7 +8,7 @@ from statistics import median
 
 from lightning_gradguard.diagnosis.causes.data import outputs_too_large
 from lightning_gradguard.diagnosis.causes.numerics import FROM_THE_START
-from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, DiagnosticContext, Evidence
+from lightning_gradguard.diagnosis.context import CERTAIN, DEEP, PADDED, DiagnosticContext, Evidence
 from lightning_gradguard.diagnosis.diagnosis import Cause
 from lightning_gradguard.diagnosis.operation_evidence import is_initial
 from lightning_gradguard.diagnosis.wording import count, listing, number, quote
@@ -28,6 +28,8 @@ _LARGE_BIAS, _NOTABLE_BIAS = 3.0, 2.0
 _ONE_SIGNED = 0.5
 #: Decades lost between layers of usual weights that depth does not lose by chance.
 _LOST_BETWEEN_LAYERS = 3.0
+#: Saturating activations for each layer, below which they do not explain what a residual net loses over depth.
+_FEW_OF_LAYERS = 0.25
 #: Activations whose slope is zero only by rounding, far out.
 _ROUND = ("sigmoid", "tanh", "softsign", "erf", "atan")
 #: Decades by which layers behind a softmax lie below the others before it is blamed, and the faults it explains. At the
@@ -63,6 +65,8 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         text = f"The gradient of {quote(name)} is exactly zero: behind it a {kind_of(saturated[0])} is saturated."
         yield Evidence(_BY_ZERO, text)
     rest = context.unexplained_decades
+    if _is_residual(context) and sum(context.saturating.values()) < _FEW_OF_LAYERS * len(context.layers):
+        rest = 0.0  # a few activations do not shrink what passes beside them, layer after layer
     if not context.saturating:
         # Activations that are flat on one side, such as softplus or GELU, pushed there by their biases.
         biases = _median_bias_rms(context)
@@ -91,6 +95,12 @@ def saturating_activation(context: DiagnosticContext) -> Iterator[Evidence]:
         factor = "another factor" if bounded >= 0.1 else "a factor"
         text += f" Gradients lose {factor} of 10^{rest:.1f} that the weights do not explain, so slopes are near zero."
     yield Evidence(bounded + rest, text)
+
+
+def _is_residual(context: DiagnosticContext) -> bool:
+    """Return True for skip connections with normalizations."""
+    graph = context.graph_summary
+    return graph is not None and graph.skips and graph.normalizations > 0
 
 
 def bad_initialization(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -196,13 +206,21 @@ def too_deep(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def normalization(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Blame a normalization over a single element.
+    """Blame a normalization over a single element, or one after each block of a deep residual net.
 
-    Its result is the same for every input, so no gradient passes.
+    The result of the former is the same for every input, so no gradient passes. The latter stand on every path to the
+    first layer, and each shrinks the gradient (arXiv:2002.04745).
     """
     for problem in context.problems if context.too_small else ():
         if problem.kind == Problem.ONE_ELEMENT_NORMALIZATION:
             yield Evidence(CERTAIN, problem.text)
+    if context.is_post_norm and context.fault == Fault.VANISHING and context.lost_decades >= 1:
+        norms = context.graph_summary.post_norms if context.graph_summary else 0
+        text = (
+            f"The model normalizes after each of {norms} sums (post-norm): no path from the loss to the first layer is "
+            f"free of normalizations, and gradients lose a factor of 10^{context.lost_decades:.1f} on it."
+        )
+        yield Evidence(context.lost_decades, text)
 
 
 def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
@@ -211,7 +229,10 @@ def recurrence(context: DiagnosticContext) -> Iterator[Evidence]:
     if tilt is not None and abs(tilt) >= 1:
         way = "smaller" if tilt > 0 else "larger"
         gradient = f"a gradient 10^{abs(tilt):.1f} times {way} than the last tenth"
-        yield Evidence(abs(tilt), f"The first tenth of the sequence gets {gradient}.")
+        text = f"The first tenth of the sequence gets {gradient}."
+        if context.padding >= PADDED:
+            text += f" The last {100 * context.padding:.0f} % of the steps of a sequence are all the same: padding."
+        yield Evidence(abs(tilt), text)
         return
     graph, growing = context.graph_summary, context.too_large
     if graph is None or not graph.recurrent or not (context.too_small or growing):

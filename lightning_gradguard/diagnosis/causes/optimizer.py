@@ -23,6 +23,8 @@ from lightning_gradguard.results import Fault
 
 #: Growth of a layer's weights since the start that healthy training does not show in so few steps.
 _NOTABLE_GROWTH = 3.0
+#: Decades lost since the first steps that the steps themselves account for.
+_LOST_BY_STEPS = 2.0
 #: Steps after which the velocity of a typical momentum has built up; later the learning rate alone is not to blame.
 _BUILT_UP = 10
 
@@ -35,6 +37,18 @@ def learning_rate_too_high(context: DiagnosticContext) -> Iterator[Evidence]:
     Decades for which other causes account are subtracted: they made the gradient large, or added it up.
     """
     oversized = _oversized_steps(context)
+    if (
+        context.fault == Fault.VANISHING
+        and context.lost_since_start >= _LOST_BY_STEPS
+        and oversized is not None
+    ):
+        text = (
+            f"Since the first steps, gradients at the input have fallen 10^{context.lost_since_start:.1f}-fold beside "
+            f"those at the output: at a learning rate of {number(context.learning_rate)}, {oversized[1]}."
+        )
+        # What the weights were at the start did not make them vanish.
+        yield Evidence(context.lost_since_start + 2.0, text)
+        return
     killed = context.fault == Fault.DEAD
     if not (context.too_large or killed) or oversized is None or context.decayed:
         return
