@@ -152,12 +152,15 @@ class GraphObserver:
                 problems = find_ownership_problems(parameters, reached, others, self._named)
             except Exception:  # the objects of other programs are looked through, which may do anything
                 problems = ()
-            summary = replace(summary, problems=(*summary.problems, *problems))
             # Gradients without a path were put there by hand, such as those of a copy: the loop knows what it does.
             by_hand = any(
                 has and name not in reached for name, has in zip(layout.names, pattern, strict=True)
             )
-            self._unowned = None if by_hand else UnownedWeights.of(problems, others)
+            cut = [n for n, p in parameters.items() if n in summary.missing and id(p) in self._used]
+            self._unowned = None if by_hand else UnownedWeights.of(problems, others, cut)
+            if self._unowned is not None:  # the next step tells which mistake it is
+                problems = tuple(p for p in problems if p is not self._unowned.problem or not p.certain)
+            summary = replace(summary, problems=(*summary.problems, *problems))
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
@@ -273,15 +276,15 @@ class GraphObserver:
         self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
 
     def _look_for_remade(self, unowned: UnownedWeights) -> None:
-        """Say at the second step if weights in no optimizer are gone, since the pass has made others."""
+        """Say at the second step which mistake weights in no optimizer are: gone ones were made in the pass."""
         self._unowned = None
         summary = self.graph_summary
-        ran = () if summary is None else zip(summary.names, self._ran, strict=True)
-        cut = [name for name, took_part in ran if took_part and summary and name in summary.missing]
         try:
-            problem = unowned.as_remade(cut)
+            problem = unowned.as_remade()
         except Exception:  # the objects of other programs are looked through, which may do anything
             problem = None
+        if problem is None and unowned.problem.certain:
+            problem = unowned.problem
         if summary is not None and problem is not None:
             others = [p for p in summary.problems if p.kind not in OWNERSHIP or p.certain]
             self.graph_summary = replace(summary, problems=(*others, problem))

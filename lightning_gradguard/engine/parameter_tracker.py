@@ -168,7 +168,7 @@ class ParameterTracker:
         if summary is None:
             return None
         # A normalization behind the first layer makes up for the size of its input.
-        more += tuple(p for p in self.of_inputs if summary.normalised.isdisjoint(p.names))
+        more += tuple(p for p in self.of_inputs if not summary.removes_scale(p.names))
         if not more:
             return summary
         return replace(summary, problems=(*summary.problems, *more))

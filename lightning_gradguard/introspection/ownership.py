@@ -64,9 +64,7 @@ def find_ownership_problems(
     rest = [t for t in tensors if not any(t is other for other in loose)]
     model = program.ancestors([*fed, *rest])
     left = [p for p in unfed if isinstance(p, nn.Parameter) and not program.ancestors([p]) & model]
-    # Parameters that no module has were made in the forward pass; the next step tells.
-    made = any(isinstance(t, nn.Parameter) and id(t) not in program.owners for t in rest)
-    if rest and left and not made:
+    if rest and left:
         text = (
             f"The optimizer was made before the model was changed: {_get(rest, places)} in no optimizer, which holds "
             f"{len(left)} {'tensor' if len(left) == 1 else 'tensors'} of other layers instead."
@@ -85,49 +83,51 @@ class UnownedWeights(NamedTuple):
     Attributes:
         weights: The weights.
         names: Their names.
-        begin: Beginning of a sentence on them.
+        problem: The mistake that they are, if they stay.
+        cut: Names of weights that were used and that the loss does not reach. A computed tensor that is wrapped in a
+            parameter cuts the graph.
     """
 
     weights: tuple[weakref.ref[Tensor], ...]
     names: tuple[str, ...]
-    begin: str
+    problem: GraphProblem
+    cut: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, problems: Sequence[GraphProblem], leaves: Sequence[Leaf]) -> UnownedWeights | None:
-        """Watch the weights of a mistake that is not certain; None without one.
+    def of(
+        cls, problems: Sequence[GraphProblem], leaves: Sequence[Leaf], cut: Sequence[str] = ()
+    ) -> UnownedWeights | None:
+        """Watch the weights of a mistake that may be another one; None without one.
 
         Args:
             problems: Mistakes in what the optimizer steps.
             leaves: Leaves of the graph that are not in the optimizer.
+            cut: As for the attribute.
         """
-        doubtful = next((p for p in problems if p.kind == Problem.STALE_OPTIMIZER and not p.certain), None)
+        stale = (p for p in problems if p.kind == Problem.STALE_OPTIMIZER)
+        doubtful = next((p for p in stale if cut or not p.certain), None)
         weights = [leaf.tensor for leaf in leaves if isinstance(leaf.tensor, nn.Parameter)]
         weights = [weight for weight in weights if weight.grad is not None]
         if doubtful is None or not weights:
             return None
-        begin = doubtful.text.partition(" in no optimizer")[0]
-        return cls(tuple(map(weakref.ref, weights)), doubtful.names, begin)
+        return cls(tuple(map(weakref.ref, weights)), doubtful.names, doubtful, tuple(cut))
 
-    def as_remade(self, cut: Sequence[str] = ()) -> GraphProblem | None:
-        """Return the mistake of making layers in the forward pass, if no module has any of the weights any more.
-
-        Args:
-            cut: Names of weights that were used and that the loss does not reach. A computed tensor that is wrapped in
-                a parameter cuts the graph.
-        """
+    def as_remade(self) -> GraphProblem | None:
+        """Return the mistake of making layers in the forward pass, if no module has any of the weights any more."""
         left = [weight for reference in self.weights if (weight := reference()) is not None]
         owners = _Program.of().owners if left else {}
         if any(id(weight) in owners for weight in left):
             return None
-        if cut:
-            more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        begin = self.problem.text.partition(" in no optimizer")[0]
+        if self.cut:
+            more = f" and {len(self.cut) - 1} more" if len(self.cut) > 1 else ""
             text = (
                 "The forward pass makes new parameters each time, of tensors that it has computed: nn.Parameter cuts "
-                f"the graph, so `{cut[0]}`{more} get no gradient."
+                f"the graph, so `{self.cut[0]}`{more} get no gradient."
             )
-            return GraphProblem(Problem.WRAPPED_TENSOR, text, tuple(cut))
+            return GraphProblem(Problem.WRAPPED_TENSOR, text, self.cut)
         text = (
-            f"{self.begin} in no optimizer: the forward pass makes them anew each time, so nothing that they learn "
+            f"{begin} in no optimizer: the forward pass makes them anew each time, so nothing that they learn "
             "is kept."
         )
         return GraphProblem(Problem.REMADE_LAYERS, text, self.names)

@@ -147,16 +147,15 @@ def _unreachable_targets(loss: LossGraph) -> Iterator[GraphProblem]:
 
 def _targets_out_of_domain(loss: LossGraph) -> Iterator[GraphProblem]:
     """Find targets of a binary cross-entropy that are no probabilities, so that it has no lower bound."""
-    for index in loss.where({"BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}):
+    for index in loss.where(_BCE):  # binary_cross_entropy refuses them itself
         target = loss.saved(index, "target")
         if target is None or not target.numel():
             continue
         low, high = (float(end) for end in target.detach().float().aminmax())
         if low < -_BEYOND or high > 1 + _BEYOND:
-            name = "binary_cross_entropy" + ("_with_logits" if loss.ops[index].endswith("Logits") else "")
             text = (
-                f"{name} gets targets from {low:.3g} to {high:.3g}, and takes 0 to 1: with others the loss falls below "
-                "0 without end."
+                f"binary_cross_entropy_with_logits gets targets from {low:.3g} to {high:.3g}, and takes 0 to 1: with "
+                "others the loss falls below 0 without end."
             )
             yield GraphProblem(Problem.TARGETS_OUT_OF_DOMAIN, text)
             return

@@ -466,3 +466,43 @@ def test_a_doubtful_mistake_yields_to_stronger_evidence():
     case = case_with(Fault.DEAD, input_rms=0.0, gradients_log10=logs, graph={"problems": (doubtful,)})
     assert find_causes(case)[0][0] == Cause.BAD_DATA
     assert find_causes(case_with(Fault.DEAD, graph={"problems": (doubtful,)}))[0][0] == Cause.STALE_OPTIMIZER
+
+
+RESIDUAL = {"skips": True, "normalizations": 8}
+
+
+def test_a_single_tanh_beside_skip_connections_explains_no_loss_over_depth():
+    kinds = {"product": 6, "tanh": 1}
+    assert weights(case_with(kinds=kinds, tilt=4.0))[Cause.SATURATING_ACTIVATION] == pytest.approx(4.0)
+    found = weights(case_with(kinds=kinds, tilt=4.0, graph=RESIDUAL))
+    assert found.get(Cause.SATURATING_ACTIVATION, 0.0) < 0.5
+
+
+@pytest.mark.parametrize(("post", "blamed"), [(8, True), (5, False), (1, False)])
+def test_deep_post_norm_is_blamed_and_gets_pre_norm(post, blamed):
+    case = case_with(kinds={"product": 6}, tilt=4.0, graph={**RESIDUAL, "post_norms": post})
+    causes = find_causes(case)
+    assert (causes[0][0] == Cause.NORMALIZATION) == blamed
+    if blamed:
+        assert "post-norm" in causes[0][1]
+        assert "pre-norm" in find_fixes(case, [Cause.NORMALIZATION])[0].name
+
+
+@pytest.mark.parametrize(
+    ("lost", "ratio", "blamed"), [(3.0, 0.3, True), (1.0, 0.3, False), (3.0, 1e-3, False)]
+)
+def test_steps_that_made_gradients_vanish_are_blamed_before_the_start(lost, ratio, blamed):
+    case = case_with(tilt=4.0, lost_since_start=lost, update_ratios=(ratio,) * 6)
+    causes = [cause for cause, _ in find_causes(case)]
+    assert (causes[0] == Cause.LEARNING_RATE_TOO_HIGH) == blamed
+    if blamed:
+        assert "from 0.01 to 0.001" in find_fixes(case, causes)[0].name
+
+
+@pytest.mark.parametrize(("padding", "first"), [(0.8, True), (0.1, False)])
+def test_a_padded_sequence_is_read_at_its_end(padding, first):
+    case = case_with(Fault.VANISHING_IN_TIME, value=9.0, padding=padding, kinds={"recurrent": 1})
+    (cause, text), *_ = find_causes(case)
+    assert cause == Cause.RECURRENCE
+    assert ("padding" in text) == first
+    assert ("padding" in find_fixes(case, [cause])[0].name) == first

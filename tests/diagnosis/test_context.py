@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.diagnosis.context import DiagnosticContext, finite_median
+from lightning_gradguard.diagnosis.diagnose import _padding
 from lightning_gradguard.results import Fault, Finding, Severity
 
 
@@ -132,3 +133,19 @@ def test_a_missing_loss_is_not_a_nonfinite_loss(case):
     assert case.nonfinite_loss
     assert not dataclasses.replace(case, has_loss=False).nonfinite_loss
     assert not dataclasses.replace(case, loss_last=0.3).nonfinite_loss
+
+
+@pytest.mark.parametrize(
+    ("batch", "share"),
+    [
+        (nn.functional.pad(torch.randn(4, 10, 3), (0, 0, 0, 30)), 0.75),
+        (nn.functional.pad(torch.randn(4, 10, 3), (0, 0, 0, 30)).transpose(0, 1), 0.75),
+        (nn.functional.pad(torch.randint(1, 9, (4, 10)), (0, 30)), 0.75),
+        (nn.functional.pad(torch.randint(1, 9, (4, 30)), (10, 0)), 0.05),  # padded in front
+        (torch.randn(4, 40, 3), 0.025),
+        ({"x": torch.randn(4, 6, 3), "y": torch.zeros(4)}, 0.0),  # too short
+        (None, 0.0),
+    ],
+)
+def test_padding_is_the_end_of_a_sequence_that_stays_the_same(batch, share):
+    assert _padding(batch) == pytest.approx(share, abs=0.06)

@@ -379,3 +379,38 @@ def test_nothing_of_the_model_is_kept_alive():
     gc.collect()
     assert [ghost() for ghost in ghosts] == [None] * 4
     assert graph_summary.nodes
+
+
+class Normalized(nn.Module):
+    def __init__(self, place):
+        super().__init__()
+        self.place, self.layer, self.norm = place, nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        if self.place == "before":
+            return x + self.layer(self.norm(x)).relu()
+        if self.place == "inside":
+            return (x + self.norm(self.layer(x))).relu()
+        return self.norm(x + self.layer(x).relu())
+
+
+def encoder(first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=first)
+    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (nn.Sequential(*(Normalized("after") for _ in range(5))), 5),
+        (nn.Sequential(*(Normalized("inside") for _ in range(5))), 0),
+        (nn.Sequential(*(Normalized("before") for _ in range(5))), 0),
+        (nn.Sequential(*(Normalized("before") for _ in range(5)), nn.LayerNorm(8)), 1),
+        (encoder(first=False), 8),
+        (encoder(first=True), 0),
+    ],
+)
+def test_normalizations_at_the_end_of_a_block_are_counted(model, count):
+    x = nn.Linear(8, 8)(torch.randn(4, 3, 8))
+    summary = summarize_graph(model(x).square().sum(), dict(model.named_parameters()))
+    assert summary.post_norms == count

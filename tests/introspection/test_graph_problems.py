@@ -441,3 +441,38 @@ def test_an_entropy_that_is_minimized_on_purpose():
 def test_each_mistake_has_a_cause_and_a_fix():
     assert set(PROBLEMS) == set(Problem)
     assert all(fix.name and fix.how for _, fix in PROBLEMS.values())
+
+
+def categorical(scores):
+    policy = Categorical(logits=scores)
+    return -(policy.log_prob(policy.sample()) * torch.randn(N)).mean()
+
+
+@pytest.mark.parametrize("loss", [lambda scores: F.cross_entropy(scores, labels()), categorical])
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [
+        (nn.ReLU(), True),
+        (nn.Hardtanh(0, 6), False),
+        (nn.LeakyReLU(), False),
+        (nn.Softplus(), False),
+        (nn.Identity(), False),
+    ],
+)
+def test_a_relu_before_the_softmax(loss, last, found):
+    assert (Problem.RECTIFIED_LOGITS in kinds(lambda m: loss(last(m(x()))))) == found
+
+
+def test_a_relu_before_the_softmax_over_pixels():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, C, 1), nn.ReLU())
+    target = torch.randint(C, (2, 6, 6))
+    assert kinds(lambda m: F.cross_entropy(m(torch.randn(2, 1, 8, 8)), target), model) == {
+        Problem.RECTIFIED_LOGITS
+    }
+
+
+def test_the_loss_of_a_policy_is_known_as_one():
+    torch.manual_seed(0)
+    for loss_of, expected in ((ppo, True), (lambda m: categorical(m(x())), True), (infonce, False)):
+        model = net()
+        assert summarize_graph(loss_of(model), dict(model.named_parameters())).surrogate == expected

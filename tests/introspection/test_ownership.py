@@ -74,3 +74,62 @@ def test_layers_made_in_the_forward_pass(when, found):
 )
 def test_layers_side_by_side_in_a_dict(keep, number, found):
     assert problems_of(Sums(keep, number)) == found
+
+
+class Hyper(nn.Module):
+    """Layer whose weight a net computes in each pass, and hands on in one of several ways."""
+
+    def __init__(self, way, recurrent=False):
+        super().__init__()
+        self.way, self.layer = way, nn.Linear(6, 2)
+        self.maker = nn.Linear(2, 2) if recurrent else nn.Linear(1, 12)
+        self.recurrent = recurrent
+
+    def forward(self, x):
+        made = self.maker(self.layer.weight.T).T if self.recurrent else self.maker(torch.ones(1))
+        weight = made.reshape(2, 6)
+        if self.way == "functional":
+            return torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+        if self.way == "plain":
+            return nn.functional.linear(x, weight, self.layer.bias)
+        if self.way == "anonymous":
+            return nn.functional.linear(x, nn.Parameter(weight), self.layer.bias)
+        self.layer.weight = nn.Parameter(weight)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize(
+    ("way", "found"),
+    [
+        ("assigned", [(Problem.WRAPPED_TENSOR, True)]),
+        ("anonymous", [(Problem.WRAPPED_TENSOR, True)]),
+        ("functional", []),
+        ("plain", []),
+    ],
+)
+def test_computed_tensors_that_are_wrapped_in_a_parameter(way, recurrent, found):
+    assert problems_of(Hyper(way, recurrent)) == found
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_layer_that_was_replaced_is_no_wrapped_tensor(cut):
+    class Cut(nn.Tanh):
+        def forward(self, x):
+            return super().forward(x.detach() if cut else x)
+
+    model = nn.Sequential(nn.Linear(6, 8), Cut(), nn.Linear(8, 8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model[3] = nn.Linear(8, 1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            loss = model(X).square().mean()
+            loss.backward()
+            guard.step(loss=loss)
+            optimizer.step()
+            model.zero_grad()
+    assert [(p.kind, p.certain) for p in guard.tracker.graph_summary.problems] == [
+        (Problem.STALE_OPTIMIZER, True)
+    ]

@@ -8,7 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_gradguard.introspection.graph_problems import Problem
-from lightning_gradguard.introspection.value_problems import find_large_start, find_problems_of_values
+from lightning_gradguard.introspection.value_problems import (
+    find_large_start,
+    find_problems_of_values,
+    find_tiny_input,
+)
 
 torch.manual_seed(0)
 X = torch.randn(256, 8)
@@ -130,3 +134,30 @@ def test_an_image_model_is_read_through_views():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.Flatten())
     loss = F.mse_loss(net(torch.randn(4, 1, 8, 8)), 255 * torch.rand(4, 72))
     assert kinds(loss) == [Problem.OUT_OF_RANGE]
+
+
+MASK = (NORMAL > 0).float()
+
+
+@pytest.mark.parametrize("target", [255 * MASK, 2 * MASK - 1, MASK + 1, (5 * NORMAL).abs().round()])
+def test_targets_of_a_binary_cross_entropy_that_are_no_probabilities(target):
+    (problem,) = find_problems_of_values(F.binary_cross_entropy_with_logits(outputs(), target))
+    assert problem.kind == Problem.TARGETS_OUT_OF_DOMAIN
+    assert f"{float(target.max()):.3g}, and takes 0 to 1" in problem.text
+
+
+@pytest.mark.parametrize("target", [MASK, 0.9 * MASK + 0.05, torch.rand(256, 1), 1.04 * MASK - 0.02])
+def test_soft_labels_are_probabilities(target):
+    assert not kinds(F.binary_cross_entropy_with_logits(outputs(), target))
+
+
+@pytest.mark.parametrize(
+    ("rms", "certain"), [(0.3, None), (0.0, None), (math.nan, None), (0.01, False), (0.001, True)]
+)
+def test_inputs_that_the_biases_dwarf(rms, certain):
+    problem = find_tiny_input(torch.tensor(rms))
+    assert (None if problem is None else problem.certain) == certain
+
+
+def test_an_unknown_input_is_no_problem():
+    assert find_tiny_input(None) is None
