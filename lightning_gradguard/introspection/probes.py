@@ -87,7 +87,7 @@ class UnshardedParameterProbe:
         self._close()
         found = {}
         for (_, name), (module, whole) in self._seen.items():
-            held = module._parameters.get(name)
+            held = dict(module._parameters.items()).get(name)  # a scripted module's mapping has no get
             if held is not None:
                 found[id(held)] = whole
         self._seen.clear()
