@@ -35,7 +35,7 @@ FLAGS = {
         "bf16": {"precision": "bf16-true"},
         "bf16-mixed": {"precision": "bf16-mixed"},
         "16-mixed": {"precision": "16-mixed"},
-        "transformer": {"precision": "32-true"},
+        "32": {"precision": "32-true"},
     },
     "plugins": {
         "fp16 with a scaler": scaled(2.0**10),
@@ -125,8 +125,13 @@ WITHOUT_A_STEP = [
 OF_OTHER_STAGES = ("limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode")
 #: Near another one, or long; left to `make test-long` and `make pairs`.
 SLOW = [
-    ("accelerator", "auto"), ("devices", "auto"), ("plugins", "environment"), ("plugins", "checkpoints"),
-    ("profiler", "simple, with its object"), ("log_every_n_steps", "beyond"),
+    ("accelerator", "auto"), ("devices", "auto"), ("devices", "one"), ("strategy", "auto"), ("plugins", "environment"),
+    ("plugins", "checkpoints"), ("profiler", "simple, with its object"), ("log_every_n_steps", "beyond"),
+    ("log_every_n_steps", "each"), ("precision", "16-mixed"), ("precision", "32"), ("logger", "a table"),
+    ("max_epochs", "three"), ("max_steps", "none"), ("limit_train_batches", "a share"), ("overfit_batches", "a share"),
+    ("val_check_interval", "a share"), ("accumulate_grad_batches", "three"), ("gradient_clip_val", "none"),
+    ("deterministic", "warn"), ("benchmark", "on"), ("enable_autolog_hparams", "off"),
+    ("use_distributed_sampler", "off"), ("limit_val_batches", "none"), ("default_root_dir", "relative"),
 ]  # fmt: skip
 
 

@@ -112,7 +112,13 @@ NOT_THERE = {name: name for name in ("Adafactor", "Muon")}
 WITHOUT_A_STEP = {"none"}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+#: One of each kind; the others are left to `make test-long` and `make pairs`.
+QUICK = ["SGD", "AdamW, fused", "LBFGS", "Muon", "of a user", "none", "one cycle", "plateau"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_optimizers(name, tmp_path):
     if not hasattr(torch.optim, NOT_THERE.get(name, "SGD")):
         pytest.skip(f"this torch has no {name}")
@@ -338,6 +344,7 @@ def test_what_a_module_does(kind, tmp_path):
     assert_same(tmp_path, module=kind, options=lambda: {"without": ["enable_checkpointing"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Returning, Stepping, Overriding])
 def test_what_a_module_does_while_gradients_accumulate(kind, tmp_path):
     assert_same(tmp_path, module=kind, options=lambda: {"accumulate_grad_batches": 3})
