@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import shutil
 import warnings
 
 import lightning.pytorch as pl
@@ -457,6 +458,35 @@ MODELS = [
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(kind, tmp_path):
     assert_same(tmp_path, module=kind, guards=("strict", "everything"))
+
+
+class Inductor(Net):
+    """Compiled as users do; batches of one size, so that it is compiled once."""
+
+    def __init__(self):
+        super().__init__()
+        torch._dynamo.reset()
+        self.backbone.compile()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_model_that_inductor_compiles(tmp_path):
+    counters = torch._dynamo.utils.counters
+
+    def compiled_afresh():
+        counters.clear()
+        return Inductor()
+
+    compiled_afresh()(torch.ones(8, 8)).sum().backward()  # what it imports warns once
+    seen = assert_same(
+        tmp_path,
+        module=compiled_afresh,
+        guards=("default", "strict", "everything"),
+        also=lambda *_: (dict(counters["frames"]), counters["stats"]["unique_graphs"]),
+    )
+    assert seen["extra"][1] > 0
 
 
 # Data
