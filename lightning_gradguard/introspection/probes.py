@@ -31,7 +31,7 @@ class ForwardUsage:
 
     def __init__(self, *, idle: bool = False) -> None:
         ids: set[int] = set()
-        self.ids = ids
+        self.ids, self.idle = ids, idle
 
         def record(module: nn.Module, args: object) -> None:
             if not torch.compiler.is_compiling():

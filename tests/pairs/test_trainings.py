@@ -460,33 +460,49 @@ def test_models(kind, tmp_path):
     assert_same(tmp_path, module=kind, guards=("strict", "everything"))
 
 
-class Inductor(Net):
-    """Compiled as users do; batches of one size, so that it is compiled once."""
+class Compiling(Net):
+    """Compiles itself, a method of its own, or a part, as users do; batches of one size are compiled once."""
 
-    def __init__(self):
+    def __init__(self, way, backend):
         super().__init__()
         torch._dynamo.reset()
-        self.backbone.compile()
+        torch._dynamo.utils.counters.clear()
+        self.body = torch.compile(self.classify, backend=backend) if way == "a method" else self.classify
+        if way == "in place":
+            self.compile(backend=backend)
+        if way == "a part":
+            self.backbone = torch.compile(self.backbone, backend=backend)
+
+    def classify(self, x):
+        return self.head(self.backbone(x))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def assert_compiled_as_often(folder, way, backend):
+    counters = torch._dynamo.utils.counters
+    Compiling(way, backend)(torch.ones(8, 8)).sum().backward()  # what it imports warns once
+    seen = assert_same(
+        folder,
+        module=lambda: Compiling(way, backend),
+        options=lambda: {"num_sanity_val_steps": 0},
+        guards=("default", "everything"),
+        also=lambda *_: (dict(counters["frames"]), counters["stats"]["unique_graphs"]),
+    )
+    assert seen["extra"][1] > 0
+
+
+@pytest.mark.parametrize("way", ["in place", "a method", "a part"])
+def test_a_guard_compiles_nothing_again(way, tmp_path):
+    assert_compiled_as_often(tmp_path, way, "eager")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_a_model_that_inductor_compiles(tmp_path):
-    counters = torch._dynamo.utils.counters
-
-    def compiled_afresh():
-        counters.clear()
-        return Inductor()
-
-    compiled_afresh()(torch.ones(8, 8)).sum().backward()  # what it imports warns once
-    seen = assert_same(
-        tmp_path,
-        module=compiled_afresh,
-        guards=("default", "strict", "everything"),
-        also=lambda *_: (dict(counters["frames"]), counters["stats"]["unique_graphs"]),
-    )
-    assert seen["extra"][1] > 0
+    assert_compiled_as_often(tmp_path, "in place", "inductor")
 
 
 # Data
