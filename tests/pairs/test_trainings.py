@@ -499,6 +499,7 @@ def test_a_guard_compiles_nothing_again(way, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_a_model_that_inductor_compiles(tmp_path):
