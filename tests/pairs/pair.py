@@ -181,6 +181,9 @@ def outcome(folder, guards, options, callbacks, module, run, also=None):
     error, threads = None, set(threading.enumerate())
     with settings_restored(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell has what runs in its background ignore it
         forget_warnings()
         seed()
         model, own = module(), list(callbacks())

@@ -84,6 +84,9 @@ class Ending(Net):
 def end(folder, rank, way, guard):
     """End as the way says; return nothing, since the process ends with what comes out of ``fit``."""
     Ending.way = way
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell has what runs in its background ignore it
     callbacks = GUARDS[guard]() if guard != "bare" else []
     own = folder / f"{guard} {rank}"
     own.mkdir()
