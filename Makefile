@@ -7,13 +7,14 @@ OLDEST ?= build/oldest
 # Tests run side by side, on eight cores at most. The tests of a file share a process, and so what they have set up.
 WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long test-oldest lint docs bench browser clean help
+.PHONY: demo test test-long test-oldest pairs lint docs bench browser clean help
 
 help:
 	@echo "make demo         see the whole product work on real images, then open TensorBoard"
 	@echo "make test         run the tests but for the long ones"
 	@echo "make test-long    run the long ones, and those with random examples once more with many"
 	@echo "make test-oldest  run them with the oldest versions of torch, Lightning and the rest that are allowed"
+	@echo "make pairs        train in pairs, without and with a guard, over all options and callbacks of Lightning"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the documentation: build/docs/index.html"
 	@echo "make browser      install a Chromium, without which the tests that open pages are skipped"
@@ -32,6 +33,10 @@ test-long: $(STAMP)
 # Old versions warn of much that is no concern of ours, which is then no error.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest $(WORKERS) -W default
+
+# Lightning's own tests are in none of its packages, so these go through its options and callbacks in their place.
+pairs: $(STAMP)
+	$(BIN)/python -m pytest $(WORKERS) tests/pairs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

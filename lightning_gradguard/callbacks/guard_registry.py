@@ -21,7 +21,7 @@ from lightning_gradguard.introspection.value_problems import (
     find_problems_of_values,
     find_tiny_input,
 )
-from lightning_gradguard.stats.parameters import is_compiled, select
+from lightning_gradguard.stats.parameters import has_compiled_part, is_compiled, select
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,7 +54,8 @@ class GuardRegistry:
 
     def observe_usage(self, module: LightningModule) -> None:
         """Begin to observe which parameters forward passes use."""
-        self._usage = ForwardUsage(idle=is_compiled(list(module.named_parameters())))
+        compiled = is_compiled(list(module.named_parameters())) or has_compiled_part(module)
+        self._usage = ForwardUsage(idle=compiled)
 
     def guard_of(
         self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer, index: int

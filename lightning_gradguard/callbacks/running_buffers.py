@@ -25,7 +25,8 @@ class _Place(NamedTuple):
     @property
     def tensor(self) -> Tensor | None:
         """The tensor that is there now; None without data."""
-        tensor = self.held.get(self.name)
+        # The mapping of a scripted module has no `get`.
+        tensor = self.held[self.name] if self.name in self.held else None  # noqa: SIM401
         return tensor if isinstance(tensor, Tensor) and not is_lazy(tensor) else None
 
     @property
@@ -189,7 +190,7 @@ class RunningBuffers:
     def _find(self) -> None:
         """Find the tensors, and how each is to be copied."""
         self._count = sum([len(part._buffers) for part in self._modules])
-        self._names = [(part, frozenset(part._buffers)) for part in self._modules]
+        self._names = [(part, frozenset(part._buffers.keys())) for part in self._modules]
         self._others, self._unmade = [], []
         groups: dict[tuple[torch.dtype, torch.device], list[_Place]] = {}
         found: set[int] = set()
@@ -213,7 +214,7 @@ class RunningBuffers:
     def _remove_made(self) -> None:
         """Remove non-finite buffers that the batch has made."""
         for part, names in self._names:
-            for name in [name for name in part._buffers if name not in names]:
+            for name in [name for name, _ in part._buffers.items() if name not in names]:
                 tensor = _Place(part, part._buffers, name).tensor
                 if tensor is not None and not _is_finite(tensor):
                     del part._buffers[name]

@@ -67,7 +67,8 @@ class GraphObserver:
         self.columns: tuple[tuple[int, ...], ...] = ()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
-        self._named, self._compiled = named, is_compiled(named)
+        self._named = named
+        self._compiled = is_compiled(named) or (usage is not None and usage.idle)
         self._usage = ForwardUsage(idle=self._compiled) if usage is None else usage
         self._used: frozenset[int] | None = None
         self._unsharded_probe: UnshardedParameterProbe | None = None

@@ -32,7 +32,7 @@ class ForwardUsage:
     def __init__(self, *, idle: bool = False) -> None:
         ids: set[int] = set()
         inputs: list[tuple[Tensor | None, list[int]]] = []
-        self.ids, self._inputs = ids, inputs
+        self.ids, self.idle, self._inputs = ids, idle, inputs
 
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             if torch.compiler.is_compiling():
@@ -112,7 +112,7 @@ class UnshardedParameterProbe:
         self._close()
         found = {}
         for (_, name), (module, whole) in self._seen.items():
-            held = module._parameters.get(name)
+            held = dict(module._parameters.items()).get(name)  # a scripted module's mapping has no get
             if held is not None:
                 found[id(held)] = whole
         self._seen.clear()

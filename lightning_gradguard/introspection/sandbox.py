@@ -39,8 +39,8 @@ def sandbox(module: nn.Module) -> Iterator[Callable[[Any], Any]]:
 
     Parameters, buffers and attributes of the module and its submodules (numbers, containers, tensors, random
     generators, objects of the user's classes) are replaced by copies; the originals stay untouched and are put back at
-    the end. The global random numbers of torch, Python and NumPy are restored too. Inside, warnings are suppressed and
-    compiled modules run eagerly.
+    the end. Tensors of scripted modules cannot be replaced, so they get back their values. The global random numbers of
+    torch, Python and NumPy are restored too. Inside, warnings are suppressed and compiled modules run eagerly.
 
     Not restored: files, objects that cannot be copied, what a closure holds, attributes of the Trainer, and tensors of
     more than four million elements in a plain attribute. In a distributed program nothing is sent to other processes:
@@ -169,6 +169,7 @@ class _Copier:
     def __init__(self, largest: float | None = None) -> None:
         self._largest = LARGEST_TENSOR if largest is None else largest
         self._kept: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._scripted: list[tuple[Tensor, Tensor, Tensor | None]] = []  # tensor, its value, its gradient
         self._copies: dict[int, tuple[Any, Any]] = {}  # the original is held so that its id is not reused
 
     def restore(self) -> None:
@@ -176,6 +177,9 @@ class _Copier:
         for module, held in self._kept:
             module.__dict__.clear()
             module.__dict__.update(held)
+        for tensor, value, gradient in self._scripted:
+            tensor.data.copy_(value)
+            tensor.grad = gradient
 
     def copy(self, value: Any) -> Any:
         """Return a copy of a value.
@@ -233,6 +237,8 @@ class _Copier:
     def _fill(self, made: Any, value: Any) -> None:
         if isinstance(value, nn.Module):
             self._kept.append((value, dict(value.__dict__)))
+            if isinstance(value, torch.jit.ScriptModule):
+                self._keep_scripted(value)
             for name, attribute in list(value.__dict__.items()):
                 value.__dict__[name] = self.copy(attribute)
         elif type(made) in _CONTAINERS and len(made) > LARGEST_CONTAINER:
@@ -245,6 +251,15 @@ class _Copier:
                 made[index] = self.copy(entry)
         elif not isinstance(made, (Tensor, torch.Generator)):
             self._fill_object(made, value)
+
+    def _keep_scripted(self, module: nn.Module) -> None:
+        """Keep what the tensors of a scripted module are now.
+
+        The module holds them outside of Python, where no copy can take their place.
+        """
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._scripted.append((tensor, tensor.detach().clone(), tensor.grad))
+            tensor.grad = None
 
     def _fill_object(self, made: Any, value: Any) -> None:
         """Copy an object's dict entries, attributes and slots."""

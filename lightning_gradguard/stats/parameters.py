@@ -8,7 +8,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
 
@@ -78,6 +78,19 @@ def is_compiled(named: Sequence[tuple[str, Tensor]]) -> bool:
     A compiled module calls no hooks.
     """
     return any("_orig_mod." in name for name, _ in named)
+
+
+def has_compiled_part(module: nn.Module) -> bool:
+    """Return True if a part was compiled in place, or holds a compiled function.
+
+    ``module.compile()`` and ``self.body = torch.compile(self.body)`` do that, and no name shows it. Such code calls
+    hooks, but is compiled again for each one that is added or removed.
+    """
+    return any(
+        getattr(part, "_compiled_call_impl", None) is not None
+        or any(hasattr(held, "_torchdynamo_orig_callable") for held in (*vars(part).values(), part.forward))
+        for part in module.modules()
+    )
 
 
 def _groups(optimizer: torch.optim.Optimizer | None) -> list[list[Tensor]]:

@@ -4,6 +4,7 @@ Other buffers are not changed.
 """
 
 import math
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -296,3 +297,36 @@ def test_a_statistic_that_becomes_nan_in_a_finite_step_is_said_once(correction, 
         assert said[0].parameters == ("net.1.variance",)
         assert guard.diagnosis.causes[0] == "normalization"
         assert "one row" in guard.diagnosis.remedies[0].name
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore::lightning_gradguard.GradientWarning"
+)
+@pytest.mark.parametrize("build", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(4, 8))])
+def test_scripted_modules_are_kept_finite_too(build):
+    """Their mappings of buffers are no dictionaries."""
+
+    class Scripted(OwnNet):
+        def __init__(self):
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # both ways are deprecated
+                self.net = build(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+
+    module, guard = Scripted(), GradGuard()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[guard],
+    )
+    rows = torch.randn(40, 8)
+    rows[17] = torch.nan
+    trainer.fit(module, DataLoader(TensorDataset(rows), batch_size=4))
+    assert guard.summary == {"judged": 10, "clipped": 0, "skipped": 1, "nonfinite": 1}
+    held = module.state_dict()
+    assert all(tensor.isfinite().all() for tensor in held.values())
+    assert held["net.1.running_mean"].abs().max() > 0

@@ -276,6 +276,26 @@ def test_everything_is_restored_also_after_an_error(with_optimizer):
     assert optimizer is None or optimizer.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_tensors_of_a_scripted_module_get_back_their_values():
+    model = nn.Sequential(
+        nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)))
+    )
+    model(torch.randn(8, 4)).sum().backward()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    gradients = [p.grad for p in model.parameters()]
+    values = [g.clone() for g in gradients]
+    with sandbox(model):
+        model(torch.randn(8, 4)).square().sum().backward()
+        assert not torch.equal(model[1][0].running_mean, before["1.0.running_mean"])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert all(p.grad is own for p, own in zip(model.parameters(), gradients, strict=True))
+    torch.testing.assert_close(gradients, values, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("training_step", "arguments"),
     [

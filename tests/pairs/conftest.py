@@ -1,0 +1,3 @@
+"""Leave out scripts that tests start."""
+
+collect_ignore_glob = ["*_script.py"]
