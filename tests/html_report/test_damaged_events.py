@@ -130,13 +130,15 @@ def test_a_file_that_cannot_be_read_is_said_and_the_others_are_shown(whole_files
             raise PermissionError(13, "Permission denied", str(path))
         return open_path(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", refuse)
     (tmp_path / locked).write_text("x")
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(
         ReportError, match=rf"no gradguard data \({locked} cannot be read: Permission denied\); log it"
     ):
         read_runs([tmp_path])
+    monkeypatch.undo()
     (tmp_path / NAME).write_bytes(whole_files[0])
+    monkeypatch.setattr(Path, "open", refuse)
     (run,) = read_runs([tmp_path])
     (sheet,) = sheets_of(run)
     assert f"`{locked}` cannot be read: Permission denied." in sheet.notices
