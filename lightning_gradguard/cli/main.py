@@ -141,7 +141,8 @@ def _report(options: argparse.Namespace) -> None:
         raise CommandError(f"{error.filename or options.out}: {error.strerror or error}") from error
     for sheet in sheets:
         print(one_line(f"{sheet.title}: {sheet.verdict.title}"))
-    print(f"Wrote {options.out} ({options.out.stat().st_size / 1e3:,.0f} kB); open it in a browser.")
+    size = options.out.stat().st_size
+    print(one_line(f"Wrote {options.out} ({size / 1e3:,.0f} kB); open it in a browser."))
 
 
 def _replay(options: argparse.Namespace) -> None:

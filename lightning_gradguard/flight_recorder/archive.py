@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickletools
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ DEPTH = 500
 #: Bytes that a value takes at least, as an entry of a container.
 _ENTRY = 8
 _END = object()
+#: The three records at the end of an archive with 64-bit sizes, of which small ones have only the last: what and where
+#: the list of members is, where that record is, and the same in 32 bits.
+_ENDS = struct.Struct("<4sQ2H2L4Q4sLQL4s4H2LH")
 _PLAIN = (type(None), bool, int, float, torch.dtype, torch.device)
 
 
@@ -61,15 +65,32 @@ def _check_members(file: IO[bytes], size: int) -> None:
     if file.read(4) != b"PK\x03\x04":
         raise ArchiveError("it is no archive")  # torch would take it for a file of its older format
     with zipfile.ZipFile(file) as archive:
+        if archive.start_dir != _begin_of_directory(file, size):
+            raise ArchiveError("it has two lists of its members")
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ArchiveError("its members are compressed, and torch compresses none")
         if sum(member.file_size for member in members) > size:
             raise ArchiveError("its members are larger than the file")
         for member in members:
-            if member.filename.endswith("/data.pkl"):
+            if member.filename.lower().endswith("data.pkl"):  # torch reads it in any case
                 del member.CRC  # torch can be told to write none
                 _check_names(archive.read(member))
+
+
+def _begin_of_directory(file: IO[bytes], size: int) -> int:
+    """Return the place of the list of members as torch looks it up, by what the end of the file says.
+
+    `zipfile` takes the list that ends there. One that it does not see could say anything.
+    """
+    file.seek(-min(size, _ENDS.size), os.SEEK_END)
+    ends = _ENDS.unpack(file.read().rjust(_ENDS.size, b"\0"))
+    (kind, *_, wide), (locator, _, place, _), (end, *_, narrow, comment) = ends[:10], ends[10:14], ends[14:]
+    if end != b"PK\x05\x06" or comment:
+        raise ArchiveError("its end is not that of an archive that torch writes")
+    if locator != b"PK\x06\x07":
+        return int(narrow)
+    return int(wide) if kind == b"PK\x06\x06" and place == size - _ENDS.size else -1
 
 
 def _check_names(pickled: bytes) -> None:

@@ -86,7 +86,7 @@ def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     try:
         return _decode(plain, tensor)
     except Exception as error:
-        raise ValueError(f"a recorded value is damaged: {type(error).__name__}: {error}") from error
+        raise ValueError(f"a recorded value cannot be restored: {type(error).__name__}: {error}") from error
 
 
 def _decode(plain: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -103,7 +103,7 @@ def _decode(plain: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     if kind == "array":
         return parts[0].cpu().numpy()
     if kind == "bytes":
-        return bytes([int(byte) for byte in parts[0]])  # a single number would be a length
+        return bytes(parts[0].flatten().tolist())  # a single number would be a length
     if kind == "packed":
         return PackedSequence(parts[0], parts[1].cpu(), *parts[2:])
     if kind in ("dict", "mapping"):

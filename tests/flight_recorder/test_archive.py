@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import zipfile
 
 import pytest
@@ -67,6 +68,27 @@ def test_a_file_without_checksums_is_loaded(tmp_path):
     assert load(bytes(data), tmp_path) == [1, 2]
 
 
+#: Asks for a bytearray of 100 GB.
+FILL = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\xe8\x76\x48\x17\x85R."
+
+
+def with_other_list(place):
+    """Return an archive as torch writes it, one of whose records says that the list of members begins elsewhere."""
+    data = bytearray(saved([1]))
+    data[place : place + 4] = struct.pack("<L", 7)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("place", [-34, -50], ids=["where the record is", "what the record says"])
+def test_a_list_of_members_that_is_elsewhere_is_refused(place, tmp_path):
+    with pytest.raises(ArchiveError, match=r"two lists|damaged"):
+        load(with_other_list(place), tmp_path)
+
+
+def test_the_place_in_32_bits_does_not_count_beside_that_in_64(tmp_path):
+    assert load(with_other_list(-6), tmp_path) == [1]
+
+
 def bombs():
     data = saved({"a": torch.zeros(3)})
     name = next(name for name, _ in members_of(data) if name.endswith("data/0"))
@@ -75,7 +97,11 @@ def bombs():
         "compressed": (archived([(n, c + bytes(10**6) * (n == name)) for n, c in many], zipfile.ZIP_DEFLATED),
                        "compressed"),
         "declared": (with_declared_size(archived(many), 0, 2**31), "larger than the file"),
-        "bytearray": (with_pickle(data, b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\xe8\x76\x48\x17\x85R."), "names"),
+        "bytearray": (with_pickle(data, FILL), "names"),
+        "case": (archived([(n.replace("data.pkl", "DATA.PKL"), c) for n, c in members_of(with_pickle(data, FILL))]),
+                 "names"),
+        "two lists": (b"PK\x03\x04" + archived(many), "two lists"),
+        "comment": (archived(many)[:-2] + b"\x04\x00abcd", "its end is not"),
         "older format": (b"\x80\x02]q\x00.", "no archive"),
     }  # fmt: skip
 

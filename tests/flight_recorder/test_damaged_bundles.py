@@ -116,11 +116,11 @@ def test_the_message_names_the_place(make_bundle, tmp_path, change, words):
     [
         (
             {"is": "bytes", "of": [torch.tensor(10**11)]},
-            "the step cannot be replayed: a recorded value is damaged",
+            "the step cannot be replayed: a recorded value cannot be restored",
         ),
-        ({"is": "array", "of": []}, "a recorded value is damaged: IndexError"),
-        ({"is": "dict", "keys": [[1]], "of": [1]}, "a recorded value is damaged: TypeError"),
-        ({"is": "list", "of": 3}, "a recorded value is damaged: TypeError"),
+        ({"is": "array", "of": []}, "a recorded value cannot be restored: IndexError"),
+        ({"is": "dict", "keys": [[1]], "of": [1]}, "a recorded value cannot be restored: TypeError"),
+        ({"is": "list", "of": 3}, "a recorded value cannot be restored: TypeError"),
     ],
     ids=["length", "nothing", "key", "number"],
 )
@@ -136,7 +136,7 @@ def test_a_damaged_batch_or_argument_is_said(make_bundle, tmp_path, batch, words
         "replay", write_bundle(bundle, tmp_path, keep=1), "--module", f"{Tiny.__module__}:Tiny"
     )
     assert status == 2
-    assert "the recorded arguments of Tiny cannot be used: a recorded value is damaged" in text
+    assert "the recorded arguments of Tiny cannot be used: a recorded value cannot be restored" in text
 
 
 def test_random_states_that_torch_refuses_are_said(make_bundle, tmp_path):
