@@ -51,6 +51,8 @@ def damaged_tensor(tensor, random):
     """Return a tensor of the same or another form, with numbers that are extreme or of no use."""
     if tensor.dtype == torch.bool:
         return random.choice([~tensor, tensor.float(), tensor[..., None]])
+    if tensor.is_complex():
+        return random.choice([tensor.real, tensor[..., None]])
     if not tensor.is_floating_point():
         extremes = [torch.iinfo(tensor.dtype).max, torch.iinfo(tensor.dtype).min, -1, 0, 3]
         return random.choice(
