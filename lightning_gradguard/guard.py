@@ -49,10 +49,11 @@ from lightning_gradguard.engine.readback import (
     save_under_way,
     unpack,
 )
-from lightning_gradguard.engine.state_form import check_names, check_state, short, upgrade
+from lightning_gradguard.engine.state_form import check_names, check_state, upgrade
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
 from lightning_gradguard.engine.warn import warn
+from lightning_gradguard.forms import short
 from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem, Problem
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
@@ -332,7 +333,7 @@ class Guard:
         """
         if not isinstance(state, Mapping):
             raise StateError(f"state must be what Guard.state_dict gave, got a {type(state).__name__}")
-        if state.get("version") == 5 and type(state["version"]) is int:
+        if type(state.get("version")) is int and state["version"] == 5:
             state = upgrade(state, self.state_dict(), self._kinds())
         version, kinds = state.get("version"), state.get("kinds")
         if not isinstance(version, int) or version != STATE_VERSION:

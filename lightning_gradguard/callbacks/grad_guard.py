@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from lightning_gradguard.engine.arguments import short_repr, validate_parts
 from lightning_gradguard.engine.device_skip import validate_lag
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.flight_recorder.recorder import Recorder
+from lightning_gradguard.forms import short
 from lightning_gradguard.guard import KEPT_FINDINGS
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
 
     from lightning_gradguard.diagnosis.checkup import Checkup
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
+
+#: Key of a guard's state: the index of its optimizer.
+_INDEX = re.compile("[0-9]{1,6}")
 
 
 @dataclass
@@ -419,12 +424,19 @@ class GradGuard(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold the state until the optimizers are known."""
+        """Hold the state until the optimizers are known.
+
+        Raises:
+            ValueError: If it is no dict. What is damaged inside is warned of, and begins afresh, when it is used.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state must be what GradGuard.state_dict gave, got {short(state_dict)}")
         restored = dict(state_dict)
         self._rollback.load_state_dict(restored.pop("recovery", {}))
         display = restored.pop("display", {})
         self._logging.load_state_dict(display if isinstance(display, dict) else {})
-        self._registry.restored, self._is_loaded = restored, True
+        guards = {k: state for k, state in restored.items() if isinstance(k, str) and _INDEX.fullmatch(k)}
+        self._registry.restored, self._is_loaded = guards, True
 
     def _report_ruined(self, trainer: Trainer) -> None:
         """Warn once of tensors that a step made NaN or Inf, though its loss and gradients were finite.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.callbacks.trainer_adapter import logging_step, warn
+from lightning_gradguard.forms import check_form
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import LogSink
@@ -117,8 +118,10 @@ class RunLogging:
             )
             restored = self._restored.pop(str(index), None)
             try:
-                if restored is not None and tuple(restored["names"]) == names:
-                    overview.load_state_dict(restored["view"])
+                if restored is not None:
+                    check_form(restored, {"names": [str], "view": dict}, "the state")
+                    if tuple(restored["names"]) == names:
+                        overview.load_state_dict(restored["view"])
             except Exception as error:  # a picture that begins anew must not end a training
                 problem = " ".join(f"{type(error).__name__}: {error}".split())[:160]
                 warn(

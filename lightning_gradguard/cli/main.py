@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_gradguard._version import __version__
 from lightning_gradguard.cli.user_code import CommandError
+from lightning_gradguard.printing import one_line
 
 _USAGE_ERROR = 2  # the same as argparse
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except CommandError as error:
-        print(f"gradguard {options.command}: {error}", file=sys.stderr)
+        print(one_line(f"gradguard {options.command}: {error}"), file=sys.stderr)
         return _USAGE_ERROR
     return 0
 
@@ -139,8 +140,9 @@ def _report(options: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"{error.filename or options.out}: {error.strerror or error}") from error
     for sheet in sheets:
-        print(f"{sheet.title}: {sheet.verdict.title}")
-    print(f"Wrote {options.out} ({options.out.stat().st_size / 1e3:,.0f} kB); open it in a browser.")
+        print(one_line(f"{sheet.title}: {sheet.verdict.title}"))
+    size = options.out.stat().st_size
+    print(one_line(f"Wrote {options.out} ({size / 1e3:,.0f} kB); open it in a browser."))
 
 
 def _replay(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from lightning_gradguard.flight_recorder.rebuild_module import build_module
 from lightning_gradguard.flight_recorder.replay import replay
 from lightning_gradguard.flight_recorder.replay_result import wrap_rows
 from lightning_gradguard.flight_recorder.serialization import size_of
+from lightning_gradguard.printing import printable
 
 #: First line of a summary, by the reason that the bundle was written for.
 _HEADLINES = {
@@ -70,8 +71,7 @@ def summary(bundle: dict[str, Any], path: Path) -> str:
     if bundle["parts"]:
         names = shlex.quote(str(path)), shlex.quote(str(bundle["module"]["class"]))
         lines += ["", "Replay the step:", "  gradguard replay {} --module {}".format(*names)]
-    # The file may come from elsewhere, and must not send control characters to the terminal.
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
+    return printable("\n".join(lines))
 
 
 def _contents(bundle: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.loss_comparison import LossComparison
 from lightning_gradguard.introspection.loss_terms import count_terms
 from lightning_gradguard.introspection.probes import ForwardUsage
+from lightning_gradguard.printing import one_line
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
@@ -102,8 +103,12 @@ class RateHistory(NamedTuple):
 class StateError(ValueError):
     """A saved state that does not fit.
 
-    The message says in one sentence why, and what to do.
+    Args:
+        message: Why, and what to do, in one sentence. It is put on one line, since parts of it may come from a file.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ParameterTracker:

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
+from lightning_gradguard.forms import Each, FormError, Maybe, OrMissing, check_form, form_like, short
 
 #: Detectors that version 5 did not have.
 _NEW_DETECTORS = frozenset({"TargetScale"})
-#: Parts that older versions did not save.
-_OPTIONAL = ("under_way", "asked")
-
-
-@dataclass(frozen=True)
-class Each:
-    """Form of a dict with any keys: that of each value."""
-
-    form: Any
-
-
-@dataclass(frozen=True)
-class Maybe:
-    """Form of a value that may be None."""
-
-    form: Any
 
 
 def check_names(saved: Mapping[str, Any], tracker: ParameterTracker) -> None:
@@ -57,13 +40,18 @@ def check_state(saved: object, own: Mapping[str, Any]) -> None:
     Raises:
         StateError: If the form is another. The message names the first place that differs.
     """
-    _check(saved, _form_of_state(own), "the state")
+    try:
+        check_form(saved, _form_of_state(own), "the state")
+    except FormError as error:
+        raise _error(str(error)) from None
     order, names = saved["watch"]["order"], saved["watch"]["names"]  # type: ignore[index]
     if sorted(order) != list(range(len(names))):
-        raise _error("the state['watch']['order']", order, "each index of the parameters once")
+        raise _error(
+            f"the state['watch']['order'] must be each index of the parameters once, got {short(order)}"
+        )
     for column in saved["watch"]["columns"]:  # type: ignore[index]
         if not set(column) <= set(order):
-            raise _error("the state['watch']['columns']", column, "indices of parameters")
+            raise _error(f"the state['watch']['columns'] must be indices of parameters, got {short(column)}")
 
 
 def upgrade(saved: Mapping[str, Any], own: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
@@ -105,77 +93,23 @@ def upgrade(saved: Mapping[str, Any], own: Mapping[str, Any], kinds: Sequence[st
             "states": states,
             "under_way": [],
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever is wrong with it
         problem = f"{type(error).__name__}: {error}"
         raise StateError(f"state of version 5 cannot be read: {problem}; start the guard afresh") from error
 
 
 def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
-    form = {**_form_like(own), "kinds": [str], "states": Maybe([Each(Tensor)])}
-    form["watch"] |= {"names": [str], "order": [int], "embeddings": [str], "asked": [str], "columns": [[int]]}
-    form["watch"] |= {"rates": [float], "reached": [str]}
+    form: dict[str, Any] = {**form_like(own), "kinds": [str], "states": Maybe([Each(Tensor)])}
+    form["watch"] |= {"names": [str], "order": [int], "embeddings": [str], "columns": [[int]]}
+    # Older versions did not save what may be missing.
+    form["watch"] |= {"asked": OrMissing([str]), "rates": [float], "reached": [str]}
     form["judge"] |= {"episodes": Each((int, int, int)), "said": Each(int)}
     form["sights"] = [(str, str, bool, bool, bool, bool, int, float, float, str, [str])]
     form["quiet"] |= {"_pattern": [bool], "_names": [str], "_live": [bool], "_bounds": Maybe(Each(Tensor))}
     step = {"numbers": Tensor, "step": int, "has_loss": bool, "scaled": bool}
-    form["under_way"] = [{**step, "present": [bool], "asked": [bool]}]
+    form["under_way"] = OrMissing([{**step, "present": [bool], "asked": [bool]}])
     return form
 
 
-def _form_like(example: Any) -> Any:
-    """Return the form of an example; that of its lists is any."""
-    if isinstance(example, Mapping):
-        return {key: _form_like(value) for key, value in example.items()}
-    if isinstance(example, Tensor):
-        return example
-    return object if isinstance(example, (list, tuple, type(None))) else type(example)
-
-
-def _check(value: Any, form: Any, where: str) -> None:
-    if isinstance(form, Maybe):
-        if value is not None:
-            _check(value, form.form, where)
-    elif isinstance(form, (dict, Each)):
-        if not isinstance(value, Mapping):
-            raise _error(where, value, "a dict")
-        parts = dict.fromkeys(value, form.form) if isinstance(form, Each) else form
-        for key, part in parts.items():
-            if key not in value and key in _OPTIONAL:
-                continue
-            if key not in value:
-                raise _error(f"{where}[{key!r}]", "nothing", "there")
-            _check(value[key], part, f"{where}[{key!r}]")
-    elif isinstance(form, (list, tuple)):
-        if not isinstance(value, (list, tuple)) or (isinstance(form, tuple) and len(value) != len(form)):
-            raise _error(where, value, "a list" + (f" of {len(form)}" if isinstance(form, tuple) else ""))
-        for i, entry in enumerate(value):
-            _check(entry, form[i] if isinstance(form, tuple) else form[0], f"{where}[{i}]")
-    elif isinstance(form, Tensor):
-        fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (form.shape, form.dtype)
-        if not fits or value.layout != torch.strided:
-            raise _error(where, value, f"a tensor of {tuple(form.shape)}, {form.dtype}")
-    elif form in (int, float):
-        kinds = (int, float) if form is float else (int,)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise _error(where, value, "a number" if form is float else "a whole number")
-    elif not isinstance(value, form):
-        raise _error(where, value, f"of type {form.__name__}")
-
-
-def _error(where: str, value: object, wanted: str) -> StateError:
-    return StateError(
-        f"state must be what Guard.state_dict gave: {where} must be {wanted}, got {short(value)}; "
-        "start the guard afresh"
-    )
-
-
-def short(value: object) -> str:
-    """Return a value in one short line.
-
-    >>> short(list(range(30)))
-    '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11...'
-    """
-    if isinstance(value, Tensor):
-        return f"a tensor of {tuple(value.shape)}, {value.dtype}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _error(problem: str) -> StateError:
+    return StateError(f"state must be what Guard.state_dict gave: {problem}; start the guard afresh")

@@ -6,52 +6,41 @@ A bundle is written whole or not at all, limited in size, and read without runni
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
+from lightning_gradguard.flight_recorder.archive import ArchiveError, load
+from lightning_gradguard.flight_recorder.bundle_form import FORM
 from lightning_gradguard.flight_recorder.serialization import size_of
+from lightning_gradguard.forms import FormError, check_form, short
+from lightning_gradguard.printing import one_line
 
 FORMAT = "gradguard bundle"
 #: Version of the format; raise it when older bundles can no longer be read.
 VERSION = 1
+#: Missing ranks that are named.
+NAMED_RANKS = 8
 
-#: Keys of a bundle and the types of their values.
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "reason": str,
-    "step": int,
-    "run": str,
-    "rank": int,
-    "world_size": int,
-    "target": (dict, type(None)),
-    "message": str,
-    "findings": list,
-    "diagnosis": (dict, type(None)),
-    "report": (dict, type(None)),
-    "optimizers": list,
-    "parts": list,
-    "weights": (dict, type(None)),
-    "buffers": dict,
-    "module": dict,
-    "trainer": dict,
-    "config": dict,
-    "versions": dict,
-    "hyper_parameters": dict,
-    "notes": list,
-    "left_out": list,
-}
 _NAME = re.compile(r"step-(\d+)(?:-rank(\d+))?\.pt")
 
 
 class ReplayError(ValueError):
     """Raised when a flight record is unusable.
 
-    The message says on one line what is wrong and what to do.
+    Args:
+        message: What is wrong and what to do. It is put on one line.
     """
+
+    def __init__(self, message: str) -> None:
+        # Parts of it come from the file or from torch, and may have many lines or control characters.
+        super().__init__(one_line(message))
 
 
 def file_name(step: int, rank: int, world_size: int) -> str:
@@ -117,44 +106,57 @@ def write_bundle(bundle: dict[str, Any], folder: Path, keep: int) -> Path:
 def read_bundle(path: str | Path) -> dict[str, Any]:
     """Read a bundle onto the CPU without running code.
 
+    What it unpacks to is bounded by its size.
+
     Args:
         path: The bundle's file.
+
+    Returns:
+        The bundle, which has the form that `bundle_form.FORM` states.
 
     Raises:
         ReplayError: If the file does not exist, is damaged, has another version, or is no bundle.
     """
     path = Path(path)
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if _NAME.fullmatch(p.name))
-        if not inside:
-            raise ReplayError(
-                f"{path} is a folder that holds no flight record; name the file, such as {file_name(150, 0, 1)}"
-            )
-        raise ReplayError(f"{path} is a folder; name a flight record in it, such as {path / inside[-1]}")
     try:
-        file = path.open("rb")
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ReplayError(_advice_for_folder(path))
+        if not stat.S_ISREG(mode):  # a pipe would be waited for
+            raise ReplayError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            bundle = load(file)
     except FileNotFoundError:
         raise ReplayError(f"{path} does not exist") from None
     except OSError as error:
         raise ReplayError(f"{path} cannot be read: {error.strerror or error}") from None
-    with file:
-        try:
-            bundle = torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ):  # torch raises errors of many classes, with long advice, for a file that it cannot read
-            raise ReplayError(f"{path} is damaged, or is not a flight record of GradGuard") from None
+    except ArchiveError as error:
+        raise ReplayError(f"{path} is damaged, or is not a flight record of GradGuard: {error}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
         raise ReplayError(f"{path} is not a flight record of GradGuard")
-    if bundle.get("version") != VERSION:
+    version = bundle.get("version")
+    if type(version) is not int or version != VERSION:
         raise ReplayError(
-            f"{path} has format version {bundle.get('version')!r}, and this gradguard reads version {VERSION}; "
+            f"{path} has format version {short(version)}, and this gradguard reads version {VERSION}; "
             "replay it with the version of lightning-gradguard that wrote it"
         )
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(bundle.get(name), kind)]
-    if wrong:
-        raise ReplayError(f"{path} is damaged: {', '.join(wrong[:3])} missing or of the wrong type")
+    try:
+        check_form(bundle, FORM, "the record")
+    except FormError as error:
+        raise ReplayError(f"{path} is damaged: {error}") from None
+    if not 0 <= bundle["rank"] < bundle["world_size"]:
+        of = f"rank {bundle['rank']} of {bundle['world_size']}"
+        raise ReplayError(f"{path} is damaged: it is of {of}, and ranks are counted from 0")
     return bundle
+
+
+def _advice_for_folder(path: Path) -> str:
+    inside = sorted(p.name for p in path.iterdir() if _NAME.fullmatch(p.name))
+    if not inside:
+        return (
+            f"{path} is a folder that holds no flight record; name the file, such as {file_name(150, 0, 1)}"
+        )
+    return f"{path} is a folder; name a flight record in it, such as {path / inside[-1]}"
 
 
 def read_all_ranks(path: str | Path) -> list[dict[str, Any]]:
@@ -172,21 +174,28 @@ def read_all_ranks(path: str | Path) -> list[dict[str, Any]]:
         ReplayError: If the named bundle cannot be used.
     """
     path, bundle = Path(path), read_bundle(path)
-    found, missing = {bundle["rank"]: bundle}, []
-    for rank in range(bundle["world_size"]):
-        if rank == bundle["rank"]:
+    step, world_size = bundle["step"], bundle["world_size"]
+    found, names = {bundle["rank"]: bundle}, []
+    # By the files that are there: the number of ranks is only what the file says.
+    with contextlib.suppress(OSError):
+        names = sorted(p.name for p in path.parent.iterdir())
+    for name in names:
+        match = _NAME.fullmatch(name)
+        rank = int(match[2]) if match and match[2] else -1
+        if rank not in range(world_size) or rank in found or name != file_name(step, rank, world_size):
             continue
         try:
-            other = read_bundle(path.parent / file_name(bundle["step"], rank, bundle["world_size"]))
+            other = read_bundle(path.parent / name)
         except ReplayError:
-            other = {}
-        if other.get("run") == bundle["run"]:
+            continue
+        if (other["run"], other["rank"], other["world_size"]) == (bundle["run"], rank, world_size):
             found[rank] = other
-        else:
-            missing.append(str(rank))
-    if missing:
+    missing = itertools.islice((rank for rank in range(world_size) if rank not in found), NAMED_RANKS)
+    if named := [str(rank) for rank in missing]:
+        more = world_size - len(found) - len(named)
         bundle["notes"].append(
-            f"Not replayed, since its record is not in this folder: rank {', '.join(missing)}."
+            f"Not replayed, since its record is not in this folder: rank {', '.join(named)}"
+            + (f" and {more} more." if more else ".")
         )
     return [found[rank] for rank in sorted(found)]
 

@@ -27,7 +27,10 @@ def build_module(kind: Callable[..., Any], bundle: dict[str, Any], given: Mappin
         ReplayError: If the call fails or returns no module.
     """
     name = getattr(kind, "__qualname__", repr(kind))
-    arguments = {**_recorded_arguments(bundle, kind), **given}
+    try:
+        arguments = {**_recorded_arguments(bundle, kind), **given}
+    except ValueError as error:
+        raise ReplayError(f"the recorded arguments of {name} cannot be used: {error}") from error
     try:
         module = kind(**arguments)
     except Exception as error:

@@ -16,6 +16,7 @@ from lightning_gradguard.flight_recorder.replay_result import Recurrence, Replay
 from lightning_gradguard.flight_recorder.replay_session import Pass, ReplayBatch, ReplaySession
 from lightning_gradguard.flight_recorder.symptom import Symptom
 from lightning_gradguard.introspection.batch import tensors_of
+from lightning_gradguard.printing import one_line
 
 #: Seeds of the passes with other random numbers.
 SEEDS = (1, 2, 3)
@@ -74,15 +75,15 @@ def replay(
             why = "; ".join(own["left_out"]) or "the record holds no batch"
             raise ReplayError(f"there is no batch to replay: {why}")
         session = ReplaySession(module, own, _device(device))
-        notes = list(dict.fromkeys(str(note) for rank in ranks for note in rank["notes"]))
-        notes += _differences(own, session.device)
+        notes = list(dict.fromkeys(one_line(note) for rank in ranks for note in rank["notes"]))
+        notes += map(one_line, _differences(own, session.device))
         return _Investigation(session, symptom, batches, own, notes).run(other, most)
     except ReplayError:
         raise
-    except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ReplayError(f"the flight record is damaged: {type(error).__name__}: {error}") from error
     except ValueError as error:
         raise ReplayError(f"the step cannot be replayed: {error}") from error
+    except Exception as error:  # what recorded numbers of the right form can still make torch raise
+        raise ReplayError(f"the step cannot be replayed: {type(error).__name__}: {error}") from error
 
 
 class _Investigation:
@@ -198,7 +199,7 @@ class _Investigation:
         is_comparable = self.own["reason"] == "halt" and len(self.batches) == 1
         return Replay(
             verdict=verdict,
-            fault=self.symptom.name,
+            fault=one_line(self.symptom.name),
             step=self.own["step"],
             shown=self.symptom.describe(first),
             rank=batch.rank if occurs and len({b.rank for b in self.batches}) > 1 else None,

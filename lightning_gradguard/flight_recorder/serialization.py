@@ -83,12 +83,19 @@ def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     Raises:
         ValueError: If `encode` cannot have produced the value.
     """
+    try:
+        return _decode(plain, tensor)
+    except Exception as error:
+        raise ValueError(f"a recorded value cannot be restored: {type(error).__name__}: {error}") from error
+
+
+def _decode(plain: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(plain, Tensor):
         return tensor(plain)
     if not isinstance(plain, dict):
         return plain
     kind = plain.get(IS)
-    parts = [decode(part, tensor) for part in plain.get("of", ())]
+    parts = [_decode(part, tensor) for part in plain.get("of", ())]
     if kind == "missing":
         return None
     if kind in _SEQUENCES:
@@ -96,11 +103,11 @@ def decode(plain: Any, tensor: Callable[[Tensor], Tensor] = torch.clone) -> Any:
     if kind == "array":
         return parts[0].cpu().numpy()
     if kind == "bytes":
-        return bytes(parts[0].tolist())
+        return bytes(parts[0].flatten().tolist())  # a single number would be a length
     if kind == "packed":
         return PackedSequence(parts[0], parts[1].cpu(), *parts[2:])
     if kind in ("dict", "mapping"):
-        keys = [decode(key) for key in plain["keys"]]
+        keys = [_decode(key, torch.clone) for key in plain["keys"]]
         return (dict if kind == "dict" else Record)(zip(keys, parts, strict=True))
     if kind in ("namedtuple", "dataclass"):
         return _make_class(kind, plain["name"], plain["keys"])(*parts)

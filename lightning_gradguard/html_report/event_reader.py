@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.util.tensor_util import make_ndarray
 
 from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.tags import DIAGNOSIS, FINDINGS, LAYER_RMS, Tag
+from lightning_gradguard.printing import one_line
 from lightning_gradguard.results import Severity
 from lightning_gradguard.stats.histogram import EDGES
+
+#: Largest decade of a float64, and a count that no tensor has.
+_LARGEST, _MOST = 308, 1e18
 
 T = TypeVar("T")
 Curve = dict[int, T]
@@ -75,6 +82,8 @@ class Run:
         tracks: ``gradguard``, ``gradguard_1``, ...: one for each optimizer.
         losses: The training's own scalars with "loss" in their name.
         damaged: Names of files that end in the middle of a record or are corrupt.
+        unopened: Name of each file that cannot be read at all, to the reason.
+        undecoded: Name of a file to the number of its whole records that are no events.
         unreadable: Tag to the number of records under it that are not of this package's form.
         files: Number of event files.
     """
@@ -83,6 +92,8 @@ class Run:
     tracks: dict[str, Track] = field(default_factory=dict)
     losses: dict[str, Curve[float]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    unopened: dict[str, str] = field(default_factory=dict)
+    undecoded: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
     files: int = 0
 
@@ -112,13 +123,21 @@ def _read_below(folder: Path) -> list[Run]:
     if folder in homes:
         homes = [folder]
     names = [home.resolve().name if home == folder else str(home.relative_to(folder)) for home in homes]
-    runs = [run for run in map(_read_run, homes, names) if run.tracks]
+    read = list(map(_read_run, homes, names))
+    runs = [run for run in read if run.tracks]
     if not runs:
+        problems = "".join(f" ({problem})" for run in read for problem in _problems(run))
         raise ReportError(
-            f"the event files in {folder} hold no gradguard data; "
+            f"the event files in {folder} hold no gradguard data{problems[:500]}; "
             "log it with Trainer(callbacks=[GradHistogram(), GradGuard()])"
         )
     return runs
+
+
+def _problems(run: Run) -> Iterator[str]:
+    yield from (f"{name} cannot be read: {reason}" for name, reason in run.unopened.items())
+    yield from (f"{name} is cut off or corrupt" for name in run.damaged)
+    yield from (f"{name} has {count} records that are no events" for name, count in run.undecoded.items())
 
 
 def _read_run(home: Path, name: str) -> Run:
@@ -129,8 +148,12 @@ def _read_run(home: Path, name: str) -> Run:
             run.tracks.setdefault(group, Track()).append(track)
         run.losses = _splice_all(run.losses, file.losses)
         run.unreadable += file.unreadable
-        if file.is_damaged:
+        if file.problem:
+            run.unopened[file.path.name] = file.problem
+        elif file.is_damaged:
             run.damaged.append(file.path.name)
+        if file.undecoded:
+            run.undecoded[file.path.name] = file.undecoded
     run.tracks = dict(sorted(run.tracks.items(), key=lambda item: (len(item[0]), item[0])))
     return run
 
@@ -144,20 +167,35 @@ class _File:
         self.tracks: dict[str, Track] = {}
         self.losses: dict[str, Curve[float]] = {}
         self.unreadable: Counter[str] = Counter()
-        self._texts: dict[str, Curve[str]] = {}
-        events = 0
-        for event in LegacyEventFileLoader(str(path)).Load():
-            events += 1
+        self._texts: dict[str, Curve[FoundRecord]] = {}
+        self.undecoded, self.is_damaged, self.problem = 0, False, ""
+        try:
+            self._read()
+        except Exception as error:  # also those of TensorBoard, which has a class of its own for each
+            self.problem = one_line(getattr(error, "strerror", None) or str(error), 200)
+        for group, texts in self._texts.items():
+            track = self.tracks.setdefault(group, Track())
+            track.found = track.found or texts
+
+    def _read(self) -> None:
+        whole, is_whole = _count_records(self.path)
+        self.is_damaged = not is_whole
+        # Not one record more than that: the loader would reserve memory for the length that the next one claims.
+        records = 0
+        for record in itertools.islice(RawEventFileLoader(str(self.path)).Load(), whole):
+            records += 1
+            try:
+                event = Event.FromString(record)
+            except Exception:  # of a class of protobuf's
+                self.undecoded += 1
+                continue
             self.began = min(self.began, event.wall_time)
             for value in event.summary.value:
                 try:
                     self._add(event.step, value)
                 except Exception:  # a record of someone else under our tag
                     self.unreadable[value.tag] += 1
-        self.is_damaged = events != _count_records(path)
-        for group, texts in self._texts.items():
-            track = self.tracks.setdefault(group, Track())
-            track.found = track.found or {step: parse_old_text(text) for step, text in texts.items()}
+        self.is_damaged |= records < whole
 
     def _add(self, step: int, value: Any) -> None:
         tag = Tag.parse(value.tag)
@@ -170,19 +208,22 @@ class _File:
         if tag.kind == "hist_value":
             track.values.add(tag.name)
         elif tag.kind == "hist_log10" and has_tensor:
-            track.histograms.setdefault(tag.name, {})[step] = _counts(make_ndarray(value.tensor))
+            counts = _counts(_array(value.tensor))
+            track.histograms.setdefault(tag.name, {})[step] = counts
         elif tag.kind == "exponents":
             if has_tensor:
                 track.exponents[step] = _text(value)
         elif tag.name == LAYER_RMS and has_tensor:
             columns = value.metadata.plugin_data.content
             layers = _layers(columns) if columns else track.layers
-            track.rows[step] = _row(make_ndarray(value.tensor), layers)
-            track.layers = layers
+            row = _row(_array(value.tensor), layers)
+            if layers != track.layers:
+                track.layers, track.rows = layers, {}
+            track.rows[step] = row
         elif tag.name == FINDINGS and has_tensor:
             track.found[step] = FoundRecord.from_json(_text(value))
         elif tag.name == DIAGNOSIS and has_tensor:
-            self._texts.setdefault(tag.group, {})[step] = _text(value)
+            self._texts.setdefault(tag.group, {})[step] = parse_old_text(_text(value))
         elif not tag.kind and (number := _number(value)) is not None:
             track.scalars.setdefault(tag.name, {})[step] = number
         else:
@@ -202,20 +243,33 @@ def _layers(columns: bytes) -> tuple[str, ...]:
     return tuple(names[1:])
 
 
+def _array(tensor: TensorProto) -> NDArray[Any]:
+    """Return the numbers of a tensor.
+
+    Raises:
+        ValueError: If its shape is of more numbers than it holds: one that stands for many would be repeated.
+    """
+    if math.prod(dim.size for dim in tensor.tensor_shape.dim) > tensor.ByteSize():
+        raise ValueError("a tensor of more numbers than bytes")
+    array: NDArray[Any] = make_ndarray(tensor)
+    return array
+
+
 def _row(array: NDArray[Any], layers: Sequence[str]) -> NDArray[np.float16]:
     """Return one column of the heat map.
 
     Raises:
-        ValueError: If it does not fit the layers.
+        ValueError: If it does not fit the layers, or if its decades are those of no float.
     """
-    if array.shape != (1 + len(layers),) or array.dtype.kind != "f" or not math.isfinite(array[0]):
+    is_row = layers and array.shape == (1 + len(layers),) and array.dtype.kind == "f"
+    if not is_row or not math.isfinite(array[0]) or (array[1:] > _LARGEST).any():
         raise ValueError("no row of the heat map")
     return array
 
 
 def _counts(table: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return 30 counts; empty neighbours share a row."""
-    if table.ndim != 2 or table.shape[1] != 3 or not np.isfinite(table).all():
+    if table.ndim != 2 or table.shape[1] != 3 or not (np.abs(table) < _MOST).all():
         raise ValueError("no histogram")
     full = table[table[:, 2] > 0]
     counts = np.zeros(len(EDGES) - 1, dtype=np.float32)
@@ -232,7 +286,7 @@ def _number(value: Any) -> float | None:
     if value.HasField("simple_value"):
         return float(value.simple_value)
     if value.HasField("tensor"):
-        array = make_ndarray(value.tensor)
+        array = _array(value.tensor)
         if array.size == 1 and array.dtype.kind == "f":
             return float(array.item())
     return None
@@ -247,7 +301,9 @@ def _splice(earlier: Curve[T], later: Curve[T], begin: float) -> Curve[T]:
 def _splice_all(earlier: dict[str, Curve[T]], later: dict[str, Curve[T]]) -> dict[str, Curve[T]]:
     begin = _begin(later)
     names = dict.fromkeys([*earlier, *later])
-    return {name: _splice(earlier.get(name, {}), later.get(name, {}), begin) for name in names}
+    curves = {name: _splice(earlier.get(name, {}), later.get(name, {}), begin) for name in names}
+    # Nothing is left of a curve that only the earlier file has, if all its steps were repeated.
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def _begin(curves: dict[str, Curve[T]]) -> float:
@@ -255,27 +311,29 @@ def _begin(curves: dict[str, Curve[T]]) -> float:
     return min((step for curve in curves.values() for step in curve), default=math.inf)
 
 
-def _count_records(path: Path) -> int:
-    """Return the number of records in a file.
+def _count_records(path: Path) -> tuple[int, bool]:
+    """Return the number of records in a file, and False if it ends within a further one.
 
-    Corrupt ones count; the number is -1 if the file ends within a record. A record is its length (8 bytes), a checksum
-    (4), the data, and a checksum (4). The loader stops silently at a record that is cut off or whose checksum is wrong.
+    Corrupt ones count. A record is its length (8 bytes), a checksum (4), the data, and a checksum (4). The loader stops
+    silently at a record that is cut off or whose checksum is wrong.
     """
     size, count = path.stat().st_size, 0
     with path.open("rb") as file:
         while (place := file.tell()) < size:
             header = file.read(8)
             if len(header) < 8 or place + 16 + (length := struct.unpack("<Q", header)[0]) > size:
-                return -1
+                return count, False
             file.seek(4 + length + 4, 1)
             count += 1
-    return count
+    return count, True
 
 
+#: Characters of a line from which on it is no finding. The time to parse one grows with their number cubed.
+_LINE_LENGTH = 4000
 _SEPARATOR, _HEADING = "\n\n---\n\n", "### Found, newest first"
 _LINE = re.compile(
-    r"\* step (?P<step>[\d,]+): \*\*(?P<fault>\w+)\*\* \((?P<severity>info|warning|critical)\), "
-    r"(?P<measure>.*) (?P<value>\S+), limit (?P<limit>\S+?)(?:, in (?P<names>`.*`)(?: and (?P<more>\d+) more)?)?"
+    r"\* step (?P<step>\d[\d,]{0,24}): \*\*(?P<fault>\w+)\*\* \((?P<severity>info|warning|critical)\), "
+    r"(?P<measure>.*) (?P<value>\S+), limit (?P<limit>\S+?)(?:, in (?P<names>`.*`)(?: and (?P<more>\d{1,4}) more)?)?"
 )
 
 
@@ -291,20 +349,27 @@ def parse_old_text(text: str) -> FoundRecord:
         Findings and diagnoses, oldest first. A tensor that the text only counts has an empty name.
     """
     *diagnoses, found = text.split(_SEPARATOR)
-    matches = [match for match in map(_LINE.fullmatch, reversed(found.splitlines())) if match is not None]
-    findings = [
-        LoggedFinding(
-            step=int(match["step"].replace(",", "")),
-            fault=match["fault"],
-            severity=Severity[match["severity"].upper()],
-            parameters=_parameters(match),
-            value=float(match["value"]),
-            limit=float(match["limit"]),
-            measure=match["measure"],
-        )
-        for match in matches
-    ]
+    findings = filter(None, map(_finding, reversed(found.splitlines())))
     return FoundRecord(tuple(findings), tuple(d for d in reversed(diagnoses) if not d.startswith(_HEADING)))
+
+
+def _finding(line: str) -> LoggedFinding | None:
+    match = _LINE.fullmatch(line) if len(line) < _LINE_LENGTH else None
+    if match is None:
+        return None
+    try:
+        value, limit = float(match["value"]), float(match["limit"])
+    except ValueError:
+        return None
+    return LoggedFinding(
+        step=int(match["step"].replace(",", "")),
+        fault=match["fault"],
+        severity=Severity[match["severity"].upper()],
+        parameters=_parameters(match),
+        value=value,
+        limit=limit,
+        measure=match["measure"],
+    )
 
 
 def _parameters(match: re.Match[str]) -> tuple[str, ...]:

@@ -52,7 +52,8 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Sheet]:
         raise ReportError(
             f"{len(sheets)} runs are too many for one page; give at most {RUNS} of their folders"
         )
-    out.write_text(render(sheets), encoding="utf-8")
+    # Half a surrogate, from the name of a folder or a file's JSON, has no bytes of its own.
+    out.write_text(render(sheets), encoding="utf-8", errors="replace")
     return sheets
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradguard.diagnosis.wording import headline
+from lightning_gradguard.diagnosis.wording import headline, quote
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
 from lightning_gradguard.loggers.findings import TERMS, FoundRecord, LoggedFinding
@@ -180,9 +181,11 @@ def merge_found(records: Iterable[FoundRecord]) -> tuple[list[LoggedFinding], li
 
 def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
     """Group findings by fault, most severe and earliest first."""
-    groups = []
-    for fault in dict.fromkeys(finding.fault for finding in findings):
-        own = [finding for finding in findings if finding.fault == fault]
+    groups: list[Group] = []
+    of_fault: dict[str, list[LoggedFinding]] = defaultdict(list)
+    for finding in findings:
+        of_fault[finding.fault].append(finding)
+    for fault, own in of_fault.items():
         worst = max(own, key=lambda finding: (finding.severity, -finding.step))
         groups.append(Group(fault, worst, own[0].step, own[-1].step, len(own)))
     last = len(_PRECEDENCE)
@@ -196,11 +199,14 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     tensors, left_out = figures.histograms(track)
     losses = {tag: figures.curve(run.losses[tag]) for tag in sorted(run.losses)[:LOSSES]}
     known = {name: figures.curve(track.scalars[name]) for name in CHARTS if name in track.scalars}
+    steps: dict[str, list[int]] = defaultdict(list)
+    for finding in findings:
+        steps[finding.fault].append(finding.step)
     marks = [
         {
             "title": group.title,
             "severity": group.worst.severity.name.lower(),
-            "steps": figures.thin([f.step for f in findings if f.fault == group.fault], figures.MARKS),
+            "steps": figures.thin(steps[group.fault], figures.MARKS),
         }
         for group in groups
     ]
@@ -262,14 +268,19 @@ def _total(track: Track, name: str) -> int | None:
 def _notices(run: Run, track: Track, left_out: int) -> list[str]:
     notices = []
     if run.damaged:
-        files = ", ".join(f"`{name}`" for name in run.damaged)
+        files = ", ".join(map(quote, run.damaged))
         verb = "ends" if len(run.damaged) == 1 else "end"
         notices.append(
             f"{files} {verb} in the middle of a record: the run was killed or is still writing. "
             "Everything before that is shown."
         )
+    for name, reason in run.unopened.items():
+        notices.append(f"{quote(name)} cannot be read: {reason}.")
+    for name, count in run.undecoded.items():
+        records, hold = ("record is", "it holds") if count == 1 else ("records are", "they hold")
+        notices.append(f"{count} {records} left out of {quote(name)}: what {hold} is no event.")
     if run.unreadable:
-        tags = ", ".join(f"`{tag}`" for tag in sorted(run.unreadable)[:3])
+        tags = ", ".join(quote(tag) for tag in sorted(run.unreadable)[:3])
         more = f" and {len(run.unreadable) - 3} more tags" if len(run.unreadable) > 3 else ""
         count = sum(run.unreadable.values())
         notices.append(

@@ -11,7 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gradguard.charts import BLANK, Marks, draw
+from lightning_gradguard.forms import Each
 from lightning_gradguard.stats.histogram import EDGES
+
+#: Form of the saved state.
+HEATMAP_FORM = {
+    "names": [str],
+    "first": int,
+    "next": int,
+    "stride": int,
+    "cells": [[float]],
+    "clipped": [int],
+    "skipped": [int],
+    "faults": Each(int),
+}
 
 
 class Heatmap:
@@ -143,14 +156,23 @@ class Heatmap:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the picture of `state_dict` if it fits."""
+        """Continue the picture of `state_dict` if it fits.
+
+        Raises:
+            ValueError: If the state is damaged.
+        """
         used = len(state["cells"])
         if tuple(state["names"]) != self._names or used > self._columns:
             return
+        cells = np.array(state["cells"], dtype=np.float64).reshape(used, len(self._names))
+        clipped, skipped = bytes(state["clipped"]), bytes(state["skipped"])
+        beyond = (cells != BLANK) & ((cells < EDGES[0]) | (cells > EDGES[-1]))
+        if beyond.any() or {len(clipped), len(skipped)} != {used} or state["stride"] < 1:
+            raise ValueError("the heat map's columns are damaged")
         self._clear(state["first"])
         self._next, self._stride, self._used = state["next"], state["stride"], used
-        self._cells[:used] = np.array(state["cells"], dtype=np.float32).reshape(used, len(self._names))
-        self._clipped[:used], self._skipped[:used] = bytes(state["clipped"]), bytes(state["skipped"])
+        self._cells[:used] = cells
+        self._clipped[:used], self._skipped[:used] = clipped, skipped
         self._faults = dict(state["faults"])
 
     def _column(self, step: int) -> int:

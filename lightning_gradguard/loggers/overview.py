@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lightning_gradguard.forms import OrMissing, check_form
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.loggers.findings import FindingLog
-from lightning_gradguard.loggers.heatmap import Heatmap
+from lightning_gradguard.loggers.heatmap import HEATMAP_FORM, Heatmap
 from lightning_gradguard.loggers.tags import (
     DIAGNOSIS,
     FINDINGS,
@@ -25,6 +26,19 @@ from lightning_gradguard.results import Report, Severity
 UNCHANGED, CLIPPED, SKIPPED = 0, 1, 2
 
 _FIRST_DRAWING, _GROWTH = 20, 1.5  # steps; the next picture is due at 1.5 times the steps of the last
+
+
+_FORM = {
+    "heatmap": HEATMAP_FORM,
+    "nonfinite": int,
+    "clipped": OrMissing(int),
+    "skipped": OrMissing(int),
+    "findings": list,
+    "diagnoses": [str],
+    "steps": int,
+    "drawn": int,
+    "next_drawing": int,
+}
 
 
 class Overview:
@@ -154,7 +168,12 @@ class Overview:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the run of `state_dict`."""
+        """Continue the run of `state_dict`.
+
+        Raises:
+            ValueError: If it has another form. Part of it may have been restored then.
+        """
+        check_form(state, _FORM, "the state")
         self._heatmap.load_state_dict(state["heatmap"])
         self._nonfinite = state["nonfinite"]
         self._clipped, self._skipped = state.get("clipped", 0), state.get("skipped", 0)

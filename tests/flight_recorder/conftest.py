@@ -26,7 +26,7 @@ def tiny():
     return Tiny()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_bundle():
     """Return a function that makes a bundle of a `Tiny`; some of the 12 rows have a zero in the second column."""
 

@@ -159,7 +159,12 @@ def test_another_format_version_is_refused_with_advice(make_bundle, tmp_path, mo
 
 def test_a_missing_field_is_named(make_bundle, tmp_path):
     path = write_bundle(make_bundle(weights=3, notes=None), tmp_path, keep=3)
-    with pytest.raises(ReplayError, match="is damaged: weights, notes missing or of the wrong type"):
+    with pytest.raises(ReplayError, match=r"is damaged: the record\['weights'\] must be a dict, got 3$"):
+        read_bundle(path)
+    bundle = make_bundle()
+    del bundle["parts"][0]["random"]["torch"]
+    path = write_bundle(bundle, tmp_path, keep=3)
+    with pytest.raises(ReplayError, match=r"the record\['parts'\]\[0\]\['random'\]\['torch'\] is missing$"):
         read_bundle(path)
 
 
