@@ -4,6 +4,7 @@ Its event files are read back.
 """
 
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,3 +390,34 @@ def test_strategies_that_hide_gradients_are_refused(kind):
     ):
         GradHistogram().setup(trainer, None, "fit")
     GradHistogram().setup(trainer, None, "test")
+
+
+class Alive(Callback):
+    """Counts the losses, and so the graphs, of earlier batches that still exist when a batch begins."""
+
+    def __init__(self):
+        self.losses, self.counts = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.counts.append(self.count())
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.losses.append(weakref.ref(loss))
+
+    def count(self):
+        return sum(loss() is not None for loss in self.losses)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_graph_outlives_its_batch(fit, classifier, board, accumulate):
+    alive = Alive()
+    fit(
+        classifier(),
+        GradHistogram(every_n_steps=4),
+        alive,
+        logger=board,
+        batches=9,
+        accumulate_grad_batches=accumulate,
+    )
+    assert alive.counts == [0] * 9
+    assert alive.count() == 0

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
 from lightning_gradguard.clippers.base import Clipper, apply_, included_names, supports_fast_path
@@ -49,6 +50,30 @@ def test_a_strong_clip_of_half_precision_does_not_become_zero(dtype, shape):
     gradient = torch.full(shape, 60000.0, dtype=dtype)
     apply_([gradient], torch.tensor([1e-9]))
     torch.testing.assert_close(gradient.double(), torch.full(shape, 6e-5).double(), rtol=0.01, atol=0)
+
+
+class Factors(TorchDispatchMode):
+    """Records the multipliers that reach the one operation which writes gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket == torch.ops.aten._foreach_mul_:
+            self.seen += args[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_multiplier_of_half_precision_is_a_number_alone(dtype):
+    """An accelerator would round it to half precision before it multiplies; a CPU does not."""
+    dense = torch.ones(2, 2, dtype=dtype)
+    sparse = torch.sparse_coo_tensor([[1]], torch.ones(1, 2, dtype=dtype), (3, 2), check_invariants=True)
+    with Factors() as factors:
+        apply_([dense, sparse, torch.ones((), dtype=dtype)], torch.tensor([1e-9, 1e-9, 1.0]))
+    assert [factor.dtype for factor in factors.seen] == [torch.float32] * 3
+    assert [factor.ndim for factor in factors.seen] == [2, 2, 0]
 
 
 def test_apply_skips_none_and_mixes_dtypes():

@@ -218,6 +218,42 @@ def test_the_last_layers_of_a_net_that_explodes_are_not_vanishing():
     assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(150))
 
 
+def dropping(decades, layers=6):
+    return [10**-decades] * (layers - 1) + [1.0]
+
+
+@pytest.mark.parametrize("profile", [vanishing, dropping, lambda decades: starving(decades, 2)])
+@pytest.mark.parametrize(("decades", "raised", "cleared"), [(3.5, 1, 0), (2.75, 0, 0), (2.25, 0, 1)])
+def test_vanishing_is_over_half_a_decade_below_its_limit(profile, decades, raised, cleared):
+    stream = Stream(DepthTilt())
+    stream.updates[2] = 1e-7
+    seen = [stream.feed(profile(decades))[0] for _ in range(110)][-1]
+    assert (seen.raised, seen.cleared) == (raised, cleared)
+
+
+def test_vanishing_is_over_while_the_loss_falls_unless_it_is_steep():
+    for decades, cleared in ((4, True), (8, False)):
+        stream = Stream(DepthTilt())
+        seen = [stream.feed(vanishing(decades), loss=2 * 0.98**s)[0] for s in range(100)][-1]
+        assert seen.cleared == cleared
+
+
+@pytest.mark.parametrize(("decades", "raised", "cleared"), [(2.2, 1, 0), (1.5, 0, 0), (1.0, 0, 1)])
+def test_an_explosion_by_tilt_is_over_half_a_decade_above_its_limit(decades, raised, cleared):
+    stream = Stream(Exploding())
+    seen = [stream.feed(vanishing(-decades))[0] for _ in range(40)][-1]
+    assert (seen.raised, seen.cleared) == (raised, cleared)
+
+
+def test_an_explosion_by_spikes_is_over_when_as_many_steps_were_none():
+    rng, stream = np.random.default_rng(2), Stream(Exploding())
+    seen = [
+        stream.feed([n * (1000 if 100 <= s < 106 else 1) for n in healthy(rng)])[0] for s in range(115)
+    ]
+    assert [bool(r.raised) for r in seen[100:109]] == [False] * 4 + [True] * 3 + [False] * 2
+    assert [bool(r.cleared) for r in seen[99:]] == [True] + [False] * 11 + [True] * 4
+
+
 def test_exploding_by_tilt():
     stream = Stream(Exploding())
     seen = [stream.feed(vanishing(-6))[0] for _ in range(40)][-1]
@@ -368,6 +404,13 @@ def test_a_part_that_is_used_now_and_then_is_not_disconnected():
         assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
 
 
+def test_a_part_that_once_had_a_gradient_is_never_counted_again():
+    stream = Stream(Disconnected())
+    for step in range(150):
+        norm = 1.0 if step == 20 else None
+        assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
+
+
 def test_an_unused_part_is_info():
     stream = Stream(Disconnected())
     seen = [stream.feed([None, 1.0, 1.0, 1.0, 1.0, 1.0], unused=mask(0))[0] for _ in range(50)][-1]
@@ -509,7 +552,8 @@ def test_underflow_is_measured_at_the_output_layer():
     assert not any(stream.feed([1.0] * 6, lost=early)[0].raised for _ in range(30))
     raised = [bool(stream.feed([1.0] * 6, lost=late)[0].raised) for _ in range(12)]
     assert raised.index(True) == 9
-    assert not any(Stream(Underflow()).feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
+    solved = Stream(Underflow())
+    assert not any(solved.feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
 
 
 def test_oversized_updates_must_last():
@@ -664,3 +708,19 @@ def test_a_jump_that_falls_while_the_loss_is_low_is_no_explosion(jump, loss, fou
         now = None if loss is None else loss * (1 if j == 1 else 1 + j / 10)
         raised.append(bool(stream.feed([j] * 6, now)[0].raised))
     assert any(raised) == found
+
+
+#: The first step ruined the weights: the loss of the untrained net is the first one, not the median of the first five.
+RUINED = [1.0, *[5.0] * 4, *[1.2] * 120]
+
+
+def test_no_update_is_healthy_because_the_first_one_raised_the_loss():
+    stream, large = Stream(UpdateRatio()), torch.full((6,), 0.5)
+    seen = [stream.feed([1.0] * 6, loss, updates=large, sampled_steps=1)[0] for loss in RUINED]
+    assert seen[-1].raised
+
+
+def test_a_loss_above_that_of_the_untrained_net_has_something_to_teach():
+    stream = Stream(Stalled())
+    seen = [stream.feed([0.0 if s % 5 == 0 else 1.0] * 6, loss)[0] for s, loss in enumerate(RUINED)]
+    assert any(r.raised and r.measure == 3 for r in seen)

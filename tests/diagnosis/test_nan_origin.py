@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.nan_origin import Place, find_origin, origin_in_batch
+from lightning_gradguard.diagnosis.nan_origin import Place, cause_of, find_origin, origin_in_batch
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
 
@@ -166,6 +166,17 @@ def test_an_overflow_is_recognized(dtype):
     assert f"too large for {found.dtype}" in str(found)
 
 
+def test_an_overflow_in_the_only_layer_belongs_neither_to_the_data_nor_to_the_loss():
+    net = nn.Linear(4, 4)
+    nn.init.constant_(net.weight, 1e30)
+    found = origin(net, lambda x: net(x).mean(), torch.full((6, 4), 1e20))
+    assert (found.place, found.operation) == (Place.FORWARD, "linear")
+    assert found.overflow > torch.finfo(torch.float32).max
+    assert not found.in_data
+    assert not found.in_loss
+    assert cause_of(found) == Cause.BAD_INITIALIZATION
+
+
 def test_an_overflow_of_a_cast_and_one_of_the_backward_pass():
     net = net_of()
     cast = origin(net, lambda x: ((net(x) + 1e6).half()).float().mean())
@@ -273,7 +284,8 @@ def test_a_nan_that_the_step_writes_into_the_batch(number):
         return net(x).mean()
 
     found = origin(net, spoils)
-    assert found.in_data or math.isinf(number)
+    # A NaN comes from the line that writes it. An infinity may be meant, so it comes from the layer that it breaks.
+    assert found.in_data == math.isnan(number)
     assert not found.in_loss
     assert found.place == Place.FORWARD
 
