@@ -108,9 +108,8 @@ def fused(parameters, lr):
 
 
 def test_a_rollback_with_lag_comes_one_step_late_and_undoes_that_step_too(tmp_path):
-    guard = back()
+    guard = GradGuard(policy=back().policy, lag=1)
     module = Regression(bad=range(110, 114), optimizer=fused)
-    guard.lag = 1
     reference, kept = Regression(optimizer=fused), {}
 
     class Keeper(pl.Callback):

@@ -247,9 +247,7 @@ def test_an_explosion_by_tilt_is_over_half_a_decade_above_its_limit(decades, rai
 
 def test_an_explosion_by_spikes_is_over_when_as_many_steps_were_none():
     rng, stream = np.random.default_rng(2), Stream(Exploding())
-    seen = [
-        stream.feed([n * (1000 if 100 <= s < 106 else 1) for n in healthy(rng)])[0] for s in range(115)
-    ]
+    seen = [stream.feed([n * (1000 if 100 <= s < 106 else 1) for n in healthy(rng)])[0] for s in range(115)]
     assert [bool(r.raised) for r in seen[100:109]] == [False] * 4 + [True] * 3 + [False] * 2
     assert [bool(r.cleared) for r in seen[99:]] == [True] + [False] * 11 + [True] * 4
 
