@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from lightning_gradguard.html_report.event_reader import Run, Track, read_runs
 from lightning_gradguard.html_report.summary import CHARTS, by_fault, charts_of, merge_found, sheets_of
 from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
+from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.results import Fault, Severity
 
 
@@ -51,6 +53,44 @@ def test_a_run_that_ended_in_a_skip_says_so(begun):
     assert "Step 54, the last one, was not taken." in sheet_of(run.folder).verdict.detail
     run.write(55, 60)
     assert "not taken" not in sheet_of(run.folder).verdict.detail
+
+
+@pytest.mark.parametrize(("last", "said"), [(4, True), (5, True), (6, False)])
+def test_the_last_row_may_stand_one_step_behind_the_other_curves(last, said):
+    track = Track(
+        layers=("a",),
+        rows={3: np.array([0.0, -1.0]), 4: np.array([float(SKIPPED), np.nan])},
+        scalars={"clip_scale": {last: 0.0}},
+        found={4: FoundRecord((found(4, "nonfinite", Severity.CRITICAL),))},
+    )
+    (sheet,) = sheets_of(Run("r", {"gradguard": track}))
+    assert (f"Step {last}, the last one, was not taken." in sheet.verdict.detail) == said
+
+
+@pytest.mark.parametrize(
+    ("severity", "level"),
+    [(Severity.INFO, "healthy"), (Severity.WARNING, "warning"), (Severity.CRITICAL, "critical")],
+)
+def test_the_level_is_that_of_the_worst_finding(severity, level):
+    records = {1: FoundRecord((found(1, "spike", Severity.INFO), found(1, severity=severity)))}
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found=records)}))
+    assert sheet.verdict.level == level
+    assert ("2 findings are for information only" in sheet.verdict.detail) == (level == "healthy")
+
+
+def test_the_strongest_clip_is_that_of_a_step_that_was_taken_and_clipped():
+    for scales, strongest in (({0: 1.0, 1: 0.25, 2: 0.0, 3: 0.5}, (0.25, 1)), ({0: 1.0, 1: 0.0}, None)):
+        (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": scales})}))
+        assert sheet.record.strongest == strongest
+
+
+@pytest.mark.parametrize(("count", "more"), [(3, False), (4, True)])
+def test_three_tags_that_cannot_be_read_are_named(count, more):
+    unreadable = Counter({f"gradguard/{i}": 1 for i in range(count)})
+    run = Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}})}, unreadable=unreadable, files=1)
+    (notice,) = sheets_of(run)[0].notices
+    assert "`gradguard/2`" in notice
+    assert ("and 1 more tags" in notice) == more
 
 
 def test_without_a_guard_nothing_is_judged():
