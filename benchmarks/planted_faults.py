@@ -647,7 +647,7 @@ FAULTS = [
 ]
 
 
-def test_files(fault: Planted) -> list[str]:
+def files_of_tests(fault: Planted) -> list[str]:
     """Return the paths of a fault's test files, relative to the root."""
     paths = [Path("tests", name) for name in fault.tests.split()]
     return [str(path.with_name(f"test_{path.name}.py")) for path in paths]
@@ -671,7 +671,7 @@ def main() -> int:
         shutil.copytree(
             ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist")
         )
-        every = sorted({path for fault in faults for path in test_files(fault)})
+        every = sorted({path for fault in faults for path in files_of_tests(fault)})
         if fails(copy, every):
             print((copy / "output.txt").read_text()[-3000:])
             print("Without any fault the tests fail already.")
@@ -690,7 +690,7 @@ def is_noticed(copy: Path, fault: Planted) -> bool:
     before = path.read_text()
     path.write_text(before.replace(fault.old, fault.new))
     forget(path)
-    noticed = fails(copy, test_files(fault))
+    noticed = fails(copy, files_of_tests(fault))
     path.write_text(before)
     forget(path)
     print(

@@ -178,10 +178,11 @@ def test_findings_by_fault_the_most_severe_first():
             found(5, "spike", Severity.INFO),
             found(9),
             found(30, severity=Severity.CRITICAL),
+            found(40, severity=Severity.CRITICAL),
         ]
     )
     assert [group.fault for group in groups] == ["vanishing", "stalled", "spike"]
-    assert (groups[0].first, groups[0].last, groups[0].count, groups[0].worst.step) == (9, 30, 2, 30)
+    assert (groups[0].first, groups[0].last, groups[0].count, groups[0].worst.step) == (9, 40, 3, 30)
 
 
 def test_of_equal_findings_the_fault_with_precedence_is_first_and_an_unknown_one_last():
