@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -23,6 +22,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "lightning_gradguard"
 #: Fewest faults that have to be noticed.
 AIM = 90
+#: Packages that are imported once here, and not again in each process that runs tests.
+PRELOADED = (
+    "torch",
+    "lightning.pytorch",
+    "torchmetrics",
+    "tensorboard",
+    "hypothesis",
+    "scipy.stats",
+    "matplotlib.figure",
+)
+#: What pytest says of a plugin that has been imported before.
+KNOWN_WARNING = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 #: Seconds after which tests count as hanging, which notices the fault.
 LIMIT = 300
 
@@ -663,9 +674,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--only", default="", help="plant the faults in files whose path begins so")
     faults = [fault for fault in FAULTS if fault.file.startswith(parser.parse_args().only)]
-    for name in ("torch", "lightning.pytorch", "torchmetrics", "tensorboard"):
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            importlib.import_module(name)  # once here, and not again in each process
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "copy"
         shutil.copytree(
@@ -733,7 +744,7 @@ def run(copy: Path, tests: list[str]) -> None:
     with open(copy / "output.txt", "w") as output, contextlib.redirect_stdout(output):
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        status = pytest.main(["-x", "-m", "not slow", "-p", "no:cacheprovider", *tests])
+        status = pytest.main(["-x", "-m", "not slow", "-p", "no:cacheprovider", "-W", KNOWN_WARNING, *tests])
         output.flush()
     os._exit(int(status))
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard.detectors import default_detectors
-from lightning_gradguard.detectors.base import DetectorTraits, traits_of
+from lightning_gradguard.detectors.base import DetectorTraits, reading, traits_of
 from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
 from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
@@ -144,6 +144,19 @@ def test_a_steep_tilt_is_a_warning_even_while_the_loss_falls():
     seen = [stream.feed(vanishing(8), loss=2 * 0.98**s)[0] for s in range(100)][-1]
     assert seen.raised
     assert seen.ceiling == 1
+
+
+@pytest.mark.parametrize(("steep", "raised"), [(8, True), (4, False)])
+def test_a_steep_tilt_of_few_layers_counts_only_without_progress(steep, raised):
+    """The other net beside them learns in their place."""
+    stream = Stream(DepthTilt(), layers=12)
+    stream.layout = Layout.of(stream.weights, columns=[tuple(range(steep)), tuple(range(steep, 12))])
+    norms = [*vanishing(8, steep), *[1.0] * (12 - steep)]
+    seen = [stream.feed(norms, loss=2 * 0.98**s)[0] for s in range(60)]
+    assert seen[-1].raised == raised
+    stuck = Stream(DepthTilt(), layers=12)
+    stuck.layout = stream.layout
+    assert [stuck.feed(norms)[0].raised for _ in range(40)][-1]
 
 
 def test_a_tilt_counts_on_a_plateau_below_the_start():
@@ -352,6 +365,17 @@ def test_a_spike_after_convergence_to_zero_is_info():
 def test_wrong_arguments(kind, arguments, words):
     with pytest.raises(ValueError, match=words):
         kind(**arguments)
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_what_a_detector_leaves_out_of_its_reading(raised):
+    stream = Stream()
+    stream.feed([1.0] * 6)
+    stats = measure(stream.layout, weight_norms(stream.layout), stream.updates, torch.tensor(1.0))
+    seen = reading(stats, torch.tensor(raised), torch.tensor(2.0), 3.0)
+    assert seen.cleared == (not raised)
+    assert (seen.limit, seen.ceiling, seen.measure) == (3, 2, 0)
+    assert torch.isneginf(seen.score).tolist() == [True] * 6
 
 
 class Inherits(Spike):
@@ -568,6 +592,24 @@ def test_oversized_updates_must_last():
         assert not first.feed([1.0] * 6, **facts)[0].raised
 
 
+def test_oversized_updates_of_normalised_layers_count_from_the_last_of_the_steps_on():
+    stream, facts = Stream(UpdateRatio()), {"sampled_steps": 1, "normalised": mask(*range(6))}
+    large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    raised = [bool(stream.feed([1.0] * 6, updates=large, **facts)[0].raised) for _ in range(30)]
+    assert raised.index(True) == 20
+    # Their direction alone matters, and it recovers.
+    assert not stream.feed([1.0] * 6, updates=usual, **facts)[0].raised
+
+
+def test_large_updates_are_remembered_for_a_hundred_steps_however_rare_the_evaluations_are():
+    stream, large, usual = Stream(UpdateRatio()), torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    for _ in range(4):
+        seen = stream.feed([1.0] * 6, None, updates=large, sampled_steps=1)[0]
+    assert seen.raised
+    raised = [bool(stream.feed([1.0] * 6, None, updates=usual, elapsed=8)[0].raised) for _ in range(20)]
+    assert raised == [True] * 12 + [False] * 8
+
+
 def test_large_updates_are_healthy_while_the_loss_falls():
     stream = Stream(UpdateRatio())
     large = torch.full((6,), 0.5)
@@ -619,6 +661,16 @@ def test_stalled_unless_the_learning_rate_is_low():
     assert not stream.feed([1.0] * 6, updates=still, rest=1.0)[0].raised
     assert stream.feed([1.0] * 6, updates=still, rest=3.0)[0].raised  # a schedule that has ended
     assert not stream.feed([1.0] * 6, updates=still * 1e4)[0].raised
+
+
+@pytest.mark.parametrize(("scale", "norm", "found"), [(65536.0, 1 / 65536, True), (10.0, 1.0, False)])
+def test_gradients_that_were_clipped_before_they_were_unscaled(scale, norm, found):
+    """A norm that is itself a short number was clipped after that, which is as it should be."""
+    stream = Stream(Stalled())
+    norms, scaled = [norm / math.sqrt(6)] * 6, {"loss_scale": torch.tensor(scale)}
+    seen = [stream.feed(norms, **scaled)[0] for _ in range(40)][-1]
+    assert seen.raised == found
+    assert seen.measure == (2 if found else 0)
 
 
 def test_a_converged_net_that_moves_now_and_then_has_not_stalled():
