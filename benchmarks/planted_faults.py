@@ -335,19 +335,19 @@ FAULTS = [
         "engine/parameter_tracker.py",
         "self.updates = torch.where(self._moved, ratios, self.updates)",
         "self.updates = ratios",
-        "engine/full_evaluations",
+        "engine/parameter_tracker",
     ),
     Planted(
         "engine/parameter_tracker.py",
         "fell_at = self.fell_at if self.rested else steps",
         "fell_at = steps",
-        "engine/full_evaluations diagnosis/cause_rules",
+        "engine/parameter_tracker",
     ),
     Planted(
         "engine/parameter_tracker.py",
         '"terms": self._usual_terms,',
         '"terms": 0.0,',
-        "engine/saved_between_evaluations guard",
+        "engine/parameter_tracker",
     ),
     Planted(
         "engine/carried_gradients.py",

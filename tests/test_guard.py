@@ -889,3 +889,17 @@ def test_a_diagnosis_shows_the_loss_as_it_was_before_the_nan():
     (symptom,) = [sign for sign in caught.value.diagnosis.signs if sign.startswith("The loss")]
     assert f"{before.loss_first:.3g}" in symptom
     assert f"{before.loss_mean:.3g}" in symptom
+
+
+@ignore_warnings
+def test_a_step_that_is_skipped_counts_as_skipped_and_not_as_clipped():
+    model = network()
+    policy = Policy(respond={"spike": "skip"})
+    guard = Guard(model.named_parameters(), policy=policy, clipper=NormClip(1e-3))
+    for step in range(40):
+        loss = backward(model, step)
+        for parameter in model.parameters():
+            parameter.grad.mul_(1e4 if step == 35 else 1.0)
+        report = guard.step(loss=loss)
+        assert report.skip == (step == 35)
+    assert guard.counts == {"judged": 40, "clipped": 39, "skipped": 1, "nonfinite": 0}
