@@ -467,7 +467,7 @@ FAULTS = [
         "introspection/layer_calls.py",
         "if count >= LOOP)",
         "if count > LOOP)",
-        "diagnosis/trials/weights diagnosis/trials/change",
+        "introspection/layer_calls",
     ),
     Planted(
         "diagnosis/causes/__init__.py",
@@ -545,7 +545,7 @@ FAULTS = [
         "callbacks/trainer_adapter.py",
         "self._losses.append(plain if parts == 1 else plain * parts)",
         "self._losses.append(plain)",
-        "callbacks/grad_guard",
+        "callbacks/trainer_adapter",
     ),
     Planted(
         "callbacks/run_summary.py",
@@ -557,7 +557,7 @@ FAULTS = [
         "callbacks/run_logging.py",
         "return {**self._restored, **own}",
         "return own",
-        "callbacks/grad_guard",
+        "callbacks/run_logging",
     ),
     Planted(
         "callbacks/grad_histogram.py",

@@ -26,6 +26,7 @@ from lightning_gradguard import (
     SpikeClip,
     ZClip,
 )
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import NonFinite
 
@@ -903,3 +904,29 @@ def test_a_step_that_is_skipped_counts_as_skipped_and_not_as_clipped():
         report = guard.step(loss=loss)
         assert report.skip == (step == 35)
     assert guard.counts == {"judged": 40, "clipped": 39, "skipped": 1, "nonfinite": 0}
+
+
+class Told:
+    """A detector that raises its fault at one step."""
+
+    measures = ("steps",)
+
+    def __init__(self, fault, at):
+        self.fault, self.at, self.event = fault, at, fault == Fault.SPIKE
+
+    def init(self, stats):
+        return NoState()
+
+    def update(self, stats, state):
+        return reading(stats, stats.trends.steps == self.at, stats.total, 1.0), state
+
+
+@ignore_warnings
+@pytest.mark.parametrize(("spike", "other"), [(3, 5), (5, 3)])
+def test_a_spike_is_over_with_its_step_so_the_diagnosis_is_of_any_other_fault(spike, other):
+    model = network()
+    guard = Guard(model.named_parameters(), detectors=(Told(Fault.STALLED, other), Told(Fault.SPIKE, spike)))
+    for step in range(6):
+        guard.step(loss=backward(model, step))
+    assert {finding.fault for finding in guard.findings} == {Fault.STALLED, Fault.SPIKE}
+    assert guard.diagnosis.fault == Fault.STALLED

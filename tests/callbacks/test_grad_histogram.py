@@ -421,3 +421,30 @@ def test_no_graph_outlives_its_batch(fit, classifier, board, accumulate):
     )
     assert alive.counts == [0] * 9
     assert alive.count() == 0
+
+
+class Two(LightningModule):
+    """Two nets, each with an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 2)])
+
+    def training_step(self, batch, number):
+        x, y = batch
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(net(x), y))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in self.nets]
+
+
+def test_each_of_two_optimizers_is_shown_every_so_many_of_its_own_steps(fit, board):
+    fit(Two(), GradHistogram(every_n_steps=2), logger=board, batches=6)
+    for group in (GROUP, "gradguard_1_hist_log10/"):
+        written = tensors(board.log_dir, group)
+        assert len(written) == 2
+        assert [[step for step, _ in values] for values in written.values()] == [[0, 2, 4]] * 2

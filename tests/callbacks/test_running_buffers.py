@@ -296,3 +296,17 @@ def test_a_statistic_that_becomes_nan_in_a_finite_step_is_said_once(correction, 
         assert said[0].parameters == ("net.1.variance",)
         assert guard.diagnosis.causes[0] == "normalization"
         assert "one row" in guard.diagnosis.remedies[0].name
+
+
+def test_an_infinity_that_was_there_before_the_batch_is_not_ruined():
+    module, buffers = nn.Module(), RunningBuffers()
+    module.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    module.register_buffer("mean", torch.zeros(2))
+    buffers.start(module)
+    buffers.save()
+    module.mean[1] = math.inf
+    buffers.restore_nonfinite()
+    assert module.mean.tolist() == [0.0, 0.0]
+    assert module.mask.tolist() == [0.0, -math.inf]
+    assert buffers.take_ruined() == ["mean"]
+    assert buffers.take_ruined() == []

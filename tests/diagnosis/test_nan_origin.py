@@ -79,6 +79,18 @@ def test_the_innermost_module_is_named_and_its_line():
     assert line_in_this_file(found)
 
 
+@pytest.mark.parametrize("join", [lambda first, second: first + second, lambda first, second: second + first])
+def test_of_two_sources_the_one_that_came_first_is_named(join):
+    net = net_of()
+
+    def loss_of(x):
+        y = net(x) * 0 - 1
+        first, second = y.log(), y.sqrt()
+        return join(first, second).mean()
+
+    assert origin(net, loss_of).operation == "log"
+
+
 def test_a_node_of_the_backward_pass():
     net = net_of()
     found = origin(net, lambda x: (net(x) * 0).sum(1).sqrt().mean())
