@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from lightning_gradguard.html_report.event_reader import Run, Track, read_runs
-from lightning_gradguard.html_report.summary import CHARTS, by_fault, charts_of, merge_found, sheets_of
+from lightning_gradguard.html_report.summary import (
+    CHARTS,
+    DIAGNOSES,
+    LISTED,
+    by_fault,
+    charts_of,
+    merge_found,
+    sheets_of,
+)
 from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.results import Fault, Severity
@@ -161,6 +169,14 @@ def test_a_notice_says_where_histograms_of_values_are():
 
 def found(step, fault="vanishing", severity=Severity.WARNING, value=4.0):
     return LoggedFinding(step, fault, severity, ("net.0.weight",), value, 3.0, "depth tilt, decades")
+
+
+def test_the_newest_findings_and_diagnoses_are_listed():
+    record = FoundRecord(tuple(map(found, range(LISTED + 50))), tuple(map(str, range(DIAGNOSES + 2))))
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found={9: record})}))
+    assert [finding.step for finding in sheet.findings] == list(range(LISTED + 49, 49, -1))
+    assert sheet.diagnoses == ["6", "5", "4", "3", "2"]
+    assert sheet.groups[0].count == LISTED + 50
 
 
 def test_what_a_resumed_run_repeats_counts_once():
