@@ -760,6 +760,29 @@ def test_a_jump_that_falls_while_the_loss_is_low_is_no_explosion(jump, loss, fou
     assert any(raised) == found
 
 
+@pytest.mark.parametrize(("rises", "found"), [(False, False), (True, True)])
+def test_a_jump_whose_norm_falls_while_its_loss_rises_is_an_explosion(rises, found):
+    rng, stream = np.random.default_rng(0), Stream(Exploding())
+    for step in range(100):
+        stream.feed(healthy(rng), max(0.97**step, 0.05))
+    losses = [0.1 + 0.02 * i for i in range(len(FALLING))]
+    raised = [
+        bool(stream.feed([norm] * 6, loss)[0].raised)
+        for norm, loss in zip(FALLING, losses if rises else losses[::-1], strict=True)
+    ]
+    assert any(raised) == found
+
+
+def test_a_step_that_could_change_the_loss_as_much_as_it_is_is_forgotten_in_sixteen_others():
+    stream, driven = Stream(Exploding()), []
+    large, usual = torch.full((6,), 0.3), torch.full((6,), 1e-3)
+    for step in range(3 + 48):
+        stream.feed([1.0] * 6, updates=large if step < 3 else usual)
+        driven.append(stream.states.detectors[0].driven.item())
+    assert driven[:3] == [1, 2, 3]
+    assert driven[18::16] == [2, 1, 0]
+
+
 #: The first step ruined the weights: the loss of the untrained net is the first one, not the median of the first five.
 RUINED = [1.0, *[5.0] * 4, *[1.2] * 120]
 
