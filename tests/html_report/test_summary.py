@@ -98,7 +98,7 @@ def test_three_tags_that_cannot_be_read_are_named(count, more):
     run = Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}})}, unreadable=unreadable, files=1)
     (notice,) = sheets_of(run)[0].notices
     assert "`gradguard/2`" in notice
-    assert ("and 1 more tags" in notice) == more
+    assert ("more tags" in notice) == more
 
 
 def test_without_a_guard_nothing_is_judged():
