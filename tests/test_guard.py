@@ -26,6 +26,7 @@ from lightning_gradguard import (
     SpikeClip,
     ZClip,
 )
+from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.depth import DepthTilt
 from lightning_gradguard.detectors.explosion import NonFinite
 
@@ -849,3 +850,83 @@ def test_a_halt_carries_its_own_diagnosis_after_a_graver_one():
             guard.step(loss=loss)
     assert any(f.fault == Fault.VANISHING and f.severity == Severity.CRITICAL for f in guard.findings)
     assert caught.value.diagnosis.fault == Fault.SPIKE
+
+
+@pytest.mark.parametrize("from_start", [True, False])
+def test_results_under_way_do_not_survive_a_rollback(from_start):
+    model = network()
+    optimizer = OPTIMIZERS["AdamW-fused"](model.parameters())
+    guard = Guard(model.named_parameters(), optimizer=optimizer, lag=1)
+    for step in range(3):
+        guard.step(loss=backward(model, step))
+        optimizer.step()
+    state = None if from_start else guard.state_dict()  # the results of step 2 are under way in it
+    loss = backward(model, 3)
+    poison(model)
+    guard.step(loss=loss)
+    optimizer.step()
+    assert guard.counts["judged"] == 3
+    guard.roll_back(state)
+    for step in range(4, 6):
+        guard.step(loss=backward(model, step))
+        optimizer.step()
+    guard.close()
+    # Neither step 2 once more nor the bad step 3, which is undone.
+    assert guard.counts["judged"] == 5
+    assert guard.counts["nonfinite"] == 0
+
+
+@ignore_warnings
+def test_a_diagnosis_shows_the_loss_as_it_was_before_the_nan():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy.strict())
+    for step in range(30):
+        guard.step(loss=backward(model, step))
+        optimizer.step()
+    before = guard.record
+    with pytest.raises(GradientHalt) as caught:
+        guard.step(loss=backward(model, 30).detach() * math.nan)
+    (symptom,) = [sign for sign in caught.value.diagnosis.signs if sign.startswith("The loss")]
+    assert f"{before.loss_first:.3g}" in symptom
+    assert f"{before.loss_mean:.3g}" in symptom
+
+
+@ignore_warnings
+def test_a_step_that_is_skipped_counts_as_skipped_and_not_as_clipped():
+    model = network()
+    policy = Policy(respond={"spike": "skip"})
+    guard = Guard(model.named_parameters(), policy=policy, clipper=NormClip(1e-3))
+    for step in range(40):
+        loss = backward(model, step)
+        for parameter in model.parameters():
+            parameter.grad.mul_(1e4 if step == 35 else 1.0)
+        report = guard.step(loss=loss)
+        assert report.skip == (step == 35)
+    assert guard.counts == {"judged": 40, "clipped": 39, "skipped": 1, "nonfinite": 0}
+
+
+class Told:
+    """A detector that raises its fault at one step."""
+
+    measures = ("steps",)
+
+    def __init__(self, fault, at):
+        self.fault, self.at, self.event = fault, at, fault == Fault.SPIKE
+
+    def init(self, stats):
+        return NoState()
+
+    def update(self, stats, state):
+        return reading(stats, stats.trends.steps == self.at, stats.total, 1.0), state
+
+
+@ignore_warnings
+@pytest.mark.parametrize(("spike", "other"), [(3, 5), (5, 3)])
+def test_a_spike_is_over_with_its_step_so_the_diagnosis_is_of_any_other_fault(spike, other):
+    model = network()
+    guard = Guard(model.named_parameters(), detectors=(Told(Fault.STALLED, other), Told(Fault.SPIKE, spike)))
+    for step in range(6):
+        guard.step(loss=backward(model, step))
+    assert {finding.fault for finding in guard.findings} == {Fault.STALLED, Fault.SPIKE}
+    assert guard.diagnosis.fault == Fault.STALLED

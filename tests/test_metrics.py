@@ -163,6 +163,15 @@ def test_spike_score_handles_its_own_spike_and_constant_series():
     assert score.compute().item() == pytest.approx(1 / 51)
 
 
+@pytest.mark.parametrize(("window", "before"), [(4, 4), (100, 25)])
+def test_a_value_may_be_a_spike_once_the_window_is_full_or_holds_25(window, before):
+    early, late = SpikeScore(window=window), SpikeScore(window=window)
+    early.update(torch.tensor([1.0] * (before - 1) + [9.0]))
+    late.update(torch.tensor([1.0] * before + [9.0]))
+    assert early.compute() == 0
+    assert late.compute().item() == pytest.approx(1 / (before + 1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

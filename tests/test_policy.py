@@ -56,3 +56,10 @@ def test_errors_name_argument_value_and_fix(arguments, words):
 def test_respond_must_be_a_mapping():
     with pytest.raises(TypeError, match=r"respond must map"):
         Policy(respond=["halt"])
+
+
+def test_a_custom_fault_that_no_one_named_halts_only_where_every_fault_does():
+    quantized = Fault.custom("quantized")
+    assert Policy.strict().response(quantized) == "halt"
+    assert Policy.protect().response(quantized) == "warn"
+    assert Policy(respond={"quantized": "halt"}).response(quantized) == "halt"

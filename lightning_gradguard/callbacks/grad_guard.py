@@ -352,6 +352,7 @@ class GradGuard(Callback):
             if guard.report is not None and guard.report is not report:
                 results.report = guard.report
                 results.findings.extend(guard.report.findings)
+                self._rollback.observe(guard.report)
                 news = guard.diagnosis if guard.diagnosis is not diagnosis else None
                 if news is not None and guard.diagnosed_rank >= results.diagnosed_rank:
                     results.diagnosis, results.diagnosed_rank = news, guard.diagnosed_rank

@@ -15,7 +15,7 @@ from lightning_gradguard.engine.parameter_tracker import StateError
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.introspection.batch import tensors_of
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import GradientHalt
+from lightning_gradguard.results import GradientHalt, Report, Severity
 from lightning_gradguard.stats.parameters import are_same
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Rollback:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.count = 0
+        self._found_warning = False
         self._healthy: _SavedState | None = None
         self._candidate: _SavedState | None = None
 
@@ -52,13 +53,20 @@ class Rollback:
     def start(self, trainer: Trainer) -> None:
         """Begin a training; a resumed one keeps the count."""
         self._healthy = self._candidate = None
+        self._found_warning = False
         self.count = self.count if trainer.ckpt_path else 0
+
+    def observe(self, report: Report) -> None:
+        """Note a warning, after which no earlier state can prove healthy any more."""
+        self._found_warning |= any(finding.severity >= Severity.WARNING for finding in report.findings)
 
     def save_if_due(self, trainer: Trainer, guards: GuardRegistry) -> None:
         """Copy the state if that is due."""
         if not self._policy.rolls_back:
             return
-        if guards.has_warned:
+        # A lasting fault is reported once; a spike or a step that is not finite is over before the next batch.
+        has_warned, self._found_warning = guards.has_warned or self._found_warning, False
+        if has_warned:
             self._candidate = None
             return
         every, step = self._policy.snapshot_every, trainer.global_step

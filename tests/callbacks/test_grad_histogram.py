@@ -4,6 +4,7 @@ Its event files are read back.
 """
 
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,3 +390,61 @@ def test_strategies_that_hide_gradients_are_refused(kind):
     ):
         GradHistogram().setup(trainer, None, "fit")
     GradHistogram().setup(trainer, None, "test")
+
+
+class Alive(Callback):
+    """Counts the losses, and so the graphs, of earlier batches that still exist when a batch begins."""
+
+    def __init__(self):
+        self.losses, self.counts = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.counts.append(self.count())
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.losses.append(weakref.ref(loss))
+
+    def count(self):
+        return sum(loss() is not None for loss in self.losses)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_graph_outlives_its_batch(fit, classifier, board, accumulate):
+    alive = Alive()
+    fit(
+        classifier(),
+        GradHistogram(every_n_steps=4),
+        alive,
+        logger=board,
+        batches=9,
+        accumulate_grad_batches=accumulate,
+    )
+    assert alive.counts == [0] * 9
+    assert alive.count() == 0
+
+
+class Two(LightningModule):
+    """Two nets, each with an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 2)])
+
+    def training_step(self, batch, number):
+        x, y = batch
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(net(x), y))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in self.nets]
+
+
+def test_each_of_two_optimizers_is_shown_every_so_many_of_its_own_steps(fit, board):
+    fit(Two(), GradHistogram(every_n_steps=2), logger=board, batches=6)
+    for group in (GROUP, "gradguard_1_hist_log10/"):
+        written = tensors(board.log_dir, group)
+        assert len(written) == 2
+        assert [[step for step, _ in values] for values in written.values()] == [[0, 2, 4]] * 2

@@ -103,6 +103,30 @@ def test_it_restores_the_newest_state_that_proved_healthy(tmp_path, optimizer):
     assert module.losses[-1] < 0.25 * module.losses[0]
 
 
+def fused(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr, fused=True)
+
+
+def test_a_rollback_with_lag_comes_one_step_late_and_undoes_that_step_too(tmp_path):
+    guard = GradGuard(policy=back().policy, lag=1)
+    module = Regression(bad=range(110, 114), optimizer=fused)
+    reference, kept = Regression(optimizer=fused), {}
+
+    class Keeper(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, number):
+            kept.setdefault(id(pl_module), {})[number] = [t.clone() for t in pl_module.state_dict().values()]
+
+    fit(reference, Keeper(), tmp_path)
+    _, said = fit(module, guard, tmp_path, callbacks=[Keeper()])
+    # The third bad step is 112. It is known at batch 113, whose step is not taken; the run goes on with batch 114.
+    after, healthy = kept[id(module)][114], kept[id(reference)][80]
+    assert all(torch.equal(a, b) for a, b in zip(after, healthy, strict=True))
+    assert guard.summary["rollbacks"] == 1
+    assert guard.summary["nonfinite"] == 3
+    assert any("those of step 80" in text for text in said)
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 def test_a_rate_that_is_too_high_from_the_start_is_lowered_until_it_holds(tmp_path):
     class Line(Regression):
         def __init__(self):
@@ -136,10 +160,11 @@ def test_other_faults_do_not_roll_back(tmp_path):
 def test_a_state_followed_by_a_warning_is_not_restored(tmp_path):
     """Skip the state of step 80.
 
-    The warning of step 90 follows it within 20 steps, so it did not prove healthy. That of step 60 is restored.
+    The warning of step 90 follows it within 20 steps, so it did not prove healthy, although 20 steps have passed when
+    the run goes back. That of step 60 is restored.
     """
     guard = back()
-    module = Regression(bad=range(95, 99), wild=(90,))
+    module = Regression(bad=range(105, 109), wild=(90,))
     _, said = fit(module, guard, tmp_path)
     assert any("spike" in text for text in said)
     assert any("those of step 60" in text for text in said)

@@ -330,3 +330,17 @@ def test_scripted_modules_are_kept_finite_too(build):
     held = module.state_dict()
     assert all(tensor.isfinite().all() for tensor in held.values())
     assert held["net.1.running_mean"].abs().max() > 0
+
+
+def test_an_infinity_that_was_there_before_the_batch_is_not_ruined():
+    module, buffers = nn.Module(), RunningBuffers()
+    module.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    module.register_buffer("mean", torch.zeros(2))
+    buffers.start(module)
+    buffers.save()
+    module.mean[1] = math.inf
+    buffers.restore_nonfinite()
+    assert module.mean.tolist() == [0.0, 0.0]
+    assert module.mask.tolist() == [0.0, -math.inf]
+    assert buffers.take_ruined() == ["mean"]
+    assert buffers.take_ruined() == []

@@ -9,11 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
-from lightning_gradguard.clippers.base import Clipper, apply_, included_names, supports_fast_path
+from lightning_gradguard.clippers.base import Clipper, apply_, included_names, supports_fast_path, tensor_clip
 from lightning_gradguard.clippers.fixed import AGC, NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip
+from lightning_gradguard.stats.grad_stats import measure
+from lightning_gradguard.stats.layout import Layout
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 SHAPES = [(), (0,), (5,), (0, 3), (3, 4), (2, 3, 3, 2)]
@@ -49,6 +52,30 @@ def test_a_strong_clip_of_half_precision_does_not_become_zero(dtype, shape):
     gradient = torch.full(shape, 60000.0, dtype=dtype)
     apply_([gradient], torch.tensor([1e-9]))
     torch.testing.assert_close(gradient.double(), torch.full(shape, 6e-5).double(), rtol=0.01, atol=0)
+
+
+class Factors(TorchDispatchMode):
+    """Records the multipliers that reach the one operation which writes gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket == torch.ops.aten._foreach_mul_:
+            self.seen += args[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_multiplier_of_half_precision_is_a_number_alone(dtype):
+    """An accelerator would round it to half precision before it multiplies; a CPU does not."""
+    dense = torch.ones(2, 2, dtype=dtype)
+    sparse = torch.sparse_coo_tensor([[1]], torch.ones(1, 2, dtype=dtype), (3, 2), check_invariants=True)
+    with Factors() as factors:
+        apply_([dense, sparse, torch.ones((), dtype=dtype)], torch.tensor([1e-9, 1e-9, 1.0]))
+    assert [factor.dtype for factor in factors.seen] == [torch.float32] * 3
+    assert [factor.ndim for factor in factors.seen] == [2, 2, 0]
 
 
 def test_apply_skips_none_and_mixes_dtypes():
@@ -111,6 +138,18 @@ def test_a_tied_weight_is_scaled_once():
     before = first.weight.grad.clone()
     apply_([p.grad for _, p in model.named_parameters()], torch.tensor([0.5]))
     assert torch.equal(second.weight.grad, before * 0.5)
+
+
+def test_tensors_that_are_excluded_or_have_no_gradient_count_with_their_own_norm():
+    parameters = {f"w{i}": nn.Parameter(torch.ones(4)) for i in range(4)}
+    layout = Layout.of(parameters)
+    for parameter, norm in zip(parameters.values(), (2.0, 3.0, 0.0, 0.5), strict=True):
+        parameter.grad = torch.full((4,), norm / 2)
+    stats = measure(layout, layout.floors, layout.floors)
+    clip = tensor_clip(stats, torch.tensor([True, False, True, True]), torch.tensor([1.0, 1.0, 5.0, 7.0]))
+    assert clip.multipliers.tolist() == [0.5, 1.0, 1.0, 1.0]
+    assert clip.norms.tolist() == [1.0, 3.0, 0.0, 0.5]
+    assert clip.threshold.item() == pytest.approx(math.hypot(1.0, 3.0, 0.0, 7.0))
 
 
 @pytest.mark.parametrize(

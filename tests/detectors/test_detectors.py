@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard.detectors import default_detectors
-from lightning_gradguard.detectors.base import DetectorTraits, traits_of
+from lightning_gradguard.detectors.base import DetectorTraits, reading, traits_of
 from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
 from lightning_gradguard.detectors.explosion import Exploding, NonFinite, Spike
 from lightning_gradguard.detectors.inactivity import DeadUnits, Disconnected, Underflow
@@ -146,6 +146,19 @@ def test_a_steep_tilt_is_a_warning_even_while_the_loss_falls():
     assert seen.ceiling == 1
 
 
+@pytest.mark.parametrize(("steep", "raised"), [(8, True), (4, False)])
+def test_a_steep_tilt_of_few_layers_counts_only_without_progress(steep, raised):
+    """The other net beside them learns in their place."""
+    stream = Stream(DepthTilt(), layers=12)
+    stream.layout = Layout.of(stream.weights, columns=[tuple(range(steep)), tuple(range(steep, 12))])
+    norms = [*vanishing(8, steep), *[1.0] * (12 - steep)]
+    seen = [stream.feed(norms, loss=2 * 0.98**s)[0] for s in range(60)]
+    assert seen[-1].raised == raised
+    stuck = Stream(DepthTilt(), layers=12)
+    stuck.layout = stream.layout
+    assert [stuck.feed(norms)[0].raised for _ in range(40)][-1]
+
+
 def test_a_tilt_counts_on_a_plateau_below_the_start():
     stream = Stream(DepthTilt())
     losses = [3.0] * 5 + [2.0] * 250
@@ -216,6 +229,40 @@ def test_the_last_layers_of_a_net_that_explodes_are_not_vanishing():
     stream = Stream(DepthTilt())
     stream.updates[5] = 1e-7
     assert not any(stream.feed(vanishing(-8))[0].raised for _ in range(150))
+
+
+def dropping(decades, layers=6):
+    return [10**-decades] * (layers - 1) + [1.0]
+
+
+@pytest.mark.parametrize("profile", [vanishing, dropping, lambda decades: starving(decades, 2)])
+@pytest.mark.parametrize(("decades", "raised", "cleared"), [(3.5, 1, 0), (2.75, 0, 0), (2.25, 0, 1)])
+def test_vanishing_is_over_half_a_decade_below_its_limit(profile, decades, raised, cleared):
+    stream = Stream(DepthTilt())
+    stream.updates[2] = 1e-7
+    seen = [stream.feed(profile(decades))[0] for _ in range(110)][-1]
+    assert (seen.raised, seen.cleared) == (raised, cleared)
+
+
+def test_vanishing_is_over_while_the_loss_falls_unless_it_is_steep():
+    for decades, cleared in ((4, True), (8, False)):
+        stream = Stream(DepthTilt())
+        seen = [stream.feed(vanishing(decades), loss=2 * 0.98**s)[0] for s in range(100)][-1]
+        assert seen.cleared == cleared
+
+
+@pytest.mark.parametrize(("decades", "raised", "cleared"), [(2.2, 1, 0), (1.5, 0, 0), (1.0, 0, 1)])
+def test_an_explosion_by_tilt_is_over_half_a_decade_above_its_limit(decades, raised, cleared):
+    stream = Stream(Exploding())
+    seen = [stream.feed(vanishing(-decades))[0] for _ in range(40)][-1]
+    assert (seen.raised, seen.cleared) == (raised, cleared)
+
+
+def test_an_explosion_by_spikes_is_over_when_as_many_steps_were_none():
+    rng, stream = np.random.default_rng(2), Stream(Exploding())
+    seen = [stream.feed([n * (1000 if 100 <= s < 106 else 1) for n in healthy(rng)])[0] for s in range(115)]
+    assert [bool(r.raised) for r in seen[100:109]] == [False] * 4 + [True] * 3 + [False] * 2
+    assert [bool(r.cleared) for r in seen[99:]] == [True] + [False] * 11 + [True] * 4
 
 
 def test_exploding_by_tilt():
@@ -320,6 +367,17 @@ def test_wrong_arguments(kind, arguments, words):
         kind(**arguments)
 
 
+@pytest.mark.parametrize("raised", [True, False])
+def test_what_a_detector_leaves_out_of_its_reading(raised):
+    stream = Stream()
+    stream.feed([1.0] * 6)
+    stats = measure(stream.layout, weight_norms(stream.layout), stream.updates, torch.tensor(1.0))
+    seen = reading(stats, torch.tensor(raised), torch.tensor(2.0), 3.0)
+    assert seen.cleared == (not raised)
+    assert (seen.limit, seen.ceiling, seen.measure) == (3, 2, 0)
+    assert torch.isneginf(seen.score).tolist() == [True] * 6
+
+
 class Inherits(Spike):
     pass
 
@@ -365,6 +423,13 @@ def test_a_part_that_is_used_now_and_then_is_not_disconnected():
     stream = Stream(Disconnected())
     for step in range(200):
         norm = 1.0 if step % 30 == 0 else None
+        assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
+
+
+def test_a_part_that_once_had_a_gradient_is_never_counted_again():
+    stream = Stream(Disconnected())
+    for step in range(150):
+        norm = 1.0 if step == 20 else None
         assert not stream.feed([norm, 1.0, 1.0, 1.0, 1.0, 1.0], cut=mask(0))[0].raised
 
 
@@ -509,7 +574,8 @@ def test_underflow_is_measured_at_the_output_layer():
     assert not any(stream.feed([1.0] * 6, lost=early)[0].raised for _ in range(30))
     raised = [bool(stream.feed([1.0] * 6, lost=late)[0].raised) for _ in range(12)]
     assert raised.index(True) == 9
-    assert not any(Stream(Underflow()).feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
+    solved = Stream(Underflow())
+    assert not any(solved.feed([1.0] * 6, 0.0, lost=late)[0].raised for _ in range(30))
 
 
 def test_oversized_updates_must_last():
@@ -524,6 +590,24 @@ def test_oversized_updates_must_last():
             "sampled_steps": 1 if step < 8 else 8 * (step % 8 == 0),
         }
         assert not first.feed([1.0] * 6, **facts)[0].raised
+
+
+def test_oversized_updates_of_normalised_layers_count_from_the_last_of_the_steps_on():
+    stream, facts = Stream(UpdateRatio()), {"sampled_steps": 1, "normalised": mask(*range(6))}
+    large, usual = torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    raised = [bool(stream.feed([1.0] * 6, updates=large, **facts)[0].raised) for _ in range(30)]
+    assert raised.index(True) == 20
+    # Their direction alone matters, and it recovers.
+    assert not stream.feed([1.0] * 6, updates=usual, **facts)[0].raised
+
+
+def test_large_updates_are_remembered_for_a_hundred_steps_however_rare_the_evaluations_are():
+    stream, large, usual = Stream(UpdateRatio()), torch.full((6,), 0.5), torch.full((6,), 1e-3)
+    for _ in range(4):
+        seen = stream.feed([1.0] * 6, None, updates=large, sampled_steps=1)[0]
+    assert seen.raised
+    raised = [bool(stream.feed([1.0] * 6, None, updates=usual, elapsed=8)[0].raised) for _ in range(20)]
+    assert raised == [True] * 12 + [False] * 8
 
 
 def test_large_updates_are_healthy_while_the_loss_falls():
@@ -577,6 +661,16 @@ def test_stalled_unless_the_learning_rate_is_low():
     assert not stream.feed([1.0] * 6, updates=still, rest=1.0)[0].raised
     assert stream.feed([1.0] * 6, updates=still, rest=3.0)[0].raised  # a schedule that has ended
     assert not stream.feed([1.0] * 6, updates=still * 1e4)[0].raised
+
+
+@pytest.mark.parametrize(("scale", "norm", "found"), [(65536.0, 1 / 65536, True), (10.0, 1.0, False)])
+def test_gradients_that_were_clipped_before_they_were_unscaled(scale, norm, found):
+    """A norm that is itself a short number was clipped after that, which is as it should be."""
+    stream = Stream(Stalled())
+    norms, scaled = [norm / math.sqrt(6)] * 6, {"loss_scale": torch.tensor(scale)}
+    seen = [stream.feed(norms, **scaled)[0] for _ in range(40)][-1]
+    assert seen.raised == found
+    assert seen.measure == (2 if found else 0)
 
 
 def test_a_converged_net_that_moves_now_and_then_has_not_stalled():
@@ -664,3 +758,42 @@ def test_a_jump_that_falls_while_the_loss_is_low_is_no_explosion(jump, loss, fou
         now = None if loss is None else loss * (1 if j == 1 else 1 + j / 10)
         raised.append(bool(stream.feed([j] * 6, now)[0].raised))
     assert any(raised) == found
+
+
+@pytest.mark.parametrize(("rises", "found"), [(False, False), (True, True)])
+def test_a_jump_whose_norm_falls_while_its_loss_rises_is_an_explosion(rises, found):
+    rng, stream = np.random.default_rng(0), Stream(Exploding())
+    for step in range(100):
+        stream.feed(healthy(rng), max(0.97**step, 0.05))
+    losses = [0.1 + 0.02 * i for i in range(len(FALLING))]
+    raised = [
+        bool(stream.feed([norm] * 6, loss)[0].raised)
+        for norm, loss in zip(FALLING, losses if rises else losses[::-1], strict=True)
+    ]
+    assert any(raised) == found
+
+
+def test_a_step_that_could_change_the_loss_as_much_as_it_is_is_forgotten_in_sixteen_others():
+    stream, driven = Stream(Exploding()), []
+    large, usual = torch.full((6,), 0.3), torch.full((6,), 1e-3)
+    for step in range(3 + 48):
+        stream.feed([1.0] * 6, updates=large if step < 3 else usual)
+        driven.append(stream.states.detectors[0].driven.item())
+    assert driven[:3] == [1, 2, 3]
+    assert driven[18::16] == [2, 1, 0]
+
+
+#: The first step ruined the weights: the loss of the untrained net is the first one, not the median of the first five.
+RUINED = [1.0, *[5.0] * 4, *[1.2] * 120]
+
+
+def test_no_update_is_healthy_because_the_first_one_raised_the_loss():
+    stream, large = Stream(UpdateRatio()), torch.full((6,), 0.5)
+    seen = [stream.feed([1.0] * 6, loss, updates=large, sampled_steps=1)[0] for loss in RUINED]
+    assert seen[-1].raised
+
+
+def test_a_loss_above_that_of_the_untrained_net_has_something_to_teach():
+    stream = Stream(Stalled())
+    seen = [stream.feed([0.0 if s % 5 == 0 else 1.0] * 6, loss)[0] for s, loss in enumerate(RUINED)]
+    assert any(r.raised and r.measure == 3 for r in seen)

@@ -36,6 +36,8 @@ def test_outputs_a_thousandth_of_their_targets():
     assert raised(TargetScale(), reach=float("nan")) == []
     # The loss falls.
     assert raised(TargetScale(), reach=1e-4, loss=lambda step: torch.tensor(1.0 / (1 + step))) == []
+    # They are large enough now and then.
+    assert raised(TargetScale(), reach=lambda step: torch.tensor(1e-4 if step % 20 else 1.0)) == []
     # They grow.
     assert raised(TargetScale(), reach=lambda step: torch.tensor(1e-5 * 1.4**step)) == []
 

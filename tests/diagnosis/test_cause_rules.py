@@ -506,3 +506,26 @@ def test_a_padded_sequence_is_read_at_its_end(padding, first):
     assert cause == Cause.RECURRENCE
     assert ("padding" in text) == first
     assert ("padding" in find_fixes(case, [cause])[0].name) == first
+
+
+@pytest.mark.parametrize(("certain", "from_graph"), [(True, True), (False, False)])
+def test_of_a_rule_and_the_graph_the_stronger_evidence_is_shown(certain, from_graph):
+    problem = GraphProblem(Problem.WRONG_SIGN, "The loss has the wrong sign.", certain=certain)
+    losses = {"loss_start": 1.0, "loss_now": -1e6}  # a loss without a lower bound, more than a doubt
+    case = case_with(Fault.EXPLODING, graph={"problems": (problem,)}, **losses)
+    assert (dict(find_causes(case))[Cause.LOSS_FUNCTION] == problem.text) == from_graph
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "found"), [(2.0, -201.0, True), (2.0, -199.0, False), (1e-6, -50.0, False)]
+)
+def test_a_loss_has_to_fall_far_below_zero_to_have_no_lower_bound(start, now, found):
+    """By its size at the start, and by that of 1 if it began near zero."""
+    case = case_with(Fault.EXPLODING, loss_start=start, loss_now=now)
+    assert (Cause.LOSS_FUNCTION in weights(case)) == found
+
+
+@pytest.mark.parametrize(("step", "found"), [(29, True), (30, True), (31, False)])
+def test_a_fault_of_the_same_step_was_found_before(step, found):
+    other = Finding(Fault.OVERSIZED_UPDATE, Severity.WARNING, step, NAMES[:1], 1.0, 0.1, "UpdateRatio")
+    assert case_with(Fault.EXPLODING, findings=(other,)).found_before(Fault.OVERSIZED_UPDATE) == found

@@ -79,6 +79,10 @@ def test_weights_that_are_too_small_or_too_large(lab):
     assert large.causes == (Cause.BAD_INITIALIZATION,)
 
 
+def test_weights_of_about_the_usual_size_are_no_problem_however_many_layers_there_are(lab):
+    assert "initialization" not in names(found(he(lab.mlp(40), 1.45)))
+
+
 def test_dead_layers(good):
     with torch.no_grad():
         good[4].bias.fill_(-50.0)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
 from lightning_gradguard.diagnosis.diagnosis import Cause
-from lightning_gradguard.diagnosis.nan_origin import Place, find_origin, origin_in_batch
+from lightning_gradguard.diagnosis.nan_origin import Place, cause_of, find_origin, origin_in_batch
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.results import Fault
 
@@ -77,6 +77,18 @@ def test_the_innermost_module_is_named_and_its_line():
     assert (found.operation, found.module, found.layer) == ("/", "1.0", "Spread")
     assert not found.in_loss
     assert line_in_this_file(found)
+
+
+@pytest.mark.parametrize("join", [lambda first, second: first + second, lambda first, second: second + first])
+def test_of_two_sources_the_one_that_came_first_is_named(join):
+    net = net_of()
+
+    def loss_of(x):
+        y = net(x) * 0 - 1
+        first, second = y.log(), y.sqrt()
+        return join(first, second).mean()
+
+    assert origin(net, loss_of).operation == "log"
 
 
 def test_a_node_of_the_backward_pass():
@@ -164,6 +176,17 @@ def test_an_overflow_is_recognized(dtype):
     assert (found.operation, found.dtype) == ("*", str(dtype).removeprefix("torch."))
     assert found.overflow > largest
     assert f"too large for {found.dtype}" in str(found)
+
+
+def test_an_overflow_in_the_only_layer_belongs_neither_to_the_data_nor_to_the_loss():
+    net = nn.Linear(4, 4)
+    nn.init.constant_(net.weight, 1e30)
+    found = origin(net, lambda x: net(x).mean(), torch.full((6, 4), 1e20))
+    assert (found.place, found.operation) == (Place.FORWARD, "linear")
+    assert found.overflow > torch.finfo(torch.float32).max
+    assert not found.in_data
+    assert not found.in_loss
+    assert cause_of(found) == Cause.BAD_INITIALIZATION
 
 
 def test_an_overflow_of_a_cast_and_one_of_the_backward_pass():
@@ -273,7 +296,8 @@ def test_a_nan_that_the_step_writes_into_the_batch(number):
         return net(x).mean()
 
     found = origin(net, spoils)
-    assert found.in_data or math.isinf(number)
+    # A NaN comes from the line that writes it. An infinity may be meant, so it comes from the layer that it breaks.
+    assert found.in_data == math.isnan(number)
     assert not found.in_loss
     assert found.place == Place.FORWARD
 

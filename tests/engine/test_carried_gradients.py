@@ -1,11 +1,14 @@
 """Gradients that are never zeroed."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_gradguard.engine.carried_gradients import CarriedGradients
+from lightning_gradguard.introspection.graph_problems import Problem
 from tests.detectors.small_trainings import adam, mlp, sgd, templates, train
 
 
@@ -39,6 +42,15 @@ def test_what_follows_is_blamed_on_them():
     assert out.found[0] == "exploding"
     assert out.cause == "stale_gradients"
     assert "zero_grad" in out.fix
+
+
+def test_only_windows_in_a_row_make_it_certain():
+    carried = CarriedGradients()
+    for window in (1.0, 1.0, 0.0, 1.0, math.nan, 1.0):
+        carried.count(window)
+        assert carried.problems() == ()
+    carried.count(1.0)
+    assert [problem.kind for problem in carried.problems()] == [Problem.STALE_GRADIENTS]
 
 
 def test_no_hook_stays_on_the_parameters():

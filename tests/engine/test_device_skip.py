@@ -48,17 +48,18 @@ def test_two_guards_of_one_optimizer(spoilt):
         for clipper in (NormClip(0.1), None)
     ]
     for step in range(12):
-        loss = backward(model, step, step in spoilt)
+        loss = backward(model, step)
         before = [p.clone() for p in model.parameters()]
-        for guard in guards:
-            guard.step(loss=loss)
+        # One of them alone is given the bad loss, so the other's verdict must not replace its own.
+        for index, guard in enumerate(guards):
+            guard.step(loss=loss * (math.nan if step in spoilt and index == step % 2 else 1.0))
         optimizer.step()
         kept = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert kept == (step in spoilt)
         assert "found_inf" not in optimizer.__dict__
-    for guard in guards:
+    for index, guard in enumerate(guards):
         guard.close()
-        assert guard.counts["skipped"] == len(spoilt) - (guard is guards[1] and 0 in spoilt)
+        assert guard.counts["skipped"] == sum(step % 2 == index for step in spoilt)
     assert sound(model, optimizer)
 
 
@@ -95,3 +96,25 @@ def test_a_halt_leaves_nothing_on_the_optimizer():
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert sound(model, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("clipper", [None, NormClip(0.01)], ids=repr)
+def test_sparse_gradients_of_a_bad_step_are_set_to_zero(clipper):
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    guard = Guard(table.named_parameters(), optimizer=optimizer, lag=1, clipper=clipper)
+    for step in range(6):
+        before = table.weight.detach().clone()
+        optimizer.zero_grad()
+        loss = table(torch.tensor([1, step, 1])).square().sum() * (math.nan if step in (0, 3) else 1.0)
+        loss.backward()
+        guard.step(loss=loss)
+        if clipper is not None and table.weight.grad is not None:
+            assert table.weight.grad.coalesce().values().norm() <= 0.01 * (1 + 1e-5)
+        optimizer.step()
+        assert torch.equal(table.weight, before) == (step in (0, 3))
+    guard.close()
+    assert guard.counts["skipped"] == 2
+    assert table.weight.isfinite().all()

@@ -346,3 +346,15 @@ def test_the_host_reads_once_at_an_accepted_step_and_once_at_a_full_evaluation(c
     assert {reads for waiting, quiet, reads in counts if waiting == 7} == {1}
     # A step that is not accepted takes a short read first.
     assert max(reads for *_, reads in counts) == 2
+
+
+@pytest.mark.parametrize(("clipper", "accepted"), [(SpikeClip(), True), (SpikeClip(z_threshold=3.0), False)])
+def test_a_restored_fast_path_is_open_for_the_same_clipper_alone(clipper, accepted):
+    """The bounds of other options say nothing about this clipper."""
+    rows = noise()
+    state = go(rows[:36], clipper=SpikeClip()).guards[0].state_dict()
+    twins = Twins(clipper=clipper)
+    for guard in twins.guards:
+        guard.load_state_dict(state)
+    twins.step(rows[36], falling(36))
+    assert (twins.accepted_steps == [36]) == accepted

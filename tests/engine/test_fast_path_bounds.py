@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard import SpikeClip
+from lightning_gradguard import Guard, SpikeClip
 from lightning_gradguard.clippers.base import WINDOW
 from lightning_gradguard.stats.grad_stats import measure
 from lightning_gradguard.stats.layout import Layout
@@ -150,3 +150,17 @@ def test_a_window_is_folded_in_at_once_to_the_bit(tensors, options):
             assert torch.equal(getattr(after, name), getattr(stream.state, name)), name
         learnt += len(rows)
     assert learnt >= 3
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_a_norm_whose_square_overflows_is_not_accepted_however_near_to_the_baseline():
+    weight = nn.Parameter(torch.ones(1))
+    guard = Guard({"w": weight}.items())
+    accepted = []
+    for step in range(56):
+        weight.grad = torch.tensor([2e19 if step == 53 else 1.2e19])
+        before = guard.fast_path.accepted
+        report = guard.step(loss=torch.tensor(1.0))
+        accepted.append(guard.fast_path.accepted > before)
+        assert report.skip == (step == 53)
+    assert accepted[50:54] == [True] * 3 + [False]

@@ -96,6 +96,12 @@ def test_hysteresis_keeps_the_episode():
     assert found == [Severity.WARNING, Severity.CRITICAL]
 
 
+def test_patience_counts_the_steps_at_which_the_condition_is_raised():
+    tracker, between = FaultTracker(Policy(patience=5)), result(raised=False, cleared=False)
+    decisions = [run(tracker, s, result() if s == 0 or s > 20 else between) for s in range(30)]
+    assert [s for s, d in enumerate(decisions) for f in d.report.findings if f.severity == 2] == [25]
+
+
 def test_a_cleared_condition_begins_anew():
     tracker = FaultTracker(Policy(patience=3))
     steps = [result(), result(), result(raised=False), *[result()] * 4]
@@ -106,7 +112,7 @@ def test_a_cleared_condition_begins_anew():
 def test_flapping_says_it_once_in_a_hundred_steps():
     tracker = FaultTracker(Policy(patience=10))
     decisions = [run(tracker, s, result(raised=bool(s % 2))) for s in range(3 * SILENCE)]
-    assert sum(len(d.messages) for d in decisions) == 3
+    assert [s for s, d in enumerate(decisions) if d.messages] == [1, 1 + SILENCE, 1 + 2 * SILENCE]
     assert sum(len(d.report.findings) for d in decisions) == 150
 
 
@@ -154,6 +160,15 @@ def test_nonfinite_skips_up_to_the_limit_then_halts(limit):
     assert [d.halt is not None for d in decisions] == [False] * limit + [True]
     assert decisions[-1].halt.severity == Severity.CRITICAL
     assert decisions[-1].halt.step == 0
+
+
+def test_a_good_step_ends_a_stretch_of_nonfinite_ones():
+    tracker, onsets = FaultTracker(Policy()), []
+    for step in range(10):
+        is_bad = step in (3, 4, 8)
+        report = run(tracker, step, BAD if is_bad else result(raised=False), finite=not is_bad).report
+        onsets += [finding.step for finding in report.findings]
+    assert onsets == [3, 3, 8]
 
 
 def test_a_good_step_resets_the_count_of_skips():

@@ -64,6 +64,19 @@ def test_a_graph_is_read_once_for_each_pattern_of_gradients():
     assert update_order(observer, first, loss) is not first
 
 
+def test_what_has_had_a_gradient_once_is_reached():
+    net = nn.Linear(2, 1)
+    observer, layout = started(net)
+    for with_gradient in ([net.bias], [net.weight], [net.weight]):
+        loss = net(torch.ones(1, 2)).sum()
+        for parameter in net.parameters():
+            parameter.grad = (
+                torch.ones_like(parameter) if any(p is parameter for p in with_gradient) else None
+            )
+        layout = update_order(observer, layout, loss)
+    assert observer.reached == {"weight", "bias"}
+
+
 def test_sequences_are_probed_on_request_only():
     net = nn.GRU(3, 3, batch_first=True)
     observer, layout = started(net)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_gradguard import Cause, Fault, Guard, Severity
-from lightning_gradguard.introspection.graph_problems import Problem
+from lightning_gradguard.engine.ownership import add_ownership
+from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 
 X, Y = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
@@ -399,3 +402,31 @@ def test_checkpointed_layers():
         return F.cross_entropy(net[2:](h), Y)
 
     quiet(net, adam(net.parameters()), loss_of)
+
+
+@pytest.mark.parametrize(
+    ("raised", "ceiling", "certain", "severity"),
+    [
+        (False, Severity.INFO, True, Severity.CRITICAL),
+        (False, Severity.INFO, False, Severity.INFO),
+        (True, Severity.CRITICAL, True, Severity.CRITICAL),
+        (True, Severity.INFO, False, Severity.INFO),
+        (True, Severity.CRITICAL, False, None),
+    ],
+)
+def test_a_doubtful_mistake_replaces_no_finding_that_is_grave(raised, ceiling, certain, severity):
+    result = DetectorResult(
+        "Disconnected", Fault.DISCONNECTED, False, False, raised, not raised, ceiling, 1.0, 1.0, "tensors", ("a",)
+    )  # fmt: skip
+    nan = math.nan
+    record = StepRecord(
+        total_norm=1.0, clipped_norm=1.0, threshold=nan, clipped=False, finite=True, loss=1.0, loss_start=1.0,
+        loss_mean=1.0, loss_first=1.0, loss_scale=nan, tilt=nan, update_ratio=nan, baseline_norm=1.0, norms={},
+        results=[result],
+    )  # fmt: skip
+    problem = GraphProblem(Problem.STALE_OPTIMIZER, "The optimizer is stale.", ("b", "c"), certain)
+    (found,) = add_ownership(record, (problem,)).results
+    if severity is None:
+        assert found == result
+    else:
+        assert (found.raised, found.ceiling, found.value, found.parameters) == (True, severity, 2, ("b", "c"))

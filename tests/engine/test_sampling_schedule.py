@@ -194,3 +194,22 @@ def test_a_bad_step_changes_nothing():
     again = schedule.due(True)
     # What was sampled at a bad step is sampled again.
     assert (schedule.good, fresh.fresh, again.fresh, again.updated) == (EAGER + REFRESH, True, True, False)
+
+
+@given(steps=STEPS)
+def test_a_full_evaluation_stands_for_the_steps_since_the_last_good_one(steps):
+    """One of a bad step changes nothing about it."""
+    last = -1
+    for (good, due), (is_good, _, _) in zip(go(SamplingSchedule(), steps), steps, strict=True):
+        assert due.elapsed in (0, min(good - last, REFRESH))
+        if due.elapsed and is_good:
+            last = good
+
+
+@pytest.mark.parametrize(("mean", "is_on", "expected"), [(0.9, True, LATER // REFRESH), (3.1, False, LATER)])
+def test_a_restored_schedule_is_as_alert_as_before(mean, is_on, expected):
+    schedule, restored = SamplingSchedule(), SamplingSchedule()
+    go(schedule, steady(SETTLED + 2))
+    schedule.observe(2.0, mean, is_on)
+    restored.load_state_dict(schedule.state_dict())
+    assert len(full_evaluations(go(restored, steady(LATER)))) == expected

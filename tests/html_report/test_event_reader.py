@@ -124,6 +124,52 @@ def test_a_resumed_run_is_joined_and_its_later_steps_count(begun, decades_of):
     assert track.scalars["clipped_total"][99] == 14
 
 
+def write_parts(folder, *parts):
+    """Write an event file for each part: pairs of step and record."""
+    folder.mkdir(exist_ok=True)
+    for number, part in enumerate(parts):
+        with SummaryWriter(folder, filename_suffix=f".{number}") as writer:
+            sink = TensorBoardSink(writer)
+            for step, record in part:
+                sink.write(step, record)
+            sink.close()
+    return read(folder).tracks["gradguard"]
+
+
+def test_of_what_a_resumed_run_no_longer_logs_the_steps_before_it_are_kept(tmp_path):
+    first = [(step, LogRecord({"gradguard/clip_scale": 1.0})) for step in range(6)]
+    second = [(step, LogRecord({"gradguard/total_norm_log10": 1.0})) for step in range(3, 8)]
+    scalars = write_parts(tmp_path / "run", first, second).scalars
+    assert list(scalars["clip_scale"]) == [0, 1, 2]
+    assert list(scalars["total_norm_log10"]) == [3, 4, 5, 6, 7]
+
+
+def test_rows_and_tables_of_a_resumed_run_begin_with_its_first_step(tmp_path):
+    tag, names = "gradguard/layer_rms_log10", {"gradguard/layer_rms_log10": ["mark", "a"]}
+    rows = [LogRecord(rows={tag: [(step, [0.0, -1.0]) for step in steps]}, columns=names)
+            for steps in ((0, 2, 4, 6), (3, 5, 7))]  # fmt: skip
+    tables = [
+        [(step, exponents_record({"w": [1.0] * 13}, {"w": "000_w"}, ["w"], step=step)) for step in steps]
+        for steps in ((0, 2, 4, 6), (3, 5, 7))
+    ]
+    track = write_parts(
+        tmp_path / "run", *([(6, row), *table] for row, table in zip(rows, tables, strict=True))
+    )
+    assert list(track.rows) == [0, 2, 3, 5, 7]
+    assert list(track.exponents) == [0, 2, 3, 5, 7]
+
+
+def test_files_are_joined_in_the_order_in_which_they_began(tmp_path):
+    """Not by their names, nor by when they ended: a process that hangs may end after its successor."""
+    for name, value, times in (("2", 1.0, (10.0, 100.0)), ("1", 2.0, (50.0, 60.0))):
+        with SummaryWriter(tmp_path / name) as writer:
+            for step, time in enumerate(times):
+                writer.add_scalar("gradguard/clip_scale", value, step, walltime=time)
+        file_of(tmp_path / name).rename(tmp_path / f"events.out.tfevents.{name}")
+        (tmp_path / name).rmdir()
+    assert read(tmp_path).tracks["gradguard"].scalars["clip_scale"] == {0: 2.0, 1: 2.0}
+
+
 def test_a_run_restarted_in_its_folder_replaces_the_old_one(written):
     written(steps=100, kind="vanishing")
     track = read(written(steps=40)).tracks["gradguard"]

@@ -1,11 +1,21 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from lightning_gradguard.html_report.event_reader import Run, Track, read_runs
-from lightning_gradguard.html_report.summary import CHARTS, by_fault, charts_of, merge_found, sheets_of
+from lightning_gradguard.html_report.summary import (
+    CHARTS,
+    DIAGNOSES,
+    LISTED,
+    by_fault,
+    charts_of,
+    merge_found,
+    sheets_of,
+)
 from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
+from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.results import Fault, Severity
 
 
@@ -51,6 +61,44 @@ def test_a_run_that_ended_in_a_skip_says_so(begun):
     assert "Step 54, the last one, was not taken." in sheet_of(run.folder).verdict.detail
     run.write(55, 60)
     assert "not taken" not in sheet_of(run.folder).verdict.detail
+
+
+@pytest.mark.parametrize(("last", "said"), [(4, True), (5, True), (6, False)])
+def test_the_last_row_may_stand_one_step_behind_the_other_curves(last, said):
+    track = Track(
+        layers=("a",),
+        rows={3: np.array([0.0, -1.0]), 4: np.array([float(SKIPPED), np.nan])},
+        scalars={"clip_scale": {last: 0.0}},
+        found={4: FoundRecord((found(4, "nonfinite", Severity.CRITICAL),))},
+    )
+    (sheet,) = sheets_of(Run("r", {"gradguard": track}))
+    assert (f"Step {last}, the last one, was not taken." in sheet.verdict.detail) == said
+
+
+@pytest.mark.parametrize(
+    ("severity", "level"),
+    [(Severity.INFO, "healthy"), (Severity.WARNING, "warning"), (Severity.CRITICAL, "critical")],
+)
+def test_the_level_is_that_of_the_worst_finding(severity, level):
+    records = {1: FoundRecord((found(1, "spike", Severity.INFO), found(1, severity=severity)))}
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found=records)}))
+    assert sheet.verdict.level == level
+    assert ("2 findings are for information only" in sheet.verdict.detail) == (level == "healthy")
+
+
+def test_the_strongest_clip_is_that_of_a_step_that_was_taken_and_clipped():
+    for scales, strongest in (({0: 1.0, 1: 0.25, 2: 0.0, 3: 0.5}, (0.25, 1)), ({0: 1.0, 1: 0.0}, None)):
+        (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": scales})}))
+        assert sheet.record.strongest == strongest
+
+
+@pytest.mark.parametrize(("count", "more"), [(3, False), (4, True)])
+def test_three_tags_that_cannot_be_read_are_named(count, more):
+    unreadable = Counter({f"gradguard/{i}": 1 for i in range(count)})
+    run = Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}})}, unreadable=unreadable, files=1)
+    (notice,) = sheets_of(run)[0].notices
+    assert "`gradguard/2`" in notice
+    assert ("more tags" in notice) == more
 
 
 def test_without_a_guard_nothing_is_judged():
@@ -123,6 +171,14 @@ def found(step, fault="vanishing", severity=Severity.WARNING, value=4.0):
     return LoggedFinding(step, fault, severity, ("net.0.weight",), value, 3.0, "depth tilt, decades")
 
 
+def test_the_newest_findings_and_diagnoses_are_listed():
+    record = FoundRecord(tuple(map(found, range(LISTED + 50))), tuple(map(str, range(DIAGNOSES + 2))))
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found={9: record})}))
+    assert [finding.step for finding in sheet.findings] == list(range(LISTED + 49, 49, -1))
+    assert sheet.diagnoses == ["6", "5", "4", "3", "2"]
+    assert sheet.groups[0].count == LISTED + 50
+
+
 def test_what_a_resumed_run_repeats_counts_once():
     first = FoundRecord((found(1), found(2, value=math.nan)), ("### one",))
     resumed = FoundRecord((found(1), found(2, value=float("nan")), found(3)), ("### one", "### two"))
@@ -138,10 +194,11 @@ def test_findings_by_fault_the_most_severe_first():
             found(5, "spike", Severity.INFO),
             found(9),
             found(30, severity=Severity.CRITICAL),
+            found(40, severity=Severity.CRITICAL),
         ]
     )
     assert [group.fault for group in groups] == ["vanishing", "stalled", "spike"]
-    assert (groups[0].first, groups[0].last, groups[0].count, groups[0].worst.step) == (9, 30, 2, 30)
+    assert (groups[0].first, groups[0].last, groups[0].count, groups[0].worst.step) == (9, 40, 3, 30)
 
 
 def test_of_equal_findings_the_fault_with_precedence_is_first_and_an_unknown_one_last():

@@ -192,6 +192,36 @@ def test_the_longest_path_is_found_whichever_path_comes_first(join):
     assert (graph_summary.shortest["w"], graph_summary.longest["w"]) == (6, 8)
 
 
+@pytest.mark.parametrize(
+    ("between", "normalised"),
+    [
+        (lambda out, other: out, True),
+        (lambda out, other: out.relu(), True),
+        (lambda out, other: out + 1.0, True),
+        (lambda out, other: out + other, False),
+        (lambda out, other: other + out, False),
+        (lambda out, other: out.tanh(), False),
+    ],
+)
+def test_a_normalization_takes_the_scale_of_a_layer_that_is_alone_before_it(between, normalised):
+    first, second, x = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), torch.randn(3, 4)
+    loss = nn.functional.layer_norm(between(first(x), second(x)), (4,)).square().mean()
+    graph_summary = summarize_graph(loss, {"a": first.weight, "b": second.weight})
+    assert ("a" in graph_summary.normalised) == normalised
+
+
+@pytest.mark.parametrize("join", [lambda a, b: a + b, lambda a, b: b + a])
+def test_of_parallel_paths_the_one_with_most_layers_counts(join):
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    h = first(torch.randn(3, 4)).tanh()
+    loss = join(third(second(h)), h.sin()).sum()
+    parameters = {"a": first.weight, "b": second.weight, "c": third.weight}
+    graph_summary = summarize_graph(loss, parameters)
+    assert graph_summary.products == 3
+    # What a layer computes with is no part of the loss, although another path leads to it without one.
+    assert graph_summary.loss_ops == {"Sum": 1, "Add": 1, "Sin": 1}
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_unrolled_rnn_is_recurrent(bias):
     model = Recurrent(nn.RNN(3, 8, batch_first=True, bias=bias))

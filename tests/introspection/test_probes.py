@@ -113,6 +113,18 @@ def test_time_tilt_of_a_cell_by_hand(gain, decades):
     assert tilt_of(Cell(gain), torch.ones(2, 60, 8)) == pytest.approx(decades, abs=0.8)
 
 
+def test_steps_at_the_end_that_get_nothing_do_not_count():
+    """Such as padding: the tilt is that of the 40 steps before it."""
+    torch.manual_seed(0)
+    model = nn.RNN(8, 8, batch_first=True, nonlinearity="relu", bias=False)
+    nn.init.eye_(model.weight_ih_l0)
+    nn.init.eye_(model.weight_hh_l0).data.mul_(0.5)
+    x = torch.rand(2, 60, 8) + 0.5
+    padded = tilt_of(model, x, lambda out: out[0][:, 39].sum())
+    # Both ends are means over a tenth, here of 60 steps.
+    assert padded == pytest.approx(34 * 0.301, abs=0.8)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_time_tilt_of_a_fused_layer(batch_first):
     torch.manual_seed(0)

@@ -173,3 +173,13 @@ def test_refuses_columns_that_cannot_be_paired(columns):
 def test_refuses_no_layers():
     with pytest.raises(ValueError, match="names must hold at least one layer, got none"):
         Heatmap([])
+
+
+def test_a_fault_is_marked_at_its_first_step():
+    heatmap = Heatmap(["a"])
+    for step in range(10):
+        heatmap.record(step, [1.0])
+    for step in (3, 9):
+        heatmap.mark_fault(step, "spike")
+    heatmap.mark_fault(5, "dead")
+    assert heatmap.marks.faults == {"spike": 3, "dead": 5}

@@ -38,3 +38,23 @@ def test_what_is_due_is_read_by_its_functions(layout):
 def test_what_is_not_due_is_not_read(layout):
     found = collect(layout, gradients_of(layout), None)
     assert [f for f, value in zip(found._fields, found, strict=True) if value is not None] == ["norms"]
+
+
+@pytest.mark.parametrize(
+    ("tilts", "tilt"), [((3.0, 5.0), 4.0), ((None, 5.0), 5.0), ((3.0, None), 3.0), ((None, None), None)]
+)
+def test_loss_and_time_tilt_are_means_over_the_ranks_that_know_them(layout, ranks, tilts, tilt):
+    def collected(rank):
+        known = None if tilts[rank] is None else torch.tensor(tilts[rank])
+        return collect(layout, gradients_of(layout), torch.tensor([1.0, 4.0][rank]), known, tilt_due=True)
+
+    for found in ranks(collected):
+        assert found.loss == 2.5
+        assert found.time_tilt == tilt if tilt is not None else found.time_tilt.isnan()
+
+
+def test_the_loss_is_a_mean_over_ranks_at_every_step(layout, ranks):
+    losses = torch.tensor([1.0, 4.0])
+    for found in ranks(lambda rank: collect(layout, gradients_of(layout), losses[rank])):
+        assert found.loss == 2.5
+        assert found.time_tilt is None

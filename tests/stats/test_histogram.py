@@ -369,3 +369,9 @@ def test_refuses_no_samples(max_samples):
         ValueError, match=f"max_samples must be at least 1, or None to read all, got {max_samples}"
     ):
         count([torch.ones(1)], max_samples=max_samples)
+
+
+@pytest.mark.parametrize("max_samples", [None, 100])
+def test_squares_of_a_sample_are_scaled_up_to_the_whole_tensor(max_samples):
+    counts = count([torch.full((100, 100), 2.0), torch.ones(50)], max_samples=max_samples)
+    assert counts.squares.tolist() == pytest.approx([40_000, 50])

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.samples import (
     SAMPLES,
+    changed_shares,
     dead_row_share,
     dead_shares,
     lost_shares,
@@ -96,3 +97,12 @@ def test_only_half_precision_loses_elements():
     assert lost_shares([values.to(kind) for kind in kinds], layout).tolist() == pytest.approx(
         [0.5, 0.25, 0.0]
     )
+
+
+def test_of_elements_without_a_gradient_no_change_is_counted():
+    before, after, fed = torch.zeros(3, SAMPLES), torch.zeros(3, SAMPLES), torch.zeros(3, SAMPLES) > 0
+    fed[:, :32] = True
+    fed[2, 15:] = False  # too few to tell
+    after[0, 24:] = 1.0
+    after[1, 32:] = 1.0
+    assert changed_shares(before, after, fed).tolist() == pytest.approx([0.25, 0.0, math.nan], nan_ok=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.stats.samples import SAMPLES, stride_of
-from lightning_gradguard.stats.sharding import Shards, local, local_units, spans_of
+from lightning_gradguard.stats.sharding import Shards, local, local_units, mean_over_ranks, spans_of
 
 REPLICATE = SimpleNamespace()
 
@@ -127,3 +127,25 @@ def test_an_unknown_way_to_cut_is_refused():
     tensor.part = torch.ones(5)
     with pytest.raises(ValueError, match="must be sharded as FSDP2 and tensor parallel do"):
         spans_of(tensor)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements"),
+    [((2,), [cut(0)]), ((3,), [cut(1)]), ((2, 2), [REPLICATE, cut(0)]), ((2, 2), [cut(1), cut(0)])],
+)
+def test_squares_of_the_parts_add_up_to_the_norm_of_the_whole(ranks, mesh, placements):
+    whole = torch.arange(12.0).reshape(4, 3)
+    coordinates = list(itertools.product(*(range(size) for size in mesh)))
+
+    def norm_of(rank):
+        tensor = ShardedTensor(whole, mesh, coordinates[rank], placements)
+        shards = Shards.of([tensor])
+        return shards.sum_over_ranks([shards.squares(tensor.part.norm().reshape(1))])[0].sqrt()
+
+    for norm in ranks(norm_of, len(coordinates)):
+        assert norm.item() == pytest.approx(whole.norm().item())
+
+
+def test_a_mean_over_ranks_is_the_same_on_each(ranks):
+    for mean in ranks(lambda rank: mean_over_ranks(torch.tensor([float(rank), 6.0])), 3):
+        assert mean.tolist() == [1.0, 6.0]

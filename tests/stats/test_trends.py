@@ -109,6 +109,34 @@ def test_a_spike_stands_out_and_does_not_last(at):
     assert stream.feed([100 * n for n in noisy(rng)]).spike_score > trends.ALARM_Z
 
 
+@pytest.mark.parametrize(("before", "counts"), [(trends.WARM_UP - 1, False), (trends.WARM_UP, True)])
+def test_a_score_means_something_after_the_warm_up(before, counts):
+    rng, stream = np.random.default_rng(3), Stream()
+    for _ in range(before):
+        stream.feed(noisy(rng))
+    score = stream.feed([1000 * n for n in noisy(rng)]).spike_score
+    assert score > trends.ALARM_Z if counts else score == 0
+
+
+def test_an_outlier_among_the_first_losses_is_forgotten_by_all_means_of_the_loss():
+    stream = Stream()
+    for loss in (1.0, 1.0, 1e6, 1.0, 1.0):
+        seen = stream.feed([1.0] * 6, loss)
+    assert seen.state.loss_start == 1
+    # Limited to 30 times their median: (4 + 31) / 5.
+    assert seen.state.loss.item() == seen.state.slow_loss.item() == 7
+    assert seen.state.loss_spread.item() == pytest.approx((4 * 6 + 24) / 5)
+
+
+def test_the_best_loss_is_the_lowest_mean_and_counts_from_the_fifth_loss_on():
+    stream, best = Stream(), []
+    for loss in (4.0, 3.0, 2.0, 2.0, 1.0, 1.0, *[8.0] * 20):
+        best.append(stream.feed([1.0] * 6, loss).state.best_loss.item())
+    assert best[:4] == [math.inf] * 4
+    assert best[4] == pytest.approx(12 / 5)
+    assert best[-1] == min(best) < 12 / 5
+
+
 def test_one_huge_step_in_warm_up_does_not_hide_later_spikes():
     rng = np.random.default_rng(4)
     stream = Stream()
