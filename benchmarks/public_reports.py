@@ -26,7 +26,6 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import reports  # noqa: E402
 from benchmarks.judging.watching import OURS, one_thread  # noqa: E402
-from benchmarks.reports import further  # noqa: E402
 from benchmarks.reports.case import Case  # noqa: E402
 from benchmarks.reports.playing import (  # noqa: E402
     FIRST_SIGHT,
@@ -61,10 +60,9 @@ The four rival rule sets see the same steps. They are right if one of their firs
 and offer no fix.
 
 *First sight* is the result on the rules as they were before any was changed for these reports. Since then rules have
-been changed with these cases at hand, so that the shares flatter.
-
-*Blind* are ten further reports (R51 to R60). They were chosen and rebuilt by somebody who did not look at the rules,
-and were played for the first time when the rules were finished. No rule was changed for them.
+been changed with these cases at hand, so that what they show *now* flatters. R01 to R50 were written beside the rules.
+Each ten from R51 on were chosen and rebuilt by somebody who did not look at the rules, and were played for the first
+time when the rules were finished for those before: their first sight is the figure to trust.
 """
 
 
@@ -177,20 +175,18 @@ def _summary(cases: Sequence[Case], runs: Sequence[Record], first_sight: Mapping
         "| rules | fault | cause | first fix cures | twin quiet | all four |",
         "|---|---|---|---|---|---|",
     ]
-    blind = {case.id for case in further.CASES}
-    own = [run["points"] for run in runs if run["case"] not in blind]
-    unseen = [run["points"] for run in runs if run["case"] in blind]
-    seen = [first_sight[c.id] for c in cases if c.id in first_sight]
-    if own:
-        lines.append(_total(f"**{OURS}**", own))
-    if seen:
-        lines.append(_total(f"{OURS}, first sight of {len(seen)}", seen))
-    if unseen:
-        lines.append(_total(f"**{OURS}**, blind", unseen))
+    for name, group in reports.SETS.items():
+        ids = {case.id for case in group}
+        seen = [first_sight[c.id] for c in cases if c.id in ids and c.id in first_sight]
+        now = [run["points"] for run in runs if run["case"] in ids]
+        if seen:
+            lines.append(_total(f"**{OURS}**, {name}: first sight", seen))
+        if now:
+            lines.append(_total(f"{OURS}, {name}: now", now))
     for name in runs[0]["rivals"] if runs else ():
         points = [run["rivals"][name] for run in runs]
         fault, quiet = (_share(points, lambda p, key=key: p[key]) for key in ("fault", "quiet"))
-        lines.append(f"| {name} | {fault} | - | - | {quiet} | - |")
+        lines.append(f"| {name}, all | {fault} | - | - | {quiet} | - |")
     return "\n".join(lines) + "\n"
 
 
