@@ -82,7 +82,8 @@ class AutoClip:
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         new = _remember(state, norm, stats.finite & (norm > 0))
-        limit = self._threshold(new)
+        # A state can hold numbers that are no norms, if its file is damaged.
+        limit = self._threshold(new).clamp(min=0.0)
         coefficient = torch.where(norm > limit, limit / norm, 1.0)
         return global_clip(stats, included, norm, coefficient, limit), new
 
@@ -178,7 +179,7 @@ class ZClip:
         outlier = ~warm & (z > self.z_threshold)
         reach = torch.where(outlier, self.z_threshold**2 / z * sigma, self.z_threshold * (sigma + 1e-6))
         adaptive = torch.where(warm, math.inf, state.mean + reach)
-        limit = adaptive if self.max_grad_norm is None else adaptive.clamp(max=self.max_grad_norm)
+        limit = adaptive.clamp(min=0.0, max=self.max_grad_norm)
         coefficient = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
         new = self._average(state, torch.where(outlier, adaptive, norm), warm)
         counts = stats.finite & (norm > 0)
@@ -253,7 +254,7 @@ class AdaGC:
         warm = state.seen < self.warmup_steps
         ceiling = torch.full_like(total, self.warmup_norm)
         early = global_clip(stats, included, total, torch.clamp(ceiling / total, max=1.0), ceiling)
-        late = tensor_clip(stats, included, self.factor * state.gamma)
+        late = tensor_clip(stats, included, (self.factor * state.gamma).clamp(min=0.0))
         pairs: Any = zip(early, late, strict=True)
         clip = Clip(*(torch.where(warm, a, b) for a, b in pairs))
         average = self.decay * state.gamma + (1 - self.decay) * clip.norms

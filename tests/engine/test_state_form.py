@@ -158,3 +158,20 @@ def test_a_state_without_a_field_of_this_version_keeps_the_rest():
 def test_a_state_of_another_clipper_is_refused():
     with pytest.raises(ValueError, match="same detectors and clipper"):
         trained(clipper=NormClip(1.0))[0].load_state_dict(STATES[1, 0])
+
+
+@pytest.mark.parametrize("clipper", [c for c in CLIPPERS if c is not None], ids=repr)
+@pytest.mark.parametrize("number", [-1.0, -1e38, float("-inf")])
+def test_a_clipper_scales_by_no_less_than_zero_whatever_its_state_holds(clipper, number):
+    guard, *_ = trained(clipper=clipper)
+    state = guard.state_dict()
+    state["states"][-1] = {
+        name: torch.full_like(part, number) if part.is_floating_point() else part
+        for name, part in state["states"][-1].items()
+    }
+    guard, step, model = trained(clipper=clipper)
+    guard.load_state_dict(state)
+    for _ in range(5):
+        report = step()
+        assert 0 <= report.scale <= 1
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
