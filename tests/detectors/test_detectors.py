@@ -258,6 +258,23 @@ def test_an_explosion_by_tilt_is_over_half_a_decade_above_its_limit(decades, rai
     assert (seen.raised, seen.cleared) == (raised, cleared)
 
 
+@pytest.mark.parametrize(
+    ("losses", "raised", "cleared"),
+    [
+        ([1.0] * 5 + [3.3] * 200, 1, 0),
+        ([1.0] * 5 + [2.7] * 200, 0, 0),
+        ([1.0] * 5 + [2.1] * 200, 0, 1),
+        ([1.0] * 5 + [0.2] * 100 + [1.3] * 200, 0, 0),
+        ([1.0] * 5 + [0.2] * 100 + [1.0] * 200, 0, 1),
+    ],
+)
+def test_an_explosion_by_loss_is_over_when_the_loss_is_not_even_near(losses, raised, cleared):
+    stream, large, usual = Stream(Exploding()), torch.full((6,), 0.2), torch.full((6,), 1e-3)
+    for loss in losses:
+        seen = stream.feed([1.0] * 6, loss, updates=large if loss > 2 else usual)[0]
+    assert (seen.raised, seen.cleared) == (raised, cleared)
+
+
 def test_an_explosion_by_spikes_is_over_when_as_many_steps_were_none():
     rng, stream = np.random.default_rng(2), Stream(Exploding())
     seen = [stream.feed([n * (1000 if 100 <= s < 106 else 1) for n in healthy(rng)])[0] for s in range(115)]

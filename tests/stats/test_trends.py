@@ -289,3 +289,26 @@ def test_a_loss_that_had_fallen_by_half_and_rose(start, best, now, relapsed):
         state=SimpleNamespace(loss=torch.tensor(now)),
     )
     assert bool(trends.Trends.fell_and_rose.func(seen)) == relapsed
+
+
+@pytest.mark.parametrize(
+    ("quantity", "start", "first", "expected"),
+    [
+        ("no_progress", 5.0, 1.0, True),
+        ("no_progress", 5.0, 5.0, False),
+        ("plateau", 5.0, 1.0, True),
+        ("plateau", 5.0, 5.0, False),
+        ("falling", 5.0, 1.0, False),
+        ("falling", 5.0, 5.0, True),
+    ],
+)
+def test_the_first_loss_is_the_start_if_it_was_lower(quantity, start, first, expected):
+    """It is of weights that no bad step has changed."""
+    slow = 2.0 if quantity == "falling" else 0.95
+    state = {"loss": 0.95, "slow_loss": slow, "loss_spread": 0.1, "loss_steps": 100.0}
+    seen = SimpleNamespace(
+        loss_start=torch.tensor(start),
+        first_loss=torch.tensor(first),
+        state=SimpleNamespace(**{name: torch.tensor(value) for name, value in state.items()}),
+    )
+    assert bool(vars(trends.Trends)[quantity].func(seen)) == expected
