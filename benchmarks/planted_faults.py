@@ -201,8 +201,8 @@ FAULTS = [
     ),
     Planted(
         "detectors/updates.py",
-        "recovers = stats.normalised & (count < self.steps)",
-        "recovers = stats.normalised & (count <= self.steps)",
+        "recovers = lenient & (count < self.steps)",
+        "recovers = lenient & (count <= self.steps)",
         "detectors/detectors detectors/updates",
     ),
     Planted(

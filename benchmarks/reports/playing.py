@@ -132,7 +132,7 @@ def _run(case: Case, variant: str, seed: int, guard: GradGuard, *before: L.Callb
     module, loader = case.make(variant, seed)
     halted, said, error = train(case, variant, module, loader, [*before, guard])
     diagnosis, checkup = guard.diagnosis, guard.checkup
-    problems = [PROBLEMS[problem.kind] for problem in guard._registry.problems()]
+    problems = [PROBLEMS[problem.kind] for problem in guard._registry.problems]
     cause, remedy = "", None
     if diagnosis is not None:
         cause, remedy = diagnosis.causes[0].value, next(iter(diagnosis.remedies), None)

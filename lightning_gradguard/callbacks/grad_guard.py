@@ -298,7 +298,7 @@ class GradGuard(Callback):
             sandboxed_step=partial(sandboxed_step_of, trainer, pl_module, optimizer, batch, batch_idx),
             run_trials=self.trials,
             notes=self._metric.notes,
-            problems=self._registry.problems(but=guard),
+            problems=self._registry.problems_for(guard),
             without_loss="" if pl_module.automatic_optimization else _WITHOUT_LOSS,
             comparison=self._losses.comparison,
         )
@@ -331,7 +331,7 @@ class GradGuard(Callback):
         """
         results, guards = self._results, self._registry.guards
         guard = guards[index]
-        report, diagnosis = guard.report, guard.diagnosis
+        report, diagnosis, rollbacks = guard.report, guard.diagnosis, self._rollback.count
         try:
             judge()
         except GradientHalt as halt:
@@ -352,7 +352,8 @@ class GradGuard(Callback):
             if guard.report is not None and guard.report is not report:
                 results.report = guard.report
                 results.findings.extend(guard.report.findings)
-                self._rollback.observe(guard.report)
+                if self._rollback.count == rollbacks:  # else the state is one from before the warning
+                    self._rollback.observe(guard.report)
                 news = guard.diagnosis if guard.diagnosis is not diagnosis else None
                 if news is not None and guard.diagnosed_rank >= results.diagnosed_rank:
                     results.diagnosis, results.diagnosed_rank = news, guard.diagnosed_rank

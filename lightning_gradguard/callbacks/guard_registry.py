@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,13 @@ from lightning_gradguard.callbacks.trainer_adapter import warn
 from lightning_gradguard.clippers.base import Clipper, included_names
 from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.introspection.graph_problems import GraphProblem
+from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem, leaves_of
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.introspection.value_problems import (
     find_large_start,
     find_problems_of_values,
     find_tiny_input,
+    is_loss_masked,
 )
 from lightning_gradguard.stats.parameters import has_compiled_part, is_compiled, select
 
@@ -44,7 +46,8 @@ class GuardRegistry:
         self.arguments, self.restored = arguments, {} if restored is None else restored
         self.guards: dict[int, Guard] = {}
         self._usage: ForwardUsage | None = None
-        self._shown: tuple[GraphProblem, ...] = ()
+        self._shown: tuple[tuple[GraphProblem, frozenset[int]], ...] = ()
+        self._masked = False
         self._tiny: GraphProblem | None = None
         self._fed: frozenset[int] = frozenset()
 
@@ -76,9 +79,12 @@ class GuardRegistry:
         guard = self.guards[index] = Guard(
             named, optimizer=optimizer, index=index, usage=self._usage, **arguments
         )
+        guard.tracker.masked = self._masked
         if self._tiny is not None:
-            names = tuple(name for name, p in named if id(p) in self._fed)
-            guard.tracker.of_inputs = (self._tiny._replace(names=names),)
+            own = {id(p) for p in guard.tracker.layout.parameters}
+            names = tuple(name for name, p in named if id(p) in self._fed & own)
+            # A first layer that is not trained, or by another optimizer, is not this one's.
+            guard.tracker.of_inputs = (self._tiny._replace(names=names),) if names else ()
         state = self.restored.pop(str(index), None)
         if state is not None:
             try:
@@ -118,23 +124,38 @@ class GuardRegistry:
         Args:
             loss: The loss, before its backward pass.
         """
+        self._masked |= is_loss_masked(loss)
         found = (*find_problems_of_values(loss), *find_large_start(loss))
-        known = {problem.kind for problem in self._shown}
+        known = {problem.kind for problem, _ in self._shown}
         fresh = tuple(problem for problem in found if problem.kind not in known)
-        self._shown += fresh
+        leaves = leaves_of(loss) if fresh else frozenset()
+        self._shown += tuple((problem, leaves) for problem in fresh)
         if self._tiny is None and self._usage is not None:
             size, self._fed = self._usage.first_input
-            self._tiny = find_tiny_input(size)
+            with suppress(RuntimeError):  # a tensor of an unusual kind
+                self._tiny = find_tiny_input(size)
         return fresh
 
-    def problems(self, but: Guard | None = None) -> tuple[GraphProblem, ...]:
-        """Return the mistakes that were found so far.
+    @property
+    def problems(self) -> tuple[GraphProblem, ...]:
+        """Mistakes that were found so far."""
+        own = (guard.problems for guard in self.guards.values())
+        return (*(problem for problem, _ in self._shown), *(p for problems in own for p in problems))
+
+    def problems_for(self, own: Guard) -> tuple[GraphProblem, ...]:
+        """Return the mistakes found elsewhere that may explain what a guard finds.
+
+        They are those of a loss that its parameters take part in; and gradients that another optimizer never zeroes,
+        which drive apart what is trained against each other. These are no proof, since nothing tells if it is.
 
         Args:
-            but: A guard whose own mistakes are left out.
+            own: The guard.
         """
-        own = (guard.problems for guard in self.guards.values() if guard is not but)
-        return (*self._shown, *(problem for problems in own for problem in problems))
+        ids = {id(p) for p in own.tracker.layout.parameters}
+        shown = [problem for problem, leaves in self._shown if leaves & ids]
+        others = [p for guard in self.guards.values() if guard is not own for p in guard.problems]
+        stale = [p._replace(certain=False) for p in others if p.kind == Problem.STALE_GRADIENTS]
+        return (*shown, *stale)
 
     @property
     def has_warned(self) -> bool:

@@ -132,6 +132,19 @@ def reading(
     )
 
 
+#: `Layout.floors` is this part of what a common initialization gives.
+_FLOOR = 0.1
+
+
+def updates_of_small(stats: GradStats) -> Tensor:
+    """Return the applied update ratios of weights that began small, float32 [P].
+
+    They count as large as a common initialization, since they have to grow.
+    """
+    usual = torch.maximum(stats.weights, stats.layout.floors / _FLOOR)
+    return stats.updates * stats.weights / usual
+
+
 def is_norm_spike(stats: GradStats, z: float, ratio: float) -> Tensor:
     """Test the global norm for a spike, bool [].
 

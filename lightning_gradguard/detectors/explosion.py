@@ -9,7 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import NoState, Reading, is_norm_spike, profile_score, reading
+from lightning_gradguard.detectors.base import (
+    NoState,
+    Reading,
+    is_norm_spike,
+    profile_score,
+    reading,
+    updates_of_small,
+)
 from lightning_gradguard.results import Fault, Quantity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import ALARM_Z, WARM_UP
@@ -206,7 +213,8 @@ class Spike:
         reach = torch.where(since == 1, norm * moved / height, state.reach)
         told = torch.where(largest, rises.to(norm.dtype), state.told)
         fall = norm / norm_after
-        falls = (fall > _FALL) & (height > _FALL * loss_after) & (reach < _REACH)
+        # Steps without any gradient say nothing about what is usual.
+        falls = (fall > _FALL) & (norm_after > 0) & (height > _FALL * loss_after) & (reach < _REACH)
         outlier = is_first & (since == _AFTER) & (before < _AFTER + 4) & falls & (told == 0)
         factor = torch.where(rises, rise, fall)
         highest = torch.maximum(state.highest, loss)
@@ -358,7 +366,9 @@ class Exploding:
         start, has_grown = trends.loss_start, trends.surge > _DIVERGING_GROWTH
         ratio, is_positive = trends.loss / start, start > 0
         bottomless = (trends.loss < -self.loss_ratio * start.abs()) & has_grown
-        large = (stats.updates > _LARGE_UPDATE) & stats.layout.is_layer
+        # A weight that began small, such as the last layer of a critic, has to grow.
+        ratios = torch.where(stats.weights > stats.layout.floors, stats.updates, updates_of_small(stats))
+        large = (ratios > _LARGE_UPDATE) & stats.layout.is_layer
         driven = (large.any() & (trends.steps >= 4)) | has_grown
         risen = is_positive & (ratio > self.loss_ratio) & (stats.loss > self.loss_ratio * start)
         diverges = (risen & driven) | bottomless

@@ -35,7 +35,8 @@ class Disconnected:
     is dead for good.
 
     INFO is what gets nothing and is no mistake in the graph: trainable tensors that take no part in the forward pass;
-    tensors whose result the loss does not use, such as a head that this loss does not need; layers whose input is
+    tensors whose result the loss does not use, such as a head that this loss does not need, or takes as a target, such
+    as a teacher in the optimizer; layers whose input is
     exactly zero; and biases alone, since the bias of an energy has no gradient by design. Nothing in the graph tells a
     head that is not needed from one whose loss was forgotten.
 
@@ -55,7 +56,7 @@ class Disconnected:
         "tensors without a path from the loss",
         "trainable tensors that are not used",
         "tensors whose gradient is exactly zero, although a path from the loss leads there",
-        "tensors whose result the loss does not use",
+        "tensors whose result the loss does not use, or takes as a target",
         "layers whose input is exactly zero",
         "tensors behind a softmax over one element, which is constant",
     )
@@ -150,7 +151,9 @@ class DeadUnits:
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step by the last sampled shares."""
         layers = stats.layout.is_layer & stats.present
-        dead = (stats.dead >= self.limit) & layers & ~_is_idle(stats)
+        # A batch without anything to learn was sampled, if the whole layer had no gradient and has one now.
+        outdated = (stats.dead >= 1) & (stats.norms > 0)
+        dead = (stats.dead >= self.limit) & ~outdated & layers & ~_is_idle(stats)
         depth = torch.where(layers, stats.layout.depth, -1.0)
         # A loss may leave outputs unused, such as actions that were not taken: the last layer counts only at zero.
         dead = dead & ((depth < depth.max()) | (stats.norms == 0))

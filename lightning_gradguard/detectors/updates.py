@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.detectors.base import Reading, reading
+from lightning_gradguard.detectors.base import Reading, reading, updates_of_small
 from lightning_gradguard.results import Fault
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.trends import WARM_UP
@@ -24,8 +24,6 @@ _MEMORY = 4 * WARM_UP
 _GUESSING, _GUESSING_STEP = 0.9, 1 / 3
 #: Update ratio up to which a layer has stopped, whatever its earlier updates were.
 _MOVING = 1e-6
-#: `Layout.floors` is this part of what a common initialization gives.
-_FLOOR = 0.1
 #: Multiple of the limit for a layer with a normalization right behind it, and under the loss of a policy gradient.
 _TURN = 3.0
 #: Longest healthy stretch of low learning rates, over the training before it at the peak rate. Cosine and linear
@@ -116,8 +114,7 @@ class UpdateRatio:
         has_size = state.solid | (trends.steps > 2 * WARM_UP)
         lenient = stats.normalised | stats.surrogate
         limits = torch.where(lenient, _TURN * self.limit, self.limit)
-        usual = torch.maximum(stats.weights, stats.layout.floors / _FLOOR)
-        ratios = torch.where(state.solid, stats.updates, stats.updates * stats.weights / usual)
+        ratios = torch.where(state.solid, stats.updates, updates_of_small(stats))
         large = (ratios > limits) & stats.layout.is_layer & has_size
         count = torch.where(large, state.large + float(stats.sampled_steps), 0.0)
         # One step that replaces nearly the whole weight is enough, except at the start.
@@ -184,8 +181,8 @@ class Stalled:
       norm is none: gradients were clipped to it before they were unscaled.
 
     Also raised when every gradient is exactly zero in one of ten steps, for a leaky count of four, while the loss is
-    above half of its start: of a loss that is not near zero no batch has nothing to teach, unless the output is
-    saturated.
+    above half of its start and does not fall: of a loss that is not near zero no batch has nothing to teach, unless the
+    output is saturated.
 
     A depth tilt or dead units explain it better and take precedence.
 
@@ -253,12 +250,13 @@ class Stalled:
         shrunk = (scaled >= self.steps) & trends.no_progress
         fewest_share = torch.where(guesses, number(_FEW), number(self.changed))
         # Not the global norm: the squares of tiny norms are zero in float32.
-        is_empty = stats.present.any() & (stats.norms == 0).all()
+        # A batch with a loss of nothing, such as one whose labels are all ignored, has nothing to teach.
+        is_empty = stats.present.any() & (stats.norms == 0).all() & (stats.loss > 0.5 * trends.loss)
         empty = torch.clamp(
             state.empty + torch.where(is_empty, number(1.0), number(-_EMPTY_LEAK)), 0.0, 2.0 * _EMPTY
         )
         start = torch.minimum(trends.loss_start, trends.first_loss)
-        vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start)
+        vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start) & ~trends.falling
         raised = (stalled | lost | shrunk | vacant) & (trends.steps >= WARM_UP + 5)
         value = torch.where(shrunk, scaled, torch.where(lost, share, median))
         by_none = vacant & ~(stalled | lost | shrunk)

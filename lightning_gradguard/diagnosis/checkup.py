@@ -248,12 +248,17 @@ def _check_loss_function(seen: FirstPass) -> Iterator[Check]:
 def _has_no_gradient(seen: FirstPass) -> bool:
     """Return True if all gradients are zero, and nothing explains it.
 
-    A problem of the loss explains it, and a ReLU at the output, which is dead.
+    A problem of the loss explains it, a ReLU at the output, which is dead, and a batch that there is nothing to learn
+    from, whose loss is 0.
     """
     operations = seen.graph_summary.loss_ops if seen.graph_summary is not None else {}
     rectified = any(kind_of(op) in ("relu", "hardtanh") for op in operations)
     return (
-        bool(seen.names) and not rectified and not seen.problems and set(seen.gradients_log10) == {-math.inf}
+        bool(seen.names)
+        and seen.loss != 0
+        and not rectified
+        and not seen.problems
+        and set(seen.gradients_log10) == {-math.inf}
     )
 
 
@@ -298,6 +303,8 @@ def _check_paths(seen: FirstPass, unowned: frozenset[str] = frozenset()) -> Iter
 
 
 def _check_dead_layers(seen: FirstPass) -> Iterator[Check]:
+    if seen.loss == 0 and set(seen.gradients_log10) <= {-math.inf}:
+        return  # there is nothing to learn from this batch
     order = [name for name in seen.names if name in seen.dead]
     dead = next((i for i, name in enumerate(order) if seen.dead[name] < _DEAD_SHARE), len(order))
     if order and dead >= min(_DEAD_LAYERS, len(order)):
@@ -345,7 +352,8 @@ def _check_loss(seen: FirstPass) -> Iterator[Check]:
         yield Check("loss at the start", number(seen.loss), "finite")
         return
     times = seen.guessed / seen.chance
-    cause = find_causes(_context(seen, Fault.EXPLODING))[0][0] if times > TIMES_CHANCE else None
+    large = times > TIMES_CHANCE and not seen.deliberate
+    cause = find_causes(_context(seen, Fault.EXPLODING))[0][0] if large else None
     value = f"{number(seen.guessed)}, {number(times)} times the loss of a constant guess"
     yield Check("loss at the start", value, "about the loss of a constant guess", cause)
 

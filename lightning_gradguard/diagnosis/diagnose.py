@@ -144,6 +144,7 @@ def diagnose_context(context: DiagnosticContext) -> Diagnosis:
         causes=tuple(cause for cause, _ in causes),
         evidence=dict(causes),
         remedies=find_fixes(context, [cause for cause, _ in causes]),
+        measure=context.finding.measure,
     )
 
 
@@ -230,7 +231,8 @@ def describe_problem(problem: GraphProblem, batch: object = None) -> str:
         (inputs, _), _ = _measure_batch(batch)
         if inputs is not None and inputs > LARGE_INPUTS:
             cause, fix = Cause.UNNORMALIZED_INPUT, STANDARD_INPUT
-    return f"{problem.text}\n  Cause: {cause}. Fix: {fix.name}: {fix.how}"
+    named = cause.value.replace("_", " ")
+    return f"{problem.text}\n  Most likely cause: {named}. Fix to try first: {fix.name}: {fix.how}"
 
 
 def describe(
@@ -260,10 +262,10 @@ def describe(
     elif finding.fault == Fault.NONFINITE:
         what = "The loss is NaN or Inf"
     elif finding.limit == 0:  # the value is a count of things of which there should be none
-        what = f"{headline(finding.fault)}. Number of {measure}: {finding.value:.3g}"
+        what = f"{headline(finding.fault, measure)}. Number of {measure}: {finding.value:.3g}"
     else:
         evidence = f"{measure[:1].upper()}{measure[1:]}: {finding.value:.3g} (limit {finding.limit:.3g})"
-        what = f"{headline(finding.fault)}. {evidence}"
+        what = f"{headline(finding.fault, measure)}. {evidence}"
     lines = [f"{finding.place}.", f"{what}."]
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")

@@ -132,6 +132,7 @@ class Diagnosis:
         course: The newest steps before the diagnosis; None if they are not known.
         layers: Names of the layers' weights in the trials, input first; empty if no fix was tried.
         profile: log10(‖g‖/‖w‖) of each layer in the trial without a fix, as `Remedy.profile`.
+        measure: What was measured, as `Finding.measure`; empty if it is not known.
     """
 
     fault: Fault
@@ -146,6 +147,7 @@ class Diagnosis:
     course: Timeline | None = field(default=None, repr=False, compare=False)
     layers: tuple[str, ...] = field(default=(), repr=False, compare=False)
     profile: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    measure: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return the diagnosis as plain text.

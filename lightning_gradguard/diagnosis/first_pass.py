@@ -22,7 +22,7 @@ from lightning_gradguard.introspection.ownership import find_loose
 from lightning_gradguard.introspection.probes import InputProbe
 from lightning_gradguard.introspection.result_usage import ResultUsage
 from lightning_gradguard.introspection.sandbox import SandboxedStep
-from lightning_gradguard.introspection.value_problems import find_problems_of_values
+from lightning_gradguard.introspection.value_problems import find_large_start, find_problems_of_values
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.trends import offsets_and_tilt
 
@@ -43,6 +43,7 @@ class FirstPass:
         chance: Loss of a constant guess under the loss function that was called: log of the number of classes under a
             cross-entropy, the mean square of the targets under a squared loss; NaN under any other.
         guessed: Value of that loss function.
+        deliberate: True if a large value of a cross-entropy is no mistake, since its logits are scaled on purpose.
         input_rms: Root mean square of the tensor that the first layer is given; NaN if it is not floating point.
         target_rms: Root mean square of the targets of a squared loss; NaN under any other, and where the targets are
             results of the model, such as codes or the values of a target network.
@@ -52,7 +53,8 @@ class FirstPass:
             whose input is zero, and without those that choose among one.
         unreached: Trainable weights of layers that were used while gradients were on, and to which no path leads from
             the loss. A bias alone may have no path, such as that of an energy whose slope is learned.
-        idle: Weights that are computed with, and whose result the loss does not use: not mistakes.
+        idle: Weights that are computed with, and whose result the loss does not use, or takes as a target: not
+            mistakes.
         loose: Weights that get gradients and that no module registers, such as those of layers in a plain list.
         holder: A clause on where they are kept; empty without any.
         tilt: Depth tilt of the worst column, decades; None if no column has four layers.
@@ -81,6 +83,7 @@ class FirstPass:
     shapes: tuple[tuple[int, ...], ...] = ()
     gradients_log10: tuple[float, ...] = ()
     weight_norms: tuple[float, ...] = ()
+    deliberate: bool = False
     graph_summary: GraphSummary | None = None
     problems: tuple[GraphProblem, ...] = ()
 
@@ -120,6 +123,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
         parameters = dict(step.module.named_parameters())
         graph, others = read_graph(loss, parameters)
         shown = find_problems_of_values(loss)
+        deliberate = observer.is_label_loss and not find_large_start(loss)
         loose, holder = find_loose(step.module, others)
         if loss.grad_fn is not None:
             (loss * scale).backward()  # type: ignore[no-untyped-call]
@@ -132,6 +136,7 @@ def measure_first_pass(step: SandboxedStep, scale: float = 1.0, steps: int = 0) 
             loss=float(loss.detach()),
             chance=observer.chance,
             guessed=observer.guessed,
+            deliberate=deliberate,
             input_rms=math.nan if observer.given is None else _rms(observer.given),
             target_rms=observer.target_rms,
             normalised=observer.first in NORMALISATIONS,
@@ -173,7 +178,8 @@ def _find_idle(step: SandboxedStep, names: Sequence[str]) -> frozenset[str]:
     """Return the parameters whose result the loss does not use, from another forward pass."""
     with step.sandbox() as copy:
         parameters = dict(step.module.named_parameters())
-        usage = ResultUsage({name: parameters[name] for name in names})
+        trained = [p for name, p in parameters.items() if name not in names]
+        usage = ResultUsage({name: parameters[name] for name in names}, trained)
         try:
             usage.begin()
             usage.end(step.loss_of(copy(step.batch)))
@@ -246,6 +252,7 @@ class _PassObserver(TorchFunctionMode):
         first: Name of the first function that used a parameter.
         given: Floating-point tensor that this function was given.
         chance, guessed, target_rms: See `FirstPass`.
+        is_label_loss: True if a cross-entropy was called.
         problems: Mistakes that the arguments of a loss function show.
     """
 
@@ -257,6 +264,7 @@ class _PassObserver(TorchFunctionMode):
         self.given: Tensor | None = None
         self.chance = self.guessed = self.target_rms = math.nan
         self.problems: list[GraphProblem] = []
+        self.is_label_loss = False
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._made: dict[int, weakref.ref[Tensor]] = {}  # what was computed with parameters
 
@@ -292,6 +300,7 @@ class _PassObserver(TorchFunctionMode):
             elif name in _LOSSES and len(args) + len(kwargs) >= 2 and torch.is_grad_enabled():
                 given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
                 self.problems += _LOSSES[name](given) if {"input", "target"} <= given.keys() else ()
+            self.is_label_loss |= name == "cross_entropy"
             if name == "cross_entropy":
                 classes = args[0].shape[1 if args[0].ndim > 1 else 0]
                 self._compare(result, math.log(max(classes, 2)), kwargs)

@@ -32,7 +32,10 @@ def to_text(diagnosis: Diagnosis) -> str:
     Args:
         diagnosis: The diagnosis to render.
     """
-    head = [*_wrapped(f"{headline(diagnosis.fault)}, {_since(diagnosis)}."), *_wrapped(_summary(diagnosis))]
+    head = [
+        *_wrapped(f"{headline(diagnosis.fault, diagnosis.measure)}, {_since(diagnosis)}."),
+        *_wrapped(_summary(diagnosis)),
+    ]
     symptoms, causes, fixes = [_SYMPTOMS], [_CAUSES], [_FIXES]
     for symptom in _symptoms(diagnosis):
         symptoms += _wrapped(symptom, "  - ", "    ")
@@ -57,7 +60,12 @@ def to_markdown(diagnosis: Diagnosis) -> str:
         diagnosis: The diagnosis to render.
     """
     md = _markdown
-    lines = [f"### {md(headline(diagnosis.fault))}", "", f"**{md(_capital(_since(diagnosis)))}.**", ""]
+    lines = [
+        f"### {md(headline(diagnosis.fault, diagnosis.measure))}",
+        "",
+        f"**{md(_capital(_since(diagnosis)))}.**",
+        "",
+    ]
     lines += [md(_summary(diagnosis)), ""]
     lines += [f"#### {_SYMPTOMS}", "", *(f"- {md(symptom)}" for symptom in _symptoms(diagnosis)), ""]
     lines += [f"#### {_CAUSES}", ""]
@@ -102,7 +110,7 @@ def to_html(diagnosis: Diagnosis) -> str:
     pages.filters["decade"] = lambda exponent: f"{float(exponent):g}".replace("-", "−")
     return pages.get_template("diagnosis.html").render(
         diagnosis=diagnosis,
-        headline=headline(diagnosis.fault),
+        headline=headline(diagnosis.fault, diagnosis.measure),
         since=_capital(_since(diagnosis)),
         summary=_summary(diagnosis),
         headings={"symptoms": _SYMPTOMS, "causes": _CAUSES, "fixes": _FIXES},

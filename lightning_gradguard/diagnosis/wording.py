@@ -24,15 +24,25 @@ _HEADLINES = {
 }
 
 
-def headline(fault: Fault | str) -> str:
+#: Headlines of measures for which that of their fault is too narrow.
+_BY_MEASURE = {
+    "size (RMS) of the outputs over that of the targets": "The outputs are nothing beside their targets",
+    "steps in which every gradient is exactly zero": "In many steps no weight gets a gradient at all",
+}
+
+
+def headline(fault: Fault | str, measure: str = "") -> str:
     """Return a fault as a sentence without period.
 
     Args:
         fault: Any fault or its value; one that is not built in counts as custom.
+        measure: What was measured, if it is known.
 
     >>> headline(Fault.EXPLODING), headline("mixed_up")
     ('Gradients explode', 'Custom fault: mixed up')
     """
+    if measure in _BY_MEASURE:
+        return _BY_MEASURE[measure]
     return _HEADLINES.get(str(fault), f"Custom fault: {str(fault).replace('_', ' ')}")
 
 

@@ -57,6 +57,7 @@ class GraphObserver:
         embeddings: Names of look-up tables.
         columns: Paths of layers from an input to the loss, as indices of tensors; see `Layout`.
         probed: Names of the recurrent tensors that are probed in the next pass.
+        masked: True if a loss that looks like that of a policy gradient multiplies with a mask.
         marks: Paths of the tensors since the newest `reset`.
         reached: Names of the tensors that have had a gradient since then.
     """
@@ -67,8 +68,9 @@ class GraphObserver:
         self.columns: tuple[tuple[int, ...], ...] = ()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
+        self.masked = False
         self._named = named
-        self._compiled = is_compiled(named) or (usage is not None and usage.idle)
+        self._compiled = is_compiled(named) or (usage is not None and not usage.observes)
         self._usage = ForwardUsage(idle=self._compiled) if usage is None else usage
         self._used: frozenset[int] | None = None
         self._unsharded_probe: UnshardedParameterProbe | None = None
@@ -157,11 +159,16 @@ class GraphObserver:
             by_hand = any(
                 has and name not in reached for name, has in zip(layout.names, pattern, strict=True)
             )
-            cut = [n for n, p in parameters.items() if n in summary.missing and id(p) in self._used]
-            self._unowned = None if by_hand else UnownedWeights.of(problems, others, cut)
+            cut = {n: p for n, p in parameters.items() if n in summary.missing and id(p) in self._used}
+            try:
+                self._unowned = None if by_hand else UnownedWeights.of(problems, others, cut)
+            except Exception:  # the objects of other programs are looked through, which may do anything
+                self._unowned = None
             if self._unowned is not None:  # the next step tells which mistake it is
                 problems = tuple(p for p in problems if p is not self._unowned.problem or not p.certain)
             summary = replace(summary, problems=(*summary.problems, *problems))
+        if self.masked:
+            summary = replace(summary, surrogate=False)
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
@@ -254,7 +261,8 @@ class GraphObserver:
         doubtful = {n: p for n, p, took_part in rows if took_part and n in missing and p.requires_grad}
         if doubtful and self._result_usage is None:
             self._followed |= doubtful.keys()
-            self._result_usage, self._result_wait = ResultUsage(doubtful), 0
+            trained = [p for n, p, _ in rows if n not in missing]
+            self._result_usage, self._result_wait = ResultUsage(doubtful, trained), 0
 
     def _take_result_usage(self, layout: Layout) -> None:
         """Mark tensors whose result was not used, once a pass has shown it."""

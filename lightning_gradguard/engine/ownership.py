@@ -61,7 +61,7 @@ def name_idle(report: Report, summary: GraphSummary | None, reached: frozenset[s
         return report
     kinds = (
         (summary.unused, "trainable tensors that are not used"),
-        (summary.idle, "tensors whose result the loss does not use"),
+        (summary.idle, "tensors whose result the loss does not use, or takes as a target"),
         (summary.constant, "tensors behind a softmax over one element, which is constant"),
     )
     others = tuple(

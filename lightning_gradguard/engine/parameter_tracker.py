@@ -159,6 +159,15 @@ class ParameterTracker:
         self._start(select(self._named, self.optimizer))
 
     @property
+    def masked(self) -> bool:
+        """True if a loss that looks like that of a policy gradient multiplies with a mask."""
+        return self._observer.masked
+
+    @masked.setter
+    def masked(self, value: bool) -> None:
+        self._observer.masked = value
+
+    @property
     def compares_loss(self) -> bool:
         """True if the coming step is one that a comparison of the loss is for."""
         return self.schedule.sampled_last
@@ -219,8 +228,7 @@ class ParameterTracker:
             loss_scale: Its scale, or None.
             comparison: Comparison of the loss with a constant guess, if it is known at this step.
         """
-        if comparison is not None and self.layout.shards is None:  # ranks would see different ones
-            self._excess, self._reach = (value.to(self.weights) for value in comparison)
+        guess_due = loss is not None and self.schedule.sampled_last
         carried = self._carried.take()
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
@@ -231,8 +239,18 @@ class ParameterTracker:
         due = self.schedule.due(loss is not None)
         sampled = due.fresh or due.updated
         found = collect(
-            self.layout, gradients, loss, tilt, tilt_due=probed, refresh_due=due.fresh, sample_due=sampled
+            self.layout,
+            gradients,
+            loss,
+            tilt,
+            comparison,
+            tilt_due=probed,
+            refresh_due=due.fresh,
+            sample_due=sampled,
+            guess_due=guess_due,
         )
+        if found.guess is not None:
+            self._excess, self._reach = (value.to(self.weights) for value in found.guess)
         if due.updated:
             ratios = update_ratios(self._before, _taken(found.sample))
             # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class StepContext:
     """Facts for messages and diagnosis.
 
-    None of them but ``comparison`` changes a verdict.
+    None of them but ``comparison`` changes a verdict; that is averaged over the ranks before.
 
     Attributes:
         batch: Input of the loss, or None. Searched for values that are not finite, and measured.
@@ -25,8 +25,8 @@ class StepContext:
         run_trials: Try fixes on the live model when something critical is found.
         notes: Sentences to add to the symptoms, such as the course of a metric.
         without_loss: Warning, once, if no loss is given; empty for none, None for the one of `Guard.step`.
-        problems: Mistakes that were warned of at other optimizers of the same training. They are not said again, and
-            explain what is found at this one.
+        problems: Mistakes that were warned of elsewhere in the same training. They are not said again, and may explain
+            what is found at this optimizer.
         comparison: Comparison of this step's loss with a constant guess, from before its backward pass.
     """
 

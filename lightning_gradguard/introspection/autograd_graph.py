@@ -311,7 +311,7 @@ class Graph:
         if not others:
             return []
         users = {node for leaf in own for node in self.uses(leaf)}
-        order = self._topological()
+        order = self.topological
         feeds, is_fed = [False] * len(self.ops), [False] * len(self.ops)
         for index in order:  # from the loss
             for child, _ in self.edges[index]:
@@ -343,16 +343,6 @@ class Graph:
         while node >= 0 and self.ops[node] in VIEWS and self.edges[node]:
             node = self.edges[node][0][0]
         return node == leaf
-
-    def _topological(self) -> list[int]:
-        """Return all nodes, each after all its parents."""
-        waiting, order = [len(parents) for parents in self.parents], [0]
-        for index in order:  # grows during the loop
-            for child, _ in self.edges[index]:
-                waiting[child] -= 1
-                if not waiting[child]:
-                    order.append(child)
-        return order
 
     def is_normalised(self, nodes: list[int], reach: int = 64) -> bool:
         """Return True if every path from these nodes meets a normalization.
@@ -444,8 +434,7 @@ class Graph:
             if isinstance(node, BackwardCFunction) or op.startswith("DifferentiableGraph"):
                 self.hidden.add(op)
             if op == "ToCopy":
-                made = getattr(node, "_input_metadata", ())
-                self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in made)
+                self.dtypes.update(str(one.dtype).removeprefix("torch.") for one in _metadata(node))
             if op in _SOFTMAXES and _is_over_one_element(op, node):
                 self.constants.add(index)
             self.ops.append(op)
@@ -524,9 +513,8 @@ def _signed(dim: int) -> int:
 
 
 def _shape(node: Any) -> tuple[int, ...]:
-    made: Any = getattr(node, "_input_metadata", ())
     try:
-        return tuple(made[0].shape)
+        return tuple(_metadata(node)[0].shape)
     except (
         IndexError,
         RuntimeError,

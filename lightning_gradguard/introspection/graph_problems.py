@@ -125,10 +125,45 @@ def find_problems(loss: LossGraph, shared: bool = False) -> tuple[GraphProblem, 
 def find_problems_of_signs(loss: Tensor) -> tuple[GraphProblem, ...]:
     """Find mistakes that only the signs of constant factors show, which are known before the backward pass.
 
+    Reads from the device, where log-probabilities are multiplied with numbers.
+
     Args:
         loss: The loss, before the backward pass.
     """
-    return () if loss.grad_fn is None else tuple(_entropy_sign(LossGraph(loss.grad_fn)))
+    if loss.grad_fn is None or is_masked(loss):
+        return ()
+    return tuple(_entropy_sign(LossGraph(loss.grad_fn)))
+
+
+def is_masked(loss: Tensor) -> bool:
+    """Return True if log-probabilities are multiplied with a mask or with weights, and not with rewards.
+
+    Reads from the device.
+
+    Args:
+        loss: The loss, before the backward pass.
+    """
+    graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
+    products = [] if graph is None else [i for i in graph.where({"Mul"}) if _is_policy_gradient(graph, i)]
+    factors = [f for i in products if graph is not None and (f := graph.saved(i, "other")) is not None]
+    factors += [f for i in products if graph is not None and (f := graph.saved(i, "self")) is not None]
+    held = [f.detach() for f in factors if isinstance(f, Tensor)]
+    return bool(held) and all(bool(((f == 0) | (f == f.max())).all() & (f >= 0).all()) for f in held)
+
+
+def leaves_of(loss: Tensor) -> frozenset[int]:
+    """Return the ids of the leaf tensors that a loss depends on."""
+    pending, seen, found = [loss.grad_fn], {loss.grad_fn}, set()
+    while pending:
+        node = pending.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        fresh = {child for child, _ in node.next_functions} - seen
+        seen |= fresh
+        pending += fresh
+    return frozenset(found)
 
 
 def summed_rows(loss: LossGraph) -> int:
@@ -271,7 +306,9 @@ def _softmax_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             inner = loss.skip(child, scalings=True)
             if loss.ops[inner] not in _SOFTMAX or loss.size(inner) != loss.size(index):
                 continue
-            classes = loss.shape(index)[loss.dimension(index)] if loss.shape(index) else 0
+            # A factor in between may be large enough to make up for it.
+            is_plain = loss.skip(child) == inner
+            classes = loss.shape(index)[loss.dimension(index)] if is_plain and loss.shape(index) else 0
             text = "The loss applies softmax twice: the cross-entropy's own follows one that the model has applied"
             if classes > 1:
                 lowest, guess = math.log(1 + (classes - 1) / math.e), math.log(classes)
@@ -280,7 +317,7 @@ def _softmax_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
                     "cannot fall below "
                     f"{lowest:.2f}, where a guess gives {guess:.2f}, and its slope is small"
                 )
-            yield GraphProblem(Problem.SOFTMAX_TWICE, f"{text}.")
+            yield GraphProblem(Problem.SOFTMAX_TWICE, f"{text}.", certain=is_plain)
 
 
 def _sigmoid_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
@@ -289,13 +326,17 @@ def _sigmoid_twice(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
         inner = loss.skip(loss.inputs(index)[0], scalings=True) if loss.edges[index][0] is not None else index
         if loss.ops[inner] == "Sigmoid" or loss.ops[inner] in _SOFTMAX:
             first = loss.ops[inner].lower().replace("safe", "")
+            is_plain = loss.skip(loss.inputs(index)[0]) == inner
             text = (
-                f"The loss applies a sigmoid to the output of a {first}: "
-                "binary_cross_entropy_with_logits expects logits, "
-                "and has a sigmoid of its own. With values between 0 and 1 in place of logits, the loss of a negative "
-                "target cannot fall below 0.69, that of a guess."
+                f"The loss applies a sigmoid to the output of a {first}: binary_cross_entropy_with_logits expects "
+                "logits, and has a sigmoid of its own."
             )
-            yield GraphProblem(Problem.SIGMOID_TWICE, text)
+            if is_plain:
+                text += (
+                    " With values between 0 and 1 in place of logits, the loss of a negative target cannot fall below "
+                    "0.69, that of a guess."
+                )
+            yield GraphProblem(Problem.SIGMOID_TWICE, text, certain=is_plain)
     for index in loss.where({"BinaryCrossEntropy"}):
         outer = loss.skip(loss.inputs(index)[0]) if loss.edges[index][0] is not None else index
         inputs = loss.inputs(outer)
@@ -569,6 +610,14 @@ def _broadcast(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             continue
         if _is_meant(loss, inputs[0], whole[0]) or not _is_averaged(loss, index):
             continue
+        # Ranks and likelihoods compare pairs on purpose; an error is squared, or its absolute value taken.
+        source = loss.ops[loss.skip(inputs[0])]
+        chosen = source in (
+            "Gather",
+            "Index",
+        )  # the log-probabilities of actions, which meet old ones or advantages
+        if source == "AccumulateGrad" or not (chosen or op in ("Mul", "Div") or _is_error(loss, index)):
+            continue
         other = [whole[0], 1, *part[1:]] if len(part) < len(whole) else [whole[0], *part[2:]]
         text = (
             f"An output of shape {list(part)} meets a target of another shape, such as {other}, and both are "
@@ -657,6 +706,26 @@ def _is_meant(loss: LossGraph, index: int, batch: int) -> bool:
         if math.prod(shape) != math.prod(below) and loss.ops[index] in VIEWS:
             return False
         index = inputs[0]
+    return False
+
+
+def _is_error(loss: LossGraph, index: int) -> bool:
+    """Return True if a difference, or what was expanded for one, is measured as an error."""
+    for _ in range(_BUDGET):
+        parents = set(loss.parents[index])
+        if len(parents) != 1:
+            return False
+        parent = parents.pop()
+        op = loss.ops[parent]
+        if (
+            op in _DIFFERENCES
+            or op in ("Pow", "Abs")
+            or (op == "Mul" and loss.edges[parent] == [index, index])
+        ):
+            return True
+        if op not in VIEWS and op not in _SCALINGS and op != "Rsub":
+            return False
+        index = parent
     return False
 
 

@@ -51,10 +51,12 @@ def compare_with_guess(loss: Tensor) -> LossComparison | None:
         found = _loss_node(loss.grad_fn)
         if found is None:
             return None
-        node, op = found
+        node, op, masked = found
         weight = getattr(node, "_saved_weight", None)
         if weight is not None or getattr(node, "_saved_pos_weight", None) is not None:
             return None
+        if masked and getattr(node, "_saved_reduction", 1) == 0:
+            return None  # some of what is compared may be left out, such as what is missing
         output, target = _saved(node, "self").float(), _saved(node, "target")
         if op in ("NllLoss", "NllLoss2D"):
             return _of_labels(output, target, getattr(node, "_saved_ignore_index", -100))
@@ -72,13 +74,14 @@ def _saved(node: Any, name: str) -> Tensor:
     return tensor.detach()
 
 
-def _loss_node(root: Any) -> tuple[Any, str] | None:
-    """Return the first node of a known loss function."""
-    nodes, seen = [root], {root}
+def _loss_node(root: Any) -> tuple[Any, str, bool] | None:
+    """Return the first node of a known loss function, and True if something may be left out of its result."""
+    nodes, seen, masked = [root], {root}, False
     for node in nodes:  # grows during the loop
         op = operation_of(node.name())
         if op in _FUNCTIONS:
-            return node, op
+            return node, op, masked
+        masked |= op in _SELECTIONS
         if kind_of(op) in ("product", "recurrent"):
             continue
         fresh = [child for child, _ in node.next_functions if child is not None and child not in seen]
@@ -89,6 +92,10 @@ def _loss_node(root: Any) -> tuple[Any, str] | None:
     return None
 
 
+#: Operations by which a loss leaves out elements, or weighs them.
+_SELECTIONS = frozenset(
+    {"Mul", "Where", "Index", "IndexSelect", "MaskedFill", "MaskedSelect", "MaskedScatter"}
+)
 _FUNCTIONS = frozenset({
     *("NllLoss", "NllLoss2D", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"),
     *("MseLoss", "SmoothL1Loss", "HuberLoss"),

@@ -44,6 +44,9 @@ def find_ownership_problems(
     """
     tensors = [leaf.tensor for leaf in leaves if leaf.is_weight and leaf.tensor.grad is not None]
     program = _Program.of() if tensors else _Program()
+    # What multiplies nothing and is in no module may be an input that is optimized by hand.
+    weights = {id(leaf.tensor) for leaf in leaves if leaf.multiplies}
+    tensors = [t for t in tensors if id(t) in weights or id(t) in program.owners]
     tensors = [tensor for tensor in tensors if id(tensor) not in program.stepped]
     if not tensors:
         return ()
@@ -95,22 +98,28 @@ class UnownedWeights(NamedTuple):
 
     @classmethod
     def of(
-        cls, problems: Sequence[GraphProblem], leaves: Sequence[Leaf], cut: Sequence[str] = ()
+        cls, problems: Sequence[GraphProblem], leaves: Sequence[Leaf], cut: Mapping[str, Tensor]
     ) -> UnownedWeights | None:
         """Watch the weights of a mistake that may be another one; None without one.
 
         Args:
             problems: Mistakes in what the optimizer steps.
             leaves: Leaves of the graph that are not in the optimizer.
-            cut: As for the attribute.
+            cut: Weights by name that were used before, and that the loss does not reach. Those that no module has any
+                more were replaced.
         """
-        stale = (p for p in problems if p.kind == Problem.STALE_OPTIMIZER)
-        doubtful = next((p for p in stale if cut or not p.certain), None)
-        weights = [leaf.tensor for leaf in leaves if isinstance(leaf.tensor, nn.Parameter)]
-        weights = [weight for weight in weights if weight.grad is not None]
-        if doubtful is None or not weights:
+        stale = [p for p in problems if p.kind == Problem.STALE_OPTIMIZER]
+        owners = _Program.of().owners if stale and cut else {}
+        names = tuple(name for name, p in cut.items() if id(p) in owners)
+        doubtful = next((p for p in stale if names or not p.certain), None)
+        own = [
+            leaf for leaf in leaves if isinstance(leaf.tensor, nn.Parameter) and leaf.tensor.grad is not None
+        ]
+        # What multiplies nothing may be an input that is optimized by hand.
+        if doubtful is None or not any(leaf.multiplies for leaf in own):
             return None
-        return cls(tuple(map(weakref.ref, weights)), doubtful.names, doubtful, tuple(cut))
+        weights = [leaf.tensor for leaf in own]
+        return cls(tuple(map(weakref.ref, weights)), doubtful.names, doubtful, names)
 
     def as_remade(self) -> GraphProblem | None:
         """Return the mistake of making layers in the forward pass, if no module has any of the weights any more."""

@@ -32,14 +32,14 @@ class ForwardUsage:
     def __init__(self, *, idle: bool = False) -> None:
         ids: set[int] = set()
         inputs: list[tuple[Tensor | None, list[int]]] = []
-        self.ids, self.idle, self._inputs = ids, idle, inputs
+        self.ids, self.observes, self._inputs = ids, not idle, inputs
 
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
             if torch.compiler.is_compiling():
                 return
             own = [id(p) for p in module._parameters.values() if p is not None]
             if own and not inputs and torch.is_grad_enabled():
-                inputs.append((_size_of(args), own))
+                inputs.append((_size_of(module, args), own))
             ids.update(own)
 
         # The hook holds the set and not the probe, so that the probe can be garbage-collected.
@@ -49,7 +49,7 @@ class ForwardUsage:
 
     @property
     def first_input(self) -> tuple[Tensor | None, frozenset[int]]:
-        """Root mean square of what the first layer was given, float32 [] or None, and ids of its parameters."""
+        """Norm of a row of what the first layer was given, float32 [] or None, and ids of its parameters."""
         size, own = self._inputs[0] if self._inputs else (None, [])
         return size, frozenset(own)
 
@@ -60,17 +60,28 @@ class ForwardUsage:
 
 
 @torch.no_grad()
-def _size_of(args: tuple[Any, ...]) -> Tensor | None:
-    """Return the root mean square of the first tensor; None if that is of whole numbers, or of an unusual kind."""
+def _size_of(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
+    """Return the usual norm of as many inputs as a layer weighs together, beside which its biases are seen.
+
+    None for a layer without weight or bias, for whole numbers, and where the input is of an unusual kind.
+    """
+    own = [p for p in module._parameters.values() if p is not None]
+    weight = next((p for p in own if p.ndim > 1), None)
     first = next((a for a in args if isinstance(a, Tensor)), None)
-    if (
-        first is None
-        or type(first) is not Tensor
-        or not first.is_floating_point()
-        or first.layout != torch.strided
-    ):
+    if weight is None or first is None or not any(p.ndim == 1 for p in own):
         return None
-    return first.detach().float().square().mean().sqrt() if first.numel() else None
+    if not first.is_floating_point() or not first.numel() or not is_plain(first):
+        return None
+    return first.detach().float().square().mean().mul(weight.numel() / weight.shape[0]).sqrt()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return True for a dense tensor of torch itself, outside of the transforms of `torch.func`.
+
+    Inside of them a tensor has no numbers of its own, and none that outlive the transform.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not wrapped
 
 
 class UnshardedParameterProbe:
@@ -148,6 +159,11 @@ class InputProbe:
             inputs = [x for x in args if isinstance(x, Tensor) and x.numel()] if own else []
             for name in own:
                 for x in inputs:
+                    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                        fed[name] = torch.ones(
+                            (), dtype=torch.bool, device=device
+                        )  # not known: it counts as fed
+                        continue
                     held = x.to_local() if hasattr(x, "to_local") else x
                     live = (held.detach() != 0).any().to(device)
                     fed[name] = fed[name] | live if name in fed else live

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,13 @@ class ResultUsage:
 
     Args:
         parameters: The parameters.
+        trained: Parameters of the layers that are trained.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], trained: Iterable[Tensor] = ()) -> None:
         self._names = tuple(parameters)
-        self._mode = _Follower({id(p): 1 << k for k, p in enumerate(parameters.values())})
+        sources = {id(p): 1 << k for k, p in enumerate(parameters.values())}
+        self._mode = _Follower(sources, frozenset(map(id, trained)) - sources.keys())
         self._calls = 0
         self._entered = self._followed_to_loss = False
         self._returned = 0
@@ -71,16 +73,21 @@ class ResultUsage:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._entered = False
         self._mode.active = False
+        if self._followed_to_loss:  # nothing more is computed from what this pass made
+            self._mode.clear()
 
     def close(self) -> frozenset[str]:
         """Remove all hooks.
 
         Returns:
-            The parameters whose result was not used.
+            The parameters whose result was not used, or only as a target: it was computed without gradients alone, and
+            no layer that is trained was given it.
         """
         self.leave()
         self._remove()
         used = self._mode.used if self._followed_to_loss else self._mode.used | self._returned
+        if self._followed_to_loss:
+            used &= self._mode.graded | self._mode.fed
         self._mode.clear()
         return frozenset(name for k, name in enumerate(self._names) if not used >> k & 1)
 
@@ -113,11 +120,11 @@ class ResultUsage:
 class _Follower(TorchFunctionMode):
     """Mode that marks what is computed with a parameter."""
 
-    def __init__(self, sources: Mapping[int, int]) -> None:
+    def __init__(self, sources: Mapping[int, int], trained: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.active = False
-        self.used = self.calls = 0
-        self._sources = sources
+        self.used = self.calls = self.graded = self.fed = 0
+        self._sources, self._trained = sources, trained
         self._marks: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._storages: dict[
             int, tuple[Any, int]
@@ -131,8 +138,12 @@ class _Follower(TorchFunctionMode):
         if self.active and not torch.compiler.is_compiling():
             try:
                 self._follow(getattr(func, "__name__", ""), args, kwargs, result)
-            except Exception:  # a tensor of a kind that has no address or mark: a probe never ends a training
-                self.active, self.used = False, -1  # every result counts as used, so that nothing is accused
+            except Exception:  # a tensor of a kind that has no address or mark
+                self.active, self.used, self.graded = (
+                    False,
+                    -1,
+                    -1,
+                )  # every result counts as used, so that nothing is accused
         return result
 
     def mask_of(self, tensor: Tensor) -> int:
@@ -157,13 +168,18 @@ class _Follower(TorchFunctionMode):
         self._storages.clear()
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        mask, is_hidden = 0, False
+        mask, made_of, weights, is_hidden, feeds = 0, 0, 0, False, False
         for tensor in _tensors((args, kwargs)):
             own = self.mask_of(tensor)
             mask |= own
+            made_of |= 0 if id(tensor) in self._sources else own
+            weights |= self._sources.get(id(tensor), 0)
+            feeds |= id(tensor) in self._trained
             is_hidden |= bool(own) and _address(tensor) is None
         if not mask or name in _VALIDITY:
             return
+        # Not a weight itself, which an average of weights takes together with those that are trained.
+        self.fed |= made_of if feeds else 0
         if (name in _READS and not (name == "__bool__" and _is_check())) or is_hidden:
             self.used |= mask
         made = list(_tensors(result))
@@ -174,6 +190,7 @@ class _Follower(TorchFunctionMode):
         for tensor in made:
             if id(tensor) not in self._sources:
                 self._mark(tensor, mask)
+                self.graded |= weights if tensor.requires_grad else 0
 
     def _mark(self, tensor: Tensor, mask: int) -> None:
         mask |= self.mask_of(tensor)

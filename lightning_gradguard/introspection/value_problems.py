@@ -9,7 +9,7 @@ To add a mistake: see `lightning_gradguard.introspection.graph_problems`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from lightning_gradguard.introspection.graph_problems import (
     LossGraph,
     Problem,
     find_problems_of_signs,
+    is_masked,
 )
-from lightning_gradguard.introspection.operations import VIEWS
+from lightning_gradguard.introspection.operations import VIEWS, kind_of
 
 #: Range of the outputs of activations that bound them.
 _RANGES = {
@@ -34,18 +35,20 @@ _RANGES = {
 #: Part of the spread of the targets that outputs of a bounded range leave, from which the range is a mistake: a tanh
 #: and standard normal targets leave 0.15, a ReLU 0.5, a sigmoid 0.57.
 _OUT_OF_REACH = 0.25
+#: Nodes between a comparison and its mean.
+_STEPS = 8
 #: Operations with constants, which move a range and stretch it.
-_SCALINGS = frozenset({"Mul", "Div", "Add", "Sub", "Rsub", "Neg"})
+_AFFINE = frozenset({"Mul", "Div", "Add", "Sub", "Rsub", "Neg"})
 #: Largest error of what is called a scaled copy, and the least spread from which the scale is taken.
 _SAME, _LEAST_SPREAD = 1e-3, 1e-3
 #: Losses that keep output and target, and operations of a loss that is written out and keep their difference.
 _FUNCTIONS, _WRITTEN_OUT = frozenset({"MseLoss", "SmoothL1Loss", "HuberLoss"}), frozenset({"Pow", "Abs"})
-_NLL, _BCE = frozenset({"NllLoss", "NllLoss2D"}), frozenset({"BinaryCrossEntropyWithLogits"})
+_LABELS, _BINARY = frozenset({"NllLoss", "NllLoss2D"}), frozenset({"BinaryCrossEntropyWithLogits"})
 #: How far targets may lie outside of 0 to 1, such as those of an image that was resized.
 _BEYOND = 0.05
-#: RMS of the first layer's input from which it hardly tells one sample from another, and from which no training
-#: changes that soon; healthy at least 0.16. Numbers up to 1 that were divided by 255 once too often have 0.003 at most.
-_TINY, _VANISHING = 0.02, 0.005
+#: Norm of a row of the first layer's input from which it hardly tells one row from another, and from which no training
+#: changes that soon; healthy at least 0.31.
+_TINY, _VANISHING = 0.06, 0.02
 #: Loss of the first batch over that of equal odds, from which the outputs are too large; healthy at most 3.9.
 TIMES_CHANCE = 10.0
 
@@ -75,13 +78,8 @@ def find_problems_of_values(loss: Tensor) -> tuple[GraphProblem, ...]:
     Args:
         loss: The loss, before its backward pass.
     """
-    try:
-        graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
-        if graph is None:
-            return ()
-        return (*find_problems_of_signs(loss), *_unreachable_targets(graph), *_targets_out_of_domain(graph))
-    except Exception:  # freed, changed in place, or of another form
-        return ()
+    finders = (lambda graph: find_problems_of_signs(loss), _unreachable_targets, _targets_out_of_domain)
+    return tuple(problem for finder in finders for problem in _found(loss, finder))
 
 
 @torch.no_grad()
@@ -93,27 +91,45 @@ def find_large_start(loss: Tensor) -> tuple[GraphProblem, ...]:
     Args:
         loss: Loss of the first batch, before its backward pass.
     """
-    try:
-        graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
-        return () if graph is None else tuple(_large_start(graph))[:1]
-    except Exception:  # freed, changed in place, or of another form
-        return ()
+    return _found(loss, _large_start)[:1]
 
 
-def find_tiny_input(rms: Tensor | None) -> GraphProblem | None:
-    """Find inputs that the first layer's biases dwarf.
+def is_loss_masked(loss: Tensor) -> bool:
+    """Return True if log-probabilities are multiplied with a mask; False if that cannot be read.
 
     Reads from the device.
 
     Args:
-        rms: float32 [], root mean square of what the first layer was given; None if it is not known.
+        loss: The loss, before its backward pass.
     """
-    size = math.nan if rms is None else float(rms)
+    try:
+        return is_masked(loss)
+    except Exception:  # freed, changed in place, or of another form
+        return False
+
+
+def _found(loss: Tensor, finder: Callable[[LossGraph], Iterable[GraphProblem]]) -> tuple[GraphProblem, ...]:
+    try:
+        return () if loss.grad_fn is None else tuple(finder(LossGraph(loss.grad_fn)))
+    except Exception:  # freed, changed in place, or of another form
+        return ()
+
+
+def find_tiny_input(norm: Tensor | None) -> GraphProblem | None:
+    """Find inputs that the first layer's biases dwarf.
+
+    A layer of n inputs begins with weights and biases of about n**-0.5, so that the norm of its n inputs counts.
+    Reads from the device.
+
+    Args:
+        norm: float32 [], norm of a row of what the first layer was given; None if it is not known.
+    """
+    size = math.nan if norm is None else float(norm)
     if not 0 < size < _TINY:
         return None
     text = (
-        f"The first layer is given inputs with an RMS of {size:.2g}, where about 1 is typical: beside its biases, they "
-        "hardly differ from sample to sample."
+        f"A row of what the first layer is given has a norm of {size:.2g}, where 1 or more is typical: beside the "
+        "layer's biases, all rows look the same."
     )
     return GraphProblem(Problem.TINY_INPUT, text, certain=size < _VANISHING)
 
@@ -121,7 +137,7 @@ def find_tiny_input(rms: Tensor | None) -> GraphProblem | None:
 def _unreachable_targets(loss: LossGraph) -> Iterator[GraphProblem]:
     """Find targets that an activation at the output cannot reach."""
     for index in loss.where(_FUNCTIONS | _WRITTEN_OUT):
-        compared = _compared(loss, index)
+        compared = _compared(loss, index) if _is_reduced(loss, index) else None
         found = None if compared is None else _range_of(loss, compared.child, compared.output)
         if compared is None or found is None:
             continue
@@ -147,9 +163,11 @@ def _unreachable_targets(loss: LossGraph) -> Iterator[GraphProblem]:
 
 def _targets_out_of_domain(loss: LossGraph) -> Iterator[GraphProblem]:
     """Find targets of a binary cross-entropy that are no probabilities, so that it has no lower bound."""
-    for index in loss.where(_BCE):  # binary_cross_entropy refuses them itself
+    for index in loss.where(_BINARY):  # binary_cross_entropy refuses them itself
         target = loss.saved(index, "target")
-        if target is None or not target.numel():
+        # Without a reduction of its own, what is marked by other numbers may be left out later.
+        weighted = loss.saved(index, "weight") is not None or loss.saved(index, "reduction") == 0
+        if target is None or not target.numel() or weighted:
             continue
         low, high = (float(end) for end in target.detach().float().aminmax())
         if low < -_BEYOND or high > 1 + _BEYOND:
@@ -159,6 +177,22 @@ def _targets_out_of_domain(loss: LossGraph) -> Iterator[GraphProblem]:
             )
             yield GraphProblem(Problem.TARGETS_OUT_OF_DOMAIN, text)
             return
+
+
+def _is_reduced(loss: LossGraph, index: int) -> bool:
+    """Return True if nothing is left out of what a node compares, before its mean or sum is taken."""
+    if loss.saved(index, "reduction") in (1, 2):
+        return True
+    for _ in range(_STEPS):
+        parents = set(loss.parents[index])
+        if len(parents) != 1:
+            return False
+        index = parents.pop()
+        if loss.ops[index] in ("Mean", "Sum"):
+            return True
+        if loss.ops[index] not in VIEWS and loss.ops[index] not in ("Sqrt", "Pow"):
+            return False
+    return False
 
 
 def _compared(loss: LossGraph, index: int) -> Compared | None:
@@ -188,7 +222,7 @@ def _range_of(
 ) -> tuple[tuple[float, float], str, Tensor | None] | None:
     """Return the range of an output, the activation that bounds it, and its result if that is the output itself."""
     plain = True
-    while loss.ops[index] in VIEWS or loss.ops[index] in _SCALINGS:
+    while loss.ops[index] in VIEWS or loss.ops[index] in _AFFINE:
         inputs = loss.inputs(index)
         if len(inputs) != 1 or loss.size(inputs[0]) != loss.size(index):
             return None
@@ -218,7 +252,7 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """
     low, high, middle = (float(v) for v in (x.min(), x.max(), x.mean()))
     y_low, y_high, y_middle = (float(v) for v in (y.min(), y.max(), y.mean()))
-    if not (high - low > _LEAST_SPREAD and math.isfinite(y_low) and math.isfinite(y_high)):
+    if not (high - low > _LEAST_SPREAD and y_high > y_low and math.isfinite(y_low) and math.isfinite(y_high)):
         return None
     scale = (y_high - y_low) / (high - low)
     for a, b in ((scale, y_low - scale * low), (-scale, y_high + scale * low)):
@@ -227,21 +261,30 @@ def _line(x: Tensor, y: Tensor) -> tuple[float, float] | None:
     return None
 
 
+def _is_unscaled(loss: LossGraph, index: int) -> bool:
+    """Return True if logits are those of a layer, and were not scaled up on purpose, such as cosines are."""
+    inputs = loss.inputs(index)
+    source = loss.skip(inputs[0]) if inputs else index
+    return kind_of(loss.ops[source]) == "product" or loss.ops[source] in ("Add", "AccumulateGrad")
+
+
 def _large_start(loss: LossGraph) -> Iterator[GraphProblem]:
     """Find a first loss of labels far above that of equal odds."""
-    for index in loss.where(_NLL | _BCE):
+    for index in loss.where(_LABELS | _BINARY):
         output, target = loss.saved(index, "self"), loss.saved(index, "target")
         if output is None or target is None or not output.numel():
             continue
         if loss.saved(index, "weight") is not None or loss.saved(index, "pos_weight") is not None:
             continue
         output = output.detach().float()
-        if loss.ops[index] in _BCE:
+        if loss.ops[index] in _BINARY and not _is_unscaled(loss, index):
+            continue
+        if loss.ops[index] in _BINARY:
             classes = 2
             value = torch.nn.functional.binary_cross_entropy_with_logits(output, target.detach().float())
         else:
             source = loss.skip(loss.inputs(index)[0])
-            if loss.ops[source] != "LogSoftmax":
+            if loss.ops[source] != "LogSoftmax" or not _is_unscaled(loss, source):
                 continue
             dim = 1 if output.ndim > 1 else 0
             classes = output.shape[dim]

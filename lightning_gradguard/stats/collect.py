@@ -40,6 +40,7 @@ class Collected(NamedTuple):
         dead: float32 [P], as `samples.dead_shares`.
         lost: float32 [P], as `samples.lost_shares`.
         fed: Bool [P, SAMPLES], as `samples.fed_elements`; None also without a parameter in half precision.
+        guess: Comparison of the loss with a guess, float32 [] each, mean over the ranks that know it; NaN if none does.
     """
 
     norms: Tensor
@@ -50,6 +51,7 @@ class Collected(NamedTuple):
     dead: Tensor | None
     lost: Tensor | None
     fed: Tensor | None
+    guess: tuple[Tensor, ...] | None = None
 
 
 def collect(
@@ -57,10 +59,12 @@ def collect(
     gradients: tuple[Tensor | None, ...],
     loss: Tensor | None,
     time_tilt: Tensor | None = None,
+    guess: tuple[Tensor, ...] | None = None,
     *,
     tilt_due: bool = False,
     refresh_due: bool = False,
     sample_due: bool = False,
+    guess_due: bool = False,
 ) -> Collected:
     """Read the gradients, and what else is due.
 
@@ -71,16 +75,18 @@ def collect(
         gradients: The P gradients, from `gradients_of`.
         loss: Scalar loss of this rank, or None.
         time_tilt: Time tilt that this rank measured, or None.
+        guess: This rank's comparison of its loss with a guess, or None.
         tilt_due: Whether a time tilt was to be measured, which all ranks know.
         refresh_due: Whether weight norms, dead rows and lost elements are due.
         sample_due: Whether a sample of the weights is due.
+        guess_due: Whether the loss was to be compared with a guess, which all ranks know.
     """
     norms = local_norms(gradients, layout)
-    own = _RankValues(loss, time_tilt, tilt_due)
+    own = _RankValues(loss, time_tilt, tilt_due, guess, guess_due)
     if layout.shards is not None:
         return _collect_sharded(layout, layout.shards, gradients, norms, own, refresh_due, sample_due)
-    if world_size() > 1 and (tilt_due or loss is not None):
-        loss, time_tilt = own.from_means(mean_over_ranks(own.numbers(norms.device)))
+    if world_size() > 1 and (tilt_due or guess_due or loss is not None):
+        loss, time_tilt, guess = own.from_means(mean_over_ranks(own.numbers(norms.device)))
     return Collected(
         norms=norms,
         loss=loss,
@@ -90,6 +96,7 @@ def collect(
         dead=dead_shares(gradients, layout) if refresh_due else None,
         lost=lost_shares(gradients, layout) if refresh_due else None,
         fed=fed_elements(gradients, layout) if refresh_due and _is_half(layout) else None,
+        guess=guess,
     )
 
 
@@ -109,22 +116,30 @@ class _RankValues(NamedTuple):
     loss: Tensor | None
     time_tilt: Tensor | None
     tilt_due: bool
+    guess: tuple[Tensor, ...] | None
+    guess_due: bool
 
     def numbers(self, device: torch.device) -> Tensor:
-        """Return the numbers to average, float32 [0 to 3]."""
+        """Return the numbers to average, float32 [0 to 7]."""
         device = device if self.loss is None else self.loss.device
         numbers = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
-        if self.tilt_due:
-            unknown = torch.tensor(torch.nan, device=device)
-            tilt = (unknown if self.time_tilt is None else self.time_tilt).to(device, torch.float32)
-            known = ~tilt.isnan()
-            numbers += [torch.where(known, tilt, 0.0), known.to(torch.float32)]
+        unknown = torch.tensor(torch.nan, device=device)
+        own = [self.time_tilt] if self.tilt_due else []
+        own += [None, None] if self.guess_due and self.guess is None else []
+        own += [*self.guess] if self.guess_due and self.guess is not None else []
+        for value in own:
+            number = (unknown if value is None else value).to(device, torch.float32).reshape(())
+            known = ~number.isnan()
+            numbers += [torch.where(known, number, 0.0), known.to(torch.float32)]
         return torch.stack(numbers) if numbers else torch.zeros(0, device=device, dtype=torch.float32)
 
-    def from_means(self, means: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return mean loss and mean time tilt."""
+    def from_means(self, means: Tensor) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
+        """Return mean loss, mean time tilt and mean comparison with a guess."""
         loss = None if self.loss is None else means[0]
-        return loss, means[-2] / means[-1] if self.tilt_due else None
+        rest = means[0 if self.loss is None else 1 :]
+        tilt = rest[0] / rest[1] if self.tilt_due else None
+        rest = rest[2 if self.tilt_due else 0 :]
+        return loss, tilt, (rest[0] / rest[1], rest[2] / rest[3]) if self.guess_due else None
 
 
 def _collect_sharded(
@@ -150,7 +165,7 @@ def _collect_sharded(
     if sample_due:
         parts["sample"] = local_sample(layout, shards)
     total = dict(zip(parts, shards.sum_over_ranks(list(parts.values())), strict=True))
-    loss, tilt = own.from_means(total["own"].to(torch.float32))
+    loss, tilt, guess = own.from_means(total["own"].to(torch.float32))
     return Collected(
         norms=total["norms"].sqrt().to(torch.float32),
         loss=loss,
@@ -160,6 +175,7 @@ def _collect_sharded(
         dead=dead_shares_from_rows(total["live"], gradients, layout, shards) if refresh_due else None,
         lost=total["lost"].to(torch.float32) if refresh_due else None,
         fed=total["fed"] > 0 if "fed" in total else None,
+        guess=guess,
     )
 
 

@@ -560,7 +560,10 @@ def test_a_result_that_the_loss_does_not_use_is_info():
     assert seen.raised
     assert seen.ceiling == 0
     assert seen.value == 2
-    assert Disconnected.measures[int(seen.measure)] == "tensors whose result the loss does not use"
+    assert (
+        Disconnected.measures[int(seen.measure)]
+        == "tensors whose result the loss does not use, or takes as a target"
+    )
 
 
 def test_a_cut_outweighs_what_is_not_used():

@@ -319,11 +319,14 @@ def detached_graph(context: DiagnosticContext) -> Iterator[Evidence]:
 
 
 def _result_not_used(context: DiagnosticContext) -> Iterator[Evidence]:
-    """Say that the loss does not use what some layers give."""
+    """Say that the loss does not learn from what some layers give."""
     idle = context.graph_summary.idle if context.graph_summary else frozenset()
     concerned = [name for name in context.finding.parameters if name in idle]
     if context.fault == Fault.DISCONNECTED and concerned:
-        text = f"The loss does not use the result of {listing(concerned)}: nothing it is computed from depends on it."
+        text = (
+            f"The loss does not learn from the result of {listing(concerned)}: it does not use it, or takes it as a "
+            "target, computed without gradients."
+        )
         yield Evidence(CERTAIN, text)
 
 
