@@ -153,7 +153,8 @@ class DeadUnits:
         layers = stats.layout.is_layer & stats.present
         # A batch without anything to learn was sampled, if the whole layer had no gradient and has one now.
         outdated = (stats.dead >= 1) & (stats.norms > 0)
-        dead = (stats.dead >= self.limit) & ~outdated & layers & ~_is_idle(stats)
+        chosen = stats.selected & (stats.dead < 1)  # another batch chooses others
+        dead = (stats.dead >= self.limit) & ~outdated & ~chosen & layers & ~_is_idle(stats)
         depth = torch.where(layers, stats.layout.depth, -1.0)
         # A loss may leave outputs unused, such as actions that were not taken: the last layer counts only at zero.
         dead = dead & ((depth < depth.max()) | (stats.norms == 0))

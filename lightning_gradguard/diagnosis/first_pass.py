@@ -309,7 +309,8 @@ class _PassObserver(TorchFunctionMode):
                 # The loss is symmetric, and either may be the output.
                 swapped = given["target"].requires_grad and not given["input"].requires_grad
                 target = given["input" if swapped else "target"]
-                if not self._is_made(target):
+                # Without a reduction, what marks missing targets may be left out later.
+                if not self._is_made(target) and kwargs.get("reduction") != "none":
                     self.target_rms = _rms(target.detach().float())
                     self._compare(result, self.target_rms**2, kwargs)
         return result

@@ -43,6 +43,7 @@ class PathMarks(NamedTuple):
     constant: Tensor
     hollow: Tensor
     normalised: Tensor
+    selected: Tensor
 
 
 class GraphObserver:
@@ -336,6 +337,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         summary.recurrent,
         live,
         summary.normalised,
+        summary.selected,
         frozenset(names) if summary.surrogate else frozenset(),
     )
     is_first = torch.distributed.get_rank() == 0
@@ -354,7 +356,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
     *rows, somewhere = largest_over_ranks(padded, device)
     common = {kind for kind, flag in zip(kinds, somewhere, strict=False) if not flag}
     order, seen, *flags = (row[: len(names)] for row in rows)
-    found, embeddings, recurrent, live, normalised, surrogate = (
+    found, embeddings, recurrent, live, normalised, selected, surrogate = (
         frozenset(compress(names, row)) for row in flags[: len(groups)]
     )
     columns = [
@@ -370,6 +372,7 @@ def _agree(summary: GraphSummary, ran: list[bool], layout: Layout) -> tuple[Grap
         recurrent=recurrent,
         constant=constant,
         normalised=normalised,
+        selected=selected,
         surrogate=bool(surrogate),
         problems=tuple(
             p for p in summary.problems if p.kind not in OWNERSHIP or (p.kind, p.certain) in common
@@ -407,4 +410,5 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tenso
         constant=mark([name in summary.constant for name, _ in pairs]),
         hollow=hollow,
         normalised=mark([name in summary.normalised for name, _ in pairs]),
+        selected=mark([name in summary.selected for name, _ in pairs]),
     )

@@ -35,6 +35,9 @@ from lightning_gradguard.introspection.operations import (
     operation_of,
 )
 
+#: Operations that choose some of many results; the others get no gradient in this batch, and may in the next.
+_SELECTIONS = frozenset({"Topk", "Scatter", "ScatterAdd", "Sort", "Kthvalue"})
+
 
 @dataclass(frozen=True)
 class GraphSummary:
@@ -75,6 +78,7 @@ class GraphSummary:
         above: For each reached parameter the operations on its shortest path between it and the next layer towards the
             loss, the nearest to the loss first.
         normalised: Parameters whose scale a normalization right behind them removes.
+        selected: Parameters of whose results only some are chosen before the next layer, such as the k largest.
         surrogate: True for the loss of a policy gradient, whose value does not tell how well the policy does.
     """
 
@@ -104,6 +108,7 @@ class GraphSummary:
     constant: frozenset[str] = frozenset()
     above: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     normalised: frozenset[str] = frozenset()
+    selected: frozenset[str] = frozenset()
     surrogate: bool = False
 
     def removes_scale(self, names: Collection[str]) -> bool:
@@ -199,6 +204,7 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
         above={name: graph.above(leaf) for name, leaf in leaves.items()},
         normalised=frozenset(n for n, nodes in uses.items() if nodes and graph.is_normalised(nodes)),
+        selected=frozenset(n for n, leaf in leaves.items() if not _SELECTIONS.isdisjoint(graph.above(leaf))),
         surrogate=is_policy_gradient(end),
     )
     return summary, [] if summary.opaque else graph.other_leaves(set(leaves.values()))

@@ -54,6 +54,7 @@ class GradStats:
         hollow: Bool [P], layers whose input was exactly zero when it was looked at.
         recurrent: Bool [P], tensors that are applied repeatedly in one pass.
         normalised: Bool [P], tensors whose scale a normalization right behind them removes.
+        selected: Bool [P], tensors of whose results only some are chosen, such as the k largest.
         time_tilt: float32 [], decades (factors of ten) by which gradients fall from the last to the first tenth of a
             sequence; NaN where it was not measured.
         excess: float32 [], loss over that of the best constant guess, at the newest sampled step at which the caller
@@ -100,6 +101,7 @@ class GradStats:
     hollow: Tensor
     recurrent: Tensor
     normalised: Tensor
+    selected: Tensor
     time_tilt: Tensor
     update_ratio: Tensor
     excess: Tensor
@@ -226,7 +228,13 @@ def stats_of(
     pattern = known.pop("pattern", None) or pattern_of(gradients)
     unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
     unseen |= {"idle": nowhere, "hollow": nowhere, "constant": nowhere}
-    unseen |= {"recurrent": nowhere, "normalised": nowhere, "time_tilt": unknown, "update_ratio": unknown}
+    unseen |= {
+        "recurrent": nowhere,
+        "normalised": nowhere,
+        "selected": nowhere,
+        "time_tilt": unknown,
+        "update_ratio": unknown,
+    }
     unseen |= {"excess": unknown, "reach": unknown}
     unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
     if "log_weights" not in known:
