@@ -14,6 +14,7 @@ from benchmarks.reports import (
     plumbing,
     second_blind,
     starved,
+    third_blind,
 )
 from benchmarks.reports.case import Case
 
@@ -28,4 +29,5 @@ CASES: tuple[Case, ...] = (
     *agents.CASES,
     *further.CASES,
     *second_blind.CASES,
+    *third_blind.CASES,
 )
