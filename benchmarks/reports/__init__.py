@@ -14,6 +14,7 @@ from benchmarks.reports import (
     plumbing,
     second_blind,
     starved,
+    third_blind,
 )
 from benchmarks.reports.case import Case
 
@@ -30,5 +31,6 @@ SETS: dict[str, tuple[Case, ...]] = {
     ),
     "R51 to R60": further.CASES,
     "R61 to R70": second_blind.CASES,
+    "R71 to R80": third_blind.CASES,
 }
 CASES: tuple[Case, ...] = tuple(case for cases in SETS.values() for case in cases)
