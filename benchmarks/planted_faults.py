@@ -57,14 +57,14 @@ class Planted(NamedTuple):
 FAULTS = [
     Planted(
         "stats/collect.py",
-        "if world_size() > 1 and (tilt_due or loss is not None):",
+        "if world_size() > 1 and (tilt_due or guess_due or loss is not None):",
         "if world_size() > 1 and tilt_due:",
         "stats/collect",
     ),
     Planted(
         "stats/collect.py",
-        "return loss, means[-2] / means[-1] if self.tilt_due else None",
-        "return loss, means[-2] if self.tilt_due else None",
+        "tilt = rest[0] / rest[1] if self.tilt_due else None",
+        "tilt = rest[0] if self.tilt_due else None",
         "stats/collect",
     ),
     Planted(
@@ -609,8 +609,8 @@ FAULTS = [
     ),
     Planted(
         "flight_recorder/bundle.py",
-        'if other.get("run") == bundle["run"]:',
-        "if other:",
+        'if (other["run"], other["rank"], other["world_size"]) == (bundle["run"], rank, world_size):',
+        'if (other["rank"], other["world_size"]) == (rank, world_size):',
         "flight_recorder/bundle",
     ),
     Planted(

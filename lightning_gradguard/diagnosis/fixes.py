@@ -78,6 +78,8 @@ def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str
         keys.add(SCALE_SCORES.key)
     if cause == Cause.RECURRENCE and context.padding >= PADDED:
         keys.add(BEFORE_PADDING.key)
+    if cause == Cause.RECURRENCE and recurs_without_bound(context):
+        keys.add(TANH_IN_RECURRENCE.key)
     if cause == Cause.BAD_INITIALIZATION and has_zero_factors(context):
         keys.add(RANDOM_FACTOR.key)
     return frozenset(keys | ({mean_loss(context).key} if summed else set()))
@@ -131,7 +133,8 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             clip = clip_spikes(c) if c.fault == Fault.EXPLODING else None
             weights = [REMEMBERING_GATES] if is_gated(c) else [LSTM, ORTHOGONAL]
             unpadded = BEFORE_PADDING if c.padding >= PADDED else None
-            return [unpadded, clip, *weights, TRUNCATED_BACKPROPAGATION]
+            bounded = TANH_IN_RECURRENCE if recurs_without_bound(c) else None
+            return [unpadded, bounded, clip, *weights, TRUNCATED_BACKPROPAGATION]
 
         case Cause.DEAD_ACTIVATION:
             large_bias = any(len(c.shapes[i]) == 1 and c.weight_rms(i) > 3 for i in range(len(c.names)))
@@ -289,6 +292,12 @@ SCALE_SCORES = Remedy(
     "Divide the scores of the attention by the square root of the width",
     "scores = query @ key.mT / key.shape[-1] ** 0.5",
 )
+
+
+def recurs_without_bound(context: DiagnosticContext) -> bool:
+    """Return True for a recurrence that grows, through an activation that has no bound."""
+    grows = context.too_large or context.fault == Fault.NONFINITE
+    return grows and context.path.get("relu", 0) > 0 and not context.path.get("tanh", 0)
 
 
 def has_zero_factors(context: DiagnosticContext) -> bool:
@@ -802,6 +811,10 @@ PRE_NORM = Remedy(
     "Normalize before each branch, and not after the sum (pre-norm)",
     "block = nn.TransformerEncoderLayer(width, heads, norm_first=True)  # h = h + branch(norm(h)), one norm at the end",
 )
+TANH_IN_RECURRENCE = Remedy(
+    "A bounded activation in the recurrence: tanh in place of ReLU",
+    "h = torch.tanh(layer(x) + recurrent(h))  # or nn.LSTM, nn.GRU",
+)
 BEFORE_PADDING = Remedy(
     "Read the output at the last step before the padding: pass the lengths",
     "x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)",
@@ -817,6 +830,10 @@ TARGETS_TO_DOMAIN = Remedy(
 PLAIN_SCORES = Remedy(
     "Remove the last activation: no ReLU before the softmax",
     "scores = head(h)  # not head(h).relu()",
+)
+UNCLAMPED_ERROR = Remedy(
+    "A Huber loss in place of a clamp: it clips the gradient, not the error",
+    "loss = F.smooth_l1_loss(output, target)  # not (output - target).clamp(-1, 1) ** 2",
 )
 UNWRAPPED = Remedy(
     "Pass the computed tensor on, without nn.Parameter around it",
@@ -854,5 +871,6 @@ PROBLEMS: dict[Problem, tuple[Cause, Remedy]] = {
     Problem.TINY_INPUT: (Cause.UNNORMALIZED_INPUT, STANDARD_INPUT),
     Problem.TARGETS_OUT_OF_DOMAIN: (Cause.TARGET_SCALE, TARGETS_TO_DOMAIN),
     Problem.RECTIFIED_LOGITS: (Cause.DEAD_ACTIVATION, PLAIN_SCORES),
+    Problem.CLAMPED_ERROR: (Cause.LOSS_FUNCTION, UNCLAMPED_ERROR),
     Problem.WRAPPED_TENSOR: (Cause.DETACHED_GRAPH, UNWRAPPED),
 }

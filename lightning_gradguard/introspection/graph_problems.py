@@ -44,6 +44,8 @@ _ELEMENTWISE = _SCALINGS | {
     *("Square", "LogSigmoid", "Logaddexp", "Tanh"),
     *_DIFFERENCES,
 }
+#: Means over places, by which an image becomes a vector.
+_POOLINGS = frozenset({"Mean", "AdaptiveAvgPool2D", "AvgPool2D", "AdaptiveAvgPool1D", "AvgPool1D"})
 _REDUCTIONS = frozenset({"Mean", "Sum"})
 
 
@@ -67,6 +69,7 @@ class Problem(str, Enum):
     TINY_INPUT = "tiny_input"
     TARGETS_OUT_OF_DOMAIN = "targets_out_of_domain"
     RECTIFIED_LOGITS = "rectified_logits"
+    CLAMPED_ERROR = "clamped_error"
     WRAPPED_TENSOR = "wrapped_tensor"
     STALE_OPTIMIZER = "stale_optimizer"
     REMADE_LAYERS = "remade_layers"
@@ -378,6 +381,8 @@ def _rectified_logits(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             continue
         for child in inputs[:1]:
             source = loss.skip(child)
+            while loss.ops[source] in _POOLINGS and loss.inputs(source):
+                source = loss.skip(loss.inputs(source)[0])
             below = loss.inputs(source)
             if (
                 kind_of(loss.ops[source]) == "relu"
@@ -389,6 +394,26 @@ def _rectified_logits(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
                     "whose score is 0 gets no gradient, so that it may never be learned."
                 )
                 yield GraphProblem(Problem.RECTIFIED_LOGITS, text, certain=False)
+
+
+def _clamped_error(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
+    """Find an error that is clamped before it is squared, so that large ones have no gradient."""
+    for index in loss.where(_DIFFERENCES | {"Pow", "Abs", "Mul"}):
+        inputs = loss.inputs(index)
+        if not inputs or (loss.ops[index] == "Mul" and inputs != [inputs[0]] * 2):
+            continue
+        clamp = loss.skip(inputs[0])
+        below = loss.inputs(clamp)
+        if loss.ops[clamp] not in ("Clamp", "Hardtanh") or not below or loss.size(clamp) < 2:
+            continue
+        if loss.ops[clamp] == "Clamp" and None in (loss.saved(clamp, "min"), loss.saved(clamp, "max")):
+            continue  # a hinge
+        if loss.ops[loss.skip(below[0])] == "Sub" and len(loss.edges[loss.skip(below[0])]) == 2:
+            text = (
+                "An error is clamped before the loss takes its square or size: where it is larger than that, it has no "
+                "gradient, and nothing is learned from it."
+            )
+            yield GraphProblem(Problem.CLAMPED_ERROR, text, certain=False)
 
 
 def _no_logarithm(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
@@ -748,6 +773,6 @@ def _is_averaged(loss: LossGraph, index: int) -> bool:
 
 
 _FINDERS: tuple[Callable[[LossGraph, bool], Iterator[GraphProblem]], ...] = (
-    *(_softmax_twice, _sigmoid_twice, _bounded_logits, _rectified_logits, _no_logarithm),
+    *(_softmax_twice, _sigmoid_twice, _bounded_logits, _rectified_logits, _clamped_error, _no_logarithm),
     *(_divergence, _one_class, _wrong_dimension, _wrong_sign, _broadcast),
 )

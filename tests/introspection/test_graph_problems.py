@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
-from lightning_gradguard.introspection.graph_problems import Problem, find_problems_of_signs
+from lightning_gradguard.introspection.graph_problems import Problem, find_problems_of_signs, is_masked
 
 N, C, T = 8, 5, 7
 
@@ -476,3 +476,71 @@ def test_the_loss_of_a_policy_is_known_as_one():
     for loss_of, expected in ((ppo, True), (lambda m: categorical(m(x())), True), (infonce, False)):
         model = net()
         assert summarize_graph(loss_of(model), dict(model.named_parameters())).surrogate == expected
+
+
+CLAMPED = {
+    "squared": (lambda e: e.clamp(-1, 1).pow(2), True),
+    "by itself": (lambda e: e.clamp(-1, 1) * e.clamp(-1, 1), False),  # two clamps: not seen
+    "written once": (lambda e: (lambda c: c * c)(e.clamp(-1, 1)), True),
+    "size": (lambda e: F.hardtanh(e).abs(), True),
+    "after": (lambda e: e.pow(2).clamp(max=1), False),
+    "one side": (lambda e: e.clamp(min=0).pow(2), False),  # a squared hinge
+    "Huber": (lambda e: F.smooth_l1_loss(e, torch.zeros_like(e), reduction="none"), False),
+}
+
+
+@pytest.mark.parametrize(("measure", "found"), CLAMPED.values(), ids=CLAMPED)
+def test_an_error_that_is_clamped_before_it_is_squared(measure, found):
+    seen = kinds(lambda m: measure(m(x()) - torch.randn(N, C)).mean())
+    assert (Problem.CLAMPED_ERROR in seen) == found
+
+
+def test_a_clamped_output_is_no_clamped_error():
+    assert not kinds(lambda m: (m(x()).clamp(-1, 1) - torch.rand(N, C)).pow(2).mean())
+
+
+def test_a_relu_before_a_pooling_and_the_softmax():
+    model = nn.Sequential(nn.Conv2d(1, C, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert kinds(lambda m: F.cross_entropy(m(torch.randn(N, 1, 8, 8)), labels()), model) == {
+        Problem.RECTIFIED_LOGITS
+    }
+
+
+def test_pairs_that_are_compared_on_purpose_are_no_broadcast():
+    def ranking(m):
+        scores = m(x())
+        return F.softplus(scores - scores.detach().T).mean()
+
+    assert not kinds(ranking, net(1))
+    location = nn.Linear(6, N)
+    assert not kinds(lambda m: -Normal(m.bias, 1.0).log_prob(torch.randn(N, N)).mean(), location)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "kind"),
+    [
+        (lambda m: F.cross_entropy(20 * m(x()).softmax(1), labels()), Problem.SOFTMAX_TWICE),
+        (
+            lambda m: F.binary_cross_entropy_with_logits(12 * m(x()).sigmoid() - 6, torch.rand(N, C).round()),
+            Problem.SIGMOID_TWICE,
+        ),
+    ],
+)
+def test_a_factor_after_the_first_softmax_may_make_up_for_it(loss_of, kind):
+    torch.manual_seed(0)
+    model = net()
+    (problem,) = summarize_graph(loss_of(model), dict(model.named_parameters())).problems
+    assert (problem.kind, problem.certain) == (kind, False)
+    assert "cannot fall below" not in problem.text
+
+
+def test_a_mask_is_no_reward():
+    torch.manual_seed(0)
+    scores = net()(x())
+    log_p = scores.log_softmax(1)
+    chosen = log_p.gather(1, labels()[:, None])[:, 0]
+    entropy = -(scores.softmax(1) * log_p).sum(1).mean()
+    for factor, masked in ((torch.rand(N).round(), True), (torch.randn(N), False)):
+        loss = -(chosen * factor).mean() + 0.1 * entropy
+        assert is_masked(loss) == masked
+        assert bool(find_problems_of_signs(loss)) != masked
