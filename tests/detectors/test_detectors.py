@@ -817,3 +817,40 @@ def test_a_loss_above_that_of_the_untrained_net_has_something_to_teach():
     stream = Stream(Stalled())
     seen = [stream.feed([0.0 if s % 5 == 0 else 1.0] * 6, loss)[0] for s, loss in enumerate(RUINED)]
     assert any(r.raised and r.measure == 3 for r in seen)
+
+
+def test_a_sample_without_any_gradient_is_outdated_by_a_step_with_one():
+    shares = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    for norms, found in (([0.0, 0.0, 1, 1, 1, 1], True), ([1.0] * 6, False)):
+        stream = Stream(DeadUnits())
+        for _ in range(60):
+            (seen,) = stream.feed(norms, dead=shares)
+        assert bool(seen.raised) == found
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.97, False), (1.0, True)])
+def test_units_that_a_selection_leaves_out_are_not_dead(share, found):
+    shares = torch.tensor([share, 0.0, 0.0, 0.0, 0.0, 0.0])
+    selected = torch.tensor([True] + [False] * 5)
+    stream = Stream(DeadUnits())
+    for _ in range(60):
+        (seen,) = stream.feed([0.0 if share == 1 else 1.0, 1, 1, 1, 1, 1], dead=shares, selected=selected)
+    assert bool(seen.raised) == found
+
+
+def test_steps_without_any_gradient_after_a_usual_one_make_it_no_spike():
+    stream = Stream(Spike())
+    for step in range(20):
+        (seen,) = stream.feed(
+            [1.0] * 6 if step in (4, 12) else [0.0] * 6, loss=1.0 if step in (4, 12) else 0.0
+        )
+        assert not bool(seen.raised)
+
+
+@pytest.mark.parametrize(("loss", "found"), [(1.0, True), (0.0, False)])
+def test_a_batch_with_a_loss_of_nothing_has_nothing_to_teach(loss, found):
+    stream = Stream(Stalled())
+    for step in range(80):
+        empty = step % 3 == 0
+        (seen,) = stream.feed([0.0 if empty else 1.0] * 6, loss=loss if empty else 1.0)
+    assert bool(seen.raised) == found

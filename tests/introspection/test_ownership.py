@@ -133,3 +133,21 @@ def test_a_layer_that_was_replaced_is_no_wrapped_tensor(cut):
     assert [(p.kind, p.certain) for p in guard.tracker.graph_summary.problems] == [
         (Problem.STALE_OPTIMIZER, True)
     ]
+
+
+class Latent(nn.Module):
+    """Decoder of a code that is optimized by hand, anew in each pass."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.decoder = kind, nn.Linear(6, 1)
+
+    def forward(self, x):
+        code = torch.zeros(len(x), 6)
+        code = nn.Parameter(code) if self.kind == "parameter" else code.requires_grad_()
+        return self.decoder(x + code)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "tensor"])
+def test_an_input_that_is_optimized_by_hand_is_no_layer(kind):
+    assert problems_of(Latent(kind)) == []

@@ -210,3 +210,32 @@ def test_a_loop_over_a_cell_has_the_profile_of_the_layer(kind):
         tilts.append(probe.take())
     assert tilts[0] == pytest.approx(tilts[1], rel=1e-4)
     assert tilts[0] > 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "norm"),
+    [
+        (nn.Linear(100, 2), torch.full((4, 100), 0.1), 1.0),
+        (nn.Conv2d(1, 2, 3), torch.full((4, 1, 8, 8), 0.1), 0.3),
+        (nn.Linear(100, 2, bias=False), torch.ones(4, 100), None),
+        (nn.Embedding(9, 2), torch.ones(4, dtype=torch.long), None),
+        (nn.LayerNorm(100), torch.ones(4, 100), 10.0),
+    ],
+)
+def test_the_first_input_is_measured_by_what_the_layer_weighs_together(layer, x, norm):
+    usage = ForwardUsage()
+    if isinstance(layer, nn.LayerNorm):
+        norm = None  # it has no weight that multiplies its input
+    layer(x)
+    found, own = usage.first_input
+    usage.close()
+    assert own == {id(p) for p in layer.parameters()}
+    assert found is None if norm is None else found.item() == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.vmap(torch.func.jacrev(f))])
+def test_no_tensor_of_a_function_transform_is_kept(transform):
+    usage = ForwardUsage()
+    transform(nn.Linear(3, 3))(torch.randn(4, 3))
+    assert usage.first_input[0] is None
+    usage.close()

@@ -171,3 +171,50 @@ def test_an_error_while_following_ends_no_training_and_accuses_nobody(monkeypatc
     monkeypatch.setattr(usage._mode, "_follow", fail)
     model(torch.ones(1, 2))
     assert usage.close() == frozenset()
+
+
+class Taught(nn.Module):
+    """Net beside a teacher, which is an average of its weights or a copy of them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.net, self.teacher, self.head = way, nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            if self.way == "average":
+                for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                    own.mul_(0.9).add_(other, alpha=0.1)
+            if self.way == "copy":
+                self.teacher.load_state_dict(self.net.state_dict())
+            target = self.teacher(x)
+        if self.way == "detached":  # a mistake: it was to be trained
+            target = self.teacher(x).detach()
+        if self.way == "fed":  # a mistake: what is trained builds on it
+            return self.head(target)
+        return self.head(self.net(x)) - target
+
+
+@pytest.mark.parametrize(
+    ("way", "idle"), [("average", True), ("copy", True), ("fixed", True), ("detached", False), ("fed", False)]
+)
+def test_a_teacher_that_is_only_a_target_is_idle(way, idle):
+    net = Taught(way)
+    teacher = {f"teacher.{n}": p for n, p in net.teacher.named_parameters()}
+    probe = ResultUsage(teacher, [*net.net.parameters(), *net.head.parameters()])
+    probe.begin()
+    loss = net(X).square().mean()
+    probe.end(loss)
+    probe.leave()
+    assert probe.close() == (teacher.keys() if idle else frozenset())
+
+
+def test_what_a_pass_made_is_let_go_after_its_loss():
+    net = Net(side="tuple")
+    probe = ResultUsage({f"side.{n}": p for n, p in net.side.named_parameters()})
+    probe.begin()
+    loss = F.cross_entropy(net(X)[0], Y)
+    probe.end(loss)
+    probe.leave()
+    assert not probe._mode._storages
+    probe.close()

@@ -161,3 +161,40 @@ def test_inputs_that_the_biases_dwarf(norm, certain):
 
 def test_an_unknown_input_is_no_problem():
     assert find_tiny_input(None) is None
+
+
+KNOWN = (torch.rand(256, 1) < 0.7).float()
+
+
+def test_what_marks_missing_targets_and_is_masked_later_is_no_mistake():
+    marked = torch.where(KNOWN > 0, MASK, -1.0)
+    each = F.binary_cross_entropy_with_logits(outputs(), marked, reduction="none")
+    assert not kinds((each * KNOWN).sum() / KNOWN.sum())
+    assert not kinds(F.binary_cross_entropy_with_logits(outputs(), marked, weight=KNOWN))
+    error = torch.sigmoid(outputs()) - torch.where(KNOWN > 0, torch.rand(256, 1), -1.0)
+    assert not kinds((error.pow(2) * KNOWN).sum() / KNOWN.sum())
+    each = F.mse_loss(
+        torch.sigmoid(outputs()), torch.where(KNOWN > 0, torch.rand(256, 1), -1.0), reduction="none"
+    )
+    assert not kinds((each * KNOWN).sum())
+    assert kinds(each.mean()) == [Problem.OUT_OF_RANGE]
+
+
+def test_cosines_that_are_scaled_up_on_purpose_are_no_large_start():
+    cosines = F.normalize(torch.randn(64, 8)) @ F.normalize(torch.randn(10, 8, requires_grad=True)).T
+    margin = 0.5 * F.one_hot(LABELS, 10)
+    assert not find_large_start(F.cross_entropy(64 * (cosines - margin), LABELS))
+
+
+def test_one_mistake_is_found_beside_what_cannot_be_read():
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    loss = F.binary_cross_entropy_with_logits(outputs(), 255 * MASK) + Odd.apply(outputs()).mean()
+    assert kinds(loss) == [Problem.TARGETS_OUT_OF_DOMAIN]

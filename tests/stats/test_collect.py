@@ -58,3 +58,23 @@ def test_the_loss_is_a_mean_over_ranks_at_every_step(layout, ranks):
     for found in ranks(lambda rank: collect(layout, gradients_of(layout), losses[rank])):
         assert found.loss == 2.5
         assert found.time_tilt is None
+
+
+@pytest.mark.parametrize(
+    ("excess", "mean"),
+    [((0.5, 1.5), 1.0), ((None, 1.5), 1.5), ((float("nan"), 1.5), 1.5), ((None, None), None)],
+)
+@pytest.mark.parametrize("tilt_due", [False, True])
+def test_the_comparison_with_a_guess_is_a_mean_over_the_ranks_that_know_it(
+    layout, ranks, excess, mean, tilt_due
+):
+    def collected(rank):
+        known = None if excess[rank] is None else (torch.tensor(excess[rank]), torch.tensor(float(rank)))
+        gradients, tilt = gradients_of(layout), torch.tensor(3.0)
+        return collect(layout, gradients, torch.tensor(1.0), tilt, known, tilt_due=tilt_due, guess_due=True)
+
+    for found in ranks(collected):
+        own, _ = found.guess
+        assert found.loss == 1.0
+        assert own == mean if mean is not None else own.isnan()
+        assert (found.time_tilt == 3.0) if tilt_due else (found.time_tilt is None)
