@@ -44,8 +44,6 @@ _ELEMENTWISE = _SCALINGS | {
     *("Square", "LogSigmoid", "Logaddexp", "Tanh"),
     *_DIFFERENCES,
 }
-#: Means over places, by which an image becomes a vector.
-_POOLINGS = frozenset({"Mean", "AdaptiveAvgPool2D", "AvgPool2D", "AdaptiveAvgPool1D", "AvgPool1D"})
 _REDUCTIONS = frozenset({"Mean", "Sum"})
 
 
@@ -381,8 +379,6 @@ def _rectified_logits(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             continue
         for child in inputs[:1]:
             source = loss.skip(child)
-            while loss.ops[source] in _POOLINGS and loss.inputs(source):
-                source = loss.skip(loss.inputs(source)[0])
             below = loss.inputs(source)
             if (
                 kind_of(loss.ops[source]) == "relu"
