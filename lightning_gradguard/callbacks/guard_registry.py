@@ -151,8 +151,10 @@ class GuardRegistry:
         Args:
             own: The guard.
         """
-        ids = {id(p) for p in own.tracker.layout.parameters}
-        shown = [problem for problem, leaves in self._shown if leaves & ids]
+        shown: list[GraphProblem] = []
+        if self._shown:  # this is asked at every step, and most trainings have no mistake
+            ids = {id(p) for p in own.tracker.layout.parameters}
+            shown = [problem for problem, leaves in self._shown if leaves & ids]
         others = [p for guard in self.guards.values() if guard is not own for p in guard.problems]
         stale = [p._replace(certain=False) for p in others if p.kind == Problem.STALE_GRADIENTS]
         return (*shown, *stale)
