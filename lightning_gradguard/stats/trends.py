@@ -38,7 +38,7 @@ DECADES = 1 / math.log(10)
 #: Fewest layers for which a depth tilt means anything.
 MIN_LAYERS = 4
 #: Range of healthy depth tilts in decades. The lower end is the limit of `Exploding`; healthy trainings reach -1.56
-#: (benchmarks/detection.md). The upper end is where `DepthTilt` clears; healthy trainings reach 2.27, and 2.58 in cases
+#: (benchmarks/detection.md). The upper end is where `DepthTilt` clears; healthy trainings reach 1.5, and 2.58 in cases
 #: that were held out (benchmarks/held_out.md).
 HEALTHY_DEPTH_TILT = (-1.8, 2.5)
 
