@@ -257,12 +257,14 @@ class GraphObserver:
         summary = self.graph_summary
         if summary is None or self._compiled or summary.opaque or layout.shards is not None:
             return
-        rows = zip(layout.names, layout.parameters, self._ran, strict=True)
+        rows = list(zip(layout.names, layout.parameters, self._ran, strict=True))
         missing = summary.missing - self._followed
         doubtful = {n: p for n, p, took_part in rows if took_part and n in missing and p.requires_grad}
         if doubtful and self._result_usage is None:
             self._followed |= doubtful.keys()
-            trained = [p for n, p, _ in rows if n not in missing]
+            # Also those of other optimizers.
+            cut = {id(p) for n, p, _ in rows if n in summary.missing}
+            trained = [p for _, p in self._named if p.requires_grad and id(p) not in cut]
             self._result_usage, self._result_wait = ResultUsage(doubtful, trained), 0
 
     def _take_result_usage(self, layout: Layout) -> None:

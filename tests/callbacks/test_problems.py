@@ -128,3 +128,40 @@ def test_gradients_that_one_optimizer_never_zeroes_explain_what_befalls_another(
     assert of_second
     assert guard.diagnosis.causes[0] == Cause.STALE_GRADIENTS
     assert "Zero the gradients" in guard.diagnosis.remedies[0].name
+
+
+class Halves(L.LightningModule):
+    """Backbone under ``no_grad``, by mistake, and a head; both in one optimizer, or in one each."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.automatic_optimization, self.parts = parts == 1, parts
+        torch.manual_seed(0)
+        self.backbone, self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 4)
+
+    def loss_of(self, batch):
+        with torch.no_grad():
+            h = self.backbone(batch[0])
+        return labels(self.head(h), batch[0])
+
+    def training_step(self, batch, _):
+        if self.automatic_optimization:
+            return self.loss_of(batch)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss_of(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        if self.automatic_optimization:
+            return torch.optim.Adam(self.parameters(), 1e-3)
+        return [torch.optim.Adam(part.parameters(), 1e-3) for part in (self.backbone, self.head)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_backbone_without_gradients_is_no_teacher(parts):
+    guard = GradGuard()
+    said = said_of(Halves(parts), guard, X.repeat(8, 1), steps=60 * parts)
+    assert any("disconnected" in text and "backbone" in text for text in said)
