@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
@@ -225,18 +226,31 @@ def _draw_cells(
     axes = figure.add_axes((_LEFT, _BOTTOM, _WIDTH, _HEIGHT))
     axes.imshow(paint(rows), aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
     shown = range(0, len(labels), math.ceil(len(labels) / _LABELS))
-    axes.set_yticks([i + 0.5 for i in shown])
     # ASCII, since the font lacks many other characters; no math, since a dollar sign begins no formula here.
     short = [shorten(labels[i], _LABEL_ROOM).encode("ascii", "replace").decode() for i in shown]
-    axes.set_yticklabels(short, parse_math=False)
+    _label(axes.yaxis, [i + 0.5 for i in shown], short)
     steps = [x for x in MaxNLocator(5, integer=True).tick_values(*span) if span[0] <= x <= span[1]]
-    axes.set_xticks(steps, [f"{x:,.0f}" for x in steps])
+    _label(axes.xaxis, steps, [f"{x:,.0f}" for x in steps])
     axes.tick_params(labelsize=_FONT, length=2)
     axes.set_xlabel("step", fontsize=_FONT, labelpad=2)
     place = (_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)
     scale = figure.colorbar(_colour_scale(), cax=figure.add_axes(place))
     scale.set_ticks(range(int(SCALE[0]), int(SCALE[1]) + 1, 2))
     scale.ax.tick_params(labelsize=_FONT, length=2)
+
+
+def _label(axis: Axis, places: Sequence[float], labels: Sequence[str]) -> None:
+    """Label an axis.
+
+    `set_ticklabels` enters `warnings.catch_warnings`, after which Python shows warnings of the training again that it
+    has shown already.
+    """
+    from matplotlib.ticker import FixedFormatter, FixedLocator
+
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_major_formatter(FixedFormatter(list(labels)))
+    for text in axis.get_majorticklabels():
+        text.set_parse_math(False)
 
 
 def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
@@ -249,8 +263,7 @@ def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
     axes = figure.add_axes((_LEFT, _BOTTOM + _HEIGHT + 0.015, _WIDTH, 0.075))
     axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(*span, len(rows), 0))
     axes.set_xticks([])
-    axes.set_yticks([0.5, 1.5])
-    axes.set_yticklabels(list(rows))
+    _label(axes.yaxis, [0.5, 1.5], list(rows))
     axes.tick_params(labelsize=_FONT, length=0)
     axes.spines[:].set_visible(False)
 

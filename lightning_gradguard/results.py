@@ -148,7 +148,9 @@ class Finding:
     @property
     def place(self) -> str:
         """Fault, onset and worst tensors, as messages begin."""
-        named, more = ", ".join(self.parameters[:3]), len(self.parameters) - 3
+        # Of many only the first are kept; those that are not finite are counted.
+        total = int(self.value) if self.fault == Fault.NONFINITE and self.parameters else len(self.parameters)
+        named, more = ", ".join(self.parameters[:3]), max(total, len(self.parameters)) - 3
         where = f", worst in {named}" if named else ""
         others = f" and {more} more" if more > 0 else ""
         return f"{self.fault.value} since step {self.step}{where}{others}"

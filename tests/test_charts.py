@@ -4,6 +4,7 @@ import io
 import math
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -186,3 +187,17 @@ def test_shortening_keeps_what_fits_and_the_end_of_what_does_not(full, room):
 @pytest.mark.parametrize("names", [["weight"], ["layer.weight"], ["a.b", "a"], ["a", "a.b"], ["a.b", "ab.c"]])
 def test_no_name_becomes_empty(names):
     assert all(without_prefix(names))
+
+
+def test_drawing_does_not_make_python_forget_which_warnings_were_shown(monkeypatch):
+    entered = []
+    enter = warnings.catch_warnings.__enter__
+
+    def noted(self):
+        entered.append(self)
+        return enter(self)
+
+    picture(np.zeros((3, 8)), clipped=[2], skipped=[3], faults={"dead": 4})  # imports are done now
+    monkeypatch.setattr(warnings.catch_warnings, "__enter__", noted)
+    picture(np.zeros((3, 8)), clipped=[2], skipped=[3], faults={"dead": 4})
+    assert not entered

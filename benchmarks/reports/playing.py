@@ -101,13 +101,13 @@ def play(case: Case, seed: int, *, truth: Mapping[str, Any] | None = None) -> Re
     known = (truth or {}).get(case.id, {}).get("seeds", {}).get(str(seed), {})
     applied, quality = _apply(case, seed, remedy, known)
     first = watch["findings"][0] if watch["findings"] else None
-    spoken = "\n".join(watch["said"]).lower()
+    spoken = "\n".join(watch["said"]).lower().replace("_", " ")
     return {
         "case": case.id,
         "seed": seed,
         "points": {
             "fault": (first is not None and first[0] in {f.value for f in case.faults})
-            or any(word.lower() in spoken for word in case.said),
+            or any(word.lower().replace("_", " ") in spoken for word in case.said),
             "cause": cause in {c.value for c in case.causes},
             "fix": quality is not None and quality >= case.level,
             "quiet": not (twin["halted"] or twin["findings"] or twin["said"] or twin["checkup"]),

@@ -72,6 +72,7 @@ class _Results:
     report: Report | None = None
     diagnosis: Diagnosis | None = None
     diagnosed_rank: int = 0
+    mistakes: dict[str, str] = field(default_factory=dict)
     stop_reason: str | None = None
     bundle: Path | None = None
 
@@ -360,7 +361,18 @@ class GradGuard(Callback):
                 if guard.report.skip:
                     self._buffers.restore_nonfinite(skipped=True)
                 self._summary.add(guard.report)
-                self._logging.observe(trainer, guards, index, news)
+                self._logging.observe(trainer, guards, index, news, self._take_mistakes())
+
+    def _take_mistakes(self) -> list[str]:
+        """Return the mistakes that were named since the last call, in Markdown."""
+        known = self._results.mistakes
+        fresh = [p for p in self._registry.problems if p.kind not in known]
+        if not fresh:
+            return []
+        from lightning_gradguard.diagnosis.diagnose import problem_as_markdown
+
+        known.update((problem.kind, problem.text) for problem in fresh)
+        return [problem_as_markdown(problem) for problem in fresh]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Release the batch; repair running statistics."""
@@ -482,6 +494,7 @@ class GradGuard(Callback):
             rollbacks=self._rollback.count,
             stop_reason=self.stop_reason,
             bundle=self.bundle,
+            mistakes=list(self._results.mistakes.values()),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.callbacks.trainer_adapter import logging_step, warn
@@ -51,7 +51,12 @@ class RunLogging:
         self._restored = self._restored if trainer.ckpt_path else {}
 
     def observe(
-        self, trainer: Trainer, guards: Mapping[int, Guard], index: int, diagnosis: Diagnosis | None
+        self,
+        trainer: Trainer,
+        guards: Mapping[int, Guard],
+        index: int,
+        diagnosis: Diagnosis | None,
+        mistakes: Sequence[str] = (),
     ) -> None:
         """Add a step; write if Lightning logs now.
 
@@ -60,6 +65,7 @@ class RunLogging:
             guards: Guards by the index of their optimizer.
             index: Index of the optimizer.
             diagnosis: Diagnosis if there is a new one, or None.
+            mistakes: New mistakes that the graph shows, in Markdown.
         """
         if self._progress_bar and trainer.is_global_zero:
             # Both kinds of bar read it after the batch, together with the values that the module logs.
@@ -72,6 +78,8 @@ class RunLogging:
         overview.observe(report)
         if diagnosis is not None:
             overview.add_diagnosis(diagnosis.to_markdown())
+        for mistake in mistakes:
+            overview.add_diagnosis(mistake)
         if trainer._logger_connector.should_update_logs:
             self._write(trainer, guards[index], index)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +55,7 @@ class RunSummary:
         rollbacks: int,
         stop_reason: str | None,
         bundle: Path | None,
+        mistakes: Sequence[str] = (),
     ) -> None:
         """Log the table on rank 0.
 
@@ -66,6 +67,7 @@ class RunSummary:
             rollbacks: Number of rollbacks.
             stop_reason: Fault that training was halted for, or None.
             bundle: Flight record that was written, or None.
+            mistakes: Mistakes that the graph of a loss shows.
         """
         if not self._has_news:
             return
@@ -76,6 +78,7 @@ class RunSummary:
         ):
             return
         notes = self.describe_faults(several=len(guards) > 1)
+        notes += [("mistake", text) for text in mistakes]
         notes += [("rollbacks", str(rollbacks))] if rollbacks else []
         notes += [("halted", f"because of {stop_reason}")] if stop_reason else []
         notes += [(RECORD, str(bundle))] if bundle is not None else []

@@ -41,7 +41,7 @@ from lightning_gradguard.introspection.batch import find_nonfinite, inputs_and_t
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem
 from lightning_gradguard.introspection.sandbox import SandboxedStep
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Fault, Finding, Report
+from lightning_gradguard.results import Fault, Finding, Report, Severity
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import weight_means, weight_norms
@@ -50,6 +50,8 @@ from lightning_gradguard.stats.norms import weight_means, weight_norms
 _FEW_ROWS = 8
 #: First and newest steps that are compared, and steps from which on a sequence is long enough to be padded.
 _COMPARED, _LONG = 3, 10
+#: Steps from which a message says how long a fault has lasted.
+_LASTING = 10
 #: Newest steps that a diagnosis keeps for its picture.
 PICTURED = 128
 
@@ -219,6 +221,18 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
+def problem_as_markdown(problem: GraphProblem) -> str:
+    """Return a mistake that the graph shows as Markdown, in the form of a diagnosis.
+
+    Args:
+        problem: The mistake.
+    """
+    cause, fix = PROBLEMS[problem.kind]
+    named = cause.value.replace("_", " ")
+    lines = ["### A mistake in the code", problem.text, f"**Most likely cause:** {named}"]
+    return "\n\n".join([*lines, f"1. **{fix.name}**", f"        {fix.how}"])
+
+
 def describe_problem(problem: GraphProblem, batch: object = None) -> str:
     """Return the warning for a mistake that the graph shows.
 
@@ -273,6 +287,9 @@ def describe(
         lines.append(f"Most likely cause: {diagnosis.causes[0].value.replace('_', ' ')}.")
         if diagnosis.remedies:
             lines[-1] += f" Fix to try first: {diagnosis.remedies[0].name}."
+    lasted = report.step - finding.step
+    if finding.severity == Severity.CRITICAL and finding.fault != Fault.NONFINITE and lasted >= _LASTING:
+        lines.append(f"It has lasted for {lasted} steps, and is critical.")
     response = policy.response(finding.fault)
     if report.skip:
         action = "The step is skipped: weights and optimizer state are unchanged."

@@ -20,7 +20,7 @@ _HEADLINES = {
     Fault.EXPLODING.value: "Gradients explode",
     Fault.SPIKE.value: "The gradient norm is far above its baseline",
     Fault.OVERSIZED_UPDATE.value: "Updates are too large for the weights",
-    Fault.STALLED.value: "The weights hardly change, and the loss has plateaued",
+    Fault.STALLED.value: "The weights hardly change",
 }
 
 

@@ -187,7 +187,9 @@ def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
         of_fault[finding.fault].append(finding)
     for fault, own in of_fault.items():
         worst = max(own, key=lambda finding: (finding.severity, -finding.step))
-        groups.append(Group(fault, worst, own[0].step, own[-1].step, len(own)))
+        # A finding that became critical has the step of its warning.
+        times = len({finding.step for finding in own})
+        groups.append(Group(fault, worst, own[0].step, own[-1].step, times))
     last = len(_PRECEDENCE)
     return sorted(groups, key=lambda g: (-g.worst.severity, g.first, _PRECEDENCE.get(g.fault, last)))
 
@@ -212,7 +214,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     ]
     return Sheet(
         title,
-        _verdict(track, groups, record),
+        _verdict(track, groups, record, bool(diagnoses)),
         record,
         groups,
         findings[::-1][:LISTED],
@@ -230,7 +232,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     )
 
 
-def _verdict(track: Track, groups: Sequence[Group], record: Record) -> Verdict:
+def _verdict(track: Track, groups: Sequence[Group], record: Record, diagnosed: bool) -> Verdict:
     worst = groups[0] if groups else None
     if worst is not None and worst.worst.severity >= Severity.WARNING:
         level = worst.worst.severity.name.lower()
@@ -244,6 +246,12 @@ def _verdict(track: Track, groups: Sequence[Group], record: Record) -> Verdict:
         return Verdict("unjudged", "Not judged", "This run has histograms, but no `GradGuard` judged it.")
     notes = sum(group.count for group in groups)
     only = f" {notes} finding{' is' if notes == 1 else 's are'} for information only." if notes else ""
+    if diagnosed:  # of a mistake in the code, for which no fault fits
+        return Verdict(
+            "warning",
+            "A mistake in the code",
+            f"It is named below. No fault up to step {record.last:,}.{only}",
+        )
     return Verdict("healthy", "Healthy", f"No warning up to step {record.last:,}.{only}")
 
 

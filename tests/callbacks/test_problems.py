@@ -1,14 +1,18 @@
 """Mistakes that the graph of a loss shows: said once in a training, and blamed for what follows at any optimizer."""
 
+import logging
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_gradguard import Cause, GradGuard, GradientWarning, Policy
+from lightning_gradguard.html_report.render import write_report
 
 X = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
 
@@ -165,3 +169,26 @@ def test_a_backbone_without_gradients_is_no_teacher(parts):
     guard = GradGuard()
     said = said_of(Halves(parts), guard, X.repeat(8, 1), steps=60 * parts)
     assert any("disconnected" in text and "backbone" in text for text in said)
+
+
+def test_a_mistake_is_in_the_table_at_the_end_and_in_tensorboard(tmp_path, caplog):
+    guard, logger = GradGuard(), TensorBoardLogger(tmp_path)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=32)
+    with caplog.at_level(logging.INFO, "lightning_gradguard"), pytest.warns(GradientWarning):
+        L.Trainer(
+            max_steps=8,
+            logger=logger,
+            log_every_n_steps=1,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[guard],
+        ).fit(Net(out_of_range), loader)
+    table = " ".join(caplog.text.split())
+    assert "mistake The outputs come from a tanh" in table
+    (sheet,) = write_report([Path(logger.log_dir)], tmp_path / "report.html")
+    assert sheet.verdict.title == "A mistake in the code"
+    page = (tmp_path / "report.html").read_text()
+    assert "cannot reach them" in page
+    assert "Healthy" not in page
