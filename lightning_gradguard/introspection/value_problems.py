@@ -128,8 +128,8 @@ def find_tiny_input(norm: Tensor | None) -> GraphProblem | None:
     if not 0 < size < _TINY:
         return None
     text = (
-        f"A row of what the first layer is given has a norm of {size:.2g}, where 1 or more is typical: beside the "
-        "layer's biases, all rows look the same."
+        f"The inputs of the first layer are tiny: a row has a norm of {size:.2g}, where 1 or more is typical. Beside "
+        "the layer's biases all rows look the same, as when images are divided by 255 twice."
     )
     return GraphProblem(Problem.TINY_INPUT, text, certain=size < _VANISHING)
 
@@ -173,7 +173,7 @@ def _targets_out_of_domain(loss: LossGraph) -> Iterator[GraphProblem]:
         if low < -_BEYOND or high > 1 + _BEYOND:
             text = (
                 f"binary_cross_entropy_with_logits gets targets from {low:.3g} to {high:.3g}, and takes 0 to 1: with "
-                "others the loss falls below 0 without end."
+                "other targets it has no lower bound."
             )
             yield GraphProblem(Problem.TARGETS_OUT_OF_DOMAIN, text)
             return
