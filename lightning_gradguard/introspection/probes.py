@@ -70,18 +70,25 @@ def _size_of(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if weight is None or first is None or not any(p.ndim == 1 for p in own):
         return None
-    if not first.is_floating_point() or not first.numel() or not is_plain(first):
+    if not first.is_floating_point() or not first.numel() or type(first) is not Tensor:
         return None
-    return first.detach().float().square().mean().mul(weight.numel() / weight.shape[0]).sqrt()
+    return (
+        None
+        if not has_storage(first)
+        else first.detach().float().square().mean().mul(weight.numel() / weight.shape[0]).sqrt()
+    )
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Return True for a dense tensor of torch itself, outside of the transforms of `torch.func`.
+def has_storage(tensor: Tensor) -> bool:
+    """Return True for a dense tensor, outside of the transforms of `torch.func`.
 
-    Inside of them a tensor has no numbers of its own, and none that outlive the transform.
+    Inside of them a tensor has no storage of its own, and does not outlive the transform.
     """
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not wrapped
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return tensor.layout == torch.strided
 
 
 class UnshardedParameterProbe:
@@ -159,10 +166,9 @@ class InputProbe:
             inputs = [x for x in args if isinstance(x, Tensor) and x.numel()] if own else []
             for name in own:
                 for x in inputs:
-                    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-                        fed[name] = torch.ones(
-                            (), dtype=torch.bool, device=device
-                        )  # not known: it counts as fed
+                    if type(x) is Tensor and not has_storage(x):
+                        # Not known: it counts as fed.
+                        fed[name] = torch.ones((), dtype=torch.bool, device=device)
                         continue
                     held = x.to_local() if hasattr(x, "to_local") else x
                     live = (held.detach() != 0).any().to(device)
