@@ -52,7 +52,7 @@ def find_fixes(context: DiagnosticContext, causes: Sequence[Cause]) -> tuple[Rem
         causes: Most likely first.
     """
     chosen: dict[str, Remedy] = {}
-    problems = {problem.kind for problem in context.problems}
+    problems = _kinds(context)
     vanishes = context.fault in (Fault.VANISHING, Fault.VANISHING_IN_TIME)
     for rank, cause in enumerate(causes):
         shown = [fix for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in problems]
@@ -71,18 +71,21 @@ def fixes_of_problems(context: DiagnosticContext, cause: Cause) -> frozenset[str
         context: The facts at the step of the finding.
         cause: The most likely cause; the fixes are for mistakes of this kind.
     """
-    kinds = {problem.kind for problem in context.problems}
+    kinds = _kinds(context)
     keys: set[str] = {fix.key for kind, (own, fix) in PROBLEMS.items() if own == cause and kind in kinds}
     summed = cause == Cause.LOSS_FUNCTION and context.summed_rows and not context.normalizes_gradient
     if cause == Cause.SATURATING_ACTIVATION and is_starved_by_softmax(context):
         keys.add(SCALE_SCORES.key)
     if cause == Cause.RECURRENCE and context.padding >= PADDED:
         keys.add(BEFORE_PADDING.key)
-    if cause == Cause.RECURRENCE and recurs_without_bound(context):
-        keys.add(TANH_IN_RECURRENCE.key)
     if cause == Cause.BAD_INITIALIZATION and has_zero_factors(context):
         keys.add(RANDOM_FACTOR.key)
     return frozenset(keys | ({mean_loss(context).key} if summed else set()))
+
+
+def _kinds(context: DiagnosticContext) -> set[Problem]:
+    """Return the kinds of mistakes that have a fix of their own here; a large start is a symptom of others."""
+    return {problem.kind for problem in context.problems} - {Problem.LARGE_START}
 
 
 def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
@@ -133,8 +136,7 @@ def fixes_for(cause: Cause, context: DiagnosticContext) -> list[Remedy | None]:
             clip = clip_spikes(c) if c.fault == Fault.EXPLODING else None
             weights = [REMEMBERING_GATES] if is_gated(c) else [LSTM, ORTHOGONAL]
             unpadded = BEFORE_PADDING if c.padding >= PADDED else None
-            bounded = TANH_IN_RECURRENCE if recurs_without_bound(c) else None
-            return [unpadded, bounded, clip, *weights, TRUNCATED_BACKPROPAGATION]
+            return [unpadded, clip, *weights, TRUNCATED_BACKPROPAGATION]
 
         case Cause.DEAD_ACTIVATION:
             large_bias = any(len(c.shapes[i]) == 1 and c.weight_rms(i) > 3 for i in range(len(c.names)))
@@ -292,12 +294,6 @@ SCALE_SCORES = Remedy(
     "Divide the scores of the attention by the square root of the width",
     "scores = query @ key.mT / key.shape[-1] ** 0.5",
 )
-
-
-def recurs_without_bound(context: DiagnosticContext) -> bool:
-    """Return True for a recurrence that grows, through an activation that has no bound."""
-    grows = context.too_large or context.fault == Fault.NONFINITE
-    return grows and context.path.get("relu", 0) > 0 and not context.path.get("tanh", 0)
 
 
 def has_zero_factors(context: DiagnosticContext) -> bool:
@@ -810,10 +806,6 @@ REACHABLE_TARGETS = Remedy(
 PRE_NORM = Remedy(
     "Normalize before each branch, and not after the sum (pre-norm)",
     "block = nn.TransformerEncoderLayer(width, heads, norm_first=True)  # h = h + branch(norm(h)), one norm at the end",
-)
-TANH_IN_RECURRENCE = Remedy(
-    "A bounded activation in the recurrence: tanh in place of ReLU",
-    "h = torch.tanh(layer(x) + recurrent(h))  # or nn.LSTM, nn.GRU",
 )
 BEFORE_PADDING = Remedy(
     "Read the output at the last step before the padding: pass the lengths",
