@@ -245,8 +245,8 @@ def describe_problem(problem: GraphProblem, batch: object = None) -> str:
         (inputs, _), _ = _measure_batch(batch)
         if inputs is not None and inputs > LARGE_INPUTS:
             cause, fix = Cause.UNNORMALIZED_INPUT, STANDARD_INPUT
-    named = cause.value.replace("_", " ")
-    return f"{problem.text}\n  Most likely cause: {named}. Fix to try first: {fix.name}: {fix.how}"
+    # No diagnosis holds the cause, so its name stands here as code compares it.
+    return f"{problem.text}\n  Most likely cause: {cause}. Fix to try first: {fix.name}: {fix.how}"
 
 
 def describe(

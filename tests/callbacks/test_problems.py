@@ -88,7 +88,7 @@ def test_a_first_loss_without_a_mistake_is_quiet(parts):
 
 def test_large_inputs_are_blamed_for_large_outputs():
     (text,) = (t for t in said_of(Net(labels), GradGuard(), 300 * X) if "equal odds" in t)
-    assert "cause: unnormalized input" in text
+    assert "cause: unnormalized_input" in text
 
 
 def test_the_check_up_and_the_first_loss_do_not_say_it_twice():
