@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -149,8 +150,9 @@ class Finding:
     def place(self) -> str:
         """Fault, onset and worst tensors, as messages begin."""
         # Of many only the first are kept; those that are not finite are counted.
-        total = int(self.value) if self.fault == Fault.NONFINITE and self.parameters else len(self.parameters)
-        named, more = ", ".join(self.parameters[:3]), max(total, len(self.parameters)) - 3
+        kept = len(self.parameters)
+        is_count = self.fault == Fault.NONFINITE and kept < self.value < math.inf
+        named, more = ", ".join(self.parameters[:3]), (int(self.value) if kept and is_count else kept) - 3
         where = f", worst in {named}" if named else ""
         others = f" and {more} more" if more > 0 else ""
         return f"{self.fault.value} since step {self.step}{where}{others}"

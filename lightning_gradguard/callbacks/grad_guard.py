@@ -372,7 +372,7 @@ class GradGuard(Callback):
         from lightning_gradguard.diagnosis.diagnose import problem_as_markdown
 
         known.update((problem.kind, problem.text) for problem in fresh)
-        return [problem_as_markdown(problem) for problem in fresh]
+        return [problem_as_markdown(problem, self._batch[0]) for problem in fresh]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Release the batch; repair running statistics."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +46,6 @@ class GuardRegistry:
         self.guards: dict[int, Guard] = {}
         self._usage: ForwardUsage | None = None
         self._shown: tuple[tuple[GraphProblem, frozenset[int]], ...] = ()
-        self._masked = False
-        self._tiny: GraphProblem | None = None
-        self._fed: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy observes no model.
@@ -79,12 +75,6 @@ class GuardRegistry:
         guard = self.guards[index] = Guard(
             named, optimizer=optimizer, index=index, usage=self._usage, **arguments
         )
-        guard.tracker.masked = self._masked
-        if self._tiny is not None:
-            own = {id(p) for p in guard.tracker.layout.parameters}
-            names = tuple(name for name, p in named if id(p) in self._fed & own)
-            # A first layer that is not trained, or by another optimizer, is not this one's.
-            guard.tracker.of_inputs = (self._tiny._replace(names=names),) if names else ()
         state = self.restored.pop(str(index), None)
         if state is not None:
             try:
@@ -124,16 +114,14 @@ class GuardRegistry:
         Args:
             loss: The loss, before its backward pass.
         """
-        self._masked |= is_loss_masked(loss)
         found = (*find_problems_of_values(loss), *find_large_start(loss))
         known = {problem.kind for problem, _ in self._shown}
         fresh = tuple(problem for problem in found if problem.kind not in known)
         leaves = leaves_of(loss) if fresh else frozenset()
         self._shown += tuple((problem, leaves) for problem in fresh)
-        if self._tiny is None and self._usage is not None:
-            size, self._fed = self._usage.first_input
-            with suppress(RuntimeError):  # a tensor of an unusual kind
-                self._tiny = find_tiny_input(size)
+        if self._usage is not None:  # guards are made with it
+            self._usage.is_loss_masked |= is_loss_masked(loss)
+            self._usage.tiny_input = self._usage.tiny_input or find_tiny_input(self._usage.first_input[0])
         return fresh
 
     @property

@@ -36,9 +36,8 @@ class Disconnected:
 
     INFO is what gets nothing and is no mistake in the graph: trainable tensors that take no part in the forward pass;
     tensors whose result the loss does not use, such as a head that this loss does not need, or takes as a target, such
-    as a teacher in the optimizer; layers whose input is
-    exactly zero; and biases alone, since the bias of an energy has no gradient by design. Nothing in the graph tells a
-    head that is not needed from one whose loss was forgotten.
+    as a teacher in the optimizer; layers whose input is exactly zero; and biases alone, since the bias of an energy has
+    no gradient by design. Nothing in the graph tells a head that is not needed from one whose loss was forgotten.
 
     Needs an autograd graph that can be read: silent under torch.compile and tensor parallel.
 

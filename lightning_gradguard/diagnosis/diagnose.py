@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_gradguard.diagnosis.causes import find_causes
 from lightning_gradguard.diagnosis.causes.data import inputs_out_of_scale
 from lightning_gradguard.diagnosis.context import LARGE_INPUTS, OUTLYING, DiagnosticContext, finite_median
-from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Timeline
+from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy, Timeline
 from lightning_gradguard.diagnosis.first_pass import measure_first_pass
 from lightning_gradguard.diagnosis.fixes import (
     BIASED_VARIANCE,
@@ -28,6 +28,7 @@ from lightning_gradguard.diagnosis.fixes import (
     find_fixes,
 )
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
+from lightning_gradguard.diagnosis.rendering import mistake_to_markdown
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
 from lightning_gradguard.diagnosis.wording import count, further_reading, headline
@@ -221,16 +222,14 @@ def trace_nonfinite(context: StepContext, loss_scale: float, *, replay: bool = T
     return find_origin(step, scale=loss_scale, replay=replay)
 
 
-def problem_as_markdown(problem: GraphProblem) -> str:
-    """Return a mistake that the graph shows as Markdown, in the form of a diagnosis.
+def problem_as_markdown(problem: GraphProblem, batch: object = None) -> str:
+    """Return a mistake that the graph shows as Markdown, as `Diagnosis.to_markdown` does a diagnosis.
 
     Args:
         problem: The mistake.
+        batch: Input of the loss, if known.
     """
-    cause, fix = PROBLEMS[problem.kind]
-    named = cause.value.replace("_", " ")
-    lines = ["### A mistake in the code", problem.text, f"**Most likely cause:** {named}"]
-    return "\n\n".join([*lines, f"1. **{fix.name}**", f"        {fix.how}"])
+    return mistake_to_markdown(problem.text, *_cause_and_fix(problem, batch))
 
 
 def describe_problem(problem: GraphProblem, batch: object = None) -> str:
@@ -240,13 +239,17 @@ def describe_problem(problem: GraphProblem, batch: object = None) -> str:
         problem: The mistake.
         batch: Input of the loss, if known.
     """
-    cause, fix = PROBLEMS[problem.kind]
+    cause, fix = _cause_and_fix(problem, batch)
+    # No diagnosis holds the cause, so its name stands here as code compares it.
+    return f"{problem.text}\n  Most likely cause: {cause}. Fix to try first: {fix.name}: {fix.how}"
+
+
+def _cause_and_fix(problem: GraphProblem, batch: object) -> tuple[Cause, Remedy]:
     if problem.kind == Problem.LARGE_START:
         (inputs, _), _ = _measure_batch(batch)
         if inputs is not None and inputs > LARGE_INPUTS:
-            cause, fix = Cause.UNNORMALIZED_INPUT, STANDARD_INPUT
-    # No diagnosis holds the cause, so its name stands here as code compares it.
-    return f"{problem.text}\n  Most likely cause: {cause}. Fix to try first: {fix.name}: {fix.how}"
+            return Cause.UNNORMALIZED_INPUT, STANDARD_INPUT
+    return PROBLEMS[problem.kind]
 
 
 def describe(

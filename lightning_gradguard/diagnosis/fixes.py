@@ -657,7 +657,8 @@ def lower_learning_rate(context: DiagnosticContext, rate: float | None = None) -
     if rate is not None and rate < lowered_rate(context):
         why = "the first steps change a layer by at most 0.02 of its size"
     elif ratio > LARGEST_UPDATE:
-        why = f"steps are {number(ratio / LARGEST_UPDATE)} times the limit of {LARGEST_UPDATE}"
+        tenth = "a tenth, since " if ratio < 10 * LARGEST_UPDATE else ""
+        why = f"{tenth}steps are {number(ratio / LARGEST_UPDATE)} times the limit of {LARGEST_UPDATE}"
     rate = lowered_rate(context) if rate is None else rate
     name = f"Lower the learning rate from {number(current)} to {number(rate)}"
     how = f"lr = {number(rate)}  # was {number(current)}; {why}"

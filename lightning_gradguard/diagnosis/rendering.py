@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from lightning_gradguard.diagnosis.wording import further_reading, headline, listing, number, quote
+from lightning_gradguard.diagnosis.wording import MISTAKE, further_reading, headline, listing, number, quote
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
@@ -85,6 +85,19 @@ def to_markdown(diagnosis: Diagnosis) -> str:
             )
     lines += ["", md(_further(diagnosis))]
     return "\n".join(lines) + "\n"
+
+
+def mistake_to_markdown(text: str, cause: Cause, fix: Remedy) -> str:
+    """Render a mistake in the code as Markdown, in the form of a diagnosis.
+
+    Args:
+        text: Description of the mistake.
+        cause: Its cause.
+        fix: Its fix.
+    """
+    md = _markdown
+    lines = [f"### {MISTAKE}", md(text), f"**Most likely cause:** {md(_words(cause))}."]
+    return "\n\n".join([*lines, f"1. **{md(fix.name)}**", textwrap.indent(fix.how, " " * 8)]) + "\n"
 
 
 def to_html(diagnosis: Diagnosis) -> str:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from lightning_gradguard.results import Fault
 
+#: Headline of a mistake in the code, for which no fault fits.
+MISTAKE = "A mistake in the code"
+
 _HEADLINES = {
     Fault.NONFINITE.value: "The gradients or the loss are NaN or Inf",
     Fault.UNDERFLOW.value: "Gradients are too small for their number format",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import compress
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lightning_gradguard.introspection.autograd_graph import GraphSummary, read_graph
 from lightning_gradguard.introspection.columns import MAX_COLUMNS
-from lightning_gradguard.introspection.graph_problems import OWNERSHIP
+from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem
 from lightning_gradguard.introspection.ownership import UnownedWeights, find_ownership_problems
 from lightning_gradguard.introspection.probes import (
     ForwardUsage,
@@ -58,7 +59,6 @@ class GraphObserver:
         embeddings: Names of look-up tables.
         columns: Paths of layers from an input to the loss, as indices of tensors; see `Layout`.
         probed: Names of the recurrent tensors that are probed in the next pass.
-        masked: True if a loss that looks like that of a policy gradient multiplies with a mask.
         marks: Paths of the tensors since the newest `reset`.
         reached: Names of the tensors that have had a gradient since then.
     """
@@ -69,7 +69,6 @@ class GraphObserver:
         self.columns: tuple[tuple[int, ...], ...] = ()
         self.probed: frozenset[str] = frozenset()
         self.marks: PathMarks
-        self.masked = False
         self._named = named
         self._compiled = is_compiled(named) or (usage is not None and not usage.observes)
         self._usage = ForwardUsage(idle=self._compiled) if usage is None else usage
@@ -152,24 +151,26 @@ class GraphObserver:
             others = []
         if owned and layout.shards is None:
             reached = frozenset(summary.shortest)
-            try:
-                problems = find_ownership_problems(parameters, reached, others, self._named)
-            except Exception:  # the objects of other programs are looked through, which may do anything
-                problems = ()
             # Gradients without a path were put there by hand, such as those of a copy: the loop knows what it does.
             by_hand = any(
                 has and name not in reached for name, has in zip(layout.names, pattern, strict=True)
             )
             cut = {n: p for n, p in parameters.items() if n in summary.missing and id(p) in self._used}
-            try:
+            problems: tuple[GraphProblem, ...] = ()
+            self._unowned = None
+            with suppress(
+                Exception
+            ):  # the objects of other programs are looked through, which may do anything
+                problems = find_ownership_problems(parameters, reached, others, self._named)
                 self._unowned = None if by_hand else UnownedWeights.of(problems, others, cut)
-            except Exception:  # the objects of other programs are looked through, which may do anything
-                self._unowned = None
             if self._unowned is not None:  # the next step tells which mistake it is
                 problems = tuple(p for p in problems if p is not self._unowned.problem or not p.certain)
             summary = replace(summary, problems=(*summary.problems, *problems))
-        if self.masked:
+        if self._usage.is_loss_masked:
             summary = replace(summary, surrogate=False)
+        summary = replace(
+            summary, problems=(*summary.problems, *self._problems_of_input(parameters, summary))
+        )
         summary, self._ran = _agree(summary, [id(p) in self._used for _, p in pairs], layout)
         unused = (
             frozenset(n for n, took_part in zip(layout.names, self._ran, strict=True) if not took_part)
@@ -183,6 +184,19 @@ class GraphObserver:
         return Layout.of(
             dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings, columns=self.columns
         )
+
+    def _problems_of_input(
+        self, parameters: Mapping[str, Tensor], summary: GraphSummary
+    ) -> list[GraphProblem]:
+        """Return the mistake that the first layer's input shows, if these tensors are that layer's.
+
+        A normalization behind the layer makes up for the size of its input.
+        """
+        fed, tiny = self._usage.first_input[1], self._usage.tiny_input
+        names = tuple(name for name, p in parameters.items() if id(p) in fed)
+        if tiny is None or len(names) == 0 or len(summary.normalised.intersection(names)) > 0:
+            return []
+        return [tiny._replace(names=names)]
 
     def probe_inputs(self, layout: Layout, names: Iterable[str]) -> None:
         """Look in the next pass if these layers' input is exactly zero, once for each layer.

@@ -14,7 +14,6 @@ from lightning_gradguard.engine.carried_gradients import CarriedGradients
 from lightning_gradguard.engine.graph_observer import GraphObserver
 from lightning_gradguard.engine.sampling_schedule import EAGER, SamplingSchedule
 from lightning_gradguard.introspection.autograd_graph import GraphSummary
-from lightning_gradguard.introspection.graph_problems import GraphProblem
 from lightning_gradguard.introspection.loss_comparison import LossComparison
 from lightning_gradguard.introspection.loss_terms import count_terms
 from lightning_gradguard.introspection.probes import ForwardUsage
@@ -128,7 +127,6 @@ class ParameterTracker:
         updates: float32 [P], ‖Δw‖/‖w‖ of the newest sampled step; NaN before the first.
         schedule: When samples are due.
         rates: Course of the learning rate.
-        of_inputs: Mistakes that the first layer's input shows.
 
     Raises:
         ValueError: If there is no parameter.
@@ -145,7 +143,6 @@ class ParameterTracker:
         self.rates = RateHistory()
         self._usual_terms = 0.0
         self._carried = CarriedGradients()
-        self.of_inputs: tuple[GraphProblem, ...] = ()
         self._named = as_pairs(named_parameters)
         self._observer = GraphObserver(self._named, usage)
         self._groups = members(self.optimizer)
@@ -159,15 +156,6 @@ class ParameterTracker:
         self._start(select(self._named, self.optimizer))
 
     @property
-    def masked(self) -> bool:
-        """True if a loss that looks like that of a policy gradient multiplies with a mask."""
-        return self._observer.masked
-
-    @masked.setter
-    def masked(self, value: bool) -> None:
-        self._observer.masked = value
-
-    @property
     def compares_loss(self) -> bool:
         """True if the coming step is one that a comparison of the loss is for."""
         return self.schedule.sampled_last
@@ -179,11 +167,7 @@ class ParameterTracker:
         With the mistakes that were found since.
         """
         summary, more = self._observer.graph_summary, self._carried.problems()
-        if summary is None:
-            return None
-        # A normalization behind the first layer makes up for the size of its input.
-        more += tuple(p for p in self.of_inputs if not summary.removes_scale(p.names))
-        if not more:
+        if summary is None or not more:
             return summary
         return replace(summary, problems=(*summary.problems, *more))
 

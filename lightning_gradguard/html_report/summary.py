@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradguard.diagnosis.wording import headline, quote
+from lightning_gradguard.diagnosis.wording import MISTAKE, headline, quote
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
 from lightning_gradguard.loggers.findings import TERMS, FoundRecord, LoggedFinding
@@ -214,7 +214,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     ]
     return Sheet(
         title,
-        _verdict(track, groups, record, bool(diagnoses)),
+        _verdict(track, groups, record, any(text.startswith(f"### {MISTAKE}") for text in diagnoses)),
         record,
         groups,
         findings[::-1][:LISTED],
@@ -232,7 +232,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     )
 
 
-def _verdict(track: Track, groups: Sequence[Group], record: Record, diagnosed: bool) -> Verdict:
+def _verdict(track: Track, groups: Sequence[Group], record: Record, is_mistaken: bool) -> Verdict:
     worst = groups[0] if groups else None
     if worst is not None and worst.worst.severity >= Severity.WARNING:
         level = worst.worst.severity.name.lower()
@@ -246,10 +246,10 @@ def _verdict(track: Track, groups: Sequence[Group], record: Record, diagnosed: b
         return Verdict("unjudged", "Not judged", "This run has histograms, but no `GradGuard` judged it.")
     notes = sum(group.count for group in groups)
     only = f" {notes} finding{' is' if notes == 1 else 's are'} for information only." if notes else ""
-    if diagnosed:  # of a mistake in the code, for which no fault fits
+    if is_mistaken:
         return Verdict(
             "warning",
-            "A mistake in the code",
+            MISTAKE,
             f"It is named below. No fault up to step {record.last:,}.{only}",
         )
     return Verdict("healthy", "Healthy", f"No warning up to step {record.last:,}.{only}")

@@ -7,7 +7,7 @@ modules alike, and can be read after the backward pass too, which frees only the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,10 +110,6 @@ class GraphSummary:
     normalised: frozenset[str] = frozenset()
     selected: frozenset[str] = frozenset()
     surrogate: bool = False
-
-    def removes_scale(self, names: Collection[str]) -> bool:
-        """Return True if a normalization right behind any of these parameters removes its scale."""
-        return not self.normalised.isdisjoint(names)
 
 
 class Leaf(NamedTuple):

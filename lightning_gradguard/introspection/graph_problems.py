@@ -123,31 +123,27 @@ def find_problems(loss: LossGraph, shared: bool = False) -> tuple[GraphProblem, 
     return tuple(found.values())
 
 
-def find_problems_of_signs(loss: Tensor) -> tuple[GraphProblem, ...]:
+def find_problems_of_signs(loss: LossGraph) -> Iterator[GraphProblem]:
     """Find mistakes that only the signs of constant factors show, which are known before the backward pass.
 
     Reads from the device, where log-probabilities are multiplied with numbers.
 
     Args:
-        loss: The loss, before the backward pass.
+        loss: Graph of the loss, before the backward pass.
     """
-    if loss.grad_fn is None or is_masked(loss):
-        return ()
-    return tuple(_entropy_sign(LossGraph(loss.grad_fn)))
+    return iter(()) if is_masked(loss) else _entropy_sign(loss)
 
 
-def is_masked(loss: Tensor) -> bool:
-    """Return True if log-probabilities are multiplied with a mask or with weights, and not with rewards.
+def is_masked(loss: LossGraph) -> bool:
+    """Return True if log-probabilities are multiplied with a mask, and not with rewards.
 
     Reads from the device.
 
     Args:
-        loss: The loss, before the backward pass.
+        loss: Graph of the loss, before the backward pass.
     """
-    graph = None if loss.grad_fn is None else LossGraph(loss.grad_fn)
-    products = [] if graph is None else [i for i in graph.where({"Mul"}) if _is_policy_gradient(graph, i)]
-    factors = [f for i in products if graph is not None and (f := graph.saved(i, "other")) is not None]
-    factors += [f for i in products if graph is not None and (f := graph.saved(i, "self")) is not None]
+    products = [index for index in loss.where({"Mul"}) if _is_policy_gradient(loss, index)]
+    factors = [loss.saved(index, name) for index in products for name in ("other", "self")]
     held = [f.detach() for f in factors if isinstance(f, Tensor)]
     return bool(held) and all(bool(((f == 0) | (f == f.max())).all() & (f >= 0).all()) for f in held)
 
@@ -631,12 +627,10 @@ def _broadcast(loss: LossGraph, shared: bool) -> Iterator[GraphProblem]:
             continue
         if _is_meant(loss, inputs[0], whole[0]) or not _is_averaged(loss, index):
             continue
-        # Ranks and likelihoods compare pairs on purpose; an error is squared, or its absolute value taken.
+        # Ranks and likelihoods compare pairs on purpose; an error is squared, or its absolute value taken. Chosen
+        # log-probabilities of actions meet old ones, or advantages.
         source = loss.ops[loss.skip(inputs[0])]
-        chosen = source in (
-            "Gather",
-            "Index",
-        )  # the log-probabilities of actions, which meet old ones or advantages
+        chosen = source in ("Gather", "Index")
         if source == "AccumulateGrad" or not (chosen or op in ("Mul", "Div") or _is_error(loss, index)):
             continue
         other = [whole[0], 1, *part[1:]] if len(part) < len(whole) else [whole[0], *part[2:]]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from lightning_gradguard.introspection.graph_problems import GraphProblem
+
 #: Fewest steps of a sequence, or calls of one module in one pass, for which a tilt over time is measured.
 MIN_TIMES = 10
 
@@ -27,9 +29,16 @@ class ForwardUsage:
 
     Args:
         idle: Install no hook and observe nothing: for compiled modules, which a hook would recompile.
+
+    Attributes:
+        observes: False if it is idle.
+        is_loss_masked: True if the first loss multiplies log-probabilities with a mask; False until that is known.
+        tiny_input: Mistake that the first layer's input shows, once that was looked at.
     """
 
     def __init__(self, *, idle: bool = False) -> None:
+        self.is_loss_masked = False
+        self.tiny_input: GraphProblem | None = None
         ids: set[int] = set()
         inputs: list[tuple[Tensor | None, list[int]]] = []
         self.ids, self.observes, self._inputs = ids, not idle, inputs

@@ -9,8 +9,8 @@ To add a mistake: see `lightning_gradguard.introspection.graph_problems`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from lightning_gradguard.introspection.graph_problems import (
     is_masked,
 )
 from lightning_gradguard.introspection.operations import VIEWS, kind_of
+
+T = TypeVar("T")
 
 #: Range of the outputs of activations that bound them.
 _RANGES = {
@@ -54,7 +56,7 @@ TIMES_CHANCE = 10.0
 
 
 class Compared(NamedTuple):
-    """What a loss function compares.
+    """Output and target of a loss.
 
     Attributes:
         child: Node of the output.
@@ -78,7 +80,7 @@ def find_problems_of_values(loss: Tensor) -> tuple[GraphProblem, ...]:
     Args:
         loss: The loss, before its backward pass.
     """
-    finders = (lambda graph: find_problems_of_signs(loss), _unreachable_targets, _targets_out_of_domain)
+    finders = (find_problems_of_signs, _unreachable_targets, _targets_out_of_domain)
     return tuple(problem for finder in finders for problem in _found(loss, finder))
 
 
@@ -102,17 +104,19 @@ def is_loss_masked(loss: Tensor) -> bool:
     Args:
         loss: The loss, before its backward pass.
     """
-    try:
-        return is_masked(loss)
-    except Exception:  # freed, changed in place, or of another form
-        return False
+    return _read(loss, is_masked, False)
 
 
-def _found(loss: Tensor, finder: Callable[[LossGraph], Iterable[GraphProblem]]) -> tuple[GraphProblem, ...]:
+def _found(loss: Tensor, finder: Callable[[LossGraph], Iterator[GraphProblem]]) -> tuple[GraphProblem, ...]:
+    return _read(loss, lambda graph: tuple(finder(graph)), ())
+
+
+def _read(loss: Tensor, read: Callable[[LossGraph], T], otherwise: T) -> T:
+    """Return what is read of the graph of a loss, or something else if that cannot be read."""
     try:
-        return () if loss.grad_fn is None else tuple(finder(LossGraph(loss.grad_fn)))
+        return otherwise if loss.grad_fn is None else read(LossGraph(loss.grad_fn))
     except Exception:  # freed, changed in place, or of another form
-        return ()
+        return otherwise
 
 
 def find_tiny_input(norm: Tensor | None) -> GraphProblem | None:
@@ -124,7 +128,10 @@ def find_tiny_input(norm: Tensor | None) -> GraphProblem | None:
     Args:
         norm: float32 [], norm of a row of what the first layer was given; None if it is not known.
     """
-    size = math.nan if norm is None else float(norm)
+    try:
+        size = math.nan if norm is None else float(norm)
+    except RuntimeError:  # of an unusual kind
+        return None
     if not 0 < size < _TINY:
         return None
     text = (

@@ -123,12 +123,13 @@ class _RankValues(NamedTuple):
         """Return the numbers to average, float32 [0 to 7]."""
         device = device if self.loss is None else self.loss.device
         numbers = [] if self.loss is None else [self.loss.detach().to(torch.float32).reshape(())]
-        unknown = torch.tensor(torch.nan, device=device)
         own = [self.time_tilt] if self.tilt_due else []
         own += [None, None] if self.guess_due and self.guess is None else []
         own += [*self.guess] if self.guess_due and self.guess is not None else []
         for value in own:
-            number = (unknown if value is None else value).to(device, torch.float32).reshape(())
+            if value is None:
+                value = torch.full((), torch.nan, device=device)
+            number = value.to(device, torch.float32).reshape(())
             known = ~number.isnan()
             numbers += [torch.where(known, number, 0.0), known.to(torch.float32)]
         return torch.stack(numbers) if numbers else torch.zeros(0, device=device, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_
@@ -86,9 +87,14 @@ def has_compiled_part(module: nn.Module) -> bool:
     ``module.compile()`` and ``self.body = torch.compile(self.body)`` do that, and no name shows it. Such code calls
     hooks, but is compiled again for each one that is added or removed.
     """
+    # Not `hasattr`: attributes may be objects of any kind, which answer to every name, or raise.
     return any(
         getattr(part, "_compiled_call_impl", None) is not None
-        or any(hasattr(held, "_torchdynamo_orig_callable") for held in (*vars(part).values(), part.forward))
+        or any(
+            inspect.getattr_static(held, "_torchdynamo_orig_callable", None) is not None
+            for held in (*vars(part).values(), part.forward)
+            if callable(held)
+        )
         for part in module.modules()
     )
 

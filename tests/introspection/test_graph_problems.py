@@ -8,7 +8,12 @@ from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.fixes import PROBLEMS
 from lightning_gradguard.introspection.autograd_graph import summarize_graph
-from lightning_gradguard.introspection.graph_problems import Problem, find_problems_of_signs, is_masked
+from lightning_gradguard.introspection.graph_problems import (
+    LossGraph,
+    Problem,
+    find_problems_of_signs,
+    is_masked,
+)
 
 N, C, T = 8, 5, 7
 
@@ -429,13 +434,13 @@ def policy_loss(weight, ways="categorical"):
 @pytest.mark.parametrize("weight", [1.0, 0.01])
 @pytest.mark.parametrize("ways", ["categorical", "softmax", "ratio"])
 def test_an_entropy_that_is_added_beside_a_policy_gradient(ways, weight):
-    (problem,) = find_problems_of_signs(policy_loss(weight, ways))
+    (problem,) = find_problems_of_signs(LossGraph(policy_loss(weight, ways).grad_fn))
     assert problem.kind == Problem.ENTROPY_SIGN
-    assert not find_problems_of_signs(policy_loss(-weight, ways))
+    assert not list(find_problems_of_signs(LossGraph(policy_loss(-weight, ways).grad_fn)))
 
 
 def test_an_entropy_that_is_minimized_on_purpose():
-    assert not find_problems_of_signs(policy_loss(0.1, "labels"))
+    assert not list(find_problems_of_signs(LossGraph(policy_loss(0.1, "labels").grad_fn)))
 
 
 def test_each_mistake_has_a_cause_and_a_fix():
@@ -539,6 +544,6 @@ def test_a_mask_is_no_reward():
     chosen = log_p.gather(1, labels()[:, None])[:, 0]
     entropy = -(scores.softmax(1) * log_p).sum(1).mean()
     for factor, masked in ((torch.rand(N).round(), True), (torch.randn(N), False)):
-        loss = -(chosen * factor).mean() + 0.1 * entropy
+        loss = LossGraph((-(chosen * factor).mean() + 0.1 * entropy).grad_fn)
         assert is_masked(loss) == masked
-        assert bool(find_problems_of_signs(loss)) != masked
+        assert bool(list(find_problems_of_signs(loss))) != masked
