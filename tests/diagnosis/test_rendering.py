@@ -18,7 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy, Timeline
-from lightning_gradguard.diagnosis.rendering import WIDTH, print_diagnosis
+from lightning_gradguard.diagnosis.rendering import WIDTH, mistake_to_markdown, print_diagnosis
 from lightning_gradguard.diagnosis.wording import further_reading, headline, quote
 from lightning_gradguard.loggers.tags import NOTES
 from lightning_gradguard.results import Fault, GradientHalt
@@ -246,6 +246,16 @@ def test_no_name_escapes_its_form(name):
     # GitHub ends a cell at a bar even inside a code span.
     rows = [line for line in diagnosis.to_markdown().splitlines() if line.startswith("| ")]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4] * 4
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_mistake_shows_any_name_and_its_code_as_they_are(name):
+    fix = Remedy("Mend it", "a = [x_1, x_2]\nb = a[0] * a[1] * 2")
+    text = mistake_to_markdown(f"It is in {quote(name)}.", Cause.BAD_INITIALIZATION, fix)
+    rendered = markdown_to_safe_html(text)
+    assert {t for t, _ in Reader(rendered).tags} <= {"h3", "p", "strong", "code", "pre", "ol", "li"}
+    for part in (f"It is in {quote(name)[1:-1]}.", "Most likely cause: bad initialization.", fix.how):
+        assert " ".join(part.replace("`", "").split()) in shown(rendered).replace("`", "")
 
 
 # Markdown drops blanks at the edges of a code span.

@@ -187,6 +187,17 @@ def test_what_a_resumed_run_repeats_counts_once():
     assert diagnoses == ["### two", "### one"]
 
 
+@pytest.mark.parametrize(
+    ("diagnosis", "title"),
+    [("### A mistake in the code\n\nTwo.", "A mistake in the code"), ("### Gradients explode", "Healthy")],
+)
+def test_only_a_named_mistake_makes_a_run_without_a_fault_unhealthy(diagnosis, title):
+    record = FoundRecord((found(3, severity=Severity.INFO),), (diagnosis,))
+    (sheet,) = sheets_of(Run("r", {"gradguard": Track(scalars={"clip_scale": {9: 1.0}}, found={9: record})}))
+    assert sheet.verdict.title == title
+    assert "1 finding is for information only" in sheet.verdict.detail
+
+
 def test_findings_by_fault_the_most_severe_first():
     groups = by_fault(
         [
