@@ -97,7 +97,10 @@ def mistake_to_markdown(text: str, cause: Cause, fix: Remedy) -> str:
     """
     md = _markdown
     lines = [f"### {MISTAKE}", md(text), f"**Most likely cause:** {md(_words(cause))}."]
-    return "\n\n".join([*lines, f"1. **{md(fix.name)}**", textwrap.indent(fix.how, " " * 8)]) + "\n"
+    return (
+        "\n\n".join([*lines, f"**Fix to try first:** {md(fix.name)}:", textwrap.indent(fix.how, " " * 4)])
+        + "\n"
+    )
 
 
 def to_html(diagnosis: Diagnosis) -> str:

@@ -157,8 +157,8 @@ class FindingLog:
             for f in self._findings
         ]
         terms = dict.fromkeys(TERMS[f.fault] for f in self._findings if f.fault in TERMS)
-        found = "\n\n".join(["### Findings, newest first", "\n".join(lines), *terms])
-        return "\n\n---\n\n".join([*self._diagnoses, found]), new
+        found = ["\n\n".join(["### Findings, newest first", "\n".join(lines), *terms])] if lines else []
+        return "\n\n---\n\n".join([*self._diagnoses, *found]), new
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types."""
