@@ -196,12 +196,7 @@ def outcome(folder, guards, options, callbacks, module, run, also=None):
             "error": error and (type(error), str(error), type(error.__cause__), type(error.__context__)),
             "random": randomness(),
             "settings": settings(),
-            "threads": sorted(
-                re.sub(r"\d+", "", thread.name)
-                for thread in threading.enumerate()
-                if thread not in threads
-                and thread.name != "tqdm_monitor"  # the first bar of a process starts it
-            ),
+            "threads": threads_left(threads),
         }
         seen |= left_by(trainer, model, guards)
         seen["extra"] = also(trainer, model) if also else None
@@ -268,6 +263,21 @@ def hooks(module, optimizers):
 
 def _lengths(attributes, part):
     return {name: len(held) for name, held in attributes.items() if part in name and isinstance(held, dict)}
+
+
+def threads_left(before):
+    """Return the names of threads that a run leaves running, without numbers.
+
+    A worker's queue takes a moment to close: a thread that ends by itself within ten seconds isn't left.
+    """
+    new = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and thread.name != "tqdm_monitor"  # the first bar of a process starts it
+    ]
+    for thread in new:
+        thread.join(timeout=10)
+    return sorted(re.sub(r"\d+", "", thread.name) for thread in new if thread.is_alive())
 
 
 def checkpoint(trainer, path, guards):
