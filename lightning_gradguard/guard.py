@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_gradguard.clippers import recommended_clipper
 from lightning_gradguard.clippers.base import Clipper, apply_
 from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import Detector
@@ -57,7 +58,7 @@ from lightning_gradguard.forms import short
 from lightning_gradguard.introspection.graph_problems import OWNERSHIP, GraphProblem, Problem
 from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
+from lightning_gradguard.results import ClipSpan, Fault, Finding, GradientHalt, Report, Severity
 from lightning_gradguard.stats.grad_stats import GradStats, stats_of
 from lightning_gradguard.stats.trends import WARM_UP
 
@@ -90,7 +91,8 @@ class Guard:
         named_parameters: Pairs of name and parameter, from ``model.named_parameters()``.
         optimizer: Optimizer whose parameters are judged; all named parameters when None.
         detectors: What is judged; `default_detectors` when None.
-        clipper: How gradients are clipped; not at all when None.
+        clipper: How gradients are clipped; not at all when None. If the policy responds to a fault with "clip", only
+            while that is in force, and None stands for `recommended_clipper`.
         policy: Response to each fault; ``Policy.watch()`` when None.
         lag: 0 to read each step at once; 1 to read it one step later, so that nothing waits for the device; None for
             the cheapest that still skips exactly.
@@ -98,6 +100,7 @@ class Guard:
         usage: Record of the first forward passes so far; None to begin one now.
 
     Attributes:
+        clipper: The clipper that is used, or None.
         tracker: Names, order and measurements of the tensors.
         fault_tracker: Active faults.
         fast_path: Steps accepted without a full evaluation.
@@ -127,9 +130,10 @@ class Guard:
     ) -> None:
         validate_parts(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
-        self.clipper = clipper
-        self._parts = GuardParts.of(self.detectors, clipper)
         self.policy = Policy.watch() if policy is None else policy
+        self._clips_on_fault = self.policy.clips
+        self.clipper = recommended_clipper() if clipper is None and self._clips_on_fault else clipper
+        self._parts = GuardParts.of(self.detectors, self.clipper)
         skips_lasting_faults = any(
             self.policy.response(f) == "skip"
             for f in Fault.known()
@@ -137,7 +141,7 @@ class Guard:
         )
         self.tracker = ParameterTracker(named_parameters, optimizer, usage, skips_lasting_faults)
         self.fault_tracker = FaultTracker(self.policy, index)
-        self.fast_path = FastPath(self._parts)
+        self.fast_path = FastPath(self._parts, clipping=not self._clips_on_fault)
         self.lag = device_skip.choose_lag(lag, optimizer, self.tracker.layout.numel.device, self.policy)
         self._readback = Readback(self.lag)
         self._state: GuardState | None = None
@@ -182,6 +186,11 @@ class Guard:
     def findings(self) -> tuple[Finding, ...]:
         """Findings so far, oldest first; the newest 1,000."""
         return tuple(self._findings)
+
+    @property
+    def clip_spans(self) -> tuple[ClipSpan, ...]:
+        """Steps at which the response "clip" was in force, oldest first; the newest 100 spans."""
+        return self.fault_tracker.clip_response.spans
 
     @property
     def history(self) -> History:
@@ -368,7 +377,7 @@ class Guard:
             state: State from `state_dict`; None for the beginning.
         """
         self.flush()
-        steps, counts = self.steps, self.counts
+        steps, counts, clip_response = self.steps, self.counts, self.fault_tracker.clip_response
         if state is None:
             self._state, self._results = None, []
             self.fault_tracker = FaultTracker(self.policy, self.fault_tracker.optimizer)
@@ -377,6 +386,7 @@ class Guard:
         else:
             self.load_state_dict(state)
         self.steps, self.counts = steps, counts
+        self.fault_tracker.clip_response.keep_spans(clip_response.spans, clip_response.newest)
         self._readback = Readback(self.lag)  # steps under way belong to the part that is undone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -405,7 +415,7 @@ class Guard:
         arrived = self._readback.exchange(packed, pending)
         if self.lag:
             self.fast_path.close()
-            return self._act_on_device(evaluation, before, after, arrived)
+            return self._act_on_device(evaluation, before, after, arrived, number)
 
         assert arrived is not None
         numbers, _ = arrived
@@ -419,6 +429,8 @@ class Guard:
         else:
             self._state = after
             settled = self.fault_tracker.is_settled(record.results)
+            if self._clips_on_fault and self._is_clipping:
+                settled = False  # the response ends after a number of steps, so each of them counts
             self.fast_path.open(record, stats, after.clipper, settled=settled)
             if evaluation.clip is not None and record.clipped:
                 apply_(stats.gradients, evaluation.clip.multipliers)
@@ -436,6 +448,7 @@ class Guard:
         before: GuardState,
         after: GuardState,
         arrived: tuple[list[float], PendingStep] | None,
+        number: int,
     ) -> Report:
         """Act on the device; report on the step before.
 
@@ -444,16 +457,19 @@ class Guard:
             before: State before it.
             after: State after it, if it is good.
             arrived: Numbers of the step before, if they have arrived.
+            number: Number of this step.
 
         Raises:
             GradientHalt: If the step before was one to halt on.
         """
         optimizer = self.tracker.optimizer
-        device_skip.apply_on_device(evaluation, optimizer)
         self._state = choose_state(evaluation.stats.finite, after, before)
         self.tracker.schedule.commit(taken=True)
         if arrived is not None:
-            self._conclude_late(*arrived)
+            self._conclude_late(*arrived)  # first, since it may say that this step is to be clipped
+        if self._clips_on_fault:
+            self.fault_tracker.clip_response.act(number)
+        device_skip.apply_on_device(evaluation, optimizer, clipping=self._is_clipping)
         # Waiting for this step is unavoidable if there is no report yet, or if a fused optimizer has no state yet:
         # it cannot skip on the device then.
         must_wait = self.report is None or device_skip.has_new_momentum(optimizer)
@@ -483,14 +499,16 @@ class Guard:
         record = unpack(numbers, pending, self._parts, self._results)
         if (summary := self.tracker.graph_summary) is not None and summary.problems:
             record = add_ownership(record, summary.problems)
-        self.record = record
+        # With lag=1 it was in force if the step before said so, which is the newest verdict so far.
+        clipping = self._is_clipping if self.lag or not self._clips_on_fault else None
         decision = self.fault_tracker.decide(
             pending.step,
             record,
             has_loss=pending.has_loss,
             scaled=pending.scaled,
-            clipping=self.clipper is not None,
+            clipping=clipping,
         )
+        self.record = record = decision.record
         decision = decision._replace(report=name_idle(decision.report, summary, self.tracker.reached))
         report = self.report = decision.report
         self.tracker.probe_inputs(record.norms)
@@ -512,6 +530,13 @@ class Guard:
         if report.findings:
             self._explain(decision, record, pending)
         return report
+
+    @property
+    def _is_clipping(self) -> bool:
+        """True if the clipper is in force, as far as is known."""
+        return self.clipper is not None and (
+            not self._clips_on_fault or self.fault_tracker.clip_response.in_force
+        )
 
     @property
     def problems(self) -> tuple[GraphProblem, ...]:
@@ -560,7 +585,10 @@ class Guard:
                 diagnosis = self._diagnose(finding, record, pending, origin)
                 self._keep(diagnosis, finding)
             try:
-                message = describe(finding, origin, self.policy, decision.report, diagnosis)
+                since = self.fault_tracker.clip_response.since
+                message = describe(
+                    finding, origin, self.policy, decision.report, diagnosis, clipped_since=since
+                )
             except Exception:  # a warning must never end a training
                 message = str(finding)
             warn(message)
@@ -629,7 +657,7 @@ class Guard:
                 graph_summary=graph,
                 optimizer=self.tracker.optimizer,
                 judged=self.counts["judged"],
-                clipper="" if self.clipper is None else repr(self.clipper),
+                clipper=repr(self.clipper) if self._is_clipping else "",
                 policy=repr(self.policy),
                 rates=self.tracker.rates,
             )

@@ -9,8 +9,11 @@ from typing import Literal, get_args
 
 from lightning_gradguard.results import Fault
 
-Response = Literal["ignore", "warn", "skip", "rollback", "halt"]
+Response = Literal["ignore", "warn", "clip", "skip", "rollback", "halt"]
 Stop = Literal["raise", "graceful"]
+
+#: Built-in faults that clipping can end. Whatever is too small, or not finite, stays so when it is made smaller.
+_CLIPPABLE = (Fault.EXPLODING, Fault.SPIKE)
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,10 @@ class Policy:
 
     - ``"ignore"``: no message.
     - ``"warn"``: one warning, and training goes on.
+    - ``"clip"``: as "warn", and gradients are clipped from the step at which the fault is found, until ``patience``
+      steps have followed without it. All other steps are left alone, also by a clipper that the guard was given.
+      Without one it is `lightning_gradguard.clippers.recommended_clipper`. With ``lag=1`` clipping begins and ends
+      one step later. Only for "exploding", "spike", and faults of your own.
     - ``"skip"``: as "warn", and steps at which the fault is present are not taken. After ``max_consecutive_skips`` of
       them in a row, the next one halts.
     - ``"halt"``: as "warn", and training halts once the finding is critical.
@@ -35,7 +42,8 @@ class Policy:
     Args:
         respond: Response by the fault's value, such as ``{"exploding": "halt"}``. A fault of your own counts under the
             name that ``Fault.custom`` was given.
-        patience: Further steps that a fault must last after its warning to become critical.
+        patience: Further steps that a fault must last after its warning to become critical; and steps without it after
+            which "clip" ends.
         max_consecutive_skips: Steps in a row that may be skipped; the next one halts.
         stop: How a halt ends training in a Trainer. ``"raise"`` raises `GradientHalt`, so that the run fails;
             ``"graceful"`` ends ``fit`` normally, without taking the bad step.
@@ -45,7 +53,7 @@ class Policy:
         max_rollbacks: Rollbacks in a run; the next one halts.
 
     Raises:
-        ValueError: If a fault or response is unknown, or a number is out of range.
+        ValueError: If a fault or response is unknown, a fault cannot be clipped, or a number is out of range.
         TypeError: If ``respond`` is not a mapping.
     """
 
@@ -65,6 +73,8 @@ class Policy:
         for fault, response in self.respond.items():
             _check_choice("respond: fault", fault, [f.value for f in Fault.known()])
             _check_choice(f"respond[{str(fault)!r}]", response, list(get_args(Response)))
+            if response == "clip":
+                _check_clippable(Fault(fault))
         # Equal policies print alike, whatever the order and type of the keys.
         plain = {Fault(fault).value: self.respond[fault] for fault in sorted(self.respond, key=str)}
         object.__setattr__(self, "respond", plain)
@@ -103,6 +113,11 @@ class Policy:
         return self.respond.get(known.value, default)
 
     @property
+    def clips(self) -> bool:
+        """True if any response is "clip"."""
+        return any(self.response(fault) == "clip" for fault in Fault.known())
+
+    @property
     def rolls_back(self) -> bool:
         """True if any response is a rollback."""
         return "rollback" in self.respond.values()
@@ -130,6 +145,19 @@ class Policy:
         It also halts on the first non-finite step.
         """
         return cls(respond={fault.value: "halt" for fault in Fault})
+
+
+def _check_clippable(fault: Fault) -> None:
+    """Raise ValueError unless clipping can end a fault."""
+    if fault.is_custom or fault in _CLIPPABLE:
+        return
+    if fault == Fault.NONFINITE:
+        fix = "NaN and Inf cannot be clipped; use 'skip'"
+    else:
+        fix = "smaller gradients do not end it; use 'warn'"
+    raise ValueError(
+        f"respond[{fault.value!r}] must not be 'clip', which is for 'exploding', 'spike' and faults of your own: {fix}"
+    )
 
 
 def _check_choice(name: str, value: object, choices: list[str]) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Diagnosis
@@ -162,6 +162,29 @@ class Finding:
         return f"{self.place} ({measure}: {self.value:.3g}, limit {self.limit:.3g})"
 
 
+class ClipSpan(NamedTuple):
+    """Steps that the response "clip" was in force for.
+
+    Attributes:
+        first: The first of them.
+        last: The last of them; None while it is in force.
+        faults: Values of the faults that were found, in this order.
+    """
+
+    first: int
+    last: int | None
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.last is None:
+            when = f"from step {self.first:,} on"
+        elif self.last == self.first:
+            when = f"at step {self.first:,}"
+        else:
+            when = f"from step {self.first:,} to {self.last:,}"
+        return f"{when} because of {' and '.join(self.faults)}"
+
+
 class DeferredFields(Protocol):
     """Source of a report's deferred fields."""
 
@@ -184,7 +207,8 @@ class Report:
         loss: Loss that was given, or None.
         total_norm: Global gradient norm before clipping.
         clipped_norm: Global gradient norm that the optimizer gets; 0.0 if the step is skipped.
-        threshold: Largest global norm that the clipper allowed, or None without a clipper.
+        threshold: Largest global norm that the clipper allowed; None without a clipper, and while the policy's response
+            "clip" is not in force, since any norm is allowed then.
         scale: ``clipped_norm / total_norm``: 1.0 if nothing was clipped, 0.0 if the step is skipped.
         skip: True if the step must not be taken.
         findings: Findings that are new at this step, by precedence.

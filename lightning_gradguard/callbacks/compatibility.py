@@ -36,7 +36,7 @@ def refuse_hidden_gradients(trainer: Trainer, callback: str, act: str) -> None:
             )
 
 
-def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: object) -> None:
+def refuse_double_clipping(trainer: Trainer, module: LightningModule, what: str) -> None:
     """Raise if Lightning clips too.
 
     A module that may clip is warned of.
@@ -44,7 +44,7 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
     Args:
         trainer: Trainer that may clip.
         module: Module that may clip.
-        clipper: Clipper of `GradGuard`.
+        what: Argument of `GradGuard` that clips, such as "clipper=SpikeClip()".
 
     Raises:
         MisconfigurationException: Lightning's own, if ``gradient_clip_val`` is set.
@@ -52,14 +52,14 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, clipper: o
     if trainer.gradient_clip_val:
         raise _misconfiguration(
             trainer,
-            f"GradGuard(clipper={clipper!r}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
+            f"GradGuard({what}) and Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) would both "
             "clip gradients. Remove one of them.",
         )
     original = import_from(trainer).LightningModule.configure_gradient_clipping
     if type(module).configure_gradient_clipping is not original:
         warn(
             trainer,
-            f"GradGuard: {type(module).__name__}.configure_gradient_clipping runs after clipper={clipper!r} and may "
+            f"GradGuard: {type(module).__name__}.configure_gradient_clipping runs after {what} and may "
             "clip again, so the logged norm after clipping may not be what the optimizer gets. Remove one of the two.",
         )
 

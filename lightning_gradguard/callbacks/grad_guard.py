@@ -89,7 +89,8 @@ class GradGuard(Callback):
 
     Args:
         detectors: Detectors to judge with; all of them with their defaults when None.
-        clipper: Clipper such as ``SpikeClip()``; gradients are not clipped when None.
+        clipper: Clipper such as ``SpikeClip()``; gradients are not clipped when None. If the policy responds to a fault
+            with "clip", only while that is in force, and None stands for `recommended_clipper`.
         policy: Response to each fault; ``Policy.watch()`` when None.
         monitor: Name of a logged metric, such as "val_acc", whose course a diagnosis cites.
         trials: Check the model on the first batch, and try fixes on a critical finding, in 30 passes over the newest
@@ -224,7 +225,12 @@ class GradGuard(Callback):
         if stage == "fit":
             refuse_hidden_gradients(trainer, "GradGuard", "judge")
             if self.clipper is not None:
-                refuse_double_clipping(trainer, pl_module, self.clipper)
+                refuse_double_clipping(trainer, pl_module, f"clipper={self.clipper!r}")
+            elif self.policy is not None and self.policy.clips:
+                clipped = {
+                    fault: response for fault, response in self.policy.respond.items() if response == "clip"
+                }
+                refuse_double_clipping(trainer, pl_module, f"policy=Policy(respond={clipped})")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin afresh, or with the state of a checkpoint."""

@@ -108,6 +108,7 @@ class RunLogging:
             return
         tilt, ratio = (None if math.isnan(x) else x for x in (guard.record.tilt, guard.record.update_ratio))
         overview = self._overview(trainer, guard, index)
+        overview.show_clipping(guard.clip_spans)
         record = overview.build_record(guard.report, tilt=tilt, update_ratio=ratio, final=final)
         for sink in self._sinks:
             sink.write(logging_step(trainer), record)

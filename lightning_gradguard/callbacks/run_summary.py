@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Columns of a log file.
 WIDTH = 80
 
+#: Newest spans of clipping that are listed of each optimizer.
+SPANS = 5
+
 #: Label of the line with the flight record's file.
 RECORD = "flight record"
 
@@ -78,6 +81,7 @@ class RunSummary:
         ):
             return
         notes = self.describe_faults(several=len(guards) > 1)
+        notes += describe_clipping(guards)
         notes += [("mistake", text) for text in mistakes]
         notes += [("rollbacks", str(rollbacks))] if rollbacks else []
         notes += [("halted", f"because of {stop_reason}")] if stop_reason else []
@@ -124,6 +128,22 @@ class RunSummary:
                 }
             )
         return rows
+
+
+def describe_clipping(guards: Mapping[int, Guard]) -> list[tuple[str, str]]:
+    """Return from when to when the policy's response "clip" was in force, the newest spans.
+
+    Args:
+        guards: Guards by the index of their optimizer; it is named if there are several.
+    """
+    described = []
+    for index, guard in sorted(guards.items()):
+        whose = f", optimizer {index}" if len(guards) > 1 else ""
+        spans = guard.clip_spans
+        if len(spans) > SPANS:
+            described.append(("clipped", f"{len(spans) - SPANS:,} times before{whose}"))
+        described += [("clipped", f"{span}{whose}") for span in spans[-SPANS:]]
+    return described
 
 
 @dataclass

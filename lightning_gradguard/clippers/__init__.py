@@ -1,5 +1,7 @@
 """Clippers: limits on gradients, one file a family."""
 
+from __future__ import annotations
+
 from lightning_gradguard.clippers.adaptive import AdaGC as AdaGC
 from lightning_gradguard.clippers.adaptive import AutoClip as AutoClip
 from lightning_gradguard.clippers.adaptive import ZClip as ZClip
@@ -12,3 +14,11 @@ from lightning_gradguard.clippers.base import tensor_clip as tensor_clip
 from lightning_gradguard.clippers.fixed import AGC as AGC
 from lightning_gradguard.clippers.fixed import NormClip as NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip as SpikeClip
+
+
+def recommended_clipper() -> Clipper:
+    """Return the clipper of a guard that was given none.
+
+    It is used where the policy responds with "clip".
+    """
+    return SpikeClip()

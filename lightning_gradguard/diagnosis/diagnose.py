@@ -258,6 +258,7 @@ def describe(
     policy: Policy,
     report: Report,
     diagnosis: Diagnosis | None = None,
+    clipped_since: int | None = None,
 ) -> str:
     """Return the warning for a finding.
 
@@ -270,6 +271,7 @@ def describe(
         policy: Policy of the guard.
         report: Report of the step.
         diagnosis: Its causes and fixes, if they are known.
+        clipped_since: Step from which on the policy has gradients clipped; None before that.
     """
     tags, page = further_reading(finding.fault)
     measure = finding.measure or finding.detector
@@ -303,6 +305,11 @@ def describe(
         action = "Training goes on."
     if response == "skip":
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one halts."
+    elif response == "clip":
+        begin = "the next step" if clipped_since is None else f"step {clipped_since}"
+        action += (
+            f" The policy has gradients clipped from {begin} on, until {_steps_without(policy.patience)}."
+        )
     elif response == "rollback" and finding.fault == Fault.NONFINITE:
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one rolls back."
     elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):
@@ -312,6 +319,11 @@ def describe(
         advice += f' Policy(respond={{"{finding.fault}": "halt"}}) halts and explains.'
     lines.append(f"{action} {advice}")
     return "\n  ".join(lines)
+
+
+def _steps_without(patience: int) -> str:
+    """Return when the response "clip" ends, in words."""
+    return f"{count(patience, 'step')} have passed without this fault" if patience else "this fault is over"
 
 
 def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:

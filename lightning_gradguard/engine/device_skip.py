@@ -68,13 +68,20 @@ def honours_found_inf(optimizer: torch.optim.Optimizer | None) -> bool:
     )
 
 
-def apply_on_device(evaluation: Evaluation, optimizer: torch.optim.Optimizer | None) -> None:
+def apply_on_device(
+    evaluation: Evaluation, optimizer: torch.optim.Optimizer | None, *, clipping: bool = True
+) -> None:
     """Clip, and make a non-finite step harmless.
 
     Nothing is read on the host.
+
+    Args:
+        evaluation: Results on the device.
+        optimizer: The optimizer, or None.
+        clipping: False if the clipper is not in force.
     """
     stats, _, clip = evaluation
-    if clip is not None:
+    if clip is not None and clipping:
         apply_(stats.gradients, clip.multipliers)
     if optimizer is not None and honours_found_inf(optimizer):
         _set_found_inf(optimizer, stats.finite)

@@ -92,14 +92,16 @@ class FastPath:
     Args:
         parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must support it; else
             no step is accepted.
+        clipping: False if the clipper is in force at no step that is accepted; they have no threshold then.
 
     Attributes:
         accepted: Steps accepted since the last full evaluation.
         deferred: Accepted steps with their reports, not yet finalized, oldest first.
     """
 
-    def __init__(self, parts: GuardParts) -> None:
+    def __init__(self, parts: GuardParts, *, clipping: bool = True) -> None:
         self.clipper: Any = parts.clipper
+        self._has_threshold = clipping and parts.clipper is not None
         self._asked_always = [not traits.slow for traits in parts.traits]
         is_safe = all(traits.slow or traits.fast_path_safe for traits in parts.traits)
         self._is_able = is_safe and (parts.clipper is None or supports_fast_path(parts.clipper))
@@ -204,7 +206,7 @@ class FastPath:
         """
         completed = []
         for (deferred, report), threshold in zip(self.deferred, thresholds, strict=True):
-            deferred.finalize(None if self.clipper is None else threshold)
+            deferred.finalize(threshold if self._has_threshold else None)
             completed.append((report, deferred.norms))
         self.deferred = []
         return completed

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from lightning_gradguard.engine.clip_response import ClipResponse
 from lightning_gradguard.engine.step_record import NONFINITE_STEP, DetectorResult, StepRecord
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import Fault, Finding, Report, Severity
@@ -27,11 +28,13 @@ class Decision(NamedTuple):
         report: Report of the step.
         messages: Findings to warn of now.
         halt: The finding to halt on or to roll back for, or None.
+        record: Numbers of the step, without a clip that is not in force.
     """
 
     report: Report
     messages: tuple[Finding, ...]
     halt: Finding | None
+    record: StepRecord
 
 
 @dataclass
@@ -60,14 +63,17 @@ class FaultTracker:
         judged: Steps judged so far that were finite.
         skipped_in_a_row: Steps skipped since the last one that was taken.
         active: Lasting faults by "fault/detector".
+        clip_response: Where the policy responds with "clip".
     """
 
     def __init__(self, policy: Policy, optimizer: int = 0) -> None:
         self.policy = policy
+        self._clips = policy.clips
         self.optimizer = optimizer
         self.judged = 0
         self.skipped_in_a_row = 0
         self.active: dict[str, ActiveFault] = {}
+        self.clip_response = ClipResponse(policy.patience)
         self._last_message: dict[str, int] = {}
 
     @property
@@ -76,7 +82,7 @@ class FaultTracker:
         return any(fault.severity >= Severity.WARNING for fault in self.active.values())
 
     def decide(
-        self, step: int, record: StepRecord, *, has_loss: bool, scaled: bool, clipping: bool
+        self, step: int, record: StepRecord, *, has_loss: bool, scaled: bool, clipping: bool | None
     ) -> Decision:
         """Decide on findings, skip and halt of a step.
 
@@ -85,11 +91,13 @@ class FaultTracker:
             record: Numbers of the step.
             has_loss: True if a loss was given.
             scaled: True if a gradient scaler is in use, so that an overflow under a finite loss is expected.
-            clipping: True if a clipper is in use.
+            clipping: True if a clipper is in force at this step, None if this decision says so.
         """
         if record.finite:
             results = [r for r in record.results if has_loss or not r.needs_loss]
             findings, skip, halt = self._decide_finite(step, results)
+            if self._clips:
+                self.clip_response.follow(self._faults_to_clip(results))
         else:
             bad_loss = has_loss and not math.isfinite(record.loss)
             expected = scaled and not bad_loss and not record.loss_scale < 1
@@ -97,6 +105,11 @@ class FaultTracker:
         if halt is not None and halt not in findings:
             findings.append(halt)
         skip = skip or halt is not None
+        if clipping is None:
+            # A step that is not taken begins and ends no span.
+            clipping = not skip and self.clip_response.act(step)
+        if not clipping:
+            record = record.unclipped()
         shortened = record.clipped and record.total_norm > 0
         scale = record.clipped_norm / record.total_norm if shortened else 1.0
         report = Report(
@@ -111,7 +124,7 @@ class FaultTracker:
             norms=record.norms,
         )
         messages = [f for f in findings if f.severity > Severity.INFO and self._may_report(f)]
-        return Decision(report, tuple(messages), halt)
+        return Decision(report, tuple(messages), halt, record)
 
     def count_accepted(self) -> None:
         """Count a step that the fast path accepted."""
@@ -135,6 +148,20 @@ class FaultTracker:
                 return False
         return True
 
+    def _faults_to_clip(self, results: Iterable[DetectorResult]) -> list[str]:
+        """Return the faults present whose response is "clip".
+
+        Args:
+            results: Those that were decided on.
+        """
+        found = []
+        for result in results:
+            active = self.active.get(_key(result))
+            is_found = active is not None and active.severity >= Severity.WARNING
+            if (result.raised if result.event else is_found) and self.policy.response(result.fault) == "clip":
+                found.append(result.fault.value)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types."""
         return {
@@ -142,6 +169,7 @@ class FaultTracker:
             "skipped_in_a_row": self.skipped_in_a_row,
             "episodes": {key: [f.onset, f.held, f.severity] for key, f in self.active.items()},
             "said": dict(self._last_message),
+            "clip_response": self.clip_response.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,6 +178,9 @@ class FaultTracker:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.active = {key: ActiveFault(*values) for key, values in state["episodes"].items()}
         self._last_message = dict(state["said"])
+        self.clip_response = ClipResponse(self.policy.patience)
+        if self._clips and "clip_response" in state:  # older versions did not save it
+            self.clip_response.load_state_dict(state["clip_response"])
 
     def _decide_nonfinite(
         self, step: int, record: StepRecord, expected: bool

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradguard.engine.clip_response import CLIP_FORM
 from lightning_gradguard.engine.parameter_tracker import ParameterTracker, StateError
 from lightning_gradguard.forms import Each, FormError, Maybe, OrMissing, check_form, form_like, short
 
@@ -103,7 +104,11 @@ def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
     form["watch"] |= {"names": [str], "order": [int], "embeddings": [str], "columns": [[int]]}
     # Older versions did not save what may be missing.
     form["watch"] |= {"asked": OrMissing([str]), "rates": [float], "reached": [str]}
-    form["judge"] |= {"episodes": Each((int, int, int)), "said": Each(int)}
+    form["judge"] |= {
+        "episodes": Each((int, int, int)),
+        "said": Each(int),
+        "clip_response": OrMissing(CLIP_FORM),
+    }
     form["sights"] = [(str, str, bool, bool, bool, bool, int, float, float, str, [str])]
     form["quiet"] |= {"_pattern": [bool], "_names": [str], "_live": [bool], "_bounds": Maybe(Each(Tensor))}
     step = {"numbers": Tensor, "step": int, "has_loss": bool, "scaled": bool}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lightning_gradguard.results import Fault, Severity
@@ -110,3 +110,7 @@ class StepRecord:
     norms: dict[str, float]
     results: list[DetectorResult]
     carried: float = math.nan
+
+    def unclipped(self) -> StepRecord:
+        """Return the record of the same step where the clipper is not in force."""
+        return replace(self, clipped_norm=self.total_norm, threshold=math.nan, clipped=False)

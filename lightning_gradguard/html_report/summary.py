@@ -14,7 +14,7 @@ from lightning_gradguard.html_report.event_reader import Run, Track
 from lightning_gradguard.loggers.findings import TERMS, FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.loggers.tags import NOTES
-from lightning_gradguard.results import Fault, Severity
+from lightning_gradguard.results import ClipSpan, Fault, Severity
 
 #: Largest number of findings in the full list and of diagnoses, the newest of each, and of the training's own losses.
 LISTED, DIAGNOSES, LOSSES = 200, 5, 3
@@ -107,6 +107,7 @@ class Sheet:
         groups: Findings by fault, the most severe first.
         findings: The newest findings, newest first.
         diagnoses: In Markdown, newest first.
+        spans: From when to when a fault had gradients clipped, oldest first.
         exponents: What narrow number formats would lose at the newest step, in Markdown; empty if not logged.
         notices: What the reader has to know about the files.
         figures: Data of the figures.
@@ -118,6 +119,7 @@ class Sheet:
     groups: list[Group]
     findings: list[LoggedFinding]
     diagnoses: list[str]
+    spans: list[ClipSpan] = field(default_factory=list)
     exponents: str = ""
     notices: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +181,18 @@ def merge_found(records: Iterable[FoundRecord]) -> tuple[list[LoggedFinding], li
     return sorted(findings.values(), key=lambda finding: finding.step), list(reversed(diagnoses))
 
 
+def merge_spans(records: Iterable[FoundRecord]) -> list[ClipSpan]:
+    """Join the spans of clipping that were logged at each step.
+
+    Of a span that was logged several times the newest record counts, which may know its end.
+
+    Args:
+        records: Oldest first.
+    """
+    spans = {span.first: span for record in records for span in record.spans}
+    return [spans[first] for first in sorted(spans)]
+
+
 def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
     """Group findings by fault, most severe and earliest first."""
     groups: list[Group] = []
@@ -219,6 +233,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
         groups,
         findings[::-1][:LISTED],
         diagnoses[:DIAGNOSES],
+        merge_spans(track.found.values()),
         next(reversed(track.exponents.values()), ""),
         _notices(run, track, left_out),
         {

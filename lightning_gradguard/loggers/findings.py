@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lightning_gradguard.results import Fault, Finding, Severity
+from lightning_gradguard.results import ClipSpan, Fault, Finding, Severity
 
-#: Newest findings and diagnoses that are kept.
-FINDINGS, DIAGNOSES = 50, 3
+#: Newest findings, diagnoses and spans of clipping that are kept.
+FINDINGS, DIAGNOSES, SPANS = 50, 3, 20
 
 _TILT = (
     "Depth tilt: by how many decades (factors of ten) gradients are smaller at the input than at the output. "
@@ -96,14 +97,21 @@ class FoundRecord(NamedTuple):
     Attributes:
         findings: Oldest first.
         diagnoses: Markdown, oldest first.
+        spans: From when to when a fault had gradients clipped, oldest first. Unlike the others these are the newest
+            that there are, since a span that has been logged may end later.
     """
 
     findings: tuple[LoggedFinding, ...] = ()
     diagnoses: tuple[str, ...] = ()
+    spans: tuple[ClipSpan, ...] = ()
 
     def to_json(self) -> str:
         """Return the record as JSON."""
-        parts = {"findings": [f.to_dict() for f in self.findings], "diagnoses": list(self.diagnoses)}
+        parts = {
+            "findings": [f.to_dict() for f in self.findings],
+            "diagnoses": list(self.diagnoses),
+            "clip_spans": self.spans,
+        }
         return json.dumps(parts, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -115,18 +123,27 @@ class FoundRecord(NamedTuple):
             KeyError: If a part is missing.
         """
         parts = json.loads(text)
+        # Older versions did not write spans.
+        spans = [
+            ClipSpan(int(first), None if last is None else int(last), tuple(map(str, faults)))
+            for first, last, faults in parts.get("clip_spans", ())
+        ]
         return cls(
-            tuple(map(LoggedFinding.from_dict, parts["findings"])), tuple(map(str, parts["diagnoses"]))
+            tuple(map(LoggedFinding.from_dict, parts["findings"])),
+            tuple(map(str, parts["diagnoses"])),
+            tuple(spans),
         )
 
 
 class FindingLog:
-    """Newest findings and diagnoses, and which are not logged."""
+    """Newest findings, diagnoses and spans of clipping, and which are not logged."""
 
     def __init__(self) -> None:
         self._findings: list[LoggedFinding] = []  # newest first, like the diagnoses
         self._diagnoses: list[str] = []
         self._new_findings = self._new_diagnoses = 0
+        self._spans: tuple[ClipSpan, ...] = ()
+        self._has_new_spans = False
 
     def add(self, finding: Finding) -> None:
         """Add a finding."""
@@ -138,19 +155,30 @@ class FindingLog:
         self._diagnoses = [markdown, *self._diagnoses][:DIAGNOSES]
         self._new_diagnoses += 1
 
+    def set_spans(self, spans: Sequence[ClipSpan]) -> None:
+        """Set the spans so far, oldest first.
+
+        They are not part of the state, since the guard keeps them.
+        """
+        newest = tuple(spans[-SPANS:])
+        self._has_new_spans |= newest != self._spans
+        self._spans = newest
+
     def flush(self) -> tuple[str, FoundRecord] | None:
         """Return what is new, and count it as logged.
 
         Returns:
             Markdown of all that is kept, and a record of what is new since the last call; None if nothing is.
         """
-        if not self._new_findings and not self._new_diagnoses:
+        if not self._new_findings and not self._new_diagnoses and not self._has_new_spans:
             return None
         new = FoundRecord(
             tuple(reversed(self._findings[: self._new_findings])),
             tuple(reversed(self._diagnoses[: self._new_diagnoses])),
+            self._spans,
         )
         self._new_findings = self._new_diagnoses = 0
+        self._has_new_spans = False
         # A list, since TensorBoard breaks the words in a table beside long names.
         lines = [
             f"* **{f.fault}** ({f.severity.name.lower()}) since step {f.step:,}. {f.evidence}."
@@ -158,7 +186,9 @@ class FindingLog:
         ]
         terms = dict.fromkeys(TERMS[f.fault] for f in self._findings if f.fault in TERMS)
         found = ["\n\n".join(["### Findings, newest first", "\n".join(lines), *terms])] if lines else []
-        return "\n\n---\n\n".join([*self._diagnoses, *found]), new
+        spans = "\n".join(f"* {span}" for span in reversed(self._spans))
+        clipped = [f"### Clipped for a fault, newest first\n\n{spans}"] if spans else []
+        return "\n\n---\n\n".join([*self._diagnoses, *clipped, *found]), new
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types."""

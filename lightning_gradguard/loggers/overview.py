@@ -20,7 +20,7 @@ from lightning_gradguard.loggers.tags import (
     RMS_NOTE,
     tag_names,
 )
-from lightning_gradguard.results import Report, Severity
+from lightning_gradguard.results import ClipSpan, Report, Severity
 
 #: First entry of a row of `lightning_gradguard.loggers.tags.LAYER_RMS`: what was done at the step.
 UNCHANGED, CLIPPED, SKIPPED = 0, 1, 2
@@ -105,6 +105,14 @@ class Overview:
         """Add a diagnosis in Markdown."""
         self._log.add_diagnosis(markdown)
 
+    def show_clipping(self, spans: Sequence[ClipSpan]) -> None:
+        """Show from when to when a fault had gradients clipped.
+
+        Args:
+            spans: All spans so far, oldest first.
+        """
+        self._log.set_spans(spans)
+
     def build_record(
         self,
         report: Report,
@@ -129,10 +137,12 @@ class Overview:
             "update_ratio_log10": None if update_ratio is None else _log10(update_ratio),
             "clip_scale": report.scale,
         }
-        if report.threshold is not None:  # there is a clipper
+        # A clipper that is in force only for some time goes on being shown after it.
+        if report.threshold is not None or self._clipped:
             taken = self._steps - self._skipped
             scalars["clip_rate"] = self._clipped / taken if taken else None
             scalars["clipped_norm_log10"] = None if report.skip else _log10(report.clipped_norm)
+        if report.threshold is not None:
             scalars["threshold_log10"] = _log10(report.threshold)
         scalars["nonfinite_total"] = float(self._nonfinite)
         scalars["clipped_total"] = float(self._clipped)
