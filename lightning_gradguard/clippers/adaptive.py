@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class AutoClip:
 
     percentile: float = 10.0
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
+    norms_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("percentile", self.percentile, "above 0, up to 100", lambda v: 0 < v <= 100)
@@ -154,6 +155,7 @@ class ZClip:
     warmup_steps: int = 25
     max_grad_norm: float | None = 1.0
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
+    norms_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("z_threshold", self.z_threshold)
@@ -233,6 +235,7 @@ class AdaGC:
     warmup_steps: int = 100
     warmup_norm: float = 1.0
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
+    norms_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("factor", self.factor, "1 or more, and finite", lambda v: 1 <= v < math.inf)

@@ -49,7 +49,10 @@ class Clip(NamedTuple):
 class Clipper(Protocol):
     """Rule that turns gradient statistics into multipliers.
 
-    A clipper is a frozen dataclass, configuration only.
+    A clipper is a frozen dataclass, configuration only. It may declare the class attribute ``norms_only = True`` if
+    ``update`` reads nothing of a step but ``norms``, ``finite`` and ``layout``. Then it can learn from several steps at
+    once while the policy's response "clip" is not in force, and they need no full evaluation. It counts only where the
+    clipper's own class declares it, since a subclass may override ``update``.
 
     Repeat these signatures exactly, ``Any`` included: jsonargparse recognises a clipper in a YAML file by them. A
     clipper that saves evaluations on ordinary steps is a `FastPathClipper`.
@@ -145,6 +148,11 @@ class Bounds(NamedTuple):
 def supports_fast_path(clipper: Clipper) -> TypeGuard[FastPathClipper]:
     """Return whether a clipper's own class declares ``fast_path_safe``."""
     return vars(type(clipper)).get("fast_path_safe", False) is True
+
+
+def reads_norms_only(clipper: Clipper) -> bool:
+    """Return whether a clipper's own class declares ``norms_only``."""
+    return vars(type(clipper)).get("norms_only", False) is True
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class NormClip:
 
     max_norm: float
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
+    norms_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("max_norm", self.max_norm)

@@ -307,9 +307,7 @@ def describe(
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one halts."
     elif response == "clip":
         begin = "the next step" if clipped_since is None else f"step {clipped_since}"
-        action += (
-            f" The policy has gradients clipped from {begin} on, until {_steps_without(policy.patience)}."
-        )
+        action += f" Gradients are clipped from {begin} on, until {_steps_without(policy.patience)}."
     elif response == "rollback" and finding.fault == Fault.NONFINITE:
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one rolls back."
     elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clip, Clipper
+from lightning_gradguard.clippers.base import Clip, Clipper, supports_fast_path
 from lightning_gradguard.detectors.base import Detector, DetectorTraits, Reading, traits_of
 from lightning_gradguard.stats import trends
 from lightning_gradguard.stats.grad_stats import GradStats
@@ -123,7 +123,7 @@ def fold_in(
     Args:
         rows: The k steps, oldest first, at least one.
         state: State before them.
-        clipper: One that supports the fast path, or None.
+        clipper: One that supports the fast path or reads norms only, or None.
 
     Returns:
         The clipper's threshold at each step, k tensors float32 [], NaN without a clipper; and the state after them.
@@ -133,8 +133,14 @@ def fold_in(
         _, trend = trends.update(stats, trend)
     if clipper is None:
         return [rows[0].layout.constant(torch.nan)] * len(rows), state._replace(trends=trend)
-    thresholds, clip_state = clipper.fold_in(rows, state.clipper)
-    return thresholds.unbind(), state._replace(trends=trend, clipper=clip_state)
+    if supports_fast_path(clipper):
+        limits, clip_state = clipper.fold_in(rows, state.clipper)
+        return limits.unbind(), state._replace(trends=trend, clipper=clip_state)
+    thresholds, clip_state = [], state.clipper
+    for stats in rows:
+        clip, clip_state = clipper.update(stats, clip_state)
+        thresholds.append(clip.threshold)
+    return thresholds, state._replace(trends=trend, clipper=clip_state)
 
 
 def choose_state(good: Tensor, new: GuardState, old: GuardState) -> GuardState:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import WINDOW, Bounds, supports_fast_path
+from lightning_gradguard.clippers.base import WINDOW, Bounds, reads_norms_only, supports_fast_path
 from lightning_gradguard.engine import readback
 from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
@@ -92,7 +92,8 @@ class FastPath:
     Args:
         parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must support it; else
             no step is accepted.
-        clipping: False if the clipper is in force at no step that is accepted; they have no threshold then.
+        clipping: False if the clipper is in force at no step that is accepted. They have no threshold then, and a
+            clipper that reads norms only needs no bounds.
 
     Attributes:
         accepted: Steps accepted since the last full evaluation.
@@ -104,7 +105,10 @@ class FastPath:
         self._has_threshold = clipping and parts.clipper is not None
         self._asked_always = [not traits.slow for traits in parts.traits]
         is_safe = all(traits.slow or traits.fast_path_safe for traits in parts.traits)
-        self._is_able = is_safe and (parts.clipper is None or supports_fast_path(parts.clipper))
+        self._is_able = is_safe
+        if parts.clipper is not None:
+            folds = reads_norms_only(parts.clipper) and not clipping
+            self._is_able &= supports_fast_path(parts.clipper) or folds
         self.deferred: list[tuple[DeferredStep, Report]] = []
         self.close()
 
@@ -140,7 +144,7 @@ class FastPath:
         self._names = stats.layout.ordered_names
         self._baseline = record.baseline_norm
         self._ceiling = record.loss_start + _RISE * abs(record.loss_start)
-        if self.clipper is not None:
+        if self.clipper is not None and supports_fast_path(self.clipper):
             self._bounds = self.clipper.bounds(stats, clipper_state)
         else:
             self._live = tuple(record.norms.get(name, 0.0) > 0 for name in stats.layout.names)
