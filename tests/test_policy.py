@@ -63,3 +63,18 @@ def test_a_custom_fault_that_no_one_named_halts_only_where_every_fault_does():
     assert Policy.strict().response(quantized) == "halt"
     assert Policy.protect().response(quantized) == "warn"
     assert Policy(respond={"quantized": "halt"}).response(quantized) == "halt"
+
+
+def test_clip_is_for_faults_that_clipping_can_end():
+    own = Fault.custom("quantized")
+    policy = Policy(respond={"exploding": "clip", Fault.SPIKE: "clip", own: "clip"})
+    assert [f for f in Fault.known() if policy.response(f) == "clip"] == [Fault.EXPLODING, Fault.SPIKE, own]
+    assert policy.clips
+    assert not any(policy.clips for policy in (Policy.watch(), Policy.protect(), Policy.strict()))
+
+
+@pytest.mark.parametrize("fault", [f for f in Fault if f not in (Fault.EXPLODING, Fault.SPIKE)])
+def test_other_faults_cannot_be_clipped(fault):
+    fix = "use 'skip'" if fault == Fault.NONFINITE else "use 'warn'"
+    with pytest.raises(ValueError, match=rf"respond\['{fault}'\] must not be 'clip', .*{fix}$"):
+        Policy(respond={fault: "clip"})
