@@ -72,6 +72,7 @@ class Overview:
         self._notes = {f"{group}/{name}": note for name, note in NOTES.items()}
         self._notes |= {f"{group}_rms_log10/{t}": RMS_NOTE.format(name=n) for n, t in self._titles.items()}
         self._nonfinite = self._clipped = self._skipped = 0
+        self._was_in_force = False
         self._rows: list[tuple[int, list[float]]] = []
         self._log = FindingLog()
         self._steps, self._drawn, self._next_drawing = 0, 0, _FIRST_DRAWING
@@ -111,6 +112,7 @@ class Overview:
         Args:
             spans: All spans so far, oldest first.
         """
+        self._was_in_force = bool(spans)
         self._log.set_spans(spans)
 
     def build_record(
@@ -138,7 +140,7 @@ class Overview:
             "clip_scale": report.scale,
         }
         # A clipper that is in force only for some time goes on being shown after it.
-        if report.threshold is not None or self._clipped:
+        if report.threshold is not None or self._was_in_force:
             taken = self._steps - self._skipped
             scalars["clip_rate"] = self._clipped / taken if taken else None
             scalars["clipped_norm_log10"] = None if report.skip else _log10(report.clipped_norm)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, GradientHalt, Policy, SpikeClip
+from lightning_gradguard import GradGuard, GradientHalt, NormClip, Policy, SpikeClip
+from lightning_gradguard.testing import FaultInjector, Spike
 
 
 class Protected(pl.LightningModule):
@@ -59,14 +60,14 @@ class Vanishing(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module, guard, batches, width):
+def fit(module, guard, batches, width, *callbacks):
     """Train; return the trainer and the step of the halt."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * batches * 8, width, generator=generator)
     data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8, shuffle=False)
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", strategy="ddp", devices=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[guard],
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks, guard],
     )  # fmt: skip
     try:
         trainer.fit(module, data)
@@ -88,6 +89,18 @@ def protect(bad, policy):
     }
 
 
+def clip_spikes(at):
+    """The spike is in the gradients of the second process alone, before they are averaged."""
+    guard = GradGuard(clipper=NormClip(1e-3), policy=Policy(respond={"spike": "clip"}, patience=4))
+    module = Protected([], guard)
+    trainer, _ = fit(module, guard, 60, 8, FaultInjector(Spike(at=at, factor=1e4, rank=1)))
+    return trainer, {
+        "reports": module.reports,
+        "spans": guard._registry.guards[0].clip_spans,
+        "weights": [p.flatten().tolist() for p in module.parameters()],
+    }
+
+
 def try_fixes(talks):
     guard = GradGuard(policy=Policy.strict(), trials=True)
     trainer, halted = fit(Vanishing(talks), guard, batches=150, width=16)
@@ -101,5 +114,5 @@ def try_fixes(talks):
 
 warnings.simplefilter("ignore")
 folder, case, arguments = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-trainer, seen = {"protect": protect, "try_fixes": try_fixes}[case](*arguments)
+trainer, seen = {"protect": protect, "clip_spikes": clip_spikes, "try_fixes": try_fixes}[case](*arguments)
 (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))

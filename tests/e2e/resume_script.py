@@ -141,6 +141,7 @@ def one(detector):
 
 BACK = Policy(respond={"nonfinite": "rollback"}, max_consecutive_skips=1, snapshot_every=10, max_rollbacks=2)
 HALT = Policy(max_consecutive_skips=3)
+CLIP = Policy(respond={"spike": "clip"}, patience=6)
 CLIPPERS = [
     NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5), SpikeClip(),
     SpikeClip(exclude=("head.*",)),
@@ -165,13 +166,14 @@ CASES = {
     "accumulated": ({}, {"clipper": SpikeClip()}, [nan(6, 10), spikes(15)], 8),
     "rollback": ({}, {"policy": BACK}, [nan(24, 25, 55, 56)], 36),
     "halt": ({}, {"policy": HALT}, [nan(*range(30, 60))], 32),
+    "clip": ({}, {"policy": CLIP, "clipper": AutoClip()}, [nan(33), spikes(31, 50)], 35),
     **{repr(c): ({}, {"clipper": c}, [nan(20, 45), spikes(31, 34, 50)], 33) for c in CLIPPERS},
 }
 #: The same judged one step late; each is saved while a step is under way.
 LATE = {
     f"{name}, late": ({**net, "optimizer": fused}, {**guard, "lag": 1}, more, at)
     for name, (net, guard, more, at) in CASES.items()
-    if name in ("NonFinite", "DepthTilt", "all", "halt", repr(CLIPPERS[4]), repr(CLIPPERS[5]))
+    if name in ("NonFinite", "DepthTilt", "all", "halt", "clip", repr(CLIPPERS[4]), repr(CLIPPERS[5]))
 }
 
 

@@ -48,6 +48,14 @@ def test_both_halt_before_the_same_step(python, tmp_path):
     assert first["findings"] == second["findings"]
 
 
+def test_a_spike_of_one_rank_is_clipped_by_both(python, tmp_path):
+    first, second = train(python, tmp_path, "clip_spikes", 40)
+    assert json.dumps(first) == json.dumps(second)
+    assert first["spans"] == [[40, 44, ["spike"]]]
+    clipped = [step for step, _, total, after, _ in first["reports"] if after < total]
+    assert clipped == [40, 41, 42, 43, 44]
+
+
 @pytest.mark.parametrize("talks", [False, True])
 def test_each_rank_tries_remedies_by_itself_and_none_waits(python, tmp_path, talks):
     first, second = train(python, tmp_path, "try_fixes", talks)

@@ -260,3 +260,34 @@ def test_a_custom_fault_explains_nothing_and_nothing_explains_it():
 def test_a_custom_fault_is_restored_with_its_results():
     custom = result(Fault.custom("custom_in_a_state"), ceiling=Severity.WARNING)
     assert DetectorResult.from_plain(custom.to_plain()) == custom
+
+
+def test_clip_as_warn_and_never_halts_or_skips():
+    tracker = FaultTracker(Policy(respond={"exploding": "clip"}, patience=2))
+    exploding = result(Fault.EXPLODING)
+    decisions = [run(tracker, s, exploding, clipped=0.5, clipping=None) for s in range(6)]
+    assert severities(decisions) == [Severity.WARNING, Severity.CRITICAL]
+    assert not any(d.report.skip or d.halt for d in decisions)
+    assert [d.report.scale for d in decisions] == [0.5] * 6
+
+
+def test_clip_is_in_force_only_for_its_faults_and_the_patience_after_them():
+    tracker = FaultTracker(Policy(respond={"spike": "clip"}, patience=2))
+    spike, vanishing = (
+        result(Fault.SPIKE, event=True, ceiling=Severity.INFO),
+        result(Fault.VANISHING),
+    )
+    steps = [vanishing, spike, *[result(Fault.SPIKE, False, event=True)] * 4, vanishing]
+    decisions = [run(tracker, s, r, clipped=0.5, clipping=None) for s, r in enumerate(steps)]
+    assert [d.report.scale < 1 for d in decisions] == [False, True, True, True, False, False, False]
+    assert [d.record.clipped for d in decisions] == [d.report.scale < 1 for d in decisions]
+    assert all(d.report.clipped_norm == d.report.total_norm for d in decisions if d.report.scale == 1)
+
+
+def test_an_explained_fault_puts_clip_in_force_only_once_it_is_reported():
+    tracker = FaultTracker(Policy(respond={"exploding": "clip"}))
+    vanishing, exploding = result(Fault.VANISHING), result(Fault.EXPLODING)
+    assert not run(tracker, 0, vanishing, exploding, clipping=None).record.clipped
+    assert tracker.clip_response.spans == ()
+    run(tracker, 1, exploding, result(Fault.VANISHING, False), clipping=None)
+    assert tracker.clip_response.since == 1

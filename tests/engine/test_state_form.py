@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard import AGC, AdaGC, AutoClip, GradientHalt, Guard, NormClip, SpikeClip, ZClip
+from lightning_gradguard import AGC, AdaGC, AutoClip, GradientHalt, Guard, NormClip, Policy, SpikeClip, ZClip
+from lightning_gradguard.engine.parameter_tracker import StateError
 from lightning_gradguard.engine.state_form import check_state
 from tests.damage import JUNK, damaged_tensor, damaged_value, part_of, places, replaced
 
@@ -175,3 +176,25 @@ def test_a_clipper_scales_by_no_less_than_zero_whatever_its_state_holds(clipper,
         report = step()
         assert 0 <= report.scale <= 1
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("in_force", 1),
+        ("left", None),
+        ("left", True),
+        ("faults", "spike"),
+        ("newest", 1.5),
+        ("spans", [[1, 2]]),
+        ("spans", [[1, "2", ["spike"]]]),
+        ("spans", [[None, None, []]]),
+    ],
+)
+def test_a_damaged_clip_response_is_refused(part, value):
+    guard = Guard([("a", nn.Parameter(torch.ones(2)))], policy=Policy(respond={"spike": "clip"}))
+    state = guard.state_dict()
+    state["judge"]["clip_response"][part] = value
+    with pytest.raises(StateError, match=rf"clip_response'\]\['{part}'\]"):
+        guard.load_state_dict(state)
+    assert guard.state_dict()["judge"]["clip_response"][part] != value

@@ -12,11 +12,12 @@ from lightning_gradguard.html_report.summary import (
     by_fault,
     charts_of,
     merge_found,
+    merge_spans,
     sheets_of,
 )
 from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.overview import SKIPPED
-from lightning_gradguard.results import Fault, Severity
+from lightning_gradguard.results import ClipSpan, Fault, Severity
 
 
 def sheet_of(folder):
@@ -231,3 +232,11 @@ def test_a_fault_that_this_process_does_not_know_is_reported_by_its_name():
 def test_faults_in_words():
     titles = [group.title for group in by_fault([found(0, "nonfinite"), found(1, "vanishing_in_time")])]
     assert titles == ["not finite", "vanishing in time"]
+
+
+def test_spans_of_clipping_are_those_of_the_newest_record():
+    open_span, whole = ClipSpan(120, None, ("exploding",)), ClipSpan(120, 480, ("exploding", "spike"))
+    later = ClipSpan(900, None, ("spike",))
+    records = [FoundRecord(spans=(open_span,)), FoundRecord(), FoundRecord(spans=(whole, later))]
+    assert merge_spans(records) == [whole, later]
+    assert merge_spans([]) == []

@@ -4,8 +4,15 @@ import math
 import pytest
 import torch
 
-from lightning_gradguard.loggers.findings import DIAGNOSES, FINDINGS, FindingLog, FoundRecord, LoggedFinding
-from lightning_gradguard.results import Fault, Finding, Severity
+from lightning_gradguard.loggers.findings import (
+    DIAGNOSES,
+    FINDINGS,
+    SPANS,
+    FindingLog,
+    FoundRecord,
+    LoggedFinding,
+)
+from lightning_gradguard.results import ClipSpan, Fault, Finding, Severity
 
 NAMES = ("net.0.weight", "net.1.weight", "a, in `b`", "d")
 
@@ -111,3 +118,30 @@ def test_findings_that_an_older_checkpoint_holds_as_text_are_left_out():
     log.load_state_dict({"findings": ["* step 1: **spike** (info), a 1, limit 2"], "diagnoses": ["### one"]})
     # No heading stands above an empty list of findings.
     assert log.flush() == ("### one", FoundRecord((), ("### one",)))
+
+
+def test_spans_of_clipping_are_news_when_they_begin_and_end():
+    log = FindingLog()
+    log.set_spans([])
+    assert log.flush() is None
+    begun, ended = ClipSpan(7, None, ("spike",)), ClipSpan(7, 1200, ("spike", "exploding"))
+    for span in (begun, ended):
+        log.set_spans([span])
+        text, record = log.flush()
+        assert text == f"### Clipped for a fault, newest first\n\n* {span}"
+        assert FoundRecord.from_json(record.to_json()) == FoundRecord(spans=(span,))
+        log.set_spans([span])
+        assert log.flush() is None
+
+
+def test_the_newest_spans_are_kept():
+    log = FindingLog()
+    spans = [ClipSpan(2 * i, 2 * i, ("spike",)) for i in range(SPANS + 5)]
+    log.set_spans(spans)
+    text, record = log.flush()
+    assert record.spans == tuple(spans[5:])
+    assert text.splitlines()[2] == f"* {spans[-1]}"
+
+
+def test_a_record_of_an_older_version_has_no_spans():
+    assert FoundRecord.from_json('{"findings":[],"diagnoses":["a"]}') == FoundRecord(diagnoses=("a",))

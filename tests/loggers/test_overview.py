@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.loggers.overview import Overview
-from lightning_gradguard.results import Fault, Finding, Report, Severity
+from lightning_gradguard.results import ClipSpan, Fault, Finding, Report, Severity
 
 NAMES = ["net.0.weight", "net.0.bias", "net.norm.weight", "net.2.weight", "net.2.bias"]
 NUMELS = [100, 4, 4, 400, 25]
@@ -264,3 +264,23 @@ def test_state_is_plain(tmp_path):
     view.observe(report(1, findings=(finding(),)))
     torch.save(view.state_dict(), tmp_path / "state.pt")
     np.testing.assert_equal(torch.load(tmp_path / "state.pt", weights_only=True), view.state_dict())
+
+
+def test_a_clipper_is_shown_on_once_it_has_clipped_and_is_no_longer_in_force():
+    view = overview()
+    tags = {"gradguard/clip_rate", "gradguard/clipped_norm_log10"}
+    assert not tags & shown(view, report(0)).scalars.keys()
+    view.observe(report(1, threshold=2.0, clipped_norm=2.0, scale=0.5))
+    view.show_clipping([ClipSpan(1, 1, ("spike",))])
+    scalars = shown(view, report(2)).scalars
+    assert tags <= scalars.keys()
+    assert "gradguard/threshold_log10" not in scalars
+    assert scalars["gradguard/clip_rate"] == pytest.approx(1 / 3)
+
+
+def test_spans_of_clipping_are_shown_as_text_and_for_the_report():
+    view = overview()
+    view.show_clipping([ClipSpan(3, 9, ("exploding",))])
+    record = shown(view, report(10))
+    assert "from step 3 to 9 because of exploding" in record.texts["gradguard/diagnosis"]
+    assert '"clip_spans":[[3,9,["exploding"]]]' in record.data["gradguard/findings"]
