@@ -385,8 +385,8 @@ class Guard:
             self.tracker.restart_schedule()
         else:
             self.load_state_dict(state)
-        self.steps, self.counts = steps, counts
         self.fault_tracker.clip_response.keep_spans(clip_response.spans, clip_response.newest)
+        self.steps, self.counts = steps, counts
         self._readback = Readback(self.lag)  # steps under way belong to the part that is undone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -499,7 +499,7 @@ class Guard:
         record = unpack(numbers, pending, self._parts, self._results)
         if (summary := self.tracker.graph_summary) is not None and summary.problems:
             record = add_ownership(record, summary.problems)
-        # With lag=1 it was in force if the step before said so, which is the newest verdict so far.
+        # With lag=1 the newest decision so far, on the step before, said whether it is in force at this one.
         clipping = self._is_clipping if self.lag or not self._clips_on_fault else None
         decision = self.fault_tracker.decide(
             pending.step,

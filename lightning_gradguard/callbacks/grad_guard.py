@@ -227,9 +227,7 @@ class GradGuard(Callback):
             if self.clipper is not None:
                 refuse_double_clipping(trainer, pl_module, f"clipper={self.clipper!r}")
             elif self.policy is not None and self.policy.clips:
-                clipped = {
-                    fault: response for fault, response in self.policy.respond.items() if response == "clip"
-                }
+                clipped = {f.value: "clip" for f in Fault.known() if self.policy.response(f) == "clip"}
                 refuse_double_clipping(trainer, pl_module, f"policy=Policy(respond={clipped})")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,19 +23,19 @@ CLIP_FORM = {
 
 
 class ClipResponse:
-    """Whether the clipper is in force, and from when to when it was.
+    """Tracker of when the clipper is in force.
 
-    It is in force from a verdict that names a fault to clip for, until ``hold`` further verdicts have named none. The
-    verdict on a step counts for that step with ``lag=0``, and for the next with ``lag=1``. A verdict on a step that is
-    not finite says nothing about other faults, so it is left out.
+    It is in force from a decision that names a fault to clip for, until ``hold`` further decisions have named none. The
+    decision on a step counts for that step with ``lag=0``, and for the next with ``lag=1``. A step that is not finite
+    says nothing about other faults, so it is left out.
 
     Args:
-        hold: Verdicts without a fault for which it stays in force. That is the policy's patience: as many steps as show
-            that a fault lasts also show that it is over. By default it is longer than the memory of the norm's
-            baseline, 33 steps, so that what is let go then is an ordinary step again.
+        hold: Decisions without a fault for which it stays in force. That is the policy's patience: as many steps as
+            show that a fault lasts also show that it is over. The default of 50 is longer than the memory of the norm's
+            baseline, 33 steps, so that the baseline is an ordinary one again when clipping ends.
 
     Attributes:
-        in_force: True if the newest verdict puts it in force.
+        in_force: True if the newest decision puts it in force.
         newest: The newest step at which it was in force; 0 before the first.
     """
 
@@ -57,7 +57,7 @@ class ClipResponse:
         return self._spans[-1].first if self._spans and self._spans[-1].last is None else None
 
     def follow(self, faults: Sequence[str]) -> None:
-        """Take in the verdict on a finite step.
+        """Take in the decision on a finite step.
 
         Args:
             faults: Values of the faults to clip for that are present.
@@ -70,7 +70,7 @@ class ClipResponse:
         """Note a step in the spans; return True if it is to be clipped.
 
         Args:
-            step: Number of a step that is taken. The verdict that counts for it has been followed.
+            step: Number of a step that is taken. The decision that counts for it has been followed.
         """
         if not self.in_force:
             self._end()

@@ -57,7 +57,7 @@ callbacks:
         class_path: lightning_gradguard.SpikeClip
         init_args: {z_threshold: 8, exclude: [head.*]}
       policy:
-        respond: {vanishing: rollback, nonfinite: halt}
+        respond: {vanishing: rollback, nonfinite: halt, spike: clip}
         patience: 3
         max_consecutive_skips: 2
         stop: graceful
@@ -124,7 +124,7 @@ def test_every_argument(cli):
     )  # fmt: skip
     assert guard.detectors == (lightning_gradguard.NonFinite(), lightning_gradguard.DepthTilt(limit=3.5))
     assert guard.policy == Policy(
-        respond={"vanishing": "rollback", "nonfinite": "halt"}, patience=3, max_consecutive_skips=2,
+        respond={"vanishing": "rollback", "nonfinite": "halt", "spike": "clip"}, patience=3, max_consecutive_skips=2,
         stop="graceful", snapshot_every=10, lr_factor=0.25, max_rollbacks=1,
     )  # fmt: skip
     assert guard.recorder == Recorder("flights", 9, False, ("halt", "sigterm"), 1000, 1)
@@ -186,7 +186,10 @@ WRONG = {
         {"policy": {"respond": {"vanshing": "halt"}}},
         "got 'vanshing'; did you mean 'vanishing'?",
     ),
-    "unknown response": ({"policy": {"respond": {"vanishing": "hlt"}}}, "Literal['ignore', 'warn', 'skip'"),
+    "unknown response": (
+        {"policy": {"respond": {"vanishing": "hlt"}}},
+        "Literal['ignore', 'warn', 'clip', 'skip'",
+    ),
     "unknown key": ({"moniter": "val_acc"}, "'moniter' is not accepted"),
     "unknown key of the policy": ({"policy": {"patence": 3}}, "'patence' is not accepted"),
     "unknown key of a detector": (
