@@ -11,7 +11,7 @@ from typing import Any
 from lightning_gradguard.diagnosis.wording import MISTAKE, headline, quote
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
-from lightning_gradguard.loggers.findings import TERMS, FoundRecord, LoggedFinding
+from lightning_gradguard.loggers.findings import SPANS, TERMS, FoundRecord, LoggedFinding
 from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.loggers.tags import NOTES
 from lightning_gradguard.results import ClipSpan, Fault, Severity
@@ -107,7 +107,7 @@ class Sheet:
         groups: Findings by fault, the most severe first.
         findings: The newest findings, newest first.
         diagnoses: In Markdown, newest first.
-        spans: From when to when a fault had gradients clipped, oldest first.
+        spans: From when to when a fault had gradients clipped, the newest 20, oldest first.
         exponents: What narrow number formats would lose at the newest step, in Markdown; empty if not logged.
         notices: What the reader has to know about the files.
         figures: Data of the figures.
@@ -233,7 +233,7 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
         groups,
         findings[::-1][:LISTED],
         diagnoses[:DIAGNOSES],
-        merge_spans(track.found.values()),
+        merge_spans(track.found.values())[-SPANS:],
         next(reversed(track.exponents.values()), ""),
         _notices(run, track, left_out),
         {
