@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.clippers.fixed import AGC as AGC
     from lightning_gradguard.clippers.fixed import NormClip as NormClip
     from lightning_gradguard.clippers.spike_clip import SpikeClip as SpikeClip
+    from lightning_gradguard.clippers.steady_clip import SteadyClip as SteadyClip
     from lightning_gradguard.detectors.depth import DepthTilt as DepthTilt
     from lightning_gradguard.detectors.depth import TimeTilt as TimeTilt
     from lightning_gradguard.detectors.explosion import Exploding as Exploding
@@ -68,6 +69,7 @@ _PLACES = {
         "NormClip",
     ),
     "clippers.spike_clip": ("SpikeClip",),
+    "clippers.steady_clip": ("SteadyClip",),
     "detectors.depth": (
         "DepthTilt",
         "TimeTilt",

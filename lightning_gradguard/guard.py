@@ -400,7 +400,10 @@ class Guard:
         """Evaluate a step in full, and act on it."""
         thresholds, self._state = self.fast_path.fold_in(self._state)
         accepted = self.fast_path.accepted
-        before = self._state or init_state(stats, self._parts)
+        before = self._state
+        if before is None:
+            moments = self.tracker.moment_norms()
+            before = init_state(stats.replace(moments=moments), self._parts)
         evaluation, after = evaluate(stats, before, self._parts, accepted)
         pending = PendingStep(
             step=number,

@@ -42,6 +42,12 @@ def check_positive(name: str, value: object) -> None:
     check_number(name, value, "positive and finite", lambda v: 0 < v < math.inf)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise ArgumentTypeError unless an argument is a bool."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_above(name: str, value: object, bound: float) -> None:
     """Raise unless an argument is finite and above ``bound``."""
     check_number(name, value, f"a finite number above {bound:g}", lambda v: bound < v < math.inf)

@@ -14,11 +14,12 @@ from lightning_gradguard.clippers.base import tensor_clip as tensor_clip
 from lightning_gradguard.clippers.fixed import AGC as AGC
 from lightning_gradguard.clippers.fixed import NormClip as NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip as SpikeClip
+from lightning_gradguard.clippers.steady_clip import SteadyClip as SteadyClip
 
 
 def recommended_clipper() -> Clipper:
     """Return the clipper of a guard that was given none.
 
-    It is used where the policy responds with "clip".
+    It is used where the policy responds with "clip". It has no soft start: the steps before were not clipped.
     """
-    return SpikeClip()
+    return SteadyClip(soft_start=False)

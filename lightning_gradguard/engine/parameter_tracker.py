@@ -21,6 +21,7 @@ from lightning_gradguard.printing import one_line
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
 from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
+from lightning_gradguard.stats.moments import is_adaptive, moment_norms
 from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.parameters import are_same, as_pairs, members, select
 from lightning_gradguard.stats.samples import SAMPLES, changed_shares, median_update, update_ratios
@@ -271,6 +272,7 @@ class ParameterTracker:
             excess=self._excess,
             reach=self._reach,
             low_precision=scaled or self._low_precision,
+            adaptive=self._adaptive,
             surrogate=self._observer.graph_summary is not None and self._observer.graph_summary.surrogate,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
@@ -281,6 +283,11 @@ class ParameterTracker:
         )
         self._moved: Tensor = stats.present
         return stats
+
+    @torch.no_grad()
+    def moment_norms(self) -> Tensor:
+        """Return `GradStats.moments` as they are now."""
+        return moment_norms(self.layout, self.optimizer)
 
     def noise_of(self, graph: Tensor | None) -> float:
         """Return `GradStats.noise` of this step.
@@ -427,6 +434,7 @@ class ParameterTracker:
         """Begin with tensors of which nothing is known."""
         self.schedule = SamplingSchedule(self._always)
         self.layout = Layout.of(parameters)
+        self._adaptive = is_adaptive(self.optimizer)
         if self.layout.shards is not None:
             self.layout.shards.check_agreement(self.layout.names)
         self._observer.reset(self.layout)

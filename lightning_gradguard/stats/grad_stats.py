@@ -78,6 +78,9 @@ class GradStats:
             square root of how many times smaller; at least 1.
         low_precision: Whether gradients are computed, or scaled, in half precision.
         surrogate: Whether the loss is that of a policy gradient, whose value does not tell how well the policy does.
+        moments: float32 [P], norms that the optimizer's second moments tell, at the first step that is evaluated; NaN
+            where it has none, and at later steps.
+        adaptive: Whether the optimizer's steps hardly depend on the scale of gradients; False if it is not known.
     """
 
     layout: Layout
@@ -109,6 +112,7 @@ class GradStats:
     changed: Tensor
     loss_scale: Tensor
     carried: Tensor
+    moments: Tensor
     sampled_steps: int = 0
     elapsed: int = 1
     passed: int = 0
@@ -118,6 +122,7 @@ class GradStats:
     noise: float = 1.0
     low_precision: bool = False
     surrogate: bool = False
+    adaptive: bool = False
     _trends: Trends | None = field(default=None, repr=False)
 
     @property
@@ -237,6 +242,7 @@ def stats_of(
     }
     unseen |= {"excess": unknown, "reach": unknown}
     unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
+    unseen |= {"moments": layout.unknowns}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
     # As in `replace`: the `__init__` of a frozen class costs twice as much, at every step.

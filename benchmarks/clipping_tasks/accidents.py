@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lm.text import VOCABULARY
+from benchmarks.clipping_tasks.data import VOCABULARY
 
 #: Share of the steps that are hit.
 RATE = 1 / 50
@@ -24,31 +24,35 @@ REGIMES = {
 }
 
 
-def garbage(tokens: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """A binary file: inputs and targets are random bytes."""
-    window = torch.randint(VOCABULARY, (len(tokens), tokens.shape[1] + 1), generator=random)
+def garbage(inputs: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Inputs out of a file of another kind: random bytes, or noise of ten times the usual size."""
+    if inputs.is_floating_point():
+        return 10 * inputs.std() * torch.randn(inputs.shape, generator=random), targets, 1.0
+    window = torch.randint(VOCABULARY, (len(inputs), inputs.shape[1] + 1), generator=random)
     return window[:, :-1], window[:, 1:], 1.0
 
 
-def misaligned(tokens: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
+def misaligned(inputs: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
     """Targets that belong to other examples of the batch."""
-    return tokens, targets[torch.randperm(len(targets), generator=random)], 1.0
+    return inputs, targets[torch.randperm(len(targets), generator=random)], 1.0
 
 
-def repeated(tokens: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """One run of three tokens over and over, the spike's cause that the OLMo 2 report names first."""
+def repeated(inputs: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """One example over and over; in text, one run of three characters."""
+    if inputs.is_floating_point():
+        return inputs[:1].expand_as(inputs), targets[:1].expand_as(targets), 1.0
     gram = torch.randint(VOCABULARY, (3,), generator=random)
-    window = gram[torch.arange(tokens.shape[1] + 1) % 3].expand(len(tokens), -1)
+    window = gram[torch.arange(inputs.shape[1] + 1) % 3].expand(len(inputs), -1)
     return window[:, :-1], window[:, 1:], 1.0
 
 
-def unnormalised(tokens: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """A loss that is summed over the batch's tokens instead of averaged."""
-    return tokens, targets, float(targets.numel())
+def unnormalized(inputs: Tensor, targets: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """A loss that is summed over the batch instead of averaged."""
+    return inputs, targets, float(targets.numel() if targets.ndim < 3 else len(targets))
 
 
 Corruption = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, float]]
-CORRUPTIONS: tuple[Corruption, ...] = (garbage, misaligned, repeated, unnormalised)
+CORRUPTIONS: tuple[Corruption, ...] = (garbage, misaligned, repeated, unnormalized)
 
 
 class Accidents:
@@ -67,11 +71,11 @@ class Accidents:
         places = torch.randperm(steps, generator=self.random)[:count].tolist()
         self.hit = {step: number % len(CORRUPTIONS) for number, step in enumerate(places)}
 
-    def batch(self, step: int, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
+    def batch(self, step: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return inputs and targets as the training receives them, and the factor of the loss."""
         if self.regime != "corrupt" or step not in self.hit:
-            return tokens, targets, 1.0
-        return CORRUPTIONS[self.hit[step]](tokens, targets, self.random)
+            return inputs, targets, 1.0
+        return CORRUPTIONS[self.hit[step]](inputs, targets, self.random)
 
     def gradients(self, step: int, model: nn.Module) -> None:
         """Write a NaN into one element of one gradient."""

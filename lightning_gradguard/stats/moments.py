@@ -1,0 +1,81 @@
+"""What an optimizer's class and state tell about its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.stats.layout import Layout
+from lightning_gradguard.stats.norms import norms_of
+
+#: Key of the running mean of squared gradients in the state of Adam and its kin.
+_SECOND_MOMENT = "exp_avg_sq"
+
+
+def is_adaptive(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Return True if steps hardly depend on the scale of the gradients.
+
+    So it is for optimizers that divide by a running size of the gradient, or use its sign or direction alone. Of a
+    wrapper such as SAM or Lookahead the optimizer inside counts. False for SGD, ASGD and LBFGS, their subclasses, and
+    others that are named after them; False for None, of which nothing is known.
+
+    Args:
+        optimizer: The optimizer, or None.
+    """
+    for _ in range(8):  # wrappers around wrappers, and never a cycle
+        inner = next((v for v in _attributes(optimizer) if isinstance(v, torch.optim.Optimizer)), None)
+        if inner is None or inner is optimizer:
+            break
+        optimizer = inner
+    if optimizer is None or isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)):
+        return False
+    names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
+    return not any("sgd" in name or "lbfgs" in name for name in names)
+
+
+def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Tensor:
+    """Return the norm of each gradient that the optimizer's second moments tell, float32 [P].
+
+    It is the root of the summed second moments, which is the root mean square of the norms that the optimizer has seen;
+    NaN where there is no such moment. Collective if the tensors are sharded: every rank has to call it.
+
+    Args:
+        layout: The tracked tensors.
+        optimizer: Their optimizer, or None.
+    """
+    states: Mapping[Any, Any] = getattr(optimizer, "state", {})
+    betas = {
+        id(p): group["betas"][1]
+        for group in getattr(optimizer, "param_groups", ())
+        for p in group["params"]
+        if "betas" in group
+    }
+    roots: list[Tensor | None] = []
+    biases = []
+    for parameter in layout.parameters:
+        own = states.get(parameter) or {}
+        moment, step = own.get(_SECOND_MOMENT), own.get("step")
+        is_usable = (
+            isinstance(moment, Tensor)
+            and moment.shape == parameter.shape
+            and not moment.is_complex()
+            and moment.device == parameter.device
+            and step is not None
+            and id(parameter) in betas
+        )
+        if not is_usable:
+            roots.append(None)
+            biases.append(layout.constant(torch.nan))
+            continue
+        roots.append(moment.sqrt())
+        taken = torch.as_tensor(step, device=layout.numel.device, dtype=torch.float32).reshape(())
+        # Kingma & Ba 2015, arXiv:1412.6980: a mean that began at 0 is too small by this factor.
+        biases.append((1 - betas[id(parameter)] ** taken).sqrt())
+    return norms_of(roots, layout) / torch.stack(biases)
+
+
+def _attributes(optimizer: object) -> list[object]:
+    return list(getattr(optimizer, "__dict__", {}).values())
