@@ -36,7 +36,7 @@ from lightning_gradguard.engine.evaluate import (
     init_state,
     to_plain,
 )
-from lightning_gradguard.engine.fast_path import FastPath
+from lightning_gradguard.engine.fast_path import Accepted, FastPath
 from lightning_gradguard.engine.fault_tracker import Decision, FaultTracker
 from lightning_gradguard.engine.history import History, history_of
 from lightning_gradguard.engine.ownership import add_ownership, disconnected_index, name_idle
@@ -267,14 +267,15 @@ class Guard:
             loss, graph, scaled=scaler is not None, loss_scale=scale, comparison=context.comparison
         )
         if scaler is None and not self.lag:
-            accepted = self.fast_path.accept(stats, number, self.flush)
+            accepted = self.fast_path.accept(stats, number, self._state, self.flush)
             if accepted is not None:
-                self.report = accepted
+                self.report = accepted.report
                 self.counts["judged"] += 1
+                self._clip_accepted(stats, accepted)
                 self.fault_tracker.count_accepted()
                 self.tracker.schedule.commit(taken=True)
                 self._probe_sequence_if_stuck()
-                return accepted
+                return accepted.report
         stats = stats.replace(noise=self.tracker.noise_of(graph))
         return self._evaluate(stats, number, scaler, context)
 
@@ -393,6 +394,14 @@ class Guard:
         # A copy must not share deferred steps with this guard.
         self.flush()
         return self.__dict__
+
+    def _clip_accepted(self, stats: GradStats, accepted: Accepted) -> None:
+        """Clip an accepted step, and keep what its clipper learnt."""
+        if accepted.clipper_state is not None and self._state is not None:
+            self._state = self._state._replace(clipper=accepted.clipper_state)
+        if accepted.multipliers is not None:
+            self.counts["clipped"] += 1
+            apply_(stats.gradients, accepted.multipliers)
 
     def _evaluate(
         self, stats: GradStats, number: int, scaler: torch.amp.GradScaler | None, context: StepContext

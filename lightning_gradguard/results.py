@@ -226,18 +226,29 @@ class Report:
     norms: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def deferred(cls, step: int, loss: float | None, norm: float, fields: DeferredFields) -> Report:
+    def deferred(
+        cls, step: int, loss: float | None, norm: float, clipped_norm: float, fields: DeferredFields
+    ) -> Report:
         """Return the report of an accepted step.
 
         Args:
             step: As in `Report`.
             loss: As in `Report`.
-            norm: Global norm, the same before and after clipping.
+            norm: Global norm before clipping.
+            clipped_norm: Global norm after it.
             fields: Source of ``threshold`` and ``norms``.
         """
         report = object.__new__(cls)
-        known = {"step": step, "loss": loss, "total_norm": norm, "clipped_norm": norm, "scale": 1.0}
-        vars(report).update(known, skip=False, findings=(), _fields=fields)
+        vars(report).update(
+            step=step,
+            loss=loss,
+            total_norm=norm,
+            clipped_norm=clipped_norm,
+            scale=clipped_norm / norm if norm > 0 else 1.0,
+            skip=False,
+            findings=(),
+            _fields=fields,
+        )
         return report
 
     def __getattr__(self, name: str) -> Any:

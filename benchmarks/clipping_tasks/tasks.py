@@ -244,18 +244,10 @@ TASKS: dict[str, Task] = {
         _sweep(1e-3),
         warm_up=0.1,
     ),
-    "gru-adam": Task(
-        "character model (GRU), Adam", partial(Text, CharacterGRU), _ADAM, _sweep(2e-3)
-    ),
-    "mixer-adamw": Task(
-        "digits (MLP-Mixer), AdamW", partial(Digits, Mixer), _ADAMW, _sweep(2e-3)
-    ),
-    "heavy-adam": Task(
-        "regression under heavy-tailed noise, Adam", HeavyTails, _ADAM, _sweep(4e-3)
-    ),
-    "outliers-adam": Task(
-        "series (transformer) with outlying targets, Adam", Outliers, _ADAM, _sweep(1e-3)
-    ),
+    "gru-adam": Task("character model (GRU), Adam", partial(Text, CharacterGRU), _ADAM, _sweep(2e-3)),
+    "mixer-adamw": Task("digits (MLP-Mixer), AdamW", partial(Digits, Mixer), _ADAMW, _sweep(2e-3)),
+    "heavy-adam": Task("regression under heavy-tailed noise, Adam", HeavyTails, _ADAM, _sweep(4e-3)),
+    "outliers-adam": Task("series (transformer) with outlying targets, Adam", Outliers, _ADAM, _sweep(1e-3)),
     "diffusion-adam": Task("small diffusion model, Adam", Diffusion, _ADAM, _sweep(1e-3)),
     "gru-sgd": Task(
         "character model (GRU), SGD",
@@ -264,9 +256,7 @@ TASKS: dict[str, Task] = {
         _sweep(0.1),
         adaptive=False,
     ),
-    "cnn-sgd": Task(
-        "digits (CNN), SGD", partial(Digits, CNN), _SGD, _sweep(0.02), adaptive=False
-    ),
+    "cnn-sgd": Task("digits (CNN), SGD", partial(Digits, CNN), _SGD, _sweep(0.02), adaptive=False),
     "heavy-sgd": Task(
         "regression under heavy-tailed noise, SGD",
         HeavyTails,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import WINDOW, Bounds, reads_norms_only, supports_fast_path
+from lightning_gradguard.clippers.base import WINDOW, Bounds, Clip, reads_norms_only, supports_fast_path
 from lightning_gradguard.engine import readback
 from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
@@ -25,9 +25,6 @@ _LOW, _HIGH = 0.5, 2.0
 #: Rise of the loss above its start, as a part of it, from which every step is evaluated in full.
 _RISE = 0.4
 
-#: Numbers behind the norms in the short read.
-_TAIL = 4
-
 #: Key in the saved state, attribute.
 _SAVED = {
     "passed": "accepted",
@@ -38,6 +35,20 @@ _SAVED = {
     "_names": "_names",
     "_live": "_live",
 }
+
+
+class Accepted(NamedTuple):
+    """An accepted step.
+
+    Attributes:
+        report: Its report.
+        multipliers: What its gradients are to be scaled with, as in `Clip`; None if they are left alone.
+        clipper_state: State of a clipper that was asked; None if it learns later.
+    """
+
+    report: Report
+    multipliers: Tensor | tuple[Tensor, ...] | None = None
+    clipper_state: Any = None
 
 
 class DeferredStep:
@@ -89,11 +100,14 @@ class FastPath:
     nothing. No detector is asked about such a step, though it counts as judged. Up to seven are folded into the running
     statistics together, with the same arithmetic.
 
+    A clipper that gives bounds clips nothing within them, and learns later. One that reads norms only is asked at once,
+    since it may clip at any step.
+
     Args:
-        parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must support it; else
-            no step is accepted.
-        clipping: False if the clipper is in force at no step that is accepted. They have no threshold then, and a
-            clipper that reads norms only needs no bounds.
+        parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must give bounds or
+            read norms only; else no step is accepted.
+        clipping: False if the clipper is in force at no step that is accepted. They have no threshold then, and the
+            clipper learns later.
 
     Attributes:
         accepted: Steps accepted since the last full evaluation.
@@ -105,10 +119,11 @@ class FastPath:
         self._has_threshold = clipping and parts.clipper is not None
         self._asked_always = [not traits.slow for traits in parts.traits]
         is_safe = all(traits.slow or traits.fast_path_safe for traits in parts.traits)
-        self._is_able = is_safe
+        self._is_able, self._asks_clipper = is_safe, False
         if parts.clipper is not None:
-            folds = reads_norms_only(parts.clipper) and not clipping
-            self._is_able &= supports_fast_path(parts.clipper) or folds
+            gives_bounds, norms_only = supports_fast_path(parts.clipper), reads_norms_only(parts.clipper)
+            self._is_able &= gives_bounds or norms_only
+            self._asks_clipper = clipping and norms_only and not gives_bounds
         self.deferred: list[tuple[DeferredStep, Report]] = []
         self.close()
 
@@ -149,21 +164,27 @@ class FastPath:
         else:
             self._live = tuple(record.norms.get(name, 0.0) > 0 for name in stats.layout.names)
 
-    def accept(self, stats: GradStats, step: int, flush: Callable[[], None]) -> Report | None:
+    def accept(
+        self, stats: GradStats, step: int, state: GuardState | None, flush: Callable[[], None]
+    ) -> Accepted | None:
         """Accept a step, or return None for a full evaluation.
 
         Args:
             stats: The step.
             step: Its number.
+            state: State of the guard, whose clipper is that of the step before; None only before the first step.
             flush: Folds in all deferred steps and finalizes them.
         """
         if stats.elapsed or not self._is_open or self.accepted == WINDOW - 1:
             return None
         if stats.pattern != self._pattern or stats.layout.ordered_names != self._names:
             return None
-        packed = self._pack(stats)
-        numbers = readback.read_array(packed)
-        norms, (total, loss, outside, joint) = numbers[:-_TAIL], numbers[-_TAIL:].tolist()
+        clip, clipper_state = None, None
+        if self._asks_clipper and state is not None:
+            clip, clipper_state = self.clipper.update(stats, state.clipper)
+        packed = self._pack(stats, clip)
+        numbers, count = readback.read_array(packed), len(stats.layout.names)
+        norms, (total, loss, outside, joint, *clipped) = numbers[:count], numbers[count:].tolist()
         # No comparison with NaN is true.
         if not (
             _LOW * self._baseline <= total <= _HIGH * self._baseline and outside == 0 and abs(joint) <= 1
@@ -177,10 +198,15 @@ class FastPath:
             return None
         self.accepted += 1
         # On a CPU the packed norms serve both sides, without a copy.
-        deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:-_TAIL]), norms, flush)
-        report = Report.deferred(step, loss if stats.has_loss else None, total, deferred)
+        deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:count]), norms, flush)
+        after, multipliers = total, None
+        if clip is not None:
+            after, threshold, is_clipped = clipped
+            deferred.finalize(threshold)
+            multipliers = clip.multipliers if is_clipped else None
+        report = Report.deferred(step, loss if stats.has_loss else None, total, after, deferred)
         self.deferred.append((deferred, report))
-        return report
+        return Accepted(report, multipliers, clipper_state)
 
     def fold_in(self, state: GuardState | None) -> tuple[list[Tensor], GuardState | None]:
         """Fold deferred steps into the running statistics.
@@ -194,7 +220,9 @@ class FastPath:
         new = [(deferred, deferred.stats) for deferred, _ in self.deferred if deferred.stats is not None]
         if new:
             assert state is not None
-            limits, state = fold_in([stats for _, stats in new], state, self.clipper)
+            limits, state = fold_in(
+                [stats for _, stats in new], state, None if self._asks_clipper else self.clipper
+            )
             for (deferred, _), limit in zip(new, limits, strict=True):
                 deferred.stats, deferred.limit = None, limit
         return [d.limit for d, _ in self.deferred if d.limit is not None], state
@@ -210,7 +238,8 @@ class FastPath:
         """
         completed = []
         for (deferred, report), threshold in zip(self.deferred, thresholds, strict=True):
-            deferred.finalize(threshold if self._has_threshold else None)
+            if not self._asks_clipper:
+                deferred.finalize(threshold if self._has_threshold else None)
             completed.append((report, deferred.norms))
         self.deferred = []
         return completed
@@ -234,7 +263,11 @@ class FastPath:
         bounds = state["_bounds"]
         self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
 
-    def _pack(self, stats: GradStats) -> Tensor:
-        """Pack norms [P], global norm, loss, position within the bounds [2]."""
+    def _pack(self, stats: GradStats, clip: Clip | None) -> Tensor:
+        """Pack norms [P], global norm, loss, position within the bounds [2], and what the clip does [3]."""
         within = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
-        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *within])])
+        clipped = []
+        if clip is not None:
+            is_clipped = (clip.norms < stats.norms).any().to(torch.float32)
+            clipped = [torch.linalg.vector_norm(clip.norms), clip.threshold, is_clipped]
+        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *within, *clipped])])

@@ -57,16 +57,9 @@ def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Ten
     biases = []
     for parameter in layout.parameters:
         own = states.get(parameter) or {}
-        moment, step = own.get(_SECOND_MOMENT), own.get("step")
-        is_usable = (
-            isinstance(moment, Tensor)
-            and moment.shape == parameter.shape
-            and not moment.is_complex()
-            and moment.device == parameter.device
-            and step is not None
-            and id(parameter) in betas
-        )
-        if not is_usable:
+        moment: Any = own.get(_SECOND_MOMENT)
+        step = own.get("step")
+        if step is None or id(parameter) not in betas or _is_other(moment, parameter):
             roots.append(None)
             biases.append(layout.constant(torch.nan))
             continue
@@ -75,6 +68,16 @@ def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Ten
         # Kingma & Ba 2015, arXiv:1412.6980: a mean that began at 0 is too small by this factor.
         biases.append((1 - betas[id(parameter)] ** taken).sqrt())
     return norms_of(roots, layout) / torch.stack(biases)
+
+
+def _is_other(moment: object, parameter: Tensor) -> bool:
+    """Return True if a moment is missing, factored, packed, or kept elsewhere."""
+    return (
+        not isinstance(moment, Tensor)
+        or moment.shape != parameter.shape
+        or moment.device != parameter.device
+        or moment.is_complex()
+    )
 
 
 def _attributes(optimizer: object) -> list[object]:

@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard import Fault, Guard, Policy, SpikeClip
-from lightning_gradguard.clippers.fixed import NormClip
+from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    Fault,
+    Guard,
+    NormClip,
+    Policy,
+    SpikeClip,
+    SteadyClip,
+    ZClip,
+)
 from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
@@ -25,14 +35,21 @@ TENSORS, STEPS = 6, 130
 class Twins:
     """Two guards that get the same gradients; the second evaluates every step in full.
 
+    Args:
+        optimizer: Class of their optimizers, or None.
+        **kwargs: Options of both guards.
+
     Attributes:
         guards: The one with a fast path, and the one without.
         accepted_steps: Steps that the first accepted without a full evaluation.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, optimizer=None, **kwargs):
         self.weights = [{f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS)} for _ in range(2)]
-        self.guards = [Guard(weights.items(), **kwargs) for weights in self.weights]
+        self.guards = [
+            Guard(weights.items(), optimizer=optimizer and optimizer(weights.values()), **kwargs)
+            for weights in self.weights
+        ]
         self.guards[1].fast_path._is_able = False
         self.accepted_steps, self.reports = [], ([], [])
 
@@ -48,6 +65,8 @@ class Twins:
             reports.append(guard.step(loss=loss, **kwargs))
             if guard.fast_path.accepted > was:
                 self.accepted_steps.append(steps)
+        gradients = [[plain(w.grad) for w in weights.values()] for weights in self.weights]
+        assert gradients[0] == gradients[-1]
 
     def agree(self, states=True):
         """Assert that both guards agree in everything."""
@@ -145,6 +164,12 @@ CLIPPERS = {
     "generous": SpikeClip(z_threshold=30.0, joint_threshold=20.0),
     "exclude": SpikeClip(exclude=("w0", "w5")),
     "impatient": SpikeClip(patience=2),
+    "SteadyClip": SteadyClip(),
+    "SteadyClip, exclude": SteadyClip(exclude=("w0", "w5")),
+    "NormClip": NormClip(10.0),
+    "AutoClip": AutoClip(),
+    "ZClip": ZClip(),
+    "AdaGC": AdaGC(warmup_steps=20),
 }
 
 
@@ -162,6 +187,7 @@ QUICK = {
                                  "one x1000", "nearly constant", "thaws from zero", "scaled up"},
     "none": {"plain noise", "loud", "all x2.5", "one x10000", "nan", "thaws"},
     "exclude": {"all x2.5", "one x10000", "zeros"},
+    "SteadyClip": {"plain noise", "loud", "all x2.5", "one x10000", "nan", "none", "zeros", "thaws"},
 }  # fmt: skip
 
 
@@ -177,13 +203,20 @@ def test_streams_give_the_results_of_full_evaluations(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
 
 
-@pytest.mark.parametrize("clipper", [c for c in CLIPPERS if c not in ("none", "default", "exclude")])
+@pytest.mark.parametrize("clipper", [c for c in CLIPPERS if c not in QUICK])
 @pytest.mark.parametrize(
     "stream",
     [pytest.param(s, marks=slow_unless(s == "all x2.5")) for s in ("plain noise", "all x2.5", "one x10000")],
 )
-def test_so_does_any_spike_clip(stream, clipper):
+def test_so_does_any_clipper(stream, clipper):
     go(STREAMS[stream](), clipper=CLIPPERS[clipper])
+
+
+@pytest.mark.parametrize("stream", ["plain noise", "loud", "nan", "thaws"])
+def test_so_does_a_clipper_that_knows_of_an_adaptive_optimizer(stream):
+    twins = go(STREAMS[stream](), clipper=SteadyClip(), optimizer=torch.optim.Adam)
+    assert twins.guards[0].counts["clipped"] > STEPS // 2
+    assert len(twins.accepted_steps) > STEPS // 3 or stream != "plain noise"
 
 
 @pytest.mark.parametrize("clipper", [pytest.param("none", marks=pytest.mark.slow), "default"])
@@ -253,7 +286,7 @@ class Mute(Wordy):
     [
         {"detectors": (*default_detectors(), Wordy())},
         {"detectors": (Spike(ratio=2.0),)},
-        {"clipper": NormClip(1e6)},
+        {"clipper": AGC()},
         {"policy": Policy(respond={"vanishing": "skip"})},
         {"lag": 1},
     ],
