@@ -12,9 +12,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
-from lightning_gradguard.clippers.base import Clipper, apply_, included_names, supports_fast_path, tensor_clip
+from lightning_gradguard.clippers.base import (
+    Clipper,
+    apply_,
+    included_names,
+    reads_norms_only,
+    supports_fast_path,
+    tensor_clip,
+)
 from lightning_gradguard.clippers.fixed import AGC, NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip
+from lightning_gradguard.clippers.steady_clip import SteadyClip
 from lightning_gradguard.stats.grad_stats import measure
 from lightning_gradguard.stats.layout import Layout
 
@@ -252,6 +260,7 @@ class Declines(SpikeClip):
     ("clipper", "supports"),
     [
         (SpikeClip(), True),
+        (SteadyClip(), False),
         (NormClip(1.0), False),
         (Inherits(), False),
         (Declares(), True),
@@ -261,6 +270,62 @@ class Declines(SpikeClip):
 )
 def test_the_fast_path_takes_clippers_whose_own_class_declares_it(clipper, supports):
     assert supports_fast_path(clipper) is supports
+
+
+class InheritsNorms(SteadyClip):
+    pass
+
+
+class DeclaresNorms(SteadyClip):
+    norms_only = True
+
+
+class TruthyNorms(SteadyClip):
+    norms_only = 1
+
+
+@pytest.mark.parametrize(
+    ("clipper", "reads"),
+    [
+        *((clipper, True) for clipper in (SteadyClip(), NormClip(1.0), AutoClip(), ZClip(), AdaGC())),
+        (SpikeClip(), False),  # it gives bounds
+        (AGC(), False),  # it reads gradients and weights
+        (InheritsNorms(), False),
+        (DeclaresNorms(), True),
+        (TruthyNorms(), False),
+    ],
+    ids=repr,
+)
+def test_a_clipper_that_reads_norms_only_is_one_whose_own_class_declares_it(clipper, reads):
+    assert reads_norms_only(clipper) is reads
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    "clipper",
+    [SteadyClip(), NormClip(1.0), AutoClip(), ZClip(warmup_steps=3), AdaGC(warmup_steps=3)],
+    ids=repr,
+)
+def test_a_clipper_that_declares_norms_only_reads_nothing_else_of_a_step(clipper, adaptive):
+    parameters = {f"w{i}": nn.Parameter(torch.ones(4)) for i in range(3)}
+    layout, random = Layout.of(parameters), torch.Generator().manual_seed(0)
+    state = None
+    for _ in range(8):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(4, generator=random)
+        stats = measure(layout, layout.floors, layout.floors, torch.tensor(1.0)).replace(adaptive=adaptive)
+        assert stats.finite  # worked out before its sources are taken away
+        unknown = {
+            name: v * math.nan for name, v in vars(stats).items() if name in ("weights", "updates", "loss")
+        }
+        bare = stats.replace(gradients=(), elapsed=0, log_weights=unknown["weights"], **unknown)
+        state = clipper.init(stats) if state is None else state
+        clip, after = clipper.update(stats, state)
+        other, same = clipper.update(bare, state)
+        assert torch.equal(clip.multipliers, other.multipliers)
+        assert torch.equal(clip.threshold, other.threshold)
+        assert [t.tolist() for t in after] == [t.tolist() for t in same]
+        state = after
 
 
 def test_the_interface_says_what_each_class_must_repeat():

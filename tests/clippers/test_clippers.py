@@ -16,6 +16,7 @@ from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
 from lightning_gradguard.clippers.base import Clipper, apply_
 from lightning_gradguard.clippers.fixed import AGC, NormClip
 from lightning_gradguard.clippers.spike_clip import SpikeClip
+from lightning_gradguard.clippers.steady_clip import SteadyClip
 from lightning_gradguard.stats.grad_stats import measure
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import weight_norms
@@ -29,12 +30,19 @@ CLIPPERS = [
     ZClip(max_grad_norm=None),
     AdaGC(warmup_steps=4),
     SpikeClip(),
+    SteadyClip(),
+    SteadyClip(soft_start=False),
     NormClip(1.0, exclude=("matrix",)),
     AGC(exclude=("matrix",)),
     AutoClip(exclude=("matrix",)),
     ZClip(warmup_steps=3, exclude=("m*",)),
     AdaGC(warmup_steps=4, exclude=("matrix",)),
     SpikeClip(exclude=("matrix",)),
+    SteadyClip(exclude=("matrix",)),
+]
+#: Each clipper, and whether the optimizer is adaptive; True only for those to which it matters.
+CASES = [(clipper, False) for clipper in CLIPPERS] + [
+    (c, True) for c in CLIPPERS if isinstance(c, SteadyClip)
 ]
 SHAPES = {
     "scalar": (),
@@ -50,13 +58,16 @@ TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 few = settings(max_examples=settings.default.max_examples // 5)
 every_clipper = pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
+every_case = pytest.mark.parametrize(
+    ("clipper", "adaptive"), [pytest.param(c, a, id=f"{c!r}, adaptive" if a else repr(c)) for c, a in CASES]
+)
 
 
 class Stream:
     """Random gradients of all shapes, clipped by one clipper."""
 
-    def __init__(self, clipper, dtype=torch.float32, seed=0, device="cpu"):
-        self.clipper, self.state = clipper, None
+    def __init__(self, clipper, dtype=torch.float32, seed=0, device="cpu", adaptive=False):
+        self.clipper, self.state, self.adaptive = clipper, None, adaptive
         self.random = torch.Generator().manual_seed(seed)
         self.weights = {n: nn.Parameter(self.draw(s, dtype).to(device)) for n, s in SHAPES.items()}
         self.layout = Layout.of(self.weights)
@@ -82,11 +93,15 @@ class Stream:
             weight.grad = None if name == "unused" else gradient
         if bad is not None:
             self.weights["vector"].grad[2] = bad
-        stats = measure(self.layout, weight_norms(self.layout), self.layout.floors, loss)
+        stats = measured(self.layout, self.adaptive, loss)
         if self.state is None:
             self.state = self.clipper.init(stats)
         clip, self.state = self.clipper.update(stats, self.state)
         return stats, clip
+
+
+def measured(layout, adaptive, loss=None):
+    return measure(layout, weight_norms(layout), layout.floors, loss).replace(adaptive=adaptive)
 
 
 def magnitude(gradient):
@@ -110,12 +125,12 @@ def same(state, other):
     return all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
 
 
-@every_clipper
+@every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @few
 @given(seed=st.integers(0, 2**20), spike=st.sampled_from([1.0, 3.0, 1e3]))
-def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, dtype, seed, spike):
-    stream = Stream(clipper, dtype, seed)
+def test_multipliers_norms_and_threshold_agree_with_what_is_written(clipper, adaptive, dtype, seed, spike):
+    stream = Stream(clipper, dtype, seed, adaptive=adaptive)
     for step in range(6):
         stats, clip = stream.feed(spike if step == 4 else 1.0)
         names = stats.layout.names
@@ -157,9 +172,9 @@ def steps_of_any_shapes(draw):
     return shapes, dtypes, scales, draw(st.integers(0, 2**20))
 
 
-@every_clipper
+@every_case
 @given(drawn=steps_of_any_shapes())
-def test_what_is_written_never_exceeds_the_threshold_for_any_shapes_and_dtypes(clipper, drawn):
+def test_what_is_written_never_exceeds_the_threshold_for_any_shapes_and_dtypes(clipper, adaptive, drawn):
     shapes, dtypes, scales, seed = drawn
     random = torch.Generator().manual_seed(seed)
     clipper = dataclasses.replace(clipper, exclude=())
@@ -169,7 +184,7 @@ def test_what_is_written_never_exceeds_the_threshold_for_any_shapes_and_dtypes(c
     for scale in scales:
         for weight in weights.values():
             weight.grad = (scale * torch.randn(weight.shape, generator=random)).to(weight.dtype)
-        stats = measure(layout, weight_norms(layout), layout.floors)
+        stats = measured(layout, adaptive)
         state = clipper.init(stats) if state is None else state
         clip, state = clipper.update(stats, state)
         apply_(stats.gradients, clip.multipliers)
@@ -181,11 +196,11 @@ def test_what_is_written_never_exceeds_the_threshold_for_any_shapes_and_dtypes(c
         assert all(((m >= 0) & (m <= 1)).all() for m in clip.multipliers)
 
 
-@every_clipper
+@every_case
 @few
 @given(seed=st.integers(0, 2**20), exponent=st.integers(-30, 30))
-def test_the_norm_never_exceeds_the_threshold_at_any_scale(clipper, seed, exponent):
-    stream = Stream(clipper, seed=seed)
+def test_the_norm_never_exceeds_the_threshold_at_any_scale(clipper, adaptive, seed, exponent):
+    stream = Stream(clipper, seed=seed, adaptive=adaptive)
     for step in range(8):
         stats, clip = stream.feed(2.0 ** (exponent * (step % 3)))
         assert stats.finite
@@ -193,7 +208,9 @@ def test_the_norm_never_exceeds_the_threshold_at_any_scale(clipper, seed, expone
         assert (clip.norms <= stats.norms).all()
 
 
-@pytest.mark.parametrize("clipper", [NormClip(1.0), AutoClip(50), ZClip(warmup_steps=3)], ids=repr)
+@pytest.mark.parametrize(
+    "clipper", [NormClip(1.0), AutoClip(50), ZClip(warmup_steps=3), SteadyClip()], ids=repr
+)
 @given(seed=st.integers(0, 2**20))
 def test_a_norm_below_the_threshold_is_unchanged(clipper, seed):
     stream = Stream(clipper, seed=seed)
@@ -204,10 +221,10 @@ def test_a_norm_below_the_threshold_is_unchanged(clipper, seed):
             assert torch.equal(clip.norms, stats.norms)
 
 
-@every_clipper
+@every_case
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_leaves_no_trace(clipper, bad):
-    clean, hit = Stream(clipper), Stream(clipper)
+def test_a_step_that_is_not_finite_leaves_no_trace(clipper, adaptive, bad):
+    clean, hit = Stream(clipper, adaptive=adaptive), Stream(clipper, adaptive=adaptive)
     for step in range(60):
         if step == 40:
             here = hit.random.get_state()
@@ -222,19 +239,19 @@ def test_a_step_that_is_not_finite_leaves_no_trace(clipper, bad):
         assert torch.equal(a.norms, b.norms)
 
 
-@every_clipper
-def test_a_bad_step_before_any_good_one_leaves_no_trace(clipper):
-    stream = Stream(clipper)
+@every_case
+def test_a_bad_step_before_any_good_one_leaves_no_trace(clipper, adaptive):
+    stream = Stream(clipper, adaptive=adaptive)
     stream.feed(bad=math.nan)
-    fresh = Stream(clipper)
+    fresh = Stream(clipper, adaptive=adaptive)
     fresh.feed(bad=math.inf)
     assert same(stream.state, fresh.state)
     assert stream.feed()[1].norms.isfinite().all()
 
 
-@every_clipper
-def test_a_loss_that_is_not_finite_leaves_no_trace(clipper):
-    stream = Stream(clipper)
+@every_case
+def test_a_loss_that_is_not_finite_leaves_no_trace(clipper, adaptive):
+    stream = Stream(clipper, adaptive=adaptive)
     for _ in range(5):
         stream.feed()
     before = tuple(t.clone() for t in stream.state)
@@ -242,9 +259,9 @@ def test_a_loss_that_is_not_finite_leaves_no_trace(clipper):
     assert same(before, stream.state)
 
 
-@every_clipper
-def test_an_infinite_element_turns_nothing_into_nan(clipper):
-    stream = Stream(clipper)
+@every_case
+def test_an_infinite_element_turns_nothing_into_nan(clipper, adaptive):
+    stream = Stream(clipper, adaptive=adaptive)
     for _ in range(5):
         stream.feed()
     stats, clip = stream.feed(bad=math.inf)
@@ -254,29 +271,29 @@ def test_an_infinite_element_turns_nothing_into_nan(clipper):
     assert not clip.norms.isnan().any()
 
 
-@every_clipper
-def test_tensors_without_gradient_or_with_a_zero_one_leave_no_trace(clipper):
-    stream = Stream(clipper)
+@every_case
+def test_tensors_without_gradient_or_with_a_zero_one_leave_no_trace(clipper, adaptive):
+    stream = Stream(clipper, adaptive=adaptive)
     for _ in range(5):
         stream.feed()
     before = tuple(t.clone() for t in stream.state)
     for gradient in (None, 0.0):
         for weight in stream.weights.values():
             weight.grad = None if gradient is None else torch.zeros_like(weight)
-        stats = measure(stream.layout, weight_norms(stream.layout), stream.layout.floors)
+        stats = measured(stream.layout, adaptive)
         clip, stream.state = clipper.update(stats, stream.state)
         assert same(before, stream.state)
         assert all((m == 1).all() for m in clip.multipliers)
         assert (clip.norms == 0).all()
 
 
-@every_clipper
-def test_nothing_is_read_on_the_host(clipper):
+@every_case
+def test_nothing_is_read_on_the_host(clipper, adaptive):
     weights = {n: nn.Parameter(torch.empty(s, device="meta")) for n, s in SHAPES.items()}
     for weight in weights.values():
         weight.grad = torch.empty_like(weight)
     layout = Layout.of(weights)
-    stats = measure(layout, weight_norms(layout), layout.floors, torch.empty((), device="meta"))
+    stats = measured(layout, adaptive, torch.empty((), device="meta"))
     state = clipper.init(stats)
     for _ in range(2):
         clip, state = clipper.update(stats, state)
@@ -284,9 +301,9 @@ def test_nothing_is_read_on_the_host(clipper):
     apply_(stats.gradients, clip.multipliers)
 
 
-@every_clipper
-def test_state_is_tensors_of_constant_size_that_survive_a_checkpoint(clipper):
-    straight, resumed = Stream(clipper), Stream(clipper)
+@every_case
+def test_state_is_tensors_of_constant_size_that_survive_a_checkpoint(clipper, adaptive):
+    straight, resumed = Stream(clipper, adaptive=adaptive), Stream(clipper, adaptive=adaptive)
     sizes = None
     for step in range(40):
         straight.feed()
@@ -303,9 +320,9 @@ def test_state_is_tensors_of_constant_size_that_survive_a_checkpoint(clipper):
     assert torch.equal(straight.feed()[1].threshold, resumed.feed()[1].threshold)
 
 
-@every_clipper
-def test_update_writes_no_gradient_and_no_state(clipper):
-    stream = Stream(clipper)
+@every_case
+def test_update_writes_no_gradient_and_no_state(clipper, adaptive):
+    stream = Stream(clipper, adaptive=adaptive)
     for _ in range(6):
         stats, _ = stream.feed()
     kept = [g if g is None else g.clone() for g in stats.gradients]
