@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import norms_of
+from lightning_gradguard.stats.sharding import local
 
 #: Key of the running mean of squared gradients in the state of Adam and its kin.
 _SECOND_MOMENT = "exp_avg_sq"
@@ -25,11 +26,7 @@ def is_adaptive(optimizer: torch.optim.Optimizer | None) -> bool:
     Args:
         optimizer: The optimizer, or None.
     """
-    for _ in range(8):  # wrappers around wrappers, and never a cycle
-        inner = next((v for v in _attributes(optimizer) if isinstance(v, torch.optim.Optimizer)), None)
-        if inner is None or inner is optimizer:
-            break
-        optimizer = inner
+    optimizer = _chain(optimizer)[-1]
     if optimizer is None or isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD, torch.optim.LBFGS)):
         return False
     names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
@@ -40,23 +37,25 @@ def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Ten
     """Return the norm of each gradient that the optimizer's second moments tell, float32 [P].
 
     It is the root of the summed second moments, which is the root mean square of the norms that the optimizer has seen;
-    NaN where there is no such moment. Collective if the tensors are sharded: every rank has to call it.
+    NaN where there is no such moment. Of a wrapper the optimizer inside is asked, too. Collective if the tensors are
+    sharded: every rank has to call it.
 
     Args:
         layout: The tracked tensors.
         optimizer: Their optimizer, or None.
     """
-    states: Mapping[Any, Any] = getattr(optimizer, "state", {})
-    betas = {
-        id(p): group["betas"][1]
-        for group in getattr(optimizer, "param_groups", ())
-        for p in group["params"]
-        if "betas" in group
-    }
+    states: dict[Any, Any] = {}
+    betas: dict[int, float] = {}
+    for one in _chain(optimizer):
+        known: Mapping[Any, Any] = getattr(one, "state", {})
+        states |= {p: own for p, own in known.items() if _has_moment(own)}
+        for group in getattr(one, "param_groups", ()):
+            if isinstance(own := group.get("betas"), (tuple, list)) and len(own) > 1:
+                betas |= {id(p): own[1] for p in group["params"]}
     roots: list[Tensor | None] = []
     biases = []
     for parameter in layout.parameters:
-        own = states.get(parameter) or {}
+        own = states.get(parameter, {})
         moment: Any = own.get(_SECOND_MOMENT)
         step = own.get("step")
         if step is None or id(parameter) not in betas or _is_other(moment, parameter):
@@ -70,15 +69,29 @@ def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Ten
     return norms_of(roots, layout) / torch.stack(biases)
 
 
+def _has_moment(own: object) -> bool:
+    """Return True if a state, of a parameter or of anything else, holds a second moment."""
+    return isinstance(own, Mapping) and _SECOND_MOMENT in own
+
+
 def _is_other(moment: object, parameter: Tensor) -> bool:
     """Return True if a moment is missing, factored, packed, or kept elsewhere."""
     return (
         not isinstance(moment, Tensor)
+        or type(local(moment)) is not Tensor  # such as one of 8 bits, which has no root
         or moment.shape != parameter.shape
         or moment.device != parameter.device
         or moment.is_complex()
     )
 
 
-def _attributes(optimizer: object) -> list[object]:
-    return list(getattr(optimizer, "__dict__", {}).values())
+def _chain(optimizer: torch.optim.Optimizer | None) -> list[torch.optim.Optimizer | None]:
+    """Return an optimizer, the one inside it if it is a wrapper, the one inside that, and so on."""
+    chain = [optimizer]
+    while len(chain) < 8:
+        attributes = getattr(chain[-1], "__dict__", {}).values()
+        inner = next((v for v in attributes if isinstance(v, torch.optim.Optimizer)), None)
+        if inner is None or any(inner is one for one in chain):
+            break
+        chain.append(inner)
+    return chain
