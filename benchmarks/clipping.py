@@ -102,7 +102,12 @@ def work(part: str, seeds: int) -> list[Work]:
         for rate in rates(task, regime)
         for arm in ARMS
     ]
-    bare = [(task, arm, "nan", TASKS[task].rates[2], SEEDS[0]) for task in tasks[:2] for arm in BARE]
+    bare = [
+        (task, arm, "nan", TASKS[task].rates[2], SEEDS[0])
+        for task in ("lm-adamw", "gru-adam")
+        if task in tasks
+        for arm in BARE
+    ]
     return runs + bare
 
 

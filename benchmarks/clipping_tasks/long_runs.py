@@ -32,8 +32,8 @@ def long_run(task_name: str, arm: str, seed: int, steps: int = STEPS) -> dict[st
     """Train for long.
 
     Returns:
-        ``course``: held-out loss after each fifth of the steps; ``scales``: for each fifth, the median of the norm after
-        clipping over that before.
+        ``course``: held-out loss after each fifth of the steps; ``scales``: for each fifth, the median of the norm
+        after clipping over that before.
     """
     task = replace(TASKS[task_name], steps=steps, growth=GROWTH)
     torch.manual_seed(seed)
@@ -151,8 +151,9 @@ def _long(runs: list[dict[str, Any]]) -> str:
     ]
     return (
         f"## {STEPS:,} steps with a schedule and larger batches\n\n"
-        f"Rates {', '.join(f'{rate:g} for {task}' for task, rate in LONG.items())}; batches are {GROWTH} times as large "
-        "from the middle on. Held-out loss after each fifth, and for each fifth the median of the norm after clipping "
+        f"Rates {', '.join(f'{rate:g} for {task}' for task, rate in LONG.items())}; batches are {GROWTH} times as "
+        "large from the middle on. Held-out loss after each fifth, and for each fifth the median of the norm after "
+        "clipping "
         "over the norm before: a limit that crept down would show as a falling scale.\n\n" + table(head, rows)
     )
 
@@ -172,8 +173,8 @@ def _tuned(runs: list[dict[str, Any]]) -> str:
     head = ["task", "optimizer", "arm", *(f"{step}" for step in (0, *LOOKS))]
     return (
         "## Fine-tuning\n\nA model trained without a clipper goes on with negatives of its images, "
-        f"at {' and '.join(f'{rate:g}' for _, rate in TUNED.values())}: with the optimizer it was trained with, or with a "
-        "new one. Held-out loss on negatives after so many steps.\n\n" + table(head, rows)
+        f"at {' and '.join(f'{rate:g}' for _, rate in TUNED.values())}: with the optimizer it was trained with, or "
+        "with a new one. Held-out loss on negatives after so many steps.\n\n" + table(head, rows)
     )
 
 

@@ -42,11 +42,11 @@ class Records:
 
     def rates(self, cell: Cell) -> list[float]:
         """Return the rates of a cell, ascending."""
-        return sorted(self._runs[OURS, *cell])
+        return sorted(self._runs[(OURS, *cell)])
 
     def of(self, arm: str, cell: Cell, rate: float, what: str = "loss") -> list[float]:
         """Return one number for each seed."""
-        runs = self._runs[arm, *cell][rate]
+        runs = self._runs[(arm, *cell)][rate]
         return [runs[seed][what] for seed in sorted(runs)]
 
     def mean(self, arm: str, cell: Cell, rate: float, what: str = "loss") -> float:
@@ -95,7 +95,7 @@ def report(runs: list[Run], extras: Sequence[str] = ()) -> str:
         "ours": OURS,
         "seeds": ", ".join(map(str, records.seeds)),
         "runs": f"{records.count:,}",
-        "steps": TASKS["lm-adamw"].steps,
+        "extent": "the full set of runs" if len(records.seeds) == 5 else f"{len(records.seeds)} seeds",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tasks": "\n".join(
@@ -197,8 +197,8 @@ def _verdict(records: Records) -> str:
         + ".",
         f"It is significantly better than no clipper in {len(better)} of {len(corrupt)} tasks with corrupt batches"
         f"{_which([c for c in corrupt if c not in better])}.",
-        f"At the rate that is best without a clipper, a clean run is significantly worse than without one, by over 1 %, "
-        f"in {len(hurt)} of {len(sane)} tasks{_which(hurt)}.",
+        f"At the rate that is best without a clipper, a clean run is significantly worse than without one, by over "
+        f"1 %, in {len(hurt)} of {len(sane)} tasks{_which(hurt)}.",
         _gap_sentence(records, adaptive),
         f"It collapses at its own best rate, more than {COLLAPSE:.0%} above the best arm, in {len(collapsed)} of "
         f"{len(cells)} pairs{_which(collapsed)}.",
@@ -211,8 +211,8 @@ def _gap_sentence(records: Records, cells: list[Cell]) -> str:
     ranked = sorted(worst, key=worst.__getitem__)
     mean = {arm: statistics.fmean([records.gap(arm, c) for c in cells] or [0.0]) for arm in ARMS}
     return (
-        f"With adaptive optimizers, over all rates, its worst gap to the best arm is {worst[OURS]:.0%} (mean of the tasks' "
-        f"worst gaps {mean[OURS]:.0%}), place {ranked.index(OURS) + 1} of {len(ranked)}; "
+        f"With adaptive optimizers, over all rates, its worst gap to the best arm is {worst[OURS]:.0%} (mean of the "
+        f"tasks' worst gaps {mean[OURS]:.0%}), place {ranked.index(OURS) + 1} of {len(ranked)}; "
         + ", ".join(f"`{arm}` {worst[arm]:.0%} ({mean[arm]:.0%})" for arm in ranked if arm != OURS)
         + "."
     )
@@ -262,10 +262,7 @@ def _by_cell(records: Records, number: Any, form: str) -> str:
         rows.append(
             [
                 *cell,
-                *(
-                    f"**{text}**" if v == lowest and form != ".0%!" else text
-                    for v, text in zip(values.values(), texts, strict=True)
-                ),
+                *(f"**{t}**" if v == lowest else t for v, t in zip(values.values(), texts, strict=True)),
             ]
         )
     return table(["task", "regime", *ARMS], rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.cost import arms, memory, trainer_arms
 from benchmarks.cost.measuring import Rounds, interleave
 from benchmarks.cost.models import Transformer, tensors
-from benchmarks.cost.trainer_arms import BARE, CLIP, OURS, Size
+from benchmarks.cost.trainer_arms import BARE, CLIP, OURS, STEADY, Size
 from benchmarks.cost.turns import ABLE, take_turns
 from lightning_gradguard.cli.cost import CYCLE, Timings
 
@@ -53,7 +53,7 @@ FULL = Plan(
     trainings={"0.86 million parameters, 51 tensors": (SMALL, 2)},
     turns={
         "0.86 million parameters, 51 tensors": (SMALL, 20, None),
-        "3.4 million parameters, 51 tensors": (LARGE, 20, (BARE, CLIP, OURS)),
+        "3.4 million parameters, 51 tensors": (LARGE, 20, (BARE, CLIP, OURS, STEADY)),
     },
 )
 

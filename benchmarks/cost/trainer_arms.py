@@ -30,10 +30,11 @@ from benchmarks.cost.peer_callbacks import (
     SkipStep,
     Watch,
 )
-from lightning_gradguard import GradGuard, GradHistogram, SpikeClip
+from lightning_gradguard import GradGuard, GradHistogram, SpikeClip, SteadyClip
 from lightning_gradguard.engine.sampling_schedule import EAGER, SETTLED
 
-BARE, CLIP, OURS = "bare", "gradient_clip_val=1.0", "SpikeClip + histograms"
+BARE, CLIP = "bare", "gradient_clip_val=1.0"
+OURS, STEADY = "SpikeClip + histograms", "SteadyClip + histograms"
 #: Steps between two histograms, for every arm that draws them; the clock runs for one interval.
 INTERVAL = 100
 
@@ -86,6 +87,10 @@ ARMS = {
     OURS: Arm(
         "judges, clips spikes, stops NaN, shows layers; 24 histograms",
         callbacks=lambda folder: [GradHistogram(every_n_steps=INTERVAL), GradGuard(clipper=SpikeClip())],
+    ),
+    STEADY: Arm(
+        "the same, and scales gradients at nearly every step",
+        callbacks=lambda folder: [GradHistogram(every_n_steps=INTERVAL), GradGuard(clipper=SteadyClip())],
     ),
     "grad_norm": Arm(
         "logs a norm of each tensor (`lightning.pytorch.utilities`)", callbacks=lambda folder: [GradNorm()]

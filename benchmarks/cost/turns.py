@@ -13,11 +13,21 @@ from torch import Tensor
 
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
-from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, Size, silenced
+from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, STEADY, Size, silenced
 from lightning_gradguard.cli.cost import CYCLE
 
 #: Arms that consist only of callbacks, so that they can take turns.
-ABLE = (BARE, CLIP, OURS, "grad_norm", "add_histogram", "zclip", "timm AGC", "torch-module-monitor")
+ABLE = (
+    BARE,
+    CLIP,
+    OURS,
+    STEADY,
+    "grad_norm",
+    "add_histogram",
+    "zclip",
+    "timm AGC",
+    "torch-module-monitor",
+)
 #: Steps of a turn: few, so that a slowdown of the machine affects all arms; and a whole sampling cycle of
 #: ours.
 TURN = CYCLE
