@@ -6,9 +6,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_gradguard import AGC, AdaGC, AutoClip, GradGuard, Guard, NormClip, SpikeClip, ZClip
+from lightning_gradguard import AGC, AdaGC, AutoClip, GradGuard, Guard, NormClip, SpikeClip, SteadyClip, ZClip
 
-CLIPPERS = [None, NormClip(0.1), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5), SpikeClip()]
+CLIPPERS = [
+    *(None, NormClip(0.1), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5)),
+    *(SpikeClip(), SteadyClip()),
+]
 
 
 class ManualOptimization(pl.LightningModule):

@@ -20,6 +20,7 @@ from lightning_gradguard import (
     NormClip,
     Policy,
     SpikeClip,
+    SteadyClip,
     ZClip,
 )
 from lightning_gradguard.clippers import recommended_clipper
@@ -92,7 +93,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("clipper", [None, TIGHT, SpikeClip(), AutoClip(), AGC()])
+@pytest.mark.parametrize("clipper", [None, TIGHT, SpikeClip(), SteadyClip(), AutoClip(), AGC()])
 def test_until_a_fault_is_found_nothing_is_changed(lag, clipper):
     bare, loop = Loop(guarded=False, lag=lag).run(60), Loop(clipper=clipper, lag=lag).run(60)
     same(loop.model.state_dict(), bare.model.state_dict())
@@ -157,7 +158,7 @@ def test_without_a_clipper_it_is_the_recommended_one(monkeypatch):
     assert loop.guard.clipper is TIGHT
     assert loop.clipped == list(range(50, 57))
     monkeypatch.undo()
-    assert Loop(clipper=None).guard.clipper == recommended_clipper()
+    assert Loop(clipper=None).guard.clipper == recommended_clipper() == SteadyClip(soft_start=False)
     assert Loop(clipper=None, policy=None).guard.clipper is None
 
 
@@ -174,7 +175,17 @@ def test_a_step_that_is_not_finite_does_not_count_for_its_end():
     assert loop.reports[52].threshold is None
 
 
-@pytest.mark.parametrize("clipper", [SpikeClip(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5)])
+@pytest.mark.parametrize(
+    "clipper",
+    [
+        SpikeClip(),
+        SteadyClip(),
+        SteadyClip(soft_start=False),
+        AutoClip(),
+        ZClip(warmup_steps=5),
+        AdaGC(warmup_steps=5),
+    ],
+)
 @settings(max_examples=5)
 @given(seed=st.integers(0, 1000), spikes=st.sets(st.integers(30, 79), max_size=3))
 def test_it_learns_as_if_it_had_clipped_all_along(clipper, seed, spikes):

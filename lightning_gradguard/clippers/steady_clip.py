@@ -51,8 +51,8 @@ class SteadyClip:
       of the global norm. It begins at the first norm, without a soft start, and rises and falls by up to 5 % a step, so
       that it lies in the middle of the norms.
 
-    In the first 60 steps it may fall faster, by up to 20 % at first, since norms fall by powers of ten there. Without an
-    optimizer (``Guard(named_parameters)``) the second holds.
+    In the first 60 steps a level may fall faster, by up to 20 % at first, since norms fall by powers of ten there.
+    Without an optimizer (``Guard(named_parameters)``) the second holds.
 
     Args:
         soft_start: False to begin at the first norm with an adaptive optimizer, too.

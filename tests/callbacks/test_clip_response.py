@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_gradguard import Fault, GradGuard, GradientHalt, NormClip, Policy, Recorder, SpikeClip
 from lightning_gradguard.cli.main import main
+from lightning_gradguard.clippers import recommended_clipper
 from lightning_gradguard.flight_recorder.bundle import read_bundle
 from lightning_gradguard.flight_recorder.replay import replay
 from lightning_gradguard.html_report.event_reader import read_runs
@@ -139,7 +140,9 @@ def test_a_flight_record_of_such_a_guard_is_written_and_replayed(fit, classifier
         fit(classifier(), *faults, guard, batches=60)
     bundle = read_bundle(guard.bundle)
     assert "'spike': 'clip'" in bundle["config"]["policy"]
-    assert bundle["config"]["clipper"] == repr(guard._registry.guards[0].clipper)
+    assert (
+        bundle["config"]["clipper"] == repr(guard._registry.guards[0].clipper) == repr(recommended_clipper())
+    )
     # The fault was injected, so the recorded step alone does not show it.
     assert "TRANSIENT" in str(replay(guard.bundle, classifier()))
     history = bundle["optimizers"][0]["history"]

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard import AGC, AdaGC, AutoClip, GradientWarning, Guard, NormClip, SpikeClip, ZClip
+from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    GradientWarning,
+    Guard,
+    NormClip,
+    SpikeClip,
+    SteadyClip,
+    ZClip,
+)
 
 CLIPPERS = [
     NormClip(0.5),
@@ -21,6 +31,8 @@ CLIPPERS = [
     AdaGC(warmup_steps=5),
     SpikeClip(),
     SpikeClip(exclude=("last.*", "scale")),
+    SteadyClip(),
+    SteadyClip(exclude=("last.*", "scale")),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 every_clipper = pytest.mark.parametrize("clipper", CLIPPERS, ids=repr)
