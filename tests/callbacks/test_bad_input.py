@@ -18,11 +18,12 @@ from lightning_gradguard import (
     NormClip,
     Policy,
     SpikeClip,
+    SteadyClip,
     ZClip,
 )
 
 CLIPPERS = {
-    kind.__name__: kind for kind in (AGC, AdaGC, AutoClip, SpikeClip, ZClip)
+    kind.__name__: kind for kind in (AGC, AdaGC, AutoClip, SpikeClip, SteadyClip, ZClip)
 } | {"NormClip": lambda **kw: NormClip(1.0, **kw)}  # fmt: skip
 
 

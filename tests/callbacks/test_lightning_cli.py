@@ -30,7 +30,7 @@ from lightning_gradguard.callbacks.fault_injector import FaultInjector
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
-CLIPPERS = ["SpikeClip", "NormClip", "AGC", "AutoClip", "ZClip", "AdaGC"]
+CLIPPERS = ["SteadyClip", "SpikeClip", "NormClip", "AGC", "AutoClip", "ZClip", "AdaGC"]
 DETECTORS = [
     "NonFinite", "Underflow", "Disconnected", "DeadUnits", "DepthTilt", "TimeTilt", "Exploding", "Spike",
     "UpdateRatio", "Stalled",

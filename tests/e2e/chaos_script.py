@@ -33,12 +33,16 @@ from lightning_gradguard import (
     Policy,
     Recorder,
     SpikeClip,
+    SteadyClip,
     ZClip,
 )
 from lightning_gradguard.detectors.explosion import NonFinite, Spike
 
 ROWS = 6
-CLIPPERS = [None, NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=4), AdaGC(warmup_steps=4), SpikeClip()]
+CLIPPERS = [
+    *(None, NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=4), AdaGC(warmup_steps=4)),
+    *(SpikeClip(), SteadyClip()),
+]
 DETECTORS = [None, None, None, (), (NonFinite(),), (Spike(),)]
 PRECISIONS = ["32-true", "32-true", "32-true", "bf16-mixed", "fp16", "64-true"]
 RESPONSES = {

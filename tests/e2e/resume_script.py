@@ -25,6 +25,7 @@ from lightning_gradguard import (
     NormClip,
     Policy,
     SpikeClip,
+    SteadyClip,
     ZClip,
 )
 from lightning_gradguard.detectors.depth import DepthTilt, TimeTilt
@@ -144,6 +145,7 @@ HALT = Policy(max_consecutive_skips=3)
 CLIP = Policy(respond={"spike": "clip"}, patience=6)
 CLIPPERS = [
     NormClip(0.5), AGC(), AutoClip(), ZClip(warmup_steps=5), AdaGC(warmup_steps=5), SpikeClip(),
+    SteadyClip(),
     SpikeClip(exclude=("head.*",)),
 ]  # fmt: skip
 DEAD = FaultInjector(DeadRows(at=range(5, 70), parameters="body.*"))
@@ -173,7 +175,7 @@ CASES = {
 LATE = {
     f"{name}, late": ({**net, "optimizer": fused}, {**guard, "lag": 1}, more, at)
     for name, (net, guard, more, at) in CASES.items()
-    if name in ("NonFinite", "DepthTilt", "all", "halt", "clip", repr(CLIPPERS[4]), repr(CLIPPERS[5]))
+    if name in ("NonFinite", "DepthTilt", "all", "halt", "clip", *map(repr, CLIPPERS[4:7]))
 }
 
 

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradguard import AGC, AdaGC, AutoClip, GradientHalt, Guard, NormClip, Policy, SpikeClip, ZClip
+from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    GradientHalt,
+    Guard,
+    NormClip,
+    Policy,
+    SpikeClip,
+    SteadyClip,
+    ZClip,
+)
 from lightning_gradguard.engine.parameter_tracker import StateError
 from lightning_gradguard.engine.state_form import check_state
 from tests.damage import JUNK, damaged_tensor, damaged_value, part_of, places, replaced
@@ -19,7 +30,7 @@ many = settings(max_examples=4 * settings.default.max_examples)
 CLIPPER = SpikeClip()
 CLIPPERS = [
     *(None, CLIPPER, NormClip(1.0), AGC(), AutoClip(), AutoClip(percentile=90), AdaGC(warmup_steps=4)),
-    *(ZClip(warmup_steps=3), ZClip(max_grad_norm=None), SpikeClip(exclude=("0.bias",))),
+    *(ZClip(warmup_steps=3), ZClip(max_grad_norm=None), SpikeClip(exclude=("0.bias",)), SteadyClip()),
 ]
 #: Numbers that a state may hold by damage.
 WHOLE = [0, -1, 1, 2**31, 2**62, -(2**63), 10**30]
