@@ -25,6 +25,10 @@ from lightning_gradguard.results import ClipSpan, Report, Severity
 #: First entry of a row of `lightning_gradguard.loggers.tags.LAYER_RMS`: what was done at the step.
 UNCHANGED, CLIPPED, SKIPPED = 0, 1, 2
 
+#: Clipping is the rule if more than these steps and this share of all were clipped. Then only steps that were cut to
+#: less than half are marked, since marks at all steps would show nothing.
+_FEW, _RULE, _HALF = 5, 0.25, 0.5
+
 _FIRST_DRAWING, _GROWTH = 20, 1.5  # steps; the next picture is due at 1.5 times the steps of the last
 
 
@@ -89,10 +93,12 @@ class Overview:
         is_new = self._heatmap.starts_column(report.step)
         if is_new or not finite:
             is_new |= self._heatmap.record(report.step, self._layer_rms(report.norms))
-        if clipped or report.skip:
-            is_new |= self._heatmap.mark(report.step, clipped=clipped, skipped=report.skip)
+        is_rule = self._clipped > max(_FEW, _RULE * (self._steps - self._skipped))
+        stands_out = clipped and (report.scale < _HALF or not is_rule)
+        if stands_out or report.skip:
+            is_new |= self._heatmap.mark(report.step, clipped=stands_out, skipped=report.skip)
         if is_new:
-            mark = SKIPPED if report.skip else CLIPPED if clipped else UNCHANGED
+            mark = SKIPPED if report.skip else CLIPPED if stands_out else UNCHANGED
             rms = self._layer_rms(report.norms)
             self._rows.append((report.step, [mark, *(-math.inf if x is None else _log10(x) for x in rms)]))
         for finding in report.findings:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.overview import CLIPPED, Overview
 from lightning_gradguard.results import ClipSpan, Fault, Finding, Report, Severity
 
 NAMES = ["net.0.weight", "net.0.bias", "net.norm.weight", "net.2.weight", "net.2.bias"]
@@ -276,6 +276,20 @@ def test_a_clipper_is_shown_on_once_it_has_clipped_and_is_no_longer_in_force():
     assert tags <= scalars.keys()
     assert "gradguard/threshold_log10" not in scalars
     assert scalars["gradguard/clip_rate"] == pytest.approx(1 / 3)
+
+
+def test_marks_show_what_stands_out():
+    """Every clipped step where clipping is the exception; where it is the rule, those cut to less than half."""
+    rare, often = overview(), overview()
+    for step in range(40):
+        rare.observe(report(step, scale=0.9 if step in (7, 30) else 1.0))
+        often.observe(report(step, scale=0.3 if step in (20, 30) else 0.9))
+    marked = []
+    for view in (rare, often):
+        (rows,) = view.build_record(report(39)).rows.values()
+        marked.append([step for step, row in rows if row[0] == CLIPPED])
+    assert marked[0] == [7, 30]
+    assert marked[1] == [0, 1, 2, 3, 4, 20, 30]
 
 
 def test_spans_of_clipping_are_shown_as_text_and_for_the_report():
