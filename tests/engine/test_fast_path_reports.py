@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard import Guard, SpikeClip
+from lightning_gradguard import Guard, NormClip, SpikeClip, SteadyClip
 from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
@@ -29,12 +29,13 @@ class Hand:
 
     Args:
         judged: Whether each step is judged.
+        kind: Class of the optimizer.
     """
 
-    def __init__(self, judged=False, **kwargs):
+    def __init__(self, judged=False, kind=torch.optim.SGD, **kwargs):
         self.weights = {f"w{i}": nn.Parameter(torch.ones(2, 2)) for i in range(TENSORS + 1)}
         kept = [w for n, w in self.weights.items() if n != "w4"]
-        self.optimizer = torch.optim.SGD(kept, lr=0.1)
+        self.optimizer = kind(kept, lr=0.1)
         options = {"optimizer": self.optimizer, "clipper": SpikeClip(), **kwargs}
         self.guard = Guard(self.weights.items(), **options)
         self.guard.fast_path._is_able &= not judged
@@ -78,6 +79,10 @@ def results(hand):
         guard.history.table(),
     )
     return [*kept, guard.tracker.schedule.state_dict() | {"alert": None}]
+
+
+#: Clips nothing on ordinary steps, and learns later; clips them, and is asked at once.
+each_way = pytest.mark.parametrize("clipper", [SpikeClip(), SteadyClip()], ids=["later", "at once"])
 
 
 @pytest.fixture
@@ -140,10 +145,77 @@ def test_a_deferred_report_behaves_like_any_other(quiet, look, when):
     assert like == report
 
 
+CLIPPED = {
+    "SteadyClip, Adam": {"clipper": SteadyClip(), "kind": torch.optim.Adam},
+    "SteadyClip, SGD": {"clipper": SteadyClip()},
+    "NormClip": {"clipper": NormClip(1.0)},
+}
+
+
+@pytest.fixture(params=CLIPPED.values(), ids=CLIPPED)
+def clipped(request):
+    """Return the guard of a deferred step that was clipped, its report, and the same report with every field."""
+    hand = Hand(**request.param)
+    reports = hand.go(0, FIRST)
+    while reports[-1].scale == 1 or len(hand.guard.fast_path.deferred) < 2:
+        assert len(reports) < 100
+        reports.append(hand.step(len(reports)))
+    return hand, reports[-1], Hand(judged=True, **request.param).go(0, len(reports))[-1]
+
+
+def test_what_a_clip_did_is_known_without_any_flush(clipped):
+    hand, report, like = clipped
+    waiting = len(hand.guard.fast_path.deferred)
+    assert waiting > 0
+    assert "threshold" not in vars(report)
+    assert (report.scale, report.clipped_norm, report.total_norm) == (
+        like.scale,
+        like.clipped_norm,
+        like.total_norm,
+    )
+    assert report.threshold == like.threshold
+    assert 0 < report.scale < 1
+    assert report.clipped_norm == pytest.approx(report.scale * report.total_norm)
+    assert report.clipped_norm <= report.threshold * (1 + 1e-5)
+    left = [w.grad.norm() for n, w in hand.weights.items() if w.grad is not None and n != "w4"]
+    assert torch.stack(left).norm().item() == pytest.approx(report.clipped_norm, rel=1e-5)
+    # Norms are those before.
+    assert report.norms == like.norms
+    assert math.hypot(*report.norms.values()) == pytest.approx(report.total_norm)
+    assert len(hand.guard.fast_path.deferred) == waiting
+
+
+@pytest.mark.parametrize("when", ["at once", "later", "alone"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_report_of_a_clipped_step_behaves_like_any_other(clipped, look, when):
+    hand, report, like = clipped
+    if when == "later":
+        hand.go(like.step + 1, like.step + 20)
+    if when == "alone":
+        del hand
+        gc.collect()
+    assert LOOKS[look](report) == LOOKS[look](like)
+    assert report == like
+
+
+@pytest.mark.parametrize("options", CLIPPED.values(), ids=CLIPPED)
+def test_clipped_steps_are_counted_at_once(options):
+    hand, plain, deferred = Hand(**options), Hand(judged=True, **options), 0
+    for step in range(80):
+        report = hand.step(step)
+        plain.step(step)
+        assert hand.guard.counts == plain.guard.counts
+        deferred += bool(hand.guard.fast_path.deferred) and report.scale < 1
+    assert deferred > 10
+    scales = hand.guard.history.table()["scale"]
+    assert hand.guard.counts["clipped"] == (scales < 1).sum()
+
+
+@each_way
 @pytest.mark.parametrize("later", [0, 3, 20])
 @pytest.mark.parametrize("order", [1, -1])
-def test_thresholds_may_be_asked_for_in_any_order(order, later):
-    hands = Hand(), Hand(judged=True)
+def test_thresholds_may_be_asked_for_in_any_order(order, later, clipper):
+    hands = Hand(clipper=clipper), Hand(judged=True, clipper=clipper)
     asked, expected = [hand.go(0, FIRST + 8) for hand in hands]
     hands[0].go(FIRST + 8, FIRST + 8 + later)
     asked = [report.threshold for report in asked[::order]][::order]
@@ -161,8 +233,9 @@ def test_a_copy_of_a_report_keeps_no_guard(quiet):
     assert vars(copied).keys() == {field.name for field in dataclasses.fields(Report)}
 
 
-def test_a_deferred_step_keeps_no_gradient():
-    hand = Hand()
+@each_way
+def test_a_deferred_step_keeps_no_gradient(clipper):
+    hand = Hand(clipper=clipper)
     hand.go(0, FIRST + 3)
     marks = [weakref.ref(w.grad) for w in hand.weights.values() if w.grad is not None]
     assert hand.guard.fast_path.deferred
@@ -205,8 +278,9 @@ def test_a_guard_continues_exactly_from_any_step_of_a_window(way):
         hand.step(step)
 
 
-def test_asking_for_deferred_fields_changes_nothing():
-    plain, hand = Hand(judged=True), Hand()
+@each_way
+def test_asking_for_deferred_fields_changes_nothing(clipper):
+    plain, hand = Hand(judged=True, clipper=clipper), Hand(clipper=clipper)
     expected, reports = values(plain.go(0, 80)), []
     for step in range(80):
         reports.append(hand.step(step))
@@ -253,10 +327,11 @@ def test_a_restored_state_does_not_open_the_fast_path_for_parts_that_need_full_e
     assert second.guard.fast_path.accepted == 0
 
 
+@each_way
 @pytest.mark.parametrize("cut", [None, FIRST + 4, FIRST + 8])
-def test_a_guard_that_rolls_back_has_no_deferred_steps(cut):
+def test_a_guard_that_rolls_back_has_no_deferred_steps(cut, clipper):
     ways = []
-    for hand in (Hand(), Hand(judged=True)):
+    for hand in (Hand(clipper=clipper), Hand(judged=True, clipper=clipper)):
         reports = hand.go(0, cut or 0)
         state = None if cut is None else hand.guard.state_dict()
         reports += hand.go(cut or 0, FIRST + 11)
@@ -268,9 +343,10 @@ def test_a_guard_that_rolls_back_has_no_deferred_steps(cut):
     assert same(*ways)
 
 
-def test_a_parameter_group_added_in_a_window_starts_the_statistics_anew():
+@each_way
+def test_a_parameter_group_added_in_a_window_starts_the_statistics_anew(clipper):
     ways = []
-    for hand in (Hand(), Hand(judged=True)):
+    for hand in (Hand(clipper=clipper), Hand(judged=True, clipper=clipper)):
         reports = hand.go(0, FIRST + 4)
         hand.optimizer.add_param_group({"params": [hand.weights["w4"]]})
         assert bool(hand.guard.fast_path.deferred) == hand.guard.fast_path._is_able
@@ -294,12 +370,13 @@ class Raising:
         return reading(stats, stats.total < 0, stats.total, 0.0), state
 
 
+@each_way
 @pytest.mark.parametrize("at", range(FIRST, FIRST + 9))
-def test_a_step_that_fails_loses_no_deferred_steps(at):
+def test_a_step_that_fails_loses_no_deferred_steps(at, clipper):
     ways = []
     for judged in (False, True):
         detector = Raising()
-        hand = Hand(judged, detectors=(*default_detectors(), detector))
+        hand = Hand(judged, clipper=clipper, detectors=(*default_detectors(), detector))
         reports = hand.go(0, at)
         detector.fails = True
         # Asked at a full evaluation, which the step after a skipped one gets.
