@@ -44,7 +44,7 @@ def refuse_double_clipping(trainer: Trainer, module: LightningModule, what: str)
     Args:
         trainer: Trainer that may clip.
         module: Module that may clip.
-        what: Argument of `GradGuard` that clips, such as "clipper=SpikeClip()".
+        what: Argument of `GradGuard` that clips, such as "clipper=SteadyClip()".
 
     Raises:
         MisconfigurationException: Lightning's own, if ``gradient_clip_val`` is set.

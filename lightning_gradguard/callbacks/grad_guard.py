@@ -84,13 +84,13 @@ class GradGuard(Callback):
     halts if such steps persist, and never changes a gradient whose norm is finite.
 
     Example:
-        >>> from lightning_gradguard import GradGuard, Policy, SpikeClip
-        >>> guard = GradGuard(clipper=SpikeClip(), policy=Policy.protect())
+        >>> from lightning_gradguard import GradGuard, Policy, SteadyClip
+        >>> guard = GradGuard(clipper=SteadyClip(), policy=Policy.protect())
 
     Args:
         detectors: Detectors to judge with; all of them with their defaults when None.
-        clipper: Clipper such as ``SpikeClip()``; gradients are not clipped when None. If the policy responds to a fault
-            with "clip", only while that is in force, and None stands for `recommended_clipper`.
+        clipper: Clipper such as ``SteadyClip()``; gradients are not clipped when None. If the policy responds to a
+            fault with "clip", only while that is in force, and None stands for `recommended_clipper`.
         policy: Response to each fault; ``Policy.watch()`` when None.
         monitor: Name of a logged metric, such as "val_acc", whose course a diagnosis cites.
         trials: Check the model on the first batch, and try fixes on a critical finding, in 30 passes over the newest

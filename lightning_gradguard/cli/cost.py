@@ -22,6 +22,7 @@ from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
 from lightning_gradguard.clippers.base import Clipper
 from lightning_gradguard.clippers.fixed import AGC
 from lightning_gradguard.clippers.spike_clip import SpikeClip
+from lightning_gradguard.clippers.steady_clip import SteadyClip
 from lightning_gradguard.engine.sampling_schedule import LATER, SETTLED
 from lightning_gradguard.guard import Guard
 
@@ -36,7 +37,9 @@ MAX_NORM = 1.0
 BARE, CLIP = "bare norm", "clip_grad_norm_"
 
 #: The clippers that need no argument.
-CLIPPERS: dict[str, Callable[[], Clipper]] = {c.__name__: c for c in (SpikeClip, AGC, AutoClip, ZClip, AdaGC)}
+CLIPPERS: dict[str, Callable[[], Clipper]] = {
+    c.__name__: c for c in (SteadyClip, SpikeClip, AGC, AutoClip, ZClip, AdaGC)
+}
 
 #: Functions to time, by name.
 Arms = Mapping[str, Callable[[], object]]
@@ -65,7 +68,7 @@ def run(spec: str, clipper: str, steps: int, console: Console) -> None:
     console.print(table(timings))
     console.print(
         "Compare the milliseconds with those of your own training step. The gradients are random and ordinary, with "
-        f"nothing to report or clip. A guard also reads the weights in one of {CYCLE} steps, so means and ratios are "
+        f"nothing to report. A guard also reads the weights in one of {CYCLE} steps, so means and ratios are "
         "over that many steps; brackets hold quartiles."
     )
     if timings.clipped or timings.findings:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, GradientWarning, Policy, SpikeClip
+from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, GradientWarning, Policy, SteadyClip
 from lightning_gradguard.callbacks.trainer_adapter import PACKAGES
 from lightning_gradguard.diagnosis.diagnosis import Remedy
 from lightning_gradguard.diagnosis.rendering import print_diagnosis
@@ -94,13 +94,14 @@ def _protect_from_bad_images(console: Console, folder: Path, epochs: int) -> Non
     network = Digits("relu", layers=3)
     bare = train("3_corrupt_unprotected", folder, network, epochs=epochs, guard=None, corrupt=True)
     torch.manual_seed(0)
-    network, guard = Digits("relu", layers=3), GradGuard(clipper=SpikeClip())
+    network, guard = Digits("relu", layers=3), GradGuard(clipper=SteadyClip())
     safe = train("3_corrupt_protected", folder, network, epochs=epochs, guard=guard, corrupt=True)
     steps = guard.summary
-    console.print(f"Without GradGuard:                   {bare:5.1f} % correct.")
+    console.print(f"Without GradGuard:                    {bare:5.1f} % correct.")
     console.print(
-        f"With GradGuard(clipper=SpikeClip()): {safe:5.1f} % correct. Of {steps['judged']} steps "
-        f"{steps['clipped']} were clipped and {steps['skipped']} skipped."
+        f"With GradGuard(clipper=SteadyClip()): {safe:5.1f} % correct. Of {steps['judged']} steps "
+        f"{steps['clipped']} were clipped and {steps['skipped']} skipped. "
+        "SteadyClip scales ordinary steps a little, and a spike to the size of an ordinary step."
     )
 
 

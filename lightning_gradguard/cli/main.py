@@ -111,9 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     cost.add_argument(
         "--clipper",
-        default="SpikeClip",
+        default="SteadyClip",
         metavar="NAME",
-        help="clipper to time too: SpikeClip, AGC, AutoClip, ZClip or AdaGC; default: SpikeClip",
+        help="clipper to time too: SteadyClip, SpikeClip, AGC, AutoClip, ZClip or AdaGC; default: SteadyClip",
     )
     cost.add_argument("--steps", type=_positive, default=200, help="steps to time; default: 200")
     cost.set_defaults(run=_cost)

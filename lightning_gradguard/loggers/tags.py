@@ -35,7 +35,8 @@ NOTES = {
         "steps are too large; below -6 nothing is learned."
     ),
     "clip_scale": "Factor that the gradients were multiplied with: 1 is not clipped, 0 is a skipped step.",
-    "clip_rate": "Share of the steps taken so far whose gradients were clipped. A few per cent at most is usual.",
+    "clip_rate": "Share of the steps taken so far whose gradients were clipped. SteadyClip clips many a little, "
+    "SpikeClip a few per cent at most.",
     "clipped_norm_log10": "log10 of the norm of all gradients together after clipping, as the optimizer gets them.",
     "threshold_log10": "log10 of the largest norm that the clipper allowed at this step.",
     "nonfinite_total": "Number of steps so far whose gradients were NaN or Inf. Each of them was skipped.",

@@ -100,8 +100,8 @@ def test_an_unusable_model_is_an_error_without_a_traceback(models, capsys, spec,
 def test_an_unknown_clipper_is_answered_with_the_nearest(models, capsys):
     assert main(["cost", f"{models}:make", "--clipper", "Spikeclip"]) == 2
     assert (
-        "--clipper must be one of SpikeClip, AGC, AutoClip, ZClip, AdaGC, got 'Spikeclip'; did you mean SpikeClip?"
-        in (capsys.readouterr().err)
+        "--clipper must be one of SteadyClip, SpikeClip, AGC, AutoClip, ZClip, AdaGC, got 'Spikeclip'; "
+        "did you mean SpikeClip?" in capsys.readouterr().err
     )
 
 
