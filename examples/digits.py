@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, GradHistogram, Policy, SpikeClip
+from lightning_gradguard import GradGuard, GradHistogram, Policy, SteadyClip
 
 
 class Classifier(L.LightningModule):
@@ -40,7 +40,7 @@ def main(epochs: int = 8) -> float:
     pixels, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels))
     train, val = torch.utils.data.random_split(data, [1437, 360])
-    guard = GradGuard(clipper=SpikeClip(), policy=Policy.protect())
+    guard = GradGuard(clipper=SteadyClip(), policy=Policy.protect())
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger("runs", name="digits"),
         callbacks=[GradHistogram(every_n_steps=20), guard], enable_checkpointing=False, log_every_n_steps=5,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, Policy, SpikeClip, testing
+from lightning_gradguard import GradGuard, Policy, SteadyClip, testing
 
 
 class Regressor(L.LightningModule):
@@ -26,7 +26,7 @@ class Regressor(L.LightningModule):
 def main() -> None:
     L.seed_everything(0)
     x = torch.randn(640, 8)
-    guard = GradGuard(clipper=SpikeClip(), policy=Policy.protect())
+    guard = GradGuard(clipper=SteadyClip(), policy=Policy.protect())
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", strategy="ddp", devices=2, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradientWarning, Guard, Policy, SpikeClip
+from lightning_gradguard import GradientWarning, Guard, Policy, SteadyClip
 
 
 def main(epochs: int = 5) -> tuple[float, Guard]:
@@ -25,7 +25,7 @@ def main(epochs: int = 5) -> tuple[float, Guard]:
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=3e-3))
     data = fabric.setup_dataloaders(DataLoader(TensorDataset(x, y), 32, shuffle=True))
     # Names of the bare network; Fabric's wrapper makes them longer.
-    guard = Guard(net.named_parameters(), optimizer=optimizer, clipper=SpikeClip(), policy=Policy.protect())
+    guard = Guard(net.named_parameters(), optimizer=optimizer, clipper=SteadyClip(), policy=Policy.protect())
 
     losses = []
     for _ in range(epochs):

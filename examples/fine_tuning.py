@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, Policy, SpikeClip
+from lightning_gradguard import GradGuard, Policy, SteadyClip
 
 
 class Unfreeze(BaseFinetuning):
@@ -64,7 +64,7 @@ def main(epochs: int = 6) -> tuple[dict, GradGuard]:
         "enable_progress_bar": False,
     }
     L.Trainer(max_epochs=epochs, **options).fit(Classifier(body), loader(range(5)))
-    unfreeze, guard = Unfreeze(epochs // 2), GradGuard(clipper=SpikeClip(), policy=Policy.protect())
+    unfreeze, guard = Unfreeze(epochs // 2), GradGuard(clipper=SteadyClip(), policy=Policy.protect())
     trainer = L.Trainer(max_epochs=epochs, callbacks=[unfreeze, guard], **options)
     trainer.fit(Classifier(body), loader(range(5, 10)))
     print(f"judged in epoch 0: {unfreeze.judged[0]}")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, SpikeClip
+from lightning_gradguard import GradGuard, SteadyClip
 
 
 def net(inputs: int, outputs: int) -> nn.Module:
@@ -57,7 +57,7 @@ def main(epochs: int = 20) -> tuple[float, GradGuard]:
     L.seed_everything(0)
     angles = 6.2832 * torch.rand(4096, 1)
     points = torch.cat([angles.cos(), angles.sin()], 1) + 0.02 * torch.randn(4096, 2)
-    guard = GradGuard(clipper=SpikeClip())
+    guard = GradGuard(clipper=SteadyClip())
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=TensorBoardLogger("runs", name="gan"),
         callbacks=[guard], enable_checkpointing=False, log_every_n_steps=10,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lightning_gradguard import GradientHalt, Guard, Policy, SpikeClip
+from lightning_gradguard import GradientHalt, Guard, Policy, SteadyClip
 
 
 class GuardCallback(TrainerCallback):
@@ -56,7 +56,7 @@ class Points(Dataset):
 
 
 def main() -> Guard:
-    callback = GuardCallback(clipper=SpikeClip(), policy=Policy.protect())
+    callback = GuardCallback(clipper=SteadyClip(), policy=Policy.protect())
     options = TrainingArguments(
         "runs/hugging_face", num_train_epochs=2, per_device_train_batch_size=16, max_grad_norm=0.0, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_gradguard import GradGuard, SpikeClip, testing
+from lightning_gradguard import GradGuard, SteadyClip, testing
 
 TEXT = Path(__file__).parents[1] / "LICENSE"
 LENGTH = 64
@@ -57,7 +57,7 @@ class LanguageModel(L.LightningModule):
 def main(steps: int = 400) -> tuple[float, GradGuard]:
     L.seed_everything(0)
     data = Windows(TEXT.read_text())
-    guard = GradGuard(clipper=SpikeClip())
+    guard = GradGuard(clipper=SteadyClip())
     # Imitate corrupt batches, at known steps.
     corrupt = testing.FaultInjector(testing.Spike(at=range(50, steps, 50), factor=1e3))
     trainer = L.Trainer(

@@ -9,14 +9,14 @@ import warnings
 import torch
 from torch import nn
 
-from lightning_gradguard import GradientWarning, Guard, SpikeClip
+from lightning_gradguard import GradientWarning, Guard, SteadyClip
 
 
 def main(steps: int = 300) -> float:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    guard = Guard(model.named_parameters(), optimizer=optimizer, clipper=SpikeClip())
+    guard = Guard(model.named_parameters(), optimizer=optimizer, clipper=SteadyClip())
     for step in range(steps):
         x = torch.randn(32, 10)
         y = x.square().sum(1, keepdim=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gradguard import Recurrence, SpikeClip
+from lightning_gradguard import Recurrence, SteadyClip
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [
@@ -36,7 +36,9 @@ def test_digits():
 
 def test_language_model():
     loss, guard = load("language_model").main(steps=120)
-    assert guard.summary == {"judged": 120, "clipped": 2, "skipped": 0, "nonfinite": 0}
+    clipped = guard.summary["clipped"]
+    assert guard.summary == {"judged": 120, "clipped": clipped, "skipped": 0, "nonfinite": 0}
+    assert 60 < clipped <= 120
     assert loss < 3.3
 
 
@@ -66,7 +68,9 @@ def test_distributed(python):
 
 def test_fabric_loop():
     _, guard = load("fabric_loop").main(epochs=2)
-    assert guard.counts == {"judged": 64, "clipped": 0, "skipped": 2, "nonfinite": 2}
+    clipped = guard.counts["clipped"]
+    assert guard.counts == {"judged": 64, "clipped": clipped, "skipped": 2, "nonfinite": 2}
+    assert 32 < clipped <= 62
     assert next(iter(guard.report.norms)) == "0.weight"
     assert torch.load("fabric.ckpt", weights_only=True)["guard"]
 
@@ -83,7 +87,7 @@ def test_cli(monkeypatch):
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "5"]
     cli = load("cli").main(["fit", "--config", str(EXAMPLES / "config.yaml"), *short])
     guard = next(c for c in cli.trainer.callbacks if type(c).__name__ == "GradGuard")
-    assert guard.clipper == SpikeClip(exclude=("*.bias",))
+    assert guard.clipper == SteadyClip(exclude=("*.bias",))
     assert guard.policy.stop == "graceful"
     assert guard.summary["judged"] == 5
 
