@@ -24,6 +24,7 @@ from lightning_gradguard import (
     Policy,
     Severity,
     SpikeClip,
+    SteadyClip,
     ZClip,
 )
 from lightning_gradguard.detectors.base import NoState, reading
@@ -125,7 +126,7 @@ def test_guard_without_clipper_leaves_training_unchanged(name):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("policy", [Policy(), SILENT, Policy(respond={"nonfinite": "warn"})], ids=repr)
 @pytest.mark.parametrize("detectors", [None, (), (DepthTilt(),)], ids=repr)
-@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
+@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip(), SteadyClip()], ids=repr)
 @ignore_warnings
 def test_nonfinite_values_never_reach_weights_or_optimizer_state(value, policy, detectors, clipper):
     model = network()
@@ -250,7 +251,7 @@ def test_vanishing_halts_after_patience_and_names_the_first_layers():
 
 
 @ignore_warnings
-@pytest.mark.parametrize("clipper", [None, SpikeClip()], ids=repr)
+@pytest.mark.parametrize("clipper", [None, SpikeClip(), SteadyClip()], ids=repr)
 def test_resumed_run_equals_uninterrupted_run(clipper):
     def run(steps, model, optimizer, guard):
         reports = []
@@ -369,7 +370,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
+@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip(), SteadyClip()], ids=repr)
 def test_unremarkable_step_reads_no_scalar(clipper):
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
@@ -459,7 +460,7 @@ def unusual_parameters():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip()], ids=repr)
+@pytest.mark.parametrize("clipper", [None, NormClip(1.0), SpikeClip(), SteadyClip()], ids=repr)
 def test_unusual_gradients_are_judged_and_clipped(clipper):
     parameters = unusual_parameters()
     guard = Guard(parameters.items(), clipper=clipper)
@@ -760,7 +761,7 @@ def test_repr_shows_non_default_arguments():
 
 
 @pytest.mark.parametrize(
-    "clipper", [None, SpikeClip(), AGC(), AutoClip(), ZClip(), AdaGC(), NormClip(1.0)], ids=repr
+    "clipper", [None, SpikeClip(), SteadyClip(), AGC(), AutoClip(), ZClip(), AdaGC(), NormClip(1.0)], ids=repr
 )
 @pytest.mark.parametrize(
     ("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("meta", torch.float16)]

@@ -8,22 +8,33 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.cost import memory
 from benchmarks.cost.memory import after_steps, held, python_bytes
 from benchmarks.cost.models import tensors
+from lightning_gradguard import SpikeClip, SteadyClip
 
 TENSORS = (torch.Tensor,)
 
 
+@pytest.fixture(scope="module", params=[SpikeClip, SteadyClip])
+def clipper(request):
+    """Class of the clipper that guards have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "SpikeClip", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def guards():
-    """Return guards with default detectors and SpikeClip after 24 steps, by number and side of the tensors."""
+def guards(clipper):
+    """Return guards with default detectors and a clipper after 24 steps, by number and side of the tensors."""
     return {
         (n, side): after_steps(tensors([(side, side)] * n))
         for n, side in ((1000, 32), (2000, 32), (1000, 64))
     }
 
 
-def test_thousand_tensors_need_less_than_a_megabyte(guards):
+def test_thousand_tensors_need_less_than_a_megabyte(guards, clipper):
+    assert isinstance(guards[1000, 32].clipper, clipper)
     by_holder = held(guards[1000, 32], TENSORS)
     assert by_holder.total() < 1e6, by_holder.most_common(5)
 
@@ -38,7 +49,7 @@ def test_memory_does_not_depend_on_tensor_size(guards):
     assert abs(large - small) <= 0.1 * small
 
 
-def test_step_leaks_no_memory(guards):
+def test_step_leaks_no_memory(clipper):
     short, long = (held(after_steps(tensors([(8, 8)] * 50), steps)) for steps in (100, 236))
     assert long == short
 

@@ -38,7 +38,7 @@ def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Ten
 
     It is the root of the summed second moments, which is the root mean square of the norms that the optimizer has seen;
     NaN where there is no such moment. Of a wrapper the optimizer inside is asked, too. Collective if the tensors are
-    sharded: every rank has to call it.
+    sharded and there is a moment: every rank has to call it.
 
     Args:
         layout: The tracked tensors.
@@ -66,6 +66,8 @@ def moment_norms(layout: Layout, optimizer: torch.optim.Optimizer | None) -> Ten
         taken = torch.as_tensor(step, device=layout.numel.device, dtype=torch.float32).reshape(())
         # Kingma & Ba 2015, arXiv:1412.6980: a mean that began at 0 is too small by this factor.
         biases.append((1 - betas[id(parameter)] ** taken).sqrt())
+    if not any(root is not None for root in roots):  # alike on all ranks, which have taken the same steps
+        return layout.unknowns
     return norms_of(roots, layout) / torch.stack(biases)
 
 

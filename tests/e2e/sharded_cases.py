@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from lightning_gradguard import AGC, GradientHalt, Guard, NormClip, Policy, SpikeClip
+from lightning_gradguard import AGC, GradientHalt, Guard, NormClip, Policy, SpikeClip, SteadyClip
+from lightning_gradguard.stats.moments import moment_norms
 from lightning_gradguard.stats.norms import weight_means
 from lightning_gradguard.stats.sharding import local
 
@@ -115,6 +116,7 @@ CLIPPED = {
     "norm": {"clipper": NormClip(0.2), "spike": (10,), "bad": (7,)},
     "agc": {"clipper": AGC(0.02), "spike": (10,), "bad": (7,)},
     "spike": {"clipper": SpikeClip(), "spike": (10,), "bad": (7,)},
+    "steady": {"clipper": SteadyClip(), "spike": (10,), "bad": (7,)},
 }
 #: Nets with a fault, and arguments; which fault is found, and whether it halts.
 FAULTY = {
@@ -125,6 +127,27 @@ FAULTY = {
     "dead": (partial(Broken, cut=False), {"steps": 24}, False),
     "dead, bare": (partial(Broken, cut=False, bias=False), {"steps": 26}, False),
 }
+
+
+def adam(parameters):
+    """Return Adam with an epsilon that hides the last bit of small gradients."""
+    return torch.optim.Adam(parameters, lr=1e-3, eps=1e-3)
+
+
+def after_training(net, rank=0, ranks=1):
+    """Return results of a clipper that begins when Adam has its moments, after ten steps without a guard."""
+    first = Training(net, rank, ranks, optimizer=adam)
+    for step in range(10):
+        first._backward(step)
+        first.optimizer.step()
+    second = Training(net, rank, ranks, clipper=SteadyClip(), optimizer=lambda _: first.optimizer)
+    levels = moment_norms(second.guard.tracker.layout, first.optimizer).tolist()
+    second.run()
+    return {
+        "moments": levels,
+        "reports": plain(second.reports),
+        "level": second.guard.state.clipper.level.tolist(),
+    }
 
 
 def batch(step, rank, ranks):

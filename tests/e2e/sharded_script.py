@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sharded_cases import CLIPPED, FAULTY, Block, Deep, Net, Training
+from sharded_cases import CLIPPED, FAULTY, Block, Deep, Net, Training, after_training
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradguard import AGC, Guard, SpikeClip
+from lightning_gradguard import AGC, Guard, SpikeClip, SteadyClip
 from lightning_gradguard.stats.collect import collect
 from lightning_gradguard.stats.grad_stats import gradients_of, measure
 from lightning_gradguard.stats.layout import Layout
@@ -217,7 +217,13 @@ def with_two(rank):
     }  # fmt: skip
     return {
         "runs": {name: run.run().seen() for name, run in runs.items()},
-        "collectives": [collectives(fsdp(Net()), rank, clipper) for clipper in (SpikeClip(), AGC())],
+        "collectives": [
+            collectives(fsdp(Net()), rank, clipper) for clipper in (SpikeClip(), AGC(), SteadyClip())
+        ],
+        "after training": {
+            "FSDP2": after_training(fsdp(Net()), rank, 2),
+            "TP": after_training(tensor_parallel(Block(), mesh)),
+        },
         "resumed": resumed(rank),
         "unchanged": unchanged(rank, mesh),
         "partial": has_partial(mesh),

@@ -19,7 +19,7 @@ from lightning_gradguard import GradGuard, Guard, SpikeClip
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the scripts import their trainings from beside them
-from sharded_cases import CLIPPED, FAULTY, Block, Net, Training  # noqa: E402
+from sharded_cases import CLIPPED, FAULTY, Block, Net, Training, after_training  # noqa: E402
 
 
 def run(python, script, folder, world):
@@ -130,6 +130,23 @@ def test_faults_are_found_and_halted_at_the_step_of_one_process(two, fault):
     assert (seen["halted"] is not None) == halts
 
 
+@pytest.mark.parametrize(("kind", "net"), [("FSDP2", Net), ("TP", Block)])
+def test_a_level_begins_at_the_moments_of_the_whole_tensors(two, kind, net):
+    first, second = (rank["after training"][kind] for rank in two)
+    assert first == second
+    expected = json.loads(json.dumps(after_training(net())))
+    # The net's frozen weight has none.
+    assert [math.isnan(norm) for norm in first["moments"]] == [
+        math.isnan(norm) for norm in expected["moments"]
+    ]
+    assert sum(not math.isnan(norm) for norm in first["moments"]) >= 8
+    assert first["moments"] == pytest.approx(expected["moments"], rel=1e-3, nan_ok=True)
+    assert first["level"] == pytest.approx(expected["level"], abs=1e-2)
+    # Without them the first step would be scaled to 3 %.
+    assert first["reports"][0][4] == pytest.approx(expected["reports"][0][4], rel=1e-3)
+    assert first["reports"][0][4] > 0.3
+
+
 def test_watching_changes_no_bit(two):
     assert two[0]["unchanged"] == {"FSDP2": True, "TP, sequence": True}
 
@@ -172,9 +189,9 @@ def test_scaler_and_lag_do_what_they_do_in_one_process(two, name, kwargs):
 
 
 def test_a_step_takes_one_collective_and_agc_one_more(two):
-    watching, agc = two[0]["collectives"]
+    watching, agc, steady = two[0]["collectives"]
     # In the first step ranks also agree on what the graph shows.
-    assert watching == [2] + [1] * 19
+    assert watching == steady == [2] + [1] * 19
     assert agc == [3] + [2] * 19
 
 
