@@ -27,18 +27,23 @@ COLLAPSE = 0.25
 
 
 class Records:
-    """Runs of a page, by arm, task, regime and rate."""
+    """Runs of a page, by arm, task, regime and rate.
+
+    Of each task and regime those seeds count that every arm has at every rate, so that a page can be written before all
+    runs have ended.
+    """
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self._runs: dict[tuple[str, str, str], dict[float, dict[int, Run]]] = {}
         for run in runs:
             key = (run["arm"], run["task"], run["regime"])
             self._runs.setdefault(key, {}).setdefault(run["rate"], {})[run["seed"]] = run
-        self.cells: list[Cell] = [
-            (task, regime) for task in TASKS for regime in REGIMES if (OURS, task, regime) in self._runs
-        ]
-        self.seeds = sorted({seed for rates in self._runs.values() for of in rates.values() for seed in of})
-        self.count = sum(len(of) for rates in self._runs.values() for of in rates.values())
+        self._seeds = {
+            (task, regime): self._complete((task, regime)) for task in TASKS for regime in REGIMES
+        }
+        self.cells = [cell for cell, seeds in self._seeds.items() if seeds]
+        self.seeds = sorted({seed for seeds in self._seeds.values() for seed in seeds})
+        self.count = sum(len(self._seeds[c]) * len(self.rates(c)) * len(ARMS) for c in self.cells)
 
     def rates(self, cell: Cell) -> list[float]:
         """Return the rates of a cell, ascending."""
@@ -47,7 +52,13 @@ class Records:
     def of(self, arm: str, cell: Cell, rate: float, what: str = "loss") -> list[float]:
         """Return one number for each seed."""
         runs = self._runs[(arm, *cell)][rate]
-        return [runs[seed][what] for seed in sorted(runs)]
+        return [runs[seed][what] for seed in self._seeds[cell]]
+
+    def _complete(self, cell: Cell) -> list[int]:
+        """Return the seeds that every arm has at every rate."""
+        rates = {rate for arm in ARMS for rate in self._runs.get((arm, *cell), ())}
+        found = [set(self._runs.get((arm, *cell), {}).get(rate, ())) for arm in ARMS for rate in rates]
+        return sorted(set.intersection(*found)) if found else []
 
     def mean(self, arm: str, cell: Cell, rate: float, what: str = "loss") -> float:
         """Return the mean over the seeds."""

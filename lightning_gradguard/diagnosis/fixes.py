@@ -609,7 +609,7 @@ WARM_UP = Remedy(
     "Warm up the learning rate",
     "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=500)",
 )
-CLIP = Remedy("Clip gradient spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SpikeClip())])")
+CLIP = Remedy("Clip gradient spikes", "trainer = Trainer(callbacks=[GradGuard(clipper=SteadyClip())])")
 
 
 def clip_spikes(context: DiagnosticContext) -> Remedy | None:

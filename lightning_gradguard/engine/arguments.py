@@ -26,7 +26,7 @@ def validate_parts(detectors: object, clipper: object, policy: object) -> None:
     if detectors is not None and not isinstance(detectors, Sequence):
         raise TypeError(f"detectors must be a sequence such as (NonFinite(), DepthTilt()), got {detectors!r}")
     parts = [("detectors", d, "NonFinite()") for d in detectors or ()]
-    parts += [("clipper", clipper, "SpikeClip()")] if clipper is not None else []
+    parts += [("clipper", clipper, "SteadyClip()")] if clipper is not None else []
     for name, part, example in parts:
         # Both have the same two methods; only a detector names a fault.
         of_its_kind = hasattr(part, "fault") == (name == "detectors")
