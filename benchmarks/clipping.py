@@ -2,7 +2,7 @@
 
     python benchmarks/clipping.py                       # in full: overnight on two cores
     python benchmarks/clipping.py --sample --out a.md   # two seeds, every other rate, half the tasks: ten minutes
-    python benchmarks/clipping.py --long                # 5,000 steps, and fine-tuning
+    python benchmarks/clipping.py --long                # 5,000 steps, fine-tuning, and what it costs
     python benchmarks/clipping.py --again               # write the page from the records
 
 Writes ``benchmarks/clipping.md`` and ``benchmarks/clipping.png``; with ``--out`` both go beside that path.
@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from benchmarks.clipping_tasks import long_runs  # noqa: E402
+from benchmarks.clipping_tasks import cost, long_runs  # noqa: E402
 from benchmarks.clipping_tasks.accidents import REGIMES  # noqa: E402
 from benchmarks.clipping_tasks.page import picture, report  # noqa: E402
 from benchmarks.clipping_tasks.tasks import TASKS  # noqa: E402
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="run a few steps of one rate and seed, for a quick check"
     )
-    parser.add_argument("--long", action="store_true", help="run 5,000 steps, and fine-tuning")
+    parser.add_argument("--long", action="store_true", help="run 5,000 steps, fine-tuning, and the cost")
     parser.add_argument("--again", action="store_true", help="write the page from the records")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "clipping.md")
     parser.add_argument("--raw", type=Path, help="file for the records")
@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         if options.long:
             count = run_all(long_work(options.seeds, options.quick), options.jobs, extras)
+            # One after the other, with nothing beside it.
+            count += run_all(cost_work(options.quick), 1, extras)
         else:
             steps = 12 if options.quick else None
             jobs = [partial(train, one, steps) for one in work(part, options.seeds)]
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = records(arms)
     if runs:
         more = records(extras)
-        page = report(runs, [long_runs.section(more)] if more else [])
+        page = report(runs, list(filter(None, (long_runs.section(more), cost.section(more)))))
         options.out.write_text(page)
         picture(runs, options.out.with_suffix(".png"))
         print(page)
@@ -129,6 +131,12 @@ def long_work(seeds: int, quick: bool) -> list[Callable[[], dict[str, Any]]]:
         for arm in long_runs.COMPARED
     ]
     return jobs
+
+
+def cost_work(quick: bool) -> list[Callable[[], dict[str, Any]]]:
+    """Return the trainings in which arms take turns."""
+    torch.set_num_threads(1)
+    return [partial(cost.turns, title, 1 if quick else 12, quick=quick) for title in cost.SIZES]
 
 
 def run_all(jobs: Sequence[Callable[[], dict[str, Any]]], processes: int, file: Path) -> int:

@@ -124,8 +124,9 @@ class Negatives(Problem):
 
 
 def section(runs: list[dict[str, Any]]) -> str:
-    """Return the page's section on these runs."""
-    return "\n\n".join([_long(runs), _tuned(runs)])
+    """Return the page's section on these runs; empty without any."""
+    own = [run for run in runs if run["kind"] in ("long", "tuned")]
+    return "\n\n".join([_long(own), _tuned(own)]) if own else ""
 
 
 def _long(runs: list[dict[str, Any]]) -> str:

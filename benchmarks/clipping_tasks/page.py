@@ -38,9 +38,7 @@ class Records:
         for run in runs:
             key = (run["arm"], run["task"], run["regime"])
             self._runs.setdefault(key, {}).setdefault(run["rate"], {})[run["seed"]] = run
-        self._seeds = {
-            (task, regime): self._complete((task, regime)) for task in TASKS for regime in REGIMES
-        }
+        self._seeds = {(task, regime): self._complete((task, regime)) for task in TASKS for regime in REGIMES}
         self.cells = [cell for cell, seeds in self._seeds.items() if seeds]
         self.seeds = sorted({seed for seeds in self._seeds.values() for seed in seeds})
         self.count = sum(len(self._seeds[c]) * len(self.rates(c)) * len(ARMS) for c in self.cells)

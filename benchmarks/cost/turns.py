@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
 from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, STEADY, Size, silenced
+from lightning_gradguard import GradGuard
 from lightning_gradguard.cli.cost import CYCLE
 
 #: Arms that consist only of callbacks, so that they can take turns.
@@ -42,7 +43,7 @@ class Turns(L.Callback):
 
     Args:
         callbacks: Name of an arm to its callbacks.
-        warm_up: Steps with our callbacks before the first turn.
+        warm_up: Steps of each arm with a guard before the first turn.
         clock: Clock that returns seconds.
 
     Attributes:
@@ -52,9 +53,15 @@ class Turns(L.Callback):
     def __init__(
         self, callbacks: dict[str, list[L.Callback]], warm_up: int, clock: Callable[[], float]
     ) -> None:
-        self.callbacks, self.warm_up, self.clock = callbacks, warm_up, clock
+        self.callbacks, self._each, self.clock = callbacks, warm_up, clock
         self.seconds: dict[str, list[list[float]]] = {arm: [] for arm in callbacks}
+        self._guarded = [arm for arm, own in callbacks.items() if any(isinstance(c, GradGuard) for c in own)]
         self._arm, self._begun, self._steps = OURS, 0.0, 0
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before the first turn."""
+        return self._each * len(self._guarded)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, index: int
@@ -62,6 +69,7 @@ class Turns(L.Callback):
         step, now = self._steps - self.warm_up, self.clock()
         self._steps += 1
         if step < 0:
+            self._arm = self._guarded[(self._steps - 1) // self._each]
             self._set(trainer)
             return
         turn, place = divmod(step, TURN)
@@ -94,7 +102,7 @@ def take_turns(
     folder: Path,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Rounds, int]:
-    """Train once and let each arm take its turns, after a warm-up with our callbacks.
+    """Train once and let each arm take its turns, after a warm-up of each arm with a guard.
 
     Args:
         names: Names of the arms, ours among them; each of `ABLE`.
@@ -113,7 +121,7 @@ def take_turns(
     count = (rounds + 1) * len(names) * TURN
     with silenced():
         trainer = L.Trainer(
-            max_steps=size.warm_up + count + 1,
+            max_steps=turns.warm_up + count + 1,
             accelerator="cpu",
             devices=1,
             logger=TensorBoardLogger(folder, name=None),

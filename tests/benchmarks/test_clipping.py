@@ -32,6 +32,7 @@ def test_quick_run_writes_page_and_picture(tmp_path, capsys):
     assert all(f" {arm} " in text for arm in [*ARMS, *BARE])
     assert all(f"### {task}, {regime}" in text for task in TASKS for regime in REGIMES)
     assert "## Fine-tuning" in text
+    assert "## What it costs" in text
     assert out.with_suffix(".png").stat().st_size > 1000
     # What is recorded is not run again.
     assert clipping.main(options) == 0
