@@ -411,8 +411,8 @@ class Guard:
         accepted = self.fast_path.accepted
         before = self._state
         if before is None:
-            moments = self.tracker.moment_norms()
-            before = init_state(stats.replace(moments=moments), self._parts)
+            first = stats if self.clipper is None else stats.replace(moments=self.tracker.moment_norms())
+            before = init_state(first, self._parts)
         evaluation, after = evaluate(stats, before, self._parts, accepted)
         pending = PendingStep(
             step=number,

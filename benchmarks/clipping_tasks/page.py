@@ -207,10 +207,10 @@ def _verdict(records: Records) -> str:
         f"It is significantly better than no clipper in {len(better)} of {len(corrupt)} tasks with corrupt batches"
         f"{_which([c for c in corrupt if c not in better])}.",
         f"At the rate that is best without a clipper, a clean run is significantly worse than without one, by over "
-        f"1 %, in {len(hurt)} of {len(sane)} tasks{_which(hurt)}.",
+        f"1 %, in {len(hurt)} of {len(sane)} tasks{_which(hurt, '')}.",
         _gap_sentence(records, adaptive),
         f"It collapses at its own best rate, more than {COLLAPSE:.0%} above the best arm, in {len(collapsed)} of "
-        f"{len(cells)} pairs{_which(collapsed)}.",
+        f"{len(cells)} pairs{_which(collapsed, '')}.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -227,8 +227,8 @@ def _gap_sentence(records: Records, cells: list[Cell]) -> str:
     )
 
 
-def _which(cells: Sequence[Cell]) -> str:
-    return f" (not: {', '.join(f'{task} {regime}' for task, regime in cells)})" if cells else ""
+def _which(cells: Sequence[Cell], word: str = "not: ") -> str:
+    return f" ({word}{', '.join(f'{task} {regime}' for task, regime in cells)})" if cells else ""
 
 
 def _summary(records: Records) -> str:

@@ -52,7 +52,7 @@ from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.forms import short
 from lightning_gradguard.guard import KEPT_FINDINGS
 from lightning_gradguard.policy import Policy
-from lightning_gradguard.results import Fault, Finding, GradientHalt, Report, Severity
+from lightning_gradguard.results import ClipSpan, Fault, Finding, GradientHalt, Report, Severity
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -178,6 +178,12 @@ class GradGuard(Callback):
         return tuple(self._results.findings)
 
     @property
+    def clip_spans(self) -> tuple[ClipSpan, ...]:
+        """From when to when the policy's response "clip" was in force, of all optimizers by first step."""
+        spans = [span for guard in self._registry.guards.values() for span in guard.clip_spans]
+        return tuple(sorted(spans, key=lambda span: span.first))
+
+    @property
     def report(self) -> Report | None:
         """Report of the newest judged step, or None."""
         return self._results.report
@@ -227,7 +233,7 @@ class GradGuard(Callback):
             if self.clipper is not None:
                 refuse_double_clipping(trainer, pl_module, f"clipper={self.clipper!r}")
             elif self.policy is not None and self.policy.clips:
-                clipped = {f.value: "clip" for f in Fault.known() if self.policy.response(f) == "clip"}
+                clipped = {f: "clip" for f, response in self.policy.respond.items() if response == "clip"}
                 refuse_double_clipping(trainer, pl_module, f"policy=Policy(respond={clipped})")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

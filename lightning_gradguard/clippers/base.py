@@ -51,9 +51,9 @@ class Clipper(Protocol):
 
     A clipper is a frozen dataclass, configuration only. It may declare the class attribute ``norms_only = True`` if
     ``update`` reads nothing of a step but ``norms``, ``log_norms``, ``total``, ``finite``, ``layout`` and ``adaptive``.
-    Then unremarkable steps need no full evaluation: the clipper is asked at each of them, or learns from several at once
-    while the policy's response "clip" is not in force. It counts only where the clipper's own class declares it, since a
-    subclass may override ``update``.
+    Then unremarkable steps need no full evaluation: the clipper is asked at each of them, or learns from several at
+    once while the policy's response "clip" is not in force. It counts only where the clipper's own class declares it,
+    since a subclass may override ``update``.
 
     Repeat these signatures exactly, ``Any`` included: jsonargparse recognises a clipper in a YAML file by them. A
     clipper that saves evaluations on ordinary steps is a `FastPathClipper`.

@@ -39,7 +39,10 @@ def choose_lag(
     validate_lag(lag)
     skipping = [f.value for f in Fault.known() if f != Fault.NONFINITE and policy.response(f) == "skip"]
     if lag is None:
-        return int(device.type != "cpu" and honours_found_inf(optimizer) and not skipping)
+        # A spike is over with its step: one step late there is nothing left to clip.
+        clips_spikes = policy.response(Fault.SPIKE) == "clip"
+        able = device.type != "cpu" and honours_found_inf(optimizer)
+        return int(able and not skipping and not clips_spikes)
     if lag and skipping:
         raise ValueError(f"lag must be 0 with a policy that skips on {', '.join(skipping)}, got 1")
     if lag and not honours_found_inf(optimizer):

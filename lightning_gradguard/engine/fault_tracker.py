@@ -157,6 +157,7 @@ class FaultTracker:
         found = []
         for result in results:
             active = self.active.get(_key(result))
+            # A lasting fault counts until it is cleared, also where it is not raised any more.
             is_found = active is not None and active.severity >= Severity.WARNING
             if (result.raised if result.event else is_found) and self.policy.response(result.fault) == "clip":
                 found.append(result.fault.value)

@@ -63,9 +63,17 @@ def test_a_class_that_is_named_after_one_that_is_not_adaptive_is_not(name):
     assert not is_adaptive(custom("Mine", custom(name))(weights(), {}))
 
 
-@pytest.mark.parametrize("name", ["Lion", "AdaBelief", "LAMB", "Adan", "Mine"])
-def test_any_other_class_is_adaptive(name):
-    assert is_adaptive(custom(name)(weights(), {}))
+@pytest.mark.parametrize("options", [{"betas": (0.9, 0.99)}, {"eps": 1e-8}, {"eps2": (1e-30, 1e-3)}])
+def test_a_class_with_the_options_of_adaptive_ones_is_adaptive(options):
+    """Such as Lion, AdaBelief, LAMB, Adan."""
+    assert is_adaptive(custom("Mine")(weights(), options))
+    assert not is_adaptive(custom("MySGD")(weights(), options))
+
+
+@pytest.mark.parametrize("name", ["GradientDescent", "HeavyBall", "Nesterov"])
+def test_a_class_of_which_nothing_is_known_is_not_adaptive(name):
+    """So its direction is kept."""
+    assert not is_adaptive(custom(name)(weights(), {"lr": 0.1, "momentum": 0.9}))
 
 
 def test_nothing_is_known_without_an_optimizer():
@@ -88,7 +96,7 @@ def test_an_optimizer_that_knows_its_wrapper_does_not_hide_behind_it(kind):
     inner.wrapper = outer = Wrapper(inner)
     assert is_adaptive(outer) == (kind is torch.optim.Adam)
     outer.base_optimizer = outer.itself = outer
-    assert is_adaptive(outer)  # of which nothing but its own name is known
+    assert is_adaptive(outer) == (kind is torch.optim.Adam)  # the groups are those of the inner one
     assert moment_norms(Layout.of({"w": inner.param_groups[0]["params"][0]}), outer).isnan().all()
 
 
@@ -235,12 +243,15 @@ def test_a_parameter_without_a_gradient_so_far_is_unknown():
 @pytest.mark.parametrize(
     "name", sorted(BUILT_IN.keys() - {"Adam", "AdamW", "NAdam", "RAdam", "SparseAdam", "LBFGS"})
 )
-def test_optimizers_without_such_moments_tell_nothing(name):
+def test_optimizers_without_such_moments_tell_only_that_they_took_steps(name):
     parameter = weights()[0]
     optimizer = BUILT_IN[name]([parameter], lr=0.1)
     parameter.grad = torch.ones_like(parameter)
+    layout = Layout.of({"w": parameter})
+    assert moment_norms(layout, optimizer).isnan().all() or optimizer.state
     optimizer.step()
-    assert moment_norms(Layout.of({"w": parameter}), optimizer).isnan().all()
+    found = moment_norms(layout, optimizer)
+    assert found.item() == 0 if optimizer.state[parameter] else found.isnan().all()
 
 
 def test_a_sparse_optimizer_tells_as_a_dense_one_does():
@@ -260,7 +271,7 @@ def test_complex_parameters_are_unknown_and_disturb_no_others():
     odd.grad, plain.grad = torch.ones(2, dtype=torch.cfloat), torch.tensor([3.0])
     optimizer.step()
     found = moment_norms(Layout.of({"odd": odd, "plain": plain}), optimizer).tolist()
-    assert found == [pytest.approx(math.nan, nan_ok=True), pytest.approx(3.0, rel=1e-4)]
+    assert found == [0, pytest.approx(3.0, rel=1e-4)]
 
 
 class Packed(torch.Tensor):
@@ -294,7 +305,26 @@ def test_a_state_of_another_form_is_unknown(spoil):
     optimizer.step()
     assert moment_norms(layout, optimizer).isfinite().all()
     spoil(optimizer.state[parameter], optimizer.param_groups[0])
-    assert moment_norms(layout, optimizer).isnan().all()
+    assert moment_norms(layout, optimizer).tolist() == [0]
+
+
+def test_no_copy_of_the_moments_is_made():
+    """When a guard begins, the optimizer's state is in memory, and often not much else fits."""
+    parameter = nn.Parameter(torch.zeros(1000, 100))
+    optimizer, layout = torch.optim.Adam([parameter]), Layout.of({"w": parameter})
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        moment_norms(layout, optimizer)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.events()) < 10_000
+
+
+@pytest.mark.parametrize("state", [None, [], 3])
+def test_an_optimizer_with_an_odd_state_is_passed_over(state):
+    parameter = weights()[0]
+    optimizer = torch.optim.Adam([parameter])
+    optimizer.state = state
+    assert moment_norms(Layout.of({"w": parameter}), optimizer).isnan().all()
 
 
 def test_state_that_belongs_to_no_parameter_is_left_alone():
