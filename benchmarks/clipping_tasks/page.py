@@ -159,6 +159,8 @@ def picture(runs: list[Run], path: Path) -> None:
             _panel(panel, records, (task, regime))
         row[0].set_ylabel(TASKS[task].title.replace(", ", "\n"), fontsize=8)
     panels[0, -1].legend(fontsize=7)
+    figure.supxlabel("peak learning rate")
+    figure.supylabel("held-out loss")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
