@@ -18,8 +18,8 @@ from lightning_gradguard.clippers.steady_clip import SteadyClip as SteadyClip
 
 
 def recommended_clipper() -> Clipper:
-    """Return the clipper of a guard that was given none.
+    """Return the clipper of a guard that was given none, where its policy responds with "clip".
 
-    It is used where the policy responds with "clip". It has no soft start: the steps before were not clipped.
+    It has no soft start, since the steps before were not clipped.
     """
     return SteadyClip(soft_start=False)
