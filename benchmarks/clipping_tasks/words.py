@@ -3,8 +3,8 @@
 INTRODUCTION = """# Clippers on nine tasks
 
 Made by `python benchmarks/clipping.py`, {runs} runs on the seeds {seeds}, Python {python}, torch
-{torch}, on CPU; `--again` writes the page from the records. In full that takes a night on two busy cores, an hour or two on free ones;
-`--sample` takes ten minutes for a part of it. This page is from {extent}.
+{torch}, on CPU; `--again` writes the page from the records. In full that takes a night on two busy cores, an hour or
+two on free ones; `--sample` takes ten minutes for a part of it. This page is from {extent}.
 
 Small models of the usual kinds, trained with and without each clipper, over a sweep of peak learning rates from below
 the best one to some ten times too high. Weights, batches and accidents of a seed are the same for all arms. Clippers
