@@ -131,8 +131,7 @@ class Guard:
         validate_parts(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
         self.policy = Policy.watch() if policy is None else policy
-        self._clips_on_fault = self.policy.clips
-        self.clipper = recommended_clipper() if clipper is None and self._clips_on_fault else clipper
+        self.clipper = recommended_clipper() if clipper is None and self.policy.clips else clipper
         self._parts = GuardParts.of(self.detectors, self.clipper)
         skips_lasting_faults = any(
             self.policy.response(f) == "skip"
@@ -141,7 +140,7 @@ class Guard:
         )
         self.tracker = ParameterTracker(named_parameters, optimizer, usage, skips_lasting_faults)
         self.fault_tracker = FaultTracker(self.policy, index)
-        self.fast_path = FastPath(self._parts, clipping=not self._clips_on_fault)
+        self.fast_path = FastPath(self._parts, clipping=not self.policy.clips)
         self.lag = device_skip.choose_lag(lag, optimizer, self.tracker.layout.numel.device, self.policy)
         self._readback = Readback(self.lag)
         self._state: GuardState | None = None
@@ -441,7 +440,7 @@ class Guard:
         else:
             self._state = after
             settled = self.fault_tracker.is_settled(record.results)
-            if self._clips_on_fault and self._is_clipping:
+            if self.policy.clips and self._is_clipping:
                 settled = False  # the response ends after a number of steps, so each of them counts
             self.fast_path.open(record, stats, after.clipper, settled=settled)
             if evaluation.clip is not None and record.clipped:
@@ -479,7 +478,7 @@ class Guard:
         self.tracker.schedule.commit(taken=True)
         if arrived is not None:
             self._conclude_late(*arrived)  # first, since it may say that this step is to be clipped
-        if self._clips_on_fault:
+        if self.policy.clips:
             self.fault_tracker.clip_response.act(number)
         device_skip.apply_on_device(evaluation, optimizer, clipping=self._is_clipping)
         # Waiting for this step is unavoidable if there is no report yet, or if a fused optimizer has no state yet:
@@ -512,7 +511,7 @@ class Guard:
         if (summary := self.tracker.graph_summary) is not None and summary.problems:
             record = add_ownership(record, summary.problems)
         # With lag=1 the newest decision so far, on the step before, said whether it is in force at this one.
-        clipping = self._is_clipping if self.lag or not self._clips_on_fault else None
+        clipping = self._is_clipping if self.lag or not self.policy.clips else None
         decision = self.fault_tracker.decide(
             pending.step,
             record,
@@ -547,7 +546,7 @@ class Guard:
     def _is_clipping(self) -> bool:
         """True if the clipper is in force, as far as is known."""
         return self.clipper is not None and (
-            not self._clips_on_fault or self.fault_tracker.clip_response.in_force
+            not self.policy.clips or self.fault_tracker.clip_response.in_force
         )
 
     @property

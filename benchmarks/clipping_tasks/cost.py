@@ -1,4 +1,4 @@
-"""What clipping costs in a training, beside ``gradient_clip_val``, which writes the gradients at every step as well."""
+"""Cost of clipping in a training, beside ``gradient_clip_val``, which writes the gradients at every step as well."""
 
 from __future__ import annotations
 

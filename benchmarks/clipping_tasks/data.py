@@ -19,7 +19,7 @@ IMAGE = 8
 
 
 class Split(NamedTuple):
-    """What is learnt from and what is held out."""
+    """Training data and held-out data."""
 
     train: Tensor
     held_out: Tensor

@@ -68,7 +68,6 @@ class FaultTracker:
 
     def __init__(self, policy: Policy, optimizer: int = 0) -> None:
         self.policy = policy
-        self._clips = policy.clips
         self.optimizer = optimizer
         self.judged = 0
         self.skipped_in_a_row = 0
@@ -96,7 +95,7 @@ class FaultTracker:
         if record.finite:
             results = [r for r in record.results if has_loss or not r.needs_loss]
             findings, skip, halt = self._decide_finite(step, results)
-            if self._clips:
+            if self.policy.clips:
                 self.clip_response.follow(self._faults_to_clip(results))
         else:
             bad_loss = has_loss and not math.isfinite(record.loss)
@@ -180,7 +179,7 @@ class FaultTracker:
         self.active = {key: ActiveFault(*values) for key, values in state["episodes"].items()}
         self._last_message = dict(state["said"])
         self.clip_response = ClipResponse(self.policy.patience)
-        if self._clips and "clip_response" in state:  # older versions did not save it
+        if self.policy.clips and "clip_response" in state:  # older versions did not save it
             self.clip_response.load_state_dict(state["clip_response"])
 
     def _decide_nonfinite(

@@ -1,4 +1,4 @@
-"""What an optimizer's class and state tell about its gradients."""
+"""Facts about gradients that an optimizer's class and state tell."""
 
 from __future__ import annotations
 

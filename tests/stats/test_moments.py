@@ -1,4 +1,4 @@
-"""What an optimizer tells about its gradients: its kind, and the norms that its second moments hold."""
+"""Facts that an optimizer tells about its gradients: its kind, and the norms that its second moments hold."""
 
 import math
 from typing import NamedTuple
