@@ -207,8 +207,8 @@ class Report:
         loss: Loss that was given, or None.
         total_norm: Global gradient norm before clipping.
         clipped_norm: Global gradient norm that the optimizer gets; 0.0 if the step is skipped.
-        threshold: Largest global norm that the clipper allowed; None without a clipper, and while the policy's response
-            "clip" is not in force, since any norm is allowed then.
+        threshold: Global norm above which this step is clipped, whether or not it was; None without a clipper, and
+            while the policy's response "clip" is not in force, since any norm is allowed then.
         scale: ``clipped_norm / total_norm``: 1.0 if nothing was clipped, 0.0 if the step is skipped.
         skip: True if the step must not be taken.
         findings: Findings that are new at this step, by precedence.

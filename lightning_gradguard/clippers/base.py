@@ -36,9 +36,10 @@ class Clip(NamedTuple):
     Attributes:
         multipliers: float32 in [0, 1]: [P], one per tensor; or P tensors, each broadcastable to its gradient.
         norms: float32 [P], norms after clipping.
-        threshold: float32 [], largest global norm allowed at this step; inf while there is none. For a clipper with a
-            threshold for each tensor it is the root of the sum of their squares, where a tensor that is excluded or has
-            no gradient counts with its own norm.
+        threshold: float32 [], global norm above which this step is clipped, the same number whether or not it was; inf
+            while there is none. For a clipper with a limit for each tensor it is the root of the sum of their squares,
+            where a tensor that is excluded or has no gradient counts with its own norm: any larger norm is clipped, and
+            a smaller one where a single tensor is beyond its limit.
     """
 
     multipliers: Tensor | tuple[Tensor, ...]

@@ -144,7 +144,10 @@ class SpikeClip:
             last=torch.where(ordinary, x, state.last),
             joint_var=_next_variance(number, state.joint_var, joint_change, joint_sigma, steps, inlier.any()),
         )
-        return tensor_clip(stats, included, limits), new
+        clip = tensor_clip(stats, included, limits)
+        room = _room(known, distance, reach, joint_reach)
+        threshold = _threshold(included, counts, counts & ~known, stats.norms, clip.norms, room)
+        return clip._replace(threshold=threshold), new
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
         """Return bounds for the next steps.
@@ -212,9 +215,15 @@ class SpikeClip:
             sigmas.append(sigma)
             var = var.lerp(_limited(number, moved, sigma).square(), gain)
             mean = torch.addcmul(mean, number(1 - self.decay), now - mean)
-        reach = number(self.z_threshold) * torch.stack(sigmas)[:, :-1]
-        limits = torch.where(included, norms * (reach - (x - torch.stack(means))).exp(), norms)
-        return torch.linalg.vector_norm(limits, dim=1), SpikeClipState(
+        sigma = torch.stack(sigmas)
+        room = _room(
+            counts.expand_as(x),
+            (x - torch.stack(means)) * counts,
+            number(self.z_threshold) * sigma[:, :-1],
+            number(self.joint_threshold) * sigma[:, -1],
+        )
+        fresh = counts & (state.seen == number(0.0))
+        return _threshold(included, counts, fresh, norms, norms, room), SpikeClipState(
             seen=state.seen + counts * len(rows),
             mean=mean,
             var=var[:-1],
@@ -242,6 +251,59 @@ class SpikeClipState(NamedTuple):
     streak: Tensor
     last: Tensor
     joint_var: Tensor
+
+
+def _room(known: Tensor, distance: Tensor, reach: Tensor, joint_reach: Tensor) -> Tensor:
+    """Return by how much larger a step's gradients could be before they are cut.
+
+    Args:
+        known: Bool [..., P], tensors that are compared with their level.
+        distance: [..., P], distance of log‖g‖ from the level.
+        reach: [..., P], distance at which a tensor spikes.
+        joint_reach: [...], mean distance at which all spike.
+
+    Returns:
+        Logarithm of a factor, [...]: negative for a spike, inf if no tensor is compared.
+    """
+    room = torch.where(known, reach - distance, math.inf).amin(-1)
+    count = known.sum(-1)
+    # Newton's method from above. The mean of all, in which a tensor far below its level counts with a fixed distance,
+    # is convex in the factor's logarithm, and linear but for such tensors.
+    for _ in range(2):
+        moved = distance + room.unsqueeze(-1)
+        excess = (torch.maximum(moved, -reach) * known).sum(-1) - joint_reach * count
+        follow = (known & (moved > -reach)).sum(-1)
+        step = torch.where(excess > 0, excess / follow, 0.0)
+        room = torch.where(count > 0, room - step, math.inf)
+    return room
+
+
+def _threshold(
+    included: Tensor, counts: Tensor, fresh: Tensor, norms: Tensor, after: Tensor, room: Tensor
+) -> Tensor:
+    """Return the global norm from which a step is cut.
+
+    It is that of gradients that are larger or smaller than this step's by one factor, which a spike does not change.
+
+    Args:
+        included: Bool [P], tensors that may be scaled.
+        counts: Bool [P], those of them with a gradient.
+        fresh: Bool [P], those of them without a past.
+        norms: [..., P], norms of the step.
+        after: [..., P], norms after clipping.
+        room: Result of `_room`, [...].
+
+    Returns:
+        float32 [...]; inf where a tensor has no past.
+    """
+    finite = torch.where(norms < math.inf, norms, 0.0)
+    cut = torch.linalg.vector_norm(torch.where(counts, finite, 0.0), dim=-1) * room.exp()
+    cut = torch.where(counts.any(), cut, math.inf)
+    others = torch.linalg.vector_norm(torch.where(included, 0.0, finite), dim=-1)
+    # Where tensors are cut one by one, the others stay as they are.
+    least = torch.linalg.vector_norm(torch.where(after < math.inf, after, 0.0), dim=-1)
+    threshold = torch.maximum(torch.hypot(cut, others), least)
+    return torch.where(fresh.any(), math.inf, threshold)
 
 
 def _sigma(stats: GradStats, var: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class StepRecord:
     Attributes:
         total_norm: Global gradient norm before clipping.
         clipped_norm: Global gradient norm after clipping.
-        threshold: Largest global norm that the clipper allows.
+        threshold: Global norm above which the clipper clips.
         clipped: True if the clipper shortened any gradient, even by too little to show in the global norm.
         finite: True if gradients, their norm and the loss are finite.
         loss: Loss of this step.

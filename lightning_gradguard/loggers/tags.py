@@ -38,7 +38,7 @@ NOTES = {
     "clip_rate": "Share of the steps taken so far whose gradients were clipped. SteadyClip clips many a little, "
     "SpikeClip a few per cent at most.",
     "clipped_norm_log10": "log10 of the norm of all gradients together after clipping, as the optimizer gets them.",
-    "threshold_log10": "log10 of the largest norm that the clipper allowed at this step.",
+    "threshold_log10": "log10 of the norm above which this step would have been clipped, whether or not it was.",
     "nonfinite_total": "Number of steps so far whose gradients were NaN or Inf. Each of them was skipped.",
     "clipped_total": "Number of steps so far whose gradients were clipped.",
     "skipped_total": "Number of steps so far that were not taken.",

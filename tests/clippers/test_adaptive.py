@@ -153,10 +153,13 @@ def test_zclip_is_not_frozen_by_zeros():
 def test_zclip_threshold_between_spikes_is_where_the_next_would_begin():
     stream = Stream(ZClip(max_grad_norm=None))
     for norm in healthy(1, 60, spikes=0)[:, 0]:
-        clip = stream.feed(norm)
+        stream.feed(norm)
     limit = stream.state.mean + 2.5 * (stream.state.var.sqrt() + 1e-6)
-    assert stream.feed(limit.item() * 0.999).threshold.item() == pytest.approx(limit.item(), rel=1e-5)
-    assert clip.multipliers.item() <= 1
+    before = stream.state
+    for factor in (0.1, 0.999, 1.001, 100.0):  # the same, whether or not the step is clipped
+        stream.state, clip = before, stream.feed(limit.item() * factor)
+        assert clip.threshold.item() == pytest.approx(limit.item(), rel=1e-5)
+        assert (clip.multipliers.item() < 1) == (factor > 1)
 
 
 class AdaGCOriginal:

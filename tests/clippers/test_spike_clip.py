@@ -261,20 +261,44 @@ def test_each_tensor_has_its_own_level():
     assert clip.threshold == math.inf  # the third has no past
 
 
-def test_threshold_is_that_of_all_tensors():
+def test_threshold_is_where_a_step_would_be_cut_however_large_it_is():
     stream = Stream(tensors=9)
     norms = [3.0, 4.0, *[0.01] * 7]
     for _ in range(200):
-        clip = stream.feed(*norms)
-    reach = math.exp(9 * SIGMA_FLOOR)
-    assert clip.threshold.item() == pytest.approx(5 * reach, rel=1e-4)
-    # A spike of one tensor, then of all.
-    before = stream.state
-    clip = stream.feed(3.0, 4e4, *norms[2:])
-    assert clip.threshold.item() == pytest.approx(math.hypot(3 * reach, 4), rel=1e-4)
-    stream.state = before
-    clip = stream.feed(*(1e3 * norm for norm in norms))
-    assert clip.threshold.item() == pytest.approx(5, rel=1e-4)
+        stream.feed(*norms)
+    before, total = stream.state, math.hypot(*norms)
+
+    def clip(*norms):
+        stream.state = before
+        return stream.feed(*norms)
+
+    # All tensors together are cut from 5 sigma on.
+    limit = total * math.exp(5 * SIGMA_FLOOR)
+    for factor in (1e-2, 0.5, 1.0, 2.0, 3.0, 1e3):
+        threshold = clip(*(factor * norm for norm in norms)).threshold.item()
+        assert threshold == pytest.approx(limit, rel=1e-4)
+    for factor, cut in ((0.999, False), (1.001, True)):
+        multipliers = clip(*(factor * limit / total * norm for norm in norms)).multipliers
+        assert (multipliers < 1).all() if cut else (multipliers == 1).all()
+    # A tensor alone is cut from 9 sigma on; the others stay, so the threshold is at least their norm.
+    spike = clip(3.0, 4.0, *[0.01] * 6, 1.0)
+    assert spike.threshold.item() == pytest.approx(math.hypot(*norms), rel=1e-4)
+    assert (spike.multipliers < 1).tolist() == [False] * 8 + [True]
+
+
+@few
+@given(seed=st.integers(0, 2**20), tensors=st.integers(1, 6))
+def test_threshold_separates_cut_steps_from_others_at_any_size(seed, tensors):
+    stream = Stream(tensors=tensors)
+    for row in noisy(seed, 30, tensors):
+        stream.feed(*row)
+    before, shape = stream.state, noisy(seed + 1, tensors, sigma=0.5)
+    threshold = stream.feed(*shape).threshold.item()
+    for factor in (0.98, 1.02):
+        stream.state = before
+        scaled = shape * (factor * threshold / np.linalg.norm(shape))
+        cut = bool((stream.feed(*scaled).multipliers < 1).any())
+        assert cut == (factor > 1) or threshold == pytest.approx(np.linalg.norm(shape), rel=1e-6)
 
 
 @pytest.mark.parametrize("start", [0.0, None, math.nan])
