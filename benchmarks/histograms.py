@@ -23,13 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gradguard.engine.readback import read
 from lightning_gradguard.loggers.histograms import histogram_record
-from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.stats.histogram import count
 
 TENSORS, SIDE, ROUNDS = 100, 548, 20
 NAMES = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(TENSORS)]
-TITLES = dict(zip(NAMES, tag_names(NAMES), strict=True))
 
 
 def gradients() -> list[Tensor]:
@@ -43,7 +41,7 @@ def ours(tensors: list[Tensor], sink: TensorBoardSink, step: int, samples: int |
     numbers = read(count(tensors, max_samples=samples).bins.flatten())
     counted = time.perf_counter() - begun
     columns = (numbers[30 * i : 30 * (i + 1)] for i in range(TENSORS))
-    sink.write(step, histogram_record(dict(zip(NAMES, columns, strict=True)), TITLES))
+    sink.write(step, histogram_record(dict(zip(NAMES, columns, strict=True))))
     return counted
 
 

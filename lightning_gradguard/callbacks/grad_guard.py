@@ -97,7 +97,7 @@ class GradGuard(Callback):
             batch. Neither changes the training.
         recorder: ``Recorder()`` writes a flight record when training is halted, for ``gradguard replay``; None writes
             none.
-        per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/NNN_name``.
+        per_layer: Also log a scalar for each tensor, ``gradguard_rms_log10/name``.
         progress_bar: Show two values in the progress bar: ``grad_norm``, the norm of the gradients before clipping, and
             ``clip_rate``, the share of the run's steps that were clipped, or ``skipped`` without a clipper.
         lag: 0 to read each step at once, 1 to read it one step later, or None for the cheapest that still skips
@@ -389,12 +389,18 @@ class GradGuard(Callback):
         self._clipping.restore()
         self._registry.leave_pass()
         self._batch, self._losses.graph = (None, 0), None
+        self._logging.end_batch(trainer, self._registry.guards)
         self._buffers.end_batch()
         self._recording.end_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which running statistics became NaN or Inf while every step was finite."""
         self._report_ruined(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publish the newest numbers, for callbacks that look at them after the validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._logging.publish(trainer, self._registry.guards)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the monitored metric."""

@@ -1,19 +1,21 @@
-"""`GradHistogram`: write gradient histograms to TensorBoard."""
+"""`GradHistogram`: write histograms of gradients, weights, updates and activations."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradguard.callbacks.compatibility import refuse_hidden_gradients
 from lightning_gradguard.callbacks.trainer_adapter import (
     Callback,
+    is_early,
     is_step_without_loss,
     logging_step,
     optimizer_index,
@@ -23,17 +25,31 @@ from lightning_gradguard.callbacks.trainer_adapter import (
 from lightning_gradguard.engine.arguments import short_repr
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.readback import read
-from lightning_gradguard.introspection.autograd_graph import summarize_graph
+from lightning_gradguard.forms import Each, check_form, short
+from lightning_gradguard.introspection.activations import ActivationProbe
 from lightning_gradguard.loggers import open_sinks
-from lightning_gradguard.loggers.base import FailSafe, LogSink
+from lightning_gradguard.loggers.base import FailSafe, LogRecord, LogSink
 from lightning_gradguard.loggers.histograms import (
+    QUANTITIES,
     THRESHOLDS,
+    Quantity,
     WorstTensors,
+    activations_record,
     exponents_record,
     histogram_record,
+    update_ratio_record,
 )
-from lightning_gradguard.loggers.tags import tag_group, tag_names
-from lightning_gradguard.stats.histogram import AXES, EDGES, Axis, count
+from lightning_gradguard.loggers.tags import tag_group
+from lightning_gradguard.stats.histogram import (
+    AXES,
+    EDGES,
+    Axis,
+    Counts,
+    Samples,
+    count,
+    count_samples,
+    sample,
+)
 from lightning_gradguard.stats.parameters import are_same, members, select
 from lightning_gradguard.stats.sharding import Shards, align_gradients, is_sharded, local
 from lightning_gradguard.validation import check_whole
@@ -41,24 +57,33 @@ from lightning_gradguard.validation import check_whole
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-#: Most readings of the autograd graph; a model whose parts come and go keeps its order after that.
-MAX_READINGS = 8
-
 _BINS = len(EDGES) - 1
+_FORM = {"shown": Each({"steps": int, "worst": dict}), "activations": dict}
 
 
 class GradHistogram(Callback):
-    """Callback that writes gradient histograms to TensorBoard.
+    """Callback that writes histograms to TensorBoard.
 
-    Their tag is ``gradguard_hist_log10/NNN_name``.
+    They are written at steps 0, 1, 2, 5, 10, 20 and 50, and every ``every_n_steps``. The tag of a gradient is
+    ``gradguard_hist_log10/`` and the parameter's full name. A resumed run goes on with the same tensors.
 
     A histogram shows log10 of the gradient's magnitude, on a fixed axis from -12 to 3. Gradients that drift to the left
     vanish, those that drift to the right explode, and a high bar at the left edge counts exact zeros. If the callback
     stands before a `GradGuard` that clips, it shows gradients before clipping, else after clipping.
 
-    With ``axis="value"`` a histogram shows the values of ``p.grad``, as ``gradguard_hist_value/NNN_name``. It has 30
-    equal bins around zero. The axis ends at the largest magnitude or at 4 root mean squares, whichever is smaller, and
-    the outer bins count everything beyond.
+    On request, with ``of``, it shows more of the same tensors:
+
+    - "weight", ``gradguard_weight_log10/``: weights before the step.
+    - "update", ``gradguard_update_log10/``: what the optimizer's step added to the weights. The scalar
+      ``gradguard_update_ratio_log10/`` is log10 of its size relative to the weight.
+    - "activation", ``gradguard_activation_log10/``: outputs of leaf modules in training. Hooks are there at the steps
+      that are shown alone. The text ``gradguard_activations/table`` has the shares of saturated and of dead units.
+      Activations that the module computes by functions, such as ``torch.relu``, are not seen, and compiled and scripted
+      modules are left out. Among several processes it shows those of the first.
+
+    With ``axis="value"`` a histogram shows values, as ``gradguard_hist_value/name``. It has 30 equal bins around zero.
+    The axis ends at the largest magnitude or at 4 root mean squares, whichever is smaller, and the outer bins count
+    everything beyond.
 
     With ``exponents=True`` the callback also shows which share of the gradient would lose digits or become zero in
     fp16, bf16 and two formats of fp8: scalars over all tensors, and a table by tensor in the text tab,
@@ -70,22 +95,25 @@ class GradHistogram(Callback):
 
     Example:
         >>> from lightning_gradguard import GradHistogram
-        >>> histogram = GradHistogram(every_n_steps=50, exclude=["*.bias"])
+        >>> histogram = GradHistogram(every_n_steps=50, exclude=["*.bias"], of=("gradient", "update"))
 
     Args:
-        every_n_steps: Optimizer steps between two histograms.
-        include: Patterns of parameter names to show, such as "encoder.*"; all when None.
-        exclude: Patterns of parameter names to leave out.
-        max_tensors: Largest number of tensors shown at a time. If more match, those with the most unusual gradients are
-            shown, and all are counted.
+        every_n_steps: Optimizer steps between two histograms, after the first ones.
+        include: Patterns of parameter names to show, such as "encoder.*"; all when None. A module's activations are
+            shown if a pattern matches its name or that of a parameter of its own.
+        exclude: Patterns of parameter names to leave out, and of modules.
+        max_tensors: Largest number of tensors shown at a time, and of modules. If more match, those with the most
+            unusual gradients are shown, and all are counted.
         max_samples: Largest number of elements read of each tensor, evenly strided; None reads all of them.
         axis: "log10" for magnitudes, "value" for values.
         exponents: Also show what narrow number formats would lose.
+        of: What to show: any of "gradient", "weight", "update" and "activation".
 
     Raises:
-        ValueError: If a number is not a whole number, 1 or more, or if ``axis`` is neither of the two.
-        TypeError: If a number is of another type, patterns are not a sequence of strings, or ``exponents`` is not a
-            bool.
+        ValueError: If a number is not a whole number, 1 or more, if ``axis`` is neither of the two, or if ``of`` is
+            empty or names something else.
+        TypeError: If a number is of another type, patterns or ``of`` are not a sequence of strings, or ``exponents`` is
+            not a bool.
     """
 
     def __init__(
@@ -98,6 +126,7 @@ class GradHistogram(Callback):
         max_samples: int | None = 4096,
         axis: Axis = "log10",
         exponents: bool = False,
+        of: Sequence[Quantity] = ("gradient",),
     ) -> None:
         check_whole("every_n_steps", every_n_steps)
         check_whole("max_tensors", max_tensors)
@@ -107,14 +136,19 @@ class GradHistogram(Callback):
             raise ValueError(f"axis must be {' or '.join(map(repr, AXES))}, got {axis!r}")
         if not isinstance(exponents, bool):
             raise TypeError(f"exponents must be True or False, got {exponents!r}")
+        _check_quantities(of)
         self.every_n_steps, self.max_tensors, self.max_samples = every_n_steps, max_tensors, max_samples
         self.include, self.exclude = include, exclude
-        self.axis, self.exponents = axis, exponents
+        self.axis, self.exponents, self.of = axis, exponents, tuple(of)
         self._patterns = NamePatterns(include, exclude)
         self._shown: dict[int, _ShownTensors] = {}
+        self._restored: dict[str, Any] = {}
+        self._modules = WorstTensors(max_tensors)
+        self._probe: ActivationProbe | None = None
         self._loss: Tensor | None = None
         self._sinks: list[LogSink] = []
         self._fail_safe = FailSafe("GradHistogram")
+        self._after_step: Any = None  # the handle of the hook that shows an update
 
     def __repr__(self) -> str:
         return short_repr(
@@ -126,17 +160,37 @@ class GradHistogram(Callback):
             max_samples=(self.max_samples, 4096),
             axis=(self.axis, "log10"),
             exponents=(self.exponents, False),
+            of=(self.of, ("gradient",)),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy writes nowhere, since an open file has one writer.
-        return {**self.__dict__, "_sinks": [], "_loss": None, "_shown": {}}
+        released: dict[str, Any] = {
+            "_sinks": [],
+            "_loss": None,
+            "_shown": {},
+            "_probe": None,
+            "_after_step": None,
+        }
+        return {**self.__dict__, **released, "_restored": self.state_dict()}
 
     @cached_property
     def state_key(self) -> str:
         """Checkpoint key, equal for equal configuration."""
-        names = ("every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents")
+        names = (
+            "every_n_steps", "include", "exclude", "max_tensors", "max_samples", "axis", "exponents", "of",
+        )  # fmt: skip
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which tensors are shown, as plain types."""
+        own = {str(index): tensors.state_dict() for index, tensors in self._shown.items()}
+        shown = {**self._restored.get("shown", {}), **own}
+        return {"shown": shown, "activations": self._modules.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hold the state until the optimizers are known."""
+        self._restored = state_dict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that hide gradients.
@@ -150,6 +204,8 @@ class GradHistogram(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the loggers; warn of hidden tensors."""
         self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
+        self._modules = WorstTensors(self.max_tensors)
+        self._restore(trainer)
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         if not trainer.loggers and _first_time("no logger"):
             warn(
@@ -158,7 +214,10 @@ class GradHistogram(Callback):
                 "Trainer(logger=TensorBoardLogger(...)), or remove GradHistogram.",
             )
         named = list(pl_module.named_parameters())
-        for problem in self._patterns.problems(list(select(named, None))) if named else ():
+        names = list(select(named, None)) if named else []
+        if "activation" in self.of:
+            names += [name for name, _ in pl_module.named_modules() if name]
+        for problem in self._patterns.problems(names):
             warn(trainer, f"GradHistogram: {problem}")
         if self.axis == "value" and any(is_sharded(p) for _, p in named):
             warn(
@@ -166,30 +225,60 @@ class GradHistogram(Callback):
                 'GradHistogram: sharded gradients are left out, since axis="value" cannot show them. Use axis="log10".',
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the modules whose activations are shown."""
+        self._probe = None
+        if "activation" not in self.of or not self._sinks:
+            return
+        self._probe = ActivationProbe(pl_module, self._patterns.match_module, self.max_samples)
+        if left_out := self._probe.left_out:
+            warn(
+                trainer,
+                f"GradHistogram: activations inside compiled or scripted modules are left out: {_listed(left_out)}. "
+                "Everything else is shown. To see them, train some steps without compiling.",
+            )
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forget the last batch's loss."""
+        """Forget the last batch's loss; listen to modules if this batch is shown."""
         self._loss = None
+        if self._probe is not None and any(map(self._is_due, self._next_steps(trainer))):
+            self._fail_safe.run(self._probe.start)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the loss, whose graph orders the layers."""
+        """Keep the loss; stop listening, since checkpointed modules are called again in backward."""
         self._loss = loss
+        if self._probe is not None:
+            self._probe.stop()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Count and write the gradients, every ``every_n_steps`` steps."""
+        """Count and write, if this step is shown."""
         loss, self._loss = self._loss, None
-        step = trainer.global_step // max(1, len(trainer.optimizers))
+        self._close_hook()
         parameters = members(optimizer)
-        if step % self.every_n_steps or not parameters:
+        if not parameters:
+            return
+        index = optimizer_index(trainer, optimizer)
+        if index not in self._shown:
+            self._shown[index] = self._new_tensors(trainer, index, optimizer)
+        tensors = self._shown[index]
+        # An optimizer such as LBFGS calls its closure several times in a step.
+        if not tensors.start_step(trainer.global_step) or not self._is_due(tensors.step):
             return
         if is_step_without_loss(pl_module, scaler_of(trainer), loss):
             return
         # If gradients are sharded, every rank has to take part, also rank 0 when its loggers have failed.
         if self._sinks or (trainer.loggers and any(map(is_sharded, parameters))):
-            self._fail_safe.run(lambda: self._show(trainer, pl_module, optimizer, loss))
+            self._fail_safe.run(lambda: self._show(trainer, pl_module, index, optimizer))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Remove all hooks."""
+        self._close_hook()
+        if self._probe is not None:
+            self._probe.stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the loggers."""
@@ -199,54 +288,86 @@ class GradHistogram(Callback):
         """Close the loggers."""
         self._close()
 
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0 or is_early(step)
+
+    def _next_steps(self, trainer: Trainer) -> Iterable[int]:
+        """Return the number of the coming step of each optimizer."""
+        if not self._shown:
+            return [trainer.global_step // max(1, len(trainer.optimizers))]
+        return [tensors.next_step(trainer.global_step) for tensors in self._shown.values()]
+
+    def _restore(self, trainer: Trainer) -> None:
+        """Continue with the state of a checkpoint, if there is one."""
+        state, self._restored = self._restored if trainer.ckpt_path else {}, {}
+        if not state:
+            return
+        try:
+            check_form(state, _FORM, "the state")
+            self._modules.load_state_dict(state["activations"])
+            self._restored = dict(state)
+        except ValueError as error:
+            self._warn_of_damage(trainer, error)
+
+    def _warn_of_damage(self, trainer: Trainer, error: ValueError) -> None:
+        warn(
+            trainer,
+            "GradHistogram: the choice of tensors begins anew, since its saved state is damaged "
+            f"({short(str(error))}).",
+        )
+
+    def _new_tensors(self, trainer: Trainer, index: int, optimizer: torch.optim.Optimizer) -> _ShownTensors:
+        """Return an optimizer's tensors, as a checkpoint has them."""
+        steps = trainer.global_step // max(1, len(trainer.optimizers))
+        tensors = _ShownTensors(optimizer, WorstTensors(self.max_tensors), steps)
+        state = self._restored.get("shown", {}).get(str(index))
+        try:
+            if state is not None:
+                tensors.load_state_dict(state)
+        except ValueError as error:
+            self._warn_of_damage(trainer, error)
+        return tensors
+
     def _show(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        optimizer: torch.optim.Optimizer,
-        loss: Tensor | None,
+        self, trainer: Trainer, module: LightningModule, index: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Count gradients; write those of the worst tensors."""
-        index, scaler = optimizer_index(trainer, optimizer), scaler_of(trainer)
-        if index not in self._shown:
-            self._shown[index] = _ShownTensors(optimizer, WorstTensors(self.max_tensors))
-        tensors = self._shown[index]
-        tensors.update(module, loss)
+        """Count, and write what the worst tensors show."""
+        tensors, scaler = self._shown[index], scaler_of(trainer)
+        tensors.update(module)
         if scaler is not None:  # gradients are still scaled before a fused optimizer's step
-            unscale(tensors.optimizer, scaler)
-        counted = self._count(tensors.parameters)
-        if not self._sinks:
-            return
-        names = [name for name in tensors.names if name in counted]
-        shown = tensors.worst.choose({name: counted[name].rms for name in names})
-        if not shown:
-            return
-        titles = dict(zip(tensors.names, tag_names(tensors.names), strict=True))
-        group = tag_group(index)
-        limits = {name: counted[name].limit for name in shown} if self.axis == "value" else None
-        step = logging_step(trainer)
-        bins = {name: counted[name].bins for name in shown}
-        records = [histogram_record(bins, titles, limits=limits, group=group)]
-        if self.exponents:
-            below = {name: counted[name].below for name in names}
-            records.append(exponents_record(below, titles, shown, step=step, group=group))
-        for sink in self._sinks:
-            for record in records:
-                sink.write(step, record)
+            unscale(optimizer, scaler)
+        wanted = self._wanted(tensors.parameters)
+        gradients = self._count_gradients(wanted)
+        step, group = logging_step(trainer), tag_group(index)
+        counted = {name: gradients[name] for name, p in wanted.items() if p.grad is not None}
+        is_regular = tensors.step % self.every_n_steps == 0 and tensors.step > 0
+        shown = tensors.worst.choose({name: c.rms for name, c in counted.items()}, is_regular=is_regular)
+        write = partial(self._write, step, group)
+        if shown and "gradient" in self.of:
+            write("gradient", {name: counted[name] for name in shown})
+        if shown and self.exponents:
+            below = {name: c.below for name, c in counted.items()}
+            self._log(step, exponents_record(below, shown, step=step, group=group))
+        if self._probe is not None:
+            self._show_activations(step, group, is_regular)
+        if "weight" in self.of or "update" in self.of:
+            # All ranks count the parts of a sharded weight, but only the first one has chosen.
+            kept = {n: p for n, p in wanted.items() if n in shown or any(map(is_sharded, wanted.values()))}
+            if kept:
+                self._show_weights(optimizer, kept, shown, write)
 
-    def _count(self, parameters: Mapping[str, Tensor]) -> dict[str, _Counted]:
-        """Return the counts of each gradient by name.
-
-        Every rank counts its part of a sharded gradient.
-        """
+    def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
         if self.axis == "value":
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
-        if not wanted:
-            return {}
+        return wanted
+
+    def _count_gradients(self, wanted: Mapping[str, Tensor]) -> dict[str, _Counted]:
+        """Return the counts of each gradient by name."""
         tensors = list(wanted.values())
-        shards = Shards.of(tensors)
-        if shards is not None:
+        if not tensors:
+            return {}
+        if any(map(is_sharded, tensors)):
             align_gradients(tensors)
         counts = count(
             [None if p.grad is None else local(p.grad) for p in tensors],
@@ -254,23 +375,111 @@ class GradHistogram(Callback):
             axis=self.axis,
             thresholds=THRESHOLDS if self.exponents else (),
         )
-        table = torch.cat([counts.squares.unsqueeze(1), counts.bins, counts.below], 1)
-        if shards is not None:
-            table = shards.sum_over_ranks([table * shards.shares.unsqueeze(1)])[0].float()
-        numbers = read(torch.cat([counts.limits.unsqueeze(1), table], 1).flatten())
-        width = len(numbers) // len(wanted)
-        found = {}
-        for i, (name, p) in enumerate(wanted.items()):
-            if p.grad is not None:
-                limit, squares, *rest = numbers[i * width : (i + 1) * width]
-                rms = (squares / max(p.numel(), 1)) ** 0.5
-                found[name] = _Counted(rms, limit, rest[:_BINS], rest[_BINS:])
-        return found
+        return _read(wanted, counts)
+
+    def _show_weights(
+        self,
+        optimizer: torch.optim.Optimizer,
+        kept: Mapping[str, Tensor],
+        shown: Sequence[str],
+        write: Any,
+    ) -> None:
+        """Show weights now, and their update after the step."""
+        before = self._sample(kept)
+        copies = [g._replace(values=g.values.clone()) for g in before] if "update" in self.of else before
+        weights = _read(kept, count_samples(copies, axis=self.axis))
+        if "weight" in self.of:
+            write("weight", {name: weights[name] for name in shown})
+        if "update" not in self.of:
+            return
+
+        def show_update(*_: object) -> None:
+            self._close_hook()
+            self._fail_safe.run(self._show_update, kept, before, weights, shown, write)
+
+        self._after_step = optimizer.register_step_post_hook(show_update)
+
+    @torch.no_grad()
+    def _show_update(
+        self,
+        kept: Mapping[str, Tensor],
+        before: list[Samples],
+        weights: Mapping[str, _Counted],
+        shown: Sequence[str],
+        write: Any,
+    ) -> None:
+        """Show what a step added to the weights."""
+        added = [after.minus(earlier) for after, earlier in zip(self._sample(kept), before, strict=True)]
+        updates = _read(kept, count_samples(added, axis=self.axis))
+        write("update", {name: updates[name] for name in shown})
+        ratios = {n: updates[n].rms / weights[n].rms for n in shown if weights[n].rms > 0}
+        step, group = write.args
+        self._log(step, update_ratio_record(ratios, group=group))
+
+    def _sample(self, parameters: Mapping[str, Tensor]) -> list[Samples]:
+        return list(sample([local(p.detach()) for p in parameters.values()], max_samples=self.max_samples))
+
+    def _show_activations(self, step: int, group: str, is_regular: bool) -> None:
+        """Show what the modules gave in the newest pass."""
+        assert self._probe is not None
+        found = self._probe.take()
+        if not found:
+            return
+        rows = {f"{name}\0{i}": c for name, seen in found.items() for i, c in enumerate(seen.calls)}
+        calls = [count_samples([c], axis=self.axis) for c in rows.values()]
+        shares = [
+            torch.full((), math.nan, device=seen.calls[0].values.device) if x is None else x
+            for seen in found.values()
+            for x in (seen.saturated, seen.dead)
+        ]
+        device = shares[0].device
+        table = torch.cat([_table(c).to(device) for c in calls])
+        numbers = read(torch.cat([table.flatten(), torch.stack([x.to(device) for x in shares])]))
+        counted = _parse(
+            numbers, rows, [c.values.numel() * c.scale[0] for c in rows.values()], table.shape[1]
+        )
+        merged = {
+            name: _Counted.merge([counted[f"{name}\0{i}"] for i in range(len(seen.calls))])
+            for name, seen in found.items()
+        }
+        shown = self._modules.choose({name: c.rms for name, c in merged.items()}, is_regular=is_regular)
+        self._write(step, group, "activation", {name: merged[name] for name in shown})
+        known = [None if math.isnan(x) else x for x in numbers[table.numel() :]]
+        pairs = dict(zip(found, zip(known[::2], known[1::2], strict=True), strict=True))
+        self._log(step, activations_record(pairs, step=step, group=group))
+
+    def _write(self, step: int, group: str, quantity: Quantity, counted: Mapping[str, _Counted]) -> None:
+        if not counted:
+            return
+        limits = {name: c.limit for name, c in counted.items()} if self.axis == "value" else None
+        bins = {name: c.bins for name, c in counted.items()}
+        self._log(step, histogram_record(bins, quantity=quantity, limits=limits, group=group))
+
+    def _log(self, step: int, record: LogRecord) -> None:
+        for sink in self._sinks:
+            sink.write(step, record)
+
+    def _close_hook(self) -> None:
+        if self._after_step is not None:
+            self._after_step.remove()
+            self._after_step = None
 
     def _close(self) -> None:
+        self._close_hook()
+        if self._probe is not None:
+            self._probe.stop()
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+
+
+def _check_quantities(of: object) -> None:
+    if isinstance(of, str) or not isinstance(of, Sequence) or not all(isinstance(q, str) for q in of):
+        raise TypeError(f'of must be a sequence such as ("gradient", "weight"), got {of!r}')
+    odd = [q for q in of if q not in QUANTITIES]
+    if odd or not of:
+        names = ", ".join(map(repr, QUANTITIES))
+        raise ValueError(f"of must hold one or more of {names}, got {of!r}")
 
 
 @cache
@@ -286,44 +495,108 @@ def _first_time(notice: str) -> bool:
     return is_first
 
 
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(name or "the whole module" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class _Counted(NamedTuple):
+    """Counts of one tensor, read on the host."""
+
     rms: float  # not finite if an element is not
     limit: float
     bins: list[float]
     below: list[float]
+    numel: float
+
+    @classmethod
+    def merge(cls, parts: Sequence[_Counted]) -> _Counted:
+        """Join counts of several tensors; with an axis of values, those of the first."""
+        if len(parts) == 1 or len({part.limit for part in parts}) > 1:
+            return parts[0]
+        numel = sum(part.numel for part in parts)
+        squares = sum(part.rms**2 * part.numel for part in parts)
+        bins = [sum(column) for column in zip(*(part.bins for part in parts), strict=True)]
+        return cls((squares / max(numel, 1)) ** 0.5, parts[0].limit, bins, [], numel)
+
+
+def _table(counts: Counts) -> Tensor:
+    """Return limits, squares, bins and thresholds as [T, N]."""
+    head = torch.stack([counts.limits, counts.squares], 1)
+    return torch.cat([head, counts.bins, counts.below], 1)
+
+
+def _read(parameters: Mapping[str, Tensor], counts: Counts) -> dict[str, _Counted]:
+    """Read counts by name of the parameter; those of a sharded one are summed over ranks."""
+    tensors, table = list(parameters.values()), _table(counts)
+    shards = Shards.of(tensors)
+    if shards is not None:
+        summed = shards.sum_over_ranks([table[:, 1:] * shards.shares.unsqueeze(1)])[0].float()
+        table = torch.cat([table[:, :1], summed], 1)
+    return _parse(read(table.flatten()), parameters, [p.numel() for p in tensors], table.shape[1])
+
+
+def _parse(
+    numbers: Sequence[float], names: Iterable[str], numels: Sequence[float], width: int
+) -> dict[str, _Counted]:
+    found = {}
+    for i, (name, numel) in enumerate(zip(names, numels, strict=True)):
+        limit, squares, *rest = numbers[i * width : (i + 1) * width]
+        found[name] = _Counted((squares / max(numel, 1)) ** 0.5, limit, rest[:_BINS], rest[_BINS:], numel)
+    return found
 
 
 class _ShownTensors:
-    """Parameters of one optimizer, in order, and those shown.
+    """Parameters of one optimizer, and those shown.
 
-    Attributes:
+    Args:
         optimizer: The optimizer.
         worst: Choice of the tensors that are shown.
+        steps: Steps that the optimizer has taken.
+
+    Attributes:
+        worst: The choice.
+        step: Number of the step that is being taken.
         parameters: Parameters by name, in the order of ``named_parameters``, the same on every rank.
-        names: Names from input to output, as far as a graph has shown.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, worst: WorstTensors) -> None:
-        self.optimizer, self.worst = optimizer, worst
+    def __init__(self, optimizer: torch.optim.Optimizer, worst: WorstTensors, steps: int) -> None:
+        self._optimizer, self.worst = optimizer, worst
+        self.step = steps - 1
         self.parameters: dict[str, Tensor] = {}
-        self.names: tuple[str, ...] = ()
         self._members: list[Tensor] = []
-        self._patterns: set[tuple[bool, ...]] = set()
+        self._newest: int | None = None
 
-    def update(self, module: LightningModule, loss: Tensor | None) -> None:
-        """Update parameters, and their order for new gradients."""
-        found = members(self.optimizer)
+    def start_step(self, global_step: int) -> bool:
+        """Count a step; return False if it is the same as before."""
+        if self._newest == global_step:
+            return False
+        self._newest, self.step = global_step, self.step + 1
+        return True
+
+    def next_step(self, global_step: int) -> int:
+        """Return the number of the coming step."""
+        return self.step + (self._newest != global_step)
+
+    def update(self, module: nn.Module) -> None:
+        """Update the parameters, which may have been added."""
+        found = members(self._optimizer)
         if not are_same(found, self._members):
-            self._members, self._patterns = found, set()
-            self.parameters = select(list(module.named_parameters()), self.optimizer)
-            self.names = tuple(self.parameters)
-        pattern = tuple(p.grad is not None for p in self.parameters.values())
-        known = pattern in self._patterns or len(self._patterns) >= MAX_READINGS
-        if known or loss is None or loss.grad_fn is None:
-            return
-        self._patterns.add(pattern)
-        summary = summarize_graph(loss, self.parameters)
-        self.names = tuple(summary.names[i] for i in summary.order)
+            self._members = found
+            self.parameters = select(list(module.named_parameters()), self._optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain types."""
+        return {"steps": self.step + 1, "worst": self.worst.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with a checkpoint's state.
+
+        Raises:
+            ValueError: If it has another form.
+        """
+        self.worst.load_state_dict(state["worst"])
+        self.step = state["steps"] - 1
 
 
 class NamePatterns:
@@ -353,6 +626,16 @@ class NamePatterns:
         """Return True if the name is shown."""
         included = self._include is None or any(fnmatchcase(name, p) for p in self._include)
         return included and not any(fnmatchcase(name, p) for p in self._exclude)
+
+    def match_module(self, name: str, module: nn.Module) -> bool:
+        """Return True if a module's activations are shown."""
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+        included = self._include is None or any(
+            fnmatchcase(n, p) for n in (name, *own) for p in self._include
+        )
+        if not included or any(fnmatchcase(name, p) for p in self._exclude):
+            return False
+        return not own or any(not any(fnmatchcase(n, p) for p in self._exclude) for n in own)
 
     def problems(self, names: Sequence[str]) -> list[str]:
         """Return a message per pattern without match.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradguard.callbacks.trainer_adapter import logging_step, warn
+from lightning_gradguard.callbacks.trainer_adapter import is_early, logging_step, publish_metrics, warn
 from lightning_gradguard.forms import check_form
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.loggers import open_sinks
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class RunLogging:
     """Overview of each optimizer's steps.
 
-    It is written at the steps at which Lightning logs.
+    It is written at the first steps and at those at which Lightning logs. Its numbers are also among the Trainer's
+    ``callback_metrics``, in every process, so that other callbacks can follow them.
 
     Args:
         per_layer: Also write a scalar for each tensor.
@@ -36,6 +38,11 @@ class RunLogging:
         # By the index of the optimizer: names of the tensors in order, and their overview.
         self._overviews: dict[int, tuple[tuple[str, ...], Overview]] = {}
         self._restored: dict[str, Any] = {}
+        self._step, self._written = (
+            0,
+            -1,
+        )  # Lightning's newest step, and the last one whose numbers were written
+        self._is_due = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy writes nowhere, since an open file has one writer.
@@ -47,6 +54,7 @@ class RunLogging:
         Rank 0 opens the loggers.
         """
         self._overviews = {}
+        self._step, self._written, self._is_due = 0, -1, False
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._restored = self._restored if trainer.ckpt_path else {}
 
@@ -72,16 +80,36 @@ class RunLogging:
             metrics = trainer._logger_connector._progress_bar_metrics
             metrics.update(progress_bar_values(guards))  # type: ignore[arg-type]
         report = guards[index].report
-        if not self._sinks or report is None:
+        if report is None or trainer.barebones:
             return
+        self._step = logging_step(trainer)
         overview = self._overview(trainer, guards[index], index)
-        overview.observe(report)
-        if diagnosis is not None:
-            overview.add_diagnosis(diagnosis.to_markdown())
-        for mistake in mistakes:
-            overview.add_diagnosis(mistake)
-        if trainer._logger_connector.should_update_logs:
+        if self._sinks:
+            overview.observe(report)
+            if diagnosis is not None:
+                overview.add_diagnosis(diagnosis.to_markdown())
+            for mistake in mistakes:
+                overview.add_diagnosis(mistake)
+        else:
+            overview.count(report)
+        if trainer._logger_connector.should_update_logs or is_early(self._step):
+            self._is_due = True
             self._write(trainer, guards[index], index)
+
+    def end_batch(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
+        """Publish the newest numbers, where they were logged or an epoch ends."""
+        if self._is_due or trainer.is_last_batch:
+            self.publish(trainer, guards)
+        self._is_due = False
+
+    def publish(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
+        """Put the newest numbers among the Trainer's metrics."""
+        metrics: dict[str, float] = {}
+        for index, guard in guards.items():
+            if guard.report is not None and index in self._overviews:
+                metrics |= self._overviews[index][1].scalars(guard.report, **_of_record(guard))
+        if metrics:
+            publish_metrics(trainer, metrics)
 
     def finish(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
         """Write final heat maps; close the loggers."""
@@ -106,12 +134,14 @@ class RunLogging:
     def _write(self, trainer: Trainer, guard: Guard, index: int, *, final: bool = False) -> None:
         if not self._sinks or guard.report is None or guard.record is None:
             return
-        tilt, ratio = (None if math.isnan(x) else x for x in (guard.record.tilt, guard.record.update_ratio))
         overview = self._overview(trainer, guard, index)
         overview.show_clipping(guard.clip_spans)
-        record = overview.build_record(guard.report, tilt=tilt, update_ratio=ratio, final=final)
+        record = overview.build_record(guard.report, **_of_record(guard), final=final)
+        if final and self._written == self._step:
+            record = replace(record, scalars={})
+        self._written = self._step
         for sink in self._sinks:
-            sink.write(logging_step(trainer), record)
+            sink.write(self._step, record)
 
     def _overview(self, trainer: Trainer, guard: Guard, index: int) -> Overview:
         """Return an optimizer's overview, new for changed tensors."""
@@ -141,6 +171,14 @@ class RunLogging:
                 return self._overview(trainer, guard, index)
             self._overviews[index] = (names, overview)
         return self._overviews[index][1]
+
+
+def _of_record(guard: Guard) -> dict[str, float | None]:
+    """Return what the newest full evaluation measured, None where it is not known."""
+    if guard.record is None:
+        return {}
+    known = {"tilt": guard.record.tilt, "update_ratio": guard.record.update_ratio}
+    return {name: None if math.isnan(x) else x for name, x in known.items()}
 
 
 def progress_bar_values(guards: Mapping[int, Guard]) -> dict[str, float | str]:

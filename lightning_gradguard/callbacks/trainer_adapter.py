@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import metadata
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 #: The two packages that Lightning is published in.
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+#: Steps at which something is logged, whatever the interval.
+EARLY_STEPS = frozenset({0, 1, 2, 5, 10, 20, 50})
 
 
 def package_of(trainer: Trainer) -> str:
@@ -225,9 +228,20 @@ def optimizer_index(trainer: Trainer, optimizer: torch.optim.Optimizer) -> int:
     return next((i for i, own in enumerate(trainer.optimizers) if own is optimizer), 0)
 
 
+def is_early(step: int) -> bool:
+    """Return True for the first steps that are logged whatever the interval, so that a short run shows a course."""
+    return step in EARLY_STEPS
+
+
 def logging_step(trainer: Trainer) -> int:
     """Return the step that Lightning's own logging shows."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def publish_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Put numbers among a trainer's metrics, where other callbacks find them."""
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update({name: torch.tensor(x, device=device) for name, x in metrics.items()})
 
 
 def drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:

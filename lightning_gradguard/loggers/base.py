@@ -84,11 +84,12 @@ class FailSafe:
         """True once the output has been switched off."""
         return self._failures >= PATIENCE
 
-    def run(self, action: Callable[[], T]) -> T | None:
+    def run(self, action: Callable[..., T], *arguments: Any) -> T | None:
         """Call ``action`` and catch its errors.
 
         Args:
             action: Writes to the output. It is not called once the output is off.
+            *arguments: What it is called with.
 
         Returns:
             What ``action`` returns; None if it raised or was not called.
@@ -96,7 +97,7 @@ class FailSafe:
         if self.is_off:
             return None
         try:
-            result = action()
+            result = action(*arguments)
         except Exception as error:
             self._failures += 1
             if not self._warned:

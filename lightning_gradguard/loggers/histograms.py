@@ -5,60 +5,137 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
+from lightning_gradguard.forms import Each, check_form
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.stats.histogram import SPREAD, edges
 
-#: Decades (factors of ten) by which a tensor must be worse than the mildest shown one to replace it.
-MARGIN = 1.0
+#: What a histogram can be of.
+Quantity = Literal["gradient", "weight", "update", "activation"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
+#: Decades (factors of ten) by which a tensor must be worse than the mildest shown one to replace it, and how many times
+#: in a row.
+MARGIN, LOOKS = 1.0, 3
+
+_READ = {
+    "gradient": (
+        "A drift to the left, over time or from late layers to early ones, is vanishing. A drift to the right is "
+        "exploding. A peak in the leftmost bin is exact zeros: dead units or underflow."
+    ),
+    "weight": (
+        "A drift to the right is weights that grow, to the left weights that decay. A peak in the leftmost bin is "
+        "exact zeros."
+    ),
+    "update": (
+        "What the optimizer's step added to each element. About three decades left of the weights is usual. A peak in "
+        "the leftmost bin is elements that did not change."
+    ),
+    "activation": (
+        "The output of the module in one forward pass. A peak in the leftmost bin is exact zeros: units that are off. "
+        "A drift to the right from layer to layer is a signal that grows."
+    ),
+}
+_WHAT = {
+    "gradient": "the gradient of `{name}`",
+    "weight": "the weight `{name}`, before the step",
+    "update": "the update of `{name}`",
+    "activation": "the output of module `{name}`",
+}
 _LOG10_NOTE = (
-    "**log10 of the gradient's magnitude**, all elements of `{name}`. One unit is a decade, a factor of ten. A drift "
-    "to the left, over time or from late layers to early ones, is vanishing. A drift to the right is exploding. A "
-    "peak in the leftmost bin is exact zeros: dead units or underflow. NaN and infinity are not counted."
+    "**log10 of the magnitude** of {what}, all elements. One unit is a decade, a factor of ten. {read} NaN and "
+    "infinity are not counted."
 )
 _VALUE_NOTE = (
-    f"**Values of the gradient**, all elements of `{{name}}`. The axis is as wide as the largest magnitude, but "
-    f"no wider than {SPREAD:.0f} root mean squares to each side. Values beyond it are counted in the outer bins. NaN "
-    "and infinity are not counted."
+    f"**Values** of {{what}}, all elements. The axis is as wide as the largest magnitude, but no wider than "
+    f"{SPREAD:.0f} root mean squares to each side. Values beyond it are counted in the outer bins. NaN and infinity "
+    "are not counted."
 )
 
 
 def histogram_record(
     counts: Mapping[str, Sequence[float]],
-    titles: Mapping[str, str],
     *,
+    quantity: Quantity = "gradient",
     limits: Mapping[str, float] | None = None,
     group: str = "gradguard",
 ) -> LogRecord:
-    """Return a record of gradient histograms.
+    """Return a record of histograms.
+
+    The tag ends with the tensor's full name, as messages have it.
 
     Args:
-        counts: 30 counts for each parameter that is shown.
-        titles: Parameter name to its `lightning_gradguard.loggers.tags.tag_names`.
+        counts: 30 counts for each tensor that is shown, by its name.
+        quantity: What is counted.
         limits: For histograms of values, half the width of each axis; those of log10 have one axis.
-        group: Beginning of the tag group, for a second optimizer "gradguard_1". Otherwise its titles would
-            meet those of the first.
+        group: Beginning of the tag group, for a second optimizer "gradguard_1".
     """
-    kind, note = ("log10", _LOG10_NOTE) if limits is None else ("value", _VALUE_NOTE)
-    tags = {name: f"{group}_hist_{kind}/{titles[name]}" for name in counts}
+    axis, note = ("log10", _LOG10_NOTE) if limits is None else ("value", _VALUE_NOTE)
+    kind = "hist" if quantity == "gradient" else quantity
+    tags = {name: f"{group}_{kind}_{axis}/{name}" for name in counts}
+    what, read = _WHAT[quantity], _READ[quantity]
     return LogRecord(
         histograms={tags[name]: column for name, column in counts.items()},
-        notes={tag: note.format(name=name) for name, tag in tags.items()},
+        notes={tag: note.format(what=what.format(name=name), read=read) for name, tag in tags.items()},
         edges={} if limits is None else {tags[name]: edges(limits[name]) for name in counts},
+    )
+
+
+def activations_record(
+    shares: Mapping[str, tuple[float | None, float | None]], *, step: int, group: str = "gradguard"
+) -> LogRecord:
+    """Return a record with a table of saturated and dead units.
+
+    Args:
+        shares: For each module, the share of its output that is saturated, and of its units that are dead; None where
+            that has no meaning.
+        step: For the table's heading.
+        group: As in `histogram_record`.
+    """
+    note = (
+        "**Saturated**: share of the module's output that lies within 1 % of its range from an end, where gradients "
+        "are nearly zero. **Dead**: share of its units that gave zero for the whole batch, and get no gradient."
+    )
+    rows = [
+        f"| {_code(name)} | " + " | ".join("" if x is None else _percent(x) for x in pair) + " |"
+        for name, pair in shares.items()
+        if pair != (None, None)
+    ]
+    if not rows:
+        return LogRecord()
+    table = "\n".join(["| module | saturated | dead |", "|---|---|---|", *rows])
+    tag = f"{group}_activations/table"
+    return LogRecord(texts={tag: f"### Activations, step {step:,}\n\n{note}\n\n{table}"}, notes={tag: note})
+
+
+def update_ratio_record(ratios: Mapping[str, float], *, group: str = "gradguard") -> LogRecord:
+    """Return a record of log10 of ‖Δw‖ / ‖w‖, one scalar for each tensor.
+
+    Args:
+        ratios: Ratio of each tensor by its name; one that is 0 or not finite is left out.
+        group: As in `histogram_record`.
+    """
+    tags = {f"{group}_update_ratio_log10/{name}": (name, x) for name, x in ratios.items() if 0 < x < math.inf}
+    note = (
+        "log10 of the size of the applied update of `{name}` relative to the weight. About -3 is usual. Above -1 the "
+        "steps are too large; below -6 nothing is learned."
+    )
+    return LogRecord(
+        scalars={tag: math.log10(x) for tag, (_, x) in tags.items()},
+        notes={tag: note.format(name=name) for tag, (name, _) in tags.items()},
     )
 
 
 class WorstTensors:
     """Choice of the tensors that are shown.
 
-    They are the ones whose gradient RMS is farthest from that of the median tensor. A histogram is read over time, so a
-    tensor that is shown stays. It is replaced only by one that is a decade (a factor of ten) farther from the median
-    than the mildest shown one.
+    They are the ones whose RMS is farthest from that of the median tensor. A histogram is read over time, so a tensor
+    that is shown stays, also while it has no gradient. It is replaced only by one that is a decade (a factor of ten)
+    farther from the median than the mildest shown one, at three regular looks in a row.
 
     Args:
         max_tensors: Largest number shown at a time, at least 1.
@@ -72,35 +149,48 @@ class WorstTensors:
             raise ValueError(f"max_tensors must be at least 1, got {max_tensors}")
         self._max_tensors = max_tensors
         self._shown: list[str] = []
+        self._looks: dict[str, int] = {}
 
-    def choose(self, rms: Mapping[str, float]) -> list[str]:
+    def choose(self, rms: Mapping[str, float], *, is_regular: bool = True) -> list[str]:
         """Return the tensors to show, in the given order.
 
         Args:
-            rms: Gradient RMS of each tensor that has a gradient; one that is not finite is worst.
+            rms: RMS of each tensor that there is now; one that is not finite is worst.
+            is_regular: False for a look between the regular ones, which replaces no tensor.
         """
-        # Decades from the median tensor; infinite where the RMS is not finite.
+        # Decades from the median tensor; infinite where the RMS is not finite, below zero where there is none now.
         decades = {name: math.log10(max(x, 1e-38)) for name, x in rms.items() if math.isfinite(x)}
         median = statistics.median(decades.values()) if decades else 0.0
         distance = {name: abs(decades[name] - median) if name in decades else math.inf for name in rms}
-        self._shown = [name for name in self._shown if name in distance]
-        waiting = sorted(distance.keys() - set(self._shown), key=lambda n: (-distance[n], n))
+        distance |= dict.fromkeys(set(self._shown) - rms.keys(), -MARGIN)
+        waiting = sorted(rms.keys() - set(self._shown), key=lambda n: (-distance[n], n))
         vacant = self._max_tensors - len(self._shown)
         self._shown += waiting[:vacant]
-        for name in waiting[vacant:]:
-            mildest = min(self._shown, key=lambda n: distance[n])
-            if distance[mildest] == math.inf or distance[name] < distance[mildest] + MARGIN:
-                break
-            self._shown[self._shown.index(mildest)] = name
+        if is_regular:
+            looks, self._looks = self._looks, {}
+            for name in waiting[vacant:]:
+                mildest = min(self._shown, key=lambda n: distance[n])
+                if distance[mildest] == math.inf or distance[name] < distance[mildest] + MARGIN:
+                    break
+                self._looks[name] = looks.get(name, 0) + 1
+                if self._looks[name] >= LOOKS:
+                    self._shown[self._shown.index(mildest)] = name
+                    del self._looks[name]
         return [name for name in rms if name in self._shown]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types."""
-        return {"shown": list(self._shown)}
+        return {"shown": list(self._shown), "looks": dict(self._looks)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the tensors of `state_dict`."""
-        self._shown = list(state["shown"])[: self._max_tensors]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the tensors of `state_dict`.
+
+        Raises:
+            ValueError: If it has another form.
+        """
+        check_form(state, {"shown": [str], "looks": Each(int)}, "the state")
+        self._shown = list(dict.fromkeys(state["shown"]))[: self._max_tensors]
+        self._looks = dict(state["looks"])
 
 
 class Format(NamedTuple):
@@ -154,7 +244,6 @@ _SCALAR_NOTE = (
 
 def exponents_record(
     below: Mapping[str, Sequence[float]],
-    titles: Mapping[str, str],
     rows: Sequence[str],
     *,
     step: int,
@@ -167,7 +256,6 @@ def exponents_record(
 
     Args:
         below: For each parameter, the number of its nonzero elements below each of `THRESHOLDS`.
-        titles: Parameter name to its `lightning_gradguard.loggers.tags.tag_names`.
         rows: Parameters that have a row in the table.
         step: For the table's heading.
         group: Beginning of the tag group, for a second optimizer "gradguard_1".
@@ -192,7 +280,7 @@ def exponents_record(
                 + " | ".join(f"{f.normal:.1e} / {f.subnormal:.1e}" for f in FORMATS)
                 + " |",
                 _row(f"**all {len(below):,} tensors**", whole),
-                *(_row(f"`{titles[name]}`", below[name]) for name in rows),
+                *(_row(_code(name), below[name]) for name in rows),
             ]
         ),
     ]
@@ -226,6 +314,11 @@ def _cell(coarse: float, lost: float, over: float) -> str:
     parts += [f"{_percent(over)} overflow"] if over else []
     text = ", ".join(parts)
     return f"**{text}**" if max(lost, over) >= BOLD else text
+
+
+def _code(name: str) -> str:
+    """Return a name as code for a cell of a table."""
+    return "`" + name.replace("|", "\\|") + "`"
 
 
 def _percent(share: float) -> str:

@@ -18,7 +18,7 @@ from lightning_gradguard.loggers.tags import (
     LAYER_RMS,
     NOTES,
     RMS_NOTE,
-    tag_names,
+    heatmap_tag,
 )
 from lightning_gradguard.results import ClipSpan, Report, Severity
 
@@ -72,9 +72,10 @@ class Overview:
         self._numels = dict(zip(names, numels, strict=True))
         self._layers = _layers(names, matrices)
         self._heatmap = Heatmap([layer.name for layer in self._layers])
-        self._titles = dict(zip(names, tag_names(names), strict=True)) if per_layer else {}
+        self._singly = tuple(names) if per_layer else ()
         self._notes = {f"{group}/{name}": note for name, note in NOTES.items()}
-        self._notes |= {f"{group}_rms_log10/{t}": RMS_NOTE.format(name=n) for n, t in self._titles.items()}
+        self._notes[heatmap_tag(group)] = NOTES[HEATMAP]
+        self._notes |= {f"{group}_rms_log10/{name}": RMS_NOTE.format(name=name) for name in self._singly}
         self._nonfinite = self._clipped = self._skipped = 0
         self._was_in_force = False
         self._rows: list[tuple[int, list[float]]] = []
@@ -83,12 +84,7 @@ class Overview:
 
     def observe(self, report: Report) -> None:
         """Add one step; most steps are cheap."""
-        self._steps += 1
-        finite = math.isfinite(report.total_norm)
-        clipped = report.scale < 1 and not report.skip
-        self._nonfinite += not finite
-        self._clipped += clipped
-        self._skipped += report.skip
+        finite, clipped = self.count(report)
         # A row is kept where it changes the picture, so there are no more rows than the picture can hold.
         is_new = self._heatmap.starts_column(report.step)
         if is_new or not finite:
@@ -108,6 +104,16 @@ class Overview:
                 # Somebody will look now; yet a run that finds something all the time must not draw all the time.
                 self._next_drawing = min(self._next_drawing, math.ceil(1.1 * self._drawn) + 1)
 
+    def count(self, report: Report) -> tuple[bool, bool]:
+        """Count one step that nobody will look at; return if it was finite, and if it was clipped."""
+        finite = math.isfinite(report.total_norm)
+        clipped = report.scale < 1 and not report.skip
+        self._steps += 1
+        self._nonfinite += not finite
+        self._clipped += clipped
+        self._skipped += report.skip
+        return finite, clipped
+
     def add_diagnosis(self, markdown: str) -> None:
         """Add a diagnosis in Markdown."""
         self._log.add_diagnosis(markdown)
@@ -120,6 +126,37 @@ class Overview:
         """
         self._was_in_force = bool(spans)
         self._log.set_spans(spans)
+
+    def scalars(
+        self, report: Report, *, tilt: float | None = None, update_ratio: float | None = None
+    ) -> dict[str, float]:
+        """Return the numbers of an observed step by tag, at most twelve.
+
+        Args:
+            report: The newest report.
+            tilt: As in `build_record`.
+            update_ratio: As in `build_record`.
+        """
+        rms = [x for x in self._layer_rms(report.norms) if x is not None]
+        scalars: dict[str, float | None] = {
+            "grad_norm": report.total_norm,
+            "total_norm_log10": _log10(report.total_norm),
+            "worst_layer_rms_log10": _worst(rms),
+            "depth_tilt_decades": tilt,
+            "update_ratio_log10": None if update_ratio is None else _log10(update_ratio),
+            "clip_scale": report.scale,
+        }
+        # A clipper that is in force only for some time goes on being shown after it.
+        if report.threshold is not None or self._was_in_force:
+            taken = self._steps - self._skipped
+            scalars["clip_rate"] = self._clipped / taken if taken else None
+            scalars["grad_norm_clipped"] = None if report.skip else report.clipped_norm
+        if report.threshold is not None:
+            scalars["threshold_log10"] = _log10(report.threshold)
+        scalars["nonfinite_total"] = float(self._nonfinite)
+        scalars["clipped_total"] = float(self._clipped)
+        scalars["skipped_total"] = float(self._skipped)
+        return {f"{self._group}/{name}": x for name, x in scalars.items() if x is not None}
 
     def build_record(
         self,
@@ -137,30 +174,12 @@ class Overview:
             update_ratio: Applied update ratio, dimensionless, if known.
             final: No record will follow, so the picture must be drawn.
         """
-        rms = [x for x in self._layer_rms(report.norms) if x is not None]
-        scalars: dict[str, float | None] = {
-            "total_norm_log10": _log10(report.total_norm),
-            "worst_layer_rms_log10": _worst(rms),
-            "depth_tilt_decades": tilt,
-            "update_ratio_log10": None if update_ratio is None else _log10(update_ratio),
-            "clip_scale": report.scale,
-        }
-        # A clipper that is in force only for some time goes on being shown after it.
-        if report.threshold is not None or self._was_in_force:
-            taken = self._steps - self._skipped
-            scalars["clip_rate"] = self._clipped / taken if taken else None
-            scalars["clipped_norm_log10"] = None if report.skip else _log10(report.clipped_norm)
-        if report.threshold is not None:
-            scalars["threshold_log10"] = _log10(report.threshold)
-        scalars["nonfinite_total"] = float(self._nonfinite)
-        scalars["clipped_total"] = float(self._clipped)
-        scalars["skipped_total"] = float(self._skipped)
+        tagged = self.scalars(report, tilt=tilt, update_ratio=update_ratio)
         group, news = self._group, self._log.flush()
-        tagged = {f"{group}/{name}": x for name, x in scalars.items() if x is not None}
-        for name, title in self._titles.items():
+        for name in self._singly:
             if name in report.norms:
-                tagged[f"{group}_rms_log10/{title}"] = _log10(self._rms(report.norms, [name]))
-        images = {f"{group}/{HEATMAP}": self._heatmap.snapshot().draw} if self._is_drawing_due(final) else {}
+                tagged[f"{group}_rms_log10/{name}"] = _log10(self._rms(report.norms, [name]))
+        images = {heatmap_tag(group): self._heatmap.snapshot().draw} if self._is_drawing_due(final) else {}
         rows, self._rows = self._rows, []
         return LogRecord(
             scalars=tagged,

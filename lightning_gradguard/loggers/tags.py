@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
-
-from lightning_gradguard.charts import shorten, without_prefix
-
-#: TensorBoard cuts longer titles.
-TITLE = 45
 
 #: Names of tags that `gradguard report` reads.
 LAYER_RMS, FINDINGS, DIAGNOSIS, HEATMAP = "layer_rms_log10", "findings", "diagnosis", "heatmap"
@@ -22,6 +16,9 @@ NOTES = {
         "top: vanishing. Red: exploding. An even colour: healthy.** Magenta: NaN or Inf. Grey: no gradient. "
         "Triangles: where a fault was found."
     ),
+    "grad_norm": "Norm of all gradients together, before clipping. NaN: the norm is not finite.",
+    "grad_norm_clipped": "Norm of all gradients together after clipping, as the optimizer gets them. A gap: the step "
+    "was skipped.",
     "total_norm_log10": "log10 of the norm of all gradients together, before clipping. NaN: the norm is not finite.",
     "worst_layer_rms_log10": (
         "log10 of the gradient RMS (root mean square) of the layer that is farthest from the median layer."
@@ -37,7 +34,6 @@ NOTES = {
     "clip_scale": "Factor that the gradients were multiplied with: 1 is not clipped, 0 is a skipped step.",
     "clip_rate": "Share of the steps taken so far whose gradients were clipped. SteadyClip clips many a little, "
     "SpikeClip a few per cent at most.",
-    "clipped_norm_log10": "log10 of the norm of all gradients together after clipping, as the optimizer gets them.",
     "threshold_log10": "log10 of the norm above which this step would have been clipped, whether or not it was.",
     "nonfinite_total": "Number of steps so far whose gradients were NaN or Inf. Each of them was skipped.",
     "clipped_total": "Number of steps so far whose gradients were clipped.",
@@ -50,7 +46,9 @@ NOTES = {
 RMS_NOTE = "log10 of the root mean square of the gradient of `{name}`, before clipping."
 
 _TAG = re.compile(
-    r"(?P<group>gradguard(?:_\d+)?)(?P<kind>_hist_log10|_hist_value|_rms_log10|_exponents)?/(?P<name>.+)"
+    r"(?:0_)?(?P<group>gradguard(?:_\d+)?)"
+    r"(?P<kind>_hist_log10|_hist_value|_(?:weight|update|activation)_(?:log10|value)|_rms_log10|_update_ratio_log10"
+    r"|_exponents|_activations)?/(?P<name>.+)"
 )
 
 
@@ -79,18 +77,13 @@ def tag_group(optimizer: int) -> str:
     return f"gradguard_{optimizer}" if optimizer else "gradguard"
 
 
-def tag_names(names: Sequence[str]) -> list[str]:
-    """Return short names that sort in the given order.
+def heatmap_tag(group: str) -> str:
+    """Return the tag of the heat map, which TensorBoard sorts before all others.
 
-    They have the form ``NNN_name``, without the beginning that all names share. Together with the longest group,
-    ``gradguard_hist_log10/``, a name fits into TensorBoard's titles.
+    TensorBoard opens with the groups of tags that sort first, and digits come before letters. The filter is a search
+    for a part of the tag, so it finds this one by "gradguard/heatmap".
 
     Args:
-        names: Parameter names in execution order.
-
-    >>> tag_names(["model.encoder.layers.11.self_attn.in_proj_weight", "model.head.bias"])
-    ['000_11.s.in_proj_weight', '001_head.bias']
+        group: `tag_group`.
     """
-    digits = max(3, len(str(len(names) - 1)))
-    room = TITLE - len("gradguard_hist_log10/") - digits - 1
-    return [f"{i:0{digits}}_{shorten(n, room)}" for i, n in enumerate(without_prefix(names))]
+    return f"0_{group}/{HEATMAP}"

@@ -6,7 +6,7 @@ They are of log10|g| on one fixed axis, or of values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -51,6 +51,24 @@ class Counts(NamedTuple):
     squares: Tensor
     below: Tensor
     limits: Tensor
+
+
+class Samples(NamedTuple):
+    """Elements that were read of T tensors.
+
+    Attributes:
+        values: [T, n], float32 or float64, with zeros at the end of shorter rows.
+        padding: int64 [T], number of those zeros.
+        scale: For each tensor, the number of elements that one of those read stands for.
+    """
+
+    values: Tensor
+    padding: Tensor
+    scale: tuple[float, ...]
+
+    def minus(self, others: Samples) -> Samples:
+        """Return the differences from the same elements of other tensors."""
+        return self._replace(values=self.values - others.values)
 
 
 def edges(limit: float) -> tuple[float, ...]:
@@ -98,26 +116,57 @@ def count(
     >>> count([torch.tensor([0.0, 0.02, 0.02, torch.nan])]).bins.nonzero().tolist()
     [[0, 0], [0, 20]]
     """
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, or None to read all, got {max_samples}")
-    if axis not in AXES:
-        raise ValueError(f"axis must be one of {', '.join(map(repr, AXES))}, got {axis!r}")
-    device = next((g.device for g in gradients if g is not None), torch.device("cpu"))
-    stored = [torch.empty(0, device=device) if g is None else _stored(g) for g in gradients]
-    most = max([1, *(s.numel() for s in stored)]) if max_samples is None else max_samples
-    # In groups: all together would need several times the memory of what is read, and fresh memory is slow.
-    size = 1 if max_samples is None else _TOGETHER
-    groups = [stored[i : i + size] for i in range(0, max(1, len(stored)), size)]
-    parts = [_tally(*_joined(group, most, device), axis, thresholds) for group in groups]
-    counts = _scaled(Counts(*map(torch.cat, zip(*parts, strict=True))), [s.numel() / most for s in stored])
+    counts = count_samples(sample(gradients, max_samples=max_samples), axis=axis, thresholds=thresholds)
     if any(g is not None and g.layout != torch.strided for g in gradients):
         # Zeros that a sparse gradient does not store.
         implied = [
-            0.0 if g is None else float(g.numel() * (1 + g.is_complex()) - s.numel())
-            for g, s in zip(gradients, stored, strict=True)
+            0.0 if g is None else float(g.numel() * (1 + g.is_complex()) - _stored(g).numel())
+            for g in gradients
         ]
-        counts.bins[:, 0 if axis == "log10" else _BINS // 2] += torch.tensor(implied, device=device)
+        zeros = torch.tensor(implied, device=counts.bins.device)
+        counts.bins[:, 0 if axis == "log10" else _BINS // 2] += zeros
     return counts
+
+
+def sample(tensors: Sequence[Tensor | None], *, max_samples: int | None = 4096) -> Iterator[Samples]:
+    """Yield elements of tensors, in groups, always those at the same places.
+
+    Args:
+        tensors: As the gradients of `count`.
+        max_samples: As in `count`.
+
+    Raises:
+        ValueError: If ``max_samples`` is below 1.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, or None to read all, got {max_samples}")
+    device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+    stored = [torch.empty(0, device=device) if t is None else _stored(t) for t in tensors]
+    most = max([1, *(s.numel() for s in stored)]) if max_samples is None else max_samples
+    # In groups: all together would need several times the memory of what is read, and fresh memory is slow.
+    size = 1 if max_samples is None else _TOGETHER
+    for i in range(0, max(1, len(stored)), size):
+        group = stored[i : i + size]
+        yield Samples(*_joined(group, most, device), tuple(max(1.0, s.numel() / most) for s in group))
+
+
+def count_samples(
+    groups: Iterable[Samples], *, axis: Axis = "log10", thresholds: Sequence[float] = ()
+) -> Counts:
+    """Count elements that were read; their values are overwritten.
+
+    Args:
+        groups: Of `sample`, at least one.
+        axis: As in `count`.
+        thresholds: As in `count`.
+
+    Raises:
+        ValueError: If ``axis`` is neither of the two.
+    """
+    if axis not in AXES:
+        raise ValueError(f"axis must be one of {', '.join(map(repr, AXES))}, got {axis!r}")
+    parts = [_scaled(_tally(g.values, g.padding, axis, thresholds), g.scale) for g in groups]
+    return Counts(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _tally(values: Tensor, padding: Tensor, axis: Axis, thresholds: Sequence[float]) -> Counts:
@@ -186,7 +235,7 @@ def _frequencies(places: Tensor) -> Tensor:
 
 def _scaled(counts: Counts, scale: Sequence[float]) -> Counts:
     """Scale sampled counts up to whole tensors."""
-    column = torch.tensor(scale, device=counts.bins.device).clamp(min=1)
+    column = torch.tensor(scale, device=counts.bins.device)
     row = column.unsqueeze(1)
     bins, nonfinite, squares, below, limits = counts
     return Counts(bins * row, nonfinite * column, squares * column, below * row, limits)

@@ -87,15 +87,16 @@ def has_compiled_part(module: nn.Module) -> bool:
     ``module.compile()`` and ``self.body = torch.compile(self.body)`` do that, and no name shows it. Such code calls
     hooks, but is compiled again for each one that is added or removed.
     """
+    return any(map(was_compiled, module.modules()))
+
+
+def was_compiled(part: nn.Module) -> bool:
+    """Return True if this very module was compiled in place, or holds a compiled function."""
     # Not `hasattr`: attributes may be objects of any kind, which answer to every name, or raise.
-    return any(
-        getattr(part, "_compiled_call_impl", None) is not None
-        or any(
-            inspect.getattr_static(held, "_torchdynamo_orig_callable", None) is not None
-            for held in (*vars(part).values(), part.forward)
-            if callable(held)
-        )
-        for part in module.modules()
+    return getattr(part, "_compiled_call_impl", None) is not None or any(
+        inspect.getattr_static(held, "_torchdynamo_orig_callable", None) is not None
+        for held in (*vars(part).values(), part.forward)
+        if callable(held)
     )
 
 

@@ -8,7 +8,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.loggers.histograms import histogram_record
 from lightning_gradguard.loggers.overview import Overview
-from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.results import Fault, Finding, Report, Severity
 from lightning_gradguard.stats.histogram import EDGES
@@ -60,7 +59,6 @@ class Writing:
         self.kind, self.steps, self.diagnosis, self.every = kind, steps, diagnosis, every
         self.folder = folder
         self.overview = Overview(self.names, [100] * layers, matrices=[True] * layers)
-        self.titles = dict(zip(self.names, tag_names(self.names), strict=True))
 
     def write(self, begin=0, end=None):
         """Write steps to a new event file."""
@@ -76,7 +74,7 @@ class Writing:
                     writer.add_scalar("train_loss", 2 - step / self.steps, step)
                     record = self.overview.build_record(report, tilt=1.5, update_ratio=1e-3)
                     sink.write(step, replace(record, images={}))  # slow to draw, and not read
-                    sink.write(step, histogram_record(self._counts(report), self.titles))
+                    sink.write(step, histogram_record(self._counts(report)))
             sink.close()
         return self.folder
 

@@ -50,6 +50,7 @@ def test_scalars_are_those_of_the_report():
     record = shown(overview(), report(scale=0.25), tilt=1.5, update_ratio=1e-3)
     assert record.scalars == pytest.approx(
         {
+            "gradguard/grad_norm": math.sqrt(39.0004),
             "gradguard/total_norm_log10": math.log10(math.sqrt(39.0004)),
             "gradguard/worst_layer_rms_log10": -1.0,  # RMS 0.1 and 0.001: equally far from the median
             "gradguard/depth_tilt_decades": 1.5,
@@ -71,7 +72,7 @@ def test_what_a_clipper_did_is_that_of_the_same_step():
     record = shown(view, clipped)
     assert record.scalars["gradguard/clip_rate"] == 0.5
     assert record.scalars["gradguard/threshold_log10"] == pytest.approx(math.log10(2))
-    assert record.scalars["gradguard/clipped_norm_log10"] == pytest.approx(math.log10(1.5))
+    assert record.scalars["gradguard/grad_norm_clipped"] == 1.5
 
 
 def test_what_is_not_known_is_not_shown():
@@ -84,7 +85,7 @@ def test_every_tag_has_a_note():
     record = shown(view, report(findings=(finding(),)), tilt=1.0, update_ratio=1e-3, final=True)
     tags = {*record.scalars, *record.texts, *record.images}
     assert all(record.notes[tag] for tag in tags)
-    assert {"gradguard/heatmap", "gradguard/diagnosis"} < tags
+    assert {"0_gradguard/heatmap", "gradguard/diagnosis"} < tags
 
 
 def test_worst_layer_is_farthest_from_the_median():
@@ -103,7 +104,7 @@ def test_zero_gradients_have_a_finite_logarithm(zero):
 @pytest.mark.parametrize("norms", [{}, {"net.0.bias": 1.0}, {"unknown": 1.0}])
 def test_missing_gradients_are_no_error(norms):
     view = overview(per_layer=True)
-    assert shown(view, report(norms=norms), final=True).images["gradguard/heatmap"]()
+    assert shown(view, report(norms=norms), final=True).images["0_gradguard/heatmap"]()
 
 
 @given(st.lists(st.booleans(), max_size=30))
@@ -167,7 +168,7 @@ def test_a_finding_is_drawn_soon_but_not_all_findings():
 def test_the_final_record_has_a_picture():
     view = overview()
     view.observe(report())
-    assert view.build_record(report(), final=True).images["gradguard/heatmap"]().startswith(b"\x89PNG")
+    assert view.build_record(report(), final=True).images["0_gradguard/heatmap"]().startswith(b"\x89PNG")
 
 
 def test_without_a_step_nothing_is_drawn():
@@ -177,7 +178,7 @@ def test_without_a_step_nothing_is_drawn():
 def test_picture_shows_the_step_it_was_asked_at():
     view = overview()
     view.observe(report())
-    draw = view.build_record(report(), final=True).images["gradguard/heatmap"]
+    draw = view.build_record(report(), final=True).images["0_gradguard/heatmap"]
     before = draw()
     for step in range(1, 300):
         view.observe(bad(step))

@@ -1,15 +1,33 @@
-from hypothesis import given
-from hypothesis import strategies as st
+import re
 
-from lightning_gradguard.loggers.tags import TITLE, tag_names
+import pytest
 
-part = st.text("abcdefghij_0123456789", min_size=1, max_size=30)
-name = st.lists(part, min_size=1, max_size=8).map(".".join)
+from lightning_gradguard.loggers.tags import HEATMAP, Tag, heatmap_tag
 
 
-@given(st.lists(name, min_size=1, max_size=1500, unique=True))
-def test_tags_sort_in_execution_order_and_are_unique_and_short(names):
-    titles = tag_names(names)
-    assert titles == sorted(titles)
-    assert len(set(titles)) == len(names)
-    assert all(len(f"gradguard_hist_log10/{title}") <= TITLE for title in titles)
+@pytest.mark.parametrize("group", ["gradguard", "gradguard_1", "gradguard_12"])
+def test_the_heat_map_sorts_first_and_is_found_by_its_name(group):
+    tag = heatmap_tag(group)
+    others = ["epoch", "Accuracy/val", "Loss", "_private", "train_loss", "a", "A", f"{group}/clip_rate"]
+    assert sorted([tag, *others])[0] == tag
+    assert re.search("gradguard.*/heatmap", tag)
+    assert Tag.parse(tag) == (group, "", HEATMAP)
+
+
+@pytest.mark.parametrize(
+    ("tag", "parts"),
+    [
+        ("gradguard/clip_rate", ("gradguard", "", "clip_rate")),
+        ("gradguard/heatmap", ("gradguard", "", "heatmap")),  # of older files
+        ("gradguard_hist_log10/net.0.weight", ("gradguard", "hist_log10", "net.0.weight")),
+        ("gradguard_hist_log10/000_0.weight", ("gradguard", "hist_log10", "000_0.weight")),  # of older files
+        ("gradguard_1_weight_log10/a/b", ("gradguard_1", "weight_log10", "a/b")),
+        ("gradguard_update_value/w", ("gradguard", "update_value", "w")),
+        ("gradguard_update_ratio_log10/w", ("gradguard", "update_ratio_log10", "w")),
+        ("gradguard_activations/table", ("gradguard", "activations", "table")),
+        ("train/gradguard", None),
+        ("gradguardian/x", None),
+    ],
+)
+def test_parts_of_a_tag(tag, parts):
+    assert Tag.parse(tag) == parts

@@ -17,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.loggers.base import PATIENCE, LogRecord
 from lightning_gradguard.loggers.histograms import histogram_record
-from lightning_gradguard.loggers.tags import tag_names
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.stats.histogram import EDGES
 
@@ -151,9 +150,8 @@ def test_a_tag_is_described_once(tmp_path):
 @pytest.mark.parametrize(("bins", "kib"), [(14, 27), (26, 40), (30, 42)])
 def test_a_step_of_a_hundred_histograms_is_small(tmp_path, bins, kib):
     names = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(100)]
-    titles = dict(zip(names, tag_names(names), strict=True))
     column = [1.0, *[0.0] * (30 - bins), *(1e6 + i for i in range(bins - 1))]
-    record = histogram_record(dict.fromkeys(names, column), titles)
+    record = histogram_record(dict.fromkeys(names, column))
     write(tmp_path, (0, record), (100_000, record))
     assert len(events(tmp_path)[-1].SerializeToString()) <= kib * 1024
 
