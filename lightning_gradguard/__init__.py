@@ -1,6 +1,6 @@
 """Gradient health for PyTorch Lightning, Fabric and plain training loops.
 
-`GradGuard` and `GradHistogram` are Lightning callbacks. `Guard` works in any training loop and does not need Lightning.
+`GradGuard` and `GradHistogram` are Lightning callbacks. `Guard` works in any training loop and needs torch alone.
 Each name is imported when it is first used, so that importing the package takes almost no time.
 """
 
@@ -133,7 +133,10 @@ def __getattr__(name: str) -> Any:
         nearest = difflib.get_close_matches(name, _HOME, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    from lightning_gradguard.extras import needed_by
+
+    with needed_by(name):
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     return value
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import Guard, NormClip, SpikeClip, SteadyClip
+from lightning_gradguard import guard as guard_module
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
 from lightning_gradguard.clippers.fixed import AGC
 from lightning_gradguard.engine import readback
@@ -102,20 +103,21 @@ def _flat(args):
 
 
 class ReadbackSpy:
-    """Replacement for `readback.read_array` that counts reads.
+    """Replacement for `readback.read` that counts reads.
 
     || For meta tensors it answers with the twin's results.
     """
 
     def __init__(self, monkeypatch):
-        self.read, self.packets, self.answers = readback.read_array, [], []
-        monkeypatch.setattr(readback, "read_array", self)
+        self.read, self.packets, self.answers = readback.read, [], []
+        monkeypatch.setattr(readback, "read", self)
+        monkeypatch.setattr(guard_module, "read", self)
 
     def __call__(self, packet):
         self.packets.append(packet)
         if packet.is_meta:
             answer = self.answers.pop(0)
-            assert answer.size == packet.numel()
+            assert len(answer) == packet.numel()
             return answer
         with _cuda_sync_mode(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             numbers = self.read(packet)

@@ -15,12 +15,13 @@ STDLIB = frozenset(sys.stdlib_module_names)
 LIGHTNING = {"lightning", "pytorch_lightning"}
 
 #: Layer to its allowed imports: other layers, and packages outside the standard library. A layer is a folder or a
-#: module at the top level. Everything may import itself, `results`, `validation`, `printing` and `_version`.
+#: module at the top level. Everything may import itself, `results`, `validation`, `printing`, `extras` and `_version`.
 LAYERS = {
     "_version": set(),
     "results": set(),
     "validation": set(),
     "printing": set(),
+    "extras": set(),
     "policy": set(),
     "forms": {"torch"},
     "stats": {"torch"},
@@ -28,7 +29,7 @@ LAYERS = {
     "clippers": {"torch", "stats"},
     "introspection": {"torch", "stats"},
     "charts": {"numpy", "matplotlib"},
-    "engine": {"torch", "numpy", "stats", "detectors", "clippers", "introspection", "policy", "forms"},
+    "engine": {"torch", "stats", "detectors", "clippers", "introspection", "policy", "forms"},
     "flight_recorder.recorder": set(),
     "diagnosis": {
         "torch", "numpy", "rich", "jinja2", "markupsafe", "stats", "introspection", "engine", "charts", "policy",
@@ -36,7 +37,7 @@ LAYERS = {
     "guard": {
         "torch", "stats", "detectors", "clippers", "introspection", "engine", "diagnosis", "policy", "forms",
     },
-    "flight_recorder": {"torch", "numpy", "rich", "stats", "introspection", "diagnosis", "forms"},
+    "flight_recorder": {"torch", "rich", "stats", "introspection", "diagnosis", "forms"},
     "loggers": {"torch", "numpy", "tensorboard", "tensorboardX", "stats", "charts", "forms"},
     "html_report": {
         "numpy", "tensorboard", "jinja2", "markupsafe", "markdown_it", "stats", "charts", "loggers", "diagnosis",
@@ -45,7 +46,7 @@ LAYERS = {
     "injections": {"torch", "stats"},
     "testing": {"injections", "callbacks.fault_injector"},
     "callbacks": {
-        "torch", "numpy", *LIGHTNING, "stats", "detectors", "clippers", "introspection", "engine", "diagnosis",
+        "torch", *LIGHTNING, "stats", "detectors", "clippers", "introspection", "engine", "diagnosis",
         "guard", "policy", "loggers", "flight_recorder", "injections", "forms",
     },
     "signals": {"detectors", "clippers", "stats"},
@@ -97,7 +98,7 @@ def imports(source: str, *, deferred: bool = True) -> set[str]:
 def forbidden_imports(module: str, source: str) -> set[str]:
     """Return the imports that the table does not allow."""
     layer = layer_of(module)
-    allowed = LAYERS[layer] | {layer, "results", "validation", "printing", "_version"}
+    allowed = LAYERS[layer] | {layer, "results", "validation", "printing", "extras", "_version"}
 
     def is_allowed(name: str) -> bool:
         if "*" in allowed and name in MODULES:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -174,12 +173,11 @@ def _optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard
     if guard is None:
         return plain
     layout = guard.tracker.layout
-    table = {name: torch.from_numpy(np.ascontiguousarray(c)) for name, c in guard.history.table().items()}
     return {
         **plain,
         "layers": [layout.names[i] for i in layout.order if i in layout.layer_indices],
         "counts": dict(guard.counts),
-        "history": {"names": list(guard.history.names), **table},
+        "history": {"names": list(guard.history.names), **guard.history.tensors()},
     }
 
 
@@ -268,7 +266,7 @@ def _versions(trainer: Trainer, module: LightningModule) -> dict[str, str]:
         "lightning_gradguard": __version__,
         "torch": str(torch.__version__),
         package: str(getattr(sys.modules.get(package), "__version__", "")),
-        "numpy": np.__version__,
+        "numpy": str(getattr(sys.modules.get("numpy"), "__version__", "")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device}{card}",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.warn import warn_caller
+from lightning_gradguard.extras import MissingPackage, missing
 from lightning_gradguard.introspection.loss_comparison import LossComparison, compare_with_guess
 from lightning_gradguard.introspection.sandbox import SandboxedStep, index_arguments, loss_in
 
@@ -63,9 +64,8 @@ def _callback_class() -> type:
     found = installed if any(map(_is_strict, installed)) else [p for p in installed if p in sys.modules]
     found = found or installed
     if not found:
-        raise ImportError(
-            "GradGuard and GradHistogram need Lightning: pip install lightning, or pip install pytorch-lightning; "
-            "Guard works without it"
+        raise MissingPackage(
+            f"{missing('A callback', 'lightning')}, or [pytorch-lightning]; Guard works without it"
         )
     return type("Callback", tuple(importlib.import_module(p).Callback for p in found), {})
 

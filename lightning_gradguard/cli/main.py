@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_gradguard._version import __version__
 from lightning_gradguard.cli.user_code import CommandError
+from lightning_gradguard.extras import MissingPackage, needed_by
 from lightning_gradguard.printing import one_line
 
 _USAGE_ERROR = 2  # the same as argparse
@@ -21,11 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after ``gradguard``; those of the command line when None.
 
     Returns:
-        Exit status: 0, or 2 if an input cannot be used.
+        Exit status: 0, or 2 if an input cannot be used or a package is not installed.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with needed_by(f"gradguard {options.command}"):
+            options.run(options)
+    except MissingPackage as error:
+        print(error, file=sys.stderr)
+        return _USAGE_ERROR
     except CommandError as error:
         print(one_line(f"gradguard {options.command}: {error}"), file=sys.stderr)
         return _USAGE_ERROR

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -338,11 +337,11 @@ def timeline_of(history: History, layout: Layout, finding: Finding) -> Timeline:
     modules = {_module(layout.names[i]) for i in layers}
     named = {name for name in finding.parameters if _module(name) not in modules}
     rows = [i for i in layout.order if i in layers or layout.names[i] in named]
-    table = {name: column[-PICTURED:] for name, column in history.table().items()}
-    with np.errstate(divide="ignore"):
-        rms = np.log10(table["norms"][:, rows] / np.sqrt(np.maximum(np.array(history.numel)[rows], 1)))
+    table = {name: column[-PICTURED:] for name, column in history.tensors().items()}
+    numel = torch.tensor(history.numel, dtype=torch.float64, device="cpu").clamp(min=1)
+    rms = (table["norms"][:, rows] / numel[rows].sqrt()).log10()
     # In a history NaN means no gradient, and infinity one that is not finite.
-    rms = np.where(np.isnan(rms), -np.inf, np.where(rms == np.inf, np.nan, rms))
+    rms = torch.where(rms.isnan(), -math.inf, torch.where(rms == math.inf, math.nan, rms))
     return Timeline(
         steps=tuple(table["step"].tolist()),
         layers=tuple(layout.names[i] for i in rows),
@@ -427,9 +426,8 @@ def _lost_since_start(facts: GuardFacts, finding: Finding) -> float:
     last = next((i for i in reversed(layout.order) if i in layout.layer_indices), None)
     if facts.judged > history.steps or len(history) < 2 * _COMPARED or last is None or not concerned:
         return 0.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        levels = np.log10(history.table()["norms"])
-    levels[~np.isfinite(levels)] = np.nan
+    levels = history.tensors()["norms"].log10()
+    levels[~levels.isfinite()] = math.nan
     change = [
         finite_median(levels[-_COMPARED:, i].tolist()) - finite_median(levels[:_COMPARED, i].tolist())
         for i in (last, *concerned)
@@ -480,8 +478,8 @@ def _outlying_rows(batch: object) -> float:
 
 def _recent(history: History) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return norms and losses of the newest finite steps."""
-    table = history.table()
-    finite = np.isfinite(table["total_norm"])
+    table = history.tensors()
+    finite = table["total_norm"].isfinite()
     return tuple(table["total_norm"][finite].tolist()), tuple(table["loss"][finite].tolist())
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from lightning_gradguard.diagnosis.wording import MISTAKE, further_reading, headline, listing, number, quote
+from lightning_gradguard.extras import needed_by
 
 if TYPE_CHECKING:
     from lightning_gradguard.diagnosis.diagnosis import Cause, Diagnosis, Remedy
@@ -110,7 +111,15 @@ def to_html(diagnosis: Diagnosis) -> str:
 
     Args:
         diagnosis: The diagnosis to render.
+
+    Raises:
+        MissingPackage: If jinja2, numpy or matplotlib is not installed.
     """
+    with needed_by("Diagnosis.to_html()"):
+        return _page(diagnosis)
+
+
+def _page(diagnosis: Diagnosis) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +16,6 @@ from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.results import Report
 from lightning_gradguard.stats.grad_stats import LARGEST_NORM, GradStats
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 #: Smallest and largest global norm of an accepted step, relative to the baseline.
 _LOW, _HIGH = 0.5, 2.0
@@ -65,7 +62,7 @@ class DeferredStep:
         limit: The clipper's threshold on the device, float32 []; None before the step is folded in, and once read.
     """
 
-    def __init__(self, stats: GradStats, norms: NDArray[Any], flush: Callable[[], None]) -> None:
+    def __init__(self, stats: GradStats, norms: array[float], flush: Callable[[], None]) -> None:
         self.stats: GradStats | None = stats
         self.limit: Tensor | None = None
         self._flush: Callable[[], None] | None = flush
@@ -73,7 +70,9 @@ class DeferredStep:
         # Names alone: a report that is kept would keep the parameters too.
         self._names, self._order, self._pattern = stats.layout.names, stats.layout.order, stats.pattern
         everywhere = stats.present is stats.layout.everywhere
-        self.norms = norms if everywhere else np.where(stats.pattern, norms, np.float32(np.nan))
+        if not everywhere:
+            norms = array("f", [n if has else math.nan for n, has in zip(norms, self._pattern, strict=True)])
+        self.norms = norms
 
     def finalize(self, threshold: float | None) -> None:
         """Set the threshold, which completes the step."""
@@ -183,8 +182,8 @@ class FastPath:
         if self._asks_clipper and state is not None:
             clip, clipper_state = self.clipper.update(stats, state.clipper)
         packed = self._pack(stats, clip)
-        numbers, count = readback.read_array(packed), len(stats.layout.names)
-        norms, (total, loss, outside, joint, *clipped) = numbers[:count], numbers[count:].tolist()
+        numbers, count = readback.read(packed), len(stats.layout.names)
+        total, loss, outside, joint, *clipped = numbers[count:]
         # No comparison with NaN is true.
         if not (
             _LOW * self._baseline <= total <= _HIGH * self._baseline and outside == 0 and abs(joint) <= 1
@@ -192,12 +191,12 @@ class FastPath:
             return None
         if total >= LARGEST_NORM:  # which may be less than twice the baseline
             return None
-        if self._bounds is None and tuple((norms > 0).tolist()) != self._live:
+        if self._bounds is None and tuple([norm > 0 for norm in numbers[:count]]) != self._live:
             return None
         if stats.has_loss and not -math.inf < loss <= self._ceiling:
             return None
         self.accepted += 1
-        # On a CPU the packed norms serve both sides, without a copy.
+        norms = array("f", numbers[:count])
         deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:count]), norms, flush)
         after, multipliers = total, None
         if clip is not None:
@@ -227,7 +226,7 @@ class FastPath:
                 deferred.stats, deferred.limit = None, limit
         return [d.limit for d, _ in self.deferred if d.limit is not None], state
 
-    def finalize(self, thresholds: Sequence[float]) -> list[tuple[Report, NDArray[Any]]]:
+    def finalize(self, thresholds: Sequence[float]) -> list[tuple[Report, array[float]]]:
         """Complete the deferred steps.
 
         Args:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 import operator
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
+from lightning_gradguard.extras import load
 from lightning_gradguard.results import Report
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from lightning_gradguard.stats.layout import Layout
 
 _SCALARS = ("loss", "total_norm", "clipped_norm", "threshold", "scale")
+#: Column to the type of its numbers, in Python's arrays and in torch.
+_TYPES = {
+    "step": ("q", torch.int64),
+    **dict.fromkeys(_SCALARS, ("f", torch.float32)),
+    "skip": ("b", torch.bool),
+    "norms": ("f", torch.float32),
+}
 
 
 class History:
@@ -54,7 +65,7 @@ class History:
     def __len__(self) -> int:
         return min(self._added, self.steps)
 
-    def add(self, report: Report, norms: NDArray[Any] | None = None) -> None:
+    def add(self, report: Report, norms: array[float] | None = None) -> None:
         """Add a step; a full ring drops the oldest.
 
         A norm that is not finite is stored as inf, since NaN stands for a tensor without a gradient.
@@ -63,32 +74,43 @@ class History:
             report: Report of the step.
             norms: Its norms as float32 [P], NaN where there is no gradient; taken from the report when None.
         """
-        if norms is None:
-            norms = self._norms_of(report)
-        # None and missing values become NaN in both.
-        self._ring[self._added % self.steps] = (
-            report.step,
-            report.loss,
-            report.total_norm,
-            report.clipped_norm,
-            report.threshold,
-            report.scale,
-            report.skip,
-            norms,
+        row, width = self._added % self.steps, len(self.names)
+        self._ring["step"][row], self._ring["skip"][row] = report.step, report.skip
+        for name in _SCALARS:
+            number = getattr(report, name)
+            self._ring[name][row] = math.nan if number is None else number
+        self._ring["norms"][row * width : (row + 1) * width] = (
+            self._norms_of(report) if norms is None else norms
         )
         self._added += 1
 
     def table(self) -> dict[str, NDArray[Any]]:
-        """Return copies of the n kept steps, oldest first.
+        """Return copies of the n kept steps as NumPy arrays, oldest first.
 
         Returns:
             "step": int64 [n]. "loss", "total_norm", "clipped_norm", "threshold", "scale": float32 [n], NaN for None.
             "skip": bool [n]. "norms": float32 [n, P], L2 norms before clipping; NaN where the tensor has no gradient,
             inf where the norm is not finite.
+
+        Raises:
+            ModuleNotFoundError: If NumPy is not installed. `tensors` returns the same without it.
         """
+        load("numpy", "Guard.history.table()")
+        return {name: column.numpy() for name, column in self.tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the same as `table`, as tensors on the CPU."""
         oldest = self._added % self.steps if self._added > self.steps else 0
-        rows = np.roll(self._ring[: len(self)], -oldest)
-        return {name: rows[name].copy() for name in ("step", *_SCALARS, "skip", "norms")}
+        columns = {}
+        for name, (_, dtype) in _TYPES.items():
+            ring = self._ring[name]
+            column = (
+                torch.frombuffer(ring, dtype=dtype) if ring else torch.empty(0, dtype=dtype, device="cpu")
+            )
+            rows = column.reshape(self.steps, -1)[: len(self)] if ring else column.reshape(len(self), 0)
+            rows = torch.cat([rows[oldest:], rows[:oldest]])  # always a copy
+            columns[name] = rows if name == "norms" else rows.flatten()
+        return columns
 
     def keeps(self, steps: int) -> bool:
         """Return True if that many steps are kept.
@@ -107,22 +129,24 @@ class History:
         Raises:
             ValueError: If ``steps`` is not a positive whole number.
         """
-        steps, kept = _check_steps(steps), self.table()
-        self._added, self.steps = min(len(self), steps), steps
+        steps, kept, before = _check_steps(steps), self.tensors(), len(self)
+        self._added, self.steps = min(before, steps), steps
         self._ring = self._blank()
         for name, column in kept.items():
-            self._ring[name][: self._added] = column[len(column) - self._added :]
+            numbers = array(_TYPES[name][0], column[before - self._added :].flatten().tolist())
+            self._ring[name][: len(numbers)] = numbers
 
-    def _norms_of(self, report: Report) -> NDArray[Any]:
+    def _norms_of(self, report: Report) -> array[float]:
         norms = report.norms
         if not math.isfinite(report.total_norm):
             norms = {name: norm if math.isfinite(norm) else math.inf for name, norm in norms.items()}
-        return np.fromiter(map(norms.get, self.names), np.float32, len(self.names))
+        return array("f", [norms.get(name, math.nan) for name in self.names])
 
-    def _blank(self) -> NDArray[Any]:
-        scalars = [(name, np.float32) for name in _SCALARS]
-        fields = [("step", np.int64), *scalars, ("skip", np.bool_), ("norms", np.float32, (len(self.names),))]
-        return np.zeros(self.steps, np.dtype(fields))
+    def _blank(self) -> dict[str, array[Any]]:
+        widths = {"norms": len(self.names)}
+        return {
+            name: array(kind, [0]) * (self.steps * widths.get(name, 1)) for name, (kind, _) in _TYPES.items()
+        }
 
 
 def history_of(layout: Layout, steps: int = 128) -> History:

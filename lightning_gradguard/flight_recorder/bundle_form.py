@@ -30,7 +30,7 @@ _RANDOM = {
     "torch": Row(torch.uint8),
     "cuda": Maybe(Row(torch.uint8)),
     "python": (int, Row(torch.int64), Maybe(float)),
-    "numpy": (str, Row(torch.int64), int, int, float),
+    "numpy": Maybe((str, Row(torch.int64), int, int, float)),
 }
 FORM: dict[str, Any] = {
     "reason": str,

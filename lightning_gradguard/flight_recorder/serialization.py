@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+import sys
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_gradguard.extras import load
 from lightning_gradguard.introspection.batch import tensors_of
 
 #: Key that holds an encoded container's kind; any other value stands for itself.
@@ -56,7 +57,8 @@ def encode(value: Any, path: str, left_out: list[str], inside: frozenset[int] = 
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
-    if isinstance(value, np.generic):
+    numpy = sys.modules.get("numpy")  # without it, no value is one of its
+    if numpy is not None and isinstance(value, numpy.generic):
         return encode(value.item(), path, left_out)
     if isinstance(value, Path):
         return str(value)
@@ -101,6 +103,7 @@ def _decode(plain: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     if kind in _SEQUENCES:
         return _SEQUENCES[kind](parts)
     if kind == "array":
+        load("numpy", "A recorded array")
         return parts[0].cpu().numpy()
     if kind == "bytes":
         return bytes(parts[0].flatten().tolist())  # a single number would be a length
@@ -157,7 +160,8 @@ def _encode_container(value: Any, path: str, left_out: list[str], inside: frozen
 
     if isinstance(value, bytes):
         return {IS: "bytes", "of": [torch.tensor(list(value), dtype=torch.uint8)]}
-    if isinstance(value, np.ndarray):
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
         return {IS: "array", "of": [torch.from_numpy(value.copy())]}
     if isinstance(value, PackedSequence):
         return {IS: "packed", "of": encode_all(("", part) for part in value)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from lightning_gradguard.extras import MissingPackage, load
 from lightning_gradguard.loggers.base import FailSafe, LoggerSink, LogSink
 from lightning_gradguard.loggers.wandb_mlflow import MlflowSink, WandbSink
+from lightning_gradguard.results import GradientWarning
 
 #: Package of an experiment's class to the sink for it. A new logger needs one line here.
 _SINKS: dict[str, type[LoggerSink]] = {"wandb": WandbSink, "mlflow": MlflowSink}
@@ -50,7 +53,13 @@ def _open(logger: Any) -> LogSink | None:
         return _SINKS.get(package, LoggerSink)(logger)
     if not hasattr(get_file_writer(), "add_summary"):
         return None  # a dummy experiment has every attribute, and each call returns nothing
-    # Imported late: an installation without TensorBoard has no such logger.
-    from lightning_gradguard.loggers.tensorboard import TensorBoardSink
-
-    return TensorBoardSink(experiment)
+    try:
+        # tensorboardX writes without it.
+        module = load("lightning_gradguard.loggers.tensorboard", "Everything else")
+    except MissingPackage as error:
+        warnings.warn(f"{type(logger).__name__} gets scalars only. {error}", GradientWarning, stacklevel=3)
+        plain = LoggerSink(logger)
+        plain.mute_notice()
+        return plain
+    sink: LogSink = module.TensorBoardSink(experiment)
+    return sink

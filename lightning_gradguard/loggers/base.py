@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from lightning_gradguard.extras import MissingPackage, needed_by
 from lightning_gradguard.results import GradientWarning
 
 T = TypeVar("T")
@@ -102,8 +103,10 @@ class FailSafe:
             self._failures += 1
             if not self._warned:
                 self._warned = True
+                # What is missing is said with the command that installs it, which is all there is to know.
+                what = f"{error}" if isinstance(error, MissingPackage) else f"{type(error).__name__}: {error}"
                 warnings.warn(
-                    f"{self._name} failed: {type(error).__name__}: {error}. Training continues. Later errors of this "
+                    f"{self._name} failed: {what}. Training continues. Later errors of this "
                     f"output are not shown; after {PATIENCE} in a row it is switched off.",
                     GradientWarning,
                     stacklevel=3,
@@ -175,7 +178,8 @@ class PictureQueue:
 
 
 def _draw(draw: Callable[[], bytes]) -> bytes:
-    png = draw()
+    with needed_by("The heat map"):
+        png = draw()
     if not png.startswith(_PNG_SIGNATURE):
         raise ValueError("the drawing is not a PNG")
     return png

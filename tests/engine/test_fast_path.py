@@ -22,6 +22,7 @@ from lightning_gradguard import (
     SteadyClip,
     ZClip,
 )
+from lightning_gradguard import guard as guard_module
 from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import NoState, reading
 from lightning_gradguard.detectors.explosion import Spike
@@ -359,8 +360,9 @@ def test_patience_counts_accepted_steps():
 def test_the_host_reads_once_at_an_accepted_step_and_once_at_a_full_evaluation(clipper, monkeypatch):
     import lightning_gradguard.engine.readback as module
 
-    reads, plainly = [], module.read_array
-    monkeypatch.setattr(module, "read_array", lambda vector: reads.append(len(vector)) or plainly(vector))
+    reads, plainly = [], module.read
+    for place in (module, guard_module):
+        monkeypatch.setattr(place, "read", lambda vector: reads.append(len(vector)) or plainly(vector))
     letters, exchange = [], Readback.exchange
     monkeypatch.setattr(Readback, "exchange", lambda *args: letters.append(0) or exchange(*args))
     twins, counts = Twins(clipper=CLIPPERS[clipper]), []
