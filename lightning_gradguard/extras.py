@@ -27,7 +27,7 @@ class MissingPackage(ModuleNotFoundError):
     """Error about a package that is not installed, with the command that installs it."""
 
 
-def missing(what: str, package: str) -> str:
+def missing(what: str, package: str, extra: str = "") -> str:
     """Return the message about a package that is not installed.
 
     >>> missing("The heat map", "matplotlib")
@@ -36,16 +36,18 @@ def missing(what: str, package: str) -> str:
     Args:
         what: What needs it, at the start of a sentence and in the singular.
         package: Name that is imported, one of `EXTRAS`.
+        extra: Extra with all that is needed, if that is more than this package.
     """
-    return f'{what} needs {package}: pip install "lightning-gradguard[{EXTRAS[package]}]"'
+    return f'{what} needs {package}: pip install "lightning-gradguard[{extra or EXTRAS[package]}]"'
 
 
 @contextmanager
-def needed_by(what: str) -> Iterator[None]:
+def needed_by(what: str, extra: str = "") -> Iterator[None]:
     """Name the extra to install if an import within fails.
 
     Args:
-        what: What needs the imports, at the start of a sentence and in the singular.
+        what: What needs the imports, as for `missing`.
+        extra: As for `missing`.
 
     Raises:
         MissingPackage: In place of any other error about a package of `EXTRAS`.
@@ -58,7 +60,7 @@ def needed_by(what: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise MissingPackage(missing(what, package), name=package) from error
+        raise MissingPackage(missing(what, package, extra), name=package) from error
 
 
 def load(name: str, what: str) -> ModuleType:

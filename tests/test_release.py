@@ -24,8 +24,9 @@ VERSION = lightning_gradguard.__version__
 SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[\dA-Za-z-]+(\.[\dA-Za-z-]+)*)?")
 
 needs_sources = pytest.mark.skipif(
-    not (ROOT / "pyproject.toml").exists() or importlib.util.find_spec("hatchling") is None,
-    reason="needs the sources, and hatchling",
+    not (ROOT / "pyproject.toml").exists()
+    or None in map(importlib.util.find_spec, ("hatchling", "hatch_fancy_pypi_readme", "twine")),
+    reason="needs the sources, hatchling with its plugin for the README, and twine",
 )
 
 
@@ -36,11 +37,17 @@ def call(*command, cwd):
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
+def archives(tmp_path_factory):
+    """Return the folder that the source distribution and the wheel are built into."""
+    return tmp_path_factory.mktemp("dist")
+
+
+@pytest.fixture(scope="module")
+def sdist(archives, tmp_path_factory):
     """Return the unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
-    call("-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), cwd=ROOT)
-    (archive,) = folder.glob("*.tar.gz")
+    call("-m", "hatchling", "build", "-t", "sdist", "-d", str(archives), cwd=ROOT)
+    (archive,) = archives.glob("*.tar.gz")
     assert archive.name == f"lightning_gradguard-{VERSION}.tar.gz"
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -48,12 +55,12 @@ def sdist(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory):
+def wheel(archives, sdist, tmp_path_factory):
     """Return the unpacked wheel, built without network from the source distribution, as an installer copies it."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "--quiet")
-    call("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(sdist), cwd=folder)
-    (archive,) = folder.glob("*.whl")
+    call("-m", "pip", "wheel", *options, "--wheel-dir", str(archives), str(sdist), cwd=folder)
+    (archive,) = archives.glob("*.whl")
     assert archive.name == f"lightning_gradguard-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(archive) as file:
         file.extractall(folder / "unpacked")
@@ -96,19 +103,53 @@ def test_wheel_metadata(wheel):
     )
     assert header["License-Expression"] == "Apache-2.0"
     assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert header.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert {"lightning", "pytorch-lightning", "cli"} <= set(header.get_all("Provides-Extra"))
+    assert header["Description-Content-Type"] == "text/markdown"
+    extras = {"lightning", "pytorch-lightning", "cli", "examples", "docs", "test"}  # of the first versions
+    assert extras <= set(header.get_all("Provides-Extra"))
+    urls = dict(line.split(", ") for line in header.get_all("Project-URL"))
+    assert set(urls) == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
     needed = [Requirement(text) for text in header.get_all("Requires-Dist")]
     # Either namespace of Lightning works, so neither may be a hard requirement.
-    always = {one.name for one in needed if one.marker is None}
-    assert "torch" in always
-    assert not {"lightning", "pytorch-lightning"} & always
+    assert {one.name for one in needed if one.marker is None} == {"torch"}
     entries = configparser.ConfigParser()
     entries.read(info / "entry_points.txt")
     assert dict(entries["console_scripts"]) == {"gradguard": "lightning_gradguard.cli:main"}
     for namespace in ("lightning.pytorch", "pytorch_lightning"):
         group = entries[f"{namespace}.callbacks_factory"]
         assert dict(group) == {"gradguard": "lightning_gradguard.autoload:callbacks"}
+
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)]+)\)")
+
+
+@needs_sources
+def test_links_of_the_package_page_lead_where_those_of_the_readme_lead(wheel):
+    (info,) = wheel.glob("*.dist-info")
+    header = Parser().parsestr((info / "METADATA").read_text())
+    page, readme = header.get_payload(), (ROOT / "README.md").read_text()
+    repository = dict(line.split(", ") for line in header.get_all("Project-URL"))["Repository"]
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    places = LINK.findall(page)
+    assert len(places) == len(LINK.findall(readme)) > 20
+    for own, place in zip(LINK.findall(readme), places, strict=True):
+        assert place.startswith("https://"), place
+        if "://" in own:
+            assert place == own
+            continue
+        file = own if own.partition("#")[0] else f"README.md{own}"
+        is_image = file.endswith((".png", ".svg"))
+        assert place == (f"{raw}/v{VERSION}/{file}" if is_image else f"{repository}/blob/v{VERSION}/{file}")
+        assert (ROOT / file.partition("#")[0]).exists(), place
+    # Nothing else is changed.
+    assert LINK.sub("", page).strip() == LINK.sub("", readme).strip()
+
+
+@needs_sources
+def test_twine_accepts_what_was_built(archives, sdist, wheel):
+    files = sorted(map(str, archives.iterdir()))
+    assert len(files) == 2
+    assert call("-m", "twine", "check", "--strict", *files, cwd=archives).count("PASSED") == 2
 
 
 @pytest.mark.slow

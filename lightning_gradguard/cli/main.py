@@ -13,6 +13,7 @@ from lightning_gradguard.extras import MissingPackage, needed_by
 from lightning_gradguard.printing import one_line
 
 _USAGE_ERROR = 2  # the same as argparse
+_EXTRAS = {"demo": "demo", "report": "report"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with needed_by(f"gradguard {options.command}"):
+        with needed_by(f"gradguard {options.command}", _EXTRAS.get(options.command, "cli")):
             options.run(options)
     except MissingPackage as error:
         print(error, file=sys.stderr)

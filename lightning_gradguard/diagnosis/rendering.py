@@ -115,7 +115,7 @@ def to_html(diagnosis: Diagnosis) -> str:
     Raises:
         MissingPackage: If jinja2, numpy or matplotlib is not installed.
     """
-    with needed_by("Diagnosis.to_html()"):
+    with needed_by("Diagnosis.to_html()", "report"):
         return _page(diagnosis)
 
 
