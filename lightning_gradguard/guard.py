@@ -110,6 +110,7 @@ class Guard:
         counts: Number of steps that were "judged", "clipped", "skipped" and "nonfinite".
         steps: Number of calls of `step`.
         lag: 0 or 1.
+        title: What warnings call the optimizer, such as "optimizer 1 (critic)". Empty if there is only one.
 
     Raises:
         ValueError: If there is no parameter, or ``lag`` is none of the three.
@@ -150,7 +151,7 @@ class Guard:
         self.record: StepRecord | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
-        self.steps = 0
+        self.steps, self.title = 0, ""
         self._last_finite: StepRecord | None = None
         self._history = history_of(self.tracker.layout)
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)
@@ -602,7 +603,7 @@ class Guard:
                 )
             except Exception:  # a warning must never end a training
                 message = str(finding)
-            warn(message)
+            warn(f"{message}\nThese are gradients of {self.title}." if self.title else message)
         if to_diagnose is not None:
             context = pending.context
             origin = None

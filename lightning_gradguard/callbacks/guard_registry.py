@@ -22,7 +22,7 @@ from lightning_gradguard.introspection.value_problems import (
     find_tiny_input,
     is_loss_masked,
 )
-from lightning_gradguard.stats.parameters import has_compiled_part, is_compiled, select
+from lightning_gradguard.stats.parameters import has_compiled_part, is_compiled, optimizer_title, select
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -75,6 +75,9 @@ class GuardRegistry:
         guard = self.guards[index] = Guard(
             named, optimizer=optimizer, index=index, usage=self._usage, **arguments
         )
+        if len(trainer.optimizers) > 1:
+            modules = [name.rpartition(".")[0] for name in guard.tracker.layout.names]
+            guard.title = optimizer_title(index, modules)
         state = self.restored.pop(str(index), None)
         if state is not None:
             try:

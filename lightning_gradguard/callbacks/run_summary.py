@@ -80,7 +80,7 @@ class RunSummary:
             logging.INFO
         ):
             return
-        notes = self.describe_faults(several=len(guards) > 1)
+        notes = self.describe_faults({index: guard.title for index, guard in guards.items()})
         notes += describe_clipping(guards)
         notes += [("mistake", text) for text in mistakes]
         notes += [("rollbacks", str(rollbacks))] if rollbacks else []
@@ -92,18 +92,18 @@ class RunSummary:
         # On a line of its own, below a progress bar or a time stamp, as Lightning's table of the model.
         LOGGER.info("\n" + "\n".join(lines))
 
-    def describe_faults(self, *, several: bool) -> list[tuple[str, str]]:
+    def describe_faults(self, titles: Mapping[int, str]) -> list[tuple[str, str]]:
         """Return descriptions of the faults, most severe first.
 
         Args:
-            several: Also name the optimizer.
+            titles: `Guard.title` of each optimizer, by its index.
         """
         described = []
         found = sorted(self._found.items(), key=lambda item: (-item[1].worst, item[1].first.step))
         for (optimizer, fault), one in found:
             often = "once" if one.times == 1 else f"{one.times:,} times"
             where = f" in {one.first.parameters[0]}" if one.first.parameters else ""
-            whose = f", optimizer {optimizer}" if several else ""
+            whose = f", {title}" if (title := titles.get(optimizer)) else ""
             severity = one.worst.name.lower()
             described.append(
                 (fault.value, f"{severity}, {often}, first at step {one.first.step:,}{where}{whose}")
@@ -119,7 +119,7 @@ class RunSummary:
             found = sum(optimizer == index for optimizer, _ in self._found)
             rows.append(
                 {
-                    "GradGuard": f"{index} {kind}" if len(guards) > 1 else kind,
+                    "GradGuard": f"{guard.title}, {kind}" if guard.title else kind,
                     "Judged": f"{counts['judged']:,}",
                     **({} if guard.clipper is None else {"Clipped": f"{counts['clipped']:,}{share}"}),
                     "Skipped": f"{counts['skipped']:,}",
@@ -137,8 +137,8 @@ def describe_clipping(guards: Mapping[int, Guard]) -> list[tuple[str, str]]:
         guards: Guards by the index of their optimizer; it is named if there are several.
     """
     described = []
-    for index, guard in sorted(guards.items()):
-        whose = f", optimizer {index}" if len(guards) > 1 else ""
+    for _, guard in sorted(guards.items()):
+        whose = f", {guard.title}" if guard.title else ""
         spans = guard.clip_spans
         if len(spans) > SPANS:
             described.append(("clipped", f"{len(spans) - SPANS:,} times before{whose}"))

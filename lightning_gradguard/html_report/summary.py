@@ -15,6 +15,7 @@ from lightning_gradguard.loggers.findings import SPANS, TERMS, FoundRecord, Logg
 from lightning_gradguard.loggers.overview import SKIPPED
 from lightning_gradguard.loggers.tags import NOTES
 from lightning_gradguard.results import ClipSpan, Fault, Severity
+from lightning_gradguard.stats.parameters import optimizer_title
 
 #: Largest number of findings in the full list and of diagnoses, the newest of each, and of the training's own losses.
 LISTED, DIAGNOSES, LOSSES = 200, 5, 3
@@ -209,7 +210,11 @@ def by_fault(findings: Sequence[LoggedFinding]) -> list[Group]:
 
 
 def _sheet(run: Run, name: str, track: Track) -> Sheet:
-    title = run.name if len(run.tracks) == 1 else f"{run.name}, optimizer {name.partition('_')[2] or 0}"
+    title = (
+        run.name
+        if len(run.tracks) == 1
+        else f"{run.name}, {optimizer_title(name.partition('_')[2] or 0, track.layers)}"
+    )
     findings, diagnoses = merge_found(track.found.values())
     groups, record = by_fault(findings), _record(track)
     tensors, left_out = figures.histograms(track)

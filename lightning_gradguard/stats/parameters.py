@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from operator import is_
 from typing import Any
 
@@ -110,3 +110,21 @@ def _plain(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def optimizer_title(index: int | str, modules: Iterable[str]) -> str:
+    """Return what an optimizer is called among several.
+
+    >>> optimizer_title(0, ["generator.0", "generator.2.out"])
+    'optimizer 0 (generator)'
+    >>> optimizer_title(1, ["generator.0", "critic"])
+    'optimizer 1'
+
+    Args:
+        index: Its index.
+        modules: Dotted names of the modules that its parameters belong to.
+    """
+    levels = zip(*(name.split(".") for name in modules), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, levels)
+    prefix = ".".join(parts[0] for parts in shared)
+    return f"optimizer {index} ({prefix})" if prefix else f"optimizer {index}"

@@ -134,11 +134,70 @@ def test_each_optimizer_has_a_row(fit, tables):
     fit(Two(), GradGuard(), batches=10)
     (table,) = tables()
     assert table[2:4] == [
-        "0 SGD     | 10     | 0       | 0          | none",
-        "1 Adam    | 10     | 1       | 1          | 1",
+        "optimizer 0 (one), SGD    | 10     | 0       | 0          | none",
+        "optimizer 1 (other), Adam | 10     | 1       | 1          | 1",
     ]
     assert table[5].startswith("nonfinite  warning, once, first at step")
-    assert table[5].endswith(", optimizer 1")
+    assert " ".join(table[5:]).endswith(", optimizer 1 (other)")
+
+
+class Parts(pl.LightningModule):
+    """Module with one optimizer for each list of names of its layers, the last of which becomes NaN at step 4."""
+
+    def __init__(self, *own):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)) for name in "abc"})
+        self.scale = nn.Parameter(torch.ones(()))
+        self.own = own
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for i, optimizer in enumerate(optimizers):
+            out = sum(net(batch[0]) for net in self.model.values()) * self.scale
+            loss = nn.functional.cross_entropy(out, batch[1])
+            self.zero_grad()
+            self.manual_backward(loss * (float("nan") if i == len(optimizers) - 1 and batch_idx == 4 else 1))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        chosen = dict(self.named_parameters())
+        return [
+            torch.optim.SGD([p for name, p in chosen.items() if name.startswith(own)], 1e-3)
+            for own in self.own
+        ]
+
+
+@pytest.mark.parametrize(
+    ("own", "titles"),
+    [
+        ((("model.a.0", "model.a.1"), "model.b"), ["optimizer 0 (model.a)", "optimizer 1 (model.b)"]),
+        # One parameter is named by its module; a module of one layer by that layer.
+        (("model.a.0.weight", "model.b.1"), ["optimizer 0 (model.a.0)", "optimizer 1 (model.b.1)"]),
+        # Several modules by what holds them all; equal names below parts that differ are no prefix.
+        ((("model.a", "model.b"), "model.c"), ["optimizer 0 (model)", "optimizer 1 (model.c)"]),
+        (("model", "scale"), ["optimizer 0 (model)", "optimizer 1"]),
+        ((("model.a", "scale"), ("model.b", "model.c")), ["optimizer 0", "optimizer 1 (model)"]),
+    ],
+)
+def test_optimizers_are_named_by_what_they_train(fit, tables, own, titles):
+    with pytest.warns(GradientWarning) as caught:
+        fit(Parts(*own), GradGuard(), batches=10)
+    (table,) = tables()
+    assert [row.partition(", SGD")[0] for row in table[2:4]] == titles
+    notes = " ".join(" ".join(table[5:]).split())
+    assert notes.count(f", {titles[1]}") >= 1
+    said = [str(w.message) for w in caught if str(w.message).startswith("GradGuard: nonfinite")]
+    assert said
+    assert all(message.endswith(f"\nThese are gradients of {titles[1]}.") for message in said)
+
+
+def test_a_single_optimizer_needs_no_name(fit, tables):
+    with pytest.warns(GradientWarning) as caught:
+        fit(Parts("model"), GradGuard(), batches=10)
+    assert not any("optimizer 0" in line for line in tables()[0])
+    assert not any("gradients of" in str(w.message) for w in caught)
 
 
 def test_it_is_logged_after_an_error_and_ctrl_c(fit, classifier, tables):
@@ -232,7 +291,7 @@ def report(*findings):
 def test_findings_of_severity_info_are_left_out():
     summary = RunSummary()
     summary.add(report(finding()))
-    assert summary.describe_faults(several=False) == []
+    assert summary.describe_faults({}) == []
 
 
 def test_a_fault_that_becomes_critical_counts_once():
@@ -241,7 +300,7 @@ def test_a_fault_that_becomes_critical_counts_once():
         summary.add(report(finding(Fault.VANISHING, severity, 40)))
     summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 3)))
     summary.add(report(finding(Fault.SPIKE, Severity.WARNING, 9)))
-    assert summary.describe_faults(several=False) == [
+    assert summary.describe_faults({}) == [
         ("vanishing", "critical, once, first at step 40 in w"),
         ("spike", "warning, 2 times, first at step 3 in w"),
     ]

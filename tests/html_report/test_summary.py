@@ -126,6 +126,9 @@ def test_optimizers_have_sheets_of_their_own():
         Run("gan", {"gradguard": Track(scalars=scalars), "gradguard_1": Track(scalars=scalars)})
     )
     assert [sheet.title for sheet in sheets] == ["gan, optimizer 0", "gan, optimizer 1"]
+    own, other = Track(layers=("g.0", "g.2"), scalars=scalars), Track(layers=("critic",), scalars=scalars)
+    sheets = sheets_of(Run("gan", {"gradguard": own, "gradguard_1": other}))
+    assert [sheet.title for sheet in sheets] == ["gan, optimizer 0 (g)", "gan, optimizer 1 (critic)"]
 
 
 def test_charts_losses_first_and_only_what_there_is(written):
