@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gradguard import Recurrence, SteadyClip
+from lightning_gradguard import Guard, Policy, Recurrence, Severity, SteadyClip
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [
@@ -29,6 +29,58 @@ def test_plain_loop(capsys):
     assert "'skipped': 7" in capsys.readouterr().out
 
 
+def test_grad_scaler(capsys):
+    guard = load("grad_scaler").main(steps=60)
+    skipped = guard.counts["skipped"]
+    assert 2 < skipped == guard.counts["nonfinite"] < 20
+    assert {finding.severity for finding in guard.findings} == {Severity.INFO}
+    assert f"{len(guard.findings)} findings of severity INFO" in capsys.readouterr().out
+    # The order in which it calls them is the one that torch and `Guard` ask for.
+    source = (EXAMPLES / "grad_scaler.py").read_text()
+    calls = [
+        "scaler.scale(",
+        ".backward()",
+        "scaler.unscale_(",
+        "guard.step(",
+        "scaler.step(",
+        "scaler.update(",
+    ]
+    places = [source.index(call) for call in calls]
+    assert places == sorted(places)
+
+
+def test_grad_scaler_is_shown_in_one_place():
+    pages = [*(EXAMPLES.parent / "docs").rglob("*.md"), EXAMPLES.parent / "README.md"]
+    assert [page.name for page in pages if "scaler.update(" in page.read_text()] == []
+    assert "examples/grad_scaler.py" in (EXAMPLES.parent / "docs/how-to/loops.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("factor", "scale"), [(1e6, 2.0**10), (float("nan"), 2.0**9), (float("inf"), 2.0**9)]
+)
+def test_in_that_order_no_step_to_skip_is_taken(factor, scale):
+    """A scaler leaves out a step only for NaN and Inf; another one to skip is left out by the loop."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    guard = Guard(model.named_parameters(), optimizer=optimizer, policy=Policy(respond={"spike": "skip"}))
+    skipped = []
+    for step in range(50):
+        x = torch.randn(16, 4)
+        before = model.weight.detach().clone()
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean() * (factor if step == 40 else 1)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        report = guard.step(loss=loss, scaler=scaler)
+        if not report.skip:
+            scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, model.weight.detach()) == report.skip
+        skipped += [step] * report.skip
+    assert (skipped, scaler.get_scale()) == ([40], scale)
+
+
 def test_digits():
     assert load("digits").main(epochs=1) > 0.7
     assert list(Path("runs/digits").rglob("events.*"))
@@ -42,9 +94,13 @@ def test_language_model():
     assert loss < 3.3
 
 
-def test_gan():
+def test_gan(caplog):
+    caplog.set_level("INFO", logger="lightning_gradguard")
     _, guard = load("gan").main(epochs=1)
     assert guard.summary["judged"] == 2 * 64
+    rows = [record.getMessage() for record in caplog.records if record.name == "lightning_gradguard"]
+    assert "optimizer 0 (generator), Adam" in rows[-1]
+    assert "optimizer 1 (critic), Adam" in rows[-1]
     assert list(Path("runs/gan").rglob("events.*"))
     # Each optimizer's state is kept by itself.
     assert {"0", "1"} <= set(guard.state_dict())
