@@ -45,6 +45,7 @@ PUBLIC = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 
@@ -183,7 +184,7 @@ def test_commands_name_what_exists(page):
     makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
     for language, text in BLOCK.findall(TEXTS[page]):
         for command in re.findall(r"^\$ (.+)$", text, flags=re.MULTILINE) if language == "console" else ():
-            for extra in re.findall(r'pip install "\.\[([\w-]+)\]"', command):
+            for extra in re.findall(r'pip install "(?:\.|lightning-gradguard)\[([\w-]+)\]"', command):
                 assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), command
             for target in re.findall(r"\bmake (\w+)", command):
                 assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), command
