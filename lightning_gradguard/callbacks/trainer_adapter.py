@@ -65,7 +65,8 @@ def _callback_class() -> type:
     found = found or installed
     if not found:
         raise MissingPackage(
-            f"{missing('A callback', 'lightning')}, or [pytorch-lightning]; Guard works without it"
+            f"{missing('A callback', 'lightning')}, or "
+            '"lightning-gradguard[pytorch-lightning]"; Guard works without it'
         )
     return type("Callback", tuple(importlib.import_module(p).Callback for p in found), {})
 

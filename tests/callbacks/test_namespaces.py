@@ -101,7 +101,7 @@ try:
     lightning_gradguard.GradGuard
     raise SystemExit("there is a Lightning")
 except ImportError as error:
-    assert "pip install lightning, or pip install pytorch-lightning" in str(error)
+    assert 'pip install "lightning-gradguard[lightning]", or "lightning-gradguard[pytorch-lightning]"' in str(error)
 net = torch.nn.Linear(2, 1)
 guard = lightning_gradguard.Guard(net.named_parameters())
 loss = net(torch.ones(2)).sum()
