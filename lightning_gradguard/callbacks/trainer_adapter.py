@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: The two packages that Lightning is published in.
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
+#: Beginning of the names of our own metrics.
+METRICS = "gradguard"
+
 #: Steps at which something is logged, whatever the interval.
 EARLY_STEPS = frozenset({0, 1, 2, 5, 10, 20, 50})
 
@@ -152,8 +155,8 @@ class MonitoredMetric:
             return
         if self._name in trainer.callback_metrics:
             self._values.append(float(trainer.callback_metrics[self._name]))
-        elif trainer.callback_metrics:
-            near = difflib.get_close_matches(self._name, trainer.callback_metrics, n=1, cutoff=0.0)[0]
+        elif logged := _metrics_of_the_user(trainer):
+            near = difflib.get_close_matches(self._name, logged, n=1, cutoff=0.0)[0]
             warn(
                 trainer,
                 f"GradGuard: monitor {self._name!r} is not logged, so a diagnosis cannot cite it. The nearest metric "
@@ -171,7 +174,7 @@ class MonitoredMetric:
                 f"GradGuard: monitor {self._name!r} was never read, since it is read after each validation and there "
                 "was none.",
             )
-        elif trainer.callback_metrics:
+        elif _metrics_of_the_user(trainer):
             self.update(trainer)
         else:
             warn(
@@ -192,6 +195,11 @@ class MonitoredMetric:
         low, high = min(self._values), max(self._values)
         course = f"went from {first:.3g} to {last:.3g} over {count} validations"
         return (f"`{self._name}` {course}, and stayed between {low:.3g} and {high:.3g}.",)
+
+
+def _metrics_of_the_user(trainer: Trainer) -> list[str]:
+    """Return names of the trainer's metrics, without those that `publish_metrics` puts there."""
+    return [name for name in trainer.callback_metrics if not name.startswith(METRICS)]
 
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:

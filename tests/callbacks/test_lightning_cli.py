@@ -47,6 +47,7 @@ callbacks:
       max_samples: null
       axis: value
       exponents: true
+      of: [gradient, weight, update, activation]
   - class_path: lightning_gradguard.GradGuard
     init_args:
       detectors:

@@ -151,7 +151,7 @@ def test_only_rank_0_shows_anything():
         report=SimpleNamespace(total_norm=2.0), clipper=None, counts={"skipped": 1, "judged": 3, "clipped": 0}
     )
     for is_global_zero, shown in ((False, {}), (True, {"grad_norm": 2.0, "skipped": "1"})):
-        trainer = SimpleNamespace(is_global_zero=is_global_zero, _logger_connector=connector)
+        trainer = SimpleNamespace(is_global_zero=is_global_zero, _logger_connector=connector, barebones=True)
         RunLogging(per_layer=False, progress_bar=True).observe(trainer, {0: guard}, 0, None)
         assert connector._progress_bar_metrics == shown
 
