@@ -2,7 +2,8 @@
 
 Only this module imports matplotlib. A cell is the log10 of a layer's gradient RMS (root mean square) at a step. NaN
 stands for a gradient that is NaN or Inf, `BLANK` for no gradient. Every picture of the package uses these colours on
-this scale, so pictures compare.
+this scale, so pictures compare. The colours go from blue (small) over a calm green to red (large); the green is the
+lightest, so that the two sides differ from it, and by hue from each other, for every kind of colour vision.
 """
 
 from __future__ import annotations
@@ -20,22 +21,45 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 #: Ends of the colour scale, log10; the same for all runs.
 SCALE = (-10.0, 2.0)
 #: A cell without a gradient.
 BLANK = -math.inf
 #: Colours of cells that are no number, and of marks above the picture.
-NONFINITE_COLOUR, BLANK_COLOUR, CLIPPED_COLOUR = "magenta", "lightgrey", "darkorange"
+NONFINITE_COLOUR, BLANK_COLOUR, CLIPPED_COLOUR = "#ff00ff", "#6b6b6b", "#ff9f1c"
 #: Rows that can be told apart in the picture for TensorBoard; more are binned.
 ROWS = 64
 
-# What is legible on a TensorBoard card.
-_SIZE, _DPI, _FONT, _STROKE = (4.8, 3.2), 150, 8, 0.4
-_LABELS, _LABEL_ROOM = 16, 18
-# Position of the cells in the figure, and of the marks above them.
-_LEFT, _WIDTH, _BOTTOM, _HEIGHT = 0.25, 0.625, 0.135, 0.605
-_TOP = _BOTTOM + _HEIGHT + 0.09
+# A TensorBoard card is 215 pixels high inside and at least 365 wide. It shrinks a picture by dropping pixels, so this
+# one has twice that size: every second pixel is dropped, and strokes are two pixels wide.
+_WIDTH, _HEIGHT, _DPI, _STROKE = 730, 430, 150, 0.35
+# Sizes of the title, of its second part, of labels, and of the caption, points; 1 point is about 2 pixels.
+_TITLE, _DETAIL, _FONT, _CAPTION = 11, 9.5, 9, 8.5
+# Characters of a row's label and of a word of the title, and lines of the title and its second part together.
+_LABEL_ROOM, _WORD, _LINES = 24, 36, 3
+# Heights in pixels: a line of text, a strip, the row of faults, and everything below the cells.
+_LINE, _STRIP, _FAULTS, _BELOW = 25, 20, 24, 60
+# Distance of the cells from the right edge, where the colour scale is.
+_RIGHT = 82
+# Readable in a dark and in a light page.
+_PAPER, _INK, _QUIET, _LANE = "#262a30", "#f1f3f5", "#b9c0c8", "#3a4048"
+_LEVELS = {"critical": "#ff7b72", "warning": "#ffb74a", "protected": "#7cc7ff", "healthy": "#6fdc8c"}
+
+# Decades of the scale to colours.
+_COLOURS = (
+    (-10.0, "#251a6b"),
+    (-8.0, "#27418f"),
+    (-6.5, "#2f78a8"),
+    (-5.2, "#3fa6ae"),
+    (-3.8, "#5fc9ac"),
+    (-2.4, "#a3dba0"),
+    (-1.2, "#efd26a"),
+    (-0.2, "#f0953c"),
+    (0.8, "#d43d22"),
+    (2.0, "#7a0716"),
+)
 
 
 class Marks(NamedTuple):
@@ -50,6 +74,22 @@ class Marks(NamedTuple):
     clipped: bytes
     skipped: bytes
     faults: Mapping[str, int]
+
+
+class Title(NamedTuple):
+    """Title of the picture.
+
+    Attributes:
+        level: Level of a verdict, which decides the colour.
+        main: The verdict.
+        detail: Since when, where, and what else.
+        where: Name of the worst tensor, whose row is marked.
+    """
+
+    level: str
+    main: str
+    detail: str = ""
+    where: str = ""
 
 
 def paint(cells: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -129,7 +169,15 @@ def bin_rows(
     return [names[i] for i in starts], np.take_along_axis(cells, worst, axis=0)
 
 
-def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: int, marks: Marks) -> bytes:
+def draw(
+    names: Sequence[str],
+    cells: NDArray[np.float32],
+    first: int,
+    stride: int,
+    marks: Marks,
+    title: Title | None = None,
+    left_out: int = 0,
+) -> bytes:
     """Draw the heat map for TensorBoard.
 
     No global state of pyplot is used, so any thread may draw.
@@ -140,103 +188,208 @@ def draw(names: Sequence[str], cells: NDArray[np.float32], first: int, stride: i
         first: Step at which the first column begins.
         stride: Steps that a column stands for.
         marks: What happened in each column.
+        title: The title.
+        left_out: Layers that have no row.
 
     Returns:
-        A PNG of 720 x 480 pixels.
+        A PNG of 730 x 430 pixels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
-    from matplotlib.text import Text
 
-    labels, rows = bin_rows(without_prefix(names), cells, ROWS)
+    owners, rows = bin_rows(names, cells, ROWS)
+    worst = _owner_of(title, names)
+    if worst is not None:
+        worst_row = worst // math.ceil(len(names) / len(owners))
+        owners[worst_row] = names[worst]
+    labels = [_ascii(elide(owner, _LABEL_ROOM)) for owner in owners]
     span = (first, first + max(1, rows.shape[1]) * stride)
-    figure = Figure(figsize=_SIZE, dpi=_DPI)
+    figure = Figure(figsize=(_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI, facecolor=_PAPER)
     canvas = FigureCanvasAgg(figure)
-    title = "log10 of gradient RMS by layer      magenta: NaN or Inf      grey: no gradient"
-    figure.text(0.5, 0.99, title, fontsize=_FONT, ha="center", va="top")
-    _draw_cells(figure, labels, rows, span)
-    _draw_events(figure, span, marks)
-    _draw_faults(figure, span, marks.faults)
-    for text in figure.findobj(Text):
-        # TensorBoard shrinks pictures by dropping pixels, and thin strokes would disappear.
-        text.set_path_effects([withStroke(linewidth=_STROKE, foreground="black")])
+    strips = [name for name, flags in (("skipped", marks.skipped), ("clipped", marks.clipped)) if any(flags)]
+    left = 18 + max(_width(figure, label, _FONT) for label in [*labels, *strips, "step"])
+    top = 12 + _FAULTS + _LINE * (0 if title is None else _draw_title(figure, title))
+    box = _Box(left, top + _STRIP * len(strips), _WIDTH - left - _RIGHT, _HEIGHT - _BELOW)
+    _draw_cells(figure, labels, rows, span, box)
+    _label_rows(figure, labels, None if worst is None else worst_row, box)
+    _draw_strips(figure, strips, marks, box)
+    _draw_faults(figure, span, marks.faults, box, top)
+    _draw_caption(figure, left_out, box)
     file = io.BytesIO()
     canvas.print_png(file)  # type: ignore[no-untyped-call]
     return file.getvalue()
 
 
-def without_prefix(names: Sequence[str]) -> list[str]:
-    """Remove leading modules that all names share.
+def elide(name: str, room: int) -> str:
+    """Shorten a dotted name in the middle, so that start and end can be recognized.
 
-    Args:
-        names: Dotted names.
-
-    Returns:
-        The names, each with at least its last part.
-
-    >>> without_prefix(["net.model.0.weight", "net.model.0.bias"])
-    ['weight', 'bias']
-    """
-    parts = [n.split(".") for n in names]
-    shared = 0
-    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
-
-
-def shorten(name: str, room: int) -> str:
-    """Shorten a dotted name and keep its end.
-
-    Leading modules shrink to their first letter (numbers stay), then they are removed.
+    Inner words go first, then inner numbers, then characters. Three dots stand for what is left out.
 
     Args:
         name: Dotted name.
-        room: Largest length, characters.
+        room: Largest length, characters, at least 5.
 
     Returns:
         At most ``room`` characters.
 
-    >>> shorten("encoder.layers.11.self_attn.out_proj.weight", 24)
-    'e.l.11.s.out_proj.weight'
+    >>> elide("encoder.layers.11.self_attn.out_proj", 24)
+    'encoder...11...out_proj'
+    >>> elide("decoder.final_classification_head", 24)
+    'decoder...ification_head'
     """
     parts = name.split(".")
-    for i in range(len(parts) - 1):
-        if len(".".join(parts)) <= room:
+    inner = range(1, len(parts) - 1)
+    kept = [True] * len(parts)
+    for i in sorted(inner, key=lambda i: parts[i].isdigit()):
+        if len(_joined(parts, kept)) <= room:
             break
-        parts[i] = parts[i] if parts[i].isdigit() else parts[i][:1]
-    while len(parts) > 1 and len(".".join(parts)) > room:
-        del parts[0]
-    return ".".join(parts)[-room:]
+        kept[i] = False
+    short = _joined(parts, kept)
+    # Much shorter than needed: what went was one long word.
+    if len(short) <= room and (short == name or len(short) > 0.6 * room):
+        return short
+    if len(parts) > 1 and len(parts[0]) <= room // 2 - 2:
+        return parts[0] + "..." + name[len(parts[0]) + 3 - room :]
+    end = (room - 3 + 1) // 2
+    return name[: room - 3 - end] + "..." + name[len(name) - end :]
+
+
+def _joined(parts: Sequence[str], kept: Sequence[bool]) -> str:
+    text = parts[0]
+    for i in range(1, len(parts)):
+        if kept[i]:
+            text += ("." if kept[i - 1] else "...") + parts[i]
+    return text
+
+
+class _Box(NamedTuple):
+    """Place of the cells, pixels from the left and from the top."""
+
+    left: float
+    top: float
+    width: float
+    bottom: float
+
+    def place(self, top: float, height: float) -> tuple[float, float, float, float]:
+        """Return axes as wide as the cells, as fractions of the figure."""
+        return self.left / _WIDTH, 1 - (top + height) / _HEIGHT, self.width / _WIDTH, height / _HEIGHT
 
 
 def _colour_scale() -> ScalarMappable:
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    return ScalarMappable(Normalize(*SCALE, clip=True), colormaps["RdYlBu_r"])
+    low, high = SCALE
+    colours = [((decades - low) / (high - low), colour) for decades, colour in _COLOURS]
+    return ScalarMappable(
+        Normalize(*SCALE, clip=True), LinearSegmentedColormap.from_list("gradients", colours, N=1024)
+    )
+
+
+def _ascii(text: str) -> str:
+    # The font lacks many other characters.
+    return text.encode("ascii", "replace").decode()
+
+
+def _write(figure: Figure, x: float, y: float, text: str, size: float, **options: Any) -> None:
+    """Write text at pixels from the left and from the top."""
+    style = {"color": _INK, "va": "top"} | options
+    # No math, since a dollar sign begins no formula here.
+    _thicken(figure.text(x / _WIDTH, 1 - y / _HEIGHT, text, fontsize=size, parse_math=False, **style))
+
+
+def _thicken(text: Text) -> None:
+    """Widen the strokes of a text, which would disappear with every second pixel."""
+    from matplotlib.patheffects import withStroke
+
+    text.set_path_effects([withStroke(linewidth=_STROKE, foreground=text.get_color())])
+
+
+def _width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
+    """Return the width of a text, pixels."""
+    from matplotlib.font_manager import FontProperties
+
+    canvas: Any = figure.canvas
+    font = FontProperties(size=size, weight=weight)
+    return float(canvas.get_renderer().get_text_width_height_descent(text, font, False)[0])
+
+
+def _wrapped(figure: Figure, text: str, lines: int, size: float, weight: str = "normal") -> list[str]:
+    """Break a text into lines as wide as the picture, and cut it off behind the last one."""
+    wrapped = [""]
+    for word in text.split(" "):
+        longer = f"{wrapped[-1]} {elide(word, _WORD)}".lstrip()
+        more = " ..." if len(wrapped) == lines else ""
+        if not wrapped[-1] or _width(figure, longer + more, size, weight) <= _WIDTH - 20:
+            wrapped[-1] = longer
+        elif more:
+            wrapped[-1] += more
+            break
+        else:
+            wrapped.append(elide(word, _WORD))
+    return wrapped
+
+
+def _owner_of(title: Title | None, names: Sequence[str]) -> int | None:
+    """Return the index of the layer that the worst tensor belongs to, or None."""
+    tensor = "" if title is None else title.where
+    owners = (i for i, name in enumerate(names) if name in (tensor, tensor.rpartition(".")[0]))
+    return next(owners, None) if tensor else None
+
+
+def _draw_title(figure: Figure, title: Title) -> int:
+    """Draw the title; return its number of lines."""
+    main = title.main[:2] + _ascii(title.main[2:])
+    lines = _wrapped(figure, main, 2, _TITLE, "bold")
+    colour = _LEVELS.get(title.level, _INK)
+    for i, line in enumerate(lines):
+        _write(figure, 10, 7 + i * (_LINE + 1), line, _TITLE, weight="bold", color=colour)
+    detail = _wrapped(figure, _ascii(title.detail), _LINES - len(lines), _DETAIL)
+    for i, line in enumerate(detail, len(lines)):
+        _write(figure, 10, 10 + i * _LINE, line, _DETAIL)
+    return len(lines) + len(detail)
 
 
 def _draw_cells(
-    figure: Figure, labels: Sequence[str], rows: NDArray[np.floating[Any]], span: tuple[int, int]
+    figure: Figure,
+    labels: Sequence[str],
+    rows: NDArray[np.floating[Any]],
+    span: tuple[int, int],
+    box: _Box,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.add_axes((_LEFT, _BOTTOM, _WIDTH, _HEIGHT))
+    height = box.bottom - box.top
+    axes = figure.add_axes(box.place(box.top, height))
     axes.imshow(paint(rows), aspect="auto", interpolation="nearest", extent=(*span, len(labels), 0))
-    shown = range(0, len(labels), math.ceil(len(labels) / _LABELS))
-    # ASCII, since the font lacks many other characters; no math, since a dollar sign begins no formula here.
-    short = [shorten(labels[i], _LABEL_ROOM).encode("ascii", "replace").decode() for i in shown]
-    _label(axes.yaxis, [i + 0.5 for i in shown], short)
-    steps = [x for x in MaxNLocator(5, integer=True).tick_values(*span) if span[0] <= x <= span[1]]
+    _label(axes.yaxis, [], [])
+    steps = [x for x in MaxNLocator(4, integer=True).tick_values(*span) if span[0] <= x <= span[1]]
     _label(axes.xaxis, steps, [f"{x:,.0f}" for x in steps])
-    axes.tick_params(labelsize=_FONT, length=2)
-    axes.set_xlabel("step", fontsize=_FONT, labelpad=2)
-    place = (_LEFT + _WIDTH + 0.02, _BOTTOM, 0.025, _HEIGHT)
-    scale = figure.colorbar(_colour_scale(), cax=figure.add_axes(place))
-    scale.set_ticks(range(int(SCALE[0]), int(SCALE[1]) + 1, 2))
-    scale.ax.tick_params(labelsize=_FONT, length=2)
+    axes.spines[:].set_visible(False)
+    _write(figure, box.left - 8, box.bottom + 8, "step", _FONT, ha="right", color=_QUIET)
+    place = box.place(box.top, height)
+    bar = figure.add_axes(((box.left + box.width + 14) / _WIDTH, place[1], 16 / _WIDTH, place[3]))
+    scale = figure.colorbar(_colour_scale(), cax=bar)
+    scale.outline.set_visible(False)
+    ends = range(int(SCALE[0]), int(SCALE[1]) + 1, 4)
+    _label(bar.yaxis, list(ends), [str(x) for x in ends])
+
+
+def _label_rows(figure: Figure, labels: Sequence[str], worst: int | None, box: _Box) -> None:
+    """Name the rows that have room for it, the worst one before all others."""
+    row = (box.bottom - box.top) / len(labels)
+    every = math.ceil((2 * _FONT + 0.5) / row)
+    # Not every second one: where two kinds of layer alternate, only one kind would have names.
+    every += every > 1 and every % 2 == 0
+    for i in range(len(labels)):
+        is_free = worst is None or abs(i - worst) >= every or i == worst
+        if i == worst or (i % every == 0 and is_free):
+            colour = _LEVELS["critical"] if i == worst else _INK
+            y = box.top + row * (i + 0.5)
+            options = {"ha": "right", "va": "center_baseline", "color": colour}
+            _write(figure, box.left - 8, y, labels[i], _FONT, **options)
+            if i == worst:
+                _write(figure, box.left + 3, y, "\u25b6", _FONT - 2, va="center", color=colour)
 
 
 def _label(axis: Axis, places: Sequence[float], labels: Sequence[str]) -> None:
@@ -249,36 +402,58 @@ def _label(axis: Axis, places: Sequence[float], labels: Sequence[str]) -> None:
 
     axis.set_major_locator(FixedLocator(list(places)))
     axis.set_major_formatter(FixedFormatter(list(labels)))
+    axis.set_tick_params(labelsize=_FONT, length=3, color=_QUIET, labelcolor=_INK)
     for text in axis.get_majorticklabels():
         text.set_parse_math(False)
+        _thicken(text)
 
 
-def _draw_events(figure: Figure, span: tuple[int, int], marks: Marks) -> None:
+def _draw_strips(figure: Figure, strips: Sequence[str], marks: Marks, box: _Box) -> None:
     from matplotlib.colors import to_rgba
 
-    rows = {"skipped": (marks.skipped, NONFINITE_COLOUR), "clipped": (marks.clipped, CLIPPED_COLOUR)}
-    pixels = np.full((len(rows), max(1, len(marks.clipped)), 4), to_rgba("whitesmoke"))
-    for row, (flags, colour) in zip(pixels, rows.values(), strict=True):
-        row[np.frombuffer(flags, dtype=bool).nonzero()] = to_rgba(colour)
-    axes = figure.add_axes((_LEFT, _BOTTOM + _HEIGHT + 0.015, _WIDTH, 0.075))
-    axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(*span, len(rows), 0))
-    axes.set_xticks([])
-    _label(axes.yaxis, [0.5, 1.5], list(rows))
-    axes.tick_params(labelsize=_FONT, length=0)
-    axes.spines[:].set_visible(False)
+    colours = {"skipped": NONFINITE_COLOUR, "clipped": CLIPPED_COLOUR}
+    for i, name in enumerate(strips):
+        flags = np.frombuffer(getattr(marks, name), dtype=bool)
+        pixels = np.full((1, len(flags), 4), to_rgba(_LANE))
+        pixels[0, flags] = to_rgba(colours[name])
+        top = box.top - _STRIP * (len(strips) - i)
+        axes = figure.add_axes(box.place(top, _STRIP - 4))
+        axes.imshow(pixels, aspect="auto", interpolation="nearest")
+        axes.set_axis_off()
+        _write(figure, box.left - 8, top - 3, name, _FONT, ha="right", color=_QUIET)
 
 
-def _draw_faults(figure: Figure, span: tuple[int, int], faults: Mapping[str, int]) -> None:
-    """Draw where each fault began, and its name."""
-    taken = [0.0, 0.0]
-    for fault, step in sorted(faults.items(), key=lambda item: item[1]):
-        x = _LEFT + _WIDTH * min(max((step - span[0]) / (span[1] - span[0]), 0.0), 1.0)
-        figure.text(x, _TOP, "\u25bc", fontsize=_FONT - 2, ha="center", va="bottom")
-        half = 0.006 * len(fault)  # of the figure's width
-        middle = min(max(x, half), 1 - half)
-        for line, end in enumerate(taken):
-            if middle - half > end:
-                y = _TOP + 0.03 + 0.04 * line
-                figure.text(middle, y, fault, fontsize=_FONT, ha="center", va="bottom")
-                taken[line] = middle + half
+def _draw_faults(
+    figure: Figure, span: tuple[int, int], faults: Mapping[str, int], box: _Box, bottom: float
+) -> None:
+    """Draw where each fault began, and its name where there is room."""
+    found = sorted(faults.items(), key=lambda item: item[1])
+    places = [
+        box.left + box.width * min(max((step - span[0]) / (span[1] - span[0]), 0.0), 1.0) for _, step in found
+    ]
+    taken = [(x - 9, x + 9) for x in places]
+    for (fault, _), x in zip(found, places, strict=True):
+        _write(figure, x, bottom - 3, "\u25bc", _FONT - 1, ha="center", va="bottom")
+        width = _width(figure, fault, _FONT)
+        for left in (x + 11, x - 11 - width):
+            is_free = all(left + width < begin or left > end for begin, end in taken)
+            if is_free and 0 < left < _WIDTH - width:
+                _write(figure, left, bottom - 3, fault, _FONT, va="bottom")
+                taken.append((left, left + width))
                 break
+
+
+def _draw_caption(figure: Figure, left_out: int, box: _Box) -> None:
+    words = [
+        ("log10 RMS", _QUIET),
+        ("blue: vanishing", "#7fb0f0"),
+        ("red: exploding", "#ff8a70"),
+        ("magenta: NaN", "#ff7bff"),
+        ("grey: none", "#b0b0b0"),
+    ]
+    if left_out:
+        words = [(f"log10 gradient RMS; {left_out:,} norms and embeddings have no row", _QUIET)]
+    x = 10.0
+    for text, colour in words:
+        _write(figure, x, box.bottom + 33, text, _CAPTION, color=colour)
+        x += _width(figure, text, _CAPTION) + 18

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +19,34 @@ from matplotlib.image import imread
 import lightning_gradguard
 from lightning_gradguard.charts import (
     BLANK_COLOUR,
+    CLIPPED_COLOUR,
     NONFINITE_COLOUR,
+    SCALE,
     Marks,
+    Title,
     bin_rows,
     draw,
+    elide,
     paint,
-    shorten,
-    without_prefix,
 )
 
-MAGENTA, ORANGE, GREY = (to_rgb(c) for c in ("magenta", "darkorange", "lightgrey"))
+MAGENTA, ORANGE, GREY = (to_rgb(c) for c in (NONFINITE_COLOUR, CLIPPED_COLOUR, BLANK_COLOUR))
+#: Twice what a TensorBoard card shows.
+SIZE = (430, 730, 3)
+#: Rows of the title, and of the faults without a title, pixels.
+TITLE, FAULTS = 87, 36
 DECADES = st.floats(-12, 4) | st.sampled_from([math.nan, -math.inf])
 
 
-def picture(cells, names=None, first=0, stride=1, clipped=(), skipped=(), faults=None):
+def picture(
+    cells, names=None, first=0, stride=1, clipped=(), skipped=(), faults=None, title=None, left_out=0
+):
     cells = np.asarray(cells, dtype=np.float32)
     columns = cells.shape[1]
     flags = [bytes(i in marked for i in range(columns)) for marked in (clipped, skipped)]
     names = names or [f"layer{i}" for i in range(len(cells))]
-    return imread(io.BytesIO(draw(names, cells, first, stride, Marks(*flags, faults or {}))))[..., :3]
+    png = draw(names, cells, first, stride, Marks(*flags, faults or {}), title, left_out)
+    return imread(io.BytesIO(png))[..., :3]
 
 
 def area(pixels, colour):
@@ -52,13 +62,13 @@ def test_one_nonfinite_cell_is_seen(layers, columns):
 
 
 def test_is_of_the_size_of_a_card():
-    assert picture([[0.0]]).shape == (480, 720, 3)
+    assert picture([[0.0]]).shape == SIZE
 
 
 def test_equal_values_have_equal_colours_in_all_runs():
     shared = np.linspace(-10, 2, 12).reshape(1, -1)
     narrow, wide = picture(shared), picture(np.concatenate([shared, np.full((1, 12), 300.0)]))
-    places = np.linspace(200, 610, 12).astype(int)
+    places = np.linspace(110, 620, 12).astype(int)
     assert np.array_equal(narrow[160, places], wide[160, places])
 
 
@@ -86,8 +96,9 @@ def test_no_gradient_is_grey():
 def test_a_fault_is_named(step):
     cells = np.full((3, 100), -3.0)
     named, plain = picture(cells, faults={"vanishing": step}), picture(cells)
-    assert area(named[:90], (0, 0, 0)) > area(plain[:90], (0, 0, 0)) + 50
-    assert np.array_equal(named[120:], plain[120:])
+    changed = (named != plain).any(axis=-1)
+    assert changed[:FAULTS].sum() > 500
+    assert not changed[FAULTS:].any()
 
 
 def test_many_faults_at_once_do_not_cover_the_cells():
@@ -95,17 +106,98 @@ def test_many_faults_at_once_do_not_cover_the_cells():
         ["nonfinite", "underflow", "exploding", "oversized_update", "spike", "stalled"], 50
     )
     cells = np.full((3, 100), -3.0)
-    assert np.array_equal(picture(cells, faults=faults)[120:], picture(cells)[120:])
+    assert np.array_equal(picture(cells, faults=faults)[FAULTS:], picture(cells)[FAULTS:])
+
+
+LEVELS = ["critical", "warning", "protected", "healthy"]
+
+
+def test_each_level_has_a_colour_of_its_own():
+    tops = [picture([[0.0]], title=Title(level, "x Finished"))[:TITLE] for level in LEVELS]
+    assert not any(np.array_equal(a, b) for a, b in combinations(tops, 2))
+
+
+@pytest.mark.parametrize("main", ["x Finished", "x " + "Ended by an error (SomeVeryLongExceptionName) " * 5])
+@pytest.mark.parametrize("detail", ["", "since step 3, worst in w", "a, in $x^2$ " * 40, "y" * 500])
+def test_a_title_of_any_length_leaves_the_right_edge_and_the_cells_alone(main, detail):
+    title = Title("critical", main, detail)
+    shown, plain = picture([[0.0]], title=title), picture([[0.0]])
+    assert (shown[:TITLE, -8:] == plain[0, 0]).all()
+    cells = slice(TITLE + FAULTS, -65), slice(110, 640)
+    assert np.array_equal(shown[cells], plain[cells])
+
+
+def test_the_row_of_the_worst_tensor_is_marked_whatever_the_number_of_rows():
+    for layers in (3, 30, 300):
+        cells, names = np.full((layers, 4), -3.0), [f"net.layer{i}" for i in range(layers)]
+        titles = [
+            Title("critical", "x Halted", where=where) for where in (f"{names[-1]}.weight", "other.weight")
+        ]
+        marked, plain = (picture(cells, names=names, title=title) for title in titles)
+        assert (marked != plain).any(axis=-1).sum() > 100
+
+
+def test_layers_without_a_row_are_counted_below():
+    shown, plain = picture([[0.0]], left_out=12), picture([[0.0]])
+    changed = (shown != plain).any(axis=(1, 2)).nonzero()[0]
+    assert changed.min() > SIZE[0] - 40
+
+
+#: Machado, Oliveira and Fernandes 2009, full deficiency, on linear RGB.
+VISION = {
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+    "usual": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+}
+
+
+def seen(decades, vision):
+    """Return CIE Lab of cells as somebody sees them."""
+    rgb = paint(np.array([decades]))[0, :, :3] / 255
+    linear = (
+        np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.array(VISION[vision]).T
+    )
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear.clip(0, 1) @ to_xyz.T / [0.9505, 1, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=-1)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_small_usual_and_large_gradients_and_what_is_no_number_differ_for_everybody(vision):
+    healthy, tiny, huge = (seen([x], vision)[0] for x in (-3.0, -8.0, 1.0))
+    for a, b in ((healthy, tiny), (healthy, huge), (tiny, huge)):
+        assert np.linalg.norm(a - b) > 40
+    scale = seen(np.linspace(*SCALE, 121), vision)
+    for other in seen([math.nan, -math.inf], vision):
+        assert np.linalg.norm(scale - other, axis=-1).min() > 15
+
+
+def test_the_usual_size_is_clearly_coloured():
+    assert np.linalg.norm(seen(np.linspace(-5, -2, 31), "usual")[:, 1:], axis=-1).min() > 25
 
 
 @pytest.mark.parametrize("name", ["$x", "$x^2$", "\\frac", "层", "a" * 500, " ", "_"])
 def test_any_name_can_be_drawn(name):
-    assert picture([[0.0], [0.0]], names=["first", name]).shape == (480, 720, 3)
+    assert picture([[0.0], [0.0]], names=["first", name]).shape == SIZE
 
 
 @pytest.mark.parametrize(("first", "stride"), [(0, 1), (10**7, 10**6), (999, 2)])
 def test_any_step_can_be_drawn(first, stride):
-    assert picture([[0.0] * 128], first=first, stride=stride).shape == (480, 720, 3)
+    assert picture([[0.0] * 128], first=first, stride=stride).shape == SIZE
 
 
 def test_threads_do_not_disturb_each_other():
@@ -168,25 +260,17 @@ part = st.text("abcdefghij_0123456789", min_size=1, max_size=30)
 name = st.lists(part, min_size=1, max_size=8).map(".".join)
 
 
-@given(st.lists(name, min_size=1, max_size=20, unique=True), st.lists(part, max_size=3).map(".".join))
-def test_a_common_prefix_makes_no_difference(names, prefix):
-    prefixed = [f"{prefix}.{n}" if prefix else n for n in names]
-    assert without_prefix(prefixed) == without_prefix(names)
-    assert all(n.endswith(short) for n, short in zip(names, without_prefix(names), strict=True))
-
-
-@given(name, st.integers(1, 60))
-def test_shortening_keeps_what_fits_and_the_end_of_what_does_not(full, room):
-    short = shorten(full, room)
+@given(name, st.integers(5, 60))
+def test_names_are_shortened_in_the_middle(full, room):
+    short = elide(full, room)
     assert len(short) <= room
-    if len(full) <= room:
-        assert short == full
-    assert short[-1] == full[-1]
-
-
-@pytest.mark.parametrize("names", [["weight"], ["layer.weight"], ["a.b", "a"], ["a", "a.b"], ["a.b", "ab.c"]])
-def test_no_name_becomes_empty(names):
-    assert all(without_prefix(names))
+    assert (short == full) == (len(full) <= room)
+    if short != full:
+        begin, end = short.split("...")[0], short.split("...")[-1]
+        assert full.startswith(begin)
+        assert full.endswith(end)
+        assert begin
+        assert end
 
 
 def test_drawing_does_not_make_python_forget_which_warnings_were_shown(monkeypatch):

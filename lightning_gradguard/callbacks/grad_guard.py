@@ -51,6 +51,7 @@ from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.flight_recorder.recorder import Recorder
 from lightning_gradguard.forms import short
 from lightning_gradguard.guard import KEPT_FINDINGS
+from lightning_gradguard.loggers.status import End, RunEnd
 from lightning_gradguard.policy import Policy
 from lightning_gradguard.results import ClipSpan, Fault, Finding, GradientHalt, Report, Severity
 
@@ -74,6 +75,7 @@ class _Results:
     diagnosed_rank: int = 0
     mistakes: dict[str, str] = field(default_factory=dict)
     stop_reason: str | None = None
+    end: RunEnd | None = None
     bundle: Path | None = None
 
 
@@ -350,9 +352,11 @@ class GradGuard(Callback):
                 return
             results.stop_reason, results.diagnosis = halt.diagnosis.fault.value, halt.diagnosis
             results.bundle = self._recording.record_halt(trainer, guards, halt, index)
+            results.end = RunEnd(End.HALTED, halt.step, results.stop_reason, optimizer=index)
             if self.policy is None or self.policy.stop != "graceful":
                 raise
             self._ended_gracefully = True
+            results.end = results.end._replace(how=End.STOPPED)
             stop_training(trainer)
             warn(
                 trainer,
@@ -371,7 +375,9 @@ class GradGuard(Callback):
                 if guard.report.skip:
                     self._buffers.restore_nonfinite(skipped=True)
                 self._summary.add(guard.report)
-                self._logging.observe(trainer, guards, index, news, self._take_mistakes())
+                self._logging.observe(
+                    trainer, guards, index, news, self._take_mistakes(), self._rollback.count
+                )
 
     def _take_mistakes(self) -> list[str]:
         """Return the mistakes that were named since the last call, in Markdown."""
@@ -416,7 +422,7 @@ class GradGuard(Callback):
             for index, guard in self._registry.guards.items():
                 self._judge(trainer, index, guard.close)
         finally:
-            self._finish(trainer)
+            self._finish(trainer, RunEnd(End.FINISHED, trainer.global_step))
         self._report_ruined(trainer)
         self._metric.end(trainer)
         if self._batches and not self._registry.guards:
@@ -433,7 +439,7 @@ class GradGuard(Callback):
         self._buffers.restore_nonfinite()
         bundle = self._recording.record_error(trainer, self._registry.guards, exception)
         self._results.bundle = bundle or self._results.bundle
-        self._finish(trainer)
+        self._finish(trainer, _end_by(exception, trainer.global_step))
         self._log_summary(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -495,13 +501,18 @@ class GradGuard(Callback):
                 results.diagnosis = diagnosis
         warn(trainer, f"GradGuard: {message}")
 
-    def _finish(self, trainer: Trainer) -> None:
-        """Release everything; write the last heat maps."""
+    def _finish(self, trainer: Trainer, end: RunEnd) -> None:
+        """Release everything; write the last heat maps.
+
+        Args:
+            trainer: Trainer of the run.
+            end: How the run ended, if no halt ended it.
+        """
         self._exact_skip.close()
         self._batch = (None, 0)
         self._recording.close()
         self._registry.close_hooks()
-        self._logging.finish(trainer, self._registry.guards)
+        self._logging.finish(trainer, self._registry.guards, self._results.end or end)
 
     def _log_summary(self, trainer: Trainer) -> None:
         self._summary.log(
@@ -545,6 +556,13 @@ class AutoGuard(Callback):
         self.__class__ = GradGuard  # type: ignore[assignment]
         self.__dict__ = guard.__dict__
         guard.setup(trainer, pl_module, stage)
+
+
+def _end_by(exception: BaseException, step: int) -> RunEnd:
+    """Return how an exception that is no halt of this guard ends a run."""
+    name = type(exception).__name__
+    is_signal = isinstance(exception, KeyboardInterrupt) or name == "SIGTERMException"
+    return RunEnd(End.INTERRUPTED, step) if is_signal else RunEnd(End.ERROR, step, error=name)
 
 
 def _rows(batch: object) -> float:

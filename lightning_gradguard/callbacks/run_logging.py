@@ -13,6 +13,7 @@ from lightning_gradguard.guard import Guard
 from lightning_gradguard.loggers import open_sinks
 from lightning_gradguard.loggers.base import LogSink
 from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.status import RunEnd
 from lightning_gradguard.loggers.tags import tag_group
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class RunLogging:
         index: int,
         diagnosis: Diagnosis | None,
         mistakes: Sequence[str] = (),
+        rollbacks: int = 0,
     ) -> None:
         """Add a step; write if Lightning logs now.
 
@@ -74,6 +76,7 @@ class RunLogging:
             index: Index of the optimizer.
             diagnosis: Diagnosis if there is a new one, or None.
             mistakes: New mistakes that the graph shows, in Markdown.
+            rollbacks: Rollbacks so far.
         """
         if self._progress_bar and trainer.is_global_zero:
             # Both kinds of bar read it after the batch, together with the values that the module logs.
@@ -85,11 +88,11 @@ class RunLogging:
         self._step = logging_step(trainer)
         overview = self._overview(trainer, guards[index], index)
         if self._sinks:
-            overview.observe(report)
+            overview.observe(report, guards[index].fault_tracker.lasting, rollbacks)
             if diagnosis is not None:
                 overview.add_diagnosis(diagnosis.to_markdown())
             for mistake in mistakes:
-                overview.add_diagnosis(mistake)
+                overview.add_mistake(mistake)
         else:
             overview.count(report)
         if trainer._logger_connector.should_update_logs or is_early(self._step):
@@ -111,10 +114,10 @@ class RunLogging:
         if metrics:
             publish_metrics(trainer, metrics)
 
-    def finish(self, trainer: Trainer, guards: Mapping[int, Guard]) -> None:
-        """Write final heat maps; close the loggers."""
+    def finish(self, trainer: Trainer, guards: Mapping[int, Guard], end: RunEnd) -> None:
+        """Write final heat maps and how the run ended; close the loggers."""
         for index, guard in guards.items():
-            self._write(trainer, guard, index, final=True)
+            self._write(trainer, guard, index, end=end)
         for sink in self._sinks:
             sink.close()
         self._sinks = []
@@ -131,13 +134,13 @@ class RunLogging:
         """Hold the state until the optimizers are known."""
         self._restored = dict(state)
 
-    def _write(self, trainer: Trainer, guard: Guard, index: int, *, final: bool = False) -> None:
+    def _write(self, trainer: Trainer, guard: Guard, index: int, *, end: RunEnd | None = None) -> None:
         if not self._sinks or guard.report is None or guard.record is None:
             return
         overview = self._overview(trainer, guard, index)
         overview.show_clipping(guard.clip_spans)
-        record = overview.build_record(guard.report, **_of_record(guard), final=final)
-        if final and self._written == self._step:
+        record = overview.build_record(guard.report, **_of_record(guard), final=end is not None, end=end)
+        if end is not None and self._written == self._step:
             record = replace(record, scalars={})
         self._written = self._step
         for sink in self._sinks:
@@ -154,6 +157,7 @@ class RunLogging:
                 matrices=[i in layout.layer_indices for i in layout.order],
                 group=tag_group(index),
                 per_layer=self._per_layer,
+                optimizer=index,
             )
             restored = self._restored.pop(str(index), None)
             try:

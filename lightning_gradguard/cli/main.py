@@ -146,7 +146,7 @@ def _report(options: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"{error.filename or options.out}: {error.strerror or error}") from error
     for sheet in sheets:
-        print(one_line(f"{sheet.title}: {sheet.verdict.title}"))
+        print(one_line(f"{sheet.title}: {sheet.verdict.level}. {sheet.verdict}"))
     size = options.out.stat().st_size
     print(one_line(f"Wrote {options.out} ({size / 1e3:,.0f} kB); open it in a browser."))
 

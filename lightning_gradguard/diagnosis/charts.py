@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lightning_gradguard.charts import SCALE, bin_rows, cells_uri, scale_uri, shorten
+from lightning_gradguard.charts import SCALE, bin_rows, cells_uri, elide, scale_uri
 from lightning_gradguard.diagnosis.wording import power
 from lightning_gradguard.introspection.gradient_profile import depth_tilt
 from lightning_gradguard.stats.trends import HEALTHY_DEPTH_TILT, MIN_LAYERS
@@ -57,11 +57,12 @@ _FAR_APART = 50.0
 class Row(NamedTuple):
     """Label of a row, empty without room for it.
 
-    The worst rows are marked.
+    The worst rows are marked. ``name`` is the whole name.
     """
 
     middle: float
     text: str
+    name: str
     worst: bool
 
 
@@ -176,7 +177,7 @@ def _rows(names: Sequence[str], height: float, ranks: Mapping[int, int]) -> tupl
         middle = high * (i + 0.5)
         is_free = all(abs(middle - row.middle) >= _LINE - 1 for row in rows if row.text)
         if is_free or i in ranks:
-            rows.append(Row(middle, shorten(names[i], _LABEL) if is_free else "", i in ranks))
+            rows.append(Row(middle, elide(names[i], _LABEL) if is_free else "", names[i], i in ranks))
     return tuple(rows)
 
 

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from lightning_gradguard.charts import BLANK_COLOUR, CLIPPED_COLOUR, NONFINITE_COLOUR
 from lightning_gradguard.diagnosis.wording import MISTAKE, further_reading, headline, listing, number, quote
 from lightning_gradguard.extras import needed_by
 
@@ -82,7 +83,7 @@ def to_markdown(diagnosis: Diagnosis) -> str:
         for rank, remedy in enumerate(diagnosis.remedies, 1):
             name = f"{remedy.name} ({remedy.note})" if remedy.note else remedy.name
             lines.append(
-                _row([str(rank), md(name), _markdown_code(remedy.how), *(_numbers(remedy) if tried else [])])
+                _row([str(rank), md(name), _markdown_code(remedy.how), *(_cells(remedy) if tried else [])])
             )
     lines += ["", md(_further(diagnosis))]
     return "\n".join(lines) + "\n"
@@ -130,7 +131,7 @@ def _page(diagnosis: Diagnosis) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters["prose"] = lambda text: Markup(_html(text))
-    pages.filters["numbers"], pages.filters["tilt"] = _numbers, _tilt
+    pages.filters["cells"], pages.filters["tilt"] = _cells, _tilt
     pages.filters["px"] = lambda length: f"{length:.1f}".removesuffix(".0")
     pages.filters["decade"] = lambda exponent: f"{float(exponent):g}".replace("-", "−")
     return pages.get_template("diagnosis.html").render(
@@ -146,6 +147,7 @@ def _page(diagnosis: Diagnosis) -> str:
         heat=charts.heat_map(diagnosis.course, diagnosis.step, diagnosis.parameters),
         panels=charts.fix_panels(diagnosis),
         size={"width": charts.WIDTH, "height": charts.HEIGHT},
+        colours={"nonfinite": NONFINITE_COLOUR, "clipped": CLIPPED_COLOUR, "blank": BLANK_COLOUR},
         style=Markup(loader.get_source(pages, "diagnosis.css")[0]),
     )
 
@@ -237,6 +239,14 @@ def _numbers(remedy: Remedy) -> list[str]:
     """
     loss = "" if remedy.loss is None else number(remedy.loss)
     return [_tilt(remedy.before), _tilt(remedy.after), loss]
+
+
+def _cells(remedy: Remedy) -> list[str]:
+    """Return the numbers for a table, which says what was not run: the fix, or only the steps of training with it."""
+    if not remedy.tried:
+        return ["not run"] * 3
+    before, after, loss = _numbers(remedy)
+    return [before, after, loss or "not run"]
 
 
 def _tilt(decades: float | None) -> str:

@@ -80,6 +80,15 @@ class FaultTracker:
         """True while a reported fault is active."""
         return any(fault.severity >= Severity.WARNING for fault in self.active.values())
 
+    @property
+    def lasting(self) -> frozenset[str]:
+        """Values of the faults that were reported and last."""
+        return frozenset(
+            key.partition("/")[0]
+            for key, fault in self.active.items()
+            if fault.severity >= Severity.WARNING or key == Fault.NONFINITE.value
+        )
+
     def decide(
         self, step: int, record: StepRecord, *, has_loss: bool, scaled: bool, clipping: bool | None
     ) -> Decision:

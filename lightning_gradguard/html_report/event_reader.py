@@ -20,7 +20,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.util.tensor_util import make_ndarray
 
-from lightning_gradguard.loggers.findings import FoundRecord, LoggedFinding
+from lightning_gradguard.loggers.findings import FoundRecord
+from lightning_gradguard.loggers.status import LoggedFinding
 from lightning_gradguard.loggers.tags import DIAGNOSIS, FINDINGS, LAYER_RMS, Tag
 from lightning_gradguard.printing import one_line
 from lightning_gradguard.results import Severity
@@ -221,7 +222,9 @@ class _File:
                 track.layers, track.rows = layers, {}
             track.rows[step] = row
         elif tag.name == FINDINGS and has_tensor:
-            track.found[step] = FoundRecord.from_json(_text(value))
+            found = FoundRecord.from_json(_text(value))
+            # The run's end may be written at the step of the newest findings.
+            track.found[step] = track.found[step].joined(found) if step in track.found else found
         elif tag.name == DIAGNOSIS and has_tensor:
             self._texts.setdefault(tag.group, {})[step] = parse_old_text(_text(value))
         elif not tag.kind and (number := _number(value)) is not None:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradguard.charts import BLANK, cells_uri, shorten, without_prefix
+from lightning_gradguard.charts import BLANK, cells_uri
 from lightning_gradguard.html_report.event_reader import Curve, Track
 from lightning_gradguard.loggers.heatmap import Heatmap
 from lightning_gradguard.loggers.overview import CLIPPED, SKIPPED
 from lightning_gradguard.stats.histogram import EDGES
 
-#: Cells of a heat map, columns of it, and characters of a row's label.
-CELLS, COLUMNS, LABEL = 131_072, 128, 18
+#: Cells of a heat map, and columns of it.
+CELLS, COLUMNS = 131_072, 128
 #: Numbers in all histograms of a run, steps of one, and tensors that have some.
 COUNTS, STEPS, TENSORS = 400_000, 64, 400
 #: Points of a curve, and steps at which a finding is marked.
@@ -50,7 +50,6 @@ def heat_map(track: Track) -> dict[str, Any] | None:
     clipped, skipped, _ = picture.marks
     return {
         "names": list(names),
-        "labels": [shorten(name, LABEL) for name in without_prefix(names)],
         "first": picture.first,
         "stride": picture.stride,
         "columns": cells.shape[1],

@@ -68,6 +68,7 @@ def render(sheets: Sequence[Sheet]) -> str:
     )
     pages.filters["markdown"] = lambda text: Markup(_MARKDOWN.render(text))
     pages.filters["inline"] = lambda text: Markup(_MARKDOWN.renderInline(text))
+    pages.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     pages.filters["count"] = lambda number: "–" if number is None else f"{number:,}"
     pages.filters["exponent"] = lambda number: f"{number:g}".replace("-", "−")
     script = "\n".join(_source(pages, name) for name in _SCRIPTS)

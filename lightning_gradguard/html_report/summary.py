@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_gradguard.diagnosis.wording import MISTAKE, headline, quote
+from lightning_gradguard.diagnosis.wording import MISTAKE, quote
 from lightning_gradguard.html_report import figures
 from lightning_gradguard.html_report.event_reader import Run, Track
-from lightning_gradguard.loggers.findings import SPANS, TERMS, FoundRecord, LoggedFinding
+from lightning_gradguard.loggers.findings import SPANS, FoundRecord
 from lightning_gradguard.loggers.overview import SKIPPED
+from lightning_gradguard.loggers.status import EVENTS, Course, LoggedFinding, Status
 from lightning_gradguard.loggers.tags import NOTES
-from lightning_gradguard.results import ClipSpan, Fault, Severity
+from lightning_gradguard.loggers.verdict import MARKS, UNJUDGED, Verdict, verdict_of
+from lightning_gradguard.results import ClipSpan, Fault
 from lightning_gradguard.stats.parameters import optimizer_title
 
 #: Largest number of findings in the full list and of diagnoses, the newest of each, and of the training's own losses.
@@ -35,23 +37,6 @@ CHARTS = {
 }
 
 _PRECEDENCE = {fault.value: fault.precedence for fault in Fault}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of a run in one line.
-
-    Attributes:
-        level: "critical", "warning", "healthy" or "unjudged".
-        title: In a few words.
-        detail: Markdown of one line.
-        terms: Explanation of the terms in ``detail``; may be empty.
-    """
-
-    level: str
-    title: str
-    detail: str
-    terms: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +89,7 @@ class Sheet:
     Attributes:
         title: Name of the run, and of the optimizer if there are several.
         verdict: The verdict.
+        left_out: Layers without a row in the heat map.
         record: Clipped and skipped steps.
         groups: Findings by fault, the most severe first.
         findings: The newest findings, newest first.
@@ -116,6 +102,7 @@ class Sheet:
 
     title: str
     verdict: Verdict
+    left_out: int
     record: Record
     groups: list[Group]
     findings: list[LoggedFinding]
@@ -124,6 +111,11 @@ class Sheet:
     exponents: str = ""
     notices: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mark(self) -> str:
+        """The mark of the verdict's level."""
+        return MARKS[self.verdict.level]
 
     @property
     def is_judged(self) -> bool:
@@ -217,6 +209,8 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     )
     findings, diagnoses = merge_found(track.found.values())
     groups, record = by_fault(findings), _record(track)
+    mistaken = any(text.startswith(f"### {MISTAKE}") for text in diagnoses)
+    status = _status(track, groups, record, int(name.partition("_")[2] or 0), mistaken)
     tensors, left_out = figures.histograms(track)
     losses = {tag: figures.curve(run.losses[tag]) for tag in sorted(run.losses)[:LOSSES]}
     known = {name: figures.curve(track.scalars[name]) for name in CHARTS if name in track.scalars}
@@ -233,7 +227,8 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     ]
     return Sheet(
         title,
-        _verdict(track, groups, record, any(text.startswith(f"### {MISTAKE}") for text in diagnoses)),
+        verdict_of(status) if track.scalars else UNJUDGED,
+        status.left_out,
         record,
         groups,
         findings[::-1][:LISTED],
@@ -252,27 +247,38 @@ def _sheet(run: Run, name: str, track: Track) -> Sheet:
     )
 
 
-def _verdict(track: Track, groups: Sequence[Group], record: Record, is_mistaken: bool) -> Verdict:
-    worst = groups[0] if groups else None
-    if worst is not None and worst.worst.severity >= Severity.WARNING:
-        level = worst.worst.severity.name.lower()
+def _status(track: Track, groups: Sequence[Group], record: Record, optimizer: int, mistaken: bool) -> Status:
+    """Return the newest status, with what was logged since.
+
+    Files of older versions have none; there it follows from findings and counts.
+    """
+    logged = next((found.status for found in reversed(track.found.values()) if found.status), None)
+    counts = (record.nonfinite or 0, record.skipped or 0, record.clipped or 0)
+    if logged is None:
         # The last record may stand one step behind what it shows.
         step, row = next(reversed(track.rows.items()), (-2, None))
         is_skipped = row is not None and step + 1 >= record.last and int(row[0]) == SKIPPED
-        ended = f" Step {record.last:,}, the last one, was not taken." if is_skipped else ""
-        detail = f"{level.capitalize()} since step {worst.first:,}. {worst.worst.evidence}.{ended}"
-        return Verdict(level, headline(worst.fault), detail, TERMS.get(worst.fault, ""))
-    if not track.scalars:
-        return Verdict("unjudged", "Not judged", "This run has histograms, but no `GradGuard` judged it.")
-    notes = sum(group.count for group in groups)
-    only = f" {notes} finding{' is' if notes == 1 else 's are'} for information only." if notes else ""
-    if is_mistaken:
-        return Verdict(
-            "warning",
-            MISTAKE,
-            f"It is named below. No fault up to step {record.last:,}.{only}",
+        courses = tuple(
+            Course(g.worst, g.first, g.count, lasts=True if is_skipped and g.fault in EVENTS[:1] else None)
+            for g in groups
         )
-    return Verdict("healthy", "Healthy", f"No warning up to step {record.last:,}.{only}")
+        nonfinite, skipped, clipped = counts
+        return Status(
+            record.last, 0, nonfinite, skipped, clipped, 0, courses, (), mistaken, 0, optimizer, None, False
+        )
+    if logged.end is not None:
+        return logged
+    nonfinite, skipped, clipped = map(max, counts, (logged.nonfinite, logged.skipped, logged.clipped))
+    steps = logged.steps + max(0, record.last - logged.step)
+    return replace(
+        logged,
+        step=max(record.last, logged.step),
+        steps=steps,
+        nonfinite=nonfinite,
+        skipped=skipped,
+        clipped=clipped,
+        mistaken=logged.mistaken or mistaken,
+    )
 
 
 def _record(track: Track) -> Record:

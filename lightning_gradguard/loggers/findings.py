@@ -3,107 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lightning_gradguard.results import ClipSpan, Fault, Finding, Severity
+from lightning_gradguard.loggers.status import TERMS, LoggedFinding, Status
+from lightning_gradguard.results import ClipSpan, Finding
 
 #: Newest findings, diagnoses and spans of clipping that are kept.
 FINDINGS, DIAGNOSES, SPANS = 50, 3, 20
 
-_TILT = (
-    "Depth tilt: by how many decades (factors of ten) gradients are smaller at the input than at the output. "
-    "It is negative if they are larger."
-)
-#: Fault to an explanation of the terms in its evidence, in Markdown.
-TERMS = {
-    Fault.VANISHING.value: _TILT,
-    Fault.EXPLODING.value: _TILT,
-    Fault.VANISHING_IN_TIME.value: "A decade is a factor of ten.",
-}
-
-
-class LoggedFinding(NamedTuple):
-    """Finding as checkpoints and event files hold it.
-
-    Attributes:
-        step: Step at which the condition began.
-        fault: Name of the fault. A plain string, since the process that reads the file may not know a custom fault.
-        severity: How serious it is.
-        parameters: Names of the tensors concerned, worst first; may be empty.
-        value: The number that the finding rests on.
-        limit: The value at which the finding begins, same unit.
-        measure: What ``value`` is, in words with a unit.
-    """
-
-    step: int
-    fault: str
-    severity: Severity
-    parameters: tuple[str, ...]
-    value: float
-    limit: float
-    measure: str
-
-    @classmethod
-    def of(cls, finding: Finding) -> LoggedFinding:
-        """Return what is logged of a finding."""
-        return cls(
-            finding.step,
-            finding.fault.value,
-            finding.severity,
-            tuple(finding.parameters),
-            finding.value,
-            finding.limit,
-            finding.measure or finding.detector,
-        )
-
-    @property
-    def evidence(self) -> str:
-        """Value, limit and three worst tensors, in Markdown."""
-        names = [f"`{name}`" for name in self.parameters[:3]]
-        more = f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else ""
-        where = f", worst in {', '.join(names)}{more}" if names else ""
-        measure = self.measure[:1].upper() + self.measure[1:]
-        return f"{measure}: {self.value:.3g} (limit {self.limit:.3g}){where}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain types; non-finite numbers become strings."""
-        numbers = {"value": self.value, "limit": self.limit}
-        return {
-            **self._asdict(),
-            **{name: x if math.isfinite(x) else str(x) for name, x in numbers.items()},
-            "severity": self.severity.name.lower(),
-            "parameters": list(self.parameters),
-        }
-
-    @classmethod
-    def from_dict(cls, parts: dict[str, Any]) -> LoggedFinding:
-        """Return the finding that `to_dict` gave."""
-        return cls(
-            step=int(parts["step"]),
-            fault=str(parts["fault"]),
-            severity=Severity[parts["severity"].upper()],
-            parameters=tuple(parts["parameters"]),
-            value=float(parts["value"]),
-            limit=float(parts["limit"]),
-            measure=str(parts["measure"]),
-        )
-
 
 class FoundRecord(NamedTuple):
-    """New findings and diagnoses of one step.
+    """New findings and diagnoses of one step, and the run's status.
 
     Attributes:
         findings: Oldest first.
         diagnoses: Markdown, oldest first.
         spans: From when to when a fault had gradients clipped, oldest first. Unlike the others these are the newest
             that there are, since a span that has been logged may end later.
+        status: What the verdict rests on, of the whole run so far; None in files of older versions.
     """
 
     findings: tuple[LoggedFinding, ...] = ()
     diagnoses: tuple[str, ...] = ()
     spans: tuple[ClipSpan, ...] = ()
+    status: Status | None = None
+
+    def joined(self, later: FoundRecord) -> FoundRecord:
+        """Return this record and a later one of the same step as one."""
+        return FoundRecord(
+            self.findings + later.findings,
+            self.diagnoses + later.diagnoses,
+            later.spans or self.spans,
+            later.status or self.status,
+        )
 
     def to_json(self) -> str:
         """Return the record as JSON."""
@@ -111,6 +44,7 @@ class FoundRecord(NamedTuple):
             "findings": [f.to_dict() for f in self.findings],
             "diagnoses": list(self.diagnoses),
             "clip_spans": self.spans,
+            **({} if self.status is None else {"status": self.status.to_dict()}),
         }
         return json.dumps(parts, separators=(",", ":"), allow_nan=False)
 
@@ -123,7 +57,7 @@ class FoundRecord(NamedTuple):
             KeyError: If a part is missing.
         """
         parts = json.loads(text)
-        # Older versions did not write spans.
+        # Older versions wrote neither spans nor status.
         spans = [
             ClipSpan(int(first), None if last is None else int(last), tuple(map(str, faults)))
             for first, last, faults in parts.get("clip_spans", ())
@@ -132,6 +66,7 @@ class FoundRecord(NamedTuple):
             tuple(map(LoggedFinding.from_dict, parts["findings"])),
             tuple(map(str, parts["diagnoses"])),
             tuple(spans),
+            Status.from_dict(parts["status"]) if "status" in parts else None,
         )
 
 
@@ -164,8 +99,11 @@ class FindingLog:
         self._has_new_spans |= newest != self._spans
         self._spans = newest
 
-    def flush(self) -> tuple[str, FoundRecord] | None:
+    def flush(self, status: Status | None = None) -> tuple[str, FoundRecord] | None:
         """Return what is new, and count it as logged.
+
+        Args:
+            status: The run's status, for the record.
 
         Returns:
             Markdown of all that is kept, and a record of what is new since the last call; None if nothing is.
@@ -176,6 +114,7 @@ class FindingLog:
             tuple(reversed(self._findings[: self._new_findings])),
             tuple(reversed(self._diagnoses[: self._new_diagnoses])),
             self._spans,
+            status,
         )
         self._new_findings = self._new_diagnoses = 0
         self._has_new_spans = False

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradguard.charts import BLANK, Marks, draw
+from lightning_gradguard.charts import BLANK, Marks, Title, draw
 from lightning_gradguard.forms import Each
+from lightning_gradguard.loggers.verdict import MARKS, Verdict
 from lightning_gradguard.stats.histogram import EDGES
 
+#: Characters of a name in the picture's title.
+NAME = 34
 #: Form of the saved state.
 HEATMAP_FORM = {
     "names": [str],
@@ -134,9 +137,22 @@ class Heatmap:
         """Mark the first step of a fault."""
         self._faults.setdefault(fault, step)
 
-    def draw(self) -> bytes:
-        """Return a PNG, drawn in about 0.3 s."""
-        return draw(self._names, self.cells.T, self._first, self._stride, self.marks)
+    def draw(self, verdict: Verdict | None = None, left_out: int = 0) -> bytes:
+        """Return a PNG, drawn in about 0.3 s.
+
+        Args:
+            verdict: Verdict on the run, for the title.
+            left_out: Layers that have no row, for the caption.
+        """
+        title = None
+        if verdict is not None:
+            title = Title(
+                verdict.level,
+                f"{MARKS[verdict.level]} {verdict.title}",
+                verdict.detail(NAME),
+                *verdict.where[:1],
+            )
+        return draw(self._names, self.cells.T, self._first, self._stride, self.marks, title, left_out)
 
     def snapshot(self) -> Heatmap:
         """Return a copy that another thread can draw."""

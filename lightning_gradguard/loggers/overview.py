@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from lightning_gradguard.charts import ROWS
 from lightning_gradguard.forms import OrMissing, check_form
 from lightning_gradguard.loggers.base import LogRecord
-from lightning_gradguard.loggers.findings import FindingLog
+from lightning_gradguard.loggers.findings import FindingLog, FoundRecord
 from lightning_gradguard.loggers.heatmap import HEATMAP_FORM, Heatmap
+from lightning_gradguard.loggers.status import RunEnd, Status, Tally
 from lightning_gradguard.loggers.tags import (
     DIAGNOSIS,
     FINDINGS,
@@ -20,6 +23,7 @@ from lightning_gradguard.loggers.tags import (
     RMS_NOTE,
     heatmap_tag,
 )
+from lightning_gradguard.loggers.verdict import verdict_of
 from lightning_gradguard.results import ClipSpan, Report, Severity
 
 #: First entry of a row of `lightning_gradguard.loggers.tags.LAYER_RMS`: what was done at the step.
@@ -40,6 +44,7 @@ _FORM = {
     "findings": list,
     "diagnoses": [str],
     "steps": int,
+    "status": OrMissing(dict),
     "drawn": int,
     "next_drawing": int,
 }
@@ -53,10 +58,11 @@ class Overview:
     Args:
         names: Parameter names in execution order, at least one.
         numels: Number of elements of each.
-        matrices: True for weights of a layer, one for each name. The heat map shows the layers that have such a
-            weight. None, or none of them: every layer.
+        matrices: True for weights of a layer, one for each name. Where there are more than `ROWS` layers, the heat
+            map shows those that have such a weight. None, or none of them: every layer.
         group: Tag group, for a second optimizer "gradguard_1".
         per_layer: Log a scalar for each parameter as well.
+        optimizer: Index of the optimizer.
     """
 
     def __init__(
@@ -67,10 +73,13 @@ class Overview:
         matrices: Sequence[bool] | None = None,
         group: str = "gradguard",
         per_layer: bool = False,
+        optimizer: int = 0,
     ) -> None:
         self._group = group
         self._numels = dict(zip(names, numels, strict=True))
-        self._layers = _layers(names, matrices)
+        self._layers, self._left_out = _layers(names, matrices)
+        has_matrix = [layer.has_matrix for layer in self._layers]
+        self._compared = has_matrix if any(has_matrix) else [True] * len(has_matrix)
         self._heatmap = Heatmap([layer.name for layer in self._layers])
         self._singly = tuple(names) if per_layer else ()
         self._notes = {f"{group}/{name}": note for name, note in NOTES.items()}
@@ -79,12 +88,22 @@ class Overview:
         self._nonfinite = self._clipped = self._skipped = 0
         self._was_in_force = False
         self._rows: list[tuple[int, list[float]]] = []
-        self._log = FindingLog()
+        self._log, self._tally = FindingLog(), Tally(optimizer, self._left_out)
+        self._is_status_new = True
         self._steps, self._drawn, self._next_drawing = 0, 0, _FIRST_DRAWING
 
-    def observe(self, report: Report) -> None:
-        """Add one step; most steps are cheap."""
+    def observe(
+        self, report: Report, lasting: Collection[str] | None = None, rollbacks: int | None = None
+    ) -> None:
+        """Add one step; most steps are cheap.
+
+        Args:
+            report: Its report.
+            lasting: Faults that were warned of and last; None if not known.
+            rollbacks: Rollbacks so far; None if not known.
+        """
         finite, clipped = self.count(report)
+        self._is_status_new |= self._tally.observe(report, lasting, rollbacks)
         # A row is kept where it changes the picture, so there are no more rows than the picture can hold.
         is_new = self._heatmap.starts_column(report.step)
         if is_new or not finite:
@@ -118,6 +137,11 @@ class Overview:
         """Add a diagnosis in Markdown."""
         self._log.add_diagnosis(markdown)
 
+    def add_mistake(self, markdown: str) -> None:
+        """Add a mistake in the code, in Markdown."""
+        self._log.add_diagnosis(markdown)
+        self._tally.add_mistake()
+
     def show_clipping(self, spans: Sequence[ClipSpan]) -> None:
         """Show from when to when a fault had gradients clipped.
 
@@ -126,6 +150,7 @@ class Overview:
         """
         self._was_in_force = bool(spans)
         self._log.set_spans(spans)
+        self._tally.show_clipping(spans)
 
     def scalars(
         self, report: Report, *, tilt: float | None = None, update_ratio: float | None = None
@@ -137,7 +162,12 @@ class Overview:
             tilt: As in `build_record`.
             update_ratio: As in `build_record`.
         """
-        rms = [x for x in self._layer_rms(report.norms) if x is not None]
+        # Layers with a weight matrix, if there are any: norms and embeddings have sizes of their own.
+        rms = [
+            x
+            for x, counts in zip(self._layer_rms(report.norms), self._compared, strict=True)
+            if counts and x is not None
+        ]
         scalars: dict[str, float | None] = {
             "grad_norm": report.total_norm,
             "total_norm_log10": _log10(report.total_norm),
@@ -165,6 +195,7 @@ class Overview:
         tilt: float | None = None,
         update_ratio: float | None = None,
         final: bool = False,
+        end: RunEnd | None = None,
     ) -> LogRecord:
         """Return what to log of an observed step.
 
@@ -173,13 +204,21 @@ class Overview:
             tilt: Depth tilt in decades (factors of ten), if known.
             update_ratio: Applied update ratio, dimensionless, if known.
             final: No record will follow, so the picture must be drawn.
+            end: How the run ended; None while it goes on.
         """
         tagged = self.scalars(report, tilt=tilt, update_ratio=update_ratio)
-        group, news = self._group, self._log.flush()
+        is_drawn, status = self._is_drawing_due(final), self._tally.status(end)
+        group, news = self._group, self._log.flush(status)
         for name in self._singly:
             if name in report.norms:
                 tagged[f"{group}_rms_log10/{name}"] = _log10(self._rms(report.norms, [name]))
-        images = {heatmap_tag(group): self._heatmap.snapshot().draw} if self._is_drawing_due(final) else {}
+        images = {}
+        if is_drawn:
+            draw = partial(self._heatmap.snapshot().draw, verdict_of(status, live=True), self._left_out)
+            images[heatmap_tag(group)] = draw
+        # The file says how the run stands where that changes, and about as often as the picture.
+        found = news[1] if news else FoundRecord(status=status) if is_drawn or self._is_status_new else None
+        self._is_status_new = False
         rows, self._rows = self._rows, []
         return LogRecord(
             scalars=tagged,
@@ -188,7 +227,7 @@ class Overview:
             notes=self._notes,
             rows={f"{group}/{LAYER_RMS}": rows} if rows else {},
             columns={f"{group}/{LAYER_RMS}": ["mark", *self._heatmap.names]},
-            data={} if news is None else {f"{group}/{FINDINGS}": news[1].to_json()},
+            data={} if found is None else {f"{group}/{FINDINGS}": found.to_json()},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,6 +239,7 @@ class Overview:
             "skipped": self._skipped,
             **self._log.state_dict(),
             "steps": self._steps,
+            "status": self._tally.status().to_dict(),
             "drawn": self._drawn,
             "next_drawing": self._next_drawing,
         }
@@ -215,6 +255,8 @@ class Overview:
         self._nonfinite = state["nonfinite"]
         self._clipped, self._skipped = state.get("clipped", 0), state.get("skipped", 0)
         self._log.load_state_dict(state)
+        if "status" in state:
+            self._tally.restore(Status.from_dict(state["status"]))
         self._steps, self._drawn, self._next_drawing = state["steps"], state["drawn"], state["next_drawing"]
 
     def _is_drawing_due(self, final: bool) -> bool:
@@ -243,16 +285,27 @@ class _Layer(NamedTuple):
     name: str
     parameters: list[str]
     measured: list[str]  # those whose RMS is shown
+    has_matrix: bool
 
 
-def _layers(names: Sequence[str], matrices: Sequence[bool] | None) -> list[_Layer]:
-    """Group parameters into layers; prefer layers with a matrix."""
+def _layers(names: Sequence[str], matrices: Sequence[bool] | None) -> tuple[list[_Layer], int]:
+    """Group parameters into layers.
+
+    Returns:
+        The layers that get a row, and how many are left out: where there is no room for all, those without a matrix.
+    """
     is_matrix = dict(zip(names, matrices or [False] * len(names), strict=True))
     owners: dict[str, list[str]] = {}
     for name in names:
         owners.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    layers = [_Layer(owner, own, [n for n in own if is_matrix[n]] or own) for owner, own in owners.items()]
-    return [layer for layer in layers if any(is_matrix[n] for n in layer.measured)] or layers
+    layers = []
+    for owner, own in owners.items():
+        weights = [n for n in own if is_matrix[n]]
+        layers.append(_Layer(owner, own, weights or own, bool(weights)))
+    if len(layers) > ROWS:
+        shown = [layer for layer in layers if layer.has_matrix] or layers
+        return shown, len(layers) - len(shown)
+    return layers, 0
 
 
 def _log10(x: float) -> float:

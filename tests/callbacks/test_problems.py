@@ -188,7 +188,7 @@ def test_a_mistake_is_in_the_table_at_the_end_and_in_tensorboard(tmp_path, caplo
     table = " ".join(caplog.text.split())
     assert "mistake The outputs come from a tanh" in table
     (sheet,) = write_report([Path(logger.log_dir)], tmp_path / "report.html")
-    assert sheet.verdict.title == "A mistake in the code"
+    assert sheet.verdict.title == "Finished: a mistake in the code"
     page = (tmp_path / "report.html").read_text()
     assert "cannot reach them" in page
     assert "Healthy" not in page

@@ -27,7 +27,7 @@ def run():
 def test_report_writes_a_page_and_says_what_it_found(run, capsys):
     assert main(["report", str(run), "--out", "page.html"]) == 0
     printed = capsys.readouterr().out
-    assert "mine: Healthy" in printed
+    assert "mine: healthy. No end recorded at step 2 (still running, or killed): healthy" in printed
     assert "Wrote page.html (" in printed
     assert Path("page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 

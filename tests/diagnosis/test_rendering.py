@@ -427,6 +427,20 @@ def test_a_tilt_that_rounds_to_0_has_no_sign(tilt, text):
     assert cells[-3:-1] == [text, text]
 
 
+def test_a_table_says_what_was_not_run():
+    untrained = dataclasses.replace(TRIED.remedies[0], loss=None)
+    some = dataclasses.replace(TRIED, remedies=(*TRIED.remedies, untrained))
+    rows = [
+        re.findall(r"<td>(.*?)</td>", row)[-3:] for row in re.findall(r"<tr>.*?</tr>", some.to_html())[1:]
+    ]
+    assert rows == [["9.5", "0.4", "1.88"], ["not run"] * 3, ["not run"] * 3, ["9.5", "0.4", "not run"]]
+    assert [line.split(" | ")[-3:] for line in some.to_markdown().splitlines() if "not run |" in line] == [
+        [*row[:2], f"{row[2]} |"] for row in rows[1:]
+    ]
+    none = dataclasses.replace(DIAGNOSIS, remedies=TRIED.remedies[1:])
+    assert "not run" not in none.to_html() + none.to_markdown()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -158,7 +158,7 @@ def test_tensorboard_has_the_finding(halted):
     text = make_ndarray(written.Tensors("gradguard/diagnosis")[-1].tensor_proto)[()].decode()
     assert f"* **quantized** (critical) since step {ONSET:,}." in text
     assert f"* **quantized** (warning) since step {ONSET:,}." in text
-    assert written.Images("gradguard/heatmap")
+    assert written.Images("0_gradguard/heatmap")
 
 
 def test_the_run_summary_has_the_finding(halted):

@@ -182,7 +182,7 @@ def test_loggers_are_finalized_and_their_files_are_complete(processes, stop, sta
     assert [event.step for event in written.Scalars("gradguard/total_norm_log10")][-1] >= BAD
     text = make_ndarray(written.Tensors("gradguard/diagnosis")[-1].tensor_proto)[()].decode()
     assert "nonfinite" in text
-    assert written.Images("gradguard/heatmap")
+    assert written.Images("0_gradguard/heatmap")
 
 
 @pytest.mark.parametrize("stop", ["raise", "graceful"])

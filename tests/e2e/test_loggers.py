@@ -106,7 +106,7 @@ def test_beside_tensorboard_no_notice_is_logged(home, caplog):
     assert notices(caplog) == []
     seen = EventAccumulator(board.log_dir).Reload().Tags()
     assert HISTOGRAM in seen["tensors"]
-    assert "gradguard/heatmap" in seen["images"]
+    assert "0_gradguard/heatmap" in seen["images"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -124,7 +124,7 @@ def test_wandb_offline_has_scalars_histograms_pictures_and_texts(home, caplog):
         assert tuple(histogram["bins"]) == EDGES
     finally:
         wandb.finish()
-    pictures = list(files.glob("media/images/gradguard/heatmap*.png"))
+    pictures = list(files.glob("media/images/0_gradguard/heatmap*.png"))
     assert pictures
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     texts = [p.read_text() for p in files.glob("media/html/gradguard/diagnosis*.html")]
@@ -180,7 +180,7 @@ def test_tensorboardx_writes_the_files_that_tensorboard_reads(home, caplog):
         train(TensorboardXLogger(writer))
     seen = EventAccumulator(str(home / "x"), size_guidance={"tensors": 0}).Reload()
     assert {f"gradguard/{name}" for name in SCALARS} <= set(seen.Tags()["scalars"])
-    assert "gradguard/heatmap" in seen.Tags()["images"]
+    assert "0_gradguard/heatmap" in seen.Tags()["images"]
     tables = [make_ndarray(event.tensor_proto) for event in seen.Tensors(HISTOGRAM)]
     assert [table[:, 2].sum() for table in tables] == [ELEMENTS] * 3
     assert all((table[0, 0], table[-1, 1]) == (EDGES[0], EDGES[-1]) for table in tables)

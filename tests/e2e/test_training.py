@@ -89,7 +89,7 @@ def test_the_overview_has_few_cards(protected):
     written = protected[2]
     tags = [t for t in written.Tags()["scalars"] if t.startswith("gradguard/")]
     assert {t.removeprefix("gradguard/") for t in tags} == SCALARS
-    assert written.Tags()["images"] == ["gradguard/heatmap"]
+    assert written.Tags()["images"] == ["0_gradguard/heatmap"]
 
 
 def test_scalars_stand_where_lightnings_own_do(protected):
@@ -118,7 +118,7 @@ def test_what_is_logged_is_what_was_done(protected):
 
 def test_the_picture_is_a_picture(protected):
     written = protected[2]
-    image = Image.open(io.BytesIO(written.Images("gradguard/heatmap")[-1].encoded_image_string))
+    image = Image.open(io.BytesIO(written.Images("0_gradguard/heatmap")[-1].encoded_image_string))
     assert image.size == (720, 480)
     assert len(image.convert("RGB").getcolors(10**6)) > 100
 
@@ -138,7 +138,7 @@ def test_a_halted_run_has_its_diagnosis_and_picture_on_disk(tmp_path):
     with pytest.raises(GradientHalt):
         trainer(logger, guard).fit(Classifier(nn.Sigmoid, 12), data())
     written = events(logger.log_dir)
-    assert "gradguard/heatmap" in written.Tags()["images"]
+    assert "0_gradguard/heatmap" in written.Tags()["images"]
     text = tensor_util.make_ndarray(written.Tensors("gradguard/diagnosis")[-1].tensor_proto)[()].decode()
     assert guard.diagnosis.remedies[0].name in text
 

@@ -51,6 +51,13 @@ def report_of(step: int, names: list[str], kind: str, steps: int) -> Report:
     return Report(step, 1.0, total, total * scale, None, scale, skip, tuple(found), norms)
 
 
+def lasting_at(step: int, kind: str, steps: int) -> set[str]:
+    """Return the faults that last at a step of a synthetic run."""
+    if kind == "nan":
+        return {"nonfinite"} if step % 10 == 4 else set()
+    return {FAULTS[kind].value} if kind in FAULTS and step >= steps // 2 else set()
+
+
 class Writing:
     """Writer of a synthetic run."""
 
@@ -67,7 +74,7 @@ class Writing:
             sink = TensorBoardSink(writer)
             for step in range(begin, end):
                 report = report_of(step, self.names, self.kind, self.steps)
-                self.overview.observe(report)
+                self.overview.observe(report, lasting_at(step, self.kind, self.steps))
                 if step == self.steps * 3 // 4 and self.diagnosis:
                     self.overview.add_diagnosis(self.diagnosis)
                 if step % self.every == 0 or step == end - 1:

@@ -240,7 +240,7 @@ def test_half_a_surrogate_and_control_characters_are_replaced(written, tmp_path,
     assert FoundRecord.from_json(text)
     folder = written(value_of("gradguard/findings", make_tensor_proto([text.encode()])))
     assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
-    assert "Custom fault: odd?[2J?" in capsys.readouterr().out
+    assert "critical. Up to step 0: custom fault odd?[2J?" in capsys.readouterr().out
     assert "odd" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

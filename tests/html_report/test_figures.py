@@ -21,7 +21,7 @@ def track_of(*rows, layers=("net.a", "net.b")):
 def test_a_heat_map_has_the_values_of_the_rows():
     heat = figures.heat_map(track_of([0, -1.5, -2], [1, -math.inf, math.nan], [2, -3, -13], [0, 1, -30]))
     assert cells_of(heat).tolist() == [[-150, -32768, -300, 100], [-200, 32767, -1200, -1200]]
-    assert (heat["labels"], heat["clipped"], heat["skipped"]) == (["a", "b"], [1], [2])
+    assert (heat["names"], heat["clipped"], heat["skipped"]) == (["net.a", "net.b"], [1], [2])
     assert (heat["first"], heat["stride"]) == (0, 1)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,9 +11,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, Policy
 from lightning_gradguard.html_report.render import write_report
+from lightning_gradguard.loggers.overview import Overview
+from lightning_gradguard.loggers.tensorboard import TensorBoardSink
+from lightning_gradguard.results import Fault, Finding, Report, Severity
 
 WIDTH, LAYERS = 16, 8
 
@@ -70,9 +75,14 @@ def page(opened):
 def test_the_page_of_two_trainings(page):
     shown = page()
     vanishing, healthy = shown.locator("#verdict article").all()
-    assert "Gradients vanish" in vanishing.inner_text()
-    assert f"Step {shown.halt.step}, the last one, was not taken." in vanishing.inner_text()
-    assert "Healthy" in healthy.inner_text()
+    assert f"Halted before step {shown.halt.step}: gradients vanish" in vanishing.inner_text()
+    assert shown.halt.diagnosis.parameters[0] in vanishing.inner_text()
+    assert "Finished: healthy" in healthy.inner_text()
+    colours = [
+        card.locator("h2").evaluate("h2 => getComputedStyle(h2).color") for card in (vanishing, healthy)
+    ]
+    marks = [card.locator(".mark").inner_text() for card in (vanishing, healthy)]
+    assert len(set(colours)) == len(set(marks)) == 2
     diagnosis = shown.locator("#diagnosis").inner_text()
     assert all(remedy.name in diagnosis for remedy in shown.halt.diagnosis.remedies)
     assert "vanishing" in shown.locator("#findings").inner_text()
@@ -150,7 +160,7 @@ def test_it_fits_all_widths_and_is_legible_in_both_schemes(opened, written, sche
         shown = opened(Path("report.html"), width=width, scheme=scheme)
         sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
         assert len(set(shown.evaluate(sizes))) == 1
-    for selector in ("html", ".note", ".readout", "nav a", ".verdict code", "svg text"):
+    for selector in ("html", ".note", ".readout", "nav a", ".verdict code", ".verdict h2", "svg text"):
         assert contrast(shown, selector) >= 4.5
 
 
@@ -185,3 +195,44 @@ def test_a_narrowed_window_is_drawn_again(opened, written):
         "before => document.querySelector('[data-heat] svg').getAttribute('viewBox') !== before", arg=before
     )
     assert shown.locator("[data-heat] svg").bounding_box()["width"] < 500
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("width", [400, 1100, 1500])
+def test_no_run_leaves_half_of_the_page_empty(opened, written, count, width):
+    for i in range(count):
+        written(f"runs/{i}", steps=30)
+    write_report([Path("runs")], Path("report.html"))
+    shown = opened(Path("report.html"), width=width)
+    for selector in ("#verdict > article", "#layers .runs > figure"):
+        boxes = [one.bounding_box() for one in shown.locator(selector).all()]
+        right = max(box["x"] + box["width"] for box in boxes)
+        for y in {box["y"] for box in boxes}:
+            assert max(box["x"] + box["width"] for box in boxes if box["y"] == y) == pytest.approx(
+                right, abs=2
+            )
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "<b>bold</b>", "é層", "x" * 200, "tick`tick", "$x^2$ &amp;", "{{ 1 }}"]
+)
+def test_any_name_is_shown_whole_and_as_text(opened, name):
+    layer = f"net.{name}.last"
+    names = [f"{layer}.weight", "net.head.weight"]
+    found = Finding(Fault.VANISHING, Severity.WARNING, 0, (names[0],), 4.0, 3.0, "DepthTilt", measure="tilt")
+    view = Overview(names, [4, 4], matrices=[True, True])
+    with SummaryWriter("run") as writer:
+        sink = TensorBoardSink(writer)
+        report = Report(0, 1.0, 1.0, 1.0, None, 1.0, False, (found,), dict.fromkeys(names, 1.0))
+        view.observe(report, {"vanishing"})
+        sink.write(0, replace(view.build_record(report), images={}))
+        sink.close()
+    write_report([Path("run")], Path("report.html"))
+    shown = opened(Path("report.html"), width=1000)
+    assert f"worst in {layer}.weight" in shown.locator("#verdict").inner_text()
+    assert shown.locator("#verdict b").count() == 0
+    if layer not in shown.locator("#layers svg text").all_text_contents():
+        shown.locator("#layers details summary").click()
+        assert layer in shown.locator("#layers .names li").all_inner_texts()
+    widths = shown.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert widths[0] == widths[1]

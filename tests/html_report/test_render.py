@@ -79,7 +79,7 @@ def test_all_sizes_and_kinds(written, kind, layers):
     (run,) = data_of(page)["runs"]
     assert len(run["heat"]["names"]) == layers
     assert len(page) < 500_000
-    assert ("<h2>Healthy</h2>" in page) == (kind == "healthy")
+    assert ('class="verdict healthy"' in page) == (kind == "healthy")
 
 
 def test_a_long_run_stays_small(written):

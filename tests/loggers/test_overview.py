@@ -7,7 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_gradguard.charts import ROWS
+from lightning_gradguard.loggers.findings import FoundRecord
 from lightning_gradguard.loggers.overview import CLIPPED, Overview
+from lightning_gradguard.loggers.status import End, RunEnd
+from lightning_gradguard.loggers.verdict import verdict_of
 from lightning_gradguard.results import ClipSpan, Fault, Finding, Report, Severity
 
 NAMES = ["net.0.weight", "net.0.bias", "net.norm.weight", "net.2.weight", "net.2.bias"]
@@ -44,6 +48,12 @@ def overview(**changes):
 def shown(view, newest, **facts):
     view.observe(newest)
     return view.build_record(newest, **facts)
+
+
+def status_of(record):
+    """Return the status that a record holds, or None."""
+    texts = list(record.data.values())
+    return FoundRecord.from_json(texts[0]).status if texts else None
 
 
 def test_scalars_are_those_of_the_report():
@@ -117,12 +127,22 @@ def test_nonfinite_steps_are_counted(steps):
         assert math.isnan(scalars["gradguard/total_norm_log10"]) == is_bad
 
 
-def test_rows_are_the_layers_that_have_a_matrix():
+def test_every_layer_is_a_row_and_shows_its_matrix():
     view = overview()
     view.observe(report())
-    assert view._heatmap.names == ("net.0", "net.2")
+    assert view._heatmap.names == ("net.0", "net.norm", "net.2")
     # The RMS of the matrix alone: 1 / sqrt(100), 0.02 / sqrt(400).
-    assert view._heatmap.cells[0].tolist() == pytest.approx([-1, -3])
+    assert view._heatmap.cells[0].tolist() == pytest.approx([-1, math.log10(1.5), -3])
+
+
+@pytest.mark.parametrize(("blocks", "left_out"), [(ROWS // 2, 0), (ROWS // 2 + 1, ROWS // 2 + 1)])
+def test_norms_and_embeddings_are_left_out_where_there_is_no_room_and_the_picture_says_so(blocks, left_out):
+    names = [f"{i}.{kind}.weight" for i in range(blocks) for kind in ("norm", "linear")]
+    view = Overview(names, [4] * len(names), matrices=["linear" in name for name in names])
+    record = shown(view, report(norms=dict.fromkeys(names, 1.0)), final=True)
+    assert len(view._heatmap.names) == 2 * blocks - left_out
+    assert (view._heatmap.names[0] == "0.linear") == bool(left_out)
+    assert status_of(record).left_out == left_out
 
 
 def test_without_matrices_every_layer_is_a_row():
@@ -140,7 +160,7 @@ def test_a_nonfinite_bias_makes_its_layer_nonfinite_at_any_step(step):
     view.observe(bad(step))
     for after in range(step + 1, step + 3000):
         view.observe(report(after))
-    assert np.isnan(view._heatmap.cells).any(axis=0).tolist() == [True, False]
+    assert np.isnan(view._heatmap.cells).any(axis=0).tolist() == [True, False, False]
 
 
 def test_drawings_become_rare():
@@ -214,10 +234,10 @@ def test_rows_are_kept_with_their_own_steps_until_they_are_written():
     record = view.build_record(report(2))
     ((tag, rows),) = record.rows.items()
     assert tag == "gradguard/layer_rms_log10"
-    assert record.columns[tag] == ["mark", "net.0", "net.2"]
+    assert record.columns[tag] == ["mark", "net.0", "net.norm", "net.2"]
     assert [step for step, _ in rows] == [0, 1, 2]
     assert [row[0] for _, row in rows] == [0, 1, 2]
-    assert rows[0][1][1:] == pytest.approx([-1, -3])
+    assert rows[0][1][1:] == pytest.approx([-1, math.log10(1.5), -3])
     assert math.isnan(rows[2][1][1])
     assert not view.build_record(report(2)).rows
 
@@ -305,3 +325,50 @@ def test_spans_of_clipping_are_shown_as_text_and_for_the_report():
     record = shown(view, report(10))
     assert "from step 3 to 9 because of exploding" in record.texts["gradguard/diagnosis"]
     assert '"clip_spans":[[3,9,["exploding"]]]' in record.data["gradguard/findings"]
+
+
+def test_the_status_is_logged_at_first_where_it_changes_and_at_the_end():
+    view, logged = overview(), {}
+    for step in range(300):
+        lasting = {"vanishing"} if 100 <= step < 200 else set()
+        found = (finding(step),) if step == 100 else ()
+        view.observe(report(step, findings=found), lasting)
+        record = view.build_record(report(step))
+        if status := status_of(record):
+            logged[step] = status
+    assert {0, 100, 200} <= logged.keys()
+    assert len(logged) < 20
+    assert [logged[step].courses[0].lasts for step in (100, 200)] == [True, False]
+    assert logged[200].courses[0].until == 200
+    last = status_of(view.build_record(report(299), final=True, end=RunEnd(End.FINISHED, 300)))
+    assert (last.end.how, last.steps) == (End.FINISHED, 300)
+    assert verdict_of(last).level == "protected"
+
+
+def test_a_resumed_run_has_not_ended_and_counts_on():
+    before, after = overview(), overview()
+    before.observe(bad(0), {"nonfinite"})
+    before.build_record(bad(0), final=True, end=RunEnd(End.INTERRUPTED, 1))
+    after.load_state_dict(before.state_dict())
+    after.observe(report(1), set())
+    status = status_of(after.build_record(report(1)))
+    assert (status.end, status.steps, status.nonfinite) == (None, 2, 1)
+
+
+def test_the_state_of_an_older_version_is_continued():
+    before, after = overview(), overview()
+    before.observe(bad(0))
+    state = before.state_dict()
+    del state["status"]
+    after.load_state_dict(state)
+    assert shown(after, report(1)).scalars["gradguard/skipped_total"] == 1
+
+
+def test_the_picture_changes_with_the_verdict():
+    view = overview()
+    view.observe(report())
+    drawn = [
+        view.build_record(report(), final=True, end=end).images["0_gradguard/heatmap"]()
+        for end in (None, RunEnd(End.FINISHED, 1), RunEnd(End.HALTED, 0, "vanishing"))
+    ]
+    assert len(set(drawn)) == 3

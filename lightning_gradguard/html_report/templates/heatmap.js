@@ -1,6 +1,23 @@
 // Layers by step, and lanes above them for faults and for skipped and clipped steps.
 
 const LANE = 17;
+// Least width of the cells, and width of a character of a name.
+const CELLS = 220, CHARACTER = 6.4;
+
+function elide(name, room) {
+  const end = Math.ceil((room - 1) * 0.6);
+  return name.length <= room ? name : `${name.slice(0, room - 1 - end)}…${name.slice(-end)}`;
+}
+
+function listNames(place, names) {
+  const details = document.createElement("details"), summary = document.createElement("summary");
+  summary.textContent = "Whole names of the layers";
+  const list = document.createElement("ol");
+  list.className = "names";
+  for (const name of names) list.append(Object.assign(document.createElement("li"), { textContent: name }));
+  details.append(summary, list);
+  place.append(details);
+}
 
 function heightOf(layers) {
   const roomy = 24 * layers;
@@ -12,8 +29,11 @@ function drawHeat(figure, run) {
   if (!heat || !place) return;
   const done = run.judged ? ["skipped", "clipped"] : [];
   const lanes = [...run.marks.map((mark) => mark.title), ...done];
-  const characters = Math.max(...[...lanes, ...heat.labels].map((label) => label.length));
-  const left = clamp(6.4 * characters + 12, 56, Math.max(110, 0.35 * place.clientWidth));
+  // Names are whole where they leave room for the cells; else they are shortened, and a list below has them whole.
+  const room = clamp(Math.floor((place.clientWidth - CELLS) / CHARACTER), 12, 48);
+  const labels = heat.names.map((name) => elide(name, room));
+  const characters = Math.max(...[...lanes, ...labels].map((label) => label.length));
+  const left = Math.max(56, CHARACTER * characters + 12);
   const top = lanes.length * LANE + 6;
   const last = heat.first + heat.columns * heat.stride;
   const margin = { left, right: 4, top, bottom: 22 };
@@ -22,7 +42,8 @@ function drawHeat(figure, run) {
   drawLanes(p, run, heat, lanes);
   const size = { x: p.box.left, y: top, width: p.box.right - p.box.left, height: p.box.bottom - top };
   add(p.svg, "image", { ...size, href: heat.image, preserveAspectRatio: "none" });
-  drawLayerNames(p, heat);
+  drawLayerNames(p, heat, labels);
+  if (labels.some((label, i) => label !== heat.names[i])) listNames(place, heat.names);
   stepAxis(p);
   explore(p, figure.querySelector(".readout"), heat);
 }
@@ -51,12 +72,12 @@ function drawLanes(p, run, heat, lanes) {
   });
 }
 
-function drawLayerNames(p, heat) {
+function drawLayerNames(p, heat, labels) {
   const row = (p.box.bottom - p.box.top) / heat.names.length;
   const every = Math.ceil(14 / row);
   for (let i = 0; i < heat.names.length; i += every) {
-    const text = add(p.svg, "text", { x: p.box.left - 6, y: p.y(i + 0.5) + 4, "text-anchor": "end" }, heat.labels[i]);
-    add(text, "title", {}, heat.names[i]);
+    const text = add(p.svg, "text", { x: p.box.left - 6, y: p.y(i + 0.5) + 4, "text-anchor": "end" }, labels[i]);
+    if (labels[i] !== heat.names[i]) add(text, "title", {}, heat.names[i]);
   }
 }
 

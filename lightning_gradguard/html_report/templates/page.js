@@ -38,7 +38,15 @@ function start() {
     requestAnimationFrame(() => entries.forEach((entry) => redraw(entry.target)));
   });
   for (const figure of drawings.keys()) observer.observe(figure);
+  const name = document.getElementById("layer-name");
+  const showName = () => {
+    // A list cuts off what is too long for it.
+    name.textContent = picker.value;
+    name.hidden = picker.value.length < 40;
+  };
+  if (picker) showName();
   picker?.addEventListener("change", () => {
+    showName();
     for (const [figure, draw] of drawings) if (figure.dataset.histogram) draw();
   });
 }
