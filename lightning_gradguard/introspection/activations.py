@@ -25,13 +25,28 @@ _PASSES = (
     nn.Identity,
     nn.Flatten,
     nn.Unflatten,
-    nn.modules.dropout._DropoutNd,
-    nn.modules.loss._Loss,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
     nn.ModuleList,
     nn.ModuleDict,
     nn.ParameterList,
     nn.ParameterDict,
 )
+#: Modules whose units are the channels, which come after the batch.
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+#: Packages of modules that measure, such as losses.
+_MEASURES = ("torchmetrics", "torch.nn.modules.loss")
 #: Modules whose units are off where they give exactly zero.
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish)
 _RANGES: dict[type[nn.Module], tuple[float, float]] = {
@@ -114,8 +129,8 @@ class ActivationProbe:
         if is_scripted or type(module).__name__ == "OptimizedModule" or was_compiled(module):
             self.left_out.append(name)
         elif _is_leaf(module):
-            is_metric = type(module).__module__.startswith("torchmetrics")
-            if name and not is_metric and not isinstance(module, _PASSES):
+            measures = type(module).__module__.startswith(_MEASURES)
+            if name and not measures and not isinstance(module, _PASSES):
                 yield name, module
         else:
             seen = set()
@@ -134,7 +149,7 @@ class ActivationProbe:
         # Of a sharded output this process reads its own part.
         values = local(first.detach()) if is_sharded(first) else first.detach()
         self._seen.setdefault(name, []).extend(sample([values], max_samples=self._max_samples))
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, _CONVOLUTIONS):
             self._channels_first = True
         elif isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase)):
             self._channels_first = False

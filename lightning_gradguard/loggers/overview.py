@@ -181,7 +181,7 @@ class Overview:
             taken = self._steps - self._skipped
             scalars["clip_rate"] = self._clipped / taken if taken else None
             scalars["grad_norm_clipped"] = None if report.skip else report.clipped_norm
-        if report.threshold is not None:
+        if report.threshold is not None and report.threshold < math.inf:  # infinite while there is none
             scalars["threshold_log10"] = _log10(report.threshold)
         scalars["nonfinite_total"] = float(self._nonfinite)
         scalars["clipped_total"] = float(self._clipped)

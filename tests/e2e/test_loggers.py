@@ -20,10 +20,10 @@ from lightning_gradguard import GradGuard, GradHistogram, GradientWarning
 from lightning_gradguard.stats.histogram import EDGES
 
 SCALARS = {
-    "total_norm_log10", "worst_layer_rms_log10", "update_ratio_log10", "clip_scale", "nonfinite_total",
+    "grad_norm", "total_norm_log10", "worst_layer_rms_log10", "update_ratio_log10", "clip_scale", "nonfinite_total",
     "clipped_total", "skipped_total",
 }  # fmt: skip
-HISTOGRAM = "gradguard_hist_log10/000_0.weight"
+HISTOGRAM = "gradguard_hist_log10/net.0.weight"
 ELEMENTS = 64  # of that weight
 BAD = 12
 
@@ -182,7 +182,7 @@ def test_tensorboardx_writes_the_files_that_tensorboard_reads(home, caplog):
     assert {f"gradguard/{name}" for name in SCALARS} <= set(seen.Tags()["scalars"])
     assert "0_gradguard/heatmap" in seen.Tags()["images"]
     tables = [make_ndarray(event.tensor_proto) for event in seen.Tensors(HISTOGRAM)]
-    assert [table[:, 2].sum() for table in tables] == [ELEMENTS] * 3
+    assert [table[:, 2].sum() for table in tables] == [ELEMENTS] * len({0, 1, 2, 5, 10, 20})
     assert all((table[0, 0], table[-1, 1]) == (EDGES[0], EDGES[-1]) for table in tables)
     text = make_ndarray(seen.Tensors("gradguard/diagnosis")[-1].tensor_proto).item().decode()
     assert "nonfinite" in text

@@ -218,7 +218,7 @@ def test_exponents_are_a_table(ask):
     newest = ask("text/text", run=RUN, tag="gradguard_exponents/table")[-1]
     assert newest["step"] == STEPS - 1
     assert newest["text"].count("<tr>") == 3 + len(NAMES)
-    assert "<code>001_1.weight</code>" in newest["text"]
+    assert "<code>net.1.weight</code>" in newest["text"]
     lost = ask("scalars/scalars", run=RUN, tag="gradguard_exponents/e4m3_subnormal")
     assert [x for _, _, x in lost] == [0.0] * STEPS
 

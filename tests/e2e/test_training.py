@@ -21,7 +21,7 @@ from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, Policy, 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SCALARS = {
     "clip_scale", "depth_tilt_decades", "nonfinite_total", "total_norm_log10", "update_ratio_log10",
-    "worst_layer_rms_log10", "clip_rate", "clipped_norm_log10", "threshold_log10", "clipped_total", "skipped_total",
+    "worst_layer_rms_log10", "clip_rate", "grad_norm", "grad_norm_clipped", "threshold_log10", "clipped_total", "skipped_total",
 }  # fmt: skip
 
 
@@ -95,7 +95,8 @@ def test_the_overview_has_few_cards(protected):
 def test_scalars_stand_where_lightnings_own_do(protected):
     written = protected[2]
     own = [e.step for e in written.Scalars("loss")]
-    assert [e.step for e in written.Scalars("gradguard/total_norm_log10")][: len(own)] == own
+    ours = [e.step for e in written.Scalars("gradguard/total_norm_log10")]
+    assert ours == sorted({*own, 0, 1, 2, 5, 10, 20, 50})
 
 
 def test_what_is_logged_is_what_was_done(protected):
@@ -105,9 +106,14 @@ def test_what_is_logged_is_what_was_done(protected):
     assert all(0 <= e.value <= 1 for e in written.Scalars("gradguard/clip_scale"))
     assert all(-4 < e.value < 2 for e in written.Scalars("gradguard/total_norm_log10"))
     series = {t: {e.step: e.value for e in written.Scalars(f"gradguard/{t}")} for t in sorted(SCALARS)}
-    for step, norm in series["clipped_norm_log10"].items():
-        assert norm <= series["threshold_log10"][step] + 1e-5
-        ratio = 10 ** (norm - series["total_norm_log10"][step])
+    for step, norm in series["grad_norm_clipped"].items():
+        # Step 0 has no threshold: there is no past to compare it with.
+        assert math.log10(norm) <= series["threshold_log10"].get(step, math.inf) + 1e-5
+        assert step in series["threshold_log10"] or step == 0
+        assert math.log10(series["grad_norm"][step]) == pytest.approx(
+            series["total_norm_log10"][step], abs=1e-5
+        )
+        ratio = norm / series["grad_norm"][step]
         assert ratio == pytest.approx(series["clip_scale"][step], rel=1e-3)
     taken = protected[1].summary
     assert written.Scalars("gradguard/clip_rate")[-1].value == pytest.approx(
@@ -119,7 +125,7 @@ def test_what_is_logged_is_what_was_done(protected):
 def test_the_picture_is_a_picture(protected):
     written = protected[2]
     image = Image.open(io.BytesIO(written.Images("0_gradguard/heatmap")[-1].encoded_image_string))
-    assert image.size == (720, 480)
+    assert image.size == (730, 430)
     assert len(image.convert("RGB").getcolors(10**6)) > 100
 
 
