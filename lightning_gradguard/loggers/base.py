@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -51,6 +51,15 @@ class LogRecord:
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
+
+
+def merge_records(records: Iterable[LogRecord]) -> LogRecord:
+    """Return one record with all that records of a step hold, since each that is written costs."""
+    parts: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, content in vars(record).items():
+            parts.setdefault(name, {}).update(content)
+    return LogRecord(**parts)
 
 
 class LogSink(Protocol):

@@ -66,9 +66,11 @@ class Samples(NamedTuple):
     padding: Tensor
     scale: tuple[float, ...]
 
-    def minus(self, others: Samples) -> Samples:
-        """Return the differences from the same elements of other tensors."""
-        return self._replace(values=self.values - others.values)
+    def with_differences(self, later: Samples) -> Samples:
+        """Return these rows, and then those of what the same elements of later tensors have more."""
+        return Samples(
+            torch.cat([self.values, later.values - self.values]), self.padding.repeat(2), self.scale * 2
+        )
 
 
 def edges(limit: float) -> tuple[float, ...]:

@@ -21,7 +21,8 @@ from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, Policy, 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 SCALARS = {
     "clip_scale", "depth_tilt_decades", "nonfinite_total", "total_norm_log10", "update_ratio_log10",
-    "worst_layer_rms_log10", "clip_rate", "grad_norm", "grad_norm_clipped", "threshold_log10", "clipped_total", "skipped_total",
+    "worst_layer_rms_log10", "clip_rate", "grad_norm", "grad_norm_clipped", "threshold_log10",
+    "clipped_total", "skipped_total",
 }  # fmt: skip
 
 
