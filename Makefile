@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+# What is in the environment: Python alone, with what the demo needs, with everything.
+PYTHON_STAMP := $(VENV)/.created
+DEMO_STAMP   := $(VENV)/.installed-demo
+STAMP        := $(VENV)/.installed
 OLDEST ?= build/oldest
 # Tests run side by side, on eight cores at most. The tests of a file share a process, and so what they have set up.
 WORKERS := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -21,7 +24,8 @@ help:
 	@echo "make bench        run the benchmarks and write their tables"
 	@echo "make clean        remove the environments and everything that was generated"
 
-demo: $(STAMP)
+# It waits for no more than it needs, unless everything is there.
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
 	$(BIN)/gradguard demo
 
 test: $(STAMP)
@@ -64,9 +68,17 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new constraints.txt or pyproject.toml makes a new environment.
-$(STAMP): constraints.txt pyproject.toml
+$(PYTHON_STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+# pip is not silenced: a first download takes minutes, and it shows them.
+$(DEMO_STAMP): $(PYTHON_STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(STAMP): $(PYTHON_STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
 # The oldest TensorBoard imports six, and does not say so.

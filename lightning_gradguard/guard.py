@@ -585,6 +585,7 @@ class Guard:
 
         critical = [f for f in decision.report.findings if f.severity == Severity.CRITICAL]
         to_diagnose = decision.halt or (critical[0] if critical else None)
+        gravest: Diagnosis | None = None
         for finding in decision.messages:
             if finding is decision.halt:
                 continue
@@ -594,8 +595,10 @@ class Guard:
                 # The first one of a run is replayed; of later ones only the batch is searched.
                 origin = self._trace(record, pending.context, replay=first)
             if first or finding.fault != Fault.NONFINITE:
-                diagnosis = self._diagnose(finding, record, pending, origin)
+                run_trials = finding is to_diagnose and pending.context.run_trials
+                diagnosis = self._diagnose(finding, record, pending, origin, run_trials=run_trials)
                 self._keep(diagnosis, finding)
+                gravest = diagnosis if finding is to_diagnose else gravest
             try:
                 since = self.fault_tracker.clip_response.since
                 message = describe(
@@ -609,8 +612,10 @@ class Guard:
             origin = None
             if to_diagnose.fault == Fault.NONFINITE:
                 origin = self._trace(record, context, replay=True)
-            diagnosis = self._diagnose(to_diagnose, record, pending, origin, run_trials=context.run_trials)
-            self._keep(diagnosis, to_diagnose, halts=decision.halt is not None)
+            if gravest is None:
+                gravest = self._diagnose(to_diagnose, record, pending, origin, run_trials=context.run_trials)
+            # Last, so that of several critical findings this one's is kept.
+            self._keep(gravest, to_diagnose, halts=decision.halt is not None)
 
     def _keep(self, diagnosis: Diagnosis, finding: Finding, *, halts: bool = False) -> None:
         """Keep a diagnosis, unless one of something graver is there.

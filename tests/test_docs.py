@@ -148,7 +148,7 @@ def test_python_runs_and_prints_what_the_page_says(page, capsys, caplog, monkeyp
         elif language in ("text", "log"):
             quoted += comparable(text)
         elif language == "console":
-            for command in re.findall(r"^\$ (gradguard (?!cost|demo).+)$", text, flags=re.MULTILINE):
+            for command in re.findall(r"^\$ (gradguard (?!cost|demo|checkup).+)$", text, flags=re.MULTILINE):
                 assert cli.main(shlex.split(command)[1:]) == 0
     printed += "\n".join(record.getMessage() for record in caplog.records)
     if page != "how-to/distributed.md":  # test_examples has what two processes print

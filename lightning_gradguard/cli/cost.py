@@ -17,7 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_gradguard.cli.user_code import CommandError, did_you_mean, import_object, one_line
+from lightning_gradguard.cli.progress import show_bar
+from lightning_gradguard.cli.user_code import CommandError, did_you_mean, import_or_build
 from lightning_gradguard.clippers.adaptive import AdaGC, AutoClip, ZClip
 from lightning_gradguard.clippers.base import Clipper
 from lightning_gradguard.clippers.fixed import AGC
@@ -64,7 +65,8 @@ def run(spec: str, clipper: str, steps: int, console: Console) -> None:
         f"{sum(p.numel() for p in trainable):,} parameters in {len(trainable):,} tensors, {trainable[0].device}, "
         f"{threads} thread{'s' if threads > 1 else ''}."
     )
-    timings = measure(model, chosen, steps)
+    with show_bar("Timing steps", rounds(steps)) as advance:
+        timings = measure(model, chosen, steps, after_round=advance)
     console.print(table(timings))
     console.print(
         "Compare the milliseconds with those of your own training step. The gradients are random and ordinary, with "
@@ -121,19 +123,7 @@ def model_of(spec: str) -> nn.Module:
     Raises:
         CommandError: If it cannot be imported or called, or is no model that can be trained.
     """
-    found = import_object(spec, "the model")
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise CommandError(
-                f"{spec} must be a model, or return one when called, got {type(found).__name__}"
-            )
-        try:
-            found = found()
-        except Exception as error:
-            raise CommandError(
-                f"cannot call {spec} without arguments: {one_line(error)}; "
-                "name a function that takes none and returns the model"
-            ) from error
+    found = import_or_build(spec, "the model", (nn.Module,), "a model")
     if not isinstance(found, nn.Module):
         raise CommandError(f"{spec} must return an nn.Module, got {type(found).__name__}")
     trainable = [p for p in found.parameters() if p.requires_grad]
@@ -153,6 +143,7 @@ def measure(
     steps: int = 200,
     more: Arms | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    after_round: Callable[[], object] = lambda: None,
 ) -> Timings:
     """Time `Guard.step` on ordinary steps.
 
@@ -165,6 +156,7 @@ def measure(
         steps: Steps to time; rounded up to whole cycles.
         more: Further functions to time, called with gradients on the model's parameters.
         clock: Clock in seconds; ``time.process_time`` excludes the time that other programs take on a shared CPU.
+        after_round: Called after each of the `rounds`, when nothing is timed.
 
     Returns:
         The timings of "bare norm", "clip_grad_norm_", "Guard", "Guard, <clipper>" and the further functions.
@@ -180,8 +172,9 @@ def measure(
         **{name: lambda guard=guard: guard.step(loss=training.loss) for name, guard in guards.items()},  # type: ignore[misc]
         **(more or {}),
     }
-    _time_in_turns({name: arms[name] for name in guards}, WARM_UP - CYCLE, training, clock)
-    seconds = _time_in_turns(arms, CYCLE * (1 + math.ceil(steps / CYCLE)), training, clock)
+    warm_up = WARM_UP - CYCLE
+    _time_in_turns({name: arms[name] for name in guards}, warm_up, training, clock, after_round)
+    seconds = _time_in_turns(arms, rounds(steps) - warm_up, training, clock, after_round)
     judged = sum(guard.counts["judged"] for guard in guards.values())
     return Timings(
         # The first cycle warms up the other arms.
@@ -191,8 +184,17 @@ def measure(
     )
 
 
+def rounds(steps: int) -> int:
+    """Return the rounds in which that many steps are timed, with those that warm up."""
+    return WARM_UP - CYCLE + CYCLE * (1 + math.ceil(steps / CYCLE))
+
+
 def _time_in_turns(
-    arms: Arms, rounds: int, training: SyntheticTraining, clock: Callable[[], float]
+    arms: Arms,
+    rounds: int,
+    training: SyntheticTraining,
+    clock: Callable[[], float],
+    after_round: Callable[[], object],
 ) -> dict[str, list[float]]:
     """Return each arm's seconds in shuffled rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -207,6 +209,7 @@ def _time_in_turns(
             arms[name]()
             training.wait()
             seconds[name].append(clock() - start)
+        after_round()
     return seconds
 
 

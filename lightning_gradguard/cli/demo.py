@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard, GradHistogram, GradientHalt, GradientWarning, Policy, SteadyClip
 from lightning_gradguard.callbacks.trainer_adapter import PACKAGES
-from lightning_gradguard.diagnosis.diagnosis import Remedy
+from lightning_gradguard.diagnosis.diagnosis import Diagnosis, Remedy
 from lightning_gradguard.diagnosis.rendering import print_diagnosis
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     pl = importlib.import_module(next(p for p in PACKAGES if importlib.util.find_spec(p.partition(".")[0])))
 
-WIDTH, LAYERS, BATCH = 64, 12, 32
+WIDTH, LAYERS, BATCH, RATE = 64, 12, 32, 0.1
 
 
 def run(folder: Path, epochs: int = 12) -> None:
@@ -47,15 +47,20 @@ def run(folder: Path, epochs: int = 12) -> None:
     folder = folder / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     with _single_thread_and_own_warnings(console):
-        fix = _halt_and_diagnose(console, folder, epochs)
-        _train_with_fix(console, folder, epochs, fix)
+        diagnosis = _halt_and_diagnose(console, folder, epochs)
+        _train_with_fix(console, folder, epochs, diagnosis.remedies[0])
         _protect_from_bad_images(console, folder, epochs)
     console.rule()
-    console.print(f"Look at the runs in TensorBoard:\n{_tensorboard()} --logdir {folder}")
+    console.print(f"Look at the runs in TensorBoard:\n\n  {_tensorboard()} --logdir {folder}\n")
+    console.print(
+        "Open http://localhost:6006: the first pictures are the runs' heat maps. Type `gradguard/` into "
+        '"Filter tags" to see norm, tilt and clip rate beside them, or the name of a layer from a message, such as '
+        f"`{diagnosis.parameters[0]}`, to see its histogram. The Text tab has the diagnosis."
+    )
 
 
-def _halt_and_diagnose(console: Console, folder: Path, epochs: int) -> Remedy:
-    """Return the first fix suggested for a halted network."""
+def _halt_and_diagnose(console: Console, folder: Path, epochs: int) -> Diagnosis:
+    """Return the diagnosis of a network that is halted."""
     console.rule(f"Act 1: a network of {LAYERS} sigmoid layers, which does not learn")
     torch.manual_seed(0)
     guard = GradGuard(policy=Policy.strict(), trials=True)
@@ -67,7 +72,7 @@ def _halt_and_diagnose(console: Console, folder: Path, epochs: int) -> Remedy:
         page = folder / "diagnosis.html"
         page.write_text(halt.diagnosis.to_html(), encoding="utf-8")
         console.print(f"\nThe same with pictures: {page}\n")
-        return halt.diagnosis.remedies[0]
+        return halt.diagnosis
     raise SystemExit(
         f"gradguard demo: {epochs} epochs are too few to find the fault of act 1; use --epochs 12"
     )
@@ -78,8 +83,14 @@ def _train_with_fix(console: Console, folder: Path, epochs: int, fix: Remedy) ->
     torch.manual_seed(0)
     change = fix.change
     assert change is not None, "fixes of the first act are tried, so each has a change"
-    activation: Literal["relu", "sigmoid"] = "relu" if change.activation == "relu" else "sigmoid"
-    module = Digits(activation, normalize=change.normalise, residual=change.skip)
+    module = Digits(
+        change.activation or "sigmoid",
+        normalize=change.normalise,
+        residual=change.skip,
+        initialization=change.initialise,
+        layers=LAYERS // 2 if change.shorten else LAYERS,
+        rate=RATE * change.rate,
+    )
     guard = GradGuard(policy=Policy.strict())
     accuracy = train("2_first_remedy", folder, module, epochs=epochs, guard=guard)
     console.print(
@@ -109,26 +120,36 @@ class Digits(pl.LightningModule):
     """Classifier of 8 x 8 images with 64-unit layers.
 
     Args:
-        activation: Activation after each layer.
+        activation: Name of the function after each layer.
         normalize: Normalize each layer: its output by batch, or in a residual block its input by layer.
         residual: Add each layer's input to its output.
+        initialization: "he" or "xavier" for the weights, with biases of zero; torch's own when None.
         layers: Number of layers.
+        rate: Learning rate.
     """
 
     def __init__(
         self,
-        activation: Literal["relu", "sigmoid"] = "sigmoid",
+        activation: str = "sigmoid",
         *,
         normalize: bool = False,
         residual: bool = False,
+        initialization: str | None = None,
         layers: int = LAYERS,
+        rate: float = RATE,
     ) -> None:
         super().__init__()
-        self.activation, self.residual = getattr(torch, activation), residual
+        self.activation, self.residual, self.rate = getattr(functional, activation), residual, rate
         self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
         norm = nn.LayerNorm if residual else nn.BatchNorm1d
         self.norms = nn.ModuleList(norm(WIDTH) for _ in range(layers) if normalize)
         self.head = nn.Linear(WIDTH, 10)
+        if initialization is not None:
+            for linear in (*self.linears, self.head):
+                # The gain of a layer before a ReLU is that of He.
+                gain = nn.init.calculate_gain("relu") if initialization == "he" else 1.0
+                nn.init.xavier_normal_(linear.weight, gain)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return scores [N, 10] of images [N, 64]."""
@@ -155,7 +176,7 @@ class Digits(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain gradient descent."""
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
 def digits(corrupt: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -164,12 +185,8 @@ def digits(corrupt: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
     Args:
         corrupt: Make one training image NaN, and multiply another by 10,000.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise SystemExit(
-            "gradguard demo: its images are in scikit-learn, which is not installed; pip install scikit-learn"
-        ) from error
+    from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(pixels, dtype=torch.float32)[order]
@@ -197,7 +214,8 @@ def train(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, *digits(corrupt))
+    with Console().status(f"Training {name}"):  # on a terminal only
+        trainer.fit(module, *digits(corrupt))
     return 100 * float(trainer.callback_metrics["val_accuracy"])
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gradguard._version import __version__
 from lightning_gradguard.cli.user_code import CommandError
-from lightning_gradguard.extras import MissingPackage, needed_by
+from lightning_gradguard.extras import MissingPackage, missing, needed_by
 from lightning_gradguard.printing import one_line
 
+_PROBLEM_FOUND = 1
 _USAGE_ERROR = 2  # the same as argparse
+#: Extra with all that a command needs; "cli" for the others.
 _EXTRAS = {"demo": "demo", "report": "report"}
 
 
@@ -23,19 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after ``gradguard``; those of the command line when None.
 
     Returns:
-        Exit status: 0, or 2 if an input cannot be used or a package is not installed.
+        Exit status: 0, 1 if a check-up found a problem, or 2 if an input cannot be used or a package is not installed.
     """
     options = _parser().parse_args(arguments)
     try:
         with needed_by(f"gradguard {options.command}", _EXTRAS.get(options.command, "cli")):
-            options.run(options)
+            status: int = options.run(options) or 0
     except MissingPackage as error:
         print(error, file=sys.stderr)
         return _USAGE_ERROR
     except CommandError as error:
         print(one_line(f"gradguard {options.command}: {error}"), file=sys.stderr)
         return _USAGE_ERROR
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         help="see GradGuard at work on real images; takes about half a minute",
         description="Train on 1,797 images of digits in three acts: GradGuard halts a network that does not learn, the "
         "fix it suggests is tried, and a healthy network is protected from two bad images.",
+        epilog="example: gradguard demo",
     )
     demo.add_argument(
         "--folder",
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write one HTML page about finished or crashed runs",
         description="Write one HTML page about one run, or to compare several, from their TensorBoard event files. The "
         "page needs no server and no network.",
+        epilog="example: gradguard report runs/mine --out mine.html",
     )
     report.add_argument(
         "runs",
@@ -103,6 +108,22 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--device", default="cpu", help="device to replay on, such as cuda; default: cpu")
     replay.set_defaults(run=_replay)
 
+    checkup = commands.add_parser(
+        "checkup",
+        help="check a model on one batch before it is trained",
+        description="Compute one loss and its gradients on copies of a model, and list what would keep it from "
+        "learning. The exit status is 0 if nothing is found, 1 if something is, and 2 if the model cannot be checked.",
+        epilog="example: gradguard checkup train:setup, where setup() returns (model, batch)",
+    )
+    checkup.add_argument(
+        "model",
+        metavar="PKG:NAME",
+        help="a function without arguments that returns (model, batch), (model, batch, loss function), a "
+        "LightningModule with a train_dataloader, or a dict of the arguments of lightning_gradguard.checkup; or one "
+        "of these itself. A DataLoader or a LightningDataModule in place of the batch gives its first one",
+    )
+    checkup.set_defaults(run=_checkup)
+
     cost = commands.add_parser(
         "cost",
         help="measure what a guarded step costs on your own model",
@@ -130,7 +151,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from lightning_gradguard.cli.demo import run
+    from lightning_gradguard.cli.progress import show_status
+
+    with show_status("Loading PyTorch and Lightning"):
+        if not any(map(importlib.util.find_spec, ("lightning", "pytorch_lightning"))):
+            raise MissingPackage(missing("gradguard demo", "lightning", "demo"))
+        # What is needed only later is asked for now, before anything is trained.
+        for package in ("sklearn", "tensorboard"):
+            importlib.import_module(package)
+        from lightning_gradguard.cli.demo import run
 
     run(options.folder, options.epochs)
 
@@ -155,6 +184,12 @@ def _replay(options: argparse.Namespace) -> None:
     from lightning_gradguard.cli.replay import run
 
     run(options.bundle, options.module, options.args, options.device)
+
+
+def _checkup(options: argparse.Namespace) -> int:
+    from lightning_gradguard.cli.checkup import run
+
+    return 0 if run(options.model) else _PROBLEM_FOUND
 
 
 def _cost(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_gradguard.cli.progress import show_status
 from lightning_gradguard.cli.user_code import CommandError, import_object
 from lightning_gradguard.diagnosis.wording import count
 from lightning_gradguard.flight_recorder.bundle import ReplayError, megabytes, read_bundle
@@ -47,7 +48,9 @@ def run(path: Path, spec: str | None, texts: Sequence[str], device: str) -> None
         kind = import_object(spec, "--module")
         if not callable(kind):
             raise CommandError(f"--module must name a class, got {spec} of type {type(kind).__name__}")
-        result = replay(path, build_module(kind, bundle, parse_arguments(texts)), device=device)
+        module = build_module(kind, bundle, parse_arguments(texts))
+        with show_status(f"Replaying step {bundle['step']}"):
+            result = replay(path, module, device=device)
     except (ReplayError, OSError) as error:
         raise CommandError(str(error)) from error
     console = Console(highlight=False)

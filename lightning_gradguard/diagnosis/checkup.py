@@ -118,7 +118,8 @@ class Checkup:
         table = Table("", "Check", "Measured", "Usual", "Likely cause", title=title)
         for check in sorted(self.checks, key=lambda check: check.ok):
             mark = Text("ok", "green") if check.ok else Text("warn", "bold red")
-            table.add_row(mark, *map(Text, (check.name, check.value, check.usual, _words(check.cause))))
+            texts = (check.name, check.value, check.usual, _words(check.cause))
+            table.add_row(mark, *(Text(text, overflow="fold") for text in texts))  # a name is shown whole
         return table
 
     def _headline(self) -> str:

@@ -27,7 +27,7 @@ from lightning_gradguard.diagnosis.fixes import (
     find_fixes,
 )
 from lightning_gradguard.diagnosis.nan_origin import Origin, Place, find_origin, origin_in_batch
-from lightning_gradguard.diagnosis.rendering import mistake_to_markdown
+from lightning_gradguard.diagnosis.rendering import mistake_to_markdown, trial_result
 from lightning_gradguard.diagnosis.symptoms import find_symptoms
 from lightning_gradguard.diagnosis.trials import runner
 from lightning_gradguard.diagnosis.wording import count, further_reading, headline
@@ -50,8 +50,6 @@ from lightning_gradguard.stats.norms import weight_means, weight_norms
 _FEW_ROWS = 8
 #: First and newest steps that are compared, and steps from which on a sequence is long enough to be padded.
 _COMPARED, _LONG = 3, 10
-#: Steps from which a message says how long a fault has lasted.
-_LASTING = 10
 #: Newest steps that a diagnosis keeps for its picture.
 PICTURED = 128
 
@@ -261,8 +259,9 @@ def describe(
 ) -> str:
     """Return the warning for a finding.
 
-    It says what was found, where and since when; then the evidence, the most likely cause and the first fix; then what
-    happens now, and where to look further.
+    It says what was found, where and since when; then the evidence, the most likely cause and the first fix with its
+    code; then what happens now, and where to read more. A fault that was warned of before and is now critical gets a
+    shorter one, which does not repeat that warning.
 
     Args:
         finding: The finding.
@@ -272,28 +271,83 @@ def describe(
         diagnosis: Its causes and fixes, if they are known.
         clipped_since: Step from which on the policy has gradients clipped; None before that.
     """
-    tags, page = further_reading(finding.fault)
     measure = finding.measure or finding.detector
+    if finding.limit == 0:  # the value is a count of things of which there should be none
+        evidence = f"Number of {measure}: {finding.value:.3g}"
+    else:
+        evidence = f"{measure[:1].upper()}{measure[1:]}: {finding.value:.3g} (limit {finding.limit:.3g})"
     if finding.fault == Fault.NONFINITE and finding.parameters:
         tensors = count(int(finding.value), "tensor")
         what = f"{tensors} {'has' if finding.value == 1 else 'have'} NaN or Inf gradients"
     elif finding.fault == Fault.NONFINITE:
         what = "The loss is NaN or Inf"
-    elif finding.limit == 0:  # the value is a count of things of which there should be none
-        what = f"{headline(finding.fault, measure)}. Number of {measure}: {finding.value:.3g}"
     else:
-        evidence = f"{measure[:1].upper()}{measure[1:]}: {finding.value:.3g} (limit {finding.limit:.3g})"
         what = f"{headline(finding.fault, measure)}. {evidence}"
-    lines = [f"{finding.place}.", f"{what}."]
+    is_critical = finding.severity == Severity.CRITICAL and finding.fault != Fault.NONFINITE
+    # Without patience the first warning is critical already.
+    is_escalation = is_critical and policy.patience > 0
+    if is_escalation:
+        where = finding.place.removeprefix(f"{finding.fault.value} ")
+        lines = [
+            f"{finding.fault.value}: now critical, after {count(report.step - finding.step, 'step')} ({where})."
+        ]
+        lines.append(f"{evidence}.")
+    else:
+        lines = [f"{finding.place}.", f"{what}."]
     if origin is not None and origin.place != Place.UNKNOWN:
         lines.append(f"{str(origin).removesuffix('.')}.")
-    if diagnosis is not None and diagnosis.causes[0] != Cause.UNKNOWN:
-        lines.append(f"Most likely cause: {diagnosis.causes[0].value.replace('_', ' ')}.")
-        if diagnosis.remedies:
-            lines[-1] += f" Fix to try first: {diagnosis.remedies[0].name}."
-    lasted = report.step - finding.step
-    if finding.severity == Severity.CRITICAL and finding.fault != Fault.NONFINITE and lasted >= _LASTING:
-        lines.append(f"It has lasted for {lasted} steps, and is critical.")
+    if diagnosis is not None:
+        lines += _advice(diagnosis, brief=is_escalation)
+    if is_critical and not is_escalation:
+        lines.append("It is critical.")
+    lines.append(_action(finding, policy, report, clipped_since))
+    tags, page = further_reading(finding.fault)
+    more = f"Read more: guard.diagnosis, {tags[0]} and gradguard/diagnosis (Text tab) in TensorBoard, and {page}."
+    if policy.response(finding.fault) == "warn" and finding.fault != Fault.SPIKE:
+        more += f' Policy(respond={{"{finding.fault}": "halt"}}) halts and explains.'
+    lines.append(more)
+    return "\n  ".join(lines)
+
+
+def _advice(diagnosis: Diagnosis, *, brief: bool) -> list[str]:
+    """Return lines with the most likely cause, the first fix, and a smaller one.
+
+    Args:
+        diagnosis: The causes and fixes.
+        brief: Leave out the code of a fix that was not tried; an earlier warning has it.
+    """
+    cause, fixes = diagnosis.causes[0], diagnosis.remedies
+    sentences = [f"Most likely cause: {cause.value.replace('_', ' ')}."] if cause != Cause.UNKNOWN else []
+    if not fixes:
+        return sentences
+    first, smaller = fixes[0], _smaller_fix(fixes)
+    lines = [" ".join([*sentences, f"Fix to try first: {first.name}."])]
+    if brief and not first.tried:
+        return lines
+    lines += _code(first)
+    if first.tried:
+        lines.append(trial_result(first))
+    elif smaller is not None:
+        lines += [f"A smaller change, which may be enough: {smaller.name}.", *_code(smaller)]
+    return lines
+
+
+def _smaller_fix(fixes: Sequence[Remedy]) -> Remedy | None:
+    """Return the smallest of the fixes, if it is smaller than the first; None where sizes are not known."""
+    first, *others = fixes
+    if first.change is None:
+        return None
+    known = [(fix.change.size, fix) for fix in others if fix.change is not None]
+    size, fix = min(known, key=lambda pair: pair[0], default=((), first))
+    return fix if size and size < first.change.size else None
+
+
+def _code(fix: Remedy) -> list[str]:
+    return [f"  {line}" for line in fix.how.splitlines()]
+
+
+def _action(finding: Finding, policy: Policy, report: Report, clipped_since: int | None) -> str:
+    """Return what happens now, and what will if the fault lasts."""
     response = policy.response(finding.fault)
     if report.skip:
         action = "The step is skipped: weights and optimizer state are unchanged."
@@ -311,11 +365,7 @@ def describe(
         action += f" After {policy.max_consecutive_skips} such steps in a row, the next one rolls back."
     elif response in ("halt", "rollback") and finding.fault not in (Fault.NONFINITE, Fault.SPIKE):
         action += f" If this lasts {policy.patience} further steps, the policy responds with {response!r}."
-    advice = f"Look at {tags[0]} in TensorBoard, and at {page}."
-    if response == "warn" and finding.fault != Fault.SPIKE:
-        advice += f' Policy(respond={{"{finding.fault}": "halt"}}) halts and explains.'
-    lines.append(f"{action} {advice}")
-    return "\n  ".join(lines)
+    return action
 
 
 def _steps_without(patience: int) -> str:

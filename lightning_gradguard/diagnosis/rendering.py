@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from lightning_gradguard.charts import BLANK_COLOUR, CLIPPED_COLOUR, NONFINITE_COLOUR
 from lightning_gradguard.diagnosis.wording import MISTAKE, further_reading, headline, listing, number, quote
 from lightning_gradguard.extras import needed_by
 
@@ -48,7 +47,7 @@ def to_text(diagnosis: Diagnosis) -> str:
     for rank, remedy in enumerate(diagnosis.remedies, 1):
         fixes.append(f"  {rank}. {_one_line(remedy.name)}")
         fixes += [f"       {line}" for line in remedy.how.splitlines()]
-        fixes += _wrapped(_trial(remedy), "     ", "     ")
+        fixes += _wrapped(trial_result(remedy), "     ", "     ")
     sections = [head, symptoms, causes, fixes if len(fixes) > 1 else [], _wrapped(_further(diagnosis))]
     return "\n\n".join("\n".join(line.rstrip() for line in section) for section in sections if section)
 
@@ -124,6 +123,7 @@ def _page(diagnosis: Diagnosis) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    from lightning_gradguard.charts import BLANK_COLOUR, CLIPPED_COLOUR, NONFINITE_COLOUR
     from lightning_gradguard.diagnosis import charts
 
     loader = PackageLoader("lightning_gradguard.diagnosis")
@@ -212,10 +212,13 @@ def _further(diagnosis: Diagnosis) -> str:
     return f"See also {listed} in TensorBoard, and {page}."
 
 
-def _trial(remedy: Remedy) -> str:
+def trial_result(remedy: Remedy) -> str:
     """Return the result of a trial, or why there is none.
 
     Empty if neither is known.
+
+    Args:
+        remedy: The fix.
     """
     if remedy.note and not remedy.tried:
         return f"({remedy.note})"

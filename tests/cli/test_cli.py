@@ -1,11 +1,13 @@
 """The command: what it prints, returns and writes."""
 
+import re
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.cli import main
+from lightning_gradguard.cli.cost import rounds
 from lightning_gradguard.loggers.overview import Overview
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
 from lightning_gradguard.results import Report
@@ -67,11 +69,23 @@ def test_a_wrong_command_is_refused(arguments, capsys):
     assert "usage: gradguard" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["demo", "report", "replay", "checkup", "cost"])
+def test_the_help_of_a_command_has_a_sentence_and_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert re.search(r"\.\s+(positional|options)", printed)
+    assert f"\nexample: gradguard {command}" in printed
+
+
 @pytest.mark.parametrize("name", ["make", "model", "Holder.make"])
 def test_cost_shows_a_row_for_each_arm(models, capsys, name):
     assert main(["cost", f"{models}:{name}", "--steps", "8", "--clipper", "AutoClip"]) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert "25 parameters in 4 tensors, cpu" in printed
+    total = rounds(8)
+    assert progress.splitlines()[-1] == f"Timing steps: {total} of {total}"
     for arm in ("bare norm", "clip_grad_norm_", "Guard ", "Guard, AutoClip"):
         assert any(line.strip().startswith(arm) for line in printed.splitlines())
     assert "1.00 (1.00–1.00)" in printed

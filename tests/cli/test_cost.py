@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from lightning_gradguard.cli.cost import (
     SyntheticTraining,
     Timings,
     measure,
+    rounds,
 )
 
 
@@ -92,6 +94,13 @@ def test_the_given_clock_is_used():
     assert sorted(s for seconds in timings.seconds.values() for s in seconds) == [
         float(i) for i in range(before + 1, before + 3 * CYCLE + 1)
     ]
+
+
+@pytest.mark.parametrize("steps", [1, CYCLE, CYCLE + 1])
+def test_after_each_round_it_is_told(steps):
+    calls = []
+    measure(net(), steps=steps, after_round=lambda: calls.append(1))
+    assert len(calls) == rounds(steps)
 
 
 def test_guards_are_warm_before_they_are_timed(monkeypatch):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,31 @@ from lightning_gradguard.introspection.layer_calls import Function, LayerCall, L
 MIN_EXAMPLES = 8
 
 
+class Part(IntEnum):
+    """Part of a training that a change touches, smallest change first."""
+
+    SETTING = 1
+    """A number of the optimizer, or a line that prepares the data."""
+    INITIALIZATION = 2
+    """The weights at the start; the model stays as it is."""
+    OPERATION = 3
+    """A layer, an activation or an operation, replaced by another of its kind."""
+    NORMALIZATION = 4
+    """A normalization is added to the layers."""
+    ARCHITECTURE = 5
+    """The paths that the data take through the model."""
+
+
+def _touches(part: Part) -> dict[str, Part]:
+    """Return the metadata of a field."""
+    return {"part": part}
+
+
 @dataclass(frozen=True)
 class Change:
     """Change of a training; the default changes nothing.
 
-    Each field is one thing that can be changed, so that changes combine.
+    Each field is one thing that can be changed, so that changes combine. It says which part of the training it touches.
 
     Attributes:
         activation: Name in `torch.nn.functional` of the function that replaces each layer's activation.
@@ -42,21 +63,21 @@ class Change:
         batch: "fill" replaces NaN and Inf in the batch by 0; "drop" leaves out rows that hold them.
     """
 
-    activation: str | None = None
+    activation: str | None = field(default=None, metadata=_touches(Part.OPERATION))
     slope: float = 0.1
-    normalise: bool = False
-    skip: bool = False
-    shorten: bool = False
-    initialise: str | None = None
-    gates: str | None = None
-    input: bool = False
-    target: bool = False
-    lipschitz: bool = False
-    rate: float = 1.0
-    decay: float = 1.0
-    momentum: float | None = None
-    operation: OperationPatch | None = None
-    batch: str | None = None
+    normalise: bool = field(default=False, metadata=_touches(Part.NORMALIZATION))
+    skip: bool = field(default=False, metadata=_touches(Part.ARCHITECTURE))
+    shorten: bool = field(default=False, metadata=_touches(Part.ARCHITECTURE))
+    initialise: str | None = field(default=None, metadata=_touches(Part.INITIALIZATION))
+    gates: str | None = field(default=None, metadata=_touches(Part.OPERATION))
+    input: bool = field(default=False, metadata=_touches(Part.SETTING))
+    target: bool = field(default=False, metadata=_touches(Part.SETTING))
+    lipschitz: bool = field(default=False, metadata=_touches(Part.NORMALIZATION))
+    rate: float = field(default=1.0, metadata=_touches(Part.SETTING))
+    decay: float = field(default=1.0, metadata=_touches(Part.SETTING))
+    momentum: float | None = field(default=None, metadata=_touches(Part.SETTING))
+    operation: OperationPatch | None = field(default=None, metadata=_touches(Part.OPERATION))
+    batch: str | None = field(default=None, metadata=_touches(Part.SETTING))
 
     @property
     def fields(self) -> frozenset[str]:
@@ -67,6 +88,21 @@ class Change:
             for f in dataclasses.fields(self)
             if f.name != "slope" and getattr(self, f.name) != getattr(plain, f.name)
         )
+
+    @property
+    def size(self) -> tuple[Part, ...]:
+        """Parts of the training that change, largest first; sizes compare as these tuples do.
+
+        So one larger part outweighs any number of smaller ones, and of two changes of the same parts the one that
+        changes more is larger.
+
+        >>> Change(rate=0.1).size < Change(initialise="he").size < Change(activation="relu").size
+        True
+        >>> Change(activation="relu", initialise="he").size < Change(normalise=True).size < Change(skip=True).size
+        True
+        """
+        fields = [f for f in dataclasses.fields(self) if f.name in self.fields]
+        return tuple(sorted((f.metadata["part"] for f in fields), reverse=True))
 
     @property
     def changes_forward(self) -> bool:

@@ -1,13 +1,26 @@
 """Changes of the batch and of the forward pass equal a model or batch written with them."""
 
+import dataclasses
 import itertools
+from functools import reduce
+from operator import or_
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.diagnosis.trials.change import Change, Scale, SwappedForward, half, prepare_batch
+from lightning_gradguard.diagnosis.trials.change import (
+    Change,
+    Part,
+    Scale,
+    SwappedForward,
+    half,
+    prepare_batch,
+)
+from lightning_gradguard.diagnosis.trials.operation_patch import OperationPatch
 from lightning_gradguard.introspection.layer_calls import StructureRecorder
 
 
@@ -195,6 +208,36 @@ def test_a_linear_net_gets_skips_around_its_layers():
     for layer in model[:3]:
         h = h + layer(h)
     assert torch.allclose(swapped(model, Change(skip=True), x), model[3](h), atol=1e-6)
+
+
+#: A change of each field, from the smallest part of a training to the largest.
+BY_PART = {
+    Part.SETTING: [Change(rate=0.1), Change(decay=0.1), Change(momentum=0.9), Change(input=True), Change(target=True),
+                   Change(batch="drop")],
+    Part.INITIALIZATION: [Change(initialise="he")],
+    Part.OPERATION: [Change(activation="relu"), Change(gates="LSTM"), Change(operation=OperationPatch("clamp"))],
+    Part.NORMALIZATION: [Change(normalise=True), Change(lipschitz=True)],
+    Part.ARCHITECTURE: [Change(skip=True), Change(shorten=True)],
+}  # fmt: skip
+SINGLE = [change for changes in BY_PART.values() for change in changes]
+
+
+def test_every_field_has_a_part():
+    fields = {f.name for f in dataclasses.fields(Change)} - {"slope"}
+    assert sorted(fields) == sorted(name for change in SINGLE for name in change.fields)
+    for part, changes in BY_PART.items():
+        assert {change.size for change in changes} == {(part,)}
+    assert Change().size == Change(slope=0.3).size == ()
+    assert list(BY_PART) == sorted(Part)
+
+
+@given(st.sets(st.sampled_from(range(len(SINGLE)))), st.sets(st.sampled_from(range(len(SINGLE)))))
+def test_more_is_larger_and_the_largest_part_decides(some, others):
+    one = reduce(or_, (SINGLE[i] for i in some), Change())
+    more = reduce(or_, (SINGLE[i] for i in some | others), Change())
+    assert one.size <= more.size
+    assert (one.size == more.size) == (some >= others)
+    assert more.size[:1] == (max(one.size[:1], reduce(or_, (SINGLE[i] for i in others), Change()).size[:1]))
 
 
 def test_changes_combine_unless_they_change_the_same():

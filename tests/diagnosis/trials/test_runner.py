@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_gradguard.diagnosis.diagnose import diagnose_context as diagnose
+from lightning_gradguard.diagnosis.diagnosis import Remedy
 from lightning_gradguard.diagnosis.trials.candidates import find_candidates
 from lightning_gradguard.diagnosis.trials.change import Change, SwappedForward
 from lightning_gradguard.diagnosis.trials.runner import MAX_PASSES, TrialRunner, try_fixes, unhealthy_decades
@@ -99,7 +102,7 @@ def test_the_first_fix_cures(lab, fault):
 
 
 @pytest.mark.parametrize("fault", [Fault.VANISHING, Fault.DEAD])
-def test_fixes_are_ranked_by_health_and_then_by_loss(lab, fault):
+def test_fixes_are_ranked_by_health_then_cures_by_size_and_others_by_loss(lab, fault):
     _, _, plain, diagnosis, _ = examined(lab, fault)
     tried = [r for r in diagnosis.remedies if r.tried]
     stepped = [r for r in tried if r.loss is not None]
@@ -107,12 +110,90 @@ def test_fixes_are_ranked_by_health_and_then_by_loss(lab, fault):
     assert stepped == tried[: len(stepped)]
     healthy = [r for r in stepped if unhealthy_decades(result(r.after)) == 0]
     assert healthy == stepped[: len(healthy)]
-    assert [r.loss for r in healthy] == sorted(r.loss for r in healthy)
+    for i, r in enumerate(healthy):
+        assert not any(
+            other.change.size <= r.change.size and other.loss < r.loss for other in healthy[i + 1 :]
+        )
     untried = [r for r in diagnosis.remedies if not r.tried]
     assert diagnosis.remedies == (*tried, *untried)
     assert set(untried) <= set(plain.remedies)
     assert len({r.name for r in diagnosis.remedies}) == len(diagnosis.remedies)
     assert dataclasses.replace(diagnosis, remedies=plain.remedies, trials=()) == plain
+
+
+class Scripted(TrialRunner):
+    """Runner whose trials have given results: (tilt, loss after virtual steps) by the name of the fix."""
+
+    def __init__(self, results, loss=2.0, *, bottomless=False):
+        super().__init__(None, (), bottomless=bottomless)
+        self.results = {change: outcome for change, outcome in results}
+        self.stepped = []
+        self.baseline = TrialResult(loss, 9.0, None, 5, LayerStructure(), 4, start=loss)
+        self.passes = 4
+
+    def _run(self, change, passes):
+        self.passes += passes
+        tilt, loss = self.results.get(change, (9.0, 9.0))  # a pair does no good
+        if passes > 1:
+            self.stepped.append(change)
+        return TrialResult(
+            loss if passes > 1 else math.nan, tilt, None, 5, LayerStructure(), passes, start=2.0
+        )
+
+
+CHANGES = [
+    Change(skip=True, normalise=True, activation="relu"), Change(normalise=True, initialise="he"),
+    Change(initialise="he"), Change(normalise=True), Change(activation="relu"), Change(rate=0.1),
+    Change(skip=True), Change(input=True), Change(shorten=True), Change(activation="gelu", initialise="he"),
+]  # fmt: skip
+TILTS, LOSSES = st.sampled_from([0.0, 1.0, 2.6, 5.0, -4.0]), st.sampled_from([0.5, 1.0, 1.3, 1.9, 2.1, 3.0])
+
+
+@given(st.lists(st.tuples(TILTS, LOSSES), min_size=len(CHANGES), max_size=len(CHANGES)))
+def test_the_smallest_of_the_cures_comes_first(outcomes):
+    """A cure has a healthy tilt, and at least half of the best healthy fix's fall of the loss."""
+    results = list(zip(CHANGES, outcomes, strict=True))
+    runner = Scripted(results)
+    trials = runner.run([Remedy(str(change.size), "", change=change) for change in CHANGES])
+    assert runner.passes <= MAX_PASSES
+    assert {t.fix.change for t in trials} >= set(CHANGES)
+    healthy = {change for change, (tilt, _) in results if unhealthy_decades(result(tilt)) == 0}
+    if healthy:
+        least = min(change.size for change in healthy)
+        assert any(change.size == least for change in runner.stepped if change in healthy)
+    stepped = [t for t in trials if t.result and not math.isnan(t.result.loss)]
+    falls = {t.fix.change: 2.0 - t.result.loss for t in stepped if t.fix.change in healthy}
+    best = max(falls.values(), default=0.0)
+    is_cure = [best > 0 and falls.get(t.fix.change, -1.0) >= best / 2 for t in stepped]
+    cures = [t for t, yes in zip(stepped, is_cure, strict=True) if yes]
+    assert trials[: len(cures)] == cures  # none of another kind stands before them
+    assert [(t.fix.change.size, t.result.loss) for t in cures] == sorted(
+        (t.fix.change.size, t.result.loss) for t in cures
+    )
+
+
+def test_among_fixes_that_do_not_cure_the_effect_decides():
+    """Of these, none brings the tilt to health."""
+    outcomes = [(6.0, 1.0), (4.0, 1.5), (5.0, 0.5), *[(9.0, 1.9)] * 7]
+    trials = Scripted(list(zip(CHANGES, outcomes, strict=True))).run(
+        [Remedy(str(change), "", change=change) for change in CHANGES]
+    )
+    assert [t.fix.change for t in trials[:2]] == [CHANGES[1], CHANGES[2]]
+
+
+def test_without_a_lower_bound_of_the_loss_nothing_is_a_cure():
+    outcomes = [(0.0, 1.0)] * len(CHANGES)
+    trials = Scripted(list(zip(CHANGES, outcomes, strict=True)), bottomless=True).run(
+        [Remedy(str(change), "", change=change) for change in CHANGES]
+    )
+    assert trials[0].fix.change == CHANGES[0]
+
+
+def test_where_every_loss_without_a_fix_is_infinite_any_finite_one_cures():
+    outcomes = [(0.0, 1.0), *[(9.0, 1.0)] * 4, (0.0, 90.0), *[(9.0, 1.0)] * 4]
+    runner = Scripted(list(zip(CHANGES, outcomes, strict=True)), loss=math.inf)
+    trials = runner.run([Remedy(str(change), "", change=change) for change in CHANGES])
+    assert [t.fix.change for t in trials[:2]] == [Change(rate=0.1), CHANGES[0]]
 
 
 def test_a_fix_that_cannot_be_tried_has_a_note(lab):
