@@ -17,6 +17,7 @@ from lightning_gradguard.callbacks.compatibility import refuse_hidden_gradients
 from lightning_gradguard.callbacks.trainer_adapter import (
     Callback,
     is_early,
+    is_placeholder,
     is_step_without_loss,
     logging_step,
     optimizer_index,
@@ -154,7 +155,7 @@ class GradHistogram(Callback):
         self._loss: Tensor | None = None
         self._sinks: list[LogSink] = []
         self._fail_safe = FailSafe("GradHistogram")
-        self._after_step: Any = None  # the handle of the hook that shows an update
+        self._activations_fail_safe = FailSafe("GradHistogram, activations,")
 
     def __repr__(self) -> str:
         return short_repr(
@@ -176,7 +177,6 @@ class GradHistogram(Callback):
             "_loss": None,
             "_shown": {},
             "_probe": None,
-            "_after_step": None,
         }
         return {**self.__dict__, **released, "_restored": self.state_dict()}
 
@@ -210,6 +210,7 @@ class GradHistogram(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the loggers; warn of hidden tensors."""
         self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
+        self._activations_fail_safe = FailSafe("GradHistogram, activations,")
         self._modules = WorstTensors(self.max_tensors)
         self._restore(trainer)
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
@@ -250,7 +251,7 @@ class GradHistogram(Callback):
         """Forget the last batch's loss; listen to modules if this batch is shown."""
         self._loss = None
         if self._probe is not None and any(map(self._is_due, self._next_steps(trainer))):
-            self._fail_safe.run(self._probe.start)
+            self._probe.start()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss; stop listening, since checkpointed modules are called again in backward."""
@@ -263,26 +264,26 @@ class GradHistogram(Callback):
     ) -> None:
         """Count and write, if this step is shown."""
         loss, self._loss = self._loss, None
-        self._close_hook()
-        parameters = members(optimizer)
-        if not parameters:
+        if is_placeholder(optimizer):
             return
         index = optimizer_index(trainer, optimizer)
         if index not in self._shown:
             self._shown[index] = self._new_tensors(trainer, index, optimizer)
         tensors = self._shown[index]
         # An optimizer such as LBFGS calls its closure several times in a step.
-        if not tensors.start_step(trainer.global_step) or not self._is_due(tensors.step):
+        due = self._is_due(tensors.next_step(trainer.global_step))
+        if not tensors.start_step(trainer.global_step, hook=due and "update" in self.of) or not due:
             return
         if is_step_without_loss(pl_module, scaler_of(trainer), loss):
             return
         # If gradients are sharded, every rank has to take part, also rank 0 when its loggers have failed.
-        if self._sinks or (trainer.loggers and any(map(is_sharded, parameters))):
+        if self._sinks or (trainer.loggers and any(map(is_sharded, members(optimizer)))):
             self._fail_safe.run(lambda: self._show(trainer, pl_module, index, optimizer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Remove all hooks."""
-        self._close_hook()
+        for tensors in self._shown.values():
+            tensors.close()
         if self._probe is not None:
             self._probe.stop()
 
@@ -348,22 +349,25 @@ class GradHistogram(Callback):
         counted = {name: gradients[name] for name, p in wanted.items() if p.grad is not None}
         is_regular = tensors.step % self.every_n_steps == 0 and tensors.step > 0
         shown = tensors.worst.choose({name: c.rms for name, c in counted.items()}, is_regular=is_regular)
+        # All ranks count the parts of a sharded weight, but only the first one has chosen.
+        kept = {n: p for n, p in wanted.items() if n in shown or any(map(is_sharded, wanted.values()))}
         records = []
+        if kept and "update" in self.of:
+            tensors.after_step = partial(
+                self._fail_safe.run, self._log_update, kept, shown, step, group, list(self._sample(kept))
+            )
+        elif kept and "weight" in self.of:
+            weights = _read(kept, count_samples(self._sample(kept), axis=self.axis))
+            records.append(self._record("weight", {name: weights[name] for name in shown}, group))
+        # From here on nothing waits for another rank.
         if shown and "gradient" in self.of:
             records.append(self._record("gradient", {name: counted[name] for name in shown}, group))
         if shown and self.exponents:
             below = {name: c.below for name, c in counted.items()}
             records.append(exponents_record(below, shown, step=step, group=group))
-        if self._probe is not None:
-            records += self._activation_records(step, group, is_regular)
-        # All ranks count the parts of a sharded weight, but only the first one has chosen.
-        kept = {n: p for n, p in wanted.items() if n in shown or any(map(is_sharded, wanted.values()))}
-        if kept and "update" in self.of:
-            self._show_after_step(optimizer, kept, partial(self._log_update, kept, shown, step, group))
-        elif kept and "weight" in self.of:
-            weights = _read(kept, count_samples(self._sample(kept), axis=self.axis))
-            records.append(self._record("weight", {name: weights[name] for name in shown}, group))
         self._log(step, records)
+        if self._probe is not None:
+            self._activations_fail_safe.run(self._show_activations, step, is_regular)
 
     def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
@@ -385,21 +389,6 @@ class GradHistogram(Callback):
             thresholds=THRESHOLDS if self.exponents else (),
         )
         return _read(wanted, counts)
-
-    def _show_after_step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        kept: Mapping[str, Tensor],
-        show: Callable[[list[Samples]], None],
-    ) -> None:
-        """Call ``show`` after the optimizer's step, with samples of the weights before it."""
-        before = list(self._sample(kept))
-
-        def after_step(*_: object) -> None:
-            self._close_hook()
-            self._fail_safe.run(show, before)
-
-        self._after_step = optimizer.register_step_post_hook(after_step)
 
     @torch.no_grad()
     def _log_update(
@@ -433,12 +422,15 @@ class GradHistogram(Callback):
         most = None if self.max_samples is None else max(1, self.max_samples // FEWER)
         return sample([local(p.detach()) for p in parameters.values()], max_samples=most)
 
-    def _activation_records(self, step: int, group: str, is_regular: bool) -> list[LogRecord]:
-        """Return what the modules gave in the newest pass."""
+    def _show_activations(self, step: int, is_regular: bool) -> None:
+        """Show what the modules gave in the newest pass, in one group: it belongs to no optimizer."""
         assert self._probe is not None
-        found = self._probe.take()
+        error, self._probe.error = self._probe.error, None
+        if error is not None:
+            raise error
+        found, group = self._probe.take(), tag_group(0)
         if not found:
-            return []
+            return
         rows = {f"{name}\0{i}": c for name, seen in found.items() for i, c in enumerate(seen.calls)}
         calls = [count_samples([c], axis=self.axis) for c in rows.values()]
         shares = [
@@ -459,10 +451,11 @@ class GradHistogram(Callback):
         shown = self._modules.choose({name: c.rms for name, c in merged.items()}, is_regular=is_regular)
         known = [None if math.isnan(x) else x for x in numbers[table.numel() :]]
         pairs = dict(zip(found, zip(known[::2], known[1::2], strict=True), strict=True))
-        return [
+        records = [
             self._record("activation", {name: merged[name] for name in shown}, group),
             activations_record(pairs, step=step, group=group),
         ]
+        self._log(step, records)
 
     def _record(self, quantity: Quantity, counted: Mapping[str, _Counted], group: str) -> LogRecord:
         limits = {name: c.limit for name, c in counted.items()} if self.axis == "value" else None
@@ -474,15 +467,14 @@ class GradHistogram(Callback):
         for sink in self._sinks:
             sink.write(step, record)
 
-    def _close_hook(self) -> None:
-        if self._after_step is not None:
-            self._after_step.remove()
-            self._after_step = None
-
     def _close(self) -> None:
-        self._close_hook()
+        # The choice stays, for a checkpoint that is saved after the training; model and optimizer go.
+        self._restored = self.state_dict()
+        for tensors in self._shown.values():
+            tensors.close()
         if self._probe is not None:
             self._probe.stop()
+        self._shown, self._probe = {}, None
         for sink in self._sinks:
             sink.close()
         self._sinks = []
@@ -573,21 +565,44 @@ class _ShownTensors:
         worst: The choice.
         step: Number of the step that is being taken.
         parameters: Parameters by name, in the order of ``named_parameters``, the same on every rank.
+        after_step: Called once the step has been taken, or None.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, worst: WorstTensors, steps: int) -> None:
         self._optimizer, self.worst = optimizer, worst
         self.step = steps - 1
         self.parameters: dict[str, Tensor] = {}
+        self.after_step: Callable[[], object] | None = None
         self._members: list[Tensor] = []
         self._newest: int | None = None
+        self._hook: Any = None
 
-    def start_step(self, global_step: int) -> bool:
-        """Count a step; return False if it is the same as before."""
+    def start_step(self, global_step: int, *, hook: bool) -> bool:
+        """Count a step; return False if it is the same as before.
+
+        Args:
+            global_step: The Trainer's counter.
+            hook: Something will be called after the step.
+        """
         if self._newest == global_step:
             return False
-        self._newest, self.step = global_step, self.step + 1
+        self._newest, self.step, self.after_step = global_step, self.step + 1, None
+        if hook and self._hook is None:
+            self._hook = self._optimizer.register_step_post_hook(self._finish_step)
         return True
+
+    def _finish_step(self, *_: object) -> None:
+        # The hook stays until the batch ends: it must not be removed while the optimizer goes through its hooks.
+        after_step, self.after_step = self.after_step, None
+        if after_step is not None:
+            after_step()
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self.after_step = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def next_step(self, global_step: int) -> int:
         """Return the number of the coming step."""
@@ -611,7 +626,7 @@ class _ShownTensors:
             ValueError: If it has another form.
         """
         self.worst.load_state_dict(state["worst"])
-        self.step = state["steps"] - 1
+        self.step = max(state["steps"], 0) - 1
 
 
 class NamePatterns:

@@ -39,10 +39,11 @@ class RunLogging:
         # By the index of the optimizer: names of the tensors in order, and their overview.
         self._overviews: dict[int, tuple[tuple[str, ...], Overview]] = {}
         self._restored: dict[str, Any] = {}
-        self._step, self._written = (
-            0,
-            -1,
-        )  # Lightning's newest step, and the last one whose numbers were written
+        self._step = 0  # Lightning's newest
+        self._written: dict[
+            int, int
+        ] = {}  # by index of the optimizer, the last step whose numbers were written
+        self._published: set[str] = set()
         self._is_due = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class RunLogging:
         Rank 0 opens the loggers.
         """
         self._overviews = {}
-        self._step, self._written, self._is_due = 0, -1, False
+        self._step, self._written, self._published, self._is_due = 0, {}, set(), False
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         self._restored = self._restored if trainer.ckpt_path else {}
 
@@ -111,8 +112,11 @@ class RunLogging:
         for index, guard in guards.items():
             if guard.report is not None and index in self._overviews:
                 metrics |= self._overviews[index][1].scalars(guard.report, **_of_record(guard))
+        # What this step does not have must not stay there from an older one.
+        absent = dict.fromkeys(self._published - metrics.keys(), math.nan)
+        self._published |= metrics.keys()
         if metrics:
-            publish_metrics(trainer, metrics)
+            publish_metrics(trainer, metrics | absent)
 
     def finish(self, trainer: Trainer, guards: Mapping[int, Guard], end: RunEnd) -> None:
         """Write final heat maps and how the run ended; close the loggers."""
@@ -140,9 +144,9 @@ class RunLogging:
         overview = self._overview(trainer, guard, index)
         overview.show_clipping(guard.clip_spans)
         record = overview.build_record(guard.report, **_of_record(guard), final=end is not None, end=end)
-        if end is not None and self._written == self._step:
+        if end is not None and self._written.get(index) == self._step:
             record = replace(record, scalars={})
-        self._written = self._step
+        self._written[index] = self._step
         for sink in self._sinks:
             sink.write(self._step, record)
 

@@ -249,8 +249,9 @@ def logging_step(trainer: Trainer) -> int:
 
 def publish_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Put numbers among a trainer's metrics, where other callbacks find them."""
-    device = trainer.strategy.root_device
-    trainer.callback_metrics.update({name: torch.tensor(x, device=device) for name, x in metrics.items()})
+    # One tensor, since each has to be copied to the device.
+    numbers = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device)
+    trainer.callback_metrics.update(dict(zip(metrics, numbers.unbind(), strict=True)))
 
 
 def drop_gradients(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:

@@ -48,7 +48,7 @@ class Track:
         rows: float16 [1 + layers] at a step: what was done (0 nothing, 1 clipped, 2 skipped), then log10 gradient RMS;
             NaN is not finite, -inf no gradient.
         scalars: Name without its group, to values.
-        histograms: Title ``NNN_name`` to 30 counts.
+        histograms: Name of the parameter to 30 counts.
         found: Findings and diagnoses.
         exponents: Markdown of what narrow number formats would lose, at each step.
         values: Titles of the tensors with histograms of values, which only TensorBoard shows.
@@ -130,7 +130,7 @@ def _read_below(folder: Path) -> list[Run]:
         problems = "".join(f" ({problem})" for run in read for problem in _problems(run))
         raise ReportError(
             f"the event files in {folder} hold no gradguard data{problems[:500]}; "
-            "log it with Trainer(callbacks=[GradHistogram(), GradGuard()])"
+            "log it with Trainer(callbacks=[GradHistogram(), GradGuard()]); they write from the first step on"
         )
     return runs
 

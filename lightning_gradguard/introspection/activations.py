@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.introspection.probes import has_storage
 from lightning_gradguard.stats.histogram import Samples, sample
 from lightning_gradguard.stats.parameters import was_compiled
 from lightning_gradguard.stats.sharding import is_sharded, local
@@ -77,7 +78,11 @@ class Activations(NamedTuple):
 class ActivationProbe:
     """Hooks on leaf modules, which are there between `start` and `stop` alone.
 
-    Compiled and scripted modules are left out: they refuse or ignore hooks, or are compiled again for each one.
+    Compiled and scripted modules are left out: they refuse or ignore hooks, or are compiled again for each one. Modules
+    that are added later are not seen, and a module with several names has the first one.
+
+    A call whose output is of an unusual kind is left out: empty, nested, without numbers, or inside of a transform of
+    `torch.func`. An error in a hook never reaches the training; the first one is kept.
 
     Args:
         module: The module.
@@ -86,6 +91,7 @@ class ActivationProbe:
 
     Attributes:
         left_out: Names of compiled and scripted modules; "" is the module itself.
+        error: The first error in a hook, or None.
     """
 
     def __init__(
@@ -93,6 +99,8 @@ class ActivationProbe:
     ) -> None:
         self._max_samples = max_samples
         self.left_out: list[str] = []
+        self.error: Exception | None = None
+        self._known: set[int] = set()
         self._leaves = [pair for pair in self._leaves_of(module, "") if match(*pair)]
         self._handles: list[Any] = []
         self._seen: dict[str, list[Samples]] = {}
@@ -124,7 +132,10 @@ class ActivationProbe:
         return found
 
     def _leaves_of(self, module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        """Yield leaf modules with their names."""
+        """Yield leaf modules with their names, each once."""
+        if id(module) in self._known:
+            return
+        self._known.add(id(module))
         is_scripted = isinstance(module, torch.jit.ScriptModule)
         if is_scripted or type(module).__name__ == "OptimizedModule" or was_compiled(module):
             self.left_out.append(name)
@@ -133,22 +144,29 @@ class ActivationProbe:
             if name and not measures and not isinstance(module, _PASSES):
                 yield name, module
         else:
-            seen = set()
             for child_name, child in module.named_children():
-                if id(child) not in seen:
-                    seen.add(id(child))
-                    yield from self._leaves_of(child, f"{name}.{child_name}" if name else child_name)
+                yield from self._leaves_of(child, f"{name}.{child_name}" if name else child_name)
 
-    @torch.no_grad()
     def _observe(self, name: str, module: nn.Module, arguments: object, output: object) -> None:
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(first, Tensor) or not (first.is_floating_point() or first.is_complex()):
+        if not isinstance(first, Tensor) or torch._C._get_tracing_state():
             return
-        if first.ndim == 0 or len(self._seen.get(name, ())) >= MAX_CALLS:
+        try:
+            # Samples are ordinary tensors, also those of a teacher in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                # Of a sharded output this process reads its own part.
+                values = local(first.detach()) if is_sharded(first) else first.detach()
+                if type(values) is Tensor and has_storage(values):
+                    self._add(name, module, values)
+        except Exception as error:
+            self.error = self.error or error
+
+    def _add(self, name: str, module: nn.Module, values: Tensor) -> None:
+        if not (values.is_floating_point() or values.is_complex()) or not values.ndim or not values.numel():
             return
-        # Of a sharded output this process reads its own part.
-        values = local(first.detach()) if is_sharded(first) else first.detach()
-        self._seen.setdefault(name, []).extend(sample([values], max_samples=self._max_samples))
+        if len(self._seen.get(name, ())) < MAX_CALLS:
+            samples = list(sample([values], max_samples=self._max_samples))
+            self._seen.setdefault(name, []).extend(samples)
         if isinstance(module, _CONVOLUTIONS):
             self._channels_first = True
         elif isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase)):
@@ -176,5 +194,4 @@ def _saturated(module: nn.Module, calls: list[Samples]) -> Tensor | None:
         return None
     width = NEAR * (high - low) if math.isfinite(high - low) else NEAR * abs(high)
     near = torch.stack([((c.values <= low + width) | (c.values >= high - width)).sum() for c in calls]).sum()
-    # Padding is zero, and there is none in a row of its own.
     return near.float() / sum(c.values.numel() for c in calls)

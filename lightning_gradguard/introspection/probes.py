@@ -89,10 +89,12 @@ def _size_of(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Return True for a dense tensor, outside of the transforms of `torch.func`.
+    """Return True for a dense tensor with numbers, outside of the transforms of `torch.func`.
 
     Inside of them a tensor has no storage of its own, and does not outlive the transform.
     """
+    if tensor.is_nested or tensor.is_meta:
+        return False
     try:
         tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):

@@ -98,7 +98,8 @@ def activations_record(
     """
     note = (
         "**Saturated**: share of the module's output that lies within 1 % of its range from an end, where gradients "
-        "are nearly zero. **Dead**: share of its units that gave zero for the whole batch, and get no gradient."
+        "are nearly zero; of a module that is called often, in its first 8 calls. **Dead**: share of its units that "
+        "gave zero for the whole batch, and get no gradient."
     )
     rows = [
         f"| {_code(name)} | " + " | ".join("" if x is None else _percent(x) for x in pair) + " |"
@@ -318,7 +319,8 @@ def _cell(coarse: float, lost: float, over: float) -> str:
 
 def _code(name: str) -> str:
     """Return a name as code for a cell of a table."""
-    return "`" + name.replace("|", "\\|") + "`"
+    cell = name.replace("|", "\\|")
+    return f"`` {cell} ``" if "`" in cell else f"`{cell}`"
 
 
 def _percent(share: float) -> str:

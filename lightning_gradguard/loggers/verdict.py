@@ -44,8 +44,8 @@ class Verdict:
     The level is
 
     - ``critical`` if the run was halted, or a critical fault lasts that is not being clipped,
-    - ``warning`` if a fault lasts, an event was neither skipped nor clipped, an error ended the run, or a mistake in
-      the code was named,
+    - ``warning`` if a fault lasts, an event was neither skipped nor clipped, an error ended the run, a mistake in the
+      code was named, or most steps were skipped,
     - ``protected`` if faults were found, and each was skipped, clipped, rolled back, or is over,
     - ``healthy`` if there was no warning,
     - ``unjudged`` if no `GradGuard` judged the run.
@@ -121,6 +121,8 @@ def verdict_of(status: Status, *, live: bool = False) -> Verdict:
         level = "critical" if max(unclipped, default=Severity.INFO) == Severity.CRITICAL else "warning"
     else:
         state, level = _peaceful(status, found)
+        if is_halted:  # for another optimizer
+            state = f"optimizer {status.optimizer} was {state}"
     if end is not None and end.how == End.ERROR and level != "critical":
         level = "warning"
     others = [_other(course) for course in found if course is not main][:_OTHERS]
@@ -147,6 +149,8 @@ def _peaceful(status: Status, found: list[Course]) -> tuple[str, str]:
     """Return state and level where no fault is left."""
     if status.mistaken:
         return "a mistake in the code", "warning"
+    if 2 * status.skipped > status.steps > 0 and not _is_scaling(status):
+        return "most steps were skipped", "warning"
     if (status.skipped and not _is_scaling(status)) or status.rollbacks or any(c.is_event for c in found):
         return "protected", "protected"
     return ("recovered", "protected") if found else ("healthy", "healthy")

@@ -17,8 +17,9 @@ from tensorboard.util import tensor_util
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gradguard import GradGuard, GradHistogram, GradientWarning
+from lightning_gradguard import GradGuard, GradHistogram, GradientWarning, NormClip
 from lightning_gradguard.callbacks.trainer_adapter import EARLY_STEPS
+from lightning_gradguard.introspection.activations import ActivationProbe
 from lightning_gradguard.loggers.histograms import QUANTITIES
 from lightning_gradguard.stats.histogram import EDGES
 
@@ -458,3 +459,202 @@ def test_any_choice_is_printed_as_it_is_written(order, number):
     histogram = GradHistogram(of=of)
     assert histogram.of == of
     assert ("of=" in repr(histogram)) == (of != ("gradient",))
+
+
+class OwnSgd(torch.optim.Optimizer):
+    """Optimizer that is none of torch's, so that a guard puts a hook of its own on it."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"])
+        return loss
+
+
+class LateHook(L.Callback):
+    """Callback with a hook after the step, registered while the step runs."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if not self.steps:
+            optimizer.register_step_post_hook(lambda *_: None)
+        self.steps += 1
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, OwnSgd])
+@pytest.mark.parametrize("first", [True, False])
+def test_updates_get_along_with_other_hooks_of_the_optimizer(tmp_path, optimizer, first):
+    shown = [
+        GradHistogram(every_n_steps=1, of=QUANTITIES),
+        GradHistogram(every_n_steps=2, of=QUANTITIES, axis="value"),
+    ]
+    others = [GradGuard(), LateHook()]
+    trainer = fit(tmp_path, Net(optimizer=optimizer), *(shown + others if first else others + shown))
+    assert trainer.global_step == 12
+    histograms, _, _ = read(tmp_path)
+    assert sorted(histograms["gradguard_update_log10/net.0.weight"]) == list(range(12))
+
+
+class Teacher(Net):
+    """Module that compares itself with a teacher, in the way given."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.teacher, self.call = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), call
+
+    def training_step(self, batch, batch_idx):
+        target = self.call(self.teacher, batch[0])
+        return (self.net(batch[0]) - target.clone().detach()).square().mean()
+
+
+def in_inference_mode(teacher, x):
+    with torch.inference_mode():
+        return teacher(x)
+
+
+def under_vmap(teacher, x):
+    return torch.func.vmap(teacher)(x)
+
+
+def under_grad(teacher, x):
+    return torch.func.vmap(torch.func.grad(lambda row: teacher(row).sum()))(x).mean(1, keepdim=True)
+
+
+def with_a_nested_tensor(teacher, x):
+    teacher[0](torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged))
+    return x.mean(1, keepdim=True)
+
+
+def with_no_rows(teacher, x):
+    nn.Sequential(teacher, nn.Sigmoid())(x[:0])
+    return x.mean(1, keepdim=True)
+
+
+def traced(teacher, x):
+    return torch.jit.trace(teacher, x)(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "seen"),
+    [
+        (in_inference_mode, True),
+        (under_vmap, False),
+        (under_grad, False),
+        (with_a_nested_tensor, False),
+        (with_no_rows, False),
+        (traced, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|nested|prototype).*")
+def test_calls_of_an_unusual_kind_are_shown_or_left_out(tmp_path, call, seen):
+    module = Teacher(call)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*GradHistogram")
+        trainer = fit(tmp_path, module, GradHistogram(every_n_steps=1, of=QUANTITIES), batches=5)
+    assert trainer.global_step == 5
+    histograms, _, texts = read(tmp_path)
+    assert len(histograms["gradguard_update_log10/net.0.weight"]) == 5
+    assert len(histograms["gradguard_activation_log10/net.0"]) == 5
+    assert ("gradguard_activation_log10/teacher.0" in histograms) == seen
+    assert "100 %" not in texts["gradguard_activations/table"]
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|prototype).*")
+def test_a_guard_gets_along_with_nested_tensors(tmp_path):
+    def strided(teacher, x):
+        teacher[0](torch.nested.nested_tensor([x[:1], x[1:]]))
+        return x.mean(1, keepdim=True)
+
+    assert fit(tmp_path, Teacher(strided), GradGuard(), batches=3).global_step == 3
+
+
+def test_an_error_in_counting_activations_warns_once_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("lightning_gradguard.introspection.activations.sample", broken)
+    with pytest.warns(GradientWarning, match="activations, failed: RuntimeError: no such kernel") as caught:
+        fit(tmp_path, Net(), GradHistogram(every_n_steps=1, of=QUANTITIES))
+    assert len([w for w in caught if issubclass(w.category, GradientWarning)]) == 1
+    assert len(read(tmp_path)[0]["gradguard_update_log10/net.0.weight"]) == 12
+
+
+def test_dead_is_what_is_zero_in_every_call(tmp_path):
+    class Often(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lift, self.relu = nn.Linear(4, 8), nn.ReLU()
+
+        def forward(self, x):
+            h = self.lift(x)
+            for _ in range(19):
+                self.relu(-torch.ones_like(h))
+            return self.relu(h.abs() + 1).mean(1)
+
+    fit(tmp_path, Net(Often()), GradHistogram(of=("activation",)), batches=1)
+    assert "| `net.relu` |  | 0 % |" in read(tmp_path)[2]["gradguard_activations/table"].splitlines()
+
+
+def test_a_module_with_two_names_is_shown_once(tmp_path):
+    act = nn.Tanh()
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), act), nn.Sequential(nn.Linear(8, 1), act))
+    fit(tmp_path, Net(net), GradHistogram(of=("activation",)), batches=1)
+    tags = {tag.partition("/")[2]: steps[0][:, 2].sum() for tag, steps in read(tmp_path)[0].items()}
+    assert tags == {"net.0.0": 32, "net.0.1": 36, "net.1.0": 4}
+
+
+def test_a_callback_keeps_its_choice_and_no_optimizer_after_the_training(tmp_path):
+    histogram = GradHistogram(every_n_steps=1, of=QUANTITIES)
+    fit(tmp_path, Net(), histogram)
+    state = histogram.state_dict()
+    assert state["shown"]["0"]["steps"] == 12
+    assert len(state["shown"]["0"]["worst"]["shown"]) == 6
+    # Lightning itself puts the module's logging functions on each callback.
+    assert not any(isinstance(value, ActivationProbe) for value in vars(histogram).values())
+    assert not histogram._shown
+
+
+class Skip(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (math.nan if batch_idx == 11 else 1.0)
+
+
+def test_metrics_are_all_of_the_newest_step(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = fit(tmp_path, Skip(), GradGuard(clipper=NormClip(0.1)))
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    assert metrics["gradguard/clip_scale"] == 0
+    assert math.isnan(metrics["gradguard/grad_norm"])
+    assert math.isnan(metrics["gradguard/grad_norm_clipped"])
+
+
+def test_the_last_numbers_of_each_optimizer_are_written(tmp_path):
+    class Two(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(net(batch[0]).square().mean())
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(net.parameters(), lr=0.01) for net in self.nets]
+
+    fit(tmp_path, Two(), GradGuard(), batches=17)
+    scalars = read(tmp_path)[1]
+    for group in ("gradguard", "gradguard_1"):
+        assert sorted(scalars[f"{group}/grad_norm"]) == [0, 1, 2, 5, 10, 16]

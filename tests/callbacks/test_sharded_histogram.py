@@ -68,21 +68,60 @@ with open(f"{folder}/said{trainer.global_rank}.json", "w") as file:
 """
 
 
-def train(python, folder, devices):
+def train(python, folder, devices, script_text=SCRIPT):
     """Return rank 0's histograms and all warnings."""
     folder.mkdir()
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(script_text)
     done = python.ranks(script, folder, devices, world=devices)
     files = sorted(folder.glob("said*.json"))
     assert len(files) == devices, "".join(rank.stderr[-3000:] for rank in done)
     seen = EventAccumulator(str(folder)).Reload()
     tags = seen.Tags()
     histograms = {
-        t: make_ndarray(seen.Tensors(t)[0].tensor_proto).tolist() for t in tags["tensors"] if "hist" in t
+        t: make_ndarray(seen.Tensors(t)[0].tensor_proto).tolist()
+        for t in tags["tensors"]
+        if "_log10/" in t or "_value/" in t
     }
     shares = {t: seen.Scalars(t)[0].value for t in tags["scalars"] if "exponents" in t}
     return histograms, shares, [json.loads(file.read_text()) for file in files]
+
+
+#: All quantities, with a teacher whose outputs are of an unusual kind, and an error in what only rank 0 does.
+OF_ALL = (
+    SCRIPT.replace("GradHistogram(every_n_steps=1, exponents=True), ", "")
+    .replace('axis="value")', 'of=("gradient", "weight", "update", "activation"))')
+    .replace("max_steps=1", "max_steps=3")
+    .replace(
+        "        return self.net(batch[0])",
+        "        with torch.inference_mode():\n            self.teacher[0](batch[0])\n"
+        "        return self.net(batch[0])",
+    )
+    .replace(
+        "        self.net = ",
+        "        self.teacher = [nn.Linear(5, 1)]\n        self.net = ",
+    )
+)
+BROKEN = """
+from lightning_gradguard.callbacks import grad_histogram
+def broken(*_, **__):
+    raise RuntimeError("a fault of rank 0")
+if trainer.global_rank == 0:
+    grad_histogram.activations_record = broken
+with warnings"""
+
+
+@needs_gloo
+@needs_fsdp2
+@pytest.mark.parametrize("broken", [False, True])
+def test_all_quantities_of_two_ranks_are_those_of_one(python, tmp_path, broken):
+    text = OF_ALL.replace("\nwith warnings", BROKEN) if broken else OF_ALL
+    whole, _, _ = train(python, tmp_path / "one", 1, OF_ALL)
+    sharded, _, said = train(python, tmp_path / "two", 2, text)
+    own = {tag for tag in whole if "_activation_" not in tag}
+    assert len(own) == 12
+    assert {tag: sharded[tag] for tag in own} == {tag: whole[tag] for tag in own}
+    assert [len(messages) for messages in said] == [int(broken), 0]
 
 
 @needs_gloo

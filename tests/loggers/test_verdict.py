@@ -259,7 +259,7 @@ def test_the_halt_of_another_optimizer_is_named():
     verdict = verdict_of(Status(9, 10, optimizer=1, end=RunEnd(End.HALTED, 9, "vanishing", optimizer=0)))
     assert verdict.level == "healthy"
     assert str(verdict).startswith(
-        "Halted before step 9: healthy; the reason is optimizer 0: gradients vanish"
+        "Halted before step 9: optimizer 1 was healthy; the reason is optimizer 0: gradients vanish"
     )
 
 
