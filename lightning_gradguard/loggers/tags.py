@@ -34,7 +34,8 @@ NOTES = {
     "clip_scale": "Factor that the gradients were multiplied with: 1 is not clipped, 0 is a skipped step.",
     "clip_rate": "Share of the steps taken so far whose gradients were clipped. SteadyClip clips many a little, "
     "SpikeClip a few per cent at most.",
-    "threshold_log10": "log10 of the norm above which this step would have been clipped, whether or not it was.",
+    "threshold_log10": "log10 of the norm above which this step would have been clipped, whether or not it was. "
+    "A clipper with a limit for each tensor may clip some tensors below it.",
     "nonfinite_total": "Number of steps so far whose gradients were NaN or Inf. Each of them was skipped.",
     "clipped_total": "Number of steps so far whose gradients were clipped.",
     "skipped_total": "Number of steps so far that were not taken.",
