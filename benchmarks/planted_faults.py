@@ -321,8 +321,8 @@ FAULTS = [
     ),
     Planted(
         "engine/history.py",
-        "= column[len(column) - self._added :]",
-        "= column[: self._added]",
+        "column[before - self._added :].flatten()",
+        "column[: self._added].flatten()",
         "engine/history",
     ),
     Planted(
@@ -561,8 +561,8 @@ FAULTS = [
     ),
     Planted(
         "callbacks/grad_histogram.py",
-        "step = trainer.global_step // max(1, len(trainer.optimizers))",
-        "step = trainer.global_step",
+        "self.after_step = global_step, self.step + 1, None",
+        "self.after_step = global_step, global_step, None",
         "callbacks/grad_histogram",
     ),
     Planted(
@@ -573,8 +573,8 @@ FAULTS = [
     ),
     Planted(
         "loggers/histograms.py",
-        "distance[name] < distance[mildest] + MARGIN:",
-        "distance[name] < distance[mildest]:",
+        "_spread(group, self._most - len(self._shown))",
+        "group[: self._most - len(self._shown)]",
         "loggers/histograms",
     ),
     Planted(
@@ -627,8 +627,8 @@ FAULTS = [
     ),
     Planted(
         "flight_recorder/randomness.py",
-        "numpy = a.numpy[2:] == b.numpy[2:] and np.array_equal(a.numpy[1], b.numpy[1])",
-        "numpy = np.array_equal(a.numpy[1], b.numpy[1])",
+        "return cuda and a.numpy == b.numpy and torch",
+        "return cuda and torch",
         "flight_recorder/randomness",
     ),
     Planted(
@@ -651,8 +651,8 @@ FAULTS = [
     ),
     Planted(
         "cli/main.py",
-        "        return _USAGE_ERROR\n",
-        "        return 1\n",
+        '{error}"), file=sys.stderr)\n        return _USAGE_ERROR\n',
+        '{error}"), file=sys.stderr)\n        return 1\n',
         "cli/cli",
     ),
 ]

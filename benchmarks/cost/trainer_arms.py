@@ -90,7 +90,11 @@ ARMS = {
     ),
     STEADY: Arm(
         "the same, and scales gradients at nearly every step",
-        callbacks=lambda folder: [GradHistogram(every_n_steps=INTERVAL), GradGuard(clipper=SteadyClip())],
+        callbacks=lambda folder: [
+            # All names, said in another way: two callbacks of one Trainer must differ.
+            GradHistogram(every_n_steps=INTERVAL, include=["*"]),
+            GradGuard(clipper=SteadyClip()),
+        ],
     ),
     "grad_norm": Arm(
         "logs a norm of each tensor (`lightning.pytorch.utilities`)", callbacks=lambda folder: [GradNorm()]

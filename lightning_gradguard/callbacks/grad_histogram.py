@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
 from itertools import islice
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.callbacks.compatibility import refuse_hidden_gradients
+from lightning_gradguard.callbacks.grad_guard import GradGuard
 from lightning_gradguard.callbacks.trainer_adapter import (
     Callback,
     is_early,
@@ -24,6 +25,7 @@ from lightning_gradguard.callbacks.trainer_adapter import (
     scaler_of,
     warn,
 )
+from lightning_gradguard.diagnosis.wording import quote
 from lightning_gradguard.engine.arguments import short_repr
 from lightning_gradguard.engine.parameter_tracker import unscale
 from lightning_gradguard.engine.readback import read
@@ -35,7 +37,7 @@ from lightning_gradguard.loggers.histograms import (
     QUANTITIES,
     THRESHOLDS,
     Quantity,
-    WorstTensors,
+    ShownTensors,
     activations_record,
     exponents_record,
     histogram_record,
@@ -59,13 +61,15 @@ from lightning_gradguard.validation import check_whole
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+#: Newest findings of a guard whose tensors are shown.
+NEWEST = 16
 #: Of weights and updates so many times fewer elements are read than of gradients.
 FEWER = 4
 
 K = TypeVar("K")
 
 _BINS = len(EDGES) - 1
-_FORM = {"shown": Each({"steps": int, "worst": dict}), "activations": dict}
+_FORM = {"shown": Each({"steps": int, "shown": [str], "named": [str]}), "activations": [str]}
 
 
 class GradHistogram(Callback):
@@ -109,8 +113,9 @@ class GradHistogram(Callback):
         include: Patterns of parameter names to show, such as "encoder.*"; all when None. A module's activations are
             shown if a pattern matches its name or that of a parameter of its own.
         exclude: Patterns of parameter names to leave out, and of modules.
-        max_tensors: Largest number of tensors shown at a time, and of modules. If more match, those with the most
-            unusual gradients are shown, and all are counted.
+        max_tensors: Largest number of tensors shown at a time, and of modules. If more match, they are spread evenly
+            from input to output, weights of layers first, the same in every run of a model. Tensors that a `GradGuard`
+            names in a finding or a diagnosis are shown as well, the newest as many.
         max_samples: Largest number of elements read of each tensor, evenly strided; None reads all of them.
         axis: "log10" for magnitudes, "value" for values.
         exponents: Also show what narrow number formats would lose.
@@ -148,14 +153,16 @@ class GradHistogram(Callback):
         self.include, self.exclude = include, exclude
         self.axis, self.exponents, self.of = axis, exponents, tuple(of)
         self._patterns = NamePatterns(include, exclude)
-        self._shown: dict[int, _ShownTensors] = {}
+        self._shown: dict[int, _OptimizerTensors] = {}
         self._restored: dict[str, Any] = {}
-        self._modules = WorstTensors(max_tensors)
+        self._modules = ShownTensors(max_tensors)
         self._probe: ActivationProbe | None = None
         self._loss: Tensor | None = None
         self._sinks: list[LogSink] = []
         self._fail_safe = FailSafe("GradHistogram")
         self._activations_fail_safe = FailSafe("GradHistogram, activations,")
+        # By the id of a guard: its newest finding and diagnosis that were looked at.
+        self._heard: dict[int, tuple[object, object]] = {}
 
     def __repr__(self) -> str:
         return short_repr(
@@ -177,6 +184,7 @@ class GradHistogram(Callback):
             "_loss": None,
             "_shown": {},
             "_probe": None,
+            "_heard": {},
         }
         return {**self.__dict__, **released, "_restored": self.state_dict()}
 
@@ -209,9 +217,9 @@ class GradHistogram(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the loggers; warn of hidden tensors."""
-        self._shown, self._fail_safe = {}, FailSafe("GradHistogram")
+        self._shown, self._fail_safe, self._heard = {}, FailSafe("GradHistogram"), {}
         self._activations_fail_safe = FailSafe("GradHistogram, activations,")
-        self._modules = WorstTensors(self.max_tensors)
+        self._modules = ShownTensors(self.max_tensors)
         self._restore(trainer)
         self._sinks = open_sinks(trainer.loggers) if trainer.is_global_zero else []
         if not trainer.loggers and _first_time("no logger"):
@@ -272,7 +280,10 @@ class GradHistogram(Callback):
         tensors = self._shown[index]
         # An optimizer such as LBFGS calls its closure several times in a step.
         due = self._is_due(tensors.next_step(trainer.global_step))
-        if not tensors.start_step(trainer.global_step, hook=due and "update" in self.of) or not due:
+        if not tensors.start_step(trainer.global_step, hook=due and "update" in self.of):
+            return
+        # A resumed run counts once before it shows anything, for the case that a guard names a tensor.
+        if not due and tensors.counted is not None:
             return
         if is_step_without_loss(pl_module, scaler_of(trainer), loss):
             return
@@ -286,14 +297,15 @@ class GradHistogram(Callback):
             tensors.close()
         if self._probe is not None:
             self._probe.stop()
+        self._show_named(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the loggers."""
-        self._close()
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the loggers, after a guard has judged its last steps in ``on_train_end``."""
+        self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the loggers."""
-        self._close()
+        self._close(trainer)
 
     def _is_due(self, step: int) -> bool:
         return step % self.every_n_steps == 0 or is_early(step)
@@ -323,10 +335,12 @@ class GradHistogram(Callback):
             f"({short(str(error))}).",
         )
 
-    def _new_tensors(self, trainer: Trainer, index: int, optimizer: torch.optim.Optimizer) -> _ShownTensors:
+    def _new_tensors(
+        self, trainer: Trainer, index: int, optimizer: torch.optim.Optimizer
+    ) -> _OptimizerTensors:
         """Return an optimizer's tensors, as a checkpoint has them."""
         steps = trainer.global_step // max(1, len(trainer.optimizers))
-        tensors = _ShownTensors(optimizer, WorstTensors(self.max_tensors), steps)
+        tensors = _OptimizerTensors(optimizer, ShownTensors(self.max_tensors), steps)
         state = self._restored.get("shown", {}).get(str(index))
         try:
             if state is not None:
@@ -338,7 +352,7 @@ class GradHistogram(Callback):
     def _show(
         self, trainer: Trainer, module: LightningModule, index: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Count, and write what the worst tensors show."""
+        """Count, and write what is shown."""
         tensors, scaler = self._shown[index], scaler_of(trainer)
         tensors.update(module)
         if scaler is not None:  # gradients are still scaled before a fused optimizer's step
@@ -347,8 +361,10 @@ class GradHistogram(Callback):
         gradients = self._count_gradients(wanted)
         step, group = logging_step(trainer), tag_group(index)
         counted = {name: gradients[name] for name, p in wanted.items() if p.grad is not None}
-        is_regular = tensors.step % self.every_n_steps == 0 and tensors.step > 0
-        shown = tensors.worst.choose({name: c.rms for name, c in counted.items()}, is_regular=is_regular)
+        tensors.counted, tensors.counted_at = counted, step
+        if not self._is_due(tensors.step):
+            return
+        shown = tensors.choose(list(counted))
         # All ranks count the parts of a sharded weight, but only the first one has chosen.
         kept = {n: p for n, p in wanted.items() if n in shown or any(map(is_sharded, wanted.values()))}
         records = []
@@ -367,7 +383,32 @@ class GradHistogram(Callback):
             records.append(exponents_record(below, shown, step=step, group=group))
         self._log(step, records)
         if self._probe is not None:
-            self._activations_fail_safe.run(self._show_activations, step, is_regular)
+            self._activations_fail_safe.run(self._show_activations, step)
+
+    def _show_named(self, trainer: Trainer) -> None:
+        """Show what a guard has named since the last call, as it was counted last.
+
+        A message sends its reader to the histogram of each tensor that it names, which may not be shown otherwise.
+        """
+        heard, self._heard = self._heard, {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, GradGuard):
+                continue
+            found, diagnosis = callback.findings[-NEWEST:], callback.diagnosis
+            newest = found[-1] if found else None
+            finding_before, diagnosis_before = heard.get(id(callback), (None, None))
+            self._heard[id(callback)] = newest, diagnosis
+            names = {n for f in found for n in f.parameters} if newest is not finding_before else set()
+            text = str(diagnosis) if diagnosis is not diagnosis_before else ""
+            if names or text:
+                self._name(partial(_is_named, names, text))
+
+    def _name(self, is_named: Callable[[str], bool]) -> None:
+        for index, tensors in self._shown.items():
+            missing = tensors.add_named(is_named, self.max_tensors)
+            if missing and "gradient" in self.of:
+                record = self._record("gradient", missing, tag_group(index))
+                self._fail_safe.run(self._log, tensors.counted_at, [record])
 
     def _wanted(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wanted = {name: p for name, p in parameters.items() if self._patterns.match(name)}
@@ -422,7 +463,7 @@ class GradHistogram(Callback):
         most = None if self.max_samples is None else max(1, self.max_samples // FEWER)
         return sample([local(p.detach()) for p in parameters.values()], max_samples=most)
 
-    def _show_activations(self, step: int, is_regular: bool) -> None:
+    def _show_activations(self, step: int) -> None:
         """Show what the modules gave in the newest pass, in one group: it belongs to no optimizer."""
         assert self._probe is not None
         error, self._probe.error = self._probe.error, None
@@ -448,7 +489,7 @@ class GradHistogram(Callback):
             name: _Counted.merge([counted[f"{name}\0{i}"] for i in range(len(seen.calls))])
             for name, seen in found.items()
         }
-        shown = self._modules.choose({name: c.rms for name, c in merged.items()}, is_regular=is_regular)
+        shown = self._modules.choose(list(merged))
         known = [None if math.isnan(x) else x for x in numbers[table.numel() :]]
         pairs = dict(zip(found, zip(known[::2], known[1::2], strict=True), strict=True))
         records = [
@@ -467,7 +508,8 @@ class GradHistogram(Callback):
         for sink in self._sinks:
             sink.write(step, record)
 
-    def _close(self) -> None:
+    def _close(self, trainer: Trainer) -> None:
+        self._show_named(trainer)
         # The choice stays, for a checkpoint that is saved after the training; model and optimizer go.
         self._restored = self.state_dict()
         for tensors in self._shown.values():
@@ -505,6 +547,10 @@ def _first_time(notice: str) -> bool:
 def _listed(names: Sequence[str], most: int = 3) -> str:
     shown = ", ".join(name or "the whole module" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _is_named(names: Collection[str], text: str, name: str) -> bool:
+    return name in names or quote(name) in text
 
 
 class _Counted(NamedTuple):
@@ -553,26 +599,32 @@ def _parse(
     return found
 
 
-class _ShownTensors:
+class _OptimizerTensors:
     """Parameters of one optimizer, and those shown.
 
     Args:
         optimizer: The optimizer.
-        worst: Choice of the tensors that are shown.
+        choice: Choice of the tensors that are shown.
         steps: Steps that the optimizer has taken.
 
     Attributes:
-        worst: The choice.
+        named: Those that a guard has named, which are shown whatever the choice.
         step: Number of the step that is being taken.
+        counted: What was counted last of each gradient; None before the first time.
+        counted_at: Lightning's step of that.
         parameters: Parameters by name, in the order of ``named_parameters``, the same on every rank.
         after_step: Called once the step has been taken, or None.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, worst: WorstTensors, steps: int) -> None:
-        self._optimizer, self.worst = optimizer, worst
+    def __init__(self, optimizer: torch.optim.Optimizer, choice: ShownTensors, steps: int) -> None:
+        self._optimizer, self._choice = optimizer, choice
         self.step = steps - 1
         self.parameters: dict[str, Tensor] = {}
+        self.named: list[str] = []
+        self.counted: dict[str, _Counted] | None = None
+        self.counted_at = 0
         self.after_step: Callable[[], object] | None = None
+        self._shown: list[str] = []
         self._members: list[Tensor] = []
         self._newest: int | None = None
         self._hook: Any = None
@@ -615,9 +667,28 @@ class _ShownTensors:
             self._members = found
             self.parameters = select(list(module.named_parameters()), self._optimizer)
 
+    def choose(self, names: Sequence[str]) -> list[str]:
+        """Return the tensors to show, as `ShownTensors.choose`, and those that were named."""
+        weights = {name for name in names if self.parameters[name].ndim > 1}
+        chosen = {*self._choice.choose(names, weights), *self.named}
+        self._shown = [name for name in names if name in chosen]
+        return self._shown
+
+    def add_named(self, is_named: Callable[[str], bool], most: int) -> dict[str, _Counted]:
+        """Show named tensors from now on; return the counts of those that were not shown last time.
+
+        Args:
+            is_named: Returns True for a name that was named.
+            most: Number of named tensors that stay, the newest ones.
+        """
+        counted = self.counted or {}
+        fresh = [name for name in counted if name not in self.named and is_named(name)]
+        self.named = [*self.named, *fresh][-most:]
+        return {name: counted[name] for name in fresh if name not in self._shown}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types."""
-        return {"steps": self.step + 1, "worst": self.worst.state_dict()}
+        return {"steps": self.step + 1, "shown": self._choice.state_dict(), "named": list(self.named)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with a checkpoint's state.
@@ -625,7 +696,8 @@ class _ShownTensors:
         Raises:
             ValueError: If it has another form.
         """
-        self.worst.load_state_dict(state["worst"])
+        self._choice.load_state_dict(state["shown"])
+        self.named = list(state["named"])
         self.step = max(state["steps"], 0) - 1
 
 

@@ -145,8 +145,13 @@ class SpikeClip:
             joint_var=_next_variance(number, state.joint_var, joint_change, joint_sigma, steps, inlier.any()),
         )
         clip = tensor_clip(stats, included, limits)
-        room = _room(known, distance, reach, joint_reach)
-        threshold = _threshold(included, counts, counts & ~known, stats.norms, clip.norms, room)
+        # A step that is not finite has the threshold of a step in which all norms are at their levels.
+        compared = torch.where(stats.finite, known, included & (state.seen > zeros))
+        norms, after = (
+            torch.where(stats.finite, x, state.mean.exp() * compared) for x in (stats.norms, clip.norms)
+        )
+        room = _room(compared, distance, reach, joint_reach)
+        threshold = _threshold(included, compared | counts, counts & ~known, norms, after, room)
         return clip._replace(threshold=threshold), new
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:

@@ -59,6 +59,10 @@ _RANGES: dict[type[nn.Module], tuple[float, float]] = {
 }
 
 
+#: `torch.jit.is_tracing`, which has no types.
+_is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]
+
+
 class Activations(NamedTuple):
     """Sampled outputs of one module.
 
@@ -149,7 +153,7 @@ class ActivationProbe:
 
     def _observe(self, name: str, module: nn.Module, arguments: object, output: object) -> None:
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(first, Tensor) or torch._C._get_tracing_state():
+        if not isinstance(first, Tensor) or _is_tracing():
             return
         try:
             # Samples are ordinary tensors, also those of a teacher in inference mode.

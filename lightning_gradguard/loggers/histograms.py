@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
-from lightning_gradguard.forms import Each, check_form
+from lightning_gradguard.forms import check_form
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.stats.histogram import SPREAD, edges
 
 #: What a histogram can be of.
 Quantity = Literal["gradient", "weight", "update", "activation"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
-
-#: Decades (factors of ten) by which a tensor must be worse than the mildest shown one to replace it, and how many times
-#: in a row.
-MARGIN, LOOKS = 1.0, 3
 
 _READ = {
     "gradient": (
@@ -131,67 +126,59 @@ def update_ratio_record(ratios: Mapping[str, float], *, group: str = "gradguard"
     )
 
 
-class WorstTensors:
-    """Choice of the tensors that are shown.
+class ShownTensors:
+    """Choice of the tensors that are shown, the same in every run of a model.
 
-    They are the ones whose RMS is farthest from that of the median tensor. A histogram is read over time, so a tensor
-    that is shown stays, also while it has no gradient. It is replaced only by one that is a decade (a factor of ten)
-    farther from the median than the mildest shown one, at three regular looks in a row.
+    They are spread evenly over the model, weights of layers before biases and norms, so two runs can be compared and a
+    course over depth is seen. A histogram is read over time, so a tensor that is shown stays, also while it has
+    no gradient; a place that is free goes to tensors that come later, as where layers are unfrozen.
 
     Args:
-        max_tensors: Largest number shown at a time, at least 1.
+        most: Largest number shown at a time, at least 1.
 
     Raises:
-        ValueError: If ``max_tensors`` is below 1.
+        ValueError: If ``most`` is below 1.
     """
 
-    def __init__(self, max_tensors: int = 24) -> None:
-        if max_tensors < 1:
-            raise ValueError(f"max_tensors must be at least 1, got {max_tensors}")
-        self._max_tensors = max_tensors
+    def __init__(self, most: int = 24) -> None:
+        if most < 1:
+            raise ValueError(f"most must be at least 1, got {most}")
+        self._most = most
         self._shown: list[str] = []
-        self._looks: dict[str, int] = {}
 
-    def choose(self, rms: Mapping[str, float], *, is_regular: bool = True) -> list[str]:
-        """Return the tensors to show, in the given order.
+    def choose(self, names: Sequence[str], first: Collection[str] = ()) -> list[str]:
+        """Return the names to show, in the given order.
 
         Args:
-            rms: RMS of each tensor that there is now; one that is not finite is worst.
-            is_regular: False for a look between the regular ones, which replaces no tensor.
+            names: Tensors that there are now, in the model's order.
+            first: Those of them that are shown before others.
         """
-        # Decades from the median tensor; infinite where the RMS is not finite, below zero where there is none now.
-        decades = {name: math.log10(max(x, 1e-38)) for name, x in rms.items() if math.isfinite(x)}
-        median = statistics.median(decades.values()) if decades else 0.0
-        distance = {name: abs(decades[name] - median) if name in decades else math.inf for name in rms}
-        distance |= dict.fromkeys(set(self._shown) - rms.keys(), -MARGIN)
-        waiting = sorted(rms.keys() - set(self._shown), key=lambda n: (-distance[n], n))
-        vacant = self._max_tensors - len(self._shown)
-        self._shown += waiting[:vacant]
-        if is_regular:
-            looks, self._looks = self._looks, {}
-            for name in waiting[vacant:]:
-                mildest = min(self._shown, key=lambda n: distance[n])
-                if distance[mildest] == math.inf or distance[name] < distance[mildest] + MARGIN:
-                    break
-                self._looks[name] = looks.get(name, 0) + 1
-                if self._looks[name] >= LOOKS:
-                    self._shown[self._shown.index(mildest)] = name
-                    del self._looks[name]
-        return [name for name in rms if name in self._shown]
+        waiting = [name for name in names if name not in self._shown]
+        for group in ([n for n in waiting if n in first], [n for n in waiting if n not in first]):
+            self._shown += _spread(group, self._most - len(self._shown))
+        return [name for name in names if name in self._shown]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> list[str]:
         """Return the state as plain types."""
-        return {"shown": list(self._shown), "looks": dict(self._looks)}
+        return list(self._shown)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: list[str]) -> None:
         """Continue with the tensors of `state_dict`.
 
         Raises:
             ValueError: If it has another form.
         """
-        check_form(state, {"shown": [str], "looks": Each(int)}, "the state")
-        self._shown = list(dict.fromkeys(state["shown"]))[: self._max_tensors]
-        self._looks = dict(state["looks"])
+        check_form(state, [str], "the state")
+        self._shown = list(dict.fromkeys(state))[: self._most]
+
+
+def _spread(names: Sequence[str], number: int) -> list[str]:
+    """Return a number of names at even distances, the first and the last among them."""
+    if number >= len(names):
+        return list(names)
+    if number <= 1:
+        return list(names[:number])
+    return [names[round(i * (len(names) - 1) / (number - 1))] for i in range(number)]
 
 
 class Format(NamedTuple):

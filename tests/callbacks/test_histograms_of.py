@@ -402,12 +402,9 @@ def test_a_resumed_run_shows_the_same_tags_as_the_uninterrupted_one(tmp_path, of
 @pytest.mark.parametrize(
     "damage",
     [
-        {"shown": {"0": {"steps": "x", "worst": {}}}, "activations": {}},
-        {
-            "shown": {"0": {"steps": 3, "worst": {"shown": 7, "looks": {}}}},
-            "activations": {"shown": [], "looks": {}},
-        },
-        {"shown": [], "activations": {"shown": [], "looks": {}}},
+        {"shown": {"0": {"steps": "x", "shown": [], "named": []}}, "activations": []},
+        {"shown": {"0": {"steps": 3, "shown": 7, "named": []}}, "activations": []},
+        {"shown": [], "activations": []},
         {"something": 1},
         7,
     ],
@@ -617,7 +614,7 @@ def test_a_callback_keeps_its_choice_and_no_optimizer_after_the_training(tmp_pat
     fit(tmp_path, Net(), histogram)
     state = histogram.state_dict()
     assert state["shown"]["0"]["steps"] == 12
-    assert len(state["shown"]["0"]["worst"]["shown"]) == 6
+    assert len(state["shown"]["0"]["shown"]) == 6
     # Lightning itself puts the module's logging functions on each callback.
     assert not any(isinstance(value, ActivationProbe) for value in vars(histogram).values())
     assert not histogram._shown

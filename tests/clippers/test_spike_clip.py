@@ -286,6 +286,14 @@ def test_threshold_is_where_a_step_would_be_cut_however_large_it_is():
     assert (spike.multipliers < 1).tolist() == [False] * 8 + [True]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_has_a_threshold_too(bad):
+    stream = Stream(tensors=2)
+    for _ in range(200):
+        stream.feed(3.0, 4.0)
+    assert stream.feed(3.0, bad).threshold.item() == pytest.approx(5 * math.exp(5 * SIGMA_FLOOR), rel=1e-4)
+
+
 @few
 @given(seed=st.integers(0, 2**20), tensors=st.integers(1, 6))
 def test_threshold_separates_cut_steps_from_others_at_any_size(seed, tensors):

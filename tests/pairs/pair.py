@@ -244,7 +244,12 @@ def left_by(trainer, module, guards):
         "state": (trainer.state.status, trainer.state.fn, trainer.state.stage),
         "progress": trainer.fit_loop.state_dict(),
         "batches": (trainer.num_training_batches, trainer.num_val_batches, trainer.accumulate_grad_batches),
-        "metrics": (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics),
+        "metrics": (
+            # A guard's own numbers are there besides.
+            {name: x for name, x in trainer.callback_metrics.items() if not name.startswith("gradguard")},
+            trainer.logged_metrics,
+            trainer.progress_bar_metrics,
+        ),
         "logged": [(logger.rows, logger.ended) for logger in trainer.loggers if isinstance(logger, Rows)],
         "callbacks": [type(c).__name__ for c in trainer.callbacks if type(c).__name__ not in ours],
         "precision": trainer.precision_plugin.state_dict(),
