@@ -399,7 +399,8 @@ class GradHistogram(Callback):
             finding_before, diagnosis_before = heard.get(id(callback), (None, None))
             self._heard[id(callback)] = newest, diagnosis
             names = {n for f in found for n in f.parameters} if newest is not finding_before else set()
-            text = str(diagnosis) if diagnosis is not diagnosis_before else ""
+            is_new = diagnosis is not None and diagnosis is not diagnosis_before
+            text = str(diagnosis) if is_new else ""
             if names or text:
                 self._name(partial(_is_named, names, text))
 
