@@ -14,8 +14,8 @@ NOTES = {
         "One row for each layer, input at the top. One column for each step, or for several steps in a long run. "
         "The title is the verdict, and the row of the worst layer is marked. Colour: log10 of the gradient's root mean "
         "square, on the same scale in every run. **Blue that grows from the top: vanishing. Red: exploding. Even green "
-        "or yellow: healthy.** Magenta: NaN or Inf. Grey: no gradient. Triangles: where a fault was found. Names that do "
-        "not fit are shortened in the middle, where three dots stand."
+        "or yellow: healthy.** Magenta: NaN or Inf. Grey: no gradient. Triangles: where a fault was found. Names that "
+        "do not fit are shortened in the middle, where three dots stand."
     ),
     "grad_norm": "Norm of all gradients together, before clipping. NaN: the norm is not finite.",
     "grad_norm_clipped": "Norm of all gradients together after clipping, as the optimizer gets them. A gap: the step "
