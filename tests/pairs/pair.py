@@ -312,7 +312,7 @@ def scalars(path):
         (event.step, value.tag, value.simple_value or list(value.tensor.float_val))
         for event in events
         for value in event.summary.value
-        if not value.tag.startswith("gradguard")
+        if not value.tag.startswith(("gradguard", "0_gradguard"))
     ]
 
 
