@@ -560,7 +560,7 @@ FAULTS = [
         "callbacks/run_logging",
     ),
     Planted(
-        "callbacks/grad_histogram.py",
+        "callbacks/histogram_tensors.py",
         "self.after_step = global_step, self.step + 1, None",
         "self.after_step = global_step, global_step, None",
         "callbacks/grad_histogram",

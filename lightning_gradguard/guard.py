@@ -98,6 +98,7 @@ class Guard:
             the cheapest that still skips exactly.
         index: Index of the optimizer, for findings.
         usage: Record of the first forward passes so far; None to begin one now.
+        title: What a warning calls the optimizer, such as "optimizer 0 (generator)"; empty if there is only one.
 
     Attributes:
         clipper: The clipper that is used, or None.
@@ -128,6 +129,7 @@ class Guard:
         lag: int | None = None,
         index: int = 0,
         usage: ForwardUsage | None = None,
+        title: str = "",
     ) -> None:
         validate_parts(detectors, clipper, policy)
         self.detectors = default_detectors() if detectors is None else tuple(detectors)
@@ -151,7 +153,7 @@ class Guard:
         self.record: StepRecord | None = None
         self.diagnosis: Diagnosis | None = None
         self.counts = {"judged": 0, "clipped": 0, "skipped": 0, "nonfinite": 0}
-        self.steps, self.title = 0, ""
+        self.steps, self.title = 0, title
         self._last_finite: StepRecord | None = None
         self._history = history_of(self.tracker.layout)
         self._findings: deque[Finding] = deque(maxlen=KEPT_FINDINGS)

@@ -21,7 +21,7 @@ from lightning_gradguard import GradGuard, GradHistogram, GradientWarning, extra
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    tomllib = pytest.importorskip("tomli")
+    tomllib = pytest.importorskip("tomli", reason="needs tomli before Python 3.11: pip install tomli")
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradguard.callbacks.compatibility import refuse_hidden_gradients
 from lightning_gradguard.callbacks.grad_guard import GradGuard
+from lightning_gradguard.callbacks.histogram_tensors import (
+    Counted,
+    OptimizerTensors,
+    parse_counts,
+    read_counts,
+    table_of,
+)
+from lightning_gradguard.callbacks.name_patterns import NamePatterns
 from lightning_gradguard.callbacks.trainer_adapter import (
     Callback,
     is_early,
@@ -46,16 +52,14 @@ from lightning_gradguard.loggers.histograms import (
 from lightning_gradguard.loggers.tags import tag_group
 from lightning_gradguard.stats.histogram import (
     AXES,
-    EDGES,
     Axis,
-    Counts,
     Samples,
     count,
     count_samples,
     sample,
 )
-from lightning_gradguard.stats.parameters import are_same, members, select
-from lightning_gradguard.stats.sharding import Shards, align_gradients, is_sharded, local
+from lightning_gradguard.stats.parameters import members, select
+from lightning_gradguard.stats.sharding import align_gradients, is_sharded, local
 from lightning_gradguard.validation import check_whole
 
 if TYPE_CHECKING:
@@ -66,9 +70,6 @@ NEWEST = 16
 #: Of weights and updates so many times fewer elements are read than of gradients.
 FEWER = 4
 
-K = TypeVar("K")
-
-_BINS = len(EDGES) - 1
 _FORM = {"shown": Each({"steps": int, "shown": [str], "named": [str]}), "activations": [str]}
 
 
@@ -114,8 +115,8 @@ class GradHistogram(Callback):
             shown if a pattern matches its name or that of a parameter of its own.
         exclude: Patterns of parameter names to leave out, and of modules.
         max_tensors: Largest number of tensors shown at a time, and of modules. If more match, they are spread evenly
-            from input to output, weights of layers first, the same in every run of a model. Tensors that a `GradGuard`
-            names in a finding or a diagnosis are shown as well, the newest as many.
+            over the model, weights of layers first, the same in every run. Tensors that a `GradGuard` names in a
+            finding or a diagnosis are shown besides, up to the same number.
         max_samples: Largest number of elements read of each tensor, evenly strided; None reads all of them.
         axis: "log10" for magnitudes, "value" for values.
         exponents: Also show what narrow number formats would lose.
@@ -153,7 +154,7 @@ class GradHistogram(Callback):
         self.include, self.exclude = include, exclude
         self.axis, self.exponents, self.of = axis, exponents, tuple(of)
         self._patterns = NamePatterns(include, exclude)
-        self._shown: dict[int, _OptimizerTensors] = {}
+        self._shown: dict[int, OptimizerTensors] = {}
         self._restored: dict[str, Any] = {}
         self._modules = ShownTensors(max_tensors)
         self._probe: ActivationProbe | None = None
@@ -337,10 +338,10 @@ class GradHistogram(Callback):
 
     def _new_tensors(
         self, trainer: Trainer, index: int, optimizer: torch.optim.Optimizer
-    ) -> _OptimizerTensors:
+    ) -> OptimizerTensors:
         """Return an optimizer's tensors, as a checkpoint has them."""
         steps = trainer.global_step // max(1, len(trainer.optimizers))
-        tensors = _OptimizerTensors(optimizer, ShownTensors(self.max_tensors), steps)
+        tensors = OptimizerTensors(optimizer, ShownTensors(self.max_tensors), steps)
         state = self._restored.get("shown", {}).get(str(index))
         try:
             if state is not None:
@@ -373,7 +374,7 @@ class GradHistogram(Callback):
                 self._fail_safe.run, self._log_update, kept, shown, step, group, list(self._sample(kept))
             )
         elif kept and "weight" in self.of:
-            weights = _read(kept, count_samples(self._sample(kept), axis=self.axis))
+            weights = read_counts(kept, count_samples(self._sample(kept), axis=self.axis))
             records.append(self._record("weight", {name: weights[name] for name in shown}, group))
         # From here on nothing waits for another rank.
         if shown and "gradient" in self.of:
@@ -417,7 +418,7 @@ class GradHistogram(Callback):
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
         return wanted
 
-    def _count_gradients(self, wanted: Mapping[str, Tensor]) -> dict[str, _Counted]:
+    def _count_gradients(self, wanted: Mapping[str, Tensor]) -> dict[str, Counted]:
         """Return the counts of each gradient by name."""
         tensors = list(wanted.values())
         if not tensors:
@@ -430,7 +431,7 @@ class GradHistogram(Callback):
             axis=self.axis,
             thresholds=THRESHOLDS if self.exponents else (),
         )
-        return _read(wanted, counts)
+        return read_counts(wanted, counts)
 
     @torch.no_grad()
     def _log_update(
@@ -449,7 +450,7 @@ class GradHistogram(Callback):
         for group_of_samples in before:
             own = list(islice(names, len(group_of_samples.scale)))
             rows |= {(quantity, name): kept[name] for quantity in ("weight", "update") for name in own}
-        counted = _read(rows, count_samples(samples, axis=self.axis))
+        counted = read_counts(rows, count_samples(samples, axis=self.axis))
         weights, updates = ({n: counted[quantity, n] for n in shown} for quantity in ("weight", "update"))
         ratios = {n: updates[n].rms / weights[n].rms for n in shown if weights[n].rms > 0}
         records = [
@@ -481,13 +482,13 @@ class GradHistogram(Callback):
             for x in (seen.saturated, seen.dead)
         ]
         device = shares[0].device
-        table = torch.cat([_table(c).to(device) for c in calls])
+        table = torch.cat([table_of(c).to(device) for c in calls])
         numbers = read(torch.cat([table.flatten(), torch.stack([x.to(device) for x in shares])]))
-        counted = _parse(
+        counted = parse_counts(
             numbers, rows, [c.values.numel() * c.scale[0] for c in rows.values()], table.shape[1]
         )
         merged = {
-            name: _Counted.merge([counted[f"{name}\0{i}"] for i in range(len(seen.calls))])
+            name: Counted.merge([counted[f"{name}\0{i}"] for i in range(len(seen.calls))])
             for name, seen in found.items()
         }
         shown = self._modules.choose(list(merged))
@@ -499,7 +500,7 @@ class GradHistogram(Callback):
         ]
         self._log(step, records)
 
-    def _record(self, quantity: Quantity, counted: Mapping[str, _Counted], group: str) -> LogRecord:
+    def _record(self, quantity: Quantity, counted: Mapping[str, Counted], group: str) -> LogRecord:
         limits = {name: c.limit for name, c in counted.items()} if self.axis == "value" else None
         bins = {name: c.bins for name, c in counted.items()}
         return histogram_record(bins, quantity=quantity, limits=limits, group=group)
@@ -552,207 +553,3 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 def _is_named(names: Collection[str], text: str, name: str) -> bool:
     return name in names or quote(name) in text
-
-
-class _Counted(NamedTuple):
-    """Counts of one tensor, read on the host."""
-
-    rms: float  # not finite if an element is not
-    limit: float
-    bins: list[float]
-    below: list[float]
-    numel: float
-
-    @classmethod
-    def merge(cls, parts: Sequence[_Counted]) -> _Counted:
-        """Join counts of several tensors; with an axis of values, those of the first."""
-        if len(parts) == 1 or len({part.limit for part in parts}) > 1:
-            return parts[0]
-        numel = sum(part.numel for part in parts)
-        squares = sum(part.rms**2 * part.numel for part in parts)
-        bins = [sum(column) for column in zip(*(part.bins for part in parts), strict=True)]
-        return cls((squares / max(numel, 1)) ** 0.5, parts[0].limit, bins, [], numel)
-
-
-def _table(counts: Counts) -> Tensor:
-    """Return limits, squares, bins and thresholds as [T, N]."""
-    head = torch.stack([counts.limits, counts.squares], 1)
-    return torch.cat([head, counts.bins, counts.below], 1)
-
-
-def _read(parameters: Mapping[K, Tensor], counts: Counts) -> dict[K, _Counted]:
-    """Read counts of parameters, by key; those of a sharded one are summed over ranks."""
-    tensors, table = list(parameters.values()), _table(counts)
-    shards = Shards.of(tensors)
-    if shards is not None:
-        summed = shards.sum_over_ranks([table[:, 1:] * shards.shares.unsqueeze(1)])[0].float()
-        table = torch.cat([table[:, :1], summed], 1)
-    return _parse(read(table.flatten()), parameters, [p.numel() for p in tensors], table.shape[1])
-
-
-def _parse(
-    numbers: Sequence[float], keys: Iterable[K], numels: Sequence[float], width: int
-) -> dict[K, _Counted]:
-    found = {}
-    for i, (key, numel) in enumerate(zip(keys, numels, strict=True)):
-        limit, squares, *rest = numbers[i * width : (i + 1) * width]
-        found[key] = _Counted((squares / max(numel, 1)) ** 0.5, limit, rest[:_BINS], rest[_BINS:], numel)
-    return found
-
-
-class _OptimizerTensors:
-    """Parameters of one optimizer, and those shown.
-
-    Args:
-        optimizer: The optimizer.
-        choice: Choice of the tensors that are shown.
-        steps: Steps that the optimizer has taken.
-
-    Attributes:
-        named: Those that a guard has named, which are shown whatever the choice.
-        step: Number of the step that is being taken.
-        counted: What was counted last of each gradient; None before the first time.
-        counted_at: Lightning's step of that.
-        parameters: Parameters by name, in the order of ``named_parameters``, the same on every rank.
-        after_step: Called once the step has been taken, or None.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, choice: ShownTensors, steps: int) -> None:
-        self._optimizer, self._choice = optimizer, choice
-        self.step = steps - 1
-        self.parameters: dict[str, Tensor] = {}
-        self.named: list[str] = []
-        self.counted: dict[str, _Counted] | None = None
-        self.counted_at = 0
-        self.after_step: Callable[[], object] | None = None
-        self._shown: list[str] = []
-        self._members: list[Tensor] = []
-        self._newest: int | None = None
-        self._hook: Any = None
-
-    def start_step(self, global_step: int, *, hook: bool) -> bool:
-        """Count a step; return False if it is the same as before.
-
-        Args:
-            global_step: The Trainer's counter.
-            hook: Something will be called after the step.
-        """
-        if self._newest == global_step:
-            return False
-        self._newest, self.step, self.after_step = global_step, self.step + 1, None
-        if hook and self._hook is None:
-            self._hook = self._optimizer.register_step_post_hook(self._finish_step)
-        return True
-
-    def _finish_step(self, *_: object) -> None:
-        # The hook stays until the batch ends: it must not be removed while the optimizer goes through its hooks.
-        after_step, self.after_step = self.after_step, None
-        if after_step is not None:
-            after_step()
-
-    def close(self) -> None:
-        """Remove the hook."""
-        self.after_step = None
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def next_step(self, global_step: int) -> int:
-        """Return the number of the coming step."""
-        return self.step + (self._newest != global_step)
-
-    def update(self, module: nn.Module) -> None:
-        """Update the parameters, which may have been added."""
-        found = members(self._optimizer)
-        if not are_same(found, self._members):
-            self._members = found
-            self.parameters = select(list(module.named_parameters()), self._optimizer)
-
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """Return the tensors to show, as `ShownTensors.choose`, and those that were named."""
-        weights = {name for name in names if self.parameters[name].ndim > 1}
-        chosen = {*self._choice.choose(names, weights), *self.named}
-        self._shown = [name for name in names if name in chosen]
-        return self._shown
-
-    def add_named(self, is_named: Callable[[str], bool], most: int) -> dict[str, _Counted]:
-        """Show named tensors from now on; return the counts of those that were not shown last time.
-
-        Args:
-            is_named: Returns True for a name that was named.
-            most: Number of named tensors that stay, the newest ones.
-        """
-        counted = self.counted or {}
-        fresh = [name for name in counted if name not in self.named and is_named(name)]
-        self.named = [*self.named, *fresh][-most:]
-        return {name: counted[name] for name in fresh if name not in self._shown}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain types."""
-        return {"steps": self.step + 1, "shown": self._choice.state_dict(), "named": list(self.named)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with a checkpoint's state.
-
-        Raises:
-            ValueError: If it has another form.
-        """
-        self._choice.load_state_dict(state["shown"])
-        self.named = list(state["named"])
-        self.step = max(state["steps"], 0) - 1
-
-
-class NamePatterns:
-    """Shell-style patterns of parameter names, such as "encoder.*".
-
-    They match whole names, with case.
-
-    Args:
-        include: Patterns of names to show; all when None.
-        exclude: Patterns of names to leave out of those.
-
-    Raises:
-        TypeError: If patterns are not a sequence of strings.
-    """
-
-    def __init__(self, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
-        for argument, patterns in (("include", include), ("exclude", exclude)):
-            if patterns is None:
-                continue
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
-                raise TypeError(
-                    f'{argument} must be a sequence of patterns such as ["encoder.*"], got {patterns!r}'
-                )
-        self._include, self._exclude = include, exclude or ()
-
-    def match(self, name: str) -> bool:
-        """Return True if the name is shown."""
-        included = self._include is None or any(fnmatchcase(name, p) for p in self._include)
-        return included and not any(fnmatchcase(name, p) for p in self._exclude)
-
-    def match_module(self, name: str, module: nn.Module) -> bool:
-        """Return True if a module's activations are shown."""
-        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        included = self._include is None or any(
-            fnmatchcase(n, p) for n in (name, *own) for p in self._include
-        )
-        if not included or any(fnmatchcase(name, p) for p in self._exclude):
-            return False
-        return not own or any(not any(fnmatchcase(n, p) for p in self._exclude) for n in own)
-
-    def problems(self, names: Sequence[str]) -> list[str]:
-        """Return a message per pattern without match.
-
-        Args:
-            names: Names of all parameters of the model.
-        """
-        found = []
-        for pattern in (*(self._include or ()), *self._exclude):
-            if names and not any(fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-                found.append(f"pattern {pattern!r} matches no parameter. The nearest name is {near!r}.")
-        if names and not found and not any(self.match(name) for name in names):
-            found.append(
-                f"include={self._include!r} and exclude={self._exclude!r} leave no parameter to show."
-            )
-        return found

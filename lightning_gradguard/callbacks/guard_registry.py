@@ -70,14 +70,14 @@ class GuardRegistry:
             return self.guards[index]
         named = list(module.named_parameters())
         everything = list(select(named, None)) if named else []
-        clipper = _clipper_for(self.arguments.get("clipper"), list(select(named, optimizer)), everything)
+        own = list(select(named, optimizer))
+        clipper = _clipper_for(self.arguments.get("clipper"), own, everything)
+        several = len(trainer.optimizers) > 1
+        title = optimizer_title(index, [name.rpartition(".")[0] for name in own]) if several else ""
         arguments = {**self.arguments, "clipper": clipper}
         guard = self.guards[index] = Guard(
-            named, optimizer=optimizer, index=index, usage=self._usage, **arguments
+            named, optimizer=optimizer, index=index, usage=self._usage, title=title, **arguments
         )
-        if len(trainer.optimizers) > 1:
-            modules = [name.rpartition(".")[0] for name in guard.tracker.layout.names]
-            guard.title = optimizer_title(index, modules)
         state = self.restored.pop(str(index), None)
         if state is not None:
             try:

@@ -40,9 +40,8 @@ class RunLogging:
         self._overviews: dict[int, tuple[tuple[str, ...], Overview]] = {}
         self._restored: dict[str, Any] = {}
         self._step = 0  # Lightning's newest
-        self._written: dict[
-            int, int
-        ] = {}  # by index of the optimizer, the last step whose numbers were written
+        # By the index of the optimizer: the last step whose numbers were written.
+        self._written: dict[int, int] = {}
         self._published: set[str] = set()
         self._is_due = False
 
@@ -88,14 +87,15 @@ class RunLogging:
             return
         self._step = logging_step(trainer)
         overview = self._overview(trainer, guards[index], index)
+        lasting = guards[index].fault_tracker.lasting
         if self._sinks:
-            overview.observe(report, guards[index].fault_tracker.lasting, rollbacks)
+            overview.observe(report, lasting, rollbacks)
             if diagnosis is not None:
                 overview.add_diagnosis(diagnosis.to_markdown())
             for mistake in mistakes:
                 overview.add_mistake(mistake)
         else:
-            overview.count(report)
+            overview.count(report, lasting, rollbacks)
         if trainer._logger_connector.should_update_logs or is_early(self._step):
             self._is_due = True
             self._write(trainer, guards[index], index)
@@ -153,8 +153,10 @@ class RunLogging:
     def _overview(self, trainer: Trainer, guard: Guard, index: int) -> Overview:
         """Return an optimizer's overview, new for changed tensors."""
         layout = guard.tracker.layout
-        names = tuple(layout.names[i] for i in layout.order)
-        if index not in self._overviews or self._overviews[index][0] != names:
+        names, known = layout.ordered_names, self._overviews.get(index)
+        if known is not None and known[0] is names:  # asked at each step, so names are seldom compared
+            return known[1]
+        if known is None or known[0] != names:
             overview = Overview(
                 names,
                 [layout.parameters[i].numel() for i in layout.order],

@@ -102,8 +102,7 @@ class Overview:
             lasting: Faults that were warned of and last; None if not known.
             rollbacks: Rollbacks so far; None if not known.
         """
-        finite, clipped = self.count(report)
-        self._is_status_new |= self._tally.observe(report, lasting, rollbacks)
+        finite, clipped = self.count(report, lasting, rollbacks)
         # A row is kept where it changes the picture, so there are no more rows than the picture can hold.
         is_new = self._heatmap.starts_column(report.step)
         if is_new or not finite:
@@ -123,8 +122,17 @@ class Overview:
                 # Somebody will look now; yet a run that finds something all the time must not draw all the time.
                 self._next_drawing = min(self._next_drawing, math.ceil(1.1 * self._drawn) + 1)
 
-    def count(self, report: Report) -> tuple[bool, bool]:
-        """Count one step that nobody will look at; return if it was finite, and if it was clipped."""
+    def count(
+        self, report: Report, lasting: Collection[str] | None = None, rollbacks: int | None = None
+    ) -> tuple[bool, bool]:
+        """Count one step that nobody will look at; return if it was finite, and if it was clipped.
+
+        Args:
+            report: As in `observe`.
+            lasting: As in `observe`.
+            rollbacks: As in `observe`.
+        """
+        self._is_status_new |= self._tally.observe(report, lasting, rollbacks)
         finite = math.isfinite(report.total_norm)
         clipped = report.scale < 1 and not report.skip
         self._steps += 1

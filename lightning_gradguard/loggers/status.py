@@ -1,4 +1,4 @@
-"""What is logged of a run's findings, and the status that the verdict rests on."""
+"""Findings as they are logged, and the status that a verdict rests on."""
 
 from __future__ import annotations
 
