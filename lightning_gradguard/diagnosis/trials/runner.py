@@ -213,7 +213,7 @@ class TrialRunner:
         return result.loss >= loss + margin and not self.bottomless
 
     def _curing_loss(self, trials: list[Trial]) -> float:
-        """Return the loss that a cure reaches at least.
+        """Return the largest loss with which a healthy fix counts as a cure.
 
         -inf if no loss tells a better fix from a worse one.
         """
@@ -236,7 +236,7 @@ class TrialRunner:
 
         Args:
             trial: The trial.
-            goal: Loss that a cure reaches; by default nothing is a cure.
+            goal: Largest loss of a cure; by default nothing is a cure.
         """
         loss = math.inf if trial.result is None or self.bottomless else trial.result.loss
         cures = loss <= goal and self._is_healthy(trial)
