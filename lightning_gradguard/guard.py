@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,7 @@ from lightning_gradguard.engine.readback import (
     save_under_way,
     unpack,
 )
+from lightning_gradguard.engine.sampling_schedule import Shown
 from lightning_gradguard.engine.state_form import check_names, check_state, upgrade
 from lightning_gradguard.engine.step_context import StepContext
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
@@ -268,14 +271,19 @@ class Guard:
         stats = self.tracker.measure(
             loss, graph, scaled=scaler is not None, loss_scale=scale, comparison=context.comparison
         )
-        if scaler is None and not self.lag:
+        if not self.lag and not stats.elapsed:
+            if self.fast_path.is_window_over:
+                _, self._state = self.fast_path.fold_in(self._state)
+                assert self._state is not None
+                self.fast_path.renew(stats, self._state)
             accepted = self.fast_path.accept(stats, number, self._state, self.flush)
             if accepted is not None:
                 self.report = accepted.report
                 self.counts["judged"] += 1
                 self._clip_accepted(stats, accepted)
-                self.fault_tracker.count_accepted()
-                self.tracker.schedule.commit(taken=True)
+                self._add_to_history(accepted.completed)
+                self.fault_tracker.count_accepted(self._results, has_loss=stats.has_loss)
+                self.tracker.schedule.commit(taken=True, accepted=True)
                 self._probe_sequence_if_stuck()
                 return accepted.report
         stats = stats.replace(noise=self.tracker.noise_of(graph))
@@ -442,14 +450,14 @@ class Guard:
             self.tracker.drop_gradients()
         else:
             self._state = after
-            settled = self.fault_tracker.is_settled(record.results)
+            most = self.fault_tracker.steps_until_change(record.results)
             if self.policy.clips and self._is_clipping:
-                settled = False  # the response ends after a number of steps, so each of them counts
-            self.fast_path.open(record, stats, after.clipper, settled=settled)
+                most = 0  # the response ends after a number of steps, so each of them counts
+            self.fast_path.open(record, stats, after.clipper, most)
             if evaluation.clip is not None and record.clipped:
                 apply_(stats.gradients, evaluation.clip.multipliers)
             self.tracker.observe_zeroing()
-        if any(f.fault == Fault.SPIKE for f in report.findings):
+        if any(f.fault == Fault.SPIKE for f in report.findings) and self.tracker.schedule.may_sample:
             self.tracker.sample_now()
         self.tracker.schedule.commit(taken=not report.skip)
         self._probe_sequence_if_stuck()
@@ -538,12 +546,32 @@ class Guard:
         self.counts["skipped"] += report.skip
         self.counts["nonfinite"] += not record.finite
         self.tracker.count_carried(record.carried)
-        self.tracker.schedule.observe(record.loss_start, record.loss_mean, bool(self.fault_tracker.active))
+        if record.finite:
+            self.tracker.schedule.observe(self._shown(record, report, pending))
         self._findings.extend(report.findings)
         self._warn_of_problems(record, pending.context)
         if report.findings:
             self._explain(decision, record, pending)
         return report
+
+    def _shown(self, record: StepRecord, report: Report, pending: PendingStep) -> Shown:
+        """Return what a step shows to the sampling schedule."""
+        lasting = [result for result in record.results if not result.event]
+        tracker = self.fault_tracker
+        return Shown(
+            full=pending.evaluation.stats.elapsed > 0,
+            norm=record.total_norm,
+            baseline=record.baseline_norm,
+            update=record.update_ratio,
+            tilt=record.tilt,
+            loss_start=record.loss_start,
+            loss=record.loss_mean,
+            flags=tuple([flag for result in lasting for flag in (result.raised, result.near)]),
+            is_pending=any(r.near for r in lasting) or tracker.steps_until_change(lasting) < math.inf,
+            is_present=bool(tracker.active),
+            is_critical=tracker.is_critical,
+            has_news=any(finding.fault != Fault.SPIKE for finding in report.findings),
+        )
 
     @property
     def _is_clipping(self) -> bool:
@@ -689,7 +717,10 @@ class Guard:
 
     def _finalize(self, thresholds: Sequence[float]) -> None:
         """Complete deferred steps, whose thresholds have been read."""
-        for report, norms in self.fast_path.finalize(thresholds):
+        self._add_to_history(self.fast_path.finalize(thresholds))
+
+    def _add_to_history(self, steps: Iterable[tuple[Report, array[float]]]) -> None:
+        for report, norms in steps:
             self._history.add(report, norms)
 
     def _raise_if_halted(self, step: int) -> None:

@@ -29,6 +29,8 @@ class Reading(NamedTuple):
         score: float32 [P], how strongly each tensor is affected, larger is worse; -inf where it is not.
         ceiling: Number [], highest `Severity` that the condition may reach: 0 info, 1 warning, 2 critical.
         measure: Number [], index into the detector's ``measures``, which says what ``value`` is.
+        near: Bool [], the condition is not raised and may soon be, so that full evaluations stay frequent; None for
+            never.
     """
 
     raised: Tensor
@@ -38,6 +40,7 @@ class Reading(NamedTuple):
     score: Tensor
     ceiling: Tensor
     measure: Tensor
+    near: Tensor | None = None
 
 
 class Detector(Protocol):
@@ -107,6 +110,7 @@ def reading(
     cleared: Tensor | None = None,
     ceiling: Tensor | None = None,
     measure: Tensor | None = None,
+    near: Tensor | None = None,
 ) -> Reading:
     """Return a `Reading`, filling in defaults.
 
@@ -119,6 +123,7 @@ def reading(
         cleared: Bool [], the condition is over; None stands for "not raised".
         ceiling: Number [], highest `Severity` that the condition may reach; None stands for critical.
         measure: Number [], index into the detector's ``measures``; None stands for the first.
+        near: Bool [], the condition may soon be raised; None stands for never.
     """
     constant = stats.layout.constant
     return Reading(
@@ -129,6 +134,7 @@ def reading(
         score=constant(-torch.inf).expand_as(stats.norms) if score is None else score,
         ceiling=constant(2.0) if ceiling is None else ceiling,
         measure=constant(0.0) if measure is None else measure,
+        near=None if near is None else near & ~raised,
     )
 
 

@@ -110,6 +110,7 @@ class DepthTilt:
                 cleared=over | ~(no_progress | steep),
                 ceiling=torch.where(may_recover | ~no_progress, number(1.0), number(2.0)),
                 measure=torch.where(cut, number(2.0), torch.where(starved, number(1.0), number(0.0))),
+                near=~over & (no_progress | steep),
             ),
             state,
         )

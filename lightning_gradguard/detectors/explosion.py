@@ -171,7 +171,7 @@ class Spike:
         no_loss = trends.loss != trends.loss
         ceiling = loss_jumps | huge | no_loss
         raised = is_norm_spike(stats, self.z, self.ratio)
-        if stats.elapsed != 1:  # each of the first steps is evaluated in full, and stands for itself
+        if not stats.is_first:
             return reading(stats, raised, jump, self.ratio, score=stats.relative, ceiling=ceiling), state
         rises, outlier, factor, state = self._compare_first(stats, state)
         early = rises | outlier
@@ -351,6 +351,7 @@ class Exploding:
             score=torch.where(outside, number(-torch.inf), score),
             cleared=over & (count == number(0.0)),
             measure=torch.where(spiking, number(1.0), measure),
+            near=~over & stats.trends.no_progress if stats.elapsed else None,
         )
         return found, ExplodingState(
             count, hot, hot_loss, driven, raised, over, value, limit, measure, time_tilt

@@ -105,6 +105,7 @@ class Disconnected:
             score=score,
             ceiling=torch.where(is_grave, 2.0, 0.0),
             measure=torch.where(is_grave, torch.where((grave & stats.cut).any(), 0.0, 2.0), measure),
+            near=((held > 0) & ~found).any(),
         )
         return result, Unreached(held, seen)
 
@@ -164,7 +165,8 @@ class DeadUnits:
         score = torch.where(found, stats.dead + depth_bonus, -torch.inf)
         value = torch.where(found, stats.dead, 0.0).max()
         raised = (found.any() & stats.trends.no_progress) | (found & zero_up_to_first_live(stats)).any()
-        return reading(stats, raised, value, self.limit, score=score), Held(held)
+        near = ((held > 0) & ~found).any()
+        return reading(stats, raised, value, self.limit, score=score, near=near), Held(held)
 
 
 class Steps(NamedTuple):
@@ -215,7 +217,8 @@ class Underflow:
         held = torch.where(holds, state.held + stats.elapsed, 0.0)
         affected = (stats.lost >= self.limit) | (stats.norms == 0)
         score = torch.where(affected & stats.present, stats.layout.depth, -torch.inf)
-        return reading(stats, held >= self.steps, lost_of_output, self.limit, score=score), Steps(held)
+        raised, near = held >= self.steps, held > 0
+        return reading(stats, raised, lost_of_output, self.limit, score=score, near=near), Steps(held)
 
 
 def zero_up_to_first_live(stats: GradStats) -> Tensor:

@@ -61,4 +61,7 @@ class TargetScale:
         trends, reach = stats.trends, stats.reach
         held = torch.where(reach < self.limit, state.steps + stats.elapsed, 0.0)
         raised = (held >= self.steps) & trends.no_progress & (trends.steps >= WARM_UP + 5)
-        return reading(stats, raised, reach, self.limit, ceiling=stats.layout.constant(1.0)), FarSteps(held)
+        near = (held > 0) & trends.no_progress
+        return reading(
+            stats, raised, reach, self.limit, ceiling=stats.layout.constant(1.0), near=near
+        ), FarSteps(held)

@@ -138,7 +138,8 @@ class UpdateRatio:
         largest = torch.maximum(state.largest, torch.where(large, ratios, 0.0))
         largest = torch.where(remembered, largest, 0.0)
         score = torch.where(remembered, largest, -torch.inf)
-        result = reading(stats, found.any(), largest.max(), self.limit, score=score, cleared=over)
+        near = moving.any()
+        result = reading(stats, found.any(), largest.max(), self.limit, score=score, cleared=over, near=near)
         return result, LargeUpdates(count, since, idle, state.solid, largest)
 
 
@@ -269,7 +270,9 @@ class Stalled:
         fewest = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), -torch.inf)
         score = torch.where(lost & ~shrunk, fewest, still)
         after = StillSteps(held, rounded, few, empty, scaled, torch.where(is_same, state.norm, norm))
-        return reading(stats, raised, value, limit, score=score, measure=measure), after
+        counts = (held > 0) | (rounded > 0) | (scaled > 0)
+        near = ((counts & trends.no_progress) | (empty > 1)) & (not may_rest)
+        return reading(stats, raised, value, limit, score=score, measure=measure, near=near), after
 
 
 def _is_short(norm: Tensor) -> Tensor:

@@ -128,9 +128,7 @@ def fold_in(
     Returns:
         The clipper's threshold at each step, k tensors float32 [], NaN without a clipper; and the state after them.
     """
-    trend = state.trends
-    for stats in rows:
-        _, trend = trends.update(stats, trend)
+    trend = trends.fold_in(rows, state.trends)
     if clipper is None:
         return [rows[0].layout.constant(torch.nan)] * len(rows), state._replace(trends=trend)
     if supports_fast_path(clipper):

@@ -16,15 +16,20 @@ from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
 from lightning_gradguard.results import Report
 from lightning_gradguard.stats.grad_stats import LARGEST_NORM, GradStats
+from lightning_gradguard.stats.trends import expected_norm
 
 #: Smallest and largest global norm of an accepted step, relative to the baseline.
 _LOW, _HIGH = 0.5, 2.0
 #: Rise of the loss above its start, as a part of it, from which every step is evaluated in full.
 _RISE = 0.4
+#: Stands for "without end" in the saved state, which holds plain numbers.
+_NO_END = 2**62
 
 #: Key in the saved state, attribute.
 _SAVED = {
     "passed": "accepted",
+    "window": "_window",
+    "most": "_most",
     "_usual": "_baseline",
     "_ceiling": "_ceiling",
     "_is_open": "_is_open",
@@ -41,11 +46,13 @@ class Accepted(NamedTuple):
         report: Its report.
         multipliers: What its gradients are to be scaled with, as in `Clip`; None if they are left alone.
         clipper_state: State of a clipper that was asked; None if it learns later.
+        completed: Report and norms, float32 [P], of each step that is complete now, oldest first.
     """
 
     report: Report
     multipliers: Tensor | tuple[Tensor, ...] | None = None
     clipper_state: Any = None
+    completed: Sequence[tuple[Report, array[float]]] = ()
 
 
 class DeferredStep:
@@ -97,7 +104,7 @@ class FastPath:
     between half and twice the baseline; no tensor is near the limit at which it would be clipped; the loss is not far
     above its start; the same tensors have gradients as before; and deciding again on the newest results would change
     nothing. No detector is asked about such a step, though it counts as judged. Up to seven are folded into the running
-    statistics together, with the same arithmetic.
+    statistics together, with the same arithmetic, and new limits are taken from these.
 
     A clipper that gives bounds clips nothing within them, and learns later. One that reads norms only is asked at once,
     since it may clip at any step.
@@ -109,7 +116,7 @@ class FastPath:
             clipper learns later.
 
     Attributes:
-        accepted: Steps accepted since the last full evaluation.
+        accepted: Steps accepted since detectors were last asked.
         deferred: Accepted steps with their reports, not yet finalized, oldest first.
     """
 
@@ -133,40 +140,59 @@ class FastPath:
             accepted: Accepted steps that detectors have not heard of yet.
         """
         self.accepted, self._baseline, self._ceiling = accepted, 0.0, 0.0
-        self._is_open = False
+        self._is_open, self._window, self._most = False, 0, 0
+        self._renewed: Tensor | None = None
         self._pattern: tuple[bool, ...] = ()
         self._names: tuple[str, ...] = ()
         self._live: tuple[bool, ...] = ()
         self._bounds: Bounds | None = None
 
-    def open(self, record: StepRecord, stats: GradStats, clipper_state: Any, *, settled: bool) -> None:
+    def open(self, record: StepRecord, stats: GradStats, clipper_state: Any, most: float) -> None:
         """Open the fast path after an unremarkable step.
 
         Args:
             record: Numbers of that step.
             stats: Its statistics, on the device.
             clipper_state: State of the clipper after it.
-            settled: True if deciding on its results again would change nothing.
+            most: Steps at which deciding on its results again would change nothing; may be infinite.
         """
         self.close()
         raised = any(
             result.raised and asked for result, asked in zip(record.results, self._asked_always, strict=True)
         )
-        if not self._is_able or raised or not settled:
+        if not self._is_able or raised or not most:
             return
-        self._is_open, self._pattern = True, stats.pattern
+        self._is_open, self._pattern, self._most = True, stats.pattern, int(min(most, _NO_END))
         self._names = stats.layout.ordered_names
         self._baseline = record.baseline_norm
         self._ceiling = record.loss_start + _RISE * abs(record.loss_start)
-        if self.clipper is not None and supports_fast_path(self.clipper):
-            self._bounds = self.clipper.bounds(stats, clipper_state)
-        else:
+        self._set_bounds(stats, clipper_state)
+        if self._bounds is None:
             self._live = tuple(record.norms.get(name, 0.0) > 0 for name in stats.layout.names)
+
+    @property
+    def is_window_over(self) -> bool:
+        """True if the limits hold for no further step, so that `renew` has to be called."""
+        return self._is_open and self._window == WINDOW - 1
+
+    def renew(self, stats: GradStats, state: GuardState) -> None:
+        """Take new limits.
+
+        Args:
+            stats: The coming step, whose norms do not matter.
+            state: State before it, into which all deferred steps are folded.
+        """
+        live = (
+            stats.layout.flags(self._live) if self._bounds is None else self._bounds.high > stats.layout.zeros
+        )
+        self._renewed, self._window = expected_norm(state.trends, live), 0
+        # Of the norms only counts which are zero, and the same are as at the steps before.
+        self._set_bounds(stats.replace(norms=state.trends.level.exp() * live), state.clipper)
 
     def accept(
         self, stats: GradStats, step: int, state: GuardState | None, flush: Callable[[], None]
     ) -> Accepted | None:
-        """Accept a step, or return None for a full evaluation.
+        """Accept a step, or return None if it is to be evaluated.
 
         Args:
             stats: The step.
@@ -174,16 +200,24 @@ class FastPath:
             state: State of the guard, whose clipper is that of the step before; None only before the first step.
             flush: Folds in all deferred steps and finalizes them.
         """
-        if stats.elapsed or not self._is_open or self.accepted == WINDOW - 1:
+        if stats.elapsed or not self._is_open or self.accepted >= self._most:
             return None
         if stats.pattern != self._pattern or stats.layout.ordered_names != self._names:
             return None
         clip, clipper_state = None, None
         if self._asks_clipper and state is not None:
             clip, clipper_state = self.clipper.update(stats, state.clipper)
-        packed = self._pack(stats, clip)
+        # Deferred steps have a threshold if they have just been folded in, at the end of their window.
+        thresholds = [d.limit for d, _ in self.deferred if d.limit is not None]
+        packed = self._pack(stats, clip, thresholds)
         numbers, count = readback.read(packed), len(stats.layout.names)
-        total, loss, outside, joint, *clipped = numbers[count:]
+        if self._renewed is not None:
+            self._baseline, self._renewed = numbers.pop(), None
+        total, loss, outside, joint = numbers[count : count + 4]
+        clipped, limits = (
+            numbers[count + 4 :][: 3 * (clip is not None)],
+            numbers[len(numbers) - len(thresholds) :],
+        )
         # No comparison with NaN is true.
         if not (
             _LOW * self._baseline <= total <= _HIGH * self._baseline and outside == 0 and abs(joint) <= 1
@@ -195,7 +229,8 @@ class FastPath:
             return None
         if stats.has_loss and not -math.inf < loss <= self._ceiling:
             return None
-        self.accepted += 1
+        completed = self.finalize(limits) if thresholds else []
+        self.accepted, self._window = self.accepted + 1, self._window + 1
         norms = array("f", numbers[:count])
         deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:count]), norms, flush)
         after, multipliers = total, None
@@ -205,7 +240,7 @@ class FastPath:
             multipliers = clip.multipliers if is_clipped else None
         report = Report.deferred(step, loss if stats.has_loss else None, total, after, deferred)
         self.deferred.append((deferred, report))
-        return Accepted(report, multipliers, clipper_state)
+        return Accepted(report, multipliers, clipper_state, completed)
 
     def fold_in(self, state: GuardState | None) -> tuple[list[Tensor], GuardState | None]:
         """Fold deferred steps into the running statistics.
@@ -256,17 +291,28 @@ class FastPath:
         """Restore the state that `state_dict` returned, on a device."""
         self.deferred = []
         for key, attribute in _SAVED.items():
-            setattr(self, attribute, state[key])
+            if key in state:  # not in those of earlier versions
+                setattr(self, attribute, state[key])
         # The clipper may be of the same class with other options.
         self._is_open &= self._is_able and state["clipper"] == repr(self.clipper)
         bounds = state["_bounds"]
         self._bounds = None if bounds is None else Bounds(**{k: v.to(device) for k, v in bounds.items()})
 
-    def _pack(self, stats: GradStats, clip: Clip | None) -> Tensor:
-        """Pack norms [P], global norm, loss, position within the bounds [2], and what the clip does [3]."""
+    def _set_bounds(self, stats: GradStats, clipper_state: Any) -> None:
+        """Take the clipper's bounds for the next steps, if it gives any."""
+        if self.clipper is not None and supports_fast_path(self.clipper):
+            self._bounds = self.clipper.bounds(stats, clipper_state)
+
+    def _pack(self, stats: GradStats, clip: Clip | None, thresholds: Sequence[Tensor]) -> Tensor:
+        """Pack norms [P], global norm, loss, position within the bounds [2], what the clip does [3], thresholds.
+
+        Last comes a new baseline, if there is one.
+        """
         within = [stats.layout.constant(0.0)] * 2 if self._bounds is None else self._bounds.compare(stats)
         clipped = []
         if clip is not None:
             is_clipped = (clip.norms < stats.norms).any().to(torch.float32)
             clipped = [torch.linalg.vector_norm(clip.norms), clip.threshold, is_clipped]
-        return torch.cat([stats.norms, torch.stack([stats.total, stats.loss, *within, *clipped])])
+        baseline = [] if self._renewed is None else [self._renewed]
+        rest = [stats.total, stats.loss, *within, *clipped, *thresholds, *baseline]
+        return torch.cat([stats.norms, torch.stack(rest)])

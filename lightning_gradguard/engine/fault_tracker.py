@@ -6,7 +6,7 @@ Onset, patience, hysteresis, precedence, and silence between messages are decide
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -134,27 +134,56 @@ class FaultTracker:
         messages = [f for f in findings if f.severity > Severity.INFO and self._may_report(f)]
         return Decision(report, tuple(messages), halt, record)
 
-    def count_accepted(self) -> None:
-        """Count a step that the fast path accepted."""
-        self.judged += 1
-
-    def is_settled(self, results: Iterable[DetectorResult]) -> bool:
-        """Return True if these results again would change nothing.
-
-        False while a fault is raised that the policy ignores or another fault explains: it may come first next time.
+    def count_accepted(self, results: Iterable[DetectorResult], *, has_loss: bool) -> None:
+        """Count a step that the fast path accepted, at which all results stand.
 
         Args:
-            results: Those of the newest full evaluation.
+            results: Those of the newest evaluated step.
+            has_loss: True if the step came with a loss.
         """
+        self.judged += 1
+        if self.active:
+            for active, result in self._held(results, has_loss):
+                active.held = min(active.held + result.raised, self.policy.patience)
+
+    def steps_until_change(self, results: Sequence[DetectorResult]) -> float:
+        """Return how many further steps with these results change nothing; infinite if none ever does.
+
+        Args:
+            results: Those of the newest evaluated step.
+        """
+        most = math.inf
         for result in results:
             active = self.active.get(_key(result))
-            if not result.raised and active is None:
+            if result.raised and (result.event or (active is None and self._is_followed(result))):
+                return 0
+        if self.active:
+            for active, result in [*self._held(results, True), *self._held(results, False)]:
+                if result.raised and active.severity < result.ceiling:
+                    left = self.policy.patience - active.held - 1
+                    most = min(most, max(0, left) if active.severity == Severity.WARNING else 0)
+        return most
+
+    @property
+    def is_critical(self) -> bool:
+        """True while a fault that was reported as critical is active."""
+        return any(fault.severity == Severity.CRITICAL for fault in self.active.values())
+
+    def _is_followed(self, result: DetectorResult) -> bool:
+        return self.policy.response(result.fault) != "ignore" and result.fault != Fault.NONFINITE
+
+    def _held(
+        self, results: Iterable[DetectorResult], has_loss: bool
+    ) -> Iterator[tuple[ActiveFault, DetectorResult]]:
+        """Yield the active faults that no other explains, with their results."""
+        explained = False
+        for result in sorted(results, key=lambda r: r.fault.precedence):
+            if result.event or not self._is_followed(result) or (result.needs_loss and not has_loss):
                 continue
-            if not result.raised or active is None or result.event:
-                return False
-            if active.held < self.policy.patience or active.severity < result.ceiling:
-                return False
-        return True
+            active = self.active.get(_key(result))
+            if active is not None and not (explained and not result.fault.is_custom):
+                yield active, result
+            explained |= _explains_others(result)
 
     def _faults_to_clip(self, results: Iterable[DetectorResult]) -> list[str]:
         """Return the faults present whose response is "clip".
@@ -221,19 +250,15 @@ class FaultTracker:
         halt: Finding | None = None
         explained = False
         for result in sorted(results, key=lambda r: r.fault.precedence):
-            response = self.policy.response(result.fault)
-            if response == "ignore" or result.fault == Fault.NONFINITE:
+            if not self._is_followed(result):
                 continue
+            response = self.policy.response(result.fault)
             if result.event:
                 severity = min(result.ceiling, Severity.WARNING)
                 finding = self._finding(result, step, severity) if result.raised else None
             else:
                 finding = self._follow(result, step, explained and not result.fault.is_custom)
-                # Of two faults at once the later is a consequence of the earlier. A missing path explains nothing else,
-                # and nothing is known of a custom fault.
-                explained |= (
-                    result.raised and result.fault != Fault.DISCONNECTED and not result.fault.is_custom
-                )
+                explained |= _explains_others(result)
             if finding is not None:
                 findings.append(finding)
                 if response in ("halt", "rollback") and finding.severity == Severity.CRITICAL:
@@ -321,6 +346,14 @@ def has_warned(state: Mapping[str, Any]) -> bool:
         return any(severity >= Severity.WARNING for _, _, severity in saved)
     except (AttributeError, TypeError, ValueError):
         return False
+
+
+def _explains_others(result: DetectorResult) -> bool:
+    """Return True if faults that come after this one are consequences of it.
+
+    A missing path explains nothing else, and nothing is known of a custom fault.
+    """
+    return result.raised and result.fault != Fault.DISCONNECTED and not result.fault.is_custom
 
 
 def _key(result: DetectorResult) -> str:

@@ -214,14 +214,17 @@ class ParameterTracker:
             comparison: Comparison of the loss with a constant guess, if it is known at this step.
         """
         guess_due = loss is not None and self.schedule.sampled_last
-        carried = self._carried.take()
+        carried, known_reached = self._carried.take(), len(self._observer.reached)
         gradients = gradients_of(self.layout)
         pattern = pattern_of(gradients)
         self.layout = self._observer.update_order(
             self.layout, pattern, graph, owned=self.optimizer is not None
         )
         probed, tilt = self._observer.take_time_tilt()
-        due = self.schedule.due(loss is not None)
+        rate = self._rate()
+        if len(self._observer.reached) > known_reached:
+            self.schedule.expect_change()
+        due = self.schedule.due(loss is not None, rate)
         sampled = due.fresh or due.updated
         found = collect(
             self.layout,
@@ -254,7 +257,7 @@ class ParameterTracker:
             known["carried"] = carried.to(self.weights.device, torch.float32)
         if loss_scale is not None:
             known["loss_scale"] = loss_scale.detach().to(self.weights.device, torch.float32).reshape(())
-        rest = self._follow_rate(due.elapsed) if due.elapsed else 0.0
+        rest = self._follow_rate(rate) if due.elapsed else 0.0
         stats = stats_of(
             self.layout,
             gradients,
@@ -276,6 +279,7 @@ class ParameterTracker:
             surrogate=self._observer.graph_summary is not None and self._observer.graph_summary.surrogate,
             sampled_steps=due.sampled_steps,
             elapsed=due.elapsed,
+            is_first=due.first,
             changed=self._changed,
             rest=rest,
             stair=self.rates.stair,
@@ -456,16 +460,21 @@ class ParameterTracker:
         self._sizes = torch.maximum(self.weights, self.layout.floors)
         self._log_sizes = self._sizes.log()
 
-    def _follow_rate(self, elapsed: int) -> float:
-        """Return `RateHistory.rest` after these steps.
+    def _rate(self) -> float:
+        """Return the highest learning rate, -1 if it is not known.
 
         A rate on the device is not read.
         """
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         rates = [group["lr"] for group in groups if isinstance(group.get("lr"), (int, float))]
-        if not rates:
+        return float(max(rates, default=-1.0))
+
+    def _follow_rate(self, rate: float) -> float:
+        """Return `RateHistory.rest` after the steps since the last full evaluation, at a rate or -1."""
+        if rate < 0:
             return 0.0
-        self.rates = self.rates.after(max(rates), self.schedule.good, elapsed)
+        steps = max(self.schedule.good - self.schedule.last_full, 1)
+        self.rates = self.rates.after(rate, self.schedule.good, steps)
         return self.rates.rest
 
 

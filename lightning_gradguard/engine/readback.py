@@ -146,6 +146,8 @@ def pack(
     if asked:
         worst = torch.topk(torch.stack([r.score for r in asked]), min(NAMED, stats.norms.numel()))
         parts += [worst.indices.to(torch.float32).flatten(), worst.values.flatten()]
+        never = stats.layout.nowhere[0]
+        parts.append(torch.stack([never if r.near is None else r.near for r in asked]).to(torch.float32))
     return torch.cat([*parts, torch.stack(tuple(thresholds))] if thresholds else parts)
 
 
@@ -175,16 +177,21 @@ def unpack(
     )
     norms, head, flags, tail = (numbers[a:b] for a, b in pairwise((0, *cut)))
     width = min(NAMED, count)
+    near = (
+        tail[2 * asked * width :][:asked] or [0.0] * asked
+    )  # a step under way that an older version saved has none
     results, at = [], 0
     for i, (detector, traits) in enumerate(zip(parts.detectors, parts.traits, strict=True)):
         if not step.asked[i]:
-            results.append(previous[i] if previous else _result(detector, traits, _NEVER_ASKED, ()))
+            results.append(
+                previous[i] if previous else _result(detector, traits, _NEVER_ASKED, (), near=False)
+            )
             continue
         places, scores = (tail[k * width : (k + 1) * width] for k in (at, asked + at))
         names = tuple(layout.names[int(p)] for p, s in zip(places, scores, strict=True) if s > -math.inf)
         own_flags = flags[_STEP_FLAGS + _RESULT_FLAGS * at :][:_RESULT_FLAGS]
         own_numbers = head[_STEP_NUMBERS + _RESULT_NUMBERS * at :][:_RESULT_NUMBERS]
-        results.append(_result(detector, traits, own_flags + own_numbers, names))
+        results.append(_result(detector, traits, own_flags + own_numbers, names, near=bool(near[at])))
         at += 1
     total, after, threshold, loss, start, mean, first, scale, tilt, ratio, baseline, carried = head[
         :_STEP_NUMBERS
@@ -256,7 +263,7 @@ def restore_under_way(
 
 
 def _result(
-    detector: Detector, traits: DetectorTraits, numbers: list[float], names: tuple[str, ...]
+    detector: Detector, traits: DetectorTraits, numbers: list[float], names: tuple[str, ...], *, near: bool
 ) -> DetectorResult:
     raised, cleared, ceiling, value, limit, measure = numbers
     return DetectorResult(
@@ -271,4 +278,5 @@ def _result(
         limit=limit,
         measure=detector.measures[int(measure)],
         parameters=names,
+        near=near,
     )

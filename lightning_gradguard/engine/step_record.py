@@ -25,6 +25,7 @@ class DetectorResult(NamedTuple):
         limit: Value at which the verdict begins.
         measure: Meaning of ``value``, in words with a unit.
         parameters: Names of the tensors concerned, worst first.
+        near: True if the fault is not present, and may soon be. Not saved, since it counts at its own step only.
     """
 
     detector: str
@@ -38,11 +39,12 @@ class DetectorResult(NamedTuple):
     limit: float
     measure: str
     parameters: tuple[str, ...]
+    near: bool = False
 
     def to_plain(self) -> list[object]:
         """Return the result as plain types."""
         plain = self._replace(fault=self.fault.value, ceiling=int(self.ceiling))  # type: ignore[arg-type]
-        return [*plain[:-1], list(self.parameters)]
+        return [*plain[:-2], list(self.parameters)]
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> DetectorResult:

@@ -29,8 +29,8 @@ class GradStats:
     """One step's gradients of P tensors, as vectors.
 
     The vectors lie on the device of the first tensor. A full evaluation is a step at which `slow` detectors are
-    evaluated too: each of the first 32 steps, then every eighth, later every 32nd. A sampled step is one at which more
-    than norms is read; in between, those values stay.
+    evaluated too: often among the first 32 steps, then every eighth, and up to every 64th while nothing changes. A
+    sampled step is one at which more than norms is read; in between, those values stay.
 
     Attributes:
         layout: Names, order and shapes of the tensors.
@@ -63,6 +63,7 @@ class GradStats:
         update_ratio: float32 [], median of ``updates`` over the layers; NaN before the first.
         sampled_steps: Steps that a new sample of ``updates`` stands for; 0 if there is none.
         elapsed: Good steps that this full evaluation stands for, at most 8; 0 if this is none.
+        is_first: Whether this is one of the first 32 steps.
         passed: Steps that the fast path accepted since detectors were last evaluated.
         stair: Most steps with one and the same learning rate before it was raised; 0 if it was not raised.
         steady: Steps in a row with the newest learning rate; 0 if it is not known.
@@ -115,6 +116,7 @@ class GradStats:
     moments: Tensor
     sampled_steps: int = 0
     elapsed: int = 1
+    is_first: bool = True
     passed: int = 0
     rest: float = 0.0
     stair: int = 0

@@ -16,6 +16,7 @@ Three groups of statistics:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -303,16 +304,14 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
     """Compare one step with the past."""
     number, live = stats.layout.constant, stats.norms > stats.layout.zeros
     known = live & (state.seen > stats.layout.zeros)
-    baseline, deviation, any_known = _baseline_and_deviation(stats, state, known)
+    baseline, deviation, any_known = _deviation(stats, stats.norms * known, known, state.level, state.drift)
     sigma = state.variance.sqrt()
-    # At least e-fold, so that the fast first steps pass before the spread is known.
-    reach = torch.maximum(number(WINSOR_Z) * sigma, number(1.0))
-    change = torch.clamp(deviation, -reach, reach)
+    change = _winsorised(number, deviation, sigma)
     # What the global norm exceeds that by is taken off every tensor alike.
     log_norms = stats.log_norms - (deviation - change)
     steps = state.steps + number(1.0)
     norm_gain = torch.maximum(steps.reciprocal(), number(_NORM_GAIN)) * any_known
-    variance = torch.addcmul(state.variance, norm_gain, change.square())
+    drift, variance = _next_drift(state.drift, state.variance, norm_gain, change)
 
     gain = (state.seen + number(1.0)).reciprocal()
     ratios = (log_norms - stats.log_weights) * number(DECADES)
@@ -326,15 +325,69 @@ def update(stats: GradStats, state: TrendState) -> tuple[Trends, TrendState]:
         seen=state.seen + live,
         level=_mean(state.level, log_norms, live, torch.maximum(gain, number(_NORM_GAIN))),
         early=early,
-        drift=torch.addcmul(state.drift, norm_gain, change),
-        variance=torch.addcmul(variance, norm_gain, variance, value=-1),
+        drift=drift,
+        variance=variance,
         profile=profile,
         offset=offset,
         tilt=tilt,
         in_worst=in_worst,
-        **_next_losses(stats, state),
+        **_next_losses(stats, {name: getattr(state, name) for name in _LOSS_FIELDS}),
     )
     return Trends(stats, state, new, baseline, deviation, sigma, live), new
+
+
+def fold_in(rows: Sequence[GradStats], state: TrendState) -> TrendState:
+    """Return the state after several steps without a full evaluation.
+
+    Gives what `update` gives one step at a time, to the bit, in half as many operations: whatever does not depend on
+    the step before is worked out for all of them together.
+
+    Args:
+        rows: The k steps, oldest first, at least one. None is a full evaluation.
+        state: The state before them.
+    """
+    number, norms = rows[0].layout.constant, torch.stack([row.norms for row in rows])
+    live = norms > number(0.0)
+    counts = live.to(torch.float32)
+    seen = state.seen + torch.cumsum(counts, 0)
+    before = seen - counts
+    known = live & (before > number(0.0))
+    observed, log_norms = norms * known, torch.where(live, norms.log(), number(0.0))
+    gain = (before + number(1.0)).reciprocal()
+    norm_gains = torch.maximum(gain, number(_NORM_GAIN)) * live
+    profile_gains = torch.maximum(gain, number(_PROFILE_GAIN)) * live
+    steps, level, profile = state.steps, state.level, state.profile
+    drift, variance, losses = (
+        state.drift,
+        state.variance,
+        {name: getattr(state, name) for name in _LOSS_FIELDS},
+    )
+    for k, row in enumerate(rows):
+        _, deviation, any_known = _deviation(row, observed[k], known[k], level, drift)
+        change = _winsorised(number, deviation, variance.sqrt())
+        steps = steps + number(1.0)
+        gain = torch.maximum(steps.reciprocal(), number(_NORM_GAIN)) * any_known
+        drift, variance = _next_drift(drift, variance, gain, change)
+        logs = log_norms[k] - (deviation - change)
+        level = level.lerp(logs, norm_gains[k])
+        profile = profile.lerp((logs - row.log_weights) * number(DECADES), profile_gains[k])
+        losses = _next_losses(row, losses)
+    return state._replace(
+        steps=steps, seen=seen[-1], level=level, profile=profile, drift=drift, variance=variance, **losses
+    )
+
+
+def _winsorised(number: Callable[[float], Tensor], deviation: Tensor, sigma: Tensor) -> Tensor:
+    """Return a deviation within its limits."""
+    # At least e-fold, so that the fast first steps pass before the spread is known.
+    reach = torch.maximum(number(WINSOR_Z) * sigma, number(1.0))
+    return torch.clamp(deviation, -reach, reach)
+
+
+def _next_drift(drift: Tensor, variance: Tensor, gain: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Return drift and variance after one more deviation."""
+    after = torch.addcmul(variance, gain, change.square())
+    return torch.addcmul(drift, gain, change), torch.addcmul(after, gain, after, value=-1)
 
 
 def _mean(before: Tensor, value: Tensor, counts: Tensor, gain: Tensor) -> Tensor:
@@ -342,8 +395,24 @@ def _mean(before: Tensor, value: Tensor, counts: Tensor, gain: Tensor) -> Tensor
     return before.lerp(torch.where(counts, value, before), gain)
 
 
-def _baseline_and_deviation(
-    stats: GradStats, state: TrendState, known: Tensor
+def expected_norm(state: TrendState, live: Tensor) -> Tensor:
+    """Return the global norm to expect at the next step, float32 [].
+
+    Args:
+        state: The state before it.
+        live: Bool [P], tensors that will have a gradient.
+    """
+    return _baseline(state.level, live, state.drift).exp()
+
+
+def _baseline(level: Tensor, known: Tensor, drift: Tensor) -> Tensor:
+    """Return the log of the baseline over known tensors, float32 []."""
+    norm: Tensor = torch.linalg.vector_norm(level.exp() * known)
+    return norm.log() + drift
+
+
+def _deviation(
+    stats: GradStats, norms: Tensor, known: Tensor, level: Tensor, drift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compare the global norm with its baseline.
 
@@ -351,14 +420,15 @@ def _baseline_and_deviation(
 
     Args:
         stats: The step.
-        state: The state before it.
+        norms: float32 [P], its norms, 0 for tensors that do not count.
         known: Bool [P], tensors that count.
+        level: `TrendState.level` before it.
+        drift: `TrendState.drift` before it.
 
     Returns:
         Log of the baseline; the deviation from it, 0 if no tensor counts; and whether any does. [] each.
     """
-    observed = torch.linalg.vector_norm(stats.norms * known).log()
-    baseline = torch.linalg.vector_norm(state.level.exp() * known).log() + state.drift
+    observed, baseline = torch.linalg.vector_norm(norms).log(), _baseline(level, known, drift)
     # A norm whose square is below float32 says nothing, as if no tensor counted.
     any_known = torch.minimum(observed, baseline) > -torch.inf
     deviation = torch.where(any_known, observed - baseline, stats.layout.constant(0.0))
@@ -508,28 +578,32 @@ _LOSS_FIELDS = (
 )
 
 
-def _next_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
-    """Return the loss fields of the next state."""
-    known = {name: getattr(state, name) for name in _LOSS_FIELDS}
+def _next_losses(stats: GradStats, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the loss fields of the next state.
+
+    Args:
+        stats: The step.
+        known: The loss fields of the state before it.
+    """
     if not stats.has_loss:
         return known
-    number, before = stats.layout.constant, state.loss_steps
-    count, offset = before + number(1.0), stats.loss - state.loss
+    number, before = stats.layout.constant, known["loss_steps"]
+    count, offset = before + number(1.0), stats.loss - known["loss"]
     # At least the loss itself, or one that was constant could never be seen to move.
-    reach = torch.maximum(number(3.0) * state.loss_spread, state.loss.abs())
+    reach = torch.maximum(number(3.0) * known["loss_spread"], known["loss"].abs())
     winsorised = torch.clamp(offset, -reach, reach)
     share = count.reciprocal()
     gain = torch.maximum(share, number(_LOSS_GAIN))
     if stats.elapsed:
         # The first losses all fall into full evaluations.
         places, early = torch.arange(_FIRST_LOSSES, device=count.device), before < number(_FIRST_LOSSES)
-        known["first_losses"] = torch.where(places == before, stats.loss, state.first_losses)
-        known["loss_start"] = torch.nanmedian(known["first_losses"], 0).values
+        first = torch.where(places == before, stats.loss, known["first_losses"])
+        known = known | {"first_losses": first, "loss_start": torch.nanmedian(first, 0).values}
         winsorised = torch.where(early, offset, winsorised)
-    loss = torch.addcmul(state.loss, gain, winsorised)
+    loss = torch.addcmul(known["loss"], gain, winsorised)
     # The first offset is the loss itself, and no deviation.
-    spread = state.loss_spread.lerp(winsorised.abs(), gain) * (before > number(0.0))
-    slow_loss = state.slow_loss.lerp(loss, torch.maximum(share, number(_SLOW_LOSS_GAIN)))
+    spread = known["loss_spread"].lerp(winsorised.abs(), gain) * (before > number(0.0))
+    slow_loss = known["slow_loss"].lerp(loss, torch.maximum(share, number(_SLOW_LOSS_GAIN)))
     if stats.elapsed:
         # The first losses were not limited, so an outlier among them would last for hundreds of steps.
         first, start = known["first_losses"], known["loss_start"]
@@ -546,6 +620,6 @@ def _next_losses(stats: GradStats, state: TrendState) -> dict[str, Tensor]:
         "loss": loss,
         "loss_spread": spread,
         "slow_loss": slow_loss,
-        "best_loss": torch.where(has_start, torch.minimum(state.best_loss, loss), state.best_loss),
+        "best_loss": torch.where(has_start, torch.minimum(known["best_loss"], loss), known["best_loss"]),
         "loss_steps": count,
     }
