@@ -81,6 +81,8 @@ class NonFinite:
 class SpikeState(NamedTuple):
     """State of `Spike`: what the first steps showed, and the step before; float32 [] each.
 
+    Of the first steps those count that are evaluated in full, as the first ten are, and outliers.
+
     Attributes:
         norm, loss: Largest global norm so far, and the absolute loss of that step.
         highest: Largest absolute loss so far.
@@ -218,12 +220,10 @@ class Spike:
         outlier = is_first & (since == _AFTER) & (before < _AFTER + 4) & falls & (told == 0)
         factor = torch.where(rises, rise, fall)
         highest = torch.maximum(state.highest, loss)
-        return (
-            rises,
-            outlier,
-            factor,
-            SpikeState(norm, height, highest, norm_after, loss_after, since, reach, told, state.rose),
-        )
+        after = SpikeState(norm, height, highest, norm_after, loss_after, since, reach, told, state.rose)
+        if not stats.elapsed:  # such a step may be accepted without asking, unless it is an outlier
+            after = SpikeState(*(torch.where(rises, a, b) for a, b in zip(after, state, strict=True)))
+        return rises, outlier & (stats.elapsed > 0), factor, after
 
 
 class ExplodingState(NamedTuple):

@@ -39,6 +39,7 @@ _SAVED = {
     "alarm": "alarm",
     "interval": "interval",
     "alike": "_alike",
+    "last_sample": "_last_sample",
     "next_sample": "_next_sample",
     "was_outside": "_was_outside",
     "rate": "_rate",
@@ -130,7 +131,8 @@ class SamplingSchedule:
         self.good, self.losses, self.sampled_last = 0, 0, False
         self.last_full, self.was_good = -1, True
         self.alarm, self.interval = False, REFRESH
-        self._alike, self._next_sample, self._was_outside, self._rate = 0, 0, False, -1.0
+        self._alike, self._last_sample, self._next_sample = 0, -REFRESH, 0
+        self._was_outside, self._rate = False, -1.0
         self._shown: list[float] = []
         self._flags: list[bool] = []
         self._sampled = self._full = self._has_loss = False
@@ -157,8 +159,8 @@ class SamplingSchedule:
 
     @property
     def may_sample(self) -> bool:
-        """True if there was no full evaluation shortly before, so that a step may be sampled out of turn."""
-        return self.good >= self.last_full + REFRESH
+        """True if no step was sampled shortly before, so that this one may be sampled out of turn."""
+        return self.good >= self._last_sample + REFRESH
 
     def sample_now(self) -> None:
         """Count this step as sampled."""
@@ -174,8 +176,8 @@ class SamplingSchedule:
         if taken and self._full:
             self.last_full = self.good
         if taken and self._sampled:
-            # At multiples of the interval, so that a sample out of turn does not shift those after it.
-            self._next_sample = (self.good // self.interval + 1) * self.interval
+            self._last_sample = self.good
+            self._next_sample = self.good + self.interval if self.good >= REFRESH else REFRESH
         if accepted:
             self._was_outside = False
         self.good += taken
@@ -223,10 +225,10 @@ class SamplingSchedule:
     def expect_change(self) -> None:
         """Make samples frequent, since something moved.
 
-        The coming step is sampled, unless there was a full evaluation shortly before.
+        The coming step is sampled, unless one was shortly before.
         """
         self._alike, self.interval = 0, REFRESH
-        self._next_sample = min(self._next_sample, max(self.good, self.last_full + REFRESH))
+        self._next_sample = min(self._next_sample, max(self.good, self._last_sample + REFRESH))
 
     def _follow(self, rate: float) -> None:
         """Follow the learning rate since it last moved."""

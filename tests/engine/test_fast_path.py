@@ -80,8 +80,7 @@ class Twins:
         assert plain(a.history.table()) == plain(b.history.table())
         assert a.counts == b.counts
         assert a.fault_tracker.state_dict() == b.fault_tracker.state_dict()
-        known = [guard.tracker.schedule.state_dict() | {"alert": None, "alarm": None} for guard in (a, b)]
-        assert known[0] == known[1]
+        assert plain(a.tracker.schedule.state_dict()) == plain(b.tracker.schedule.state_dict())
 
 
 def plain(value):
@@ -244,18 +243,23 @@ def test_so_does_any_stream(seed, sigma, often, loss, clipper):
     go(rows, LOSSES[loss], clipper=CLIPPERS[clipper])
 
 
-def test_seven_of_eight_unremarkable_steps_are_accepted():
-    """After the first steps, which are all evaluated in full or have no settled level yet."""
+def test_unremarkable_steps_are_accepted_but_for_full_evaluations():
+    """After the first steps, among which are many full evaluations, and as soon as a level has settled."""
     for name, first in (("none", 33), ("default", 33), ("exclude", 33), ("quick", 33), ("slow", 57)):
-        passed = go(noise(), clipper=CLIPPERS[name]).accepted_steps
-        assert set(range(first, STEPS)) - set(passed) == set(range(first, STEPS, 8)), name
+        twins, looked_at = Twins(clipper=CLIPPERS[name]), set()
+        for step, row in enumerate(noise()):
+            twins.step(row, falling(step))
+            if twins.guards[0].tracker.schedule.last_full == step:
+                looked_at.add(step)
+        assert set(range(first, STEPS)) - set(twins.accepted_steps) == looked_at & set(range(first, STEPS)), name
+        assert len(looked_at & set(range(first, STEPS))) < (STEPS - first) // 8
     assert len(go(STREAMS["one x1000"](), clipper=SpikeClip()).accepted_steps) > 60
     assert len(go(STREAMS["drift down"](), clipper=SpikeClip()).accepted_steps) > 60
 
 
 def test_a_loss_far_above_its_start_is_evaluated_in_full():
     """A mean of 1.5 times the start would be an alarm, and every step would be evaluated in full."""
-    for factor, expected in ((1.3, 11), (1.45, 0), (-1.0, 11)):
+    for factor, expected in ((1.3, 10), (1.45, 0), (-1.0, 10)):
         passed = go(noise(), lambda step, factor=factor: factor if 50 <= step < 62 else 1.0).accepted_steps
         assert sum(50 <= step < 62 for step in passed) == expected, factor
 
@@ -297,12 +301,15 @@ def test_no_step_is_accepted_if_a_part_needs_full_evaluations(options):
     assert go(noise(), **options).accepted_steps == []
 
 
-def test_no_step_with_a_gradient_scaler_is_accepted():
-    twins, scaler = Twins(), torch.amp.GradScaler("cpu")
-    for row in noise():
+@pytest.mark.parametrize("stream", ["plain noise", "one x10000", "nan", "none"])
+@pytest.mark.parametrize("clipper", ["default", "SteadyClip"])
+def test_a_gradient_scaler_changes_nothing_about_it(stream, clipper):
+    """Gradients have been unscaled by then, and an overflow is not accepted."""
+    twins, scaler = Twins(clipper=CLIPPERS[clipper]), torch.amp.GradScaler("cpu")
+    for row in STREAMS[stream]():
         twins.step(row, 1.0, scaler=scaler)
     twins.agree()
-    assert twins.accepted_steps == []
+    assert len(twins.accepted_steps) > STEPS // 3
 
 
 def test_a_detector_that_is_safe_on_the_fast_path_is_asked_less():

@@ -78,7 +78,7 @@ def results(hand):
         guard.fault_tracker.state_dict(),
         guard.history.table(),
     )
-    return [*kept, guard.tracker.schedule.state_dict() | {"alert": None}]
+    return [*kept, guard.tracker.schedule.state_dict()]
 
 
 #: Clips nothing on ordinary steps, and learns later; clips them, and is asked at once.
