@@ -571,6 +571,7 @@ class Guard:
             is_present=bool(tracker.active),
             is_critical=tracker.is_critical,
             has_news=any(finding.fault != Fault.SPIKE for finding in report.findings),
+            silent=len(pending.evaluation.stats.layout.names) - sum(map(bool, record.norms.values())),
         )
 
     @property
@@ -730,10 +731,8 @@ class Guard:
 
     def _probe_sequence_if_stuck(self) -> None:
         """Probe gradients over time if the loss makes no progress."""
-        record = self.record
-        if record is None or self.tracker.schedule.good <= WARM_UP:
-            return
-        if record.loss_mean > 0.9 * record.loss_start:
+        schedule = self.tracker.schedule
+        if schedule.good > WARM_UP and schedule.is_stuck:
             self.tracker.probe_sequence()
 
     def _restore(self, state: Mapping[str, Any]) -> None:

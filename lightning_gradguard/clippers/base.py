@@ -53,8 +53,9 @@ class Clipper(Protocol):
     A clipper is a frozen dataclass, configuration only. It may declare the class attribute ``norms_only = True`` if
     ``update`` reads nothing of a step but ``norms``, ``log_norms``, ``total``, ``finite``, ``layout`` and ``adaptive``.
     Then unremarkable steps need no full evaluation: the clipper is asked at each of them, or learns from several at
-    once while the policy's response "clip" is not in force. It counts only where the clipper's own class declares it,
-    since a subclass may override ``update``.
+    once while the policy's response "clip" is not in force. A clipper that reads gradients or weights may declare
+    ``memoryless = True`` to the same end if it has no state and does not read ``trends``. Either counts only where the
+    clipper's own class declares it, since a subclass may override ``update``.
 
     Repeat these signatures exactly, ``Any`` included: jsonargparse recognises a clipper in a YAML file by them. A
     clipper that saves evaluations on ordinary steps is a `FastPathClipper`.
@@ -155,6 +156,11 @@ def supports_fast_path(clipper: Clipper) -> TypeGuard[FastPathClipper]:
 def reads_norms_only(clipper: Clipper) -> bool:
     """Return whether a clipper's own class declares ``norms_only``."""
     return vars(type(clipper)).get("norms_only", False) is True
+
+
+def is_memoryless(clipper: Clipper) -> bool:
+    """Return whether a clipper's own class declares ``memoryless``."""
+    return vars(type(clipper)).get("memoryless", False) is True
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ class AGC:
     clip_factor: float = 0.01
     eps: float = 1e-3
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
+    memoryless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("clip_factor", self.clip_factor)

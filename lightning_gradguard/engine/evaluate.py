@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import Clip, Clipper, supports_fast_path
+from lightning_gradguard.clippers.base import Clip, Clipper, is_memoryless, supports_fast_path
 from lightning_gradguard.detectors.base import Detector, DetectorTraits, Reading, traits_of
 from lightning_gradguard.stats import trends
 from lightning_gradguard.stats.grad_stats import GradStats
@@ -123,13 +123,13 @@ def fold_in(
     Args:
         rows: The k steps, oldest first, at least one.
         state: State before them.
-        clipper: One that supports the fast path or reads norms only, or None.
+        clipper: One that supports the fast path, reads norms only or has no memory, or None.
 
     Returns:
         The clipper's threshold at each step, k tensors float32 [], NaN without a clipper; and the state after them.
     """
     trend = trends.fold_in(rows, state.trends)
-    if clipper is None:
+    if clipper is None or is_memoryless(clipper):
         return [rows[0].layout.constant(torch.nan)] * len(rows), state._replace(trends=trend)
     if supports_fast_path(clipper):
         limits, clip_state = clipper.fold_in(rows, state.clipper)

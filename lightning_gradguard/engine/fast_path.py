@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.clippers.base import WINDOW, Bounds, Clip, reads_norms_only, supports_fast_path
+from lightning_gradguard.clippers.base import (
+    WINDOW,
+    Bounds,
+    Clip,
+    is_memoryless,
+    reads_norms_only,
+    supports_fast_path,
+)
 from lightning_gradguard.engine import readback
 from lightning_gradguard.engine.evaluate import GuardParts, GuardState, fold_in
 from lightning_gradguard.engine.step_record import StepRecord
@@ -106,12 +113,12 @@ class FastPath:
     nothing. No detector is asked about such a step, though it counts as judged. Up to seven are folded into the running
     statistics together, with the same arithmetic, and new limits are taken from these.
 
-    A clipper that gives bounds clips nothing within them, and learns later. One that reads norms only is asked at once,
-    since it may clip at any step.
+    A clipper that gives bounds clips nothing within them, and learns later. One that reads norms only, or has no memory,
+    is asked at once, since it may clip at any step.
 
     Args:
-        parts: Detectors and clipper. A detector must be slow or safe on the fast path, a clipper must give bounds or
-            read norms only; else no step is accepted.
+        parts: Detectors and clipper. A detector must be slow or safe on the fast path; a clipper must give bounds, read
+            norms only or have no memory; else no step is accepted.
         clipping: False if the clipper is in force at no step that is accepted. They have no threshold then, and the
             clipper learns later.
 
@@ -127,9 +134,10 @@ class FastPath:
         is_safe = all(traits.slow or traits.fast_path_safe for traits in parts.traits)
         self._is_able, self._asks_clipper = is_safe, False
         if parts.clipper is not None:
-            gives_bounds, norms_only = supports_fast_path(parts.clipper), reads_norms_only(parts.clipper)
-            self._is_able &= gives_bounds or norms_only
-            self._asks_clipper = clipping and norms_only and not gives_bounds
+            gives_bounds = supports_fast_path(parts.clipper)
+            is_asked = reads_norms_only(parts.clipper) or is_memoryless(parts.clipper)
+            self._is_able &= gives_bounds or is_asked
+            self._asks_clipper = clipping and is_asked and not gives_bounds
         self.deferred: list[tuple[DeferredStep, Report]] = []
         self.close()
 

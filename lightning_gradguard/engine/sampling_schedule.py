@@ -37,11 +37,13 @@ _SAVED = {
     "closest": "last_full",
     "was_good": "was_good",
     "alarm": "alarm",
+    "stuck": "is_stuck",
     "interval": "interval",
     "alike": "_alike",
     "last_sample": "_last_sample",
     "next_sample": "_next_sample",
     "was_outside": "_was_outside",
+    "silent": "_silent",
     "rate": "_rate",
     "shown": "_shown",
     "flags": "_flags",
@@ -82,6 +84,7 @@ class Shown(NamedTuple):
         is_present: A fault is active.
         is_critical: A fault was reported as critical, so that nothing graver can be said.
         has_news: Something was found that is more than a spike.
+        silent: Number of tensors whose gradient is zero or missing.
     """
 
     full: bool
@@ -96,6 +99,7 @@ class Shown(NamedTuple):
     is_present: bool
     is_critical: bool
     has_news: bool
+    silent: int
 
 
 class SamplingSchedule:
@@ -107,8 +111,8 @@ class SamplingSchedule:
     `LATER`, each time four of them in a row show the same: the same faults present or near, the baseline norm within a
     factor of two, the median update within a factor of four, the depth tilt within 0.75 decades, and no rise of the mean
     loss by a tenth of its start. Otherwise it is `REFRESH` again. It also is, at once, if something is
-    found, if the norm leaves its baseline for more than one step, if the learning rate changes by a factor of two, and
-    after a step that was not taken. While a fault is near or may still be reported as more severe the interval does not
+    found, if the norm leaves its baseline for more than one step, if more tensors than ever have no gradient, if the
+    learning rate changes by a factor of two, and after a step that was not taken. While a fault is near or may still be reported as more severe the interval does not
     grow.
 
     Args:
@@ -123,6 +127,7 @@ class SamplingSchedule:
         was_good: True if the previous step was taken.
         alarm: The loss is far above its start and rises. The next step is evaluated in full, since it may be the last
             one worth taking.
+        is_stuck: The mean loss is above nine tenths of its start, as of the newest evaluated step.
         interval: Good steps between two samples.
     """
 
@@ -130,9 +135,9 @@ class SamplingSchedule:
         self.always = always
         self.good, self.losses, self.sampled_last = 0, 0, False
         self.last_full, self.was_good = -1, True
-        self.alarm, self.interval = False, REFRESH
+        self.alarm, self.is_stuck, self.interval = False, False, REFRESH
         self._alike, self._last_sample, self._next_sample = 0, -REFRESH, 0
-        self._was_outside, self._rate = False, -1.0
+        self._was_outside, self._silent, self._rate = False, 0, -1.0
         self._shown: list[float] = []
         self._flags: list[bool] = []
         self._sampled = self._full = self._has_loss = False
@@ -190,13 +195,14 @@ class SamplingSchedule:
         Args:
             shown: What it shows.
         """
-        is_outside = shown.baseline > 0 and not 0.5 <= shown.norm / shown.baseline <= 2.0
-        if shown.has_news or (is_outside and self._was_outside):
+        is_outside = shown.baseline > 0 and _is_factor(shown.baseline, shown.norm, 2.0)
+        if shown.has_news or (is_outside and self._was_outside) or shown.silent > self._silent:
             self.expect_change()
-        self._was_outside = is_outside
+        self._was_outside, self._silent = is_outside, max(shown.silent, self._silent)
+        self.is_stuck = shown.loss > 0.9 * shown.loss_start
         last = self._shown[-1] if self._shown else math.nan
         high = shown.loss > shown.loss_start + _HIGH * abs(shown.loss_start)
-        rises = not shown.loss <= last + _FURTHER * abs(last)
+        rises = math.isnan(last) or shown.loss > last + _FURTHER * abs(last)
         self.alarm = high and rises and not shown.is_critical
         if shown.full:
             self._compare(shown)

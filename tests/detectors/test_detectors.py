@@ -80,7 +80,10 @@ class TestEveryDetector:
     def test_reading_has_the_shapes_it_promises(self, detector):
         seen = Stream(detector).feed([1.0] * 6)[0]
         assert seen.score.shape == (6,)
-        assert all(getattr(seen, field).shape == () for field in seen._fields if field != "score")
+        numbers = [getattr(seen, field) for field in seen._fields if field != "score"]
+        assert all(number.shape == () for number in numbers if number is not None)
+        assert None not in numbers[:-1]
+        assert seen.near is None or seen.near.dtype == torch.bool
         assert not (seen.raised & seen.cleared)
 
     def test_reads_nothing_on_the_host(self, detector):

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.engine.sampling_schedule import EAGER, LATER, REFRESH, SETTLED, SamplingSchedule, Shown
+from lightning_gradguard.engine.sampling_schedule import (
+    EAGER,
+    LATER,
+    REFRESH,
+    SETTLED,
+    SamplingSchedule,
+    Shown,
+)
 
 #: What an unremarkable step shows.
 SAME = Shown(
@@ -23,6 +30,7 @@ SAME = Shown(
     is_present=False,
     is_critical=False,
     has_news=False,
+    silent=0,
 )
 #: Changes from one full evaluation to the next, each beyond what counts as the same.
 CHANGES = {
@@ -35,6 +43,7 @@ CHANGES = {
     "a fault": {"flags": (True, False, False, False)},
     "a fault is near": {"flags": (False, True, False, False), "is_pending": True},
     "news": {"has_news": True},
+    "a tensor loses its gradient": {"silent": 1},
 }
 #: Changes that are none.
 NOISE = {
@@ -55,7 +64,12 @@ STEP = st.tuples(
 )
 #: Long runs of the same step, with odd ones between.
 STEPS = st.lists(
-    st.tuples(st.integers(1, 2 * LATER), STEP.map(lambda s: (True, s[1], False, s[3], s[4])), st.integers(0, 2), STEP),
+    st.tuples(
+        st.integers(1, 2 * LATER),
+        STEP.map(lambda s: (True, s[1], False, s[3], s[4])),
+        st.integers(0, 2),
+        STEP,
+    ),
     max_size=10,
 ).map(lambda rows: [step for many, usual, few, odd in rows for step in [usual] * many + [odd] * few])
 
@@ -88,7 +102,9 @@ def test_full_evaluations_of_a_training_that_stays_the_same():
     every = full_evaluations(go(SamplingSchedule(), steady(SETTLED + 3 * LATER)))
     first = [good for good in range(EAGER) if is_early(good)]
     assert every[: len(first)] == first
-    gaps = [later - earlier for earlier, later in zip(every[len(first) :], every[len(first) + 1 :], strict=False)]
+    gaps = [
+        later - earlier for earlier, later in zip(every[len(first) :], every[len(first) + 1 :], strict=False)
+    ]
     assert gaps == sorted(gaps)
     assert gaps[:3] == [REFRESH] * 3
     assert set(gaps) == {REFRESH, 2 * REFRESH, 4 * REFRESH, LATER}
