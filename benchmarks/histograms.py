@@ -1,9 +1,10 @@
 """Measure the cost of histograms: ``python benchmarks/histograms.py`` writes ``benchmarks/histograms.md``.
 
-First part: all arms take turns in one process with one thread, on 30 million gradient elements in 100 tensors. One arm
-is our histogram, counted and handed to TensorBoard's writer; the other is ``SummaryWriter.add_histogram``.
-Both writers are idle when the clock starts. The writer saves to disk in a Python thread of its own; how long
-that thread runs on afterwards is a separate column.
+First part: what a callback adds to a step of a ``Trainer``, with one thread, on 30 million gradient elements in 100
+tensors. The gradients are new tensors at each step, so most of them are not in a cache. One arm is our histogram,
+counted and handed to TensorBoard's writer; the other is ``SummaryWriter.add_histogram``. The writer is idle when the
+clock starts. It saves to disk in a Python thread of its own; how long that thread runs on afterwards is a separate
+column. Fits of a few steps take turns.
 
 Second part: a training of a small transformer in a ``Trainer``, in which every step is shown: gradients alone, with
 weights and updates, with activations, and ``wandb.watch`` beside it (offline). Fits of the arms take turns.
@@ -18,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,74 +27,112 @@ import wandb
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_gradguard import GradHistogram
-from lightning_gradguard.engine.readback import read
-from lightning_gradguard.loggers.histograms import histogram_record
-from lightning_gradguard.loggers.tensorboard import TensorBoardSink
-from lightning_gradguard.stats.histogram import count
 
-TENSORS, SIDE, ROUNDS = 100, 548, 20
+TENSORS, SIDE = 100, 548
+#: Fits of each arm of the first part, and steps of each; the first two describe the tags.
+ROUNDS, FRESH = 12, 6
 #: Fits of each arm of the second part, and steps of each.
 FITS, STEPS = 5, 22
 #: Blocks of the second part's models.
 BLOCKS = (4, 8)
-NAMES = [f"model.encoder.layers.{i}.self_attention.in_proj_weight" for i in range(TENSORS)]
 
 
-def gradients() -> list[Tensor]:
-    """Return ordinary gradients whose sizes differ by tensor and by row."""
-    return [10.0 ** -(1 + 4 * torch.rand(SIDE, 1)) * torch.randn(SIDE, SIDE) for _ in range(TENSORS)]
+class Fresh(L.LightningModule):
+    """Module that gets new, ordinary gradients at each step; their sizes differ by tensor and by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers = nn.ModuleList(nn.Linear(SIDE, SIDE, bias=False) for _ in range(TENSORS))
+        self.noise = [torch.randn(SIDE, SIDE) for _ in range(10)]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for i, layer in enumerate(self.layers):
+            layer.weight.grad = 10.0 ** -(1 + 4 * torch.rand(SIDE, 1)) * self.noise[i % len(self.noise)]
+        self.optimizers().step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def ours(tensors: list[Tensor], sink: TensorBoardSink, step: int, samples: int | None) -> float:
-    """Count and write; return the seconds spent counting."""
-    begun = time.perf_counter()
-    numbers = read(count(tensors, max_samples=samples).bins.flatten())
-    counted = time.perf_counter() - begun
-    columns = (numbers[30 * i : 30 * (i + 1)] for i in range(TENSORS))
-    sink.write(step, histogram_record(dict(zip(NAMES, columns, strict=True))))
-    return counted
+class AddHistogram(L.Callback):
+    """Callback that writes what `GradHistogram` writes, with TensorBoard's own method."""
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for name, parameter in pl_module.named_parameters():
+            trainer.logger.experiment.add_histogram(name, parameter.grad, trainer.global_step)
 
 
-def theirs(tensors: list[Tensor], writer: SummaryWriter, step: int) -> float:
-    """Write the same with TensorBoard; it does not report counting separately."""
-    for name, tensor in zip(NAMES, tensors, strict=True):
-        writer.add_histogram(name, tensor, step)
-    return float("nan")
+class Timed(L.Callback):
+    """Callback that calls another one's hooks, and times them.
+
+    Args:
+        timed: The other one.
+    """
+
+    def __init__(self, timed: L.Callback) -> None:
+        self.timed = timed
+        #: Of each step: seconds blocked, seconds that the writer's thread went on, bytes.
+        self.rows: list[tuple[float, float, int]] = []
+
+    def on_fit_start(self, *arguments: Any) -> None:
+        self.timed.on_fit_start(*arguments)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *arguments: Any) -> None:
+        writer = trainer.logger.experiment
+        writer.flush()
+        before = _size(Path(writer.log_dir))
+        begun = time.perf_counter()
+        self.timed.on_before_optimizer_step(trainer, *arguments)
+        blocked = time.perf_counter()
+        writer.flush()
+        done = time.perf_counter()
+        self.rows.append((blocked - begun, done - blocked, _size(Path(writer.log_dir)) - before))
+
+    def on_fit_end(self, *arguments: Any) -> None:
+        self.timed.on_fit_end(*arguments)
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """Return medians per arm: seconds blocked, seconds counting, seconds of the writer thread, bytes."""
-    tensors = gradients()
-    writers = {name: SummaryWriter(folder / name) for name in ("sampled", "exact", "add_histogram")}
-    sinks = {name: TensorBoardSink(writer) for name, writer in writers.items()}
-    arms: dict[str, Callable[[int], float]] = {
-        "sampled": lambda step: ours(tensors, sinks["sampled"], step, 4096),
-        "exact": lambda step: ours(tensors, sinks["exact"], step, None),
-        "add_histogram": lambda step: theirs(tensors, writers["add_histogram"], step),
+    """Return medians per arm: seconds blocked, seconds of the writer thread, bytes."""
+    arms: dict[str, Callable[[], L.Callback]] = {
+        "sampled": lambda: GradHistogram(every_n_steps=1, max_tensors=TENSORS),
+        "exact": lambda: GradHistogram(every_n_steps=1, max_tensors=TENSORS, max_samples=None),
+        "add_histogram": AddHistogram,
     }
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in arms}
-    for step in range(ROUNDS):
+    module = Fresh()
+    for _ in range(ROUNDS):
         for name, arm in arms.items():
-            before = _size(folder / name)
-            begun = time.perf_counter()
-            counted = arm(step)
-            blocked = time.perf_counter()
-            writers[name].flush()
-            rows[name].append(
-                (blocked - begun, counted, time.perf_counter() - blocked, _size(folder / name) - before)
-            )
-    for writer in writers.values():
-        writer.close()
-    # Warm-up: the first rounds also describe the tags.
+            timed = Timed(arm())
+            fit(module, DataLoader(TensorDataset(torch.zeros(FRESH, 1))), folder / name, [timed])
+            rows[name] += timed.rows[2:]
     return {
-        name: [statistics.median(column) for column in zip(*found[ROUNDS // 4 :], strict=True)]
+        name: [statistics.median(column) for column in zip(*found, strict=True)]
         for name, found in rows.items()
     }
+
+
+def fit(module: L.LightningModule, data: DataLoader, folder: Path, callbacks: list[L.Callback]) -> None:
+    """Train for one epoch."""
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=TensorBoardLogger(folder),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data)
 
 
 class Transformer(L.LightningModule):
@@ -149,18 +189,7 @@ def train(folder: Path, blocks: int, callbacks: list[L.Callback]) -> list[float]
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(4 * STEPS, 32, 192)), 4)
     clock = Clock()
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=TensorBoardLogger(folder),
-        callbacks=[*callbacks, clock],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(Transformer(blocks), data)
+    fit(Transformer(blocks), data, folder, [*callbacks, clock])
     return clock.seconds[1:]
 
 
@@ -220,23 +249,22 @@ def main() -> None:
     lines = [
         "# Cost of histograms",
         "",
-        "Made by `python benchmarks/histograms.py`: 30 million gradient elements in 100 tensors; medians, interleaved,",
-        "one thread, CPU. Blocked is what a training step waits for; the writer's thread goes on after that.",
+        "Made by `python benchmarks/histograms.py`: 30 million gradient elements in 100 tensors, new ones at each step of a",
+        "Trainer; medians, fits take turns, one thread, CPU. Blocked is what a training step waits for; the writer's thread",
+        "goes on after that.",
         "",
-        "| arm | blocked, ms | of these counting | cheaper than `add_histogram` | thread after that, ms | KiB a step |",
-        "|---|---|---|---|---|---|",
+        "| arm | blocked, ms | cheaper than `add_histogram` | thread after that, ms | KiB a step |",
+        "|---|---|---|---|---|",
     ]
     titles = {
         "sampled": "`GradHistogram(max_tensors=100)`: 4,096 samples of each",
         "exact": "`GradHistogram(max_tensors=100, max_samples=None)`",
         "add_histogram": "`SummaryWriter.add_histogram`",
     }
-    for name, (blocked, counted, after, size) in found.items():
+    for name, (blocked, after, size) in found.items():
         ratio = found["add_histogram"][0] / blocked
-        counting = f"{1e3 * counted:.1f}" if counted == counted else "–"
         lines.append(
-            f"| {titles[name]} | {1e3 * blocked:.1f} | {counting} | {ratio:.1f} times | {1e3 * after:.1f} "
-            f"| {size / 1024:.1f} |"
+            f"| {titles[name]} | {1e3 * blocked:.1f} | {ratio:.1f} times | {1e3 * after:.1f} | {size / 1024:.1f} |"
         )
     lines += [
         "",

@@ -69,6 +69,8 @@ if TYPE_CHECKING:
 NEWEST = 16
 #: Of weights and updates so many times fewer elements are read than of gradients.
 FEWER = 4
+#: Of gradients that are not shown so many times fewer; they are counted for the case that a guard names them.
+ASIDE = 8
 
 _FORM = {"shown": Each({"steps": int, "shown": [str], "named": [str]}), "activations": [str]}
 
@@ -103,7 +105,8 @@ class GradHistogram(Callback):
 
     By default 4,096 elements of each tensor are read. In 95 of 100 histograms no cumulative share is then off by more
     than 2.1 % (see `lightning_gradguard.stats.histogram.count`). Of weights and updates a quarter as many are read,
-    which gives 4.2 %. Of a sharded tensor each rank reads that many elements of its part.
+    which gives 4.2 %. Of a gradient that is not among those shown an eighth as many are read, which gives 6.0 %: it has
+    a histogram at once if a `GradGuard` names it. Of a sharded tensor each rank reads that many elements of its part.
 
     Example:
         >>> from lightning_gradguard import GradHistogram
@@ -359,13 +362,16 @@ class GradHistogram(Callback):
         if scaler is not None:  # gradients are still scaled before a fused optimizer's step
             unscale(optimizer, scaler)
         wanted = self._wanted(tensors.parameters)
-        gradients = self._count_gradients(wanted)
+        if any(map(is_sharded, wanted.values())):
+            align_gradients(list(wanted.values()))
+        due, with_gradient = self._is_due(tensors.step), [n for n, p in wanted.items() if p.grad is not None]
+        shown = tensors.choose(with_gradient) if due else []
+        gradients = self._count_gradients(wanted, shown)
         step, group = logging_step(trainer), tag_group(index)
-        counted = {name: gradients[name] for name, p in wanted.items() if p.grad is not None}
+        counted = {name: gradients[name] for name in with_gradient}
         tensors.counted, tensors.counted_at = counted, step
-        if not self._is_due(tensors.step):
+        if not due:
             return
-        shown = tensors.choose(list(counted))
         # All ranks count the parts of a sharded weight, but only the first one has chosen.
         kept = {n: p for n, p in wanted.items() if n in shown or any(map(is_sharded, wanted.values()))}
         records = []
@@ -418,20 +424,24 @@ class GradHistogram(Callback):
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
         return wanted
 
-    def _count_gradients(self, wanted: Mapping[str, Tensor]) -> dict[str, Counted]:
-        """Return the counts of each gradient by name."""
-        tensors = list(wanted.values())
-        if not tensors:
-            return {}
-        if any(map(is_sharded, tensors)):
-            align_gradients(tensors)
-        counts = count(
-            [None if p.grad is None else local(p.grad) for p in tensors],
-            max_samples=self.max_samples,
-            axis=self.axis,
-            thresholds=THRESHOLDS if self.exponents else (),
-        )
-        return read_counts(wanted, counts)
+    def _count_gradients(self, wanted: Mapping[str, Tensor], shown: Collection[str]) -> dict[str, Counted]:
+        """Return the counts of each gradient by name; of those that are not shown, fewer elements are read."""
+        few = None if self.max_samples is None else max(1, self.max_samples // ASIDE)
+        if few in (None, self.max_samples) or self.exponents or any(map(is_sharded, wanted.values())):
+            # Scalars are over all of them; and what is summed over ranks must not hang on what one of them shows.
+            parts = {self.max_samples: list(wanted)}
+        else:
+            parts = {few: [n for n in wanted if n not in shown], self.max_samples: list(shown)}
+        counted: dict[str, Counted] = {}
+        for most, names in parts.items():
+            counts = count(
+                [None if (grad := wanted[name].grad) is None else local(grad) for name in names],
+                max_samples=most,
+                axis=self.axis,
+                thresholds=THRESHOLDS if self.exponents else (),
+            )
+            counted |= read_counts({name: wanted[name] for name in names}, counts) if names else {}
+        return counted
 
     @torch.no_grad()
     def _log_update(

@@ -72,10 +72,11 @@ def histogram_record(
     axis, note = ("log10", _LOG10_NOTE) if limits is None else ("value", _VALUE_NOTE)
     kind = "hist" if quantity == "gradient" else quantity
     tags = {name: f"{group}_{kind}_{axis}/{name}" for name in counts}
-    what, read = _WHAT[quantity], _READ[quantity]
+    # Filled in once and cut where the name goes, since notes are built for each histogram of each step.
+    begin, end = note.format(what=_WHAT[quantity], read=_READ[quantity]).split("{name}")
     return LogRecord(
         histograms={tags[name]: column for name, column in counts.items()},
-        notes={tag: note.format(what=what.format(name=name), read=read) for name, tag in tags.items()},
+        notes={tag: f"{begin}{name}{end}" for name, tag in tags.items()},
         edges={} if limits is None else {tags[name]: edges(limits[name]) for name in counts},
     )
 

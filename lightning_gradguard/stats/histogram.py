@@ -27,8 +27,8 @@ SPREAD = 4.0
 
 _BINS = len(EDGES) - 1
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-#: Tensors that are counted together.
-_TOGETHER = 32
+#: Elements that are counted together: 128 tensors of 4,096. More would need several times the memory of what is read.
+_TOGETHER = 2**19
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -145,11 +145,13 @@ def sample(tensors: Sequence[Tensor | None], *, max_samples: int | None = 4096) 
     device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
     stored = [torch.empty(0, device=device) if t is None else _stored(t) for t in tensors]
     most = max([1, *(s.numel() for s in stored)]) if max_samples is None else max_samples
-    # In groups: all together would need several times the memory of what is read, and fresh memory is slow.
-    size = 1 if max_samples is None else _TOGETHER
+    size = 1 if max_samples is None else max(1, _TOGETHER // max_samples)
+    places: dict[tuple[int, torch.device], Tensor] = {}
     for i in range(0, max(1, len(stored)), size):
         group = stored[i : i + size]
-        yield Samples(*_joined(group, most, device), tuple(max(1.0, s.numel() / most) for s in group))
+        lengths = [s.numel() for s in group]
+        values, padding = _joined(group, lengths, most, device, places)
+        yield Samples(values, padding, tuple([max(1.0, n / most) for n in lengths]))
 
 
 def count_samples(
@@ -258,38 +260,58 @@ def _stored(gradient: Tensor) -> Tensor:
     return dense.permute(sorted(range(dense.ndim), key=dense.stride, reverse=True))
 
 
-def _joined(stored: Sequence[Tensor], max_samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _joined(
+    stored: Sequence[Tensor],
+    numels: Sequence[int],
+    max_samples: int,
+    device: torch.device,
+    places: dict[tuple[int, torch.device], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Join samples in one matrix [T, n].
 
-    Return it and the padding of its rows, int64 [T].
+    Args:
+        stored: T tensors.
+        numels: Number of elements of each.
+        max_samples: As in `count`.
+        device: Device of the matrix.
+        places: Places of elements by number of elements and device; those that are missing are added.
 
-    The stride is the golden section of the number of elements, modulo that number. It spreads any number of places
-    evenly, and since it shares no factor with the number, it never falls in step with the rows of a weight.
+    Returns:
+        The matrix, and the padding of its rows, int64 [T].
     """
-    lengths = [min(s.numel(), max_samples) for s in stored]
+    lengths = [min(n, max_samples) for n in numels]
     # float64 stays, since its range would overflow float32. Everything narrower is exact in float32.
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in stored) else torch.float32
-    values = torch.empty(len(stored), max([1, *lengths]), dtype=dtype, device=device)
-    known: dict[tuple[int, torch.device], Tensor] = {}
-    for row, length, tensor in zip(values.unbind(), lengths, stored, strict=True):
-        flat, key = tensor.reshape(-1), (tensor.numel(), tensor.device)
-        if length == tensor.numel():
-            row[:length].copy_(flat)
+    width = max([1, *lengths])
+    values = torch.empty(len(stored), width, dtype=dtype, device=device)
+    for row, length, numel, tensor in zip(values.unbind(), lengths, numels, stored, strict=True):
+        if length == numel:
+            row[:length].copy_(tensor.reshape(-1))
             row[length:].zero_()
             continue
-        if key not in known:
-            known[key] = _places(length, *key)
-        if (flat.dtype, flat.device) == (row.dtype, row.device):
-            torch.index_select(flat, 0, known[key], out=row)
+        flat, here = tensor.reshape(-1), tensor.device
+        if (numel, here) not in places:
+            places[numel, here] = _places(length, numel, here)
+        if tensor.dtype == dtype and here == device:
+            torch.index_select(flat, 0, places[numel, here], out=row)
         else:
-            row.copy_(flat.index_select(0, known[key]))
-    padding = torch.tensor([values.shape[1] - n for n in lengths], dtype=torch.int64, device=device)
+            row.copy_(flat.index_select(0, places[numel, here]))
+    padding = torch.tensor([width - n for n in lengths], dtype=torch.int64, device=device)
     return values, padding
 
 
 def _places(number: int, numel: int, device: torch.device) -> Tensor:
-    """Return distinct places of elements, int64 [number]."""
+    """Return distinct places of elements, int64 [number].
+
+    The stride is the golden section of the number of elements, modulo that number. It spreads any number of places
+    evenly, and since it shares no factor with the number, it never falls in step with the rows of a weight.
+    """
     stride = round(_GOLDEN * numel)
     while math.gcd(stride, numel) > 1:
         stride += 1
-    return torch.arange(number, device=device).mul_(stride).remainder_(numel)
+    # The sum of a few multiples and a few others: a remainder of each multiple takes ten times as long.
+    few = math.isqrt(number - 1) + 1
+    near = torch.arange(few, device=device).mul_(stride).remainder_(numel)
+    far = torch.arange(0, number, few, device=device).mul_(stride).remainder_(numel)
+    sums = (far.unsqueeze(1) + near).flatten()[:number]
+    return torch.where(sums < numel, sums, sums - numel)

@@ -160,6 +160,28 @@ def test_exponents_count_all_tensors_though_few_are_shown(fit, classifier, board
     assert text.item().decode().count("\n| `") == 2
 
 
+@pytest.mark.parametrize("exponents", [False, True])
+@pytest.mark.parametrize("max_samples", [32, 5, None])
+def test_fewer_elements_are_read_of_what_is_not_shown(
+    fit, classifier, board, monkeypatch, max_samples, exponents
+):
+    seen: dict[int, list[int | None]] = {}
+
+    def spy(gradients, *, max_samples, **options):
+        seen.setdefault(len(gradients), []).append(max_samples)
+        return original(gradients, max_samples=max_samples, **options)
+
+    original = grad_histogram.count
+    monkeypatch.setattr(grad_histogram, "count", spy)
+    histogram = GradHistogram(max_tensors=2, max_samples=max_samples, exponents=exponents)
+    fit(classifier(depth=9), histogram, logger=board, batches=2)
+    assert len(read(board.log_dir)) == 2
+    if max_samples is None or exponents:
+        assert seen == {20: [max_samples] * 2}
+    else:
+        assert seen == {18: [max(1, max_samples // grad_histogram.ASIDE)] * 2, 2: [max_samples] * 2}
+
+
 @pytest.mark.parametrize(("before", "shifted"), [(True, False), (False, True)])
 def test_place_in_the_list_decides_between_before_and_after_clipping(fit, classifier, board, before, shifted):
     histogram, guard = GradHistogram(every_n_steps=1), GradGuard(clipper=NormClip(1e-6))

@@ -234,7 +234,7 @@ def test_tensors_together_count_as_one_by_one():
         torch.tensor(1e-3),
         torch.ones(0, 4),
     ]
-    gradients += [torch.randn(5000) for _ in range(40)]  # more than are read at a time
+    gradients += [torch.randn(5000) for _ in range(140)]  # more than are read at a time
     together = count(gradients, thresholds=[1e-3])
     for i, gradient in enumerate(gradients):
         for rows, alone in zip(together, count([gradient], thresholds=[1e-3]), strict=True):
