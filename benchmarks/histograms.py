@@ -249,9 +249,9 @@ def main() -> None:
     lines = [
         "# Cost of histograms",
         "",
-        "Made by `python benchmarks/histograms.py`: 30 million gradient elements in 100 tensors, new ones at each step of a",
-        "Trainer; medians, fits take turns, one thread, CPU. Blocked is what a training step waits for; the writer's thread",
-        "goes on after that.",
+        "Made by `python benchmarks/histograms.py`: 30 million gradient elements in 100 tensors, new ones at each step",
+        "of a Trainer; medians, fits take turns, one thread, CPU. Blocked is what a training step waits for; the",
+        "writer's thread goes on after that.",
         "",
         "| arm | blocked, ms | cheaper than `add_histogram` | thread after that, ms | KiB a step |",
         "|---|---|---|---|---|",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +19,10 @@ T = TypeVar("T")
 
 #: Failures in a row after which an output is switched off.
 PATIENCE = 5
+
+#: Seconds from the first record to the first picture, and to an urgent one; number of urgent pictures; and by how much
+#: longer than a drawing the rest is that follows it.
+FIRST, SOON, URGENT, REST = 10.0, 2.0, 3, 100
 
 _log = logging.getLogger(__name__)
 # Loggers for which no notice is due any more; two callbacks may write to the same logger.
@@ -34,12 +40,14 @@ class LogRecord:
         scalars: Numbers. NaN is shown as a gap with a mark, infinity as NaN.
         histograms: 30 counts each, on the axis `lightning_gradguard.stats.histogram.EDGES` or that in ``edges``.
         texts: Markdown, each about the whole run so far.
-        images: Functions that draw a PNG. They are called later and on another thread, so they own their data.
+        images: Functions that draw a PNG. They are called later and on another thread, so they own their data. One may
+            never be called, if a newer one of the same tag replaces it.
         notes: How to read a tag, in Markdown; shown beside it.
         rows: Vectors, each with a step of its own, for `gradguard report`. No dashboard shows them.
         columns: For each tag of ``rows``, the names of the entries of its vectors.
         edges: For a tag of ``histograms``, its 31 bin edges.
         data: JSON for `gradguard report`. No dashboard shows it.
+        is_urgent: True if the images show something that somebody should see soon.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -51,15 +59,19 @@ class LogRecord:
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
+    is_urgent: bool = False
 
 
 def merge_records(records: Iterable[LogRecord]) -> LogRecord:
     """Return one record with all that records of a step hold, since each that is written costs."""
     parts: dict[str, dict[str, Any]] = {}
+    is_urgent = False
     for record in records:
+        is_urgent |= record.is_urgent
         for name, content in vars(record).items():
-            parts.setdefault(name, {}).update(content)
-    return LogRecord(**parts)
+            if name != "is_urgent":
+                parts.setdefault(name, {}).update(content)
+    return LogRecord(**parts, is_urgent=is_urgent)
 
 
 class LogSink(Protocol):
@@ -141,35 +153,70 @@ class Picture(NamedTuple):
     png: bytes
 
 
-class PictureQueue:
-    """Thread that draws the pictures of one output.
+class _Drawing(NamedTuple):
+    """A picture that waits to be drawn, or is being drawn."""
 
-    Training does not wait for it. The first drawing that fails is warned of, and the others continue.
+    step: int
+    tag: str
+    note: str
+    draw: Callable[[], bytes]
+    is_urgent: bool
+
+
+class PictureQueue:
+    """Thread that draws the pictures of one output, rarely.
+
+    Training does not wait for the thread. But drawing holds Python's lock, and nearly stops a training of short steps
+    for as long as it takes. So the first picture is drawn `FIRST` seconds after the first record, and after each the
+    thread rests for `REST` times as long as it drew, which is 1 % of the time. An urgent picture is drawn `SOON`
+    seconds after the drawing before it, `URGENT` times. A picture that waits is replaced by a newer one of its tag.
+
+    The clock decides only when a picture is drawn, never what it shows.
+
+    The first drawing that fails is warned of, and the others continue.
 
     Args:
         output: The output that the pictures are for, for the warning.
+        clock: Returns seconds, from any start.
     """
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, clock: Callable[[], float] = time.monotonic) -> None:
         # Two, since a drawing that was started without an error may still fail, again and again.
         self._drawing, self._starting = FailSafe(f"Drawing for {output}"), FailSafe(f"Drawing for {output}")
+        self._clock = clock
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: list[tuple[int, str, str, Future[bytes]]] = []
+        self._waiting: dict[str, _Drawing] = {}  # by tag, the one that has waited longest first
+        self._current: tuple[_Drawing, Future[bytes]] | None = None
+        # When any picture may be drawn, and when an urgent one; infinite before the first record.
+        self._due = self._due_soon = math.inf
+        self._urgent_left = URGENT
 
     def start(self, step: int, record: LogRecord) -> None:
-        """Start to draw the pictures of a record."""
-        if record.images and not self._drawing.is_off:
-            self._starting.run(lambda: self._submit(step, record))
+        """Add the pictures of a record; start to draw one if it is time."""
+        if self._due == math.inf:
+            now = self._clock()
+            self._due, self._due_soon = now + FIRST, now + SOON
+        for tag, draw in record.images.items():
+            older = self._waiting.get(tag)
+            is_urgent = record.is_urgent or (older is not None and older.is_urgent)
+            self._waiting[tag] = _Drawing(step, tag, record.notes.get(tag, ""), draw, is_urgent)
+        if self._waiting and self._current is None:
+            self._start_next(wait=False)
 
     def take(self, *, wait: bool = False) -> Iterator[Picture]:
-        """Yield and remove the finished pictures, in order.
+        """Yield and remove the finished pictures, in the order in which they were drawn.
 
         Args:
-            wait: Also wait for those that are still being drawn.
+            wait: Draw all that wait, whatever the time, and wait for them.
         """
-        # One thread draws, so they finish in order.
-        while self._pending and (wait or self._pending[0][-1].done()):
-            step, tag, note, drawing = self._pending.pop(0)
+        while self._current is not None or (wait and self._waiting):
+            if self._current is None:
+                self._start_next(wait=True)
+                continue
+            (step, tag, note, *_), drawing = self._current
+            if not wait and not drawing.done():
+                return
+            self._current = None
             png = self._drawing.run(drawing.result)
             if png is not None:
                 yield Picture(step, tag, note, png)
@@ -180,18 +227,36 @@ class PictureQueue:
             self._pool.shutdown()
             self._pool = None
 
-    def _submit(self, step: int, record: LogRecord) -> None:
+    def _start_next(self, wait: bool) -> None:
+        """Start to draw one of the waiting pictures, if it is time or the caller waits for all."""
+        if self._drawing.is_off or self._starting.is_off:
+            self._waiting.clear()
+            return
+        now = self._clock()
+        urgent = [tag for tag, picture in self._waiting.items() if picture.is_urgent]
+        if wait or now >= self._due:
+            tag = next(iter(self._waiting))
+        elif urgent and self._urgent_left and now >= self._due_soon:
+            tag, self._urgent_left = urgent[0], self._urgent_left - 1
+        else:
+            return
+        self._starting.run(self._submit, self._waiting.pop(tag))
+
+    def _submit(self, picture: _Drawing) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="gradguard-draw")
-        for tag, draw in record.images.items():
-            self._pending.append((step, tag, record.notes.get(tag, ""), self._pool.submit(_draw, draw)))
+        self._current = picture, self._pool.submit(self._draw, picture.draw)
 
-
-def _draw(draw: Callable[[], bytes]) -> bytes:
-    with needed_by("The heat map"):
-        png = draw()
-    if not png.startswith(_PNG_SIGNATURE):
-        raise ValueError("the drawing is not a PNG")
-    return png
+    def _draw(self, draw: Callable[[], bytes]) -> bytes:
+        begun = self._clock()
+        try:
+            with needed_by("The heat map"):
+                png = draw()
+        finally:
+            ended = self._clock()
+            self._due, self._due_soon = ended + REST * (ended - begun), ended + SOON
+        if not png.startswith(_PNG_SIGNATURE):
+            raise ValueError("the drawing is not a PNG")
+        return png
 
 
 class LoggerSink:

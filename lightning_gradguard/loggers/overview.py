@@ -33,7 +33,8 @@ UNCHANGED, CLIPPED, SKIPPED = 0, 1, 2
 #: less than half are marked, since marks at all steps would show nothing.
 _FEW, _RULE, _HALF = 5, 0.25, 0.5
 
-_FIRST_DRAWING, _GROWTH = 20, 1.5  # steps; the next picture is due at 1.5 times the steps of the last
+#: Steps; the next picture is due at 1.5 times the steps of the last. When it is drawn, the output decides.
+_FIRST_DRAWING, _GROWTH = 20, 1.5
 
 
 _FORM = {
@@ -91,6 +92,7 @@ class Overview:
         self._log, self._tally = FindingLog(), Tally(optimizer, self._left_out)
         self._is_status_new = True
         self._steps, self._drawn, self._next_drawing = 0, 0, _FIRST_DRAWING
+        self._is_urgent = False  # something was found that no picture shows yet
 
     def observe(
         self, report: Report, lasting: Collection[str] | None = None, rollbacks: int | None = None
@@ -121,6 +123,7 @@ class Overview:
                 self._heatmap.mark_fault(finding.step, finding.fault.value)
                 # Somebody will look now; yet a run that finds something all the time must not draw all the time.
                 self._next_drawing = min(self._next_drawing, math.ceil(1.1 * self._drawn) + 1)
+                self._is_urgent = True
 
     def count(
         self, report: Report, lasting: Collection[str] | None = None, rollbacks: int | None = None
@@ -224,6 +227,8 @@ class Overview:
         if is_drawn:
             draw = partial(self._heatmap.snapshot().draw, verdict_of(status, live=True), self._left_out)
             images[heatmap_tag(group)] = draw
+        is_urgent = is_drawn and self._is_urgent
+        self._is_urgent &= not is_drawn
         # The file says how the run stands where that changes, and about as often as the picture.
         found = news[1] if news else FoundRecord(status=status) if is_drawn or self._is_status_new else None
         self._is_status_new = False
@@ -236,6 +241,7 @@ class Overview:
             rows={f"{group}/{LAYER_RMS}": rows} if rows else {},
             columns={f"{group}/{LAYER_RMS}": ["mark", *self._heatmap.names]},
             data={} if found is None else {f"{group}/{FINDINGS}": found.to_json()},
+            is_urgent=is_urgent,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class TensorBoardSink:
     """Sink that shows records in TensorBoard.
 
     Histograms are written as tensors [bins, 3] of left edge, right edge and count, since TensorBoard's two loaders trim
-    and stretch the older form in different ways. All values of a step are one event. Pictures are drawn on a thread
-    and written with a later record, or on closing, at the step that they show.
+    and stretch the older form in different ways. All values of a step are one event. Pictures are drawn on a thread,
+    rarely (see `PictureQueue`), and written with a later record, or on closing, at the step that they show.
 
     A writer that fails is warned of once, and training continues.
 
@@ -51,7 +51,7 @@ class TensorBoardSink:
         self._described: set[str] = set()
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Write a record and start its drawings."""
+        """Write a record, and pictures that have been drawn."""
         if record.scalars or record.histograms or record.texts or record.data:
             self._output.run(lambda: self._write_values(step, record))
         if record.rows:
@@ -61,7 +61,7 @@ class TensorBoardSink:
         self._write_pictures(wait=False)
 
     def close(self) -> None:
-        """Write pending drawings; leave the writer open."""
+        """Draw and write the pictures that wait; leave the writer open."""
         self._write_pictures(wait=True)
         self._pictures.close()
         is_flushed = self._output.run(self._flush)

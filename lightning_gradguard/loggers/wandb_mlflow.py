@@ -17,7 +17,7 @@ from lightning_gradguard.stats.histogram import EDGES
 class MediaSink(LoggerSink):
     """Base of sinks that show pictures and texts.
 
-    Pictures are drawn on a thread. An error of the media does not stop the scalars.
+    Pictures are drawn on a thread, rarely (see `PictureQueue`). An error of the media does not stop the scalars.
 
     Args:
         logger: As for `LoggerSink`.
@@ -28,7 +28,7 @@ class MediaSink(LoggerSink):
         self._media, self._pictures = FailSafe(f"{self.name} media"), PictureQueue(self.name)
 
     def write(self, step: int, record: LogRecord) -> None:
-        """Log a record and start its drawings."""
+        """Log a record, and pictures that have been drawn."""
         super().write(step, record)
         if self._media.is_off:
             return
@@ -37,7 +37,7 @@ class MediaSink(LoggerSink):
         self._log_pictures(wait=False)
 
     def close(self) -> None:
-        """Log the pictures that are still being drawn."""
+        """Draw and log the pictures that wait."""
         self._log_pictures(wait=True)
         self._pictures.close()
 

@@ -16,6 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_gradguard.loggers import base
 from lightning_gradguard.loggers.base import PATIENCE, LogRecord
 from lightning_gradguard.loggers.histograms import histogram_record
 from lightning_gradguard.loggers.tensorboard import TensorBoardSink
@@ -138,7 +139,11 @@ def test_a_tag_is_described_once(tmp_path):
     tags = ["a/scalar", "a/histogram", "a/text", "a/image"]
     notes = {tag: f"how to read {tag}" for tag in tags}
     record = LogRecord({tags[0]: 1.0}, {tags[1]: [1.0] * 30}, {tags[2]: "x"}, {tags[3]: lambda: PNG}, notes)
-    write(tmp_path, (0, record), (1, record))
+    with SummaryWriter(tmp_path) as writer:
+        sink = TensorBoardSink(writer)
+        for step in range(2):
+            sink.write(step, record)
+            sink.close()  # else the second picture would replace the first, which waits
     seen = {tag: [v for e in events(tmp_path) for v in e.summary.value if v.tag == tag] for tag in tags}
     for tag, plugin in zip(tags, ["scalars", "histograms", "text", "images"], strict=True):
         first, second = seen[tag]
@@ -169,7 +174,8 @@ def test_a_writer_closed_in_between_is_opened_again(tmp_path):
     assert len(read(tmp_path).Tensors("a/c")) == 3
 
 
-def test_drawing_does_not_hold_up_writing(tmp_path):
+def test_drawing_does_not_hold_up_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "FIRST", 0.0)
     may_go_on, threads = threading.Event(), []
 
     def draw():
