@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,23 +93,23 @@ class Heatmap:
         """Return True if this step begins a new column."""
         return step >= self._next or step < self._first
 
-    def record(self, step: int, rms: Sequence[float | None]) -> bool:
+    def record(self, step: int, rms: Iterable[float | None]) -> bool:
         """Add the gradient RMS of one step.
 
         Args:
             step: Its number. A step before the first one starts the picture again.
-            rms: For each layer, in the order of ``names``; None where there is no gradient.
+            rms: For each layer, in the order of ``names``; None or `BLANK` where there is no gradient.
 
         Returns:
             True if a cell turned not finite.
         """
         column = self._column(step)
-        values = np.array([math.nan if x is None else x for x in rms], dtype=np.float64)
+        values = np.array([BLANK if x is None else x for x in rms], dtype=np.float64)
         with np.errstate(all="ignore"):
             # Bounded, so that one exact zero cannot pull the mean of merged cells off the scale.
             decades = np.log10(values).clip(EDGES[0], EDGES[-1])
         decades[~np.isfinite(values)] = np.nan
-        decades[[x is None for x in rms]] = BLANK
+        decades[values == BLANK] = BLANK
         known_bad = np.isnan(self._cells[column])
         self._cells[column] = _merge(self._cells[column], decades.astype(np.float32))
         self._next = self._first + (column + 1) * self._stride

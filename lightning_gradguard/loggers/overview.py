@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning_gradguard.charts import ROWS
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_gradguard.charts import BLANK, ROWS
 from lightning_gradguard.forms import OrMissing, check_form
 from lightning_gradguard.loggers.base import LogRecord
 from lightning_gradguard.loggers.findings import FindingLog, FoundRecord
@@ -35,6 +39,9 @@ _FEW, _RULE, _HALF = 5, 0.25, 0.5
 
 #: Steps; the next picture is due at 1.5 times the steps of the last. When it is drawn, the output decides.
 _FIRST_DRAWING, _GROWTH = 20, 1.5
+
+#: The smallest normal float32.
+_SMALLEST = 1.2e-38
 
 
 _FORM = {
@@ -77,10 +84,16 @@ class Overview:
         optimizer: int = 0,
     ) -> None:
         self._group = group
-        self._numels = dict(zip(names, numels, strict=True))
+        self._numels = {name: max(numel, 1) for name, numel in zip(names, numels, strict=True)}
         self._layers, self._left_out = _layers(names, matrices)
-        has_matrix = [layer.has_matrix for layer in self._layers]
-        self._compared = has_matrix if any(has_matrix) else [True] * len(has_matrix)
+        has_matrix = np.array([layer.has_matrix for layer in self._layers])
+        self._compared = has_matrix if has_matrix.any() else ~has_matrix
+        # Parameters of the layers, one layer after another, and where each layer begins.
+        self._members = [name for layer in self._layers for name in layer.parameters]
+        self._begins = np.cumsum([0, *(len(layer.parameters) for layer in self._layers)])[:-1]
+        measured = {name for layer in self._layers for name in layer.measured}
+        self._is_measured = np.array([name in measured for name in self._members])
+        self._sizes = np.array([self._numels[name] for name in self._members], dtype=np.float64)
         self._heatmap = Heatmap([layer.name for layer in self._layers])
         self._singly = tuple(names) if per_layer else ()
         self._notes = {f"{group}/{name}": note for name, note in NOTES.items()}
@@ -105,18 +118,23 @@ class Overview:
             rollbacks: Rollbacks so far; None if not known.
         """
         finite, clipped = self.count(report, lasting, rollbacks)
+        rms = None
         # A row is kept where it changes the picture, so there are no more rows than the picture can hold.
         is_new = self._heatmap.starts_column(report.step)
         if is_new or not finite:
-            is_new |= self._heatmap.record(report.step, self._layer_rms(report.norms))
+            rms = self._layer_rms(report.norms)
+            is_new |= self._heatmap.record(report.step, rms)
         is_rule = self._clipped > max(_FEW, _RULE * (self._steps - self._skipped))
         stands_out = clipped and (report.scale < _HALF or not is_rule)
         if stands_out or report.skip:
             is_new |= self._heatmap.mark(report.step, clipped=stands_out, skipped=report.skip)
         if is_new:
             mark = SKIPPED if report.skip else CLIPPED if stands_out else UNCHANGED
-            rms = self._layer_rms(report.norms)
-            self._rows.append((report.step, [mark, *(-math.inf if x is None else _log10(x) for x in rms)]))
+            rms = self._layer_rms(report.norms) if rms is None else rms
+            # Zero counts as the smallest normal float32.
+            decades = np.log10(np.maximum(rms, _SMALLEST))
+            decades[rms == BLANK] = BLANK
+            self._rows.append((report.step, [mark, *decades.tolist()]))
         for finding in report.findings:
             self._log.add(finding)
             if finding.severity >= Severity.WARNING:
@@ -174,15 +192,12 @@ class Overview:
             update_ratio: As in `build_record`.
         """
         # Layers with a weight matrix, if there are any: norms and embeddings have sizes of their own.
-        rms = [
-            x
-            for x, counts in zip(self._layer_rms(report.norms), self._compared, strict=True)
-            if counts and x is not None
-        ]
+        rms = self._layer_rms(report.norms)
+        rms = rms[self._compared & (rms != BLANK)]
         scalars: dict[str, float | None] = {
             "grad_norm": report.total_norm,
             "total_norm_log10": _log10(report.total_norm),
-            "worst_layer_rms_log10": _worst(rms),
+            "worst_layer_rms_log10": _worst(rms.tolist()),
             "depth_tilt_decades": tilt,
             "update_ratio_log10": None if update_ratio is None else _log10(update_ratio),
             "clip_scale": report.scale,
@@ -222,7 +237,9 @@ class Overview:
         group, news = self._group, self._log.flush(status)
         for name in self._singly:
             if name in report.norms:
-                tagged[f"{group}_rms_log10/{name}"] = _log10(self._rms(report.norms, [name]))
+                tagged[f"{group}_rms_log10/{name}"] = _log10(
+                    report.norms[name] / math.sqrt(self._numels[name])
+                )
         images = {}
         if is_drawn:
             draw = partial(self._heatmap.snapshot().draw, verdict_of(status, live=True), self._left_out)
@@ -281,18 +298,18 @@ class Overview:
         self._next_drawing = max(_FIRST_DRAWING, math.ceil(_GROWTH * self._steps))
         return True
 
-    def _layer_rms(self, norms: Mapping[str, float]) -> list[float | None]:
-        """Return RMS by layer: NaN non-finite, None without gradient."""
-        rms: list[float | None] = []
-        for layer in self._layers:
-            nonfinite = [n for n in layer.parameters if n in norms and not math.isfinite(norms[n])]
-            seen = [n for n in layer.measured if n in norms]
-            rms.append(math.nan if nonfinite else self._rms(norms, seen) if seen else None)
+    def _layer_rms(self, norms: Mapping[str, float]) -> NDArray[np.float64]:
+        """Return RMS by layer: NaN if a gradient is not finite, `BLANK` without one."""
+        # Without a loop in Python, since each of the first steps has a column of its own.
+        values = np.array(list(map(norms.get, self._members, itertools.repeat(BLANK))), dtype=np.float64)
+        seen, is_finite = values != BLANK, np.isfinite(values)
+        counts = seen & self._is_measured
+        squares = np.add.reduceat(np.where(counts & is_finite, values, 0) ** 2, self._begins)
+        sizes = np.add.reduceat(np.where(counts, self._sizes, 0), self._begins)
+        rms: NDArray[np.float64] = np.sqrt(squares / np.maximum(sizes, 1))
+        rms[~np.logical_or.reduceat(counts, self._begins)] = BLANK
+        rms[np.logical_or.reduceat(seen & ~is_finite, self._begins)] = math.nan
         return rms
-
-    def _rms(self, norms: Mapping[str, float], names: Sequence[str]) -> float:
-        numel = sum(self._numels[n] for n in names)
-        return math.hypot(*(norms[n] for n in names)) / math.sqrt(max(numel, 1))
 
 
 class _Layer(NamedTuple):
@@ -324,7 +341,7 @@ def _layers(names: Sequence[str], matrices: Sequence[bool] | None) -> tuple[list
 
 def _log10(x: float) -> float:
     # Zero counts as the smallest normal float32.
-    return math.log10(max(x, 1.2e-38)) if math.isfinite(x) else math.nan
+    return math.log10(max(x, _SMALLEST)) if math.isfinite(x) else math.nan
 
 
 def _worst(rms: Sequence[float]) -> float | None:

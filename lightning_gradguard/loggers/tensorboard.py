@@ -52,10 +52,8 @@ class TensorBoardSink:
 
     def write(self, step: int, record: LogRecord) -> None:
         """Write a record, and pictures that have been drawn."""
-        if record.scalars or record.histograms or record.texts or record.data:
-            self._output.run(lambda: self._write_values(step, record))
-        if record.rows:
-            self._output.run(lambda: self._write_rows(record))
+        if record.scalars or record.histograms or record.texts or record.data or record.rows:
+            self._output.run(lambda: self._write_events(step, record))
         if not self._output.is_off:
             self._pictures.start(step, record)
         self._write_pictures(wait=False)
@@ -88,7 +86,7 @@ class TensorBoardSink:
             if method is not None:
                 setattr(self._writer, name, partial(_run_safely, method))
 
-    def _write_values(self, step: int, record: LogRecord) -> None:
+    def _write_events(self, step: int, record: LogRecord) -> None:
         notes = record.notes
         values = [
             self._value(t, notes, "scalars", simple_value=_number(x)) for t, x in record.scalars.items()
@@ -99,13 +97,14 @@ class TensorBoardSink:
         ]
         values += [self._value(t, notes, "text", tensor=_text(x)) for t, x in record.texts.items()]
         values += [self._value(t, notes, "gradguard", tensor=_text(x)) for t, x in record.data.items()]
-        self._add(values, step)
-
-    def _write_rows(self, record: LogRecord) -> None:
+        events = [(step, values)] if values else []
         for tag, rows in record.rows.items():
             columns = json.dumps(list(record.columns.get(tag, ())), separators=(",", ":")).encode()
-            for step, row in rows:
-                self._add([self._value(tag, record.notes, "gradguard", columns, tensor=_row(row))], step)
+            tensors = [(own_step, _row(row)) for own_step, row in rows]
+            # The first one describes the tag.
+            events += [(s, [self._value(tag, notes, "gradguard", columns, tensor=t)]) for s, t in tensors[:1]]
+            events += [(s, [Summary.Value(tag=tag, tensor=t)]) for s, t in tensors[1:]]
+        self._add(events)
 
     def _write_pictures(self, wait: bool) -> None:
         for picture in self._pictures.take(wait=wait):
@@ -115,7 +114,7 @@ class TensorBoardSink:
         width, height = struct.unpack(">II", picture.png[16:24])  # in the header chunk, which comes first
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=picture.png)
         notes = {picture.tag: picture.note}
-        self._add([self._value(picture.tag, notes, "images", image=image)], picture.step)
+        self._add([(picture.step, [self._value(picture.tag, notes, "images", image=image)])])
 
     def _value(
         self, tag: str, notes: Mapping[str, str], plugin: str, columns: bytes = b"", **content: Any
@@ -131,17 +130,19 @@ class TensorBoardSink:
             )
         return value
 
-    def _add(self, values: list[Summary.Value], step: int) -> None:
+    def _add(self, events: Sequence[tuple[int, list[Summary.Value]]]) -> None:
+        """Hand events to the writer, all at once: its thread, once it has one, competes for Python's lock."""
         if not self._has_folder():
             # Asked before writing, since the writer's thread would fail later, in another's call.
             raise FileNotFoundError(f"the log folder {self._writer.log_dir} is gone")
         file = self._writer._get_file_writer()
-        summary: Any = Summary(value=values)
+        summaries: list[tuple[int, Any]] = [(step, Summary(value=values)) for step, values in events]
         if type(file).__module__.startswith("tensorboardX"):  # it has its own classes for the same bytes
-            other = importlib.import_module("tensorboardX.proto.summary_pb2")
-            summary = other.Summary.FromString(summary.SerializeToString())
-        file.add_summary(summary, step)
-        self._described.update(v.tag for v in values)
+            other = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
+            summaries = [(step, other.FromString(own.SerializeToString())) for step, own in summaries]
+        for step, summary in summaries:
+            file.add_summary(summary, step)
+        self._described.update(value.tag for _, values in events for value in values)
 
 
 _DATA_CLASS = {
