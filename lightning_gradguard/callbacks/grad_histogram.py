@@ -362,18 +362,19 @@ class GradHistogram(Callback):
         if scaler is not None:  # gradients are still scaled before a fused optimizer's step
             unscale(optimizer, scaler)
         wanted = self._wanted(tensors.parameters)
-        if any(map(is_sharded, wanted.values())):
+        sharded = any(map(is_sharded, wanted.values()))
+        if sharded:
             align_gradients(list(wanted.values()))
         due, with_gradient = self._is_due(tensors.step), [n for n, p in wanted.items() if p.grad is not None]
         shown = tensors.choose(with_gradient) if due else []
-        gradients = self._count_gradients(wanted, shown)
+        gradients = self._count_gradients(wanted, shown, sharded=sharded)
         step, group = logging_step(trainer), tag_group(index)
         counted = {name: gradients[name] for name in with_gradient}
         tensors.counted, tensors.counted_at = counted, step
         if not due:
             return
         # All ranks count the parts of a sharded weight, but only the first one has chosen.
-        kept = {n: p for n, p in wanted.items() if n in shown or any(map(is_sharded, wanted.values()))}
+        kept = dict(wanted) if sharded else {name: wanted[name] for name in shown}
         records = []
         if kept and "update" in self.of:
             tensors.after_step = partial(
@@ -424,14 +425,17 @@ class GradHistogram(Callback):
             wanted = {name: p for name, p in wanted.items() if not is_sharded(p)}
         return wanted
 
-    def _count_gradients(self, wanted: Mapping[str, Tensor], shown: Collection[str]) -> dict[str, Counted]:
+    def _count_gradients(
+        self, wanted: Mapping[str, Tensor], shown: Sequence[str], *, sharded: bool
+    ) -> dict[str, Counted]:
         """Return the counts of each gradient by name; of those that are not shown, fewer elements are read."""
         few = None if self.max_samples is None else max(1, self.max_samples // ASIDE)
-        if few in (None, self.max_samples) or self.exponents or any(map(is_sharded, wanted.values())):
+        if few in (None, self.max_samples) or self.exponents or sharded:
             # Scalars are over all of them; and what is summed over ranks must not hang on what one of them shows.
             parts = {self.max_samples: list(wanted)}
         else:
-            parts = {few: [n for n in wanted if n not in shown], self.max_samples: list(shown)}
+            chosen = set(shown)
+            parts = {few: [name for name in wanted if name not in chosen], self.max_samples: list(shown)}
         counted: dict[str, Counted] = {}
         for most, names in parts.items():
             counts = count(
@@ -440,7 +444,8 @@ class GradHistogram(Callback):
                 axis=self.axis,
                 thresholds=THRESHOLDS if self.exponents else (),
             )
-            counted |= read_counts({name: wanted[name] for name in names}, counts) if names else {}
+            if names:
+                counted |= read_counts({name: wanted[name] for name in names}, counts, sharded=sharded)
         return counted
 
     @torch.no_grad()

@@ -45,10 +45,16 @@ def table_of(counts: Counts) -> Tensor:
     return torch.cat([head, counts.bins, counts.below], 1)
 
 
-def read_counts(parameters: Mapping[K, Tensor], counts: Counts) -> dict[K, Counted]:
-    """Read counts of parameters, by key; those of a sharded one are summed over ranks."""
+def read_counts(parameters: Mapping[K, Tensor], counts: Counts, *, sharded: bool = True) -> dict[K, Counted]:
+    """Read counts of parameters, by key; those of a sharded one are summed over ranks.
+
+    Args:
+        parameters: The parameters.
+        counts: Their counts.
+        sharded: False if it is known that no parameter is sharded, since to look costs more than to read.
+    """
     tensors, table = list(parameters.values()), table_of(counts)
-    shards = Shards.of(tensors)
+    shards = Shards.of(tensors) if sharded else None
     if shards is not None:
         summed = shards.sum_over_ranks([table[:, 1:] * shards.shares.unsqueeze(1)])[0].float()
         table = torch.cat([table[:, :1], summed], 1)

@@ -154,10 +154,12 @@ class ShownTensors:
             names: Tensors that there are now, in the model's order.
             first: Those of them that are shown before others.
         """
-        waiting = [name for name in names if name not in self._shown]
+        known = set(self._shown)
+        waiting = [name for name in names if name not in known]
         for group in ([n for n in waiting if n in first], [n for n in waiting if n not in first]):
             self._shown += _spread(group, self._most - len(self._shown))
-        return [name for name in names if name in self._shown]
+        shown = set(self._shown)
+        return [name for name in names if name in shown]
 
     def state_dict(self) -> list[str]:
         """Return the state as plain types."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,6 +31,8 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32
 #: Elements that are counted together: 128 tensors of 4,096. More would need several times the memory of what is read.
 _TOGETHER = 2**19
 _GOLDEN = (math.sqrt(5) - 1) / 2
+#: Places are kept, 8 bytes each, for up to so many elements of a tensor.
+_KNOWN = 4096
 
 
 class Counts(NamedTuple):
@@ -146,11 +149,10 @@ def sample(tensors: Sequence[Tensor | None], *, max_samples: int | None = 4096) 
     stored = [torch.empty(0, device=device) if t is None else _stored(t) for t in tensors]
     most = max([1, *(s.numel() for s in stored)]) if max_samples is None else max_samples
     size = 1 if max_samples is None else max(1, _TOGETHER // max_samples)
-    places: dict[tuple[int, torch.device], Tensor] = {}
     for i in range(0, max(1, len(stored)), size):
         group = stored[i : i + size]
         lengths = [s.numel() for s in group]
-        values, padding = _joined(group, lengths, most, device, places)
+        values, padding = _joined(group, lengths, most, device)
         yield Samples(values, padding, tuple([max(1.0, n / most) for n in lengths]))
 
 
@@ -261,41 +263,29 @@ def _stored(gradient: Tensor) -> Tensor:
 
 
 def _joined(
-    stored: Sequence[Tensor],
-    numels: Sequence[int],
-    max_samples: int,
-    device: torch.device,
-    places: dict[tuple[int, torch.device], Tensor],
+    stored: Sequence[Tensor], numels: Sequence[int], max_samples: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Join samples in one matrix [T, n].
+    """Join samples of T tensors, of which each has so many elements, in one matrix [T, n].
 
-    Args:
-        stored: T tensors.
-        numels: Number of elements of each.
-        max_samples: As in `count`.
-        device: Device of the matrix.
-        places: Places of elements by number of elements and device; those that are missing are added.
-
-    Returns:
-        The matrix, and the padding of its rows, int64 [T].
+    Return it and the padding of its rows, int64 [T].
     """
     lengths = [min(n, max_samples) for n in numels]
     # float64 stays, since its range would overflow float32. Everything narrower is exact in float32.
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in stored) else torch.float32
     width = max([1, *lengths])
     values = torch.empty(len(stored), width, dtype=dtype, device=device)
+    places_of = _known_places if max_samples <= _KNOWN else _places
     for row, length, numel, tensor in zip(values.unbind(), lengths, numels, stored, strict=True):
+        flat = tensor.reshape(-1)
         if length == numel:
-            row[:length].copy_(tensor.reshape(-1))
+            row[:length].copy_(flat)
             row[length:].zero_()
             continue
-        flat, here = tensor.reshape(-1), tensor.device
-        if (numel, here) not in places:
-            places[numel, here] = _places(length, numel, here)
-        if tensor.dtype == dtype and here == device:
-            torch.index_select(flat, 0, places[numel, here], out=row)
+        places = places_of(length, numel, flat.device)
+        if (flat.dtype, flat.device) == (dtype, device):
+            torch.index_select(flat, 0, places, out=row)
         else:
-            row.copy_(flat.index_select(0, places[numel, here]))
+            row.copy_(flat.index_select(0, places))
     padding = torch.tensor([width - n for n in lengths], dtype=torch.int64, device=device)
     return values, padding
 
@@ -309,9 +299,8 @@ def _places(number: int, numel: int, device: torch.device) -> Tensor:
     stride = round(_GOLDEN * numel)
     while math.gcd(stride, numel) > 1:
         stride += 1
-    # The sum of a few multiples and a few others: a remainder of each multiple takes ten times as long.
-    few = math.isqrt(number - 1) + 1
-    near = torch.arange(few, device=device).mul_(stride).remainder_(numel)
-    far = torch.arange(0, number, few, device=device).mul_(stride).remainder_(numel)
-    sums = (far.unsqueeze(1) + near).flatten()[:number]
-    return torch.where(sums < numel, sums, sums - numel)
+    return torch.arange(number, device=device).mul_(stride).remainder_(numel)
+
+
+# To work them out takes half as long as to read the elements.
+_known_places = lru_cache(maxsize=256)(_places)
