@@ -41,7 +41,7 @@ from lightning_gradguard.stats.histogram import _places, count
 
 TENSORS, SIDE = 100, 548
 #: Fits of each arm of the first part, and steps of each; the first two describe the tags.
-ROUNDS, FRESH = 12, 6
+ROUNDS, FRESH = 6, 6
 #: Fits of each arm of the second part, and steps of each.
 FITS, STEPS = 5, 22
 #: Blocks of the second part's models.

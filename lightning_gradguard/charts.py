@@ -47,6 +47,10 @@ _RIGHT = 82
 _PAPER, _INK, _QUIET, _LANE = "#262a30", "#f1f3f5", "#b9c0c8", "#3a4048"
 _LEVELS = {"critical": "#ff7b72", "warning": "#ffb74a", "protected": "#7cc7ff", "healthy": "#6fdc8c"}
 
+# Widths of texts that were measured, which is a fifth of a drawing; the names of layers stay.
+_WIDTHS: dict[tuple[str, float, str], float] = {}
+_MOST_WIDTHS = 4096
+
 # Decades of the scale to colours.
 _COLOURS = (
     (-10.0, "#251a6b"),
@@ -307,11 +311,16 @@ def _thicken(text: Text) -> None:
 
 def _width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
     """Return the width of a text, pixels."""
-    from matplotlib.font_manager import FontProperties
+    key = text, size, weight
+    if key not in _WIDTHS:
+        from matplotlib.font_manager import FontProperties
 
-    canvas: Any = figure.canvas
-    font = FontProperties(size=size, weight=weight)
-    return float(canvas.get_renderer().get_text_width_height_descent(text, font, False)[0])
+        if len(_WIDTHS) >= _MOST_WIDTHS:
+            _WIDTHS.clear()
+        canvas: Any = figure.canvas
+        font = FontProperties(size=size, weight=weight)
+        _WIDTHS[key] = float(canvas.get_renderer().get_text_width_height_descent(text, font, False)[0])
+    return _WIDTHS[key]
 
 
 def _wrapped(figure: Figure, text: str, lines: int, size: float, weight: str = "normal") -> list[str]:
