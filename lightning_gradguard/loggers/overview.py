@@ -84,7 +84,7 @@ class Overview:
         optimizer: int = 0,
     ) -> None:
         self._group = group
-        self._numels = {name: max(numel, 1) for name, numel in zip(names, numels, strict=True)}
+        self._numels = dict(zip(names, numels, strict=True))
         self._layers, self._left_out = _layers(names, matrices)
         has_matrix = np.array([layer.has_matrix for layer in self._layers])
         self._compared = has_matrix if has_matrix.any() else ~has_matrix
@@ -237,9 +237,8 @@ class Overview:
         group, news = self._group, self._log.flush(status)
         for name in self._singly:
             if name in report.norms:
-                tagged[f"{group}_rms_log10/{name}"] = _log10(
-                    report.norms[name] / math.sqrt(self._numels[name])
-                )
+                rms = report.norms[name] / math.sqrt(max(self._numels[name], 1))
+                tagged[f"{group}_rms_log10/{name}"] = _log10(rms)
         images = {}
         if is_drawn:
             draw = partial(self._heatmap.snapshot().draw, verdict_of(status, live=True), self._left_out)

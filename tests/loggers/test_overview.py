@@ -185,6 +185,56 @@ def test_a_finding_is_drawn_soon_but_not_all_findings():
     assert len([step for step in drawn if step >= 1000]) <= 10
 
 
+@pytest.mark.parametrize("severity", Severity)
+def test_only_the_first_picture_after_a_warning_is_urgent(severity):
+    view = overview()
+    records = [
+        shown(view, report(step, findings=(finding(step, severity=severity),) if step == 100 else ()))
+        for step in range(300)
+    ]
+    urgent = [step for step, record in enumerate(records) if record.is_urgent]
+    assert urgent == ([100] if severity >= Severity.WARNING else [])
+    assert all(records[step].images for step in urgent)
+
+
+#: A gradient's norm, or None where there is no gradient.
+norms_or_none = (
+    st.none() | st.sampled_from([0.0, math.nan, math.inf, 1e-38, 1e38]) | st.floats(0, 1e6, width=32)
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), norms_or_none, st.booleans(), st.integers(0, 50)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_the_row_of_a_step_equals_brute_force(tensors):
+    """A layer shows the RMS of its matrices, or of all it has; NaN if anything in it is not finite."""
+    owners = sorted({owner for owner, *_ in tensors})
+    tensors = sorted(tensors, key=lambda tensor: tensor[0])
+    names = [f"{owner}.p{i}" for i, (owner, *_) in enumerate(tensors)]
+    norms = {name: norm for name, (_, norm, *_) in zip(names, tensors, strict=True) if norm is not None}
+    view = Overview(names, [t[3] for t in tensors], matrices=[t[2] for t in tensors])
+    total = math.nan if any(not math.isfinite(x) for x in norms.values()) else 1.0
+    record = shown(view, report(0, norms, total_norm=total, skip=math.isnan(total)))
+    (((_, row),),) = record.rows.values()
+    expected = []
+    for owner in owners:
+        own = [(name, *t[1:]) for name, t in zip(names, tensors, strict=True) if t[0] == owner]
+        measured = [t for t in own if t[2]] or own
+        seen = [(norm, numel) for _, norm, _, numel in measured if norm is not None]
+        if any(norm is not None and not math.isfinite(norm) for _, norm, *_ in own):
+            expected.append(math.nan)
+        elif not seen:
+            expected.append(-math.inf)
+        else:
+            rms = math.hypot(*(norm for norm, _ in seen)) / math.sqrt(max(1, sum(n for _, n in seen)))
+            expected.append(math.log10(max(rms, 1.2e-38)))
+    assert row[1:] == pytest.approx(expected, nan_ok=True)
+
+
 def test_the_final_record_has_a_picture():
     view = overview()
     view.observe(report())
