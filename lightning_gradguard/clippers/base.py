@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_gradguard.stats.grad_stats import GradStats
 from lightning_gradguard.stats.grad_stats import NoState as NoState
+from lightning_gradguard.stats.layout import LOW_PRECISION
 from lightning_gradguard.stats.sharding import is_sharded, local, local_units
 
 #: Steps in a row for which `Bounds` hold, the one after which they are taken included.
@@ -177,23 +178,30 @@ def apply_(gradients: Sequence[Tensor | None], multipliers: Tensor | Sequence[Te
     for index, gradient in enumerate(gradients):
         if gradient is None:
             continue
-        if gradient.device not in rows:
-            rows[gradient.device] = _unbind(multipliers, gradient.device)
-        target, factor = _aligned(gradient, rows[gradient.device][index])
+        device = gradient.device
+        if device not in rows:
+            rows[device] = _rows_on(multipliers, device)
+        target, factor = gradient, rows[device][index]
+        # Each check costs as much as the multiplication of a small tensor.
+        if type(gradient) is not Tensor or gradient.is_sparse:
+            target, factor = _aligned(gradient, factor)
+        # An accelerator rounds a 0-d multiplier to half precision first, which turns a strong clip into zero.
+        if target.dtype in LOW_PRECISION and factor.ndim == 0:
+            factor = factor.reshape([1] * target.ndim)
         targets.append(target)
         factors.append(factor)
     if targets:
         torch._foreach_mul_(targets, factors)
 
 
-def _unbind(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def _rows_on(multipliers: Tensor | Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     if isinstance(multipliers, Tensor):
         return multipliers.to(device).unbind()
-    return [m.to(device) for m in multipliers]
+    return [m if m.device == device else m.to(device) for m in multipliers]
 
 
 def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tensor to write, and its multiplier."""
+    """Return what to write of a sharded or sparse tensor, and its multiplier."""
     target = gradient
     if is_sharded(gradient):
         target, multiplier = local(gradient), local_units(multiplier, gradient)
@@ -204,9 +212,6 @@ def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
             multiplier = picked.reshape([-1] + [1] * (target.ndim - 1))
         else:
             multiplier = multiplier.reshape(())
-    # An accelerator rounds a 0-d multiplier to half precision first, which turns a strong clip into zero.
-    if multiplier.ndim == 0 and target.dtype in (torch.float16, torch.bfloat16):
-        multiplier = multiplier.reshape([1] * target.ndim)
     return target, multiplier
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from lightning_gradguard.clippers.base import (
     Clip,
@@ -19,9 +18,11 @@ from lightning_gradguard.clippers.base import (
     included_tensors,
 )
 from lightning_gradguard.stats.grad_stats import GradStats
-from lightning_gradguard.stats.norms import unit_norms
-from lightning_gradguard.stats.sharding import local
+from lightning_gradguard.stats.units import measure_units
 from lightning_gradguard.validation import check_positive
+
+#: The largest factor that makes every float32 number less.
+_LESS = 1 - 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -99,39 +100,31 @@ class AGC:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
         """Compare each unit's gradient with its weight."""
-        device = stats.norms.device
-        included = included_names(stats.layout.names, self.exclude)
-        gradients = {i: g for i, g in enumerate(stats.gradients) if g is not None and included[i]}
-        units = _norms_of_units(stats, gradients)
-        multipliers, norms, limits = [], [], []
-        for index, norm in enumerate(stats.norms.unbind()):
-            multiplier = torch.ones((), device=device, dtype=torch.float32)
-            limit = finite_or_zero(norm)
-            if index in units:
-                multiplier, clipped, limit = self._clip_units(*units[index])
-                # An unclipped norm is unchanged to the bit, so that "clipped or not" is an exact question.
-                norm = torch.where((multiplier < 1).any().to(device), clipped.to(device), norm)
-            multipliers.append(multiplier)
-            norms.append(norm)
-            limits.append(limit.to(device))
-        threshold = torch.linalg.vector_norm(torch.stack(limits))
-        return Clip(tuple(multipliers), torch.stack(norms), threshold), state
-
-    def _clip_units(self, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return multipliers, clipped norm and limit, float32."""
-        limit = torch.clamp(weight, min=self.eps) * self.clip_factor
-        over = torch.isfinite(gradient) & (gradient > limit)
-        multiplier = torch.where(over, limit / torch.clamp(gradient, min=1e-6), 1.0).to(torch.float32)
-        norm = torch.linalg.vector_norm(gradient * multiplier)
-        return multiplier, norm.to(torch.float32), torch.linalg.vector_norm(limit).to(torch.float32)
-
-
-def _norms_of_units(stats: GradStats, gradients: dict[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return whole unit norms of gradients and weights."""
-    weights = {i: stats.layout.parameters[i] for i in gradients}
-    shards = stats.layout.shards
-    if shards is None:
-        return {i: (unit_norms(g), unit_norms(weights[i].detach())) for i, g in gradients.items()}
-    parts = [unit_norms(local(t).detach()) for t in (*gradients.values(), *weights.values())]
-    norms = shards.unit_norms([*gradients, *weights], parts)
-    return dict(zip(gradients, zip(norms, norms[len(gradients) :], strict=False), strict=True))
+        number, norms = stats.layout.constant, stats.norms
+        measured = measure_units(
+            stats, included_names(stats.layout.names, self.exclude) if self.exclude else None
+        )
+        ones = [number(1.0)] * len(stats.gradients)
+        if measured is None:
+            return Clip(tuple(ones), norms, torch.linalg.vector_norm(finite_or_zero(norms))), state
+        units, gradients, weights = measured
+        limits = torch.clamp(weights, min=self.eps) * self.clip_factor
+        over = (gradients > limits) & (gradients < number(torch.inf))
+        multipliers = torch.where(over, limits / torch.clamp(gradients, min=1e-6), number(1.0)).to(
+            torch.float32
+        )
+        is_cut = (multipliers < number(1.0)).to(multipliers.dtype)
+        after, cuts = units.by_tensor(torch.stack([gradients * multipliers, is_cut]).to(torch.float32))
+        before = norms.index_select(0, units.places)
+        # An unclipped norm is unchanged to the bit, and a clipped one is less, however small the unit that is cut, so
+        # that "clipped or not" is an exact question.
+        after = torch.where(cuts > number(0.0), torch.minimum(after, before * number(_LESS)), before)
+        in_force = limits.to(torch.float32)
+        if units.elsewhere is not None:
+            others = torch.where(units.elsewhere, finite_or_zero(norms), number(0.0))
+            in_force = torch.cat([in_force, others])
+        return Clip(
+            units.spread(multipliers, ones),
+            norms.index_copy(0, units.places, after),
+            torch.linalg.vector_norm(in_force),
+        ), state

@@ -64,7 +64,7 @@ class Layout:
         nowhere, everywhere: Bool [P], False and True; read-only.
         is_one_kind: True if one foreach call takes all of them: real, of one dtype up to float32, on one device.
         shards: How the tensors are sharded over ranks; None if each rank holds all of them.
-        batches: Cache of `norms`: which tensors are read by one call, for each set of gradients.
+        batches: Cache of `norms` and `units`: which tensors are read by one call, for each set of gradients.
         views: Cache of `samples`: views of the sampled elements, as long as the memory of the parameters stays.
     """
 

@@ -6,7 +6,6 @@ Each tensor is read once.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,29 +53,6 @@ def weight_means(layout: Layout) -> Tensor:
     if layout.shards is not None:
         sums = layout.shards.sum_over_ranks([sums * layout.shards.shares])[0].to(torch.float32)
     return sums / layout.numel
-
-
-def unit_norms(tensor: Tensor) -> Tensor:
-    """Return the L2 norm of each output unit.
-
-    The result broadcasts to ``tensor``. It is float64 for a float64 tensor, otherwise float32. A unit is one index of
-    the first dimension, or a whole vector or scalar. For a sparse tensor all units are returned, most of them 0.
-
-    Source: Brock et al. 2021, arXiv:2102.06171, section 4.1.
-    """
-    if tensor.layout == torch.sparse_coo and tensor.ndim >= 2:
-        sparse = tensor.coalesce()
-        values = sparse._values().abs().reshape(sparse._nnz(), math.prod(sparse._values().shape[1:]))
-        squares = unit_norms(values).square().reshape(-1)
-        units = squares.new_zeros(tensor.shape[0]).index_add_(0, sparse._indices()[0], squares).sqrt()
-        return units.reshape([-1] + [1] * (tensor.ndim - 1))
-    stored = dense(tensor)
-    # A complex norm refuses a real dtype argument.
-    stored = stored.abs() if stored.is_complex() else stored
-    dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    dims = list(range(1, stored.ndim)) if stored.ndim > 1 else None
-    norms: Tensor = torch.linalg.vector_norm(stored, dim=dims, keepdim=dims is not None, dtype=dtype)
-    return norms
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -80,27 +80,6 @@ class Shards:
         """
         return norms.to(torch.float64).square() * self.shares
 
-    def unit_norms(self, indices: Sequence[int], norms: Sequence[Tensor]) -> list[Tensor]:
-        """Return norms of whole units from parts.
-
-        A unit is a row, or a whole vector or scalar. One all-reduce, which every rank has to call.
-
-        Args:
-            indices: Which of the P tensors they are of.
-            norms: For each the norms of the rows that this rank holds, [rows, 1, ...], or [].
-        """
-        parts = []
-        for index, norm in zip(indices, norms, strict=True):
-            part = norm.to(torch.float64).square() * self.shares[index]
-            if norm.ndim:
-                begin, end = self.spans[index][0]
-                whole = part.new_zeros(self.shapes[index][0], *norm.shape[1:])
-                whole[begin:end] = part
-                part = whole
-            parts.append(part)
-        totals = self.sum_over_ranks(parts)
-        return [total.sqrt().to(norm.dtype) for total, norm in zip(totals, norms, strict=True)]
-
     def local_entries(
         self, index: int, shape: tuple[int, ...], stride: int, most: int
     ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gradguard.stats.grad_stats import measure
 from lightning_gradguard.stats.layout import Layout, pattern_of
-from lightning_gradguard.stats.norms import local_norms, norms_of, unit_norms, weight_means, weight_norms
+from lightning_gradguard.stats.norms import local_norms, norms_of, weight_means, weight_norms
 
 REAL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DTYPES = [*REAL, torch.complex64, torch.complex128]
@@ -217,14 +217,6 @@ def test_the_total_is_the_norm_of_everything(shapes, scale):
     torch.testing.assert_close(
         stats.total.double(), torch.linalg.vector_norm(everything), rtol=1e-5, atol=1e-12
     )
-
-
-def test_unit_norms_are_per_output_row():
-    torch.testing.assert_close(
-        unit_norms(torch.full((2, 3, 4), 2.0)).flatten(), torch.full((2,), math.sqrt(48))
-    )
-    assert unit_norms(torch.full((4,), 2.0)).item() == pytest.approx(4.0)
-    assert unit_norms(torch.tensor(-3.0)).item() == pytest.approx(3.0)
 
 
 def test_means_are_torchs_means():
