@@ -8,6 +8,7 @@ disable a clipper for good.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lightning_gradguard.clippers.base import (
     Clip,
+    among,
     check_exclude,
     global_clip,
     global_norm,
@@ -83,13 +85,14 @@ class AutoClip:
         """Add the norm, then clip to the percentile."""
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
-        new = _remember(state, norm, stats.finite & (norm > 0))
+        number = stats.layout.constant
+        new = _remember(number, state, norm, stats.finite & (norm > number(0.0)))
         # A state can hold numbers that are no norms, if its file is damaged.
-        limit = self._threshold(new).clamp(min=0.0)
-        coefficient = torch.where(norm > limit, limit / norm, 1.0)
+        limit = self._threshold(number, new).clamp(min=0.0)
+        coefficient = torch.where(norm > limit, limit / norm, number(1.0))
         return global_clip(stats, included, norm, coefficient, limit), new
 
-    def _threshold(self, state: AutoClipState) -> Tensor:
+    def _threshold(self, number: Callable[[float], Tensor], state: AutoClipState) -> Tensor:
         """Return the percentile, float32 []; inf at first."""
         last = torch.clamp(state.seen - 1, min=0)
         # In integers: float32 loses the fraction of a large rank, and not every device has float64.
@@ -100,20 +103,20 @@ class AutoClip:
         numbers = torch.searchsorted(state.bins.cumsum(0), ranks, right=True).clamp(max=BINS - 1)
         rounded = numbers.to(torch.int16).view(torch.bfloat16).to(torch.float32)
         below, above = torch.where(state.seen <= EXACT, exact, rounded).unbind()
-        return torch.where(state.seen > 0, below + fraction * (above - below), math.inf)
+        return torch.where(state.seen > 0, below + fraction * (above - below), number(math.inf))
 
 
-def _remember(state: AutoClipState, norm: Tensor, counts: Tensor) -> AutoClipState:
+def _remember(
+    number: Callable[[float], Tensor], state: AutoClipState, norm: Tensor, counts: Tensor
+) -> AutoClipState:
     """Add ``norm`` to the history if it counts."""
     place = torch.arange(EXACT, device=norm.device) == state.seen
     # Positive floats sort as their bits do, so the bits of a bfloat16 are the number of its bin.
-    number = torch.where(counts, norm, 0.0).to(torch.bfloat16).view(torch.int16).to(torch.int64)
+    bin_ = torch.where(counts, norm, number(0.0)).to(torch.bfloat16).view(torch.int16).to(torch.int64)
     return AutoClipState(
         seen=state.seen + counts.to(torch.int64),
         first=torch.where(place & counts, norm, state.first),
-        bins=state.bins.index_add(
-            0, number.clamp(max=BINS - 1).reshape(1), counts.to(torch.int32).reshape(1)
-        ),
+        bins=state.bins.index_add(0, bin_.clamp(max=BINS - 1).reshape(1), counts.to(torch.int32).reshape(1)),
     )
 
 
@@ -174,32 +177,37 @@ class ZClip:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
         """Compare the norm with its moving averages."""
-        included = included_tensors(stats, self.exclude)
+        number, included = stats.layout.constant, included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         warm = state.seen < self.warmup_steps
         sigma = state.var.sqrt()
-        z = (norm - state.mean) / (sigma + 1e-6)
-        outlier = ~warm & (z > self.z_threshold)
-        reach = self.z_threshold * (sigma + 1e-6)
+        unit = sigma + 1e-6
+        z = (norm - state.mean) / unit
+        outlier = ~warm & (z > number(self.z_threshold))
+        reach = unit * self.z_threshold
         threshold, adaptive = (
-            torch.where(warm, math.inf, state.mean + away)
+            torch.where(warm, number(math.inf), state.mean + away)
             for away in (reach, torch.where(outlier, self.z_threshold**2 / z * sigma, reach))
         )
         limit = adaptive.clamp(min=0.0, max=self.max_grad_norm)
-        coefficient = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
-        new = self._average(state, torch.where(outlier, adaptive, norm), warm)
-        counts = stats.finite & (norm > 0)
+        coefficient = torch.where(norm > limit, limit / (norm + 1e-6), number(1.0))
+        new = self._average(number, state, torch.where(outlier, adaptive, norm), warm)
+        counts = stats.finite & (norm > number(0.0))
         kept = ZClipState(*(torch.where(counts, a, b) for a, b in zip(new, state, strict=True)))
         threshold = threshold.clamp(min=0.0, max=self.max_grad_norm)
         return global_clip(stats, included, norm, coefficient, threshold), kept
 
-    def _average(self, state: ZClipState, norm: Tensor, warm: Tensor) -> ZClipState:
+    def _average(
+        self, number: Callable[[float], Tensor], state: ZClipState, norm: Tensor, warm: Tensor
+    ) -> ZClipState:
         """Return the next mean and variance."""
-        gain = torch.where(warm, 1 / (state.seen + 1).float(), 1 - self.decay)
-        mean = state.mean + gain * (norm - state.mean)
+        seen, change = state.seen + 1, norm - state.mean
+        gain = torch.where(warm, seen.float().reciprocal(), number(1 - self.decay))
+        mean = state.mean + gain * change
+        rest = norm - mean
         # After warm-up the reference takes the distance from the new mean; an exact variance needs both (Welford).
-        square = torch.where(warm, (norm - state.mean) * (norm - mean), (norm - mean).square())
-        return ZClipState(seen=state.seen + 1, mean=mean, var=state.var + gain * (square - state.var))
+        square = torch.where(warm, change, rest) * rest
+        return ZClipState(seen=seen, mean=mean, var=state.var + gain * (square - state.var))
 
 
 class AdaGCState(NamedTuple):
@@ -257,10 +265,10 @@ class AdaGC:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Clip, Any]:
         """Compare each norm with its tensor's γ."""
-        included = included_tensors(stats, self.exclude)
+        number, included = stats.layout.constant, included_tensors(stats, self.exclude)
         total = global_norm(stats, included)
         warm = state.seen < self.warmup_steps
-        ceiling = torch.full_like(total, self.warmup_norm)
+        ceiling = number(self.warmup_norm)
         early = global_clip(stats, included, total, torch.clamp(ceiling / total, max=1.0), ceiling)
         late = tensor_clip(stats, included, (self.factor * state.gamma).clamp(min=0.0))
         pairs: Any = zip(early, late, strict=True)
@@ -268,8 +276,8 @@ class AdaGC:
         average = self.decay * state.gamma + (1 - self.decay) * clip.norms
         lowest = torch.minimum(state.gamma, clip.norms)
         gamma = torch.where(warm | torch.isinf(state.gamma), lowest, average)
-        counts = stats.finite & included & (stats.norms > 0)
+        counts = among(stats, included, stats.finite & (stats.norms > number(0.0)))
         return clip, AdaGCState(
-            seen=state.seen + (stats.finite & (total > 0)).to(torch.int64),
+            seen=state.seen + (stats.finite & (total > number(0.0))).to(torch.int64),
             gamma=torch.where(counts, gamma, state.gamma),
         )

@@ -217,8 +217,15 @@ def _aligned(gradient: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
 
 def global_norm(stats: GradStats, included: Tensor) -> Tensor:
     """Return the included tensors' global norm, float32 []."""
-    norm: Tensor = torch.linalg.vector_norm(torch.where(included, stats.norms, 0.0))
+    if included is stats.layout.everywhere:
+        return stats.total
+    norm: Tensor = torch.linalg.vector_norm(torch.where(included, stats.norms, stats.layout.zeros))
     return norm
+
+
+def among(stats: GradStats, included: Tensor, condition: Tensor) -> Tensor:
+    """Return where a condition holds for an included tensor, bool [P]."""
+    return condition if included is stats.layout.everywhere else included & condition
 
 
 def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: Tensor, limit: Tensor) -> Clip:
@@ -231,9 +238,13 @@ def global_clip(stats: GradStats, included: Tensor, norm: Tensor, coefficient: T
         coefficient: float32 [], multiplier for them; not used where ``norm`` is not finite.
         limit: float32 [], largest ``norm`` allowed.
     """
-    multipliers = torch.where(included & torch.isfinite(norm), coefficient, 1.0)
-    others = torch.where(included, 0.0, finite_or_zero(stats.norms))
-    return Clip(multipliers, stats.norms * multipliers, torch.hypot(limit, torch.linalg.vector_norm(others)))
+    number, zeros = stats.layout.constant, stats.layout.zeros
+    multipliers = torch.where(included & (norm < number(torch.inf)), coefficient, number(1.0))
+    norms = stats.norms * multipliers
+    if included is stats.layout.everywhere:
+        return Clip(multipliers, norms, limit)
+    others = torch.where(included, zeros, finite_or_zero(stats))
+    return Clip(multipliers, norms, torch.hypot(limit, torch.linalg.vector_norm(others)))
 
 
 def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
@@ -244,18 +255,17 @@ def tensor_clip(stats: GradStats, included: Tensor, limits: Tensor) -> Clip:
         included: Bool [P].
         limits: float32 [P], largest norm allowed; inf where there is no limit.
     """
-    number, norms = stats.layout.constant, stats.norms
-    finite = norms < number(torch.inf)
-    over = included & finite & (norms > limits)
+    number, norms, zeros = stats.layout.constant, stats.norms, stats.layout.zeros
+    over = among(stats, included, (norms < number(torch.inf)) & (norms > limits))
     multipliers = torch.where(over, limits / norms, number(1.0))
-    counts = included & (norms != stats.layout.zeros)
-    in_force = torch.where(counts, limits, torch.where(finite, norms, stats.layout.zeros))
+    others = zeros if included is stats.layout.everywhere else finite_or_zero(stats)
+    in_force = torch.where(among(stats, included, norms != zeros), limits, others)
     return Clip(multipliers, norms * multipliers, torch.linalg.vector_norm(in_force))
 
 
-def finite_or_zero(norms: Tensor) -> Tensor:
-    """Return norms, 0 where they are not finite."""
-    return torch.where(norms < torch.inf, norms, 0.0)
+def finite_or_zero(stats: GradStats) -> Tensor:
+    """Return the norms, 0 where they are not finite."""
+    return torch.where(stats.norms < stats.layout.constant(torch.inf), stats.norms, stats.layout.zeros)
 
 
 def included_tensors(stats: GradStats, exclude: tuple[str, ...]) -> Tensor:

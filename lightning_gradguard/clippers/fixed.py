@@ -60,7 +60,7 @@ class NormClip:
         included = included_tensors(stats, self.exclude)
         norm = global_norm(stats, included)
         coefficient = torch.clamp(self.max_norm / (norm + 1e-6), max=1.0)
-        return global_clip(stats, included, norm, coefficient, torch.full_like(norm, self.max_norm)), state
+        return global_clip(stats, included, norm, coefficient, stats.layout.constant(self.max_norm)), state
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class AGC:
         )
         ones = [number(1.0)] * len(stats.gradients)
         if measured is None:
-            return Clip(tuple(ones), norms, torch.linalg.vector_norm(finite_or_zero(norms))), state
+            return Clip(tuple(ones), norms, torch.linalg.vector_norm(finite_or_zero(stats))), state
         units, gradients, weights = measured
         limits = torch.clamp(weights, min=self.eps) * self.clip_factor
         over = (gradients > limits) & (gradients < number(torch.inf))
@@ -121,7 +121,7 @@ class AGC:
         after = torch.where(cuts > number(0.0), torch.minimum(after, before * number(_LESS)), before)
         in_force = limits.to(torch.float32)
         if units.elsewhere is not None:
-            others = torch.where(units.elsewhere, finite_or_zero(norms), number(0.0))
+            others = torch.where(units.elsewhere, finite_or_zero(stats), stats.layout.zeros)
             in_force = torch.cat([in_force, others])
         return Clip(
             units.spread(multipliers, ones),

@@ -14,6 +14,7 @@ from lightning_gradguard.clippers.base import (
     WINDOW,
     Bounds,
     Clip,
+    among,
     check_exclude,
     included_names,
     included_tensors,
@@ -106,7 +107,7 @@ class SpikeClip:
         """Compare each norm, and their mean, with levels."""
         number, zeros = stats.layout.constant, stats.layout.zeros
         included = included_tensors(stats, self.exclude)
-        counts = stats.finite & included & (stats.norms > zeros)
+        counts = among(stats, included, stats.finite & (stats.norms > zeros))
         fresh = state.seen == zeros
         known = counts & ~fresh
         # A norm that does not count, or has no past, is taken to be at its level.
@@ -124,7 +125,8 @@ class SpikeClip:
         # Relative to the norm itself, so that no rounding in log or exp puts the limit of an ordinary norm below it.
         spike = (distance > reach) | (joint > joint_reach)
         excess = reach * ~spike - distance
-        norms = torch.where(counts, stats.norms, state.mean.exp())
+        typical = state.mean.exp()
+        norms = torch.where(counts, stats.norms, typical)
         limits = torch.where(fresh, number(math.inf), norms * excess.exp())
 
         # A new level starts from this step alone.
@@ -146,12 +148,10 @@ class SpikeClip:
         )
         clip = tensor_clip(stats, included, limits)
         # A step that is not finite has the threshold of a step in which all norms are at their levels.
-        compared = torch.where(stats.finite, known, included & (state.seen > zeros))
-        norms, after = (
-            torch.where(stats.finite, x, state.mean.exp() * compared) for x in (stats.norms, clip.norms)
-        )
-        room = _room(compared, distance, reach, joint_reach)
-        threshold = _threshold(included, compared | counts, counts & ~known, norms, after, room)
+        compared = torch.where(stats.finite, known, among(stats, included, state.seen > zeros))
+        norms, after = (torch.where(stats.finite, x, typical * compared) for x in (stats.norms, clip.norms))
+        room = _room(number, compared, distance, reach, joint_reach)
+        threshold = _threshold(stats, included, compared | counts, counts & ~known, norms, after, room)
         return clip._replace(threshold=threshold), new
 
     def bounds(self, stats: GradStats, state: Any) -> Bounds:
@@ -172,7 +172,7 @@ class SpikeClip:
         thresholds, spread = (self.z_threshold, self.joint_threshold), 2 - self.decay ** (WINDOW - 1)
         alone, joint = (number(threshold * _BOUNDS_SHARE / spread) for threshold in thresholds)
         has_gradient = stats.norms > zeros
-        counts = has_gradient & included
+        counts = among(stats, included, has_gradient)
         is_known = state.seen >= number(max(_BOUNDS_FROM, 1 / (1 - self.decay)))
         away = torch.where(is_known, _sigma(stats, state.var) * alone, number(torch.nan))
         reach = torch.maximum(counts.sum(), number(1.0)) * _sigma(stats, state.joint_var) * joint
@@ -201,7 +201,7 @@ class SpikeClip:
         """
         number, norms = rows[0].layout.constant, torch.stack([row.norms for row in rows])
         included = included_tensors(rows[0], self.exclude)
-        counts = (norms[0] > number(0.0)) & included
+        counts = among(rows[0], included, norms[0] > number(0.0))
         x = torch.where(counts, norms.log(), state.mean)
         change = (x - torch.cat([state.last.unsqueeze(0), x[:-1]])) * counts
         joint_change = change.sum(1, keepdim=True) / torch.maximum(counts.sum(), number(1.0))
@@ -222,13 +222,14 @@ class SpikeClip:
             mean = torch.addcmul(mean, number(1 - self.decay), now - mean)
         sigma = torch.stack(sigmas)
         room = _room(
+            number,
             counts.expand_as(x),
             (x - torch.stack(means)) * counts,
             number(self.z_threshold) * sigma[:, :-1],
             number(self.joint_threshold) * sigma[:, -1],
         )
         fresh = counts & (state.seen == number(0.0))
-        return _threshold(included, counts, fresh, norms, norms, room), SpikeClipState(
+        return _threshold(rows[0], included, counts, fresh, norms, norms, room), SpikeClipState(
             seen=state.seen + counts * len(rows),
             mean=mean,
             var=var[:-1],
@@ -258,10 +259,13 @@ class SpikeClipState(NamedTuple):
     joint_var: Tensor
 
 
-def _room(known: Tensor, distance: Tensor, reach: Tensor, joint_reach: Tensor) -> Tensor:
+def _room(
+    number: Callable[[float], Tensor], known: Tensor, distance: Tensor, reach: Tensor, joint_reach: Tensor
+) -> Tensor:
     """Return by how much larger a step's gradients could be before they are cut.
 
     Args:
+        number: `Layout.constant`.
         known: Bool [..., P], tensors that are compared with their level.
         distance: [..., P], distance of log‖g‖ from the level.
         reach: [..., P], distance at which a tensor spikes.
@@ -270,27 +274,35 @@ def _room(known: Tensor, distance: Tensor, reach: Tensor, joint_reach: Tensor) -
     Returns:
         Logarithm of a factor, [...]: negative for a spike, inf if no tensor is compared.
     """
-    room = torch.where(known, reach - distance, math.inf).amin(-1)
-    count = known.sum(-1)
+    room = torch.where(known, reach - distance, number(math.inf)).amin(-1)
+    count, lowest = known.sum(-1), -reach
+    enough, is_any = joint_reach * count, count > 0
     # Newton's method from above. The mean of all, in which a tensor far below its level counts with a fixed distance,
     # is convex in the factor's logarithm, and linear but for such tensors.
     for _ in range(2):
         moved = distance + room.unsqueeze(-1)
-        excess = (torch.maximum(moved, -reach) * known).sum(-1) - joint_reach * count
-        follow = (known & (moved > -reach)).sum(-1)
-        step = torch.where(excess > 0, excess / follow, 0.0)
-        room = torch.where(count > 0, room - step, math.inf)
+        excess = (torch.maximum(moved, lowest) * known).sum(-1) - enough
+        follow = (known & (moved > lowest)).sum(-1)
+        step = torch.where(excess > number(0.0), excess / follow, number(0.0))
+        room = torch.where(is_any, room - step, number(math.inf))
     return room
 
 
 def _threshold(
-    included: Tensor, counts: Tensor, fresh: Tensor, norms: Tensor, after: Tensor, room: Tensor
+    stats: GradStats,
+    included: Tensor,
+    counts: Tensor,
+    fresh: Tensor,
+    norms: Tensor,
+    after: Tensor,
+    room: Tensor,
 ) -> Tensor:
     """Return the global norm from which a step is cut.
 
     It is that of gradients that are larger or smaller than this step's by one factor, which a spike does not change.
 
     Args:
+        stats: A step with the same layout.
         included: Bool [P], tensors that may be scaled.
         counts: Bool [P], those of them with a gradient.
         fresh: Bool [P], those of them without a past.
@@ -301,14 +313,16 @@ def _threshold(
     Returns:
         float32 [...]; inf where a tensor has no past.
     """
-    finite = torch.where(norms < math.inf, norms, 0.0)
-    cut = torch.linalg.vector_norm(torch.where(counts, finite, 0.0), dim=-1) * room.exp()
-    cut = torch.where(counts.any(), cut, math.inf)
-    others = torch.linalg.vector_norm(torch.where(included, 0.0, finite), dim=-1)
+    zero, endless = stats.layout.constant(0.0), stats.layout.constant(math.inf)
+    finite = torch.where(norms < endless, norms, zero)
+    cut = torch.linalg.vector_norm(torch.where(counts, finite, zero), dim=-1) * room.exp()
+    cut = torch.where(counts.any(), cut, endless)
+    if included is not stats.layout.everywhere:
+        others = torch.linalg.vector_norm(torch.where(included, zero, finite), dim=-1)
+        cut = torch.hypot(cut, others)
     # Where tensors are cut one by one, the others stay as they are.
-    least = torch.linalg.vector_norm(torch.where(after < math.inf, after, 0.0), dim=-1)
-    threshold = torch.maximum(torch.hypot(cut, others), least)
-    return torch.where(fresh.any(), math.inf, threshold)
+    least = torch.linalg.vector_norm(torch.where(after < endless, after, zero), dim=-1)
+    return torch.where(fresh.any(), endless, torch.maximum(cut, least))
 
 
 def _sigma(stats: GradStats, var: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_gradguard.clippers.base import (
     Clip,
+    among,
     check_exclude,
     global_norm,
     included_names,
@@ -106,23 +107,25 @@ class SteadyClip:
         else:
             start, rise, norms = 0.0, RISE, global_norm(stats, included).expand_as(zeros)
             log_norms = norms.log()
-        counts = stats.finite & included & (norms > zeros)
+        counts = among(stats, included, stats.finite & (norms > zeros))
         # With another kind of optimizer than the state's, it begins again.
         seen = torch.where(state.by_tensor == by_tensor, state.seen, zeros)
         x = torch.where(counts, log_norms, state.level)
-        level = torch.where(seen == zeros, x + state.soft * number(start), state.level)
+        first = x + state.soft * number(start) if start else x
+        level = torch.where(seen == zeros, first, state.level)
         distance = x - level
         # Relative to the norm itself, so that no rounding in log or exp puts the limit of a smaller one below it.
         limits = torch.where(counts, stats.norms * (-distance).exp(), number(torch.inf))
-        early = (seen + number(1.0)).reciprocal() * number(EARLY)
+        steps = seen + number(1.0)
+        early = steps.reciprocal() * number(EARLY)
         lowest = -torch.maximum(early, number(FALL))
         highest = number(rise) if stats.adaptive else torch.maximum(early, number(rise))
-        move = torch.minimum(torch.maximum(distance * number(GAIN), lowest), highest)
+        move = torch.clamp(distance * number(GAIN), lowest, highest)
         low = (state.low + number(1.0)) * (distance < number(FAR))
         follows = (low == zeros) | (low > number(PATIENCE)) | (seen < number(FIRST_STEPS))
         new = SteadyClipState(
             level=torch.where(counts, torch.where(follows, level + move, level), state.level),
-            seen=torch.where(counts, seen + number(1.0), seen),
+            seen=torch.where(counts, steps, seen),
             soft=state.soft,
             low=torch.where(counts, low, state.low),
             by_tensor=torch.where(counts.any(), by_tensor, state.by_tensor),
