@@ -109,12 +109,12 @@ class AGC:
             return Clip(tuple(ones), norms, torch.linalg.vector_norm(finite_or_zero(stats))), state
         units, gradients, weights = measured
         limits = torch.clamp(weights, min=self.eps) * self.clip_factor
-        over = (gradients > limits) & (gradients < number(torch.inf))
-        multipliers = torch.where(over, limits / torch.clamp(gradients, min=1e-6), number(1.0)).to(
-            torch.float32
-        )
-        is_cut = (multipliers < number(1.0)).to(multipliers.dtype)
-        after, cuts = units.by_tensor(torch.stack([gradients * multipliers, is_cut]).to(torch.float32))
+        reach = torch.maximum(gradients, limits)
+        if self.eps * self.clip_factor < 1e-6:  # the reference divides by no less, which matters only here
+            reach = torch.where(gradients > limits, torch.clamp(gradients, min=1e-6), limits)
+        multipliers = torch.where(gradients < number(torch.inf), limits / reach, number(1.0)).float()
+        is_cut = multipliers < number(1.0)
+        after, cuts = units.by_tensor(torch.stack([gradients * multipliers, is_cut]).float())
         before = norms.index_select(0, units.places)
         # An unclipped norm is unchanged to the bit, and a clipped one is less, however small the unit that is cut, so
         # that "clipped or not" is an exact question.
