@@ -166,6 +166,56 @@ def test_a_unit_that_hardly_counts_is_clipped_and_counted_all_the_same(slight, s
         assert is_cut[3]
 
 
+def test_each_multiplier_is_that_of_its_own_tensor():
+    """Shapes with as many units, dtypes and sizes alternate."""
+    shapes = [
+        (4, 6),
+        (4, 1),
+        (4,),
+        (4, 6),
+        (7,),
+        (4, 1),
+        (),
+        (4,),
+        (4, 5000),
+        (4, 6),
+        (4, 2, 3),
+        (4, 1, 1),
+    ] * 2
+    weights = {
+        f"w{i}": nn.Parameter(torch.full(s, 1.0, dtype=torch.float64 if i % 5 == 0 else torch.float32))
+        for i, s in enumerate(shapes)
+    }
+    for i, weight in enumerate(weights.values()):
+        rows = torch.arange(1, len(weight) + 1) if weight.ndim > 1 else torch.ones(())
+        weight.grad = (
+            (i + 1) * rows.reshape([-1] + [1] * (weight.ndim - 1)) if weight.ndim > 1 else rows * (i + 1)
+        ) * torch.ones_like(weight)
+    layout = Layout.of(weights)
+    stats = measure(layout, weight_norms(layout), layout.floors)
+    clip, _ = AGC().update(stats, AGC().init(stats))
+    for i, (weight, multiplier) in enumerate(zip(weights.values(), clip.multipliers, strict=True)):
+        count = len(weight) if weight.ndim > 1 else 1
+        expected = [0.01 / ((i + 1) * row) for row in range(1, count + 1)]
+        assert multiplier.flatten().tolist() == pytest.approx(expected)
+    written = [(g * m).norm().item() for g, m in zip(stats.gradients, clip.multipliers, strict=True)]
+    assert clip.norms.tolist() == pytest.approx(written)
+
+
+@given(size=st.floats(-9, -4), eps=st.floats(-8, -2), clip_factor=st.floats(-4, 0))
+def test_the_formula_holds_for_gradients_and_limits_next_to_nothing(size, eps, clip_factor):
+    """The reference divides by no less than 1e-6."""
+    clipper = AGC(10**clip_factor, 10**eps)
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    parameter.grad = torch.zeros(3, 4)
+    parameter.grad[:, 1] = 10**size * torch.tensor([0.5, 1.0, 3.0])
+    layout = Layout.of({"weight": parameter})
+    stats = measure(layout, weight_norms(layout), layout.floors)
+    clip, _ = clipper.update(stats, clipper.init(stats))
+    factors, _ = by_the_formula(parameter, parameter.grad, clipper)
+    torch.testing.assert_close(clip.multipliers[0].flatten().double(), factors, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @given(seed=st.integers(0, 2**20), place=st.integers(0, 5))
 def test_what_is_not_finite_affects_no_other_unit(bad, seed, place):
