@@ -212,8 +212,11 @@ def test_the_formula_holds_for_gradients_and_limits_next_to_nothing(size, eps, c
     layout = Layout.of({"weight": parameter})
     stats = measure(layout, weight_norms(layout), layout.floors)
     clip, _ = clipper.update(stats, clipper.init(stats))
-    factors, _ = by_the_formula(parameter, parameter.grad, clipper)
-    torch.testing.assert_close(clip.multipliers[0].flatten().double(), factors, rtol=1e-5, atol=0)
+    factors, limits = by_the_formula(parameter, parameter.grad, clipper)
+    # Rounding decides where a norm equals its limit.
+    apart = ~torch.isclose(units_of(parameter.grad).double(), limits, rtol=1e-5, atol=0)
+    found = clip.multipliers[0].flatten().double()
+    torch.testing.assert_close(found[apart], factors[apart], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
