@@ -104,15 +104,18 @@ class Units(NamedTuple):
         """Return the root of the sum of squares over each tensor's units.
 
         Args:
-            values: [N, U].
+            values: [N, U], not negative.
 
         Returns:
             [N, K], in the order of ``places``.
         """
         pieces = []
         for (indices, count), piece in zip(self.groups, self._split(values), strict=True):
-            rows = piece.view(len(values), len(indices), count // len(indices))
-            pieces.append(torch.linalg.vector_norm(rows, dim=2))
+            if count > len(indices):
+                piece = torch.linalg.vector_norm(piece.view(len(values), len(indices), -1), dim=2)
+            elif not count:
+                piece = piece.new_zeros(len(values), len(indices))
+            pieces.append(piece)
         return torch.cat(pieces, 1)
 
     def spread(self, values: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
