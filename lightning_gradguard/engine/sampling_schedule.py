@@ -127,7 +127,7 @@ class SamplingSchedule:
         was_good: True if the previous step was taken.
         alarm: The loss is far above its start and rises. The next step is evaluated in full, since it may be the last
             one worth taking.
-        is_stuck: The mean loss is above nine tenths of its start, as of the newest evaluated step.
+        is_stuck: The mean loss is above nine tenths of its start, as of the newest full evaluation.
         interval: Good steps between two samples.
     """
 
@@ -199,7 +199,6 @@ class SamplingSchedule:
         if shown.has_news or (is_outside and self._was_outside) or shown.silent > self._silent:
             self.expect_change()
         self._was_outside, self._silent = is_outside, max(shown.silent, self._silent)
-        self.is_stuck = shown.loss > 0.9 * shown.loss_start
         last = self._shown[-1] if self._shown else math.nan
         high = shown.loss > shown.loss_start + _HIGH * abs(shown.loss_start)
         rises = math.isnan(last) or shown.loss > last + _FURTHER * abs(last)
@@ -209,6 +208,7 @@ class SamplingSchedule:
 
     def _compare(self, shown: Shown) -> None:
         """Compare a full evaluation with the one before."""
+        self.is_stuck = shown.loss > 0.9 * shown.loss_start
         before, self._shown = self._shown, [shown.baseline, shown.update, shown.tilt, shown.loss]
         flags, self._flags = self._flags, list(shown.flags)
         if self.good < EAGER:
