@@ -37,6 +37,10 @@ MAX_NORM = 1.0
 
 BARE, CLIP = "bare norm", "clip_grad_norm_"
 
+#: Bytes that go through the caches between the gradients and what is timed: those of weights and moments, but at least
+#: what empties the caches of one core, and at most what empties those of a processor.
+_LEAST_OTHERS, _MOST_OTHERS = 2**22, 2**27
+
 #: The clippers that need no argument.
 CLIPPERS: dict[str, Callable[[], Clipper]] = {
     c.__name__: c for c in (SteadyClip, SpikeClip, AGC, AutoClip, ZClip, AdaGC)
@@ -216,8 +220,9 @@ def _time_in_turns(
 class SyntheticTraining:
     """Ordinary training without a forward pass.
 
-    Gradients are random and vary a little, weights move, and the loss falls. Takes twice the memory of the parameters,
-    which are changed.
+    Gradients are random and vary a little, weights move, and the loss falls. Gradients and memory are as a training
+    step leaves them: gradients are new tensors that a backward pass has made, and what else a step touches has gone
+    through the caches since. Takes twice the memory of the parameters, which are changed, and up to 128 MiB.
 
     Args:
         model: Model whose trainable parameters get gradients.
@@ -229,10 +234,17 @@ class SyntheticTraining:
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         size = norm / math.sqrt(max(1, sum(p.numel() for p in self.parameters)))
         self._kept = [torch.randn_like(p) * size for p in self.parameters]
-        self._places = [torch.empty_like(g) for g in self._kept]
+        # Stands for the weights and the two moments of Adam; ones, since pages of zeros may be one page.
+        others = min(max(3 * sum(p.nbytes for p in self.parameters), _LEAST_OTHERS), _MOST_OTHERS)
+        self._others = torch.ones(others // 4, device=self.parameters[0].device, dtype=torch.float32)
         self.loss = torch.tensor(2.0)
         self._random, self._rate, self._noise, self._steps = random.Random(0), step / size, 0.0, 0
         self.restore()
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients, collected from the parameters as any loop has to."""
+        return [p.grad for p in self.parameters]  # type: ignore[misc]
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -243,17 +255,16 @@ class SyntheticTraining:
         self._steps += 1
         self.loss = torch.tensor(2.0 * math.exp(-self._steps / 200) * (1 + 0.01 * self._random.random()))
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Write this step's gradients again.
+        """Make this step's gradients again, and leave the caches to other memory.
 
-        So each arm finds them alike in memory. They are new tensors, as after ``zero_grad``, so that nothing can be
-        cached for them.
+        So each arm finds what a training step finds after ``zero_grad()`` and backward. Gradients that are written
+        again into memory that was just read would be in the caches, and so would all that was noted of them.
         """
-        torch._foreach_copy_(self._places, self._kept)
-        self.gradients = [place.detach() for place in self._places]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        for parameter in self.parameters:
+            parameter.grad = None
+        torch.autograd.backward(self.parameters, self._kept)
+        self._others.sum()
 
     def wait(self) -> None:
         """Synchronize the accelerator, if any."""

@@ -74,6 +74,25 @@ def test_gradients_are_new_tensors_in_each_round():
     assert len({id(gradient) for gradient in seen}) == len(seen)
 
 
+def test_gradients_are_made_by_a_backward_pass_for_each_arm_alone():
+    model, made = net(), []
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: made.append(p.grad.data_ptr()))
+    training = SyntheticTraining(model)
+    kept = {g.data_ptr() for g in training._kept}
+    for _ in range(3):
+        training.restore()
+    assert len(made) == 4
+    assert kept.isdisjoint(made)
+
+
+@pytest.mark.parametrize("width", [1, 8, 1500])
+def test_other_memory_goes_through_the_caches_before_each_arm(width):
+    """As much as a training step touches, at least a core's caches, at most a processor's."""
+    training = SyntheticTraining(nn.Linear(width, width))
+    assert 2**22 <= training._others.nbytes <= 2**27
+    assert training._others.nbytes >= min(2**27, 3 * 4 * width**2)
+
+
 def test_the_share_of_clipped_steps_is_reported():
     assert measure(net(), NormClip(1e-6), steps=1).clipped == 0.5  # all steps of one guard of two
 
