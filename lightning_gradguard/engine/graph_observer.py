@@ -181,9 +181,7 @@ class GraphObserver:
         self.embeddings = self.graph_summary.embeddings
         self.columns = _with_earlier(self.graph_summary.columns, self.columns)
         self.marks = _marks(self.graph_summary, self._ran, layout, self.marks.hollow)
-        return Layout.of(
-            dict(pairs), order=self.graph_summary.order, embeddings=self.embeddings, columns=self.columns
-        )
+        return layout.in_order(self.graph_summary.order, self.embeddings, self.columns)
 
     def _problems_of_input(
         self, parameters: Mapping[str, Tensor], summary: GraphSummary

@@ -6,6 +6,7 @@ import math
 import operator
 from array import array
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +141,7 @@ class History:
         norms = report.norms
         if not math.isfinite(report.total_norm):
             norms = {name: norm if math.isfinite(norm) else math.inf for name, norm in norms.items()}
-        return array("f", [norms.get(name, math.nan) for name in self.names])
+        return array("f", map(norms.get, self.names, repeat(math.nan)))
 
     def _blank(self) -> dict[str, array[Any]]:
         widths = {"norms": len(self.names)}

@@ -412,17 +412,11 @@ class ParameterTracker:
             StateError: If it belongs to other tensors; nothing is changed then.
         """
         self.check_names(state["names"])
-        own = list(self.layout.names)
         device = self.layout.numel.device
         self._observer.embeddings = frozenset(state["embeddings"])
         self._observer.columns = tuple(tuple(column) for column in state.get("columns", ()))
         self._observer.reached = frozenset(state["reached"])
-        self.layout = Layout.of(
-            dict(zip(own, self.layout.parameters, strict=True)),
-            order=state["order"],
-            embeddings=self._observer.embeddings,
-            columns=self._observer.columns,
-        )
+        self.layout = self.layout.in_order(state["order"], self._observer.embeddings, self._observer.columns)
         self.schedule.load_state_dict(state["schedule"])
         self._observer.take_time_tilt()
         self._observer.probe_sequence(self.layout, frozenset(state.get("asked", ())))

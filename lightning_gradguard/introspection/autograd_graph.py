@@ -7,7 +7,7 @@ modules alike, and can be read after the backward pass too, which frees only the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,9 @@ from lightning_gradguard.introspection.operations import (
 
 #: Operations that choose some of many results; the others get no gradient in this batch, and may in the next.
 _SELECTIONS = frozenset({"Topk", "Scatter", "ScatterAdd", "Sort", "Kthvalue"})
+
+#: Kinds of nodes at which a path between a parameter and the next layer ends.
+_LAYERS = frozenset({"product", "recurrent", "normalisation"})
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class GraphSummary:
             from the graph.
         constant: Tensors whose gradient is zero by design: each path to them goes through a softmax over one element.
         above: For each reached parameter the operations on its shortest path between it and the next layer towards the
-            loss, the nearest to the loss first.
+            loss, the nearest to the loss first. Read when it is asked for.
         normalised: Parameters whose scale a normalization right behind them removes.
         selected: Parameters of whose results only some are chosen before the next layer, such as the k largest.
         surrogate: True for the loss of a policy gradient, whose value does not tell how well the policy does.
@@ -198,12 +201,50 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
         problems=(*find_problems(end, foreign), *find_norms_of_one_element(graph, leaves, layers.keys())),
         summed=summed_rows(end),
         constant=frozenset(name for name, leaf in leaves.items() if leaf in constant),
-        above={name: graph.above(leaf) for name, leaf in leaves.items()},
+        above=graph.paths_above(leaves),
         normalised=frozenset(n for n, nodes in uses.items() if nodes and graph.is_normalised(nodes)),
-        selected=frozenset(n for n, leaf in leaves.items() if not _SELECTIONS.isdisjoint(graph.above(leaf))),
+        selected=graph.selected(leaves),
         surrogate=is_policy_gradient(end),
     )
     return summary, [] if summary.opaque else graph.other_leaves(set(leaves.values()))
+
+
+class PathsAbove(Mapping[str, tuple[str, ...]]):
+    """Operations between each leaf and the next layer, as in `GraphSummary.above`.
+
+    A path is listed when it is asked for, since all of them together may be as long as the square of the graph: in a
+    residual net, the shortest path to an early layer passes beside all later ones.
+
+    Args:
+        first_uses: Node that uses each leaf, by name.
+        ops: Operation of each node.
+        discoverers: For each node the one before it on its shortest path.
+        layers: For each node, True if it is a layer.
+    """
+
+    def __init__(
+        self,
+        first_uses: Mapping[str, int],
+        ops: Sequence[str],
+        discoverers: Sequence[int],
+        layers: Sequence[bool],
+    ) -> None:
+        self._first_uses, self._ops, self._discoverers, self._layers = first_uses, ops, discoverers, layers
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        index, found = self._first_uses[name], list[str]()
+        while index:
+            index = self._discoverers[index]
+            if self._layers[index]:
+                break
+            found.append(self._ops[index])
+        return tuple(reversed(found))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first_uses)
+
+    def __len__(self) -> int:
+        return len(self._first_uses)
 
 
 class Graph:
@@ -271,21 +312,40 @@ class Graph:
                     (pending if self.ops[parent] in VIEWS else found).append(parent)
         return found
 
-    def above(self, leaf: int) -> tuple[str, ...]:
-        """Return the operations up to the next layer.
+    def paths_above(self, leaves: Mapping[str, int]) -> PathsAbove:
+        """Return the operations between each leaf and the next layer towards the loss.
 
-        They are on the shortest path, between the first use of a leaf and the next node that multiplies with a matrix.
+        Args:
+            leaves: Node of each leaf by name.
         """
+        return PathsAbove(
+            {name: self._first_use(leaf) for name, leaf in leaves.items()},
+            self.ops,
+            self._discoverer,
+            [kind in _LAYERS for kind in self.node_kinds],
+        )
+
+    def selected(self, leaves: Mapping[str, int]) -> frozenset[str]:
+        """Return the leaves of whose results only some are chosen before the next layer.
+
+        Args:
+            leaves: Node of each leaf by name.
+        """
+        if _SELECTIONS.isdisjoint(self.ops):
+            return frozenset()
+        chosen = [False] * len(self.ops)  # between a node and the next layer
+        for index in range(1, len(self.ops)):  # a node comes after its discoverer
+            above = self._discoverer[index]
+            if self.node_kinds[above] not in _LAYERS:
+                chosen[index] = chosen[above] or self.ops[above] in _SELECTIONS
+        return frozenset(name for name, leaf in leaves.items() if chosen[self._first_use(leaf)])
+
+    def _first_use(self, leaf: int) -> int:
+        """Return the node on the shortest path that uses a leaf, not as a view."""
         index = self._discoverer[leaf]
         while index and self.ops[index] in VIEWS:
             index = self._discoverer[index]
-        found: list[str] = []
-        while index:
-            index = self._discoverer[index]
-            if self.node_kinds[index] in ("product", "recurrent", "normalisation"):
-                break
-            found.append(self.ops[index])
-        return tuple(reversed(found))
+        return index
 
     def constant_leaves(self) -> set[int]:
         """Return leaves that only a constant leads to.

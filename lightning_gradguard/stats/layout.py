@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -121,47 +121,44 @@ class Layout:
         """
         names, tensors = tuple(parameters), tuple(parameters.values())
         device = tensors[0].device
-        places = tuple(range(len(names)) if order is None else order)
-        weights = [i for i in places if tensors[i].ndim >= 2 and tensors[i].numel()]
-        layers = [i for i in weights if names[i] not in embeddings]
-        carrying = frozenset(layers)
-        biases = _biases(names, carrying)
-        paths = _complete(columns, layers)
-        longest = max(map(len, paths))
-        members = [[i in path for i in range(len(names))] for path in map(frozenset, paths)]
-        floors = [0.1 * math.sqrt(max(p.numel(), 1) / max(_fan_in(p), 1)) for p in tensors]
+        sizes, floors = [p.numel() for p in tensors], map(_fan_in, tensors)
         zeros = torch.zeros(len(names), device=device, dtype=torch.float32)
+        places = tuple(range(len(names)) if order is None else order)
+        layers = _layers(names, tensors, places, embeddings)
         return cls(
             names=names,
             parameters=tensors,
-            order=places,
-            ordered_names=tuple(names[i] for i in places),
-            depth=torch.tensor([float(i) for i in places], device=device).argsort().float(),
-            layers=torch.tensor(layers, dtype=torch.long, device=device),
-            layer_indices=carrying,
-            alike=_alike(layers, tensors),
-            columns=paths,
-            in_column=torch.tensor(members, device=device),
-            places=torch.tensor(
-                [[*p, *[0] * (longest - len(p))] for p in paths], dtype=torch.long, device=device
+            numel=torch.tensor(sizes, device=device, dtype=torch.float32),
+            floors=torch.tensor(
+                [
+                    0.1 * math.sqrt(max(size, 1) / max(fan, 1))
+                    for size, fan in zip(sizes, floors, strict=True)
+                ],
+                device=device,
+                dtype=torch.float32,
             ),
-            filled=torch.tensor(
-                [[i < len(p) for i in range(longest)] for p in paths], dtype=torch.bool, device=device
-            ),
-            same_start=torch.tensor([[p[:1] == q[:1] for q in paths] for p in paths], device=device),
-            pairs=_pairs_of([len(p) for p in paths]).to(device, torch.int32),
-            numel=torch.tensor([float(p.numel()) for p in tensors], device=device, dtype=torch.float32),
-            is_layer=torch.tensor([i in carrying for i in range(len(names))], device=device),
-            biases=torch.tensor(biases, dtype=torch.long, device=device),
-            bias_indices=biases,
-            floors=torch.tensor(floors, device=device, dtype=torch.float32),
             zeros=zeros,
             unknowns=torch.full_like(zeros, torch.nan),
             nowhere=zeros > 0,
             everywhere=zeros == 0,
             is_one_kind=len({(p.dtype, p.device) for p in tensors}) == 1 and tensors[0].dtype in _NARROW,
             shards=Shards.of(tensors),
+            **_over_depth(names, tensors, places, layers, _complete(columns, layers)),
         )
+
+    def in_order(
+        self, order: Sequence[int], embeddings: frozenset[str], columns: Sequence[Sequence[int]]
+    ) -> Layout:
+        """Return the layout of the same tensors in another order over depth, as `of` does.
+
+        What is known of the tensors stays known.
+        """
+        places = tuple(order)
+        layers = _layers(self.names, self.parameters, places, embeddings)
+        paths = _complete(columns, layers)
+        if (places, paths) == (self.order, self.columns) and self.layer_indices == frozenset(layers):
+            return replace(self)
+        return replace(self, **_over_depth(self.names, self.parameters, places, layers, paths))
 
     def constant(self, value: float) -> Tensor:
         """Return a cached, read-only number, float32 []."""
@@ -190,10 +187,66 @@ class Layout:
         return self._flags[pattern]
 
 
+def _layers(
+    names: Sequence[str], tensors: Sequence[Tensor], order: Sequence[int], embeddings: frozenset[str]
+) -> list[int]:
+    """Return the indices of layers in an order."""
+    return [i for i in order if tensors[i].ndim >= 2 and tensors[i].numel() and names[i] not in embeddings]
+
+
+def _over_depth(
+    names: tuple[str, ...],
+    tensors: Sequence[Tensor],
+    order: tuple[int, ...],
+    layers: list[int],
+    paths: tuple[tuple[int, ...], ...],
+) -> dict[str, Any]:
+    """Return the fields of a layout that follow from the order over depth.
+
+    Args:
+        names: P names.
+        tensors: The P parameters.
+        order: P indices from input to output.
+        layers: Indices of the layers in that order.
+        paths: Columns that together hold each of them.
+    """
+    device, carrying = tensors[0].device, frozenset(layers)
+    biases = _biases(names, carrying)
+    # On the host first: to write some flags costs less than to list all of them.
+    lengths = torch.tensor([len(path) for path in paths], device="cpu")
+    rows = [torch.tensor(path, dtype=torch.long, device="cpu") for path in paths]
+    in_column = torch.zeros(len(paths), len(names), dtype=torch.bool, device="cpu")
+    for flags, row in zip(in_column, rows, strict=True):
+        flags.index_fill_(0, row, True)
+    in_order = rows[0] if paths == (tuple(layers),) else torch.tensor(layers, dtype=torch.long, device="cpu")
+    is_layer = torch.zeros(len(names), dtype=torch.bool, device="cpu").index_fill_(0, in_order, True)
+    firsts = torch.tensor([path[0] if path else -1 for path in paths], device="cpu")
+    places = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {
+        "order": order,
+        "ordered_names": tuple([names[i] for i in order]),
+        "depth": torch.tensor(order, device=device).argsort().float(),
+        "layers": in_order.to(device),
+        "layer_indices": carrying,
+        "alike": _alike(layers, tensors),
+        "columns": paths,
+        "in_column": in_column.to(device),
+        "places": places.to(device),
+        "filled": (torch.arange(places.shape[1], device="cpu") < lengths[:, None]).to(device),
+        "same_start": (firsts[:, None] == firsts).to(device),
+        "pairs": _pairs_of([len(path) for path in paths]).to(device, torch.int32),
+        "is_layer": is_layer.to(device),
+        "biases": torch.tensor(biases, dtype=torch.long, device=device),
+        "bias_indices": biases,
+    }
+
+
 def _biases(names: Sequence[str], layers: frozenset[int]) -> tuple[int, ...]:
     """Return the index of each layer's bias, by its name; the own index without one."""
-    places = {name: index for index, name in enumerate(names)}
     found = list(range(len(names)))
+    if len(layers) == len(names):
+        return tuple(found)
+    places = dict(zip(names, found, strict=True))
     for index in layers:
         module, _, own = _PARAMETRIZED.sub("weight", names[index]).rpartition(".")
         for bias in (own.replace("weight", "bias"), "bias"):
@@ -248,4 +301,5 @@ def _alike(layers: Sequence[int], tensors: Sequence[Tensor]) -> tuple[tuple[int,
 
 
 def _fan_in(parameter: Tensor) -> int:
-    return math.prod(parameter.shape[1:]) if parameter.ndim >= 2 and len(parameter) else 1
+    shape = parameter.shape
+    return math.prod(shape[1:]) if len(shape) >= 2 and shape[0] else 1

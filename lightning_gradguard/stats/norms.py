@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import repeat
+from operator import is_not
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from lightning_gradguard.stats.sharding import local
 _SMALL = 2**11
 #: Elements that are copied together, few enough to stay in a CPU's cache.
 _TOGETHER = 2**16
+#: Elements up to which each such copy has memory of its own. Larger ones are made one after another in the same
+#: memory: the system would clear new pages for each, which takes as long as to read the tensors.
+_OWN_MEMORY = 2**13
 
 
 def norms_of(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
@@ -70,11 +75,13 @@ def local_norms(tensors: Sequence[Tensor | None], layout: Layout) -> Tensor:
     """Return this rank's norms, float32 [P], 0 for None."""
     if layout.shards is not None:
         tensors = [None if t is None else local(t).detach() for t in tensors]
-    present, indices = [t for t in tensors if t is not None], None
+    present: Sequence[Any] = tensors
+    indices: tuple[int, ...] | None = None
+    if not all(map(is_not, tensors, repeat(None))):
+        indices = tuple([i for i, t in enumerate(tensors) if t is not None])
+        present = [tensors[i] for i in indices]
     if not present:
         return layout.zeros
-    if len(present) < len(tensors):
-        indices = tuple([i for i, t in enumerate(tensors) if t is not None])
     if layout.is_one_kind:
         # The common case: to check each tensor would cost more than its norm. Torch refuses a sparse gradient, and one
         # of another dtype than its parameter.
@@ -97,7 +104,7 @@ class Batches(NamedTuple):
     places: Tensor
 
 
-def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Tensor:
+def _norms_of_one_kind(tensors: Sequence[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Tensor:
     """Return norms of like tensors, float32 [P].
 
     All have one dtype and device. Small ones are stacked by shape, all others take one foreach call.
@@ -107,9 +114,15 @@ def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, l
         if len(layout.batches) >= 16:
             layout.batches.clear()
         batches = layout.batches[indices] = _batches_of(tensors, indices, layout)
-    pieces = []
+    pieces: list[Tensor] = []
+    scratch: Tensor | None = None
     for some in batches.together:
-        rows = torch.stack([tensors[i] for i in some]).view(len(some), -1)
+        shape = tensors[some[0]].shape
+        size, place = len(some) * shape.numel(), None
+        if size > _OWN_MEMORY:
+            scratch = tensors[0].new_empty(_TOGETHER) if scratch is None else scratch
+            place = scratch[:size].view(len(some), *shape)
+        rows = torch.stack([tensors[i] for i in some], out=place).view(len(some), -1)
         pieces.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
     if batches.alone:
         rest = tensors if not pieces else [tensors[i] for i in batches.alone]
@@ -117,7 +130,7 @@ def _norms_of_one_kind(tensors: list[Tensor], indices: tuple[int, ...] | None, l
     return layout.zeros.index_copy(0, batches.places, torch.cat(pieces))
 
 
-def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Batches:
+def _batches_of(tensors: Sequence[Tensor], indices: tuple[int, ...] | None, layout: Layout) -> Batches:
     """Group small tensors by shape, on a CPU."""
     shapes: dict[torch.Size, list[int]] = {}
     alone: list[int] = []
@@ -137,7 +150,7 @@ def _batches_of(tensors: list[Tensor], indices: tuple[int, ...] | None, layout: 
     return Batches(together, alone, torch.tensor(places, dtype=torch.long, device=layout.zeros.device))
 
 
-def _norms_of_any_kind(tensors: list[Tensor], indices: Sequence[int], layout: Layout) -> Tensor:
+def _norms_of_any_kind(tensors: Sequence[Tensor], indices: Sequence[int], layout: Layout) -> Tensor:
     """Return norms of mixed tensors, float32 [P]."""
     buckets: dict[tuple[torch.device, bool], list[tuple[int, Tensor]]] = {}
     for place, stored in zip(indices, tensors, strict=True):
