@@ -16,12 +16,7 @@ from lightning_gradguard.engine.fault_tracker import has_warned
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.introspection.graph_problems import GraphProblem, Problem, leaves_of
 from lightning_gradguard.introspection.probes import ForwardUsage
-from lightning_gradguard.introspection.value_problems import (
-    find_large_start,
-    find_problems_of_values,
-    find_tiny_input,
-    is_loss_masked,
-)
+from lightning_gradguard.introspection.value_problems import find_tiny_input, read_first_loss
 from lightning_gradguard.stats.parameters import has_compiled_part, is_compiled, optimizer_title, select
 
 if TYPE_CHECKING:
@@ -117,13 +112,13 @@ class GuardRegistry:
         Args:
             loss: The loss, before its backward pass.
         """
-        found = (*find_problems_of_values(loss), *find_large_start(loss))
+        first = read_first_loss(loss)
         known = {problem.kind for problem, _ in self._shown}
-        fresh = tuple(problem for problem in found if problem.kind not in known)
+        fresh = tuple(problem for problem in first.problems if problem.kind not in known)
         leaves = leaves_of(loss) if fresh else frozenset()
         self._shown += tuple((problem, leaves) for problem in fresh)
         if self._usage is not None:  # guards are made with it
-            self._usage.is_loss_masked |= is_loss_masked(loss)
+            self._usage.is_loss_masked |= first.is_masked
             self._usage.tiny_input = self._usage.tiny_input or find_tiny_input(self._usage.first_input[0])
         return fresh
 

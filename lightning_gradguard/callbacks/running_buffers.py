@@ -5,6 +5,7 @@ They keep NaN and Inf out of running statistics, and go into flight records.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,63 @@ class _Seen(NamedTuple):
     copy: Tensor | None
 
 
+class _Group:
+    """Small buffers of one dtype and device, which one flat copy holds.
+
+    Args:
+        places: Their places.
+
+    Attributes:
+        places: As given.
+        own: The buffers that are there now and fit into a flat copy.
+        keys: Identities of their places.
+    """
+
+    def __init__(self, places: list[_Place]) -> None:
+        self.places = places
+        self.own: list[Tensor] = []
+        self.keys: tuple[tuple[int, str], ...] = ()
+        self._found: list[Any] = []
+        self._pointers: list[int] = []
+        self._flat: list[Tensor] = []
+        self._saved: tuple[list[torch.Size], Tensor] | None = None
+
+    def save(self) -> None:
+        """Copy the buffers."""
+        self._follow()
+        self._saved = ([b.shape for b in self.own], torch.cat(self._flat)) if self.own else None
+
+    def ruined(self) -> tuple[Tensor, Tensor] | None:
+        """Return which elements were finite at the copy and are not now, and all elements with these restored.
+
+        Flat, or None if there is no copy of what is there now. On a CPU also if there are no such elements; any other
+        device is not read.
+        """
+        self._follow()
+        if self._saved is None or [b.shape for b in self.own] != self._saved[0]:
+            return None
+        flat, saved = torch.cat(self._flat), self._saved[1]
+        bad = _is_ruined(flat, saved)
+        return None if _holds_none(bad) else (bad, torch.where(bad, saved, flat))
+
+    def write(self, values: Tensor) -> None:
+        """Write flat values to the buffers."""
+        torch._foreach_copy_(self._flat, torch.split(values, [flat.numel() for flat in self._flat]))
+
+    def _follow(self) -> None:
+        """Find the buffers again, in case a module has put others in their places."""
+        found = [held[name] if name in held else None for _, held, name in self.places]  # noqa: SIM401
+        known = len(found) == len(self._found) and all(map(is_, found, self._found))
+        if known and [buffer.data_ptr() for buffer in self.own] == self._pointers:
+            return
+        self._found = found
+        current = [(place, t) for place in self.places if (t := place.tensor) is not None and _is_small(t)]
+        self.own, self.keys = [t for _, t in current], tuple([place.key for place, _ in current])
+        self._pointers = [buffer.data_ptr() for buffer in self.own]
+        # Through `data`, since a graph that has yet to run backward may have saved the buffer.
+        self._flat = [buffer.data.view(-1) for buffer in self.own]
+
+
 class RunningBuffers:
     """Buffers and frozen parameters from before a batch.
 
@@ -62,13 +120,12 @@ class RunningBuffers:
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
         self._count = -1
-        self._small: list[list[_Place]] = []
+        self._small: list[_Group] = []
         self._others: list[_Place] = []
         self._unmade: list[tuple[_Place, Any]] = []
         self._names: list[tuple[nn.Module, frozenset[str]]] = []
         self._moving: set[tuple[int, str]] = set()
         self._is_first, self._was_first = True, False
-        self._flat: list[tuple[list[torch.Size], Tensor] | None] = []
         self._seen: list[_Seen] = []
         self._paths: dict[int, str] = {}
         self._ruined: dict[tuple[tuple[int, str], ...], Tensor] = {}
@@ -87,10 +144,8 @@ class RunningBuffers:
             place.tensor is not None for place, _ in self._unmade
         ):
             self._find()
-        self._flat = []
         for group in self._small:
-            own = _current(group)
-            self._flat.append(([b.shape for b in own], _flattened(own)) if own else None)
+            group.save()
         self._seen = []
         for place in self._others:
             tensor = place.tensor
@@ -112,20 +167,13 @@ class RunningBuffers:
             skipped: True if the step was skipped. Buffers that the batch has made are removed again then if they are
                 not finite.
         """
-        for group, saved in zip(self._small, self._flat, strict=False):
-            own = _current(group)
-            if saved is None or [b.shape for b in own] != saved[0]:
-                continue
-            flat = _flattened(own)
-            bad = _is_ruined(flat, saved[1])
-            sizes = [buffer.numel() for buffer in own]
-            values = torch.split(torch.where(bad, saved[1], flat), sizes)
-            if not skipped:
-                self._note(tuple(place.key for place in group if _is_current(place)), bad)
-            # Through `data`, since a graph that has yet to run backward may have saved the buffer.
-            torch._foreach_copy_(
-                [b.data for b in own], [v.view_as(b) for v, b in zip(values, own, strict=True)]
-            )
+        for group in self._small:
+            found = group.ruined()
+            if found is not None:
+                bad, values = found
+                if not skipped:
+                    self._note(group.keys, bad)
+                group.write(values)
         for place, tensor, version, copy in self._seen:
             now = place.tensor
             if now is not tensor or _version(now) != version:
@@ -166,7 +214,9 @@ class RunningBuffers:
         groups, self._ruined = self._ruined, {}
         if not groups:
             return []
-        own = {place.key: place for group in [*self._small, self._others] for place in group}
+        own = {
+            place.key: place for group in [*[g.places for g in self._small], self._others] for place in group
+        }
         names: list[str] = []
         for keys, flags in groups.items():
             places = [own[key] for key in keys if key in own]
@@ -209,7 +259,7 @@ class RunningBuffers:
                 if parameter is not None and not parameter.requires_grad and id(parameter) not in found:
                     self._others.append(_Place(part, part._parameters, name))
                     found.add(id(parameter))
-        self._small = [group for group in groups.values() if group]
+        self._small = [_Group(places) for places in groups.values() if places]
 
     def _remove_made(self) -> None:
         """Remove non-finite buffers that the batch has made."""
@@ -296,14 +346,6 @@ def _mended(now: Tensor, before: Tensor) -> Tensor:
     return torch.where(_is_ruined(now, before), before, now)
 
 
-def _is_current(place: _Place) -> bool:
-    tensor = place.tensor
-    return tensor is not None and _is_small(tensor)
-
-
-def _current(group: list[_Place]) -> list[Tensor]:
-    return [tensor for place in group if _is_current(place) and (tensor := place.tensor) is not None]
-
-
-def _flattened(buffers: list[Tensor]) -> Tensor:
-    return torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+def _holds_none(flags: Tensor) -> bool:
+    """Return True if no flag is set, as far as that is known without waiting for a device."""
+    return flags.device.type == "cpu" and not flags.any()

@@ -152,9 +152,7 @@ class GraphObserver:
         if owned and layout.shards is None:
             reached = frozenset(summary.shortest)
             # Gradients without a path were put there by hand, such as those of a copy: the loop knows what it does.
-            by_hand = any(
-                has and name not in reached for name, has in zip(layout.names, pattern, strict=True)
-            )
+            by_hand = not reached.issuperset(compress(layout.names, pattern))
             cut = {n: p for n, p in parameters.items() if n in summary.missing and id(p) in self._used}
             problems: tuple[GraphProblem, ...] = ()
             self._unowned = None
@@ -409,20 +407,19 @@ def _with_earlier(
 
 def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tensor) -> PathMarks:
     """Mark trainable tensors without a path from the loss."""
-    pairs = list(zip(layout.names, layout.parameters, strict=True))
-    lost = [name in summary.missing and p.requires_grad and any(ran) for name, p in pairs]
-
-    def mark(flags: Sequence[bool]) -> Tensor:
-        return torch.tensor(flags, device=layout.numel.device)
-
-    return PathMarks(
-        cut=mark([a and b for a, b in zip(lost, ran, strict=True)]),
-        unused=mark([a and not b for a, b in zip(lost, ran, strict=True)]),
-        ran=mark([a and p.requires_grad for a, (_, p) in zip(ran, pairs, strict=True)]),
-        recurrent=mark([name in summary.recurrent for name, _ in pairs]),
-        idle=mark([a and name in summary.idle for a, (name, _) in zip(lost, pairs, strict=True)]),
-        constant=mark([name in summary.constant for name, _ in pairs]),
-        hollow=hollow,
-        normalised=mark([name in summary.normalised for name, _ in pairs]),
-        selected=mark([name in summary.selected for name, _ in pairs]),
-    )
+    names, trained = layout.names, [p.requires_grad for p in layout.parameters]
+    ran_any = any(ran)
+    lost = [ran_any and t and name in summary.missing for name, t in zip(names, trained, strict=True)]
+    rows = {
+        "cut": [a and b for a, b in zip(lost, ran, strict=True)],
+        "unused": [a and not b for a, b in zip(lost, ran, strict=True)],
+        "ran": [a and b for a, b in zip(ran, trained, strict=True)],
+        "idle": [a and name in summary.idle for a, name in zip(lost, names, strict=True)],
+        **{
+            field: list(map(getattr(summary, field).__contains__, names))
+            for field in ("recurrent", "constant", "normalised", "selected")
+        },
+    }
+    # One tensor, since each is copied to the device.
+    flags = torch.tensor(list(rows.values()), device=layout.numel.device)
+    return PathMarks(hollow=hollow, **dict(zip(rows, flags.unbind(), strict=True)))

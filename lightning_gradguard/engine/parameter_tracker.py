@@ -20,7 +20,7 @@ from lightning_gradguard.introspection.probes import ForwardUsage
 from lightning_gradguard.printing import one_line
 from lightning_gradguard.stats.collect import collect, collect_sample
 from lightning_gradguard.stats.grad_stats import GradStats, gradients_of, stats_of
-from lightning_gradguard.stats.layout import LOW_PRECISION, Layout, pattern_of
+from lightning_gradguard.stats.layout import Layout, pattern_of
 from lightning_gradguard.stats.moments import is_adaptive, moment_norms
 from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.parameters import are_same, as_pairs, members, select
@@ -251,7 +251,7 @@ class ParameterTracker:
             self._set_sizes()
             self._dead, self._lost = _taken(found.dead), _taken(found.lost)
             self._fed = torch.zeros_like(self._fed) if found.fed is None else found.fed
-            self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
+            self._low_precision = self.layout.is_half
         known = {} if found.time_tilt is None else {"time_tilt": found.time_tilt.to(self.weights.device)}
         if carried is not None:
             known["carried"] = carried.to(self.weights.device, torch.float32)
@@ -441,7 +441,7 @@ class ParameterTracker:
         self.updates = torch.full_like(self.weights, torch.nan)
         self._before = self.weights.new_zeros(len(self.layout.names), SAMPLES)
         self._update_ratio = self.layout.constant(torch.nan)
-        self._low_precision = any(p.dtype in LOW_PRECISION for p in self.layout.parameters)
+        self._low_precision = self.layout.is_half
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._excess = self._reach = self.layout.constant(torch.nan)
         self._fed, self._changed = self._before != self._before, torch.full_like(self.weights, torch.nan)

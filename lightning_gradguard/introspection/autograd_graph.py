@@ -6,8 +6,10 @@ modules alike, and can be read after the backward pass too, which frees only the
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -157,6 +159,29 @@ def read_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> tuple[GraphSum
     names = tuple(parameters)
     if loss.grad_fn is None:
         return GraphSummary(names=names, order=tuple(range(len(names)))), []
+    with _garbage_left():
+        return _read_graph(loss, names, parameters)
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Collect no garbage for a while.
+
+    Reading a graph makes many containers, without cycles. Each thousand of them would bring a search through all
+    objects of the program nearer, which takes longer than the reading.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read_graph(
+    loss: Tensor, names: tuple[str, ...], parameters: Mapping[str, Tensor]
+) -> tuple[GraphSummary, list[Leaf]]:
     graph = Graph(loss.grad_fn)
     leaves = {name: graph.leaves[id(p)] for name, p in parameters.items() if id(p) in graph.leaves}
     uses = {name: graph.uses(leaf) for name, leaf in leaves.items()}

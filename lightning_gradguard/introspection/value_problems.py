@@ -80,8 +80,7 @@ def find_problems_of_values(loss: Tensor) -> tuple[GraphProblem, ...]:
     Args:
         loss: The loss, before its backward pass.
     """
-    finders = (find_problems_of_signs, _unreachable_targets, _targets_out_of_domain)
-    return tuple(problem for finder in finders for problem in _found(loss, finder))
+    return tuple(problem for finder in _FINDERS for problem in _found(loss, finder))
 
 
 @torch.no_grad()
@@ -96,15 +95,34 @@ def find_large_start(loss: Tensor) -> tuple[GraphProblem, ...]:
     return _found(loss, _large_start)[:1]
 
 
-def is_loss_masked(loss: Tensor) -> bool:
-    """Return True if log-probabilities are multiplied with a mask; False if that cannot be read.
+class FirstLoss(NamedTuple):
+    """Facts about one of the first losses.
 
-    Reads from the device.
+    Attributes:
+        problems: Mistakes that `find_problems_of_values` and `find_large_start` find.
+        is_masked: True if log-probabilities are multiplied with a mask; False if that cannot be read.
+    """
+
+    problems: tuple[GraphProblem, ...] = ()
+    is_masked: bool = False
+
+
+@torch.no_grad()
+def read_first_loss(loss: Tensor) -> FirstLoss:
+    """Find all that the arguments of one of the first losses show, in one walk through its graph.
+
+    Reads from the device. Nothing is found in what cannot be read.
 
     Args:
         loss: The loss, before its backward pass.
     """
-    return _read(loss, is_masked, False)
+    graph = _read(loss, lambda graph: graph, None)
+    if graph is None:
+        return FirstLoss()
+    found = [_attempt(graph, lambda graph, find=find: tuple(find(graph)), ()) for find in _FINDERS]  # type: ignore[misc]
+    large = _attempt(graph, lambda graph: tuple(_large_start(graph))[:1], ())
+    problems = (*(problem for own in found for problem in own), *large)
+    return FirstLoss(problems, _attempt(graph, is_masked, False))
 
 
 def _found(loss: Tensor, finder: Callable[[LossGraph], Iterator[GraphProblem]]) -> tuple[GraphProblem, ...]:
@@ -115,6 +133,14 @@ def _read(loss: Tensor, read: Callable[[LossGraph], T], otherwise: T) -> T:
     """Return what is read of the graph of a loss, or something else if that cannot be read."""
     try:
         return otherwise if loss.grad_fn is None else read(LossGraph(loss.grad_fn))
+    except Exception:  # freed, changed in place, or of another form
+        return otherwise
+
+
+def _attempt(graph: LossGraph, read: Callable[[LossGraph], T], otherwise: T) -> T:
+    """Return what is read of a graph, or something else if that cannot be read."""
+    try:
+        return read(graph)
     except Exception:  # freed, changed in place, or of another form
         return otherwise
 
@@ -305,3 +331,8 @@ def _large_start(loss: LossGraph) -> Iterator[GraphProblem]:
                 f"{classes} classes: the outputs are far too large before anything was learned."
             )
             yield GraphProblem(Problem.LARGE_START, text)
+
+
+_FINDERS: tuple[Callable[[LossGraph], Iterator[GraphProblem]], ...] = (
+    *(find_problems_of_signs, _unreachable_targets, _targets_out_of_domain),
+)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradguard.stats.layout import LOW_PRECISION, Layout
+from lightning_gradguard.stats.layout import Layout
 from lightning_gradguard.stats.norms import local_norms, weight_norms
 from lightning_gradguard.stats.samples import (
     dead_shares,
@@ -95,7 +95,7 @@ def collect(
         sample=sample(layout) if sample_due else None,
         dead=dead_shares(gradients, layout) if refresh_due else None,
         lost=lost_shares(gradients, layout) if refresh_due else None,
-        fed=fed_elements(gradients, layout) if refresh_due and _is_half(layout) else None,
+        fed=fed_elements(gradients, layout) if refresh_due and layout.is_half else None,
         guess=guess,
     )
 
@@ -161,7 +161,7 @@ def _collect_sharded(
         parts["weights"] = shards.squares(local_norms(layout.parameters, layout))
         parts["live"] = local_live_rows(gradients, layout, shards)
         parts["lost"] = local_lost_shares(gradients, layout, shards)
-        if _is_half(layout):
+        if layout.is_half:
             parts["fed"] = local_fed_elements(gradients, layout, shards)
     if sample_due:
         parts["sample"] = local_sample(layout, shards)
@@ -178,7 +178,3 @@ def _collect_sharded(
         fed=total["fed"] > 0 if "fed" in total else None,
         guess=guess,
     )
-
-
-def _is_half(layout: Layout) -> bool:
-    return any(p.dtype in LOW_PRECISION for p in layout.parameters)

@@ -146,6 +146,11 @@ class Layout:
             **_over_depth(names, tensors, places, layers, _complete(columns, layers)),
         )
 
+    @property
+    def is_half(self) -> bool:
+        """True if any parameter is stored in half precision now."""
+        return not {p.dtype for p in self.parameters}.isdisjoint(LOW_PRECISION)
+
     def in_order(
         self, order: Sequence[int], embeddings: frozenset[str], columns: Sequence[Sequence[int]]
     ) -> Layout:

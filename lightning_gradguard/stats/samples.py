@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def sample(layout: Layout) -> Tensor:
     """
     views, places = _sample_views(layout)
     device = layout.numel.device
-    if any(view.device != device for view in views):
+    if {view.device for view in views} != {device}:
         views = [view.to(device) for view in views]
     picked = torch.cat(views).to(torch.float32)
     if places is None:
@@ -141,9 +142,9 @@ def dead_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     where: list[int] = []
     shares: list[Tensor] = []
     for layers in layout.alike:
-        some = {i: _rows(g) for i in layers if (g := gradients[i]) is not None and g.layout == torch.strided}
+        some = [i for i in layers if (g := gradients[i]) is not None and g.layout == torch.strided]
         if some:
-            maxima = torch.cat(_batched_row_maxima(list(some.values())))
+            maxima = torch.cat(_batched_row_maxima(_rows([gradients[i] for i in some])))
             shares.append((maxima == 0).mean(1, dtype=torch.float32).to(layout.zeros.device))
             where += some
     if not shares:
@@ -188,9 +189,14 @@ def row_stride(rows: int) -> int:
     return max(1, rows // SAMPLES)
 
 
-def _rows(gradient: Tensor) -> Tensor:
-    rows = real(gradient)
-    return rows if len(rows) <= SAMPLES else rows[:: row_stride(len(rows))][:SAMPLES]
+def _rows(gradients: list[Any]) -> list[Tensor]:
+    """Return the sampled rows of gradients of one shape."""
+    count = len(gradients[0])
+    rows = map(real, gradients) if gradients[0].is_complex() else gradients
+    if count <= SAMPLES:
+        return [*rows]
+    stride = row_stride(count)
+    return [row[: SAMPLES * stride : stride] for row in rows]
 
 
 def _row_maxima(gradient: Tensor) -> Tensor:
@@ -230,6 +236,8 @@ def lost_shares(gradients: Sequence[Tensor | None], layout: Layout) -> Tensor:
     gradients of higher precision, which lose nothing that matters.
     """
     shares, where = [], []
+    if {g.dtype for g in gradients if g is not None}.isdisjoint(LOW_PRECISION):
+        return layout.zeros
     for index, gradient in enumerate(gradients):
         if gradient is not None and gradient.dtype in LOW_PRECISION and gradient.numel():
             small = _strided(dense(gradient)).abs() < torch.finfo(gradient.dtype).tiny
