@@ -53,23 +53,23 @@ class _Group:
 
     Attributes:
         places: As given.
-        own: The buffers that are there now and fit into a flat copy.
-        keys: Identities of their places.
+        keys: Identities of the places of those that are there now and fit into a flat copy.
     """
 
     def __init__(self, places: list[_Place]) -> None:
         self.places = places
-        self.own: list[Tensor] = []
         self.keys: tuple[tuple[int, str], ...] = ()
         self._found: list[Any] = []
         self._pointers: list[int] = []
+        self._own: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
         self._flat: list[Tensor] = []
         self._saved: tuple[list[torch.Size], Tensor] | None = None
 
     def save(self) -> None:
         """Copy the buffers."""
         self._follow()
-        self._saved = ([b.shape for b in self.own], torch.cat(self._flat)) if self.own else None
+        self._saved = (self._shapes, torch.cat(self._flat)) if self._flat else None
 
     def ruined(self) -> tuple[Tensor, Tensor] | None:
         """Return which elements were finite at the copy and are not now, and all elements with these restored.
@@ -78,7 +78,7 @@ class _Group:
         device is not read.
         """
         self._follow()
-        if self._saved is None or [b.shape for b in self.own] != self._saved[0]:
+        if self._saved is None or self._shapes != self._saved[0]:
             return None
         flat, saved = torch.cat(self._flat), self._saved[1]
         bad = _is_ruined(flat, saved)
@@ -86,20 +86,22 @@ class _Group:
 
     def write(self, values: Tensor) -> None:
         """Write flat values to the buffers."""
-        torch._foreach_copy_(self._flat, torch.split(values, [flat.numel() for flat in self._flat]))
+        torch._foreach_copy_(self._flat, torch.split(values, [shape.numel() for shape in self._shapes]))
 
     def _follow(self) -> None:
         """Find the buffers again, in case a module has put others in their places."""
         found = [held[name] if name in held else None for _, held, name in self.places]  # noqa: SIM401
         known = len(found) == len(self._found) and all(map(is_, found, self._found))
-        if known and [buffer.data_ptr() for buffer in self.own] == self._pointers:
+        if known and [*map(Tensor.data_ptr, self._own)] == self._pointers:
             return
         self._found = found
         current = [(place, t) for place in self.places if (t := place.tensor) is not None and _is_small(t)]
-        self.own, self.keys = [t for _, t in current], tuple([place.key for place, _ in current])
-        self._pointers = [buffer.data_ptr() for buffer in self.own]
+        self._own = own = [t for _, t in current]
+        self.keys = tuple([place.key for place, _ in current])
+        self._pointers = [buffer.data_ptr() for buffer in own]
         # Through `data`, since a graph that has yet to run backward may have saved the buffer.
-        self._flat = [buffer.data.view(-1) for buffer in self.own]
+        self._flat = [buffer.data.view(-1) for buffer in own]
+        self._shapes = [buffer.shape for buffer in own]
 
 
 class RunningBuffers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from lightning_gradguard.introspection.graph_problems import (
     is_masked,
 )
 from lightning_gradguard.introspection.operations import VIEWS, kind_of
-
-T = TypeVar("T")
 
 #: Range of the outputs of activations that bound them.
 _RANGES = {
@@ -116,33 +114,40 @@ def read_first_loss(loss: Tensor) -> FirstLoss:
     Args:
         loss: The loss, before its backward pass.
     """
-    graph = _read(loss, lambda graph: graph, None)
-    if graph is None:
+    if (graph := _graph_of(loss)) is None:
         return FirstLoss()
-    found = [_attempt(graph, lambda graph, find=find: tuple(find(graph)), ()) for find in _FINDERS]  # type: ignore[misc]
-    large = _attempt(graph, lambda graph: tuple(_large_start(graph))[:1], ())
-    problems = (*(problem for own in found for problem in own), *large)
-    return FirstLoss(problems, _attempt(graph, is_masked, False))
+    found: list[GraphProblem] = []
+    for finder in _FINDERS:
+        found += _attempt(graph, finder)
+    found += _attempt(graph, _large_start)[:1]
+    try:
+        masked = is_masked(graph)
+    except Exception:  # freed, changed in place, or of another form
+        masked = False
+    return FirstLoss(tuple(found), masked)
 
 
 def _found(loss: Tensor, finder: Callable[[LossGraph], Iterator[GraphProblem]]) -> tuple[GraphProblem, ...]:
-    return _read(loss, lambda graph: tuple(finder(graph)), ())
+    graph = _graph_of(loss)
+    return () if graph is None else _attempt(graph, finder)
 
 
-def _read(loss: Tensor, read: Callable[[LossGraph], T], otherwise: T) -> T:
-    """Return what is read of the graph of a loss, or something else if that cannot be read."""
+def _graph_of(loss: Tensor) -> LossGraph | None:
+    """Return the graph of a loss, or None if it cannot be read."""
     try:
-        return otherwise if loss.grad_fn is None else read(LossGraph(loss.grad_fn))
-    except Exception:  # freed, changed in place, or of another form
-        return otherwise
+        return None if loss.grad_fn is None else LossGraph(loss.grad_fn)
+    except Exception:  # of another form
+        return None
 
 
-def _attempt(graph: LossGraph, read: Callable[[LossGraph], T], otherwise: T) -> T:
-    """Return what is read of a graph, or something else if that cannot be read."""
+def _attempt(
+    graph: LossGraph, finder: Callable[[LossGraph], Iterator[GraphProblem]]
+) -> tuple[GraphProblem, ...]:
+    """Return what is found, nothing if the graph cannot be read."""
     try:
-        return read(graph)
+        return tuple(finder(graph))
     except Exception:  # freed, changed in place, or of another form
-        return otherwise
+        return ()
 
 
 def find_tiny_input(norm: Tensor | None) -> GraphProblem | None:

@@ -125,7 +125,7 @@ def _norms_of_one_kind(tensors: Sequence[Tensor], indices: tuple[int, ...] | Non
         rows = torch.stack([tensors[i] for i in some], out=place).view(len(some), -1)
         pieces.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
     if batches.alone:
-        rest = tensors if not pieces else [tensors[i] for i in batches.alone]
+        rest = list(tensors) if not pieces else [tensors[i] for i in batches.alone]
         pieces.append(torch.stack(torch._foreach_norm(rest, 2, dtype=torch.float32)))
     return layout.zeros.index_copy(0, batches.places, torch.cat(pieces))
 
