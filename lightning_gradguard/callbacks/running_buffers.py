@@ -5,6 +5,7 @@ They keep NaN and Inf out of running statistics, and go into flight records.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class _Group:
 
     def _follow(self) -> None:
         """Find the buffers again, in case a module has put others in their places."""
-        found = [held[name] if name in held else None for _, held, name in self.places]  # noqa: SIM401
+        found = _held(self.places)
         known = len(found) == len(self._found) and all(map(is_, found, self._found))
         if known and [*map(Tensor.data_ptr, self._own)] == self._pointers:
             return
@@ -129,6 +130,7 @@ class RunningBuffers:
         self._moving: set[tuple[int, str]] = set()
         self._is_first, self._was_first = True, False
         self._seen: list[_Seen] = []
+        self._resting: tuple[list[Tensor], list[int]] | None = None
         self._paths: dict[int, str] = {}
         self._ruined: dict[tuple[tuple[int, str], ...], Tensor] = {}
 
@@ -148,6 +150,12 @@ class RunningBuffers:
             self._find()
         for group in self._small:
             group.save()
+        if self._is_first or not self._rests():
+            self._see()
+        self._is_first, self._was_first = False, self._is_first
+
+    def _see(self) -> None:
+        """Note all other tensors, and copy those that may change."""
         self._seen = []
         for place in self._others:
             tensor = place.tensor
@@ -156,7 +164,20 @@ class RunningBuffers:
                 self._seen.append(
                     _Seen(place, tensor, _version(tensor), tensor.clone() if is_copied else None)
                 )
-        self._is_first, self._was_first = False, self._is_first
+        is_plain = all(seen.copy is None and seen.version >= 0 for seen in self._seen)
+        tensors, versions = [seen.tensor for seen in self._seen], [seen.version for seen in self._seen]
+        self._resting = (tensors, versions) if is_plain else None
+
+    def _rests(self) -> bool:
+        """Return True if all other tensors are as they were noted, and none has a copy.
+
+        The many tensors of a frozen model are compared at once.
+        """
+        if self._resting is None:
+            return False
+        tensors, versions = self._resting
+        found = _held([seen.place for seen in self._seen])
+        return all(map(is_, found, tensors)) and [t._version for t in tensors] == versions
 
     @torch.no_grad()
     def restore_nonfinite(self, skipped: bool = False) -> None:
@@ -176,7 +197,7 @@ class RunningBuffers:
                 if not skipped:
                     self._note(group.keys, bad)
                 group.write(values)
-        for place, tensor, version, copy in self._seen:
+        for place, tensor, version, copy in () if self._rests() else self._seen:
             now = place.tensor
             if now is not tensor or _version(now) != version:
                 self._moving.add(place.key)
@@ -243,7 +264,7 @@ class RunningBuffers:
         """Find the tensors, and how each is to be copied."""
         self._count = sum([len(part._buffers) for part in self._modules])
         self._names = [(part, frozenset(part._buffers.keys())) for part in self._modules]
-        self._others, self._unmade = [], []
+        self._others, self._unmade, self._resting = [], [], None
         groups: dict[tuple[torch.dtype, torch.device], list[_Place]] = {}
         found: set[int] = set()
         for part in self._modules:
@@ -346,6 +367,14 @@ def _is_ruined(now: Tensor, before: Tensor) -> Tensor:
 
 def _mended(now: Tensor, before: Tensor) -> Tensor:
     return torch.where(_is_ruined(now, before), before, now)
+
+
+def _held(places: Sequence[_Place]) -> list[Any]:
+    """Return what is in each place now."""
+    try:
+        return [held[name] for _, held, name in places]
+    except KeyError:  # one is gone
+        return [place.tensor for place in places]
 
 
 def _holds_none(flags: Tensor) -> bool:
