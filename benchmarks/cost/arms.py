@@ -12,13 +12,26 @@ from torch import nn
 
 from benchmarks.cost import peers
 from benchmarks.cost.models import Transformer, tensors
-from lightning_gradguard import SpikeClip
-from lightning_gradguard.cli.cost import Timings, measure
+from lightning_gradguard import AGC, AdaGC, AutoClip, Guard, NormClip, SpikeClip, SteadyClip, ZClip
+from lightning_gradguard.cli.cost import CYCLE, MAX_NORM, WARM_UP, SyntheticTraining, Timings, measure
+from lightning_gradguard.clippers import Clipper
 
 OURS = "Guard, SpikeClip"
+AGC_HERE, AGC_THERE = "Guard, AGC", "timm AGC"
+
+#: Further clippers: name of the arm to the clipper.
+CLIPPERS: dict[str, Callable[[], Clipper]] = {
+    "Guard, SteadyClip": SteadyClip,
+    "Guard, NormClip": lambda: NormClip(MAX_NORM),
+    "Guard, AutoClip": AutoClip,
+    "Guard, ZClip": ZClip,
+    "Guard, AdaGC": AdaGC,
+    AGC_HERE: AGC,
+}
 
 TRANSFORMER = "transformer, 30 million in 100 tensors"
 THOUSAND, FOUR_THOUSAND = "1,000 tensors of 32 × 32", "4,000 tensors of 32 × 32"
+TOY = "toy, 13 layers of 64"
 
 #: Models whose gradients are measured: description to constructor.
 WORKLOADS: dict[str, Callable[[], nn.Module]] = {
@@ -26,14 +39,47 @@ WORKLOADS: dict[str, Callable[[], nn.Module]] = {
     "4 tensors of 2,740 × 2,740": lambda: tensors([(2740, 2740)] * 4),
     THOUSAND: lambda: tensors([(32, 32)] * 1000),
     FOUR_THOUSAND: lambda: tensors([(32, 32)] * 4000),
-    "toy, 13 layers of 64": lambda: tensors([(64, 64), (64,)] * 13),
+    "1,000 vectors of 4": lambda: tensors([(4,)] * 1000),
+    TOY: lambda: tensors([(64, 64), (64,)] * 13),
 }
 
 
-def timings(model: nn.Module, steps: int, clock: Callable[[], float], with_peers: bool = True) -> Timings:
-    """Time all arms on the gradients of one model."""
-    more = {} if not with_peers else of_peers(model)
-    return measure(model, SpikeClip(), steps, more, clock)
+def timings(
+    model: nn.Module, steps: int, clock: Callable[[], float], everything: bool = True
+) -> tuple[Timings, dict[str, float]]:
+    """Time all arms on the gradients of one model.
+
+    Args:
+        model: Model whose parameters get random gradients.
+        steps: Steps to time.
+        clock: Clock that returns seconds.
+        everything: Time all clippers and peers, too.
+
+    Returns:
+        The timings, and the share of steps that each clipper clipped.
+    """
+    guards = warmed_up(model) if everything else {}
+    # Half of the start and less: that is when a guard looks closer at one of 32 steps only.
+    loss = torch.tensor(0.5)
+    more: dict[str, Callable[[], object]] = {
+        name: lambda guard=guard: guard.step(loss=loss)  # type: ignore[misc]
+        for name, guard in guards.items()
+    }
+    found = measure(model, SpikeClip(), steps, more | (of_peers(model) if everything else {}), clock)
+    clipped = {name: guard.counts["clipped"] / guard.counts["judged"] for name, guard in guards.items()}
+    return found, {OURS: found.clipped} | clipped if everything else {}
+
+
+def warmed_up(model: nn.Module) -> dict[str, Guard]:
+    """Return a guard for each of `CLIPPERS`, after as many steps as `measure` lets its own take before the clock."""
+    training = SyntheticTraining(model)
+    guards = {name: Guard(model.named_parameters(), clipper=make()) for name, make in CLIPPERS.items()}
+    for _ in range(WARM_UP - CYCLE):
+        training.advance()
+        for guard in guards.values():
+            training.restore()
+            guard.step(loss=training.loss)
+    return guards
 
 
 def of_peers(model: nn.Module) -> dict[str, Callable[[], object]]:
@@ -42,8 +88,8 @@ def of_peers(model: nn.Module) -> dict[str, Callable[[], object]]:
     if (zclip := peers.find("zclip")) is not None:
         spikes: Any = zclip.ZClip()
         arms["zclip"] = lambda: spikes.step(model)
-    if (agc := peers.find("timm AGC")) is not None:
-        arms["timm AGC"] = lambda: agc.adaptive_clip_grad(model.parameters())
+    if (agc := peers.find(AGC_THERE)) is not None:
+        arms[AGC_THERE] = lambda: agc.adaptive_clip_grad(model.parameters())
     if (module := peers.find("torch-module-monitor")) is not None:
         monitor: Any = module.ModuleMonitor(monitor_step_fn=lambda step: True)
         monitor.add_gradient_metric("norm", torch.linalg.vector_norm)

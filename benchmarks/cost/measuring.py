@@ -28,6 +28,20 @@ class Rounds:
         """Return an arm's seconds over another's at the same step of the same round, averaged likewise."""
         return over_a_cycle(self._ratios(arm, base))
 
+    def added(self, arm: str, base: str) -> Spread:
+        """Return an arm's seconds beyond another's at the same step of the same round, averaged likewise."""
+        pairs = zip(self.seconds[arm], self.seconds[base], strict=True)
+        return over_a_cycle([[a - b for a, b in zip(*pair, strict=True)] for pair in pairs])
+
+    def part(self, steps: slice) -> Rounds:
+        """Return these steps of each round."""
+        return Rounds({arm: [timed[steps] for timed in rounds] for arm, rounds in self.seconds.items()})
+
+    def extend(self, others: Rounds) -> None:
+        """Append the rounds of further trainings."""
+        for arm, rounds in others.seconds.items():
+            self.seconds.setdefault(arm, []).extend(rounds)
+
     def usual(self, arm: str, base: str) -> float:
         """Return the same ratio for the median step, which excludes steps that write histograms or pictures."""
         return statistics.median(map(statistics.median, zip(*self._ratios(arm, base), strict=True)))

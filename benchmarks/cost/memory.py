@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from types import BuiltinFunctionType, CodeType, FrameType, ModuleType
@@ -20,6 +21,9 @@ from lightning_gradguard.engine.sampling_schedule import EAGER, REFRESH
 #: Types that are not followed: they belong to the program, not to the guard.
 _SHARED = (ModuleType, type, CodeType, FrameType, BuiltinFunctionType)
 
+#: Types that hold numbers.
+_KINDS = (Tensor, np.ndarray, array)
+
 
 def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
     """Return a guard with SpikeClip after ordinary steps, with and without full evaluations."""
@@ -32,7 +36,7 @@ def after_steps(model: nn.Module, steps: int = EAGER + 2 * REFRESH) -> Guard:
     return guard
 
 
-def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counter[str]:
+def held(guard: Guard, kinds: tuple[type, ...] = _KINDS) -> Counter[str]:
     """Return bytes of tensors and arrays that a guard holds, by the attribute that reaches them first.
 
     Parameters, gradients and views into them belong to the model and are not counted.
@@ -42,23 +46,21 @@ def held(guard: Guard, kinds: tuple[type, ...] = (Tensor, np.ndarray)) -> Counte
     # References back to the guard lead to nothing new.
     met: set[int] = {id(guard), *map(id, parameters)}
     found: Counter[str] = Counter()
-    owners: dict[str, Any] = {f"watch.{name}": value for name, value in vars(guard.tracker).items()}
-    owners |= {name: value for name, value in vars(guard).items() if name != "watch"}
+    owners: dict[str, Any] = {f"tracker.{name}": value for name, value in vars(guard.tracker).items()}
+    owners |= {name: value for name, value in vars(guard).items() if name != "tracker"}
     for owner, value in owners.items():
-        for array in _reached(value, met):
-            place = _memory(array)
-            if place not in seen and isinstance(array, kinds):
+        for numbers in _reached(value, met):
+            place = _memory(numbers)
+            if place not in seen and isinstance(numbers, kinds):
                 seen.add(place)
-                found[owner] += (
-                    array.untyped_storage().nbytes() if isinstance(array, Tensor) else array.nbytes
-                )
+                found[owner] += _bytes(numbers)
     return +found
 
 
 def python_bytes(make: Callable[[], object]) -> int:
     """Return bytes of Python objects that stay allocated while the result lives.
 
-    || NumPy arrays are included, tensors are not.
+    Arrays of Python and NumPy are included, tensors are not.
     """
     gc.collect()
     tracemalloc.start()
@@ -81,7 +83,7 @@ def _reached(root: object, met: set[int]) -> list[Any]:
         if id(thing) in met or isinstance(thing, _SHARED):
             continue
         met.add(id(thing))
-        if isinstance(thing, Tensor | np.ndarray):
+        if isinstance(thing, _KINDS):
             found.append(thing)
         elif not (callable(thing) and hasattr(thing, "__globals__")):
             waiting += gc.get_referents(thing)
@@ -90,7 +92,13 @@ def _reached(root: object, met: set[int]) -> list[Any]:
     return found
 
 
-def _memory(array: Any) -> int:
-    if isinstance(array, Tensor):
-        return array.untyped_storage().data_ptr() if array.layout == torch.strided else id(array)
-    return id(array if array.base is None else array.base)
+def _memory(numbers: Any) -> int:
+    if isinstance(numbers, Tensor):
+        return numbers.untyped_storage().data_ptr() if numbers.layout == torch.strided else id(numbers)
+    return id(numbers.base if isinstance(numbers, np.ndarray) and numbers.base is not None else numbers)
+
+
+def _bytes(numbers: Any) -> int:
+    if isinstance(numbers, Tensor):
+        return numbers.untyped_storage().nbytes()
+    return numbers.nbytes if isinstance(numbers, np.ndarray) else len(numbers) * numbers.itemsize

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import statistics
+import textwrap
 
 import torch
 
-from benchmarks.cost import arms, peers, trainer_arms
+from benchmarks.cost import arms, extremes, many_tensors, peers, toy, trainer_arms
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import SMALL, Results
+from benchmarks.cost.real_turns import FROM
 from benchmarks.cost.turns import TURN
 from lightning_gradguard.cli.cost import BARE, CLIP, CYCLE, WARM_UP, Spread
 
@@ -20,14 +23,49 @@ Made by `python benchmarks/overhead.py`: Python {python}, torch {torch}, CPU, {t
 Arms are interleaved in one process. A ratio is taken within each round, in which both arms found the same machine; what
 stands here is the median of the ratios, with the quartiles in brackets."""
 
+WORST = """## The worst of it
+
+Where a guard costs most: first steps, faults, losses that do not fall, short steps, many tensors. In a Trainer it is
+`GradGuard(clipper=SpikeClip())` and `GradHistogram()`, both on their defaults, from the start of a batch to the start
+of the next. The toy has {layers} layers of 64 × 64 and Adam; trainings with and without callbacks follow each other on
+the same batches, from the same weights, and steps are compared one by one. First steps are those of a process that has
+trained before: what is done only once in a process, such as imports, is left out.
+
+{said}"""
+
+USUAL = """## The usual
+
+The same columns, of steps after the first {settled} in trainings that go well."""
+
 STEPS = """## A step
 
 `Guard.step` on quiet steps beside one norm of all gradients, which any judgement of them needs, and torch's
-`clip_grad_norm_`, in shuffled order, every arm with gradients that were just written. Before the clock counts, guards
-have judged {settled} steps; from there on one reads weights, and looks closer, in one of {cycle} steps. Figures are
-means over such a cycle, of the median of each of its steps, so that the costly ones count; the median step is beside
-them. Peers are called as their pages say, as far as their part of a step can be called by itself; on 4,000 tensors they
-are left out."""
+`clip_grad_norm_`, in shuffled order. Each arm finds gradients that a backward pass has just made as new tensors, and
+caches that other memory has gone through. Before the clock counts, guards have judged {settled} steps; from there on
+one reads weights, and looks closer, in one of {cycle} steps. Figures are means over such a cycle, of the median of each
+of its steps, so that the costly ones count; the median step is beside them. Peers are called as their pages say, as far
+as their part of a step can be called by itself."""
+
+CLIPPERS = """### All clippers
+
+The same steps. `NormClip` has a limit that no norm reaches; the others clip what they clip, and a step that is clipped
+also writes the gradients. `AGC` does what timm's `adaptive_clip_grad` does, which is its last column."""
+
+MANY = """## Many tensors, from the first step on
+
+A plain loop over {count:,} tensors of 32 × 32 with a new guard, `Guard(model.named_parameters(), clipper=SpikeClip())`.
+Medians over {loops}."""
+
+EARLY = """### From the first steps on
+
+A transformer of {title}, by turns in {trainings}: steps {begin} to {end} of a guard, of which one in eight is
+evaluated in full."""
+
+REAL = """## Models of other packages
+
+Healthy trainings of `benchmarks/real_models.py`, one of each family of models. A bare Trainer and one with our
+callbacks take turns of {turn} steps, from a guard's step {begin} on, while one step of eight is evaluated in full.
+Trainings of few steps are repeated with other seeds."""
 
 TURNS = """## A training
 
@@ -39,9 +77,10 @@ is nearly the same whatever the model, and so a smaller part of a longer step.""
 
 TRAININGS = """## Whole trainings, with others
 
-Every arm by itself, in rotation: the mean over {steps} steps after the first {warm_up}, of each step's median over
-the rounds. In these steps the loss is logged to TensorBoard {logged} times, and histograms are written once by all
-that draw some. Trainings that are minutes apart do not find the same machine, so that a few percent mean nothing."""
+Peers that cannot take turns. Every arm by itself, in rotation: the mean over {steps} steps after the first {warm_up},
+of each step's median over the rounds. In these steps the loss is logged to TensorBoard {logged} times, and histograms
+are written once by all that draw some. Trainings that are minutes apart do not find the same machine, so that a few percent
+mean nothing."""
 
 GROWTH = """## Growth
 
@@ -64,14 +103,24 @@ def report(found: Results, clock: str, picture: str) -> str:
         s="s" if threads > 1 else "",
         clock=clock,
     )
-    parts = [head, f"![Cost of steps, trainings and memory]({picture})"]
+    parts = [head, f"![Cost of the worst cases, of steps, trainings and memory]({picture})"]
     parts += [
+        _said_of_the_worst(found),
+        table(extremes.HEAD, [row.cells for row in extremes.worst(found)]),
+        USUAL.format(settled=WARM_UP),
+        table(extremes.HEAD, [row.cells for row in extremes.usual(found)]),
         STEPS.format(cycle=CYCLE, settled=WARM_UP),
         _steps(found),
         _said_of_steps(found),
+        CLIPPERS,
+        _clippers(found),
+        _said_of_agc(found),
+        *_many(found),
         TURNS.format(turn=TURN, warm_up=SMALL.warm_up),
         _turns(found),
         *(_rank(rounds) for rounds in found.turns.values()),
+        *_early(found),
+        *_real(found),
         TRAININGS.format(steps=SMALL.steps, warm_up=SMALL.warm_up, logged=SMALL.steps // 50),
     ]
     for title, rounds in found.trainings.items():
@@ -86,6 +135,8 @@ def _steps(found: Results) -> str:
     rows = []
     for title, timings in found.steps.items():
         for arm in timings.seconds:
+            if arm in arms.CLIPPERS:
+                continue
             step = timings.step(arm)
             rows.append(
                 [
@@ -115,7 +166,144 @@ def _said_of_steps(found: Results) -> str:
     )
 
 
+def _said_of_the_worst(found: Results) -> str:
+    steps = len(found.diverging.seconds[trainer_arms.OURS][0])
+    said = "Where it was to diverge, the guard found nothing."
+    if found.faults:
+        said = (
+            f"Where it diverges, its learning rate grows from step {toy.BEGIN} on; from the first finding on the "
+            f"{_number(steps, 'step')} that all trainings reached are counted. Found there: {_list(found.faults)}."
+        )
+    left = 100 * (1 - found.not_halved.share), 100 * (1 - found.halved.share)
+    said += (
+        f" The loss that has not halved is that of the same training with a constant added: it ended {left[0]:.1f} % "
+        f"below its start, the other {left[1]:.1f} %."
+    )
+    return WORST.format(layers=toy.LAYERS, said="\n".join(textwrap.wrap(said, 120)))
+
+
+def _clippers(found: Results) -> str:
+    rows = []
+    for title, timings in found.steps.items():
+        for arm, clipped in found.clipped[title].items():
+            rows.append(
+                [
+                    title,
+                    f"`{arm.removeprefix('Guard, ')}`",
+                    f"{1e3 * timings.step(arm).median:.2f}",
+                    f"{clipped:.0%}",
+                    _spread(timings.ratio(arm, BARE)),
+                    _spread(timings.ratio(arm, CLIP)),
+                    _spread(timings.ratio(arm, arms.AGC_THERE))
+                    if arm == arms.AGC_HERE and arms.AGC_THERE in timings.seconds
+                    else "–",
+                ]
+            )
+    head = [
+        "gradients",
+        "clipper",
+        "ms",
+        "clipped",
+        "over bare norm",
+        "over `clip_grad_norm_`",
+        "over timm's",
+    ]
+    return table(head, rows)
+
+
+def _said_of_agc(found: Results) -> str:
+    ratios = {
+        title: timings.ratio(arms.AGC_HERE, arms.AGC_THERE).median
+        for title, timings in found.steps.items()
+        if arms.AGC_THERE in timings.seconds
+    }
+    if not ratios:
+        return ""
+    dearest = max(ratios, key=lambda title: ratios[title])
+    dearer = sum(ratio > 1 for ratio in ratios.values())
+    return (
+        f"Ours takes longer than timm's on {dearer} of these {len(ratios)}; at worst {ratios[dearest]:.2f} times as "
+        f"long, on {dearest}."
+    )
+
+
+def _many(found: Results) -> list[str]:
+    count, steps, loops = found.plan.many
+    ours = many_tensors.OURS
+    made = Spread.of([loop[0] for loop in found.many.seconds[ours]])
+    parts = {
+        "the first step": (1, 2),
+        "a step of 2 to 32": (2, 33),
+        f"a step of 33 to {steps}": (33, steps + 1),
+    }
+    rows = [["construction", f"{1e3 * made.median:.2f}", "–", "–", "–"]]
+    for what, (begin, end) in parts.items():
+        part = found.many.part(slice(begin, end))
+        rows.append(
+            [
+                what,
+                f"{1e3 * part.step(ours).median:.2f}",
+                f"{1e3 * statistics.median(map(statistics.median, part.seconds[ours])):.2f}",
+                _spread(part.ratio(ours, BARE)),
+                _spread(part.ratio(ours, CLIP)),
+            ]
+        )
+    head = [f"{count:,} tensors", "mean, ms", "median step, ms", "over bare norm", "over `clip_grad_norm_`"]
+    return [MANY.format(count=count, loops=_number(loops, "loop")), table(head, rows)]
+
+
+def _early(found: Results) -> list[str]:
+    title, size, turns, trainings = found.plan.early
+    begin, end = size.warm_up + TURN, size.warm_up + (turns + 1) * TURN
+    said = EARLY.format(title=title, begin=begin, end=end, trainings=_number(trainings, "training"))
+    return [said, _turn_table({title: found.early})]
+
+
+def _real(found: Results) -> list[str]:
+    if not found.real.turns and not found.real.absent:
+        return []
+    rows = [
+        [
+            f"`{id_}`{'' if found.real.clipped[id_] else ' ¹'}",
+            f"{case.title} ({case.package} {case.version})",
+            f"{found.real.tensors[id_]}",
+            f"{1e3 * rounds.step(trainer_arms.BARE).median:.2f}",
+            f"{1e3 * rounds.added(trainer_arms.OURS, trainer_arms.BARE).median:.2f}",
+            _spread(rounds.ratio(trainer_arms.OURS, trainer_arms.BARE)),
+        ]
+        for id_, rounds in found.real.turns.items()
+        for case in [found.real.cases[id_]]
+    ]
+    parts = [REAL.format(turn=TURN, begin=FROM)]
+    if rows:
+        parts.append(table(["case", "model", "tensors", "bare, ms", "added, ms", "over bare"], rows))
+        ratios, added = (
+            [getattr(r, name)(trainer_arms.OURS, trainer_arms.BARE).median for r in found.real.turns.values()]
+            for name in ("ratio", "added")
+        )
+        parts.append(
+            f"Over all {len(ratios)}, a step takes {statistics.median(ratios):.2f} times as long in the median, and at "
+            f"worst {max(ratios):.2f} times; {1e3 * statistics.median(added):.2f} ms are added, at most "
+            f"{1e3 * max(added):.2f}."
+        )
+    if not all(found.real.clipped.values()):
+        parts.append("¹ Without a clipper, since the Trainer itself clips there.")
+    if found.real.failed:
+        parts.append(
+            "Not measured: " + "; ".join(f"`{i}`: {why}" for i, why in found.real.failed.items()) + "."
+        )
+    if found.real.absent:
+        parts.append(
+            f"Left out, since their packages are not installed: models of {', '.join(found.real.absent)}."
+        )
+    return parts
+
+
 def _turns(found: Results) -> str:
+    return _turn_table(found.turns)
+
+
+def _turn_table(turns: dict[str, Rounds]) -> str:
     rows = [
         [
             title,
@@ -125,7 +313,7 @@ def _turns(found: Results) -> str:
             _spread(rounds.ratio(name, trainer_arms.BARE), digits=3),
             _spread(rounds.ratio(name, trainer_arms.CLIP), digits=3),
         ]
-        for title, rounds in found.turns.items()
+        for title, rounds in turns.items()
         for name in rounds.seconds
     ]
     return table(["model", "arm", "what it does", "ms a step", "over bare", "over `gradient_clip_val`"], rows)
@@ -198,13 +386,17 @@ def _memory(found: Results) -> str:
         f"A guard with the default detectors and SpikeClip over {found.reference:,} tensors of 32 × 32 holds "
         f"{held.total() / 1e6:.2f} MB, {found.held_tensors / 1e6:.2f} MB of it in torch's tensors; over as many of "
         f"64 × 64, {found.held_wide / 1e6:.2f} MB. From {counts[0]:,} to {counts[-1]:,} tensors it is {min(per):,.0f} "
-        f"to {max(per):,.0f} bytes a tensor. Python's objects, the history among them, are "
+        f"to {max(per):,.0f} bytes a tensor. Python's objects and arrays, the history among them, are "
         f"{found.python / 1e6:.2f} MB. By holder:\n\n" + table(["attribute of `Guard`", "kB"], rows)
     )
 
 
 def _spread(spread: Spread, digits: int = 2) -> str:
     return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}–{spread.high:.{digits}f})"
+
+
+def _list(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _number(count: int, what: str) -> str:

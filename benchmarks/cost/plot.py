@@ -1,4 +1,4 @@
-"""Picture of the cost by tensors and parameters, of trainings, and of memory."""
+"""Picture of the worst cases, of the cost by tensors and parameters, of trainings, and of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.cost import arms, trainer_arms
+from benchmarks.cost import arms, extremes, trainer_arms
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.plan import Results
 from lightning_gradguard.cli.cost import BARE, CLIP, Timings
@@ -25,10 +25,11 @@ STYLES = {
 
 
 def picture(found: Results, path: Path) -> None:
-    """Draw all four panels."""
-    figure, ((by_tensors, by_elements), (training, memory)) = plt.subplots(
-        2, 2, figsize=(11.5, 8), layout="constrained"
+    """Draw all six panels."""
+    figure, ((added, ratios), (by_tensors, by_elements), (training, memory)) = plt.subplots(
+        3, 2, figsize=(11.5, 12), layout="constrained"
     )
+    _worst(added, ratios, found)
     _growth(by_tensors, found.by_tensors, "A step, by number of tensors", "tensors of 32 × 32")
     _growth(by_elements, found.by_elements, "A step, by number of parameters", "parameters, in 100 tensors")
     title, rounds = next(iter(found.turns.items()))
@@ -36,6 +37,35 @@ def picture(found: Results, path: Path) -> None:
     _memory(memory, found)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _worst(added: Axes, ratios: Axes, found: Results) -> None:
+    """Draw bars of the worst cases, the first on top: milliseconds that a guard adds, and the ratio."""
+    rows = [
+        row
+        for row in reversed(extremes.worst(found))
+        if row.label and row.ratio is not None and row.added > 0
+    ]
+    places = range(len(rows))
+    for panel, values, form in (
+        (added, [1e3 * row.added for row in rows], "{:,.1f}"),
+        (ratios, [row.ratio.median for row in rows if row.ratio is not None], "{:.2f}"),
+    ):
+        bars = panel.barh(places, values, color="#0072B2", height=0.65)
+        panel.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=9)
+        panel.set_xscale("log")
+        panel.set_xlim(left=min([*values, 2.0]) / 2)
+        panel.margins(x=0.12)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.3, axis="x")
+        panel.set_axisbelow(True)
+    added.set_yticks(places, [row.label for row in rows])
+    added.set_title("The worst of it: milliseconds added", loc="right")
+    added.set_xlabel("milliseconds, logarithmic")
+    ratios.set_yticks(places, [""] * len(rows))
+    ratios.set_title("The worst of it: with a guard, over without")
+    ratios.set_xlabel("ratio, logarithmic")
 
 
 def _growth(panel: Axes, column: dict[int, Timings], title: str, label: str) -> None:

@@ -44,6 +44,7 @@ class Size:
     """Size of a training: the transformer, the batch, and its steps.
 
     Attributes:
+        context: Length of the learned positions; 0 for none.
         warm_up: Steps before the clock starts; a guard runs full evaluations more often until then.
         steps: Timed steps.
     """
@@ -53,11 +54,12 @@ class Size:
     vocabulary: int
     batch: int
     length: int
+    context: int = 0
     warm_up: int = SETTLED + EAGER + 4
     steps: int = INTERVAL
 
     def net(self) -> Transformer:
-        return Transformer(self.layers, self.width, self.vocabulary)
+        return Transformer(self.layers, self.width, self.vocabulary, self.context)
 
 
 @dataclass(frozen=True)
