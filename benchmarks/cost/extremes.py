@@ -111,9 +111,14 @@ def _worst(found: Results) -> Iterator[Row]:
         yield _step(found.steps[title], title, said, arm, CLIP, f"{name}, {title.partition(', ')[0]}")
     if found.real.turns:
         id_ = max(found.real.turns, key=lambda id_: found.real.turns[id_].ratio(OURS, TRAINER).median)
-        case = f"the dearest of {len(found.real.turns)} models of other packages"
-        said = f"`{id_}`: a step from {FROM} on, beside a bare Trainer"
-        yield _turn(found.real.turns[id_], case, said, TRAINER, label=f"{id_}: dearest of other packages")
+        said = f"the dearest, `{id_}`: a step from {FROM} on, beside a bare Trainer"
+        yield _turn(
+            found.real.turns[id_],
+            "models of other packages in a Trainer",
+            said,
+            TRAINER,
+            label=f"{id_}: dearest of other packages",
+        )
 
 
 def _many(found: Results) -> Iterator[Row]:

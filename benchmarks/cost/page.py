@@ -79,8 +79,8 @@ TRAININGS = """## Whole trainings, with others
 
 Peers that cannot take turns. Every arm by itself, in rotation: the mean over {steps} steps after the first {warm_up},
 of each step's median over the rounds. In these steps the loss is logged to TensorBoard {logged} times, and histograms
-are written once by all that draw some. Trainings that are minutes apart do not find the same machine, so that a few percent
-mean nothing."""
+are written once by all that draw some. Trainings that are minutes apart do not find the same machine, so that a few
+percent mean nothing."""
 
 GROWTH = """## Growth
 
