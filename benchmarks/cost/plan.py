@@ -73,8 +73,8 @@ FULL = Plan(
     real=5,
     trainings={"0.86 million parameters, 51 tensors": (SMALL, 2)},
     turns={
-        "0.86 million parameters, 51 tensors": (SMALL, 16, None),
-        "3.4 million parameters, 51 tensors": (LARGE, 12, (BARE, CLIP, OURS, STEADY)),
+        "0.86 million parameters, 51 tensors": (SMALL, 12, None),
+        "3.4 million parameters, 51 tensors": (LARGE, 8, (BARE, CLIP, OURS, STEADY)),
     },
 )
 

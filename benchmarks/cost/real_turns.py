@@ -92,7 +92,7 @@ def measure(
                 found.failed[case.id] = f"{type(error).__name__}: {error}"
                 break
             timed.extend(turns.rounds)
-            if len(timed.seconds[OURS]) >= rounds:
+            if not turns.rounds.seconds[OURS] or len(timed.seconds[OURS]) >= rounds:
                 break
         if timed.seconds.get(OURS):
             found.cases[case.id], found.turns[case.id], found.tensors[case.id] = case, timed, tensors
