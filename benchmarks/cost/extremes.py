@@ -93,13 +93,6 @@ def _worst(found: Results) -> Iterator[Row]:
         found.early, _trainer(title), f"{said} a bare Trainer", TRAINER, label=f"{_short(title)}: early steps"
     )
     yield _turn(found.early, _trainer(title), f"{said} `gradient_clip_val`", CLIPPING)
-    for title, shown in found.shown.items():
-        if shown:
-            bare = found.turns[title].step(TRAINER).median
-            ratio = Spread.of([seconds / bare for seconds in shown])
-            added = Spread.of(shown).median - bare
-            label = f"{_short(title)}: step with histograms"
-            yield Row(_trainer(title), "a step that draws histograms", bare, added, ratio, label)
     dearest = max(
         ((title, arm) for title in found.steps for arm in found.clipped[title]),
         key=lambda place: found.steps[place[0]].ratio(place[1], CLIP).median,

@@ -72,7 +72,8 @@ TURNS = """## A training
 One `Trainer.fit` of a small transformer, in which arms take turns of {turn} steps: callbacks and clipping are put in
 and taken out, so that all find the same machine, weights and memory. From the start of a batch to the start of the
 next, after {warm_up} steps with ours: the median over rounds of one turn each. Ours is `GradGuard(clipper=SpikeClip())`
-and `GradHistogram()`, both on their defaults, with histograms, scalars and pictures going to TensorBoard. What it costs
+and `GradHistogram()`, both on their defaults, with histograms, scalars and pictures going to TensorBoard. One step in
+100 draws histograms, most of which the median leaves out; `benchmarks/histograms.md` has their cost. What a guard adds
 is nearly the same whatever the model, and so a smaller part of a longer step."""
 
 TRAININGS = """## Whole trainings, with others

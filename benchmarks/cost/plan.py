@@ -132,7 +132,6 @@ class Results:
         by_elements: Number of parameters to the timings on that many in 100 tensors.
         trainings: Title to the seconds of whole trainings.
         turns: Title to the seconds of turns in one training.
-        shown: Title to the seconds of each of our steps that drew histograms.
         findings: Number of findings of all guards in these trainings.
         held: P to the bytes that a guard over P tensors of 32 × 32 holds, by holder.
         held_wide: Total bytes held over the second largest P, with 64 × 64 tensors.
@@ -155,7 +154,6 @@ class Results:
     by_elements: dict[int, Timings] = field(default_factory=dict)
     trainings: dict[str, Rounds] = field(default_factory=dict)
     turns: dict[str, Rounds] = field(default_factory=dict)
-    shown: dict[str, list[float]] = field(default_factory=dict)
     findings: int = 0
     held: dict[int, Counter[str]] = field(default_factory=dict)
     held_tensors: int = 0
@@ -199,7 +197,7 @@ def run(
             report_progress(f"turns, {title}")
             able = [name for name in names or ABLE if name in trainer_arms.available()]
             turns = take_turns(able, size, rounds or usual, Path(folder) / title, clock)
-            found.turns[title], found.shown[title] = turns.rounds, turns.shown[OURS]
+            found.turns[title] = turns.rounds
             found.findings += turns.findings
         for title, (size, usual) in plan.trainings.items():
             # The others have taken turns.

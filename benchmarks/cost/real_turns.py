@@ -23,10 +23,10 @@ from benchmarks.real.watching import quiet, seed_all
 from lightning_gradguard import GradGuard, GradHistogram, SpikeClip
 from lightning_gradguard.cli.cost import CYCLE
 
-#: Steps of a guard before its first turn, which is not timed: so the clock runs from its step `FROM` on. In each turn,
-#: four of 28 timed steps are then evaluated in full; on average it is one in eight.
+#: Steps of a guard before its first turn, in a training that is timed from its first steps on. In each turn, four of 28
+#: timed steps are then evaluated in full; on average it is one in eight.
 WARM_UP = CYCLE + SETTLING
-#: First timed step of a guard.
+#: First timed step of a guard, there after a turn that is not timed, here at once: these trainings are short.
 FROM = WARM_UP + TURN
 #: Trainings of a case, each with a seed of its own, at most: some are too short for more than one turn of each arm.
 _MOST_TRAININGS = 4
@@ -128,7 +128,7 @@ def _one(
                 run.fit([*own, counter])
 
             return in_turns(
-                {BARE: [], OURS: [GradHistogram(), guard]}, fit, WARM_UP, rounds, clock
+                {BARE: [], OURS: [GradHistogram(), guard]}, fit, FROM, rounds, clock, untimed=0
             ), counter.tensors
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks.cost.measuring import Rounds
 from benchmarks.cost.models import Training, loader
-from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, INTERVAL, OURS, STEADY, Size, silenced
+from benchmarks.cost.trainer_arms import BARE, CLIP, EVERY, OURS, STEADY, Size, silenced
 from lightning_gradguard import GradGuard
 from lightning_gradguard.cli.cost import CYCLE
 
@@ -44,12 +44,12 @@ class Turns(L.Callback):
     Args:
         callbacks: Name of an arm to its callbacks.
         warm_up: Steps of each arm with a guard before the first turn.
-        rounds: Timed turns of each arm, after a first untimed one; then training stops.
+        rounds: Timed turns of each arm, after the untimed ones; then training stops.
         clock: Clock that returns seconds.
+        untimed: Turns of each arm that are not timed.
 
     Attributes:
         seconds: Name of an arm to its turns; each turn holds the mean seconds of a step.
-        shown: Name of an arm to the seconds of each step at which histograms are drawn; they count in its turn, too.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Turns(L.Callback):
         warm_up: int,
         rounds: int,
         clock: Callable[[], float] = time.perf_counter,
+        untimed: int = 1,
     ) -> None:
         self.callbacks, self._each, self.clock = callbacks, warm_up, clock
         self.seconds: dict[str, list[list[float]]] = {arm: [] for arm in callbacks}
-        self.shown: dict[str, list[float]] = {arm: [] for arm in callbacks}
         self._guarded = [arm for arm, own in callbacks.items() if any(isinstance(c, GradGuard) for c in own)]
         self._arm, self._begun, self._steps = self._guarded[0], 0.0, 0
-        self._turns = (rounds + 1) * len(callbacks)
-        self._last, self._shows = 0.0, False
+        self._untimed = untimed
+        self._turns = (rounds + untimed) * len(callbacks)
         self._others: list[L.Callback] = []
         self._usual_clip: float | None = None
 
@@ -81,9 +81,9 @@ class Turns(L.Callback):
 
     @property
     def rounds(self) -> Rounds:
-        """Turns of all arms after the first, which is untimed; a round that was not finished is left out."""
+        """Timed turns of all arms; a round that was not finished is left out."""
         whole = min(len(turns) for turns in self.seconds.values())
-        return Rounds({arm: turns[1:whole] for arm, turns in self.seconds.items()})
+        return Rounds({arm: turns[self._untimed : whole] for arm, turns in self.seconds.items()})
 
     @property
     def findings(self) -> int:
@@ -105,8 +105,6 @@ class Turns(L.Callback):
             self._set(trainer)
             return
         turn, place = divmod(step, TURN)
-        if self._shows and place != 1:
-            self.shown[self._arm].append(now - self._last)
         if place == 0:
             if turn:
                 self.seconds[self._arm].append([(now - self._begun) / (TURN - SETTLING)])
@@ -119,7 +117,6 @@ class Turns(L.Callback):
             trainer.should_stop = turn == self._turns
         elif place == SETTLING:
             self._begun = self.clock()
-        self._shows, self._last = trainer.global_step % INTERVAL == 0, self.clock()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning iterates over this list now, so that these callbacks see the end too.
@@ -137,6 +134,7 @@ def in_turns(
     warm_up: int,
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    untimed: int = 1,
 ) -> Turns:
     """Train once and let each arm take its turns, after a warm-up of each arm with a guard.
 
@@ -144,13 +142,14 @@ def in_turns(
         callbacks: Name of an arm to its callbacks; one of them has a guard.
         fit: Trains with these callbacks, and stops after that many steps unless a callback stops it.
         warm_up: Steps of each arm with a guard before the first turn.
-        rounds: Timed turns of each arm, after a first untimed one.
+        rounds: Timed turns of each arm, after the untimed ones.
         clock: Clock that returns seconds.
+        untimed: Turns of each arm that are not timed.
 
     Returns:
         The callback, with what it has timed.
     """
-    turns = Turns(callbacks, warm_up, rounds, clock)
+    turns = Turns(callbacks, warm_up, rounds, clock, untimed)
     with silenced():
         fit([turns, *(c for own in callbacks.values() for c in own)], turns.steps)
     return turns
