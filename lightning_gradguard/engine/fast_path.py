@@ -113,8 +113,8 @@ class FastPath:
     nothing. No detector is asked about such a step, though it counts as judged. Up to seven are folded into the running
     statistics together, with the same arithmetic, and new limits are taken from these.
 
-    A clipper that gives bounds clips nothing within them, and learns later. One that reads norms only, or has no memory,
-    is asked at once, since it may clip at any step.
+    A clipper that gives bounds clips nothing within them, and learns later. One that reads norms only, or has no
+    memory, is asked at once, since it may clip at any step.
 
     Args:
         parts: Detectors and clipper. A detector must be slow or safe on the fast path; a clipper must give bounds, read

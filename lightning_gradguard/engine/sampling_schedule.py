@@ -23,8 +23,8 @@ SETTLED = 256
 #: What counts as a change from one full evaluation to the next: factors of the baseline norm and of the median update,
 #: decades of depth tilt, and a rise of the mean loss as a part of its start.
 _NORM, _UPDATE, _TILT, _RISE = 2.0, 4.0, 0.75, 0.1
-#: Part of its start by which the mean loss exceeds it where it is beyond what is healthy, and the part of itself by which
-#: it rises from one full evaluation to the next.
+#: Part of its start by which the mean loss exceeds it where it is beyond what is healthy, and the part of itself by
+#: which it rises from one full evaluation to the next.
 _HIGH, _FURTHER = 0.5, 0.05
 #: Factor of the highest learning rate that counts as a change.
 _RATE = 2.0
@@ -109,11 +109,11 @@ class SamplingSchedule:
 
     Full evaluations come at an interval of `REFRESH` good steps after the first `EAGER` ones. It doubles, up to
     `LATER`, each time four of them in a row show the same: the same faults present or near, the baseline norm within a
-    factor of two, the median update within a factor of four, the depth tilt within 0.75 decades, and no rise of the mean
-    loss by a tenth of its start. Otherwise it is `REFRESH` again. It also is, at once, if something is
-    found, if the norm leaves its baseline for more than one step, if more tensors than ever have no gradient, if the
-    learning rate changes by a factor of two, and after a step that was not taken. While a fault is near or may still be reported as more severe the interval does not
-    grow.
+    factor of two, the median update within a factor of four, the depth tilt within 0.75 decades, and no rise of the
+    mean loss by a tenth of its start. Otherwise it is `REFRESH` again. It also is, at once, if something is found, if
+    the norm leaves its baseline for more than one step, if more tensors than ever have no gradient, and if the learning
+    rate changes by a factor of two. While a fault is near or may still be reported as more severe, the interval does
+    not grow. A step after one that was not taken is evaluated in full.
 
     Args:
         always: Evaluate every step in full. Needed where the policy skips steps on a lasting fault: skipped steps do
