@@ -75,25 +75,34 @@ class Disconnected:
         seen = stats.trends.state.seen
         reached = seen > state.seen
         zero = stats.ran & zero_up_to_first_live(stats)
-        cut = stats.cut & ~stats.idle
-        constant = stats.constant & stats.present & (stats.norms == 0)
-        lost = cut | zero | stats.unused | stats.idle | stats.starved | constant
-        # A tensor that gets a gradient after it had none has a path, such as an expert that no token chose.
-        again = stats.cut & ((stats.norms > 0) | (reached & (state.steps > 0)))
+        is_cut = stats.is_marked(stats.cut)
+        wrong = zero | (stats.cut & ~stats.idle) if is_cut else zero
+        # What is no mistake in the graph, kind by kind; the first that there is is named.
+        kinds = [(4.0, stats.starved)]
+        kinds += [(3.0, stats.idle)] if stats.is_marked(stats.idle) else []
+        kinds += [(1.0, stats.unused)] if stats.is_marked(stats.unused) else []
+        if stats.is_marked(stats.constant):
+            kinds.append((5.0, stats.constant & stats.present & (stats.norms == 0)))
+        lost = wrong
+        for _, kind in kinds:
+            lost = lost | kind
         held = torch.where(lost & ~reached, state.steps + stats.elapsed, 0.0)
-        held = torch.where((state.steps < 0) | again, -1.0, held)
+        has_path = state.steps < 0
+        if is_cut:
+            # A tensor that gets a gradient after it had none has a path, such as an expert that no token chose.
+            has_path = has_path | (stats.cut & ((stats.norms > 0) | (reached & (state.steps > 0))))
+        held = torch.where(has_path, -1.0, held)
         found = held >= self.steps
         # If nothing at all has a gradient, the optimizer holds the parameters of another model.
-        grave = torch.where(stats.present.any(), found & (cut | zero), found)
+        grave = found & wrong if any(stats.pattern) else found
         is_grave = (grave & stats.layout.is_layer).any()
         grave = grave & is_grave
-        # What is no mistake in the graph, kind by kind; the first that there is is named.
-        kinds = [(4.0, stats.starved), (3.0, stats.idle), (1.0, stats.unused), (5.0, constant)]
         named, measure = found, stats.layout.constant(0.0)
         for number, kind in reversed(kinds):
             own = found & kind
-            named = torch.where(own.any(), own, named)
-            measure = torch.where(own.any(), number, measure)
+            is_some = own.any()
+            named = torch.where(is_some, own, named)
+            measure = torch.where(is_some, number, measure)
         named = torch.where(is_grave, grave, named)
         # The cut itself lies behind the last tensor that gets nothing, so that one comes first.
         score = torch.where(named, stats.layout.depth, -torch.inf)
@@ -104,7 +113,9 @@ class Disconnected:
             1.0,
             score=score,
             ceiling=torch.where(is_grave, 2.0, 0.0),
-            measure=torch.where(is_grave, torch.where((grave & stats.cut).any(), 0.0, 2.0), measure),
+            measure=torch.where(
+                is_grave, torch.where((grave & stats.cut).any(), 0.0, 2.0) if is_cut else 2.0, measure
+            ),
             near=((held > 0) & ~found).any(),
         )
         return result, Unreached(held, seen)
@@ -153,8 +164,9 @@ class DeadUnits:
         layers = stats.layout.is_layer & stats.present
         # A batch without anything to learn was sampled, if the whole layer had no gradient and has one now.
         outdated = (stats.dead >= 1) & (stats.norms > 0)
-        chosen = stats.selected & (stats.dead < 1)  # another batch chooses others
-        dead = (stats.dead >= self.limit) & ~outdated & ~chosen & layers & ~_is_idle(stats)
+        dead = (stats.dead >= self.limit) & ~outdated & layers & ~_is_idle(stats)
+        if stats.is_marked(stats.selected):  # another batch chooses others
+            dead = dead & ~(stats.selected & (stats.dead < 1))
         depth = torch.where(layers, stats.layout.depth, -1.0)
         # A loss may leave outputs unused, such as actions that were not taken: the last layer counts only at zero.
         dead = dead & ((depth < depth.max()) | (stats.norms == 0))
@@ -208,6 +220,9 @@ class Underflow:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step by the last sampled shares."""
+        if stats.lost is stats.layout.zeros and not stats.low_precision:  # all gradients are of higher precision
+            zero = stats.layout.constant(0.0)
+            return reading(stats, zero > zero, zero, self.limit), Steps(zero)
         layers = stats.layout.is_layer & stats.present
         depth = torch.where(layers, stats.layout.depth, -1.0)
         output = layers & (depth == depth.max())
@@ -238,4 +253,7 @@ def _is_idle(stats: GradStats) -> Tensor:
 
     Their input is zero, they choose among one, or the loss does not use what they give.
     """
-    return stats.starved | stats.constant | stats.idle
+    idle = stats.starved
+    for mask in (stats.constant, stats.idle):
+        idle = idle | mask if stats.is_marked(mask) else idle
+    return idle

@@ -223,33 +223,21 @@ class Stalled:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step."""
-        trends = stats.trends
+        trends, number = stats.trends, stats.layout.constant
         live_layers = stats.layout.is_layer & trends.live
-        ratios = torch.where(live_layers, stats.updates, torch.nan)
+        may_rest = 0 < stats.rest <= _LONGEST_REST
+        ratios = torch.where(live_layers, stats.updates, number(torch.nan))
         median = torch.nanmedian(ratios, 0).values
         fastest = torch.nan_to_num(ratios, nan=0.0).max()
-        number = stats.layout.constant
         slowest = (_STAIRS if stats.stair >= _STAIR else 1.0) * self.limit
         is_still = (median < slowest) & (fastest < 100 * slowest)
-        shares = torch.where(live_layers, stats.changed, torch.nan)
-        share = torch.nanmedian(shares, 0).values
-        is_rounded = (share < self.changed) & (2 * (~shares.isnan()).sum() > live_layers.sum())
-        norm = stats.total * stats.loss_scale
-        is_same = ((norm - state.norm).abs() <= _SAME * norm) & _is_short(norm) & ~_is_short(stats.total)
-        is_few = (share < _FEW) & (2 * (~shares.isnan()).sum() > live_layers.sum())
-        few = torch.where(is_few, state.few + stats.elapsed, 0.0)
-        held = torch.where(is_still, state.steps + stats.elapsed, 0.0)
-        rounded = torch.where(is_rounded, state.rounded + stats.elapsed, 0.0)
-        scaled = torch.where(is_same, state.scaled + stats.elapsed, 0.0)
+        held = torch.where(is_still, state.steps + stats.elapsed, number(0.0))
+        counts = held > 0
         stands = trends.plateau if stats.rest > _PLATEAU_REST else trends.no_progress
-        may_rest = 0 < stats.rest <= _LONGEST_REST
         stalled = (held >= self.steps) & (trends.no_progress | stands) & (not may_rest)
-        lost = (rounded >= self.steps) & trends.no_progress & (not may_rest)
-        # A rate that has not changed for long is no warm-up.
-        guesses = (few >= 2 * self.steps) & (stats.excess > _GUESSING) & (stats.steady >= 2 * self.steps)
-        lost = lost | guesses
-        shrunk = (scaled >= self.steps) & trends.no_progress
-        fewest_share = torch.where(guesses, number(_FEW), number(self.changed))
+        # Of several, what comes later says more.
+        raised, value, limit, measure = stalled, median, number(slowest), number(0.0)
+        score = torch.where(live_layers, -stats.updates, number(-torch.inf))
         # Not the global norm: the squares of tiny norms are zero in float32.
         # A batch with a loss of nothing, such as one whose labels are all ignored, has nothing to teach.
         is_empty = stats.present.any() & (stats.norms == 0).all() & (stats.loss > 0.5 * trends.loss)
@@ -258,21 +246,52 @@ class Stalled:
         )
         start = torch.minimum(trends.loss_start, trends.first_loss)
         vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start) & ~trends.falling
-        raised = (stalled | lost | shrunk | vacant) & (trends.steps >= WARM_UP + 5)
-        value = torch.where(shrunk, scaled, torch.where(lost, share, median))
-        by_none = vacant & ~(stalled | lost | shrunk)
-        value = torch.where(by_none, empty, value)
-        limit = torch.where(shrunk, number(self.steps), torch.where(lost, fewest_share, number(slowest)))
-        limit = torch.where(by_none, number(_EMPTY), limit)
-        measure = torch.where(shrunk, number(2.0), torch.where(lost, number(1.0), number(0.0)))
-        measure = torch.where(by_none, number(3.0), measure)
-        still = torch.where(live_layers, -stats.updates, -torch.inf)
-        fewest = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), -torch.inf)
-        score = torch.where(lost & ~shrunk, fewest, still)
-        after = StillSteps(held, rounded, few, empty, scaled, torch.where(is_same, state.norm, norm))
-        counts = (held > 0) | (rounded > 0) | (scaled > 0)
+        state = state._replace(steps=held, empty=empty)
+        found = [(vacant & ~stalled, empty, number(_EMPTY), 3.0)]
+        if stats.changed is not stats.layout.unknowns:  # weights in half precision
+            lost, share, fewest, state = self._find_rounding(stats, state, live_layers, may_rest=may_rest)
+            found.append((lost, share, fewest, 1.0))
+            rank = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), number(-torch.inf))
+            score = torch.where(lost, rank, score)
+            counts = counts | (state.rounded > 0)
+        if stats.loss_scale is not number(torch.nan):  # a gradient scaler
+            shrunk, state = self._find_clipping(stats, state)
+            found.append((shrunk, state.scaled, number(self.steps), 2.0))
+            score = torch.where(shrunk, torch.where(live_layers, -stats.updates, number(-torch.inf)), score)
+            counts = counts | (state.scaled > 0)
+        for is_found, its_value, its_limit, its_measure in found:
+            raised = raised | is_found
+            value = torch.where(is_found, its_value, value)
+            limit = torch.where(is_found, its_limit, limit)
+            measure = torch.where(is_found, number(its_measure), measure)
         near = ((counts & trends.no_progress) | (empty > 1)) & (not may_rest)
-        return reading(stats, raised, value, limit, score=score, measure=measure, near=near), after
+        raised = raised & (trends.steps >= WARM_UP + 5)
+        return reading(stats, raised, value, limit, score=score, measure=measure, near=near), state
+
+    def _find_rounding(
+        self, stats: GradStats, state: StillSteps, live_layers: Tensor, *, may_rest: bool
+    ) -> tuple[Tensor, Tensor, Tensor, StillSteps]:
+        """Return whether updates are lost to rounding, the share that is not, its limit, and the new state."""
+        trends, number = stats.trends, stats.layout.constant
+        shares = torch.where(live_layers, stats.changed, number(torch.nan))
+        share = torch.nanmedian(shares, 0).values
+        is_known = 2 * (~shares.isnan()).sum() > live_layers.sum()
+        few = torch.where((share < _FEW) & is_known, state.few + stats.elapsed, number(0.0))
+        is_rounded = (share < self.changed) & is_known
+        rounded = torch.where(is_rounded, state.rounded + stats.elapsed, number(0.0))
+        lost = (rounded >= self.steps) & trends.no_progress & (not may_rest)
+        # A rate that has not changed for long is no warm-up.
+        guesses = (few >= 2 * self.steps) & (stats.excess > _GUESSING) & (stats.steady >= 2 * self.steps)
+        fewest = torch.where(guesses, number(_FEW), number(self.changed))
+        return lost | guesses, share, fewest, state._replace(few=few, rounded=rounded)
+
+    def _find_clipping(self, stats: GradStats, state: StillSteps) -> tuple[Tensor, StillSteps]:
+        """Return whether gradients were clipped before they were unscaled, and the new state."""
+        norm = stats.total * stats.loss_scale
+        is_same = ((norm - state.norm).abs() <= _SAME * norm) & _is_short(norm) & ~_is_short(stats.total)
+        scaled = torch.where(is_same, state.scaled + stats.elapsed, stats.layout.constant(0.0))
+        state = state._replace(scaled=scaled, norm=torch.where(is_same, state.norm, norm))
+        return (scaled >= self.steps) & stats.trends.no_progress, state
 
 
 def _is_short(norm: Tensor) -> Tensor:

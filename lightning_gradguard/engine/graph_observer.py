@@ -103,8 +103,7 @@ class GraphObserver:
         self._unowned = None
         self._result_usage, self._followed = None, frozenset()
         self._idle = frozenset()
-        nowhere = torch.zeros_like(layout.is_layer)
-        self.marks = PathMarks(*[nowhere] * len(PathMarks._fields))
+        self.marks = PathMarks(*[layout.nowhere] * len(PathMarks._fields))
         if layout.shards is not None and self._unsharded_probe is None:
             self._unsharded_probe, self._waited = UnshardedParameterProbe(idle=self._compiled), 0
 
@@ -422,4 +421,9 @@ def _marks(summary: GraphSummary, ran: list[bool], layout: Layout, hollow: Tenso
     }
     # One tensor, since each is copied to the device.
     flags = torch.tensor(list(rows.values()), device=layout.numel.device)
-    return PathMarks(hollow=hollow, **dict(zip(rows, flags.unbind(), strict=True)))
+    # Where nothing is marked, detectors see it without a look at the numbers.
+    marks = {
+        field: flag if any(row) else layout.nowhere
+        for (field, row), flag in zip(rows.items(), flags.unbind(), strict=True)
+    }
+    return PathMarks(hollow=hollow, **marks)

@@ -244,8 +244,9 @@ class ParameterTracker:
             # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.
             self.updates = torch.where(self._moved, ratios, self.updates)
             self._update_ratio = median_update(self.updates, self.layout)
-            shares = changed_shares(self._before, _taken(found.sample), self._fed)
-            self._changed = torch.where(self._moved, shares, self._changed)
+            if self.layout.is_half:  # else they stay unknown, which detectors see without a look at the numbers
+                shares = changed_shares(self._before, _taken(found.sample), self._fed)
+                self._changed = torch.where(self._moved, shares, self._changed)
         if due.fresh:
             self.weights, self._before = _taken(found.weights), _taken(found.sample)
             self._set_sizes()
@@ -444,7 +445,7 @@ class ParameterTracker:
         self._low_precision = self.layout.is_half
         self._dead = self._lost = torch.zeros_like(self.weights)
         self._excess = self._reach = self.layout.constant(torch.nan)
-        self._fed, self._changed = self._before != self._before, torch.full_like(self.weights, torch.nan)
+        self._fed, self._changed = self._before != self._before, self.layout.unknowns
         self._carried.close()
         self._carried = CarriedGradients()
         self._moved = self.weights < 0

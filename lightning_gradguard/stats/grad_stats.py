@@ -157,7 +157,12 @@ class GradStats:
         Their weight gets a gradient of zero, and their bias does not: it gets the gradient of their output.
         """
         zero = self.layout.is_layer & self.present & (self.norms == 0)
-        return zero & ((self.norms[self.layout.biases] > 0) | self.hollow)
+        has_output = self.norms[self.layout.biases] > 0
+        return zero & (has_output | self.hollow if self.is_marked(self.hollow) else has_output)
+
+    def is_marked(self, mask: Tensor) -> bool:
+        """Return False if it is known, without a look at the device, that a mask [P] holds no tensor."""
+        return mask is not self.layout.nowhere
 
     @cached_property
     def relative(self) -> Tensor:
