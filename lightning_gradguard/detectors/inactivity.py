@@ -220,7 +220,9 @@ class Underflow:
 
     def update(self, stats: GradStats, state: Any) -> tuple[Reading, Any]:
         """Evaluate one step by the last sampled shares."""
-        if stats.lost is stats.layout.zeros and not stats.low_precision:  # all gradients are of higher precision
+        if (
+            stats.lost is stats.layout.zeros and not stats.low_precision
+        ):  # all gradients are of higher precision
             zero = stats.layout.constant(0.0)
             return reading(stats, zero > zero, zero, self.limit), Steps(zero)
         layers = stats.layout.is_layer & stats.present

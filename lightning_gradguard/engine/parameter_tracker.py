@@ -244,7 +244,9 @@ class ParameterTracker:
             # A tensor without a gradient was not stepped: a part that is used now and then has not stalled.
             self.updates = torch.where(self._moved, ratios, self.updates)
             self._update_ratio = median_update(self.updates, self.layout)
-            if self.layout.is_half:  # else they stay unknown, which detectors see without a look at the numbers
+            if (
+                self.layout.is_half
+            ):  # else they stay unknown, which detectors see without a look at the numbers
                 shares = changed_shares(self._before, _taken(found.sample), self._fed)
                 self._changed = torch.where(self._moved, shares, self._changed)
         if due.fresh:
