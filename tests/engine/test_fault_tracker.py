@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_gradguard.engine.fault_tracker import SILENCE, FaultTracker
 from lightning_gradguard.engine.step_record import DetectorResult, StepRecord
@@ -291,3 +293,69 @@ def test_an_explained_fault_puts_clip_in_force_only_once_it_is_reported():
     assert tracker.clip_response.spans == ()
     run(tracker, 1, exploding, result(Fault.VANISHING, False), clipping=None)
     assert tracker.clip_response.since == 1
+
+
+LASTING = [fault for fault in Fault.known() if fault not in (Fault.NONFINITE, Fault.SPIKE)]
+#: Results of several detectors: the fault, whether it is raised or neither raised nor cleared, and how severe it may be.
+RESULTS = st.lists(
+    st.builds(
+        lambda fault, raised, cleared, ceiling, needs_loss: result(
+            fault, raised, cleared and not raised, Severity(ceiling), needs_loss=needs_loss
+        ),
+        st.sampled_from(LASTING),
+        st.booleans(),
+        st.booleans(),
+        st.integers(0, 2),
+        st.booleans(),
+    ),
+    max_size=4,
+    unique_by=lambda r: r.fault,
+)
+
+
+@given(
+    before=st.lists(st.tuples(RESULTS, st.booleans()), max_size=6),
+    newest=RESULTS,
+    losses=st.lists(st.booleans(), min_size=1, max_size=30),
+    patience=st.sampled_from([0, 1, 2, 5, 12]),
+    responses=st.dictionaries(
+        st.sampled_from([f.value for f in LASTING]), st.sampled_from(["ignore", "warn", "halt"])
+    ),
+)
+def test_an_accepted_step_counts_as_one_with_the_same_results(before, newest, losses, patience, responses):
+    """For as many steps as it says, whether they come with a loss or not; the one after them may change something."""
+    accepting, deciding = (FaultTracker(Policy(patience=patience, respond=responses)) for _ in range(2))
+    for results, has_loss in [*before, (newest, losses[0])]:
+        for tracker in (accepting, deciding):
+            run(tracker, 0, *results, has_loss=has_loss)
+    most = accepting.steps_until_change(newest)
+    for step, has_loss in enumerate(losses):
+        if step >= most:
+            return
+        accepting.count_accepted(newest, has_loss=has_loss)
+        decision = run(deciding, 0, *newest, has_loss=has_loss)
+        assert not decision.report.findings
+        assert decision.halt is None
+        assert accepting.state_dict() == deciding.state_dict()
+
+
+@pytest.mark.parametrize("patience", [1, 2, 10])
+def test_accepted_steps_end_where_a_fault_becomes_critical(patience):
+    tracker = FaultTracker(Policy(patience=patience))
+    run(tracker, 0, result())
+    most = tracker.steps_until_change([result()])
+    assert most == patience - 1
+    for _ in range(most):
+        tracker.count_accepted([result()], has_loss=True)
+    assert tracker.steps_until_change([result()]) == 0
+    assert not tracker.is_critical
+    assert severities([run(tracker, patience, result())]) == [Severity.CRITICAL]
+    assert tracker.is_critical
+    assert tracker.steps_until_change([result()]) == math.inf
+
+
+def test_an_event_is_never_followed_by_an_accepted_step():
+    assert FaultTracker(Policy()).steps_until_change([result(Fault.SPIKE, event=True)]) == 0
+    assert (
+        FaultTracker(Policy()).steps_until_change([result(Fault.SPIKE, raised=False, event=True)]) == math.inf
+    )

@@ -312,3 +312,34 @@ def test_the_first_loss_is_the_start_if_it_was_lower(quantity, start, first, exp
         state=SimpleNamespace(**{name: torch.tensor(value) for name, value in state.items()}),
     )
     assert bool(vars(trends.Trends)[quantity].func(seen)) == expected
+
+
+@given(
+    layers=st.integers(1, 40),
+    count=st.integers(1, 7),
+    cut=st.integers(0, 7),
+    sigma=st.sampled_from([0.05, 0.3, 2.0]),
+    zeros=st.sampled_from([0.0, 0.2]),
+    without=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_steps_are_folded_in_together_to_the_bit(layers, count, cut, sigma, zeros, without, seed):
+    """Whatever their norms and losses, and in however many parts."""
+    rng, stream = np.random.default_rng(seed), Stream(layers)
+    for _ in range(12):
+        stream.feed(noisy(rng, layers), 1 + 0.1 * rng.normal())
+    rows, one_by_one = [], stream.state
+    for _ in range(count):
+        norms = [0.0 if rng.random() < zeros else norm for norm in noisy(rng, layers, sigma)]
+        loss = None if rng.random() < without else torch.tensor(float(1 + rng.normal()))
+        for weight, norm in zip(stream.weights.values(), norms, strict=True):
+            weight.grad = torch.full((4, 4), norm / 4)
+        stats = measure(stream.layout, weight_norms(stream.layout), stream.unknown, loss).replace(elapsed=0)
+        rows.append(stats.replace(gradients=()))
+        one_by_one = trends.update(stats, one_by_one)[1]
+    in_parts = stream.state
+    for part in (rows[:cut], rows[cut:]):
+        in_parts = trends.fold_in(part, in_parts) if part else in_parts
+    for together in (trends.fold_in(rows, stream.state), in_parts):
+        for name, ours, expected in zip(together._fields, together, one_by_one, strict=True):
+            assert repr(ours.tolist()) == repr(expected.tolist()), name
