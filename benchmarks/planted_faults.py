@@ -135,8 +135,8 @@ FAULTS = [
     ),
     Planted(
         "stats/trends.py",
-        "torch.where(has_start, torch.minimum(state.best_loss, loss), state.best_loss)",
-        "torch.where(has_start, loss, state.best_loss)",
+        'torch.where(has_start, torch.minimum(known["best_loss"], loss), known["best_loss"])',
+        'torch.where(has_start, loss, known["best_loss"])',
         "stats/trends detectors/explosion",
     ),
     Planted(
@@ -147,8 +147,8 @@ FAULTS = [
     ),
     Planted(
         "stats/grad_stats.py",
-        "return zero & ((self.norms[self.layout.biases] > 0) | self.hollow)",
-        "return zero & (self.norms[self.layout.biases] > 0)",
+        "has_output | self.hollow if self.is_marked(self.hollow) else has_output",
+        "has_output",
         "stats/grad_stats detectors/detectors",
     ),
     Planted(
@@ -254,18 +254,6 @@ FAULTS = [
         "clippers/clippers clippers/agc",
     ),
     Planted(
-        "clippers/fixed.py",
-        "torch.minimum(after, before * number(_LESS))",
-        "after",
-        "clippers/agc",
-    ),
-    Planted(
-        "stats/units.py",
-        "members = [i for batch in batches[first:] for i in batch.indices]",
-        "members = sorted(i for batch in batches[first:] for i in batch.indices)",
-        "clippers/agc",
-    ),
-    Planted(
         "clippers/adaptive.py",
         "new = _remember(number, state, norm, stats.finite & (norm > number(0.0)))",
         "new = _remember(number, state, norm, stats.finite)",
@@ -315,8 +303,8 @@ FAULTS = [
     ),
     Planted(
         "engine/fault_tracker.py",
-        "active.held = min(active.held + result.raised, self.policy.patience)",
-        "active.held = min(active.held + 1, self.policy.patience)",
+        "active.held = min(active.held + result.raised, self.policy.patience)\n            if",
+        "active.held = min(active.held + 1, self.policy.patience)\n            if",
         "engine/fault_tracker",
     ),
     Planted(

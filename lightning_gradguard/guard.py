@@ -423,7 +423,7 @@ class Guard:
         if before is None:
             first = stats if self.clipper is None else stats.replace(moments=self.tracker.moment_norms())
             before = init_state(first, self._parts)
-        evaluation, after = evaluate(stats, before, self._parts, accepted)
+        evaluation, after = evaluate(stats, before, self._parts, accepted, self.fast_path.asked)
         pending = PendingStep(
             step=number,
             has_loss=stats.has_loss,

@@ -351,17 +351,21 @@ class Counted(DepthTilt):
 
 def test_full_evaluations_come_when_the_page_says():
     page = PAGES["explanation/detection.md"]
-    assert "| 0 to 31 | at every step |" in page
-    assert "| from 32 | at every 8th step |" in page
-    assert "| from 256 | at every 32nd step, as long as the mean loss is below half of its start" in page
+    assert "| 0 to 9 | at every step |" in page
+    assert "| 10 to 31 | at every 4th step, and after each sample of the weights |" in page
+    assert (
+        "| from 32 | at every 8th step; the interval doubles each time four evaluations in a row show the same, up to 64"
+        in page
+    )
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     guard = Guard(net.named_parameters(), detectors=[Counted()])
     Counted.calls.clear()
-    for step in range(500):
+    for _ in range(700):
         net.zero_grad()
         net(torch.ones(4, 8)).square().sum().backward()
-        guard.step(loss=1 / (1 + 0.05 * step))
+        guard.step(loss=1.0)
     gaps = {a: b - a for a, b in zip(Counted.calls, Counted.calls[1:], strict=False)}
-    assert Counted.calls[:32] == list(range(32))
-    assert {gap for step, gap in gaps.items() if 33 <= step < 248} == {8}
-    assert {gap for step, gap in gaps.items() if step >= 260} == {32}
+    assert Counted.calls[:10] == list(range(10))
+    assert max(gap for step, gap in gaps.items() if step < 32) == 4
+    assert [gap for step, gap in gaps.items() if step >= 33][:3] == [8] * 3
+    assert {gap for step, gap in gaps.items() if step >= 256} == {64}

@@ -25,10 +25,8 @@ def turns(title: str, rounds: int, *, quick: bool) -> dict[str, Any]:
     """
     size = next(iter(QUICK.turns.values()))[0] if quick else SIZES[title]
     with tempfile.TemporaryDirectory() as folder:
-        found, findings = take_turns(
-            (BARE, CLIP, OURS, STEADY), size, rounds, Path(folder), time.process_time
-        )
-    return {"kind": "cost", "title": title, "seconds": found.seconds, "findings": findings}
+        found = take_turns((BARE, CLIP, OURS, STEADY), size, rounds, Path(folder), time.process_time)
+    return {"kind": "cost", "title": title, "seconds": found.rounds.seconds, "findings": found.findings}
 
 
 def section(runs: list[dict[str, Any]]) -> str:

@@ -61,20 +61,20 @@ LARGE = Size(layers=4, width=256, vocabulary=1024, batch=6, length=64)
 
 FULL = Plan(
     workloads=arms.WORKLOADS,
-    steps=2 * CYCLE,
+    steps=CYCLE,
     tensors=(30, 100, 300, 1000, 3000),
     elements=(100_000, 1_000_000, 10_000_000),
     growth_steps=CYCLE,
     first=15,
     diverging=(260, 8),
-    fine_tuning=(2000 + SETTLING, 8, 3),
-    early=("0.39 million parameters, 40 tensors", MEDIUM, 6, 4),
+    fine_tuning=(2000 + SETTLING, 4, 3),
+    early=("0.39 million parameters, 40 tensors", MEDIUM, 3, 4),
     many=(5000, 96, 3),
-    real=5,
+    real=3,
     trainings={"0.86 million parameters, 51 tensors": (SMALL, 2)},
     turns={
-        "0.86 million parameters, 51 tensors": (SMALL, 12, None),
-        "3.4 million parameters, 51 tensors": (LARGE, 8, (BARE, CLIP, OURS, STEADY)),
+        "0.86 million parameters, 51 tensors": (SMALL, 6, None),
+        "3.4 million parameters, 51 tensors": (LARGE, 4, (BARE, CLIP, OURS, STEADY)),
     },
 )
 

@@ -88,6 +88,7 @@ def evaluate(
     state: GuardState,
     parts: GuardParts,
     accepted: int = 0,
+    asked: tuple[Clip, Any] | None = None,
 ) -> tuple[Evaluation, GuardState]:
     """Evaluate one step against the past.
 
@@ -96,6 +97,7 @@ def evaluate(
         state: State before it.
         parts: Detectors and clipper. Slow detectors are asked only if ``stats.elapsed`` is not 0.
         accepted: Steps accepted by the fast path since detectors were last asked.
+        asked: What the clipper said of this step, if it was asked already: its clip and its state after it.
 
     Returns:
         The evaluation, and the state after the step, which is valid only if ``stats.finite``.
@@ -109,8 +111,8 @@ def evaluate(
         reading, own = detector.update(stats, own) if is_asked else (None, own)
         readings.append(reading)
         after.append(own)
-    clip, clip_state = None, None
-    if parts.clipper is not None:
+    clip, clip_state = asked or (None, None)
+    if parts.clipper is not None and asked is None:
         clip, clip_state = parts.clipper.update(stats, state.clipper)
     return Evaluation(stats, tuple(readings), clip), GuardState(trend_state, tuple(after), clip_state)
 

@@ -125,6 +125,7 @@ class FastPath:
     Attributes:
         accepted: Steps accepted since detectors were last asked.
         deferred: Accepted steps with their reports, not yet finalized, oldest first.
+        asked: Clip and state of a clipper that was asked about the newest step, if that was not accepted; else None.
     """
 
     def __init__(self, parts: GuardParts, *, clipping: bool = True) -> None:
@@ -150,6 +151,7 @@ class FastPath:
         self.accepted, self._baseline, self._ceiling = accepted, 0.0, 0.0
         self._is_open, self._window, self._most = False, 0, 0
         self._renewed: Tensor | None = None
+        self.asked: tuple[Clip, Any] | None = None
         self._pattern: tuple[bool, ...] = ()
         self._names: tuple[str, ...] = ()
         self._live: tuple[bool, ...] = ()
@@ -208,13 +210,14 @@ class FastPath:
             state: State of the guard, whose clipper is that of the step before; None only before the first step.
             flush: Folds in all deferred steps and finalizes them.
         """
+        self.asked = None
         if stats.elapsed or not self._is_open or self.accepted >= self._most:
             return None
         if stats.pattern != self._pattern or stats.layout.ordered_names != self._names:
             return None
         clip, clipper_state = None, None
         if self._asks_clipper and state is not None:
-            clip, clipper_state = self.clipper.update(stats, state.clipper)
+            clip, clipper_state = self.asked = self.clipper.update(stats, state.clipper)
         # Deferred steps have a threshold if they have just been folded in, at the end of their window.
         thresholds = [d.limit for d, _ in self.deferred if d.limit is not None]
         packed = self._pack(stats, clip, thresholds)
@@ -238,7 +241,7 @@ class FastPath:
         if stats.has_loss and not -math.inf < loss <= self._ceiling:
             return None
         completed = self.finalize(limits) if thresholds else []
-        self.accepted, self._window = self.accepted + 1, self._window + 1
+        self.accepted, self._window, self.asked = self.accepted + 1, self._window + 1, None
         norms = array("f", numbers[:count])
         deferred = DeferredStep(stats.replace(gradients=(), norms=packed[:count]), norms, flush)
         after, multipliers = total, None

@@ -351,8 +351,7 @@ def fold_in(rows: Sequence[GradStats], state: TrendState) -> TrendState:
     number, norms = rows[0].layout.constant, torch.stack([row.norms for row in rows])
     live = norms > number(0.0)
     counts = live.to(torch.float32)
-    seen = state.seen + torch.cumsum(counts, 0)
-    before = seen - counts
+    before = state.seen + torch.cumsum(counts, 0) - counts
     known = live & (before > number(0.0))
     observed = torch.linalg.vector_norm(norms * known, dim=1).log()
     log_norms = torch.where(live, norms.log(), number(0.0))
@@ -373,9 +372,10 @@ def fold_in(rows: Sequence[GradStats], state: TrendState) -> TrendState:
     ratios = (torch.stack(logs) - torch.stack([row.log_weights for row in rows])) * number(DECADES)
     for ratio, profile_gain in zip(ratios.unbind(), profile_gains, strict=True):
         profile = profile.lerp(ratio, profile_gain)
+    # None of these is a view, which would keep what it is a view of.
     return state._replace(
-        steps=steps[-1],
-        seen=seen[-1],
+        steps=state.steps + len(rows),
+        seen=before[-1] + counts[-1],
         level=level,
         profile=profile,
         drift=drift,
@@ -405,7 +405,7 @@ def _fold_in_losses(rows: Sequence[GradStats], state: TrendState) -> dict[str, T
         "loss_spread": spread,
         "slow_loss": slow_loss,
         "best_loss": best_loss,
-        "loss_steps": counts[-1],
+        "loss_steps": state.loss_steps + len(rows),
     }
 
 

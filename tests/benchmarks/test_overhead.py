@@ -194,7 +194,11 @@ def small():
         loss = lambda net, x: F.mse_loss(net(x), x[:, :1])  # noqa: E731
         # Its own callbacks and clipping, as some packages bring them.
         return train(
-            Plain(net, loss, adam(0.01)), Numbered(batches), 170, callbacks=[Stays()], gradient_clip_val=0.5
+            Plain(net, loss, adam(0.01)),
+            Numbered(batches),
+            42 + 4 * turns.TURN,
+            callbacks=[Stays()],
+            gradient_clip_val=0.5,
         )
 
     return Model("small", "Two layers", "torch", "toy", build, Falls(0.5))
