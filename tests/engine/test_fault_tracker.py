@@ -296,7 +296,7 @@ def test_an_explained_fault_puts_clip_in_force_only_once_it_is_reported():
 
 
 LASTING = [fault for fault in Fault.known() if fault not in (Fault.NONFINITE, Fault.SPIKE)]
-#: Results of several detectors: the fault, whether it is raised or neither raised nor cleared, and how severe it may be.
+#: Results of several detectors: fault, whether it is raised or neither raised nor cleared, and how severe it may be.
 RESULTS = st.lists(
     st.builds(
         lambda fault, raised, cleared, ceiling, needs_loss: result(
