@@ -122,6 +122,7 @@ class RunningBuffers:
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
+        self._held: list[dict[str, Tensor | None]] = []
         self._count = -1
         self._small: list[_Group] = []
         self._others: list[_Place] = []
@@ -144,7 +145,7 @@ class RunningBuffers:
     @torch.no_grad()
     def save(self) -> None:
         """Copy what may change, without reading the device."""
-        if self._count != sum([len(part._buffers) for part in self._modules]) or any(
+        if self._count != sum(map(len, self._held)) or any(
             place.tensor is not None for place, _ in self._unmade
         ):
             self._find()
@@ -262,7 +263,8 @@ class RunningBuffers:
 
     def _find(self) -> None:
         """Find the tensors, and how each is to be copied."""
-        self._count = sum([len(part._buffers) for part in self._modules])
+        self._held = [part._buffers for part in self._modules]
+        self._count = sum(map(len, self._held))
         self._names = [(part, frozenset(part._buffers.keys())) for part in self._modules]
         self._others, self._unmade, self._resting = [], [], None
         groups: dict[tuple[torch.dtype, torch.device], list[_Place]] = {}

@@ -235,27 +235,14 @@ def stats_of(
         **known: Other fields of `GradStats`; one that is left out counts as not measured.
     """
     total, number = torch.linalg.vector_norm(norms), layout.constant
-    unknown, zeros, nowhere = number(torch.nan), layout.zeros, layout.nowhere
-    value = unknown if loss is None else loss.detach().to(total.device, torch.float32)
+    value = number(torch.nan) if loss is None else loss.detach().to(total.device, torch.float32)
     pattern = known.pop("pattern", None) or pattern_of(gradients)
-    unseen = {"dead": zeros, "lost": zeros, "cut": nowhere, "unused": nowhere, "ran": nowhere}
-    unseen |= {"idle": nowhere, "hollow": nowhere, "constant": nowhere}
-    unseen |= {
-        "recurrent": nowhere,
-        "normalised": nowhere,
-        "selected": nowhere,
-        "time_tilt": unknown,
-        "update_ratio": unknown,
-    }
-    unseen |= {"excess": unknown, "reach": unknown}
-    unseen |= {"changed": layout.unknowns, "loss_scale": unknown, "carried": unknown}
-    unseen |= {"moments": layout.unknowns}
     if "log_weights" not in known:
         known["log_weights"] = weights.log()
     # As in `replace`: the `__init__` of a frozen class costs twice as much, at every step.
     made = object.__new__(GradStats)
     vars(made).update(
-        unseen,
+        layout.unmeasured,
         layout=layout,
         gradients=gradients,
         pattern=pattern,

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -164,6 +165,19 @@ class Layout:
         if (places, paths) == (self.order, self.columns) and self.layer_indices == frozenset(layers):
             return replace(self)
         return replace(self, **_over_depth(self.names, self.parameters, places, layers, paths))
+
+    @cached_property
+    def unmeasured(self) -> dict[str, Tensor]:
+        """Values of the fields of `GradStats` that were not measured."""
+        number, vector = self.constant(torch.nan), self.unknowns
+        masks = ("cut", "unused", "ran", "idle", "hollow", "constant", "recurrent", "normalised", "selected")
+        numbers = ("time_tilt", "update_ratio", "excess", "reach", "loss_scale", "carried")
+        return {
+            **dict.fromkeys(masks, self.nowhere),
+            **dict.fromkeys(numbers, number),
+            **dict.fromkeys(("dead", "lost"), self.zeros),
+            **dict.fromkeys(("changed", "moments"), vector),
+        }
 
     def constant(self, value: float) -> Tensor:
         """Return a cached, read-only number, float32 []."""
