@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers import recommended_clipper
-from lightning_gradguard.clippers.base import Clipper, apply_
+from lightning_gradguard.clippers.base import Clip, Clipper, apply_
 from lightning_gradguard.detectors import default_detectors
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.engine import device_skip
@@ -271,6 +271,7 @@ class Guard:
         stats = self.tracker.measure(
             loss, graph, scaled=scaler is not None, loss_scale=scale, comparison=context.comparison
         )
+        asked = None
         if not self.lag and not stats.elapsed:
             if self.fast_path.is_window_over:
                 _, self._state = self.fast_path.fold_in(self._state)
@@ -286,8 +287,9 @@ class Guard:
                 self.tracker.schedule.commit(taken=True, accepted=True)
                 self._probe_sequence_if_stuck()
                 return accepted.report
+            asked = self.fast_path.asked
         stats = stats.replace(noise=self.tracker.noise_of(graph))
-        return self._evaluate(stats, number, scaler, context)
+        return self._evaluate(stats, number, scaler, context, asked)
 
     def flush(self) -> None:
         """Fold in deferred steps and complete their reports."""
@@ -414,16 +416,21 @@ class Guard:
             apply_(stats.gradients, accepted.multipliers)
 
     def _evaluate(
-        self, stats: GradStats, number: int, scaler: torch.amp.GradScaler | None, context: StepContext
+        self,
+        stats: GradStats,
+        number: int,
+        scaler: torch.amp.GradScaler | None,
+        context: StepContext,
+        asked: tuple[Clip, Any] | None,
     ) -> Report:
-        """Evaluate a step in full, and act on it."""
+        """Evaluate a step, and act on it; ``asked`` is as in `evaluate`."""
         thresholds, self._state = self.fast_path.fold_in(self._state)
         accepted = self.fast_path.accepted
         before = self._state
         if before is None:
             first = stats if self.clipper is None else stats.replace(moments=self.tracker.moment_norms())
             before = init_state(first, self._parts)
-        evaluation, after = evaluate(stats, before, self._parts, accepted, self.fast_path.asked)
+        evaluation, after = evaluate(stats, before, self._parts, accepted, asked)
         pending = PendingStep(
             step=number,
             has_loss=stats.has_loss,

@@ -126,7 +126,7 @@ class LastTilt(NamedTuple):
 class TimeTilt:
     """Detect gradients that vanish over a sequence.
 
-    Measured every eight steps while the loss makes no progress, and only in nets that apply a layer repeatedly.
+    Measured at full evaluations while the loss makes no progress, and only in nets that apply a layer repeatedly.
 
     Args:
         limit: Decades (factors of ten) that gradients lose from the last to the first tenth of the sequence. Default 6:

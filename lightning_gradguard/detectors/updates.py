@@ -65,8 +65,8 @@ class LargeUpdates(NamedTuple):
 class UpdateRatio:
     """Detect updates too large for their weight.
 
-    ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first steps and then in every
-    eighth.
+    ratio = ‖Δw‖ / ‖w‖, from a strided sample taken before and after the step, in the first eight steps and then in
+    every eighth to 64th, as full evaluations come.
 
     Raised when a layer exceeds ``limit`` in all samples of ``steps`` steps, and the loss, if given, has since made no
     progress in 17 more steps than it has, or, where that is known, has not beaten a constant guess in 51: the first

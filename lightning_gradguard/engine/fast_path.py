@@ -301,6 +301,7 @@ class FastPath:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore the state that `state_dict` returned, on a device."""
         self.deferred = []
+        self.close()
         for key, attribute in _SAVED.items():
             if key in state:  # not in those of earlier versions
                 setattr(self, attribute, state[key])

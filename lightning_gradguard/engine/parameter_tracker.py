@@ -25,6 +25,7 @@ from lightning_gradguard.stats.moments import is_adaptive, moment_norms
 from lightning_gradguard.stats.norms import weight_norms
 from lightning_gradguard.stats.parameters import are_same, as_pairs, members, select
 from lightning_gradguard.stats.samples import SAMPLES, changed_shares, median_update, update_ratios
+from lightning_gradguard.stats.sharding import world_size
 
 #: Share of its peak below which a learning rate is so low that small updates are intended.
 RESTING = 0.1
@@ -224,7 +225,8 @@ class ParameterTracker:
         rate = self._rate()
         if len(self._observer.reached) > known_reached:
             self.schedule.expect_change()
-        due = self.schedule.due(loss is not None, rate)
+        # Of several ranks each might have a rate of its own, and they must sample together.
+        due = self.schedule.due(loss is not None, rate if world_size() == 1 else -1.0)
         sampled = due.fresh or due.updated
         found = collect(
             self.layout,

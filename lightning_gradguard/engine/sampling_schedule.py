@@ -251,6 +251,7 @@ class SamplingSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
+        vars(self).update(vars(SamplingSchedule(self.always)))
         for key, attribute in _SAVED.items():
             if key in state:  # not in those of earlier versions
                 setattr(self, attribute, state[key])

@@ -281,6 +281,16 @@ def test_a_restored_schedule_continues_exactly(steps, cut):
     assert json.dumps(state) == kept, "a state is a copy"
 
 
+def test_what_an_older_version_did_not_save_begins_anew():
+    schedule, fresh = SamplingSchedule(), SamplingSchedule()
+    go(schedule, steady(SETTLED + LATER, rate=1e-4))
+    known = {
+        key: schedule.state_dict()[key] for key in ("good", "losses", "sampled_last", "closest", "was_good")
+    }
+    schedule.load_state_dict(known)
+    assert schedule.state_dict() == fresh.state_dict() | known
+
+
 @pytest.mark.parametrize("before", [40, 50, SETTLED + 5])
 def test_an_update_follows_a_step_that_is_sampled_out_of_turn(before):
     schedule = SamplingSchedule()
