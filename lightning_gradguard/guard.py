@@ -107,9 +107,9 @@ class Guard:
         clipper: The clipper that is used, or None.
         tracker: Names, order and measurements of the tensors.
         fault_tracker: Active faults.
-        fast_path: Steps accepted without a full evaluation.
+        fast_path: Steps accepted without asking detectors.
         report: Report of the newest step, or None.
-        record: Numbers of the newest step that was evaluated in full, or None.
+        record: Numbers of the newest step that was not accepted by the fast path, or None.
         diagnosis: Diagnosis of the newest critical finding, else of the newest warning, or None.
         counts: Number of steps that were "judged", "clipped", "skipped" and "nonfinite".
         steps: Number of calls of `step`.
@@ -576,7 +576,7 @@ class Guard:
             flags=tuple([flag for result in lasting for flag in (result.raised, result.near)]),
             is_pending=any(r.near for r in lasting) or tracker.steps_until_change(lasting) < math.inf,
             is_present=bool(tracker.active),
-            is_critical=tracker.is_critical,
+            is_critical=tracker.has_exploded,
             has_news=any(finding.fault != Fault.SPIKE for finding in report.findings),
             silent=len(pending.evaluation.stats.layout.names) - sum(map(bool, record.norms.values())),
         )

@@ -71,8 +71,8 @@ class DetectorTraits(NamedTuple):
     Attributes:
         event: Each raised reading stands for itself and never becomes critical.
         needs_loss: The detector is silent unless a loss is given.
-        slow: What it measures changes slowly. It is evaluated at full evaluations only, ``stats.elapsed`` steps after
-            the last one, and its reading stands until the next.
+        slow: What it measures changes slowly. It is evaluated at full evaluations only, and its reading stands until
+            the next. ``stats.elapsed`` is the number of steps since the last one, counted up to eight.
         fast_path_safe: It never raises at a step whose gradients and loss are finite and whose global norm is between
             half and twice its baseline, so it is not evaluated there. Counts only where the detector's own class
             declares it, since a subclass may override ``update``: a subclass that wants it declares it again.

@@ -71,7 +71,8 @@ class UpdateRatio:
     Raised when a layer exceeds ``limit`` in all samples of ``steps`` steps, and the loss, if given, has since made no
     progress in 17 more steps than it has, or, where that is known, has not beaten a constant guess in 51: the first
     steps may be large, and with normalization behind a layer even many. Large updates are remembered for 100 steps,
-    since the weights that they made do not recover. A layer that has stopped moving is not raised.
+    since the weights that they made do not recover. A layer that has stopped moving is not raised. Of the steps between
+    two full evaluations at most eight count.
 
     A weight that began below a tenth of a common initialization, such as the last layer of a policy, is not judged in
     the first 50 steps, and counts as large as that initialization afterwards: it has to grow.
@@ -246,16 +247,19 @@ class Stalled:
         )
         start = torch.minimum(trends.loss_start, trends.first_loss)
         vacant = (empty >= _EMPTY) & (start > 0) & (trends.loss > 0.5 * start) & ~trends.falling
-        state = state._replace(steps=held, empty=empty)
+        none = number(0.0)
+        before, state = state, StillSteps(held, none, none, empty, none, number(torch.nan))
         found = [(vacant & ~stalled, empty, number(_EMPTY), 3.0)]
         if stats.changed is not stats.layout.unknowns:  # weights in half precision
-            lost, share, fewest, state = self._find_rounding(stats, state, live_layers, may_rest=may_rest)
+            lost, share, fewest, state = self._find_rounding(
+                stats, before, state, live_layers, may_rest=may_rest
+            )
             found.append((lost, share, fewest, 1.0))
             rank = torch.where(live_layers, -torch.nan_to_num(stats.changed, nan=1.0), number(-torch.inf))
             score = torch.where(lost, rank, score)
             counts = counts | (state.rounded > 0)
         if stats.loss_scale is not number(torch.nan):  # a gradient scaler
-            shrunk, state = self._find_clipping(stats, state)
+            shrunk, state = self._find_clipping(stats, before, state)
             found.append((shrunk, state.scaled, number(self.steps), 2.0))
             score = torch.where(shrunk, torch.where(live_layers, -stats.updates, number(-torch.inf)), score)
             counts = counts | (state.scaled > 0)
@@ -269,29 +273,31 @@ class Stalled:
         return reading(stats, raised, value, limit, score=score, measure=measure, near=near), state
 
     def _find_rounding(
-        self, stats: GradStats, state: StillSteps, live_layers: Tensor, *, may_rest: bool
+        self, stats: GradStats, before: StillSteps, after: StillSteps, live_layers: Tensor, *, may_rest: bool
     ) -> tuple[Tensor, Tensor, Tensor, StillSteps]:
         """Return whether updates are lost to rounding, the share that is not, its limit, and the new state."""
         trends, number = stats.trends, stats.layout.constant
         shares = torch.where(live_layers, stats.changed, number(torch.nan))
         share = torch.nanmedian(shares, 0).values
         is_known = 2 * (~shares.isnan()).sum() > live_layers.sum()
-        few = torch.where((share < _FEW) & is_known, state.few + stats.elapsed, number(0.0))
+        few = torch.where((share < _FEW) & is_known, before.few + stats.elapsed, number(0.0))
         is_rounded = (share < self.changed) & is_known
-        rounded = torch.where(is_rounded, state.rounded + stats.elapsed, number(0.0))
+        rounded = torch.where(is_rounded, before.rounded + stats.elapsed, number(0.0))
         lost = (rounded >= self.steps) & trends.no_progress & (not may_rest)
         # A rate that has not changed for long is no warm-up.
         guesses = (few >= 2 * self.steps) & (stats.excess > _GUESSING) & (stats.steady >= 2 * self.steps)
         fewest = torch.where(guesses, number(_FEW), number(self.changed))
-        return lost | guesses, share, fewest, state._replace(few=few, rounded=rounded)
+        return lost | guesses, share, fewest, after._replace(few=few, rounded=rounded)
 
-    def _find_clipping(self, stats: GradStats, state: StillSteps) -> tuple[Tensor, StillSteps]:
+    def _find_clipping(
+        self, stats: GradStats, before: StillSteps, after: StillSteps
+    ) -> tuple[Tensor, StillSteps]:
         """Return whether gradients were clipped before they were unscaled, and the new state."""
         norm = stats.total * stats.loss_scale
-        is_same = ((norm - state.norm).abs() <= _SAME * norm) & _is_short(norm) & ~_is_short(stats.total)
-        scaled = torch.where(is_same, state.scaled + stats.elapsed, stats.layout.constant(0.0))
-        state = state._replace(scaled=scaled, norm=torch.where(is_same, state.norm, norm))
-        return (scaled >= self.steps) & stats.trends.no_progress, state
+        is_same = ((norm - before.norm).abs() <= _SAME * norm) & _is_short(norm) & ~_is_short(stats.total)
+        scaled = torch.where(is_same, before.scaled + stats.elapsed, stats.layout.constant(0.0))
+        after = after._replace(scaled=scaled, norm=torch.where(is_same, before.norm, norm))
+        return (scaled >= self.steps) & stats.trends.no_progress, after
 
 
 def _is_short(norm: Tensor) -> Tensor:

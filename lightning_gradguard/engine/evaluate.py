@@ -1,4 +1,4 @@
-"""One full evaluation on the device, and its state."""
+"""Evaluation of one step on the device, and its state."""
 
 from __future__ import annotations
 

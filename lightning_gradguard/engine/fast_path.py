@@ -27,7 +27,7 @@ from lightning_gradguard.stats.trends import expected_norm
 
 #: Smallest and largest global norm of an accepted step, relative to the baseline.
 _LOW, _HIGH = 0.5, 2.0
-#: Rise of the loss above its start, as a part of it, from which every step is evaluated in full.
+#: Rise of the loss above its start, as a part of it, from which no step is accepted.
 _RISE = 0.4
 #: Stands for "without end" in the saved state, which holds plain numbers.
 _NO_END = 2**62
@@ -143,7 +143,7 @@ class FastPath:
         self.close()
 
     def close(self, accepted: int = 0) -> None:
-        """Require a full evaluation of the next step.
+        """Accept no step until `open`.
 
         Args:
             accepted: Accepted steps that detectors have not heard of yet.

@@ -165,9 +165,12 @@ class FaultTracker:
         return most
 
     @property
-    def is_critical(self) -> bool:
-        """True while a fault that was reported as critical is active."""
-        return any(fault.severity == Severity.CRITICAL for fault in self.active.values())
+    def has_exploded(self) -> bool:
+        """True while an explosion that was reported as critical is active."""
+        return any(
+            fault.severity == Severity.CRITICAL and key.startswith(f"{Fault.EXPLODING.value}/")
+            for key, fault in self.active.items()
+        )
 
     def _is_followed(self, result: DetectorResult) -> bool:
         return self.policy.response(result.fault) != "ignore" and result.fault != Fault.NONFINITE

@@ -251,6 +251,8 @@ class ParameterTracker:
             ):  # else they stay unknown, which detectors see without a look at the numbers
                 shares = changed_shares(self._before, _taken(found.sample), self._fed)
                 self._changed = torch.where(self._moved, shares, self._changed)
+            else:
+                self._changed = self.layout.unknowns
         if due.fresh:
             self.weights, self._before = _taken(found.weights), _taken(found.sample)
             self._set_sizes()
@@ -430,6 +432,8 @@ class ParameterTracker:
         for key, attribute in _SAVED_TENSORS.items():
             if key in state:  # not in those of earlier versions
                 setattr(self, attribute, state[key].to(device))
+        if not self.layout.is_half:
+            self._changed = self.layout.unknowns
         self._set_sizes()
         self._update_ratio = median_update(self.updates, self.layout)
 

@@ -227,6 +227,7 @@ def save_under_way(readback: Readback) -> list[dict[str, Any]]:
             "step": step.step,
             "has_loss": step.has_loss,
             "scaled": step.scaled,
+            "elapsed": step.evaluation.stats.elapsed,
             "present": [gradient is not None for gradient in step.evaluation.stats.gradients],
             "asked": list(step.asked),
         }
@@ -255,7 +256,8 @@ def restore_under_way(
             p.detach() if there else None for p, there in zip(layout.parameters, one["present"], strict=True)
         )
         stats = stats_of(layout, gradients, norms.to(layout.numel.device), weights, updates, None)
-        evaluation = Evaluation(stats.replace(has_loss=one["has_loss"]), (), None)
+        stats = stats.replace(has_loss=one["has_loss"], elapsed=one.get("elapsed", 0))
+        evaluation = Evaluation(stats, (), None)
         step = PendingStep(
             one["step"], one["has_loss"], one["scaled"], evaluation, tuple(one["asked"]), StepContext()
         )

@@ -41,6 +41,7 @@ _SAVED = {
     "interval": "interval",
     "alike": "_alike",
     "last_sample": "_last_sample",
+    "last_asked": "_last_asked",
     "next_sample": "_next_sample",
     "was_outside": "_was_outside",
     "silent": "_silent",
@@ -82,7 +83,7 @@ class Shown(NamedTuple):
         flags: For each lasting fault whether it was raised, and whether it was near.
         is_pending: A fault is near, or may still be reported as more severe.
         is_present: A fault is active.
-        is_critical: A fault was reported as critical, so that nothing graver can be said.
+        is_critical: An explosion was reported as critical, so that nothing graver can be said of a loss that rises.
         has_news: Something was found that is more than a spike.
         silent: Number of tensors whose gradient is zero or missing.
     """
@@ -136,7 +137,7 @@ class SamplingSchedule:
         self.good, self.losses, self.sampled_last = 0, 0, False
         self.last_full, self.was_good = -1, True
         self.alarm, self.is_stuck, self.interval = False, False, REFRESH
-        self._alike, self._last_sample, self._next_sample = 0, -REFRESH, 0
+        self._alike, self._last_sample, self._next_sample, self._last_asked = 0, -REFRESH, 0, -REFRESH
         self._was_outside, self._silent, self._rate = False, 0, -1.0
         self._shown: list[float] = []
         self._flags: list[bool] = []
@@ -164,12 +165,12 @@ class SamplingSchedule:
 
     @property
     def may_sample(self) -> bool:
-        """True if no step was sampled shortly before, so that this one may be sampled out of turn."""
-        return self.good >= self._last_sample + REFRESH
+        """True unless a step was sampled out of turn shortly before, so that this one may be."""
+        return self.good >= self._last_asked + REFRESH
 
     def sample_now(self) -> None:
         """Count this step as sampled."""
-        self._sampled = True
+        self._sampled, self._last_asked = True, self.good
 
     def commit(self, taken: bool, *, accepted: bool = False) -> None:
         """Count the step that `due` was asked about.

@@ -105,7 +105,7 @@ def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
     # Older versions did not save what may be missing.
     form["watch"] |= {"asked": OrMissing([str]), "rates": [float], "reached": [str]}
     schedule = form["watch"]["schedule"]
-    for key in ("stuck", "interval", "alike", "last_sample", "next_sample", "silent"):
+    for key in ("stuck", "interval", "alike", "last_sample", "last_asked", "next_sample", "silent"):
         schedule[key] = OrMissing(schedule[key])
     schedule |= {"was_outside": OrMissing(bool), "rate": OrMissing(float)}
     schedule |= {"shown": OrMissing([float]), "flags": OrMissing([bool])}
@@ -117,7 +117,7 @@ def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
     form["sights"] = [(str, str, bool, bool, bool, bool, int, float, float, str, [str])]
     form["quiet"] |= {"window": OrMissing(int), "most": OrMissing(int)}
     form["quiet"] |= {"_pattern": [bool], "_names": [str], "_live": [bool], "_bounds": Maybe(Each(Tensor))}
-    step = {"numbers": Tensor, "step": int, "has_loss": bool, "scaled": bool}
+    step = {"numbers": Tensor, "step": int, "has_loss": bool, "scaled": bool, "elapsed": OrMissing(int)}
     form["under_way"] = OrMissing([{**step, "present": [bool], "asked": [bool]}])
     return form
 

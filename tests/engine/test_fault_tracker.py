@@ -348,9 +348,7 @@ def test_accepted_steps_end_where_a_fault_becomes_critical(patience):
     for _ in range(most):
         tracker.count_accepted([result()], has_loss=True)
     assert tracker.steps_until_change([result()]) == 0
-    assert not tracker.is_critical
     assert severities([run(tracker, patience, result())]) == [Severity.CRITICAL]
-    assert tracker.is_critical
     assert tracker.steps_until_change([result()]) == math.inf
 
 
@@ -359,3 +357,12 @@ def test_an_event_is_never_followed_by_an_accepted_step():
     assert (
         FaultTracker(Policy()).steps_until_change([result(Fault.SPIKE, raised=False, event=True)]) == math.inf
     )
+
+
+def test_only_a_critical_explosion_has_exploded():
+    tracker = FaultTracker(Policy(patience=2))
+    seen = []
+    for step, fault in enumerate([Fault.DISCONNECTED] * 4 + [Fault.EXPLODING] * 4):
+        run(tracker, step, result(fault))
+        seen.append(tracker.has_exploded)
+    assert seen == [False] * 6 + [True] * 2

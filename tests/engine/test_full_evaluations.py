@@ -306,3 +306,37 @@ def test_results_do_not_stand_for_long_while_something_is_wrong():
     for step in range(400):
         hand.step(step)
     assert [finding.severity for finding in hand.guard.findings] == [Severity.WARNING]
+
+
+@pytest.mark.parametrize("at", range(278, 292))
+def test_what_a_spike_did_to_the_weights_is_seen_wherever_it_falls(at):
+    """Also shortly after a regular sample, which shows nothing of it."""
+    hand = Hand("", detectors=default_detectors())
+    for step in range(at):
+        hand.step(step)
+    loss = hand.set(at)
+    for weight in hand.model.parameters():
+        weight.grad.mul_(1e6)
+    hand.guard.step(loss=loss)
+    hand.moved += 3.0  # what the step did
+    hand.step(at + 1)
+    assert hand.guard.tracker.updates.min() > 0.1
+    assert hand.guard.tracker.schedule.last_full == hand.guard.tracker.schedule.good - 1
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_weights_that_are_half_precision_no_more_are_judged_by_what_they_do_now(restores):
+    net = nn.Linear(32, 32).to(torch.bfloat16)
+    guard = Guard(net.named_parameters(), detectors=(Stalled(),))
+    for step in range(100):
+        if step == 20:
+            net.float()
+            if restores:
+                state, guard = guard.state_dict(), Guard(net.named_parameters(), detectors=(Stalled(),))
+                guard.load_state_dict(state)
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight.add_(1e-6 if step < 20 else 1e-3)  # lost to rounding, then not
+                weight.grad = torch.ones_like(weight)
+        guard.step(loss=1.0)
+    assert not guard.findings

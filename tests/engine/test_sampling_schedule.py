@@ -305,11 +305,14 @@ def test_an_update_follows_a_step_that_is_sampled_out_of_turn(before):
     assert not schedule.due(True, 1e-3).updated
 
 
-def test_a_step_may_be_sampled_out_of_turn_only_some_steps_after_a_full_evaluation():
+@pytest.mark.parametrize("before", range(SETTLED, SETTLED + 10))
+def test_any_step_may_be_sampled_out_of_turn_but_for_those_shortly_after_another(before):
+    """However near a regular sample is: it shows nothing of what this step does."""
     schedule = SamplingSchedule()
-    go(schedule, steady(SETTLED + LATER + 2))
-    assert schedule.last_full == schedule.good - 1
-    for after in range(2, 2 * REFRESH):
+    go(schedule, steady(before))
+    assert schedule.may_sample
+    go(schedule, [(True, True, True, {}, 1e-3)])
+    for after in range(1, 2 * REFRESH):
         assert schedule.may_sample == (after >= REFRESH)
         go(schedule, steady(1))
 

@@ -89,6 +89,16 @@ def test_a_guard_saved_between_two_full_evaluations_continues_exactly(lag, fault
     assert (Fault.VANISHING in faults) == fault
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_guard_that_is_saved_after_every_few_steps_continues_exactly(lag):
+    whole, parts = Training(lag, False), Training(lag, False)
+    for step in range(0, 120, 3):
+        assert whole.steps(step, step + 3) == parts.steps(step, step + 3)
+        buffer, parts = parts.save(), Training(lag, False)
+        parts.load(buffer)
+    assert same(parts.guard.state_dict(), whole.guard.state_dict())
+
+
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
