@@ -24,7 +24,7 @@ SETTLED = 256
 #: decades of depth tilt, and a rise of the mean loss as a part of its start.
 _NORM, _UPDATE, _TILT, _RISE = 2.0, 4.0, 0.75, 0.1
 #: Part of its start by which the mean loss exceeds it where it is beyond what is healthy, and the part of itself by
-#: which it rises from one full evaluation to the next.
+#: which it has to rise above the highest that a full evaluation saw.
 _HIGH, _FURTHER = 0.5, 0.05
 #: Factor of the highest learning rate that counts as a change.
 _RATE = 2.0
@@ -46,6 +46,7 @@ _SAVED = {
     "was_outside": "_was_outside",
     "silent": "_silent",
     "rate": "_rate",
+    "highest": "_highest",
     "shown": "_shown",
     "flags": "_flags",
 }
@@ -126,8 +127,8 @@ class SamplingSchedule:
         sampled_last: True if the previous step was sampled, so that this one is evaluated in full.
         last_full: Number of the last good step that was evaluated in full; -1 before the first.
         was_good: True if the previous step was taken.
-        alarm: The loss is far above its start and rises. The next step is evaluated in full, since it may be the last
-            one worth taking.
+        alarm: The loss is far above its start and higher than ever. The next step is evaluated in full, since it may be
+            the last one worth taking.
         is_stuck: The mean loss is above nine tenths of its start, as of the newest full evaluation.
         interval: Good steps between two samples.
     """
@@ -138,7 +139,7 @@ class SamplingSchedule:
         self.last_full, self.was_good = -1, True
         self.alarm, self.is_stuck, self.interval = False, False, REFRESH
         self._alike, self._last_sample, self._next_sample, self._last_asked = 0, -REFRESH, 0, -REFRESH
-        self._was_outside, self._silent, self._rate = False, 0, -1.0
+        self._was_outside, self._silent, self._rate, self._highest = False, 0, -1.0, math.nan
         self._shown: list[float] = []
         self._flags: list[bool] = []
         self._sampled = self._full = self._has_loss = False
@@ -200,10 +201,13 @@ class SamplingSchedule:
         if shown.has_news or (is_outside and self._was_outside) or shown.silent > self._silent:
             self.expect_change()
         self._was_outside, self._silent = is_outside, max(shown.silent, self._silent)
-        last = self._shown[-1] if self._shown else math.nan
-        high = shown.loss > shown.loss_start + _HIGH * abs(shown.loss_start)
-        rises = math.isnan(last) or shown.loss > last + _FURTHER * abs(last)
+        high, top = shown.loss > shown.loss_start + _HIGH * abs(shown.loss_start), self._highest
+        rises = math.isnan(top) or shown.loss > top + _FURTHER * abs(top)
         self.alarm = high and rises and not shown.is_critical
+        if not high:
+            self._highest = math.nan
+        elif shown.full and rises:
+            self._highest = shown.loss
         if shown.full:
             self._compare(shown)
 

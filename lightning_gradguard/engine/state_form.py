@@ -107,7 +107,7 @@ def _form_of_state(own: Mapping[str, Any]) -> dict[str, Any]:
     schedule = form["watch"]["schedule"]
     for key in ("stuck", "interval", "alike", "last_sample", "last_asked", "next_sample", "silent"):
         schedule[key] = OrMissing(schedule[key])
-    schedule |= {"was_outside": OrMissing(bool), "rate": OrMissing(float)}
+    schedule |= {"was_outside": OrMissing(bool), "rate": OrMissing(float), "highest": OrMissing(float)}
     schedule |= {"shown": OrMissing([float]), "flags": OrMissing([bool])}
     form["judge"] |= {
         "episodes": Each((int, int, int)),
