@@ -25,7 +25,7 @@ SETTLED = 256
 _NORM, _UPDATE, _TILT, _RISE = 2.0, 4.0, 0.75, 0.1
 #: Part of its start by which the mean loss exceeds it where it is beyond what is healthy, and the part of itself by
 #: which it has to rise above the highest that a full evaluation saw.
-_HIGH, _FURTHER = 0.5, 0.05
+_HIGH, _FURTHER = 0.5, 0.25
 #: Factor of the highest learning rate that counts as a change.
 _RATE = 2.0
 

@@ -173,12 +173,12 @@ def test_a_fault_that_lasts_is_followed_at_a_bounded_price():
 @pytest.mark.parametrize(
     ("start", "mean", "growth", "is_critical", "expected"),
     [
-        (2.0, 3.1, 1.1, False, True),
+        (2.0, 3.1, 1.3, False, True),
         (2.0, 3.1, 1.0, False, False),
-        (2.0, 3.1, 1.1, True, False),
+        (2.0, 3.1, 1.3, True, False),
         (2.0, 2.8, 1.001, False, False),
-        (-2.0, -0.5, 0.9, False, True),
-        (-2.0, -3.0, 0.9, False, False),
+        (-2.0, -0.5, 0.7, False, True),
+        (-2.0, -3.0, 0.95, False, False),
         (math.nan, math.nan, 1.1, False, False),
     ],
 )
