@@ -352,7 +352,7 @@ class Counted(DepthTilt):
 def test_full_evaluations_come_when_the_page_says():
     page = PAGES["explanation/detection.md"]
     assert "| 0 to 9 | at every step |" in page
-    assert "| 10 to 31 | at every 4th step, and after each sample of the weights |" in page
+    assert "| 10 to 31 | at every 2nd to 4th step, among them those from which conditions count |" in page
     assert "| from 32 | at every 8th step; the interval doubles each time four evaluations in a row" in page
     assert "show the same, up to 64 steps, or 32 while a fault is present |" in page
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

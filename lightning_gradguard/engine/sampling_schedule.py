@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 #: Shortest interval between two refreshes of the samples, in good steps. Each of the first `REFRESH` steps is sampled.
 REFRESH = 8
 #: First steps, and first steps with a loss, of which more are evaluated in full: most faults are there from the start.
-#: The very first ones all are, then each fourth, also after each that is sampled.
-EAGER, _ALL, _FOURTH = 32, 10, 4
+#: The very first ones all are, then every few, among them those from which conditions count: the 15th, 20th and 30th.
+EAGER, _ALL, _SOME = 32, 10, frozenset({12, 14, 17, 19, 22, 25, 29})
 #: Full evaluations in a row that show the same before the interval doubles.
 _ALIKE = 4
 #: Longest interval, and the longest one while a fault is present.
@@ -265,7 +265,7 @@ class SamplingSchedule:
 
 def _is_early(count: int) -> bool:
     """Return True for a step among the first that gets a full evaluation."""
-    return count < _ALL or (count < EAGER and count % _FOURTH == 1)
+    return count < _ALL or count in _SOME
 
 
 def _is_factor(before: float, after: float, factor: float) -> bool:
