@@ -576,7 +576,7 @@ class Guard:
             flags=tuple([flag for result in lasting for flag in (result.raised, result.near)]),
             is_pending=any(r.near for r in lasting) or tracker.steps_until_change(lasting) < math.inf,
             is_present=bool(tracker.active),
-            is_critical=tracker.has_exploded,
+            has_exploded=tracker.has_exploded,
             has_news=any(finding.fault != Fault.SPIKE for finding in report.findings),
             silent=len(pending.evaluation.stats.layout.names) - sum(map(bool, record.norms.values())),
         )

@@ -225,10 +225,9 @@ class FastPath:
         if self._renewed is not None:
             self._baseline, self._renewed = numbers.pop(), None
         total, loss, outside, joint = numbers[count : count + 4]
-        clipped, limits = (
-            numbers[count + 4 :][: 3 * (clip is not None)],
-            numbers[len(numbers) - len(thresholds) :],
-        )
+        # What the clip does is there if the clipper was asked.
+        others = numbers[count + 4 :]
+        clipped, limits = (others[:3], others[3:]) if clip is not None else ([], others)
         # No comparison with NaN is true.
         if not (
             _LOW * self._baseline <= total <= _HIGH * self._baseline and outside == 0 and abs(joint) <= 1

@@ -71,7 +71,7 @@ class Due(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What an evaluated step shows.
+    """Numbers and flags of an evaluated step.
 
     Attributes:
         full: It was a full evaluation.
@@ -84,7 +84,7 @@ class Shown(NamedTuple):
         flags: For each lasting fault whether it was raised, and whether it was near.
         is_pending: A fault is near, or may still be reported as more severe.
         is_present: A fault is active.
-        is_critical: An explosion was reported as critical, so that nothing graver can be said of a loss that rises.
+        has_exploded: An explosion was reported as critical, so that nothing graver can be said of a loss that rises.
         has_news: Something was found that is more than a spike.
         silent: Number of tensors whose gradient is zero or missing.
     """
@@ -99,7 +99,7 @@ class Shown(NamedTuple):
     flags: tuple[bool, ...]
     is_pending: bool
     is_present: bool
-    is_critical: bool
+    has_exploded: bool
     has_news: bool
     silent: int
 
@@ -203,7 +203,7 @@ class SamplingSchedule:
         self._was_outside, self._silent = is_outside, max(shown.silent, self._silent)
         high, top = shown.loss > shown.loss_start + _HIGH * abs(shown.loss_start), self._highest
         rises = math.isnan(top) or shown.loss > top + _FURTHER * abs(top)
-        self.alarm = high and rises and not shown.is_critical
+        self.alarm = high and rises and not shown.has_exploded
         if not high:
             self._highest = math.nan
         elif shown.full and rises:

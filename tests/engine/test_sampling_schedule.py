@@ -28,7 +28,7 @@ SAME = Shown(
     flags=(False,) * 4,
     is_pending=False,
     is_present=False,
-    is_critical=False,
+    has_exploded=False,
     has_news=False,
     silent=0,
 )
@@ -171,7 +171,7 @@ def test_a_fault_that_lasts_is_followed_at_a_bounded_price():
 
 
 @pytest.mark.parametrize(
-    ("start", "mean", "growth", "is_critical", "expected"),
+    ("start", "mean", "growth", "has_exploded", "expected"),
     [
         (2.0, 3.1, 1.3, False, True),
         (2.0, 3.1, 1.0, False, False),
@@ -182,14 +182,14 @@ def test_a_fault_that_lasts_is_followed_at_a_bounded_price():
         (math.nan, math.nan, 1.1, False, False),
     ],
 )
-def test_each_step_is_evaluated_in_full_while_a_high_loss_rises(start, mean, growth, is_critical, expected):
+def test_each_step_is_evaluated_in_full_while_a_high_loss_rises(start, mean, growth, has_exploded, expected):
     """Until something critical has been reported: nothing graver can be said then."""
     schedule = SamplingSchedule()
     go(schedule, steady(SETTLED + 2, loss=mean, loss_start=start))
     seen = []
     for _ in range(10):
         mean *= growth
-        seen += go(schedule, steady(1, loss=mean, loss_start=start, is_critical=is_critical))
+        seen += go(schedule, steady(1, loss=mean, loss_start=start, has_exploded=has_exploded))
     # The first of them shows that it rises.
     assert (len(full_evaluations(seen)) >= 9) == expected
 
